@@ -1,0 +1,1 @@
+"""Length-bucketed plans, samplers, shards and streams."""
