@@ -1,5 +1,18 @@
 """Padded batches that carry their lengths, and what runs on them."""
 
+from collate.batch import LengthTrackedBatch
+from collate.collator import PadCollator
 from collate.errors import LengthError
+from collate.reduce import last_step, masked_mean, sequence_loss, token_scale
+from collate.rnn import apply_rnn
 
-__all__ = ["LengthError"]
+__all__ = [
+    "LengthError",
+    "LengthTrackedBatch",
+    "PadCollator",
+    "apply_rnn",
+    "last_step",
+    "masked_mean",
+    "sequence_loss",
+    "token_scale",
+]

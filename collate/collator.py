@@ -1,0 +1,307 @@
+"""PadCollator: a list of samples -> batches, every field in one row order."""
+
+import pickle
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Literal, TypeAlias, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from collate.agreement import check_declared, row_order
+from collate.batch import LengthTrackedBatch
+from collate.errors import LengthError
+from collate.padding import (
+    Int64Array,
+    Number,
+    Rows,
+    Widths,
+    check_padding_value,
+    check_widths,
+    padded_width,
+    read_rows,
+)
+from collate.structure import Columns, assemble, columns_of
+
+Shape: TypeAlias = tuple[int, int | tuple[int, ...]]
+Column: TypeAlias = Rows | Tensor | list[object]
+Option = TypeVar("Option")
+
+_NUMBERS: dict[type, torch.dtype | None] = {bool: torch.bool, int: torch.int64, float: None}
+_SCALARS = (int, float, np.number, np.bool_)
+# What needs no trial to know that it can travel between processes.
+_PLAIN = (str, bytes, int, float, bool, type(None))
+
+
+class PadCollator:
+    """A `collate_fn` that pads variable-length fields and keeps their lengths; it can be pickled.
+
+    Samples are tensors, arrays, tuples, named tuples or (nested) mappings, and the batch has the same structure. What a
+    field becomes depends on its type alone: tensors, arrays and lists of numbers with an axis or more become a
+    `LengthTrackedBatch`; fields named in `stack`, numbers and 0-d arrays become one tensor `[B, ...]`; everything else
+    becomes a list. All fields come in one row order. No sample is ever dropped, no buffer used twice.
+
+    Fields are named by their keys or positions, nested ones by dotted paths (`"audio.frames"`, `"0"`); a sample that is
+    a single tensor is the field `""`. Where an option is given per field, every variable-length field must be in it.
+
+    Args:
+        padding_value: what the padding holds, for all fields or per field (0 for tokens, -100 for labels).
+        sort_by: the field whose lengths give the row order, longest first; None takes the first variable-length field,
+            False keeps the order of the samples.
+        stack: fields of one fixed shape, to be stacked.
+        widths: None, an int or the allowed widths, for all fields or per field; see `padded_width`.
+        shapes: a sampler's closed list of (rows, width): a batch is filled with padding and empty rows to the smallest
+            shape that holds it. A width may be a tuple, one for each variable-length field in order. Stacked fields are
+            filled with zeros, lists with None.
+        max_length: sequences are cut to so many steps, for all fields or per field.
+        length_field: the field that declares another's length, as `{"tokens": "num_tokens"}`, or its name alone where
+            only one field is variable-length. Declared lengths are held against the real ones, before `max_length`.
+        on_empty: `"keep"` empty samples, or raise an `"error"`.
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: An option has a value that means nothing.
+
+    Example:
+        >>> import torch
+        >>> from collate import PadCollator
+        >>> collate = PadCollator(padding_value={"tokens": 0, "tags": -100})
+        >>> samples = [{"tokens": [7], "tags": [1], "id": "a"}, {"tokens": [8, 9], "tags": [2, 3], "id": "b"}]
+        >>> batch = collate(samples)
+        >>> batch["tags"].padded, batch["id"]
+        (tensor([[   2,    3],
+                [   1, -100]]), ['b', 'a'])
+    """
+
+    def __init__(
+        self,
+        padding_value: Number | Mapping[str, Number] = 0,
+        *,
+        sort_by: str | Literal[False] | None = None,
+        stack: Collection[str] = (),
+        widths: Widths | Mapping[str, Widths] = None,
+        shapes: Sequence[Shape] | None = None,
+        max_length: int | Mapping[str, int] | None = None,
+        length_field: str | Mapping[str, str] | None = None,
+        on_empty: Literal["keep", "error"] = "keep",
+    ) -> None:
+        if on_empty not in ("keep", "error"):
+            raise ValueError(f"on_empty must be 'keep' or 'error', got {on_empty!r}")
+        if isinstance(stack, str):
+            raise TypeError(f"stack must be a collection of field names, got the string {stack!r}: write ({stack!r},)")
+        if shapes is not None and widths is not None:
+            raise ValueError("shapes name the padded widths already: leave widths out")
+        self.padding_value = padding_value
+        self.sort_by = sort_by
+        self.stack = frozenset(stack)
+        self.widths = _each(widths, check_widths)
+        self.shapes = None if shapes is None else _check_shapes(shapes)
+        self.max_length = _each(max_length, _check_max_length)
+        self.length_field = length_field
+        self.on_empty = on_empty
+
+    def __call__(self, samples: Sequence[object]) -> object:
+        """Collate B >= 1 samples of one structure; see the class for what becomes of each field.
+
+        Raises:
+            LengthError: There is no sample, a declared length is not the real one, a sample is empty though
+                `on_empty="error"`, or a row is longer than every allowed width or shape.
+            TypeError: Samples differ in structure or dtype; or a field cannot travel from a worker.
+            ValueError: Feature shapes differ, or an option names no field of these samples.
+        """
+        if len(samples) == 0:
+            raise LengthError("cannot collate an empty list of samples: the sampler gave a batch without indices")
+        columns = columns_of(samples)
+        read = {name: self._read(name, values) for name, values in columns.items()}
+        variable = {name: column for name, column in read.items() if isinstance(column, Rows)}
+        self._check_names(columns, variable)
+        self._check_lengths(variable, columns, samples)
+        rows = {name: self._cut(name, column) for name, column in variable.items()}
+        order = self._order(rows, len(samples))
+        shape = self._shapes_of(rows, len(samples))
+        fields = {name: self._field(name, column, order, shape) for name, column in (read | rows).items()}
+        return assemble(samples[0], fields)
+
+    def _read(self, name: str, values: list[object]) -> Column:
+        if name in self.stack:
+            return _stacked(name, values)
+        kinds = set(map(type, values))
+        if kinds <= _NUMBERS.keys():
+            return _numbers(name, values, kinds)
+        if all(issubclass(kind, (Tensor, np.ndarray, np.generic)) for kind in kinds):
+            has_axis = cast("Tensor", values[0]).ndim > 0
+            return read_rows(values, _called(name)) if has_axis else _stacked(name, values)
+        if kinds == {list} and _are_numbers(cast("list[list[object]]", values)):
+            return read_rows(values, _called(name))
+        if any(issubclass(kind, (Tensor, np.ndarray, np.generic)) for kind in kinds):
+            raise TypeError(f"{_called(name)} must be of one kind, got {sorted(kind.__name__ for kind in kinds)}")
+        _check_can_travel(name, values)
+        return values
+
+    def _check_names(self, columns: Collection[str], variable: Collection[str]) -> None:
+        # An option that names a field which is not there was meant for something else.
+        if isinstance(self.sort_by, str) and self.sort_by not in variable:
+            raise ValueError(f"sort_by names {self.sort_by!r}, the variable-length fields are {sorted(variable)}")
+        if not self.stack <= set(columns):
+            raise ValueError(f"stack names {sorted(self.stack - set(columns))}, the fields are {sorted(columns)}")
+        for option in ("padding_value", "widths", "max_length"):
+            given = getattr(self, option)
+            if isinstance(given, Mapping) and set(given) != set(variable):
+                raise ValueError(
+                    f"{option} is given for {sorted(given)}, the variable-length fields are {sorted(variable)}: "
+                    "name each of them"
+                )
+
+    def _check_lengths(self, variable: Mapping[str, Rows], columns: Columns, samples: Sequence[object]) -> None:
+        for name, declared in self._declared(variable).items():
+            if name not in variable or declared not in columns:
+                raise ValueError(f"length_field says that {declared!r} is the length of {name!r}: no such field")
+            values = [int(v) if isinstance(v, (Tensor, np.generic, np.ndarray)) else v for v in columns[declared]]
+            check_declared(cast("list[int]", values), variable[name].lengths, _called(name), _keys(samples))
+        if self.on_empty == "error":
+            for name, rows in variable.items():
+                if not rows.lengths.all():
+                    place = int(np.flatnonzero(rows.lengths == 0)[0])
+                    raise LengthError(
+                        f"{_called(name)}: sample {place} is empty: leave it out with min_length=1 in the sampler, or "
+                        'allow it with on_empty="keep"'
+                    )
+
+    def _declared(self, variable: Mapping[str, Rows]) -> Mapping[str, str]:
+        if self.length_field is None or isinstance(self.length_field, Mapping):
+            return self.length_field or {}
+        if len(variable) != 1:
+            raise ValueError(
+                f"length_field={self.length_field!r} could be the length of any of {sorted(variable)}: "
+                "give a mapping from field to length field"
+            )
+        return {next(iter(variable)): self.length_field}
+
+    def _cut(self, name: str, rows: Rows) -> Rows:
+        most = _of(self.max_length, name)
+        return rows if most is None else rows.clipped(most)
+
+    def _order(self, rows: Mapping[str, Rows], size: int) -> Int64Array:
+        if self.sort_by is False or not rows:
+            return np.arange(size)
+        return row_order(rows[self.sort_by or next(iter(rows))].lengths, "longest")
+
+    def _shapes_of(self, rows: Mapping[str, Rows], size: int) -> tuple[int, dict[str, int]]:
+        # The rows of the batch, and the width of each variable-length field.
+        longest = {name: int(column.lengths.max()) for name, column in rows.items()}
+        if self.shapes is None:
+            return size, {name: padded_width(most, _of(self.widths, name)) for name, most in longest.items()}
+        for count, width in self.shapes:
+            widths = width if isinstance(width, tuple) else (width,) * len(longest)
+            if count >= size and all(w >= most for w, most in zip(widths, longest.values(), strict=True)):
+                return count, dict(zip(longest, widths, strict=True))
+        raise LengthError(
+            f"no shape holds {size} rows of {longest} steps, the largest are {self.shapes[-3:]}: "
+            "collate with the shapes of the sampler that made the batch"
+        )
+
+    def _field(
+        self,
+        name: str,
+        column: Column,
+        order: Int64Array,
+        shape: tuple[int, dict[str, int]],
+    ) -> object:
+        rows, widths = shape
+        missing = rows - len(order)
+        if isinstance(column, Rows):
+            value = cast(Number, _of(self.padding_value, name))
+            try:
+                check_padding_value(value, column.dtype)
+            except ValueError as error:
+                raise ValueError(f"{_called(name)}: {error}") from None
+            return LengthTrackedBatch.from_rows(column, order, (rows, widths[name]), value)
+        if isinstance(column, Tensor):
+            column = column.index_select(0, torch.from_numpy(order))
+            return torch.cat([column, column.new_zeros(missing, *column.shape[1:])]) if missing else column
+        return [column[place] for place in order.tolist()] + [None] * missing
+
+
+def _called(name: str) -> str:
+    return f"field {name!r}" if name else "samples"
+
+
+def _keys(samples: Sequence[object]) -> list[object]:
+    """The samples' keys, where they have any (webdataset's `__key__`), for errors to name."""
+    return [sample.get("__key__") if isinstance(sample, Mapping) else None for sample in samples]
+
+
+def _of(option: Option | Mapping[str, Option], name: str) -> Option:
+    return option[name] if isinstance(option, Mapping) else option
+
+
+def _each(option: Option | Mapping[str, Option], check: Callable[[Option], Option]) -> Option | Mapping[str, Option]:
+    """Check an option, or each field's."""
+    if isinstance(option, Mapping):
+        return {name: check(value) for name, value in option.items()}
+    return check(option)
+
+
+def _check_max_length(steps: int | None) -> int | None:
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise ValueError(f"max_length must be an int of at least 1, got {steps!r}")
+    return steps
+
+
+def _check_shapes(shapes: Sequence[Shape]) -> list[Shape]:
+    # Smallest block first, so that the first that holds a batch wastes least.
+    for rows, width in shapes:
+        if rows < 1 or int(np.min(width)) < 1:
+            raise ValueError(f"shapes must be pairs (rows, width) of at least 1, got {(rows, width)!r}")
+    if not shapes:
+        raise ValueError("shapes must name at least one (rows, width), got none; None pads to the longest row")
+    return sorted(shapes, key=lambda shape: shape[0] * int(np.sum(shape[1])))
+
+
+def _numbers(name: str, values: list[object], kinds: set[type]) -> Tensor:
+    if len(kinds) > 1:
+        raise TypeError(f"{_called(name)} must be numbers of one kind, got {sorted(kind.__name__ for kind in kinds)}")
+    return torch.tensor(values, dtype=_NUMBERS[kinds.pop()])
+
+
+def _stacked(name: str, values: list[object]) -> Tensor:
+    rows = [value if isinstance(value, Tensor) else np.asarray(value) for value in values]
+    like = rows[0]
+    for place, row in enumerate(rows):
+        if (type(row), row.dtype, tuple(row.shape)) != (type(like), like.dtype, tuple(like.shape)):
+            raise ValueError(
+                f"{_called(name)} is stacked, so all samples must be alike, got {list(like.shape)} {like.dtype} in "
+                f"sample 0 and {list(row.shape)} {row.dtype} in sample {place}"
+            )
+    if isinstance(like, Tensor):
+        return torch.stack(cast("list[Tensor]", rows))
+    block = np.stack(rows)
+    if block.dtype.kind not in "biufc":
+        raise TypeError(f"{_called(name)} cannot be stacked: torch has no dtype for {block.dtype}")
+    block = block.astype(block.dtype.newbyteorder("="), copy=False)
+    return torch.from_numpy(block.astype(np.float32) if isinstance(values[0], (float, list)) else block)
+
+
+def _are_numbers(values: Iterable[Iterable[object]]) -> bool:
+    kinds = {kind for value in values for kind in set(map(type, value))}
+    if list in kinds:
+        rows = (row for value in values for row in value if isinstance(row, list))
+        return all(issubclass(kind, (list, *_SCALARS)) for kind in kinds) and _are_numbers(list(rows))
+    return all(issubclass(kind, _SCALARS) for kind in kinds)
+
+
+def _check_can_travel(name: str, values: list[object]) -> None:
+    # In a worker, an object that cannot be pickled would hang the loader instead of failing.
+    if get_worker_info() is None:
+        return
+    for place, value in enumerate(values):
+        if isinstance(value, _PLAIN):
+            continue
+        try:
+            pickle.dumps(value)
+        except (pickle.PicklingError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"{_called(name)}: the {type(value).__name__} in sample {place} cannot be sent from a worker "
+                f"({error}): leave the field out of the samples, or make it picklable"
+            ) from None

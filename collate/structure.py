@@ -1,0 +1,78 @@
+"""Samples <-> columns: nested mappings and tuples taken apart into named fields, and put together again.
+
+A field's name is its key or position, joined by dots where samples are nested; a sample without structure is the one
+field `""`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias, cast
+
+Columns: TypeAlias = dict[str, list[object]]
+
+
+def columns_of(samples: Sequence[object], name: str = "") -> Columns:
+    """Turn B samples of one structure into fields of B values each.
+
+    Raises:
+        TypeError: Samples differ in structure; the message names the first that does.
+        ValueError: A sample lacks a field or has one more, or two fields have one name.
+    """
+    keys = _keys(samples[0])
+    if keys is None:
+        return {name: list(samples)}
+    _check_alike(samples, name)
+    columns: Columns = {}
+    for key, label in keys.items():
+        values = [cast("Mapping[object, object]", sample)[key] for sample in samples]
+        inner = columns_of(values, f"{name}.{label}" if name else label)
+        if inner.keys() & columns.keys():
+            raise ValueError(f"two fields are called {min(inner.keys() & columns.keys())!r}: rename one of them")
+        columns |= inner
+    return columns
+
+
+def assemble(like: object, fields: Mapping[str, object], name: str = "") -> object:
+    """Put fields together in the structure of one sample; mappings become dicts."""
+    keys = _keys(like)
+    if keys is None:
+        return fields[name]
+    parts = {
+        key: assemble(cast("Mapping[object, object]", like)[key], fields, f"{name}.{label}" if name else label)
+        for key, label in keys.items()
+    }
+    if isinstance(like, Mapping):
+        return parts
+    kind = cast("Any", type(like))
+    return kind(*parts.values()) if hasattr(like, "_fields") else kind(parts.values())
+
+
+def _keys(sample: object) -> dict[object, str] | None:
+    """What to look fields up by, and what they are called; None where a sample is a field itself."""
+    if isinstance(sample, Mapping):
+        return {key: str(key) for key in sample}
+    if isinstance(sample, tuple):
+        labels = getattr(sample, "_fields", range(len(sample)))
+        return {place: str(label) for place, label in enumerate(labels)}
+    return None
+
+
+def _check_alike(samples: Sequence[object], name: str) -> None:
+    first = cast("Mapping[object, object]", samples[0])
+    where = f"field {name!r} of " if name else ""
+    for place, sample in enumerate(samples):
+        if type(sample) is not type(first) and not (isinstance(sample, Mapping) and isinstance(first, Mapping)):
+            raise TypeError(
+                f"{where}sample {place} must be a {type(first).__name__} like sample 0, got {type(sample).__name__}"
+            )
+        other = cast("Mapping[object, object]", sample)
+        if len(other) != len(first) or (isinstance(first, Mapping) and other.keys() != first.keys()):
+            raise ValueError(f"{where}sample {place} must have the fields of sample 0: {_difference(first, other)}")
+
+
+def _difference(first: Mapping[object, object], other: Mapping[object, object]) -> str:
+    if not isinstance(first, Mapping):
+        return f"got {len(other)} instead of {len(first)}"
+    lacks, has = sorted(map(repr, first.keys() - other.keys())), sorted(map(repr, other.keys() - first.keys()))
+    return " and ".join(
+        part for part in (lacks and f"it lacks {', '.join(lacks)}", has and f"has {', '.join(has)} besides") if part
+    )

@@ -1,0 +1,91 @@
+"""How a batch travels: through pickle, weights-only loading, and pytrees."""
+
+from collections.abc import Iterable
+from typing import Protocol, Self, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from collate.padding import Number
+
+
+class Traveller(Protocol):
+    """What a batch must offer to travel."""
+
+    @property
+    def padded(self) -> Tensor:
+        """The block `[B, T, *F]`."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """Steps of each row, int64 `[B]` on the host."""
+
+    @property
+    def mask(self) -> Tensor:
+        """Real steps, bool `[B, T]`."""
+
+    @property
+    def permutation(self) -> Tensor:
+        """Places of the rows, int64 `[B]` on the host."""
+
+    @property
+    def padding_value(self) -> Number | None:
+        """What the padding holds."""
+
+    @property
+    def first_step(self) -> int:
+        """Steps that came before the block."""
+
+    @classmethod
+    def trusted(
+        cls,
+        padded: Tensor,
+        lengths: Tensor,
+        mask: Tensor | None,
+        permutation: Tensor,
+        *,
+        padding_value: Number | None,
+        first_step: int = 0,
+    ) -> Self:
+        """Make a batch whose parts are known to agree."""
+
+
+Batch = TypeVar("Batch", bound=Traveller)
+
+
+def travels(cls: type[Batch]) -> type[Batch]:
+    """Make a class of batches known to pytrees and to `torch.load` at its weights-only default."""
+
+    def unflatten(parts: Iterable[object], context: tuple[Number | None, int]) -> Batch:
+        padded, lengths, mask, permutation = cast("Iterable[Tensor]", parts)
+        value, first_step = context
+        return cls.trusted(padded, lengths, mask, permutation, padding_value=value, first_step=first_step)
+
+    pytree.register_pytree_node(cls, _flatten, unflatten, serialized_type_name=f"lengthtrack.{cls.__name__}")
+    torch.serialization.add_safe_globals([cls, unreduce])
+    return cls
+
+
+def reduce(batch: Batch) -> tuple[object, ...]:
+    """What pickle sends: one tensor, and the small integers inline; the mask is made anew on arrival.
+
+    A graph cannot travel, so a block that is a result of other tensors is sent without its history.
+    """
+    padded = batch.padded if batch.padded.is_leaf else batch.padded.detach()
+    # A view would ship the whole storage it looks into.
+    if padded.untyped_storage().nbytes() != padded.nbytes:
+        padded = padded.clone(memory_format=torch.contiguous_format)
+    lengths, places = batch.lengths.numpy().tobytes(), batch.permutation.numpy().tobytes()
+    return unreduce, (type(batch), padded, lengths, places, batch.padding_value, batch.first_step)
+
+
+def unreduce(cls: type[Batch], padded: Tensor, lengths: bytes, places: bytes, *rest: int | float | None) -> Batch:
+    """Make a batch from what `reduce` sent."""
+    counts, permutation = (torch.frombuffer(bytearray(part), dtype=torch.int64) for part in (lengths, places))
+    value, first_step = rest
+    return cls.trusted(padded, counts, None, permutation, padding_value=value, first_step=cast(int, first_step))
+
+
+def _flatten(batch: Traveller) -> tuple[list[Tensor], tuple[Number | None, int]]:
+    return [batch.padded, batch.lengths, batch.mask, batch.permutation], (batch.padding_value, batch.first_step)
