@@ -1,0 +1,398 @@
+"""LengthTrackedBatch: laws 1 to 3, and what a batch goes through between making and use."""
+
+import copy
+import dataclasses
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import DTYPES, ORDERS, lengths, order_of, sequences
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+from torch.utils import _pytree as pytree
+
+from collate import LengthError, LengthTrackedBatch
+
+
+def agrees(batch: LengthTrackedBatch) -> None:
+    """Law 1, written out a second time and slowly."""
+    rows, width = batch.padded.shape[:2]
+    assert width >= 1
+    assert batch.lengths.dtype == torch.int64
+    assert batch.permutation.dtype == torch.int64
+    assert batch.mask.dtype == torch.bool
+    assert sorted(batch.permutation.tolist()) == list(range(rows))
+    for row in range(rows):
+        length = int(batch.lengths[row])
+        assert 0 <= length <= width
+        assert batch.mask[row].tolist() == [step < length for step in range(width)]
+
+
+def same(left: LengthTrackedBatch, right: LengthTrackedBatch) -> bool:
+    facts = [(b.padding_value, b.first_step, b.padded.dtype) for b in (left, right)]
+    parts = [(b.padded, b.lengths, b.mask, b.permutation) for b in (left, right)]
+    return facts[0] == facts[1] and all(torch.equal(a, b) for a, b in zip(*parts, strict=True))
+
+
+@given(sequences(), ORDERS, st.sampled_from([None, 4, [7, 100]]), st.booleans())
+def test_what_is_made_agrees_and_unsorts_to_what_went_in(rows, kind, widths, as_arrays):
+    given_rows = rows
+    if as_arrays and rows[0].dtype != torch.bfloat16:
+        given_rows = [row.numpy() for row in rows]
+    batch = LengthTrackedBatch.from_sequences(
+        given_rows, padding_value=1, order=order_of(kind, len(rows)), widths=widths
+    )
+    agrees(batch)
+    batch.verify()
+    assert (batch.padded[~batch.mask] == 1).all()
+    assert batch.num_tokens == sum(map(len, rows))
+    source = batch.unsort()
+    agrees(source)
+    assert source.permutation.tolist() == list(range(len(rows)))
+    assert all(torch.equal(a, b) for a, b in zip(source.sequences(), rows, strict=True))
+    assert all(
+        torch.equal(row, rows[place]) for row, place in zip(batch.sequences(), batch.permutation.tolist(), strict=True)
+    )
+
+
+@given(sequences())
+def test_the_padded_block_is_the_one_pad_sequence_makes(rows):
+    batch = LengthTrackedBatch.from_sequences(rows, order="given")
+    expected = pad_sequence(rows, batch_first=True)
+    if expected.shape[1] == 0:
+        expected = expected.new_zeros(len(rows), 1, *rows[0].shape[1:])
+    assert torch.equal(batch.padded, expected)
+
+
+@given(sequences(max_rows=40))
+def test_longest_first_is_stable(rows):
+    batch = LengthTrackedBatch.from_sequences(rows)
+    counts = [len(row) for row in rows]
+    assert batch.permutation.tolist() == sorted(range(len(rows)), key=lambda place: -counts[place])
+
+
+@pytest.mark.parametrize("width", [3, 400])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_short_and_long_rows_are_padded_alike(dtype, width):
+    rows = [torch.ones(length * width, 3).to(dtype) for length in (1, 0, 4, 2)]
+    strided = [torch.ones(length * width, 6).to(dtype)[:, ::2] for length in (1, 0, 4, 2)]
+    batch = LengthTrackedBatch.from_sequences(rows, padding_value=0)
+    assert torch.equal(batch.padded, pad_sequence([rows[i] for i in batch.permutation.tolist()], batch_first=True))
+    assert torch.equal(batch.padded, LengthTrackedBatch.from_sequences(strided, padding_value=0).padded)
+
+
+@given(sequences(), ORDERS)
+def test_unpack_undoes_pack_at_the_same_width_and_in_batch_order(rows, kind):
+    batch = LengthTrackedBatch.from_sequences(rows, order=order_of(kind, len(rows)), widths=9)
+    if not batch.num_tokens:
+        with pytest.raises(LengthError, match="all .* rows have length 0"):
+            batch.pack()
+        return
+    back = batch.unpack(batch.pack())
+    agrees(back)
+    back.verify()
+    assert torch.equal(back.padded, torch.where(_like(batch.mask, batch.padded), batch.padded, 0))
+    assert torch.equal(back.lengths, batch.lengths)
+
+
+def _like(mask, values):
+    return mask.reshape(*mask.shape, *[1] * (values.dim() - 2))
+
+
+@given(sequences().filter(lambda rows: all(len(row) for row in rows)))
+def test_pack_gives_what_torch_packs(rows):
+    batch = LengthTrackedBatch.from_sequences(rows, order="given")
+    ours = batch.pack()
+    torchs = pack_padded_sequence(batch.padded, batch.lengths, batch_first=True, enforce_sorted=False)
+    assert torch.equal(ours.batch_sizes, torchs.batch_sizes)
+    padded, counts = pad_packed_sequence(ours, batch_first=True)
+    assert torch.equal(counts, batch.lengths)
+    assert torch.equal(padded, batch.padded)
+    if ours.sorted_indices is not None:
+        assert torch.equal(ours.unsorted_indices[ours.sorted_indices], torch.arange(len(rows)))
+
+
+@given(sequences(dtypes=[torch.float64]), st.booleans())
+def test_gradients_flow_through_padding_packing_and_flattening(rows, packs):
+    leaves = [row.clone().requires_grad_() for row in rows]
+    batch = LengthTrackedBatch.from_sequences(leaves)
+    if not batch.num_tokens:
+        return
+    steps = batch.pack().data if packs else batch.flat()
+    (steps**2).sum().backward()
+    assert all(torch.equal(leaf.grad, 2 * row) for leaf, row in zip(leaves, rows, strict=True))
+
+
+def test_packing_can_be_differentiated_twice():
+    rows = [torch.randn(length, 2, dtype=torch.float64, requires_grad=True) for length in (3, 1, 2)]
+
+    def through(*leaves):
+        batch = LengthTrackedBatch.from_sequences(leaves, order="given")
+        return batch.unpack(batch.pack()).padded ** 2
+
+    assert torch.autograd.gradcheck(through, rows)
+    assert torch.autograd.gradgradcheck(through, rows)
+
+
+@given(sequences(), st.integers(1, 5))
+def test_concat_of_split_is_the_batch_itself(rows, size):
+    batch = LengthTrackedBatch.from_sequences(rows)
+    pieces = batch.split(size)
+    assert all(len(piece) <= size for piece in pieces)
+    assert same(LengthTrackedBatch.concat(pieces), batch)
+
+
+@given(sequences(dtypes=[torch.int64]), sequences(dtypes=[torch.int64]))
+def test_concat_of_two_batches_follows_both_source_orders(left, right):
+    left, right = ([row[..., None].flatten(1)[:, :1] for row in rows] for rows in (left, right))
+    both = LengthTrackedBatch.concat([LengthTrackedBatch.from_sequences(rows) for rows in (left, right)])
+    agrees(both)
+    assert all(torch.equal(a, b) for a, b in zip(both.unsort().sequences(), [*left, *right], strict=True))
+
+
+@given(sequences(), st.integers(1, 7))
+def test_chunks_in_time_hold_every_step_once(rows, steps):
+    batch = LengthTrackedBatch.from_sequences(rows)
+    chunks = batch.split_steps(steps)
+    for chunk in chunks:
+        agrees(chunk)
+        chunk.verify()
+        assert len(chunk) == len(batch)
+    assert [chunk.first_step for chunk in chunks] == list(range(0, batch.padded.shape[1], steps))
+    for row, whole in enumerate(batch.sequences()):
+        assert torch.equal(torch.cat([chunk.sequences()[row] for chunk in chunks]), whole)
+
+
+@given(sequences())
+def test_a_batch_survives_pickle_copy_replace_pytrees_and_weights_only_loading(rows):
+    batch = LengthTrackedBatch.from_sequences(rows)
+    file = io.BytesIO()
+    torch.save({"batch": batch}, file)
+    file.seek(0)
+    survivors = [
+        pickle.loads(pickle.dumps(batch)),
+        copy.copy(batch),
+        copy.deepcopy(batch),
+        dataclasses.replace(batch),
+        torch.load(file)["batch"],
+        pytree.tree_map(lambda tensor: tensor.clone(), batch),
+    ]
+    for survivor in survivors:
+        assert same(survivor, batch)
+
+
+def test_a_chunk_ships_its_own_steps_and_not_the_storage_it_looks_into():
+    batch = LengthTrackedBatch.from_sequences([torch.zeros(10_000), torch.zeros(9_000)])
+    assert len(pickle.dumps(batch.split_steps(10)[1])) < 2_000
+
+
+def test_a_result_travels_without_its_graph():
+    batch = LengthTrackedBatch.from_sequences([torch.ones(2, requires_grad=True)]).map(torch.exp)
+    assert not pickle.loads(pickle.dumps(batch)).padded.requires_grad
+
+
+@given(sequences(), st.sampled_from(DTYPES))
+def test_a_change_of_dtype_leaves_lengths_and_padding_as_they_were(rows, dtype):
+    batch = LengthTrackedBatch.from_sequences(rows, padding_value=1).to(dtype)
+    assert batch.padded.dtype == dtype
+    agrees(batch)
+    batch.verify()
+
+
+def test_to_gives_the_batch_itself_where_nothing_changes():
+    batch = LengthTrackedBatch.from_sequences([[1, 2], [3]])
+    assert batch.to("cpu") is batch
+    assert batch.to(torch.int64, non_blocking=True) is batch
+
+
+@given(sequences(dtypes=[torch.float32]), st.integers(0, 2))
+def test_states_and_rows_of_any_tensor_come_back_in_source_order(rows, dim):
+    batch = LengthTrackedBatch.from_sequences(rows)
+    shape = [2, 2, 2]
+    shape[dim] = len(rows)
+    state = batch.permutation.reshape([-1 if axis == dim else 1 for axis in range(3)]).expand(shape)
+    assert batch.unsort(state, dim).movedim(dim, 0).flatten(1)[:, 0].tolist() == list(range(len(rows)))
+
+
+@given(sequences(dtypes=[torch.float32]))
+def test_the_views_for_attention_say_the_same_as_the_lengths(rows):
+    batch = LengthTrackedBatch.from_sequences(rows)
+    flat, bounds = batch.flat(), batch.cu_seqlens
+    assert bounds.dtype == torch.int32
+    assert bounds.diff().tolist() == batch.lengths.tolist()
+    for row, (start, stop) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
+        assert torch.equal(flat[start:stop], batch.sequences()[row])
+        assert batch.position_ids[start:stop].tolist() == list(range(stop - start))
+    hidden = batch.key_padding_mask
+    empty = batch.lengths == 0
+    assert torch.equal(hidden[~empty], ~batch.mask[~empty])
+    assert not hidden[empty, 0].any()
+    assert hidden[empty, 1:].all()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_the_nested_tensor_holds_the_same_rows_and_pads_back_to_the_longest():
+    rows = [torch.randn(length, 2) for length in (3, 5, 1)]
+    batch = LengthTrackedBatch.from_sequences(rows, widths=8)
+    nested = batch.nested()
+    assert all(torch.equal(a, b) for a, b in zip(nested.unbind(), batch.sequences(), strict=True))
+    assert torch.equal(nested.to_padded_tensor(0.0), batch.padded[:, :5])
+
+
+def test_positions_in_a_later_chunk_go_on_where_the_earlier_one_ended():
+    chunk = LengthTrackedBatch.from_sequences([[1, 2, 3, 4], [5, 6, 7]]).split_steps(2)[1]
+    assert chunk.position_ids.tolist() == [2, 3, 2]
+
+
+def test_a_plain_dict_holds_what_it_is_asked_for():
+    batch = LengthTrackedBatch.from_sequences([[1, 2], [3]])
+    plain = batch.as_dict({"input_ids": "padded", "attention_mask": "mask"})
+    assert plain["input_ids"] is batch.padded
+    assert plain["attention_mask"] is batch.mask
+    with pytest.raises(ValueError, match="'ids' names 'tokens', which is none of padded"):
+        batch.as_dict({"ids": "tokens"})
+
+
+def test_a_batch_says_what_it_is():
+    batch = LengthTrackedBatch.from_sequences([torch.zeros(n, 2) for n in range(9)])
+    assert repr(batch) == (
+        "LengthTrackedBatch([9, 8, 2] float32 on cpu, lengths=[8, 7, 6, 5, 4, 3, ... 0], padding 50.0%)"
+    )
+
+
+@given(lengths(), st.integers(0, 3))
+def test_a_real_value_in_the_padding_is_found(counts, extra):
+    rows = [torch.ones(count, 2) for count in counts]
+    batch = LengthTrackedBatch.from_sequences(rows, order="given", widths=[max(counts) + 1 + extra])
+    deflated = [max(count - 1, 0) for count in counts]
+    wrong = LengthTrackedBatch(batch.padded, deflated, padding_value=0)
+    if any(counts):
+        with pytest.raises(LengthError, match=r"row \d+ has \d+ steps, but its padding at step \d+ holds 1.0"):
+            wrong.verify()
+
+
+def test_padding_of_nan_is_recognised_as_untouched():
+    batch = LengthTrackedBatch.from_sequences([torch.ones(2), torch.ones(1)], padding_value=float("nan"))
+    batch.verify()
+    batch.padded[1, 1] = 0
+    with pytest.raises(LengthError, match="holds 0.0 instead of padding_value nan"):
+        batch.verify()
+
+
+def test_new_values_leave_the_padding_unspecified_and_may_bring_new_lengths():
+    batch = LengthTrackedBatch.from_sequences([torch.randn(6, 2), torch.randn(4, 2)])
+    assert batch.map(nn.Linear(2, 3)).padding_value is None
+    shorter = batch.with_padded(batch.padded[:, ::2], lengths=(batch.lengths + 1) // 2)
+    agrees(shorter)
+    assert shorter.lengths.tolist() == [3, 2]
+
+
+def test_compiled_code_makes_the_same_batch_without_a_graph_break():
+    def run(batch: LengthTrackedBatch) -> LengthTrackedBatch:
+        return batch.map(torch.relu).with_padded(batch.padded[:, :2], batch.lengths.clamp(max=2))
+
+    batch = LengthTrackedBatch.from_sequences([torch.randn(3), torch.randn(5)])
+    assert same(torch.compile(run, backend="eager", fullgraph=True)(batch), run(batch))
+
+
+def test_two_steps_of_a_pinned_batch_need_an_accelerator():
+    batch = LengthTrackedBatch.from_sequences([[1, 2], [3]])
+    if torch.accelerator.is_available():
+        pinned = batch.pin_memory()
+        assert pinned.padded.is_pinned()
+        assert pinned.lengths.is_pinned()
+    else:
+        with pytest.raises(RuntimeError, match="accelerator"):
+            batch.pin_memory()
+
+
+BLOCK = torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (lambda: LengthTrackedBatch(BLOCK, [4, 1]), LengthError, "length of row 0 is 4, it must be from 0 to .* 3"),
+        (lambda: LengthTrackedBatch(BLOCK, [1, -1]), LengthError, "length of row 1 is -1"),
+        (lambda: LengthTrackedBatch(BLOCK, [1]), LengthError, r"one per row, \[2\], got shape \[1\]"),
+        (lambda: LengthTrackedBatch(BLOCK, [1.0, 2.0]), TypeError, "lengths must be integers, got float64"),
+        (lambda: LengthTrackedBatch(BLOCK, torch.tensor([1.5, 2])), TypeError, "integers, got torch.float32"),
+        (lambda: LengthTrackedBatch(BLOCK, [float("nan"), 2]), TypeError, "integers, got float64"),
+        (lambda: LengthTrackedBatch(BLOCK, [True, False]), TypeError, "integers, got bool"),
+        (lambda: LengthTrackedBatch(BLOCK, torch.ones(2, device="meta")), LengthError, "must stay on the host"),
+        (lambda: LengthTrackedBatch(torch.zeros(2), [1, 1]), ValueError, r"\[B, T, ...\] .* got \[2\]"),
+        (lambda: LengthTrackedBatch(torch.zeros(0, 2), []), ValueError, "at least one row"),
+        (lambda: LengthTrackedBatch(torch.zeros(2, 0), [0, 0]), ValueError, "one step, got"),
+        (lambda: LengthTrackedBatch(BLOCK, [1, 2], permutation=[0, 0]), ValueError, "distinct places"),
+        (lambda: LengthTrackedBatch(BLOCK, [1, 2], permutation=[0, -1]), ValueError, "distinct places"),
+        (lambda: LengthTrackedBatch(BLOCK, [1, 2], permutation=[0]), ValueError, "one place per row"),
+        (lambda: LengthTrackedBatch(BLOCK, [1, 2], permutation=[0.0, 1.0]), TypeError, "permutation must be integers"),
+        (lambda: LengthTrackedBatch(BLOCK, [1, 2], mask=BLOCK), TypeError, "mask must be bool"),
+        (lambda: LengthTrackedBatch(BLOCK, [1, 2], mask=BLOCK[:1] > 0), ValueError, r"mask must be \[2, 3\]"),
+        (lambda: LengthTrackedBatch(BLOCK, [1, 2], mask=BLOCK == 0), LengthError, "mask of row 0 marks 3 steps"),
+        (lambda: LengthTrackedBatch(BLOCK > 0, [1, 2], padding_value=3), ValueError, "cannot be held by torch.bool"),
+        (lambda: LengthTrackedBatch(BLOCK, [1, 2], padding_value="0"), TypeError, "must be a number, got '0'"),
+        (lambda: LengthTrackedBatch.from_sequences([]), LengthError, "at least one row, got an empty list"),
+        (lambda: LengthTrackedBatch.from_sequences([torch.tensor(1)]), ValueError, "sample 0 has no axis"),
+        (lambda: LengthTrackedBatch.from_sequences([[1], [1.0]]), TypeError, "one dtype, got int64 in sample 0"),
+        (lambda: LengthTrackedBatch.from_sequences([BLOCK, BLOCK.T]), ValueError, r"\[2, 3\] in sample 0 and \[3, 2\]"),
+        (lambda: LengthTrackedBatch.from_sequences([["a"]]), TypeError, "the list in sample 0 must hold numbers"),
+        (lambda: LengthTrackedBatch.from_sequences([[[1], [2, 3]]]), ValueError, "the list in sample 0 is ragged"),
+        (lambda: LengthTrackedBatch.from_sequences([BLOCK, "ab"]), TypeError, "sample 1 must be a tensor or an array"),
+        (lambda: LengthTrackedBatch.from_sequences([np.array(["a"])]), TypeError, "torch has no dtype for arrays"),
+        (lambda: LengthTrackedBatch.from_sequences([[1, 2, 3]], widths=[2]), LengthError, "longer than every allowed"),
+        (lambda: LengthTrackedBatch.from_sequences([[1]], widths=0), ValueError, "widths must be at least 1, got 0"),
+        (lambda: LengthTrackedBatch.from_sequences([[1]], widths=[]), ValueError, "at least one width"),
+        (lambda: LengthTrackedBatch.from_sequences([[1]], widths=True), TypeError, "widths must be ints, got True"),
+        (lambda: LengthTrackedBatch.from_sequences([[1]], order="short"), ValueError, "order must be 'longest'"),
+        (lambda: LengthTrackedBatch.from_sequences([[1]], order=[1]), ValueError, "permutation of the 1 rows"),
+        (lambda: LengthTrackedBatch.from_sequences([[1, 2]], lengths=[3]), LengthError, "declared length is 3 .inflated"),
+        (lambda: LengthTrackedBatch.from_sequences([[1, 2]], lengths=[1]), LengthError, "declared length is 1 .deflated"),
+        (lambda: LengthTrackedBatch.from_sequences([[1, 2]], lengths=[2, 2]), LengthError, "1 samples came with"),
+        (
+            lambda: LengthTrackedBatch.from_sequences([torch.zeros(1, dtype=torch.uint8)], padding_value=-100),
+            ValueError,
+            "padding_value -100 cannot be held by torch.uint8",
+        ),
+        (lambda: LengthTrackedBatch(BLOCK, [3, 1]).with_padded(BLOCK[:, :2]), LengthError, "pass lengths="),
+        (lambda: LengthTrackedBatch(BLOCK, [3, 1]).with_padded(BLOCK[:1], [3]), LengthError, "keep all rows"),
+        (lambda: LengthTrackedBatch(BLOCK, [3, 1]).unsort(BLOCK, dim=1), ValueError, "axis 1 must hold .* 2 rows"),
+        (lambda: LengthTrackedBatch(BLOCK, [3, 1]).split(0), ValueError, "rows must be at least 1"),
+        (lambda: LengthTrackedBatch(BLOCK, [3, 1]).split_steps(0), ValueError, "steps must be at least 1"),
+        (lambda: LengthTrackedBatch.concat([]), LengthError, "at least one batch"),
+        (
+            lambda: LengthTrackedBatch.concat([LengthTrackedBatch(BLOCK, [1, 1]), LengthTrackedBatch(BLOCK > 0, [1, 1])]),
+            ValueError,
+            "must share dtype",
+        ),
+        (
+            lambda: LengthTrackedBatch(BLOCK, [3, 1]).unpack(LengthTrackedBatch(BLOCK, [3, 2]).pack()),
+            LengthError,
+            "unpack with the batch that was packed",
+        ),
+        (
+            lambda: LengthTrackedBatch(BLOCK, [3, 1]).unpack(LengthTrackedBatch(BLOCK, [1, 3]).pack()),
+            LengthError,
+            r"rows come as \[1, 0\]",
+        ),
+        (
+            lambda: LengthTrackedBatch(BLOCK, [0, 0]).unpack(LengthTrackedBatch(BLOCK, [1, 3]).pack()),
+            LengthError,
+            "rows that are all empty",
+        ),
+    ],
+)
+def test_bad_input_is_refused_with_what_where_and_the_way_out(make, kind, message):
+    with pytest.raises(kind, match=message):
+        make()
+
+
+def test_lengths_changed_in_place_after_making_are_caught_when_packing():
+    batch = LengthTrackedBatch.from_sequences([[1, 2, 3], [4]])
+    batch.lengths[1] = 9
+    with pytest.raises(LengthError, match="length of row 1 is 9"):
+        batch.pack()
