@@ -280,7 +280,9 @@ def _stacked(name: str, values: list[object]) -> Tensor:
     if block.dtype.kind not in "biufc":
         raise TypeError(f"{_called(name)} cannot be stacked: torch has no dtype for {block.dtype}")
     block = block.astype(block.dtype.newbyteorder("="), copy=False)
-    return torch.from_numpy(block.astype(np.float32) if isinstance(values[0], (float, list)) else block)
+    return torch.from_numpy(
+        block.astype(np.float32) if type(values[0]) in (float, list) and block.dtype.kind == "f" else block
+    )
 
 
 def _are_numbers(values: Iterable[Iterable[object]]) -> bool:

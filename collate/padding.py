@@ -228,7 +228,7 @@ def _check_dtypes(items: Sequence[Tensor] | Sequence[Array], name: str) -> None:
 
 def _check_shapes(shapes: list[tuple[int, ...]], name: str) -> None:
     features = {shape[1:] for shape in shapes}
-    if len(features) == 1 and shapes[0]:
+    if len(features) == 1 and () not in shapes:
         return
     for place, shape in enumerate(shapes):
         if not shape:

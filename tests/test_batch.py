@@ -350,8 +350,16 @@ BLOCK = torch.zeros(2, 3)
         (lambda: LengthTrackedBatch.from_sequences([[1]], widths=True), TypeError, "widths must be ints, got True"),
         (lambda: LengthTrackedBatch.from_sequences([[1]], order="short"), ValueError, "order must be 'longest'"),
         (lambda: LengthTrackedBatch.from_sequences([[1]], order=[1]), ValueError, "permutation of the 1 rows"),
-        (lambda: LengthTrackedBatch.from_sequences([[1, 2]], lengths=[3]), LengthError, "declared length is 3 .inflated"),
-        (lambda: LengthTrackedBatch.from_sequences([[1, 2]], lengths=[1]), LengthError, "declared length is 1 .deflated"),
+        (
+            lambda: LengthTrackedBatch.from_sequences([[1, 2]], lengths=[3]),
+            LengthError,
+            "declared length is 3 .inflated",
+        ),
+        (
+            lambda: LengthTrackedBatch.from_sequences([[1, 2]], lengths=[1]),
+            LengthError,
+            "declared length is 1 .deflated",
+        ),
         (lambda: LengthTrackedBatch.from_sequences([[1, 2]], lengths=[2, 2]), LengthError, "1 samples came with"),
         (
             lambda: LengthTrackedBatch.from_sequences([torch.zeros(1, dtype=torch.uint8)], padding_value=-100),
@@ -365,7 +373,9 @@ BLOCK = torch.zeros(2, 3)
         (lambda: LengthTrackedBatch(BLOCK, [3, 1]).split_steps(0), ValueError, "steps must be at least 1"),
         (lambda: LengthTrackedBatch.concat([]), LengthError, "at least one batch"),
         (
-            lambda: LengthTrackedBatch.concat([LengthTrackedBatch(BLOCK, [1, 1]), LengthTrackedBatch(BLOCK > 0, [1, 1])]),
+            lambda: LengthTrackedBatch.concat(
+                [LengthTrackedBatch(BLOCK, [1, 1]), LengthTrackedBatch(BLOCK > 0, [1, 1])]
+            ),
             ValueError,
             "must share dtype",
         ),

@@ -1,0 +1,273 @@
+"""PadCollator: what becomes of each field, in one row order, through real loaders."""
+
+import pickle
+import threading
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import sequences
+from torch.utils.data import DataLoader, Dataset
+
+from collate import LengthError, LengthTrackedBatch, PadCollator
+
+Pair = namedtuple("Pair", "left right")
+
+
+@given(sequences(), st.integers(0, 2**31), st.booleans())
+def test_every_field_comes_in_the_row_order_of_one(rows, seed, by_other):
+    rng = np.random.default_rng(seed)
+    others = [torch.arange(int(rng.integers(0, 9))) for _ in rows]
+    samples = [
+        {"x": x, "inner": {"y": y, "id": place}, "name": f"n{place}"}
+        for place, (x, y) in enumerate(zip(rows, others, strict=True))
+    ]
+    batch = PadCollator(sort_by="inner.y" if by_other else None)(samples)
+    order = batch["inner"]["id"].tolist()
+    counts = [len(value) for value in (others if by_other else rows)]
+    assert order == sorted(range(len(rows)), key=lambda place: -counts[place])
+    assert batch["name"] == [f"n{place}" for place in order]
+    for field, values in ((batch["x"], rows), (batch["inner"]["y"], others)):
+        assert field.permutation.tolist() == order
+        assert all(torch.equal(a, b) for a, b in zip(field.unsort().sequences(), values, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "dtype"),
+    [
+        (torch.ones(2), LengthTrackedBatch, torch.float32),
+        (np.ones(1, np.int32), LengthTrackedBatch, torch.int32),
+        (np.ones((2, 3)), LengthTrackedBatch, torch.float64),
+        (np.ones(2, ">i4"), LengthTrackedBatch, torch.int32),
+        ([1, 2], LengthTrackedBatch, torch.int64),
+        ([1.0], LengthTrackedBatch, torch.float32),
+        ([True], LengthTrackedBatch, torch.bool),
+        ([], LengthTrackedBatch, torch.int64),
+        ([[1, 2], [3, 4]], LengthTrackedBatch, torch.int64),
+        (3, torch.Tensor, torch.int64),
+        (2.5, torch.Tensor, torch.float32),
+        (True, torch.Tensor, torch.bool),
+        (np.float64(1), torch.Tensor, torch.float64),
+        (np.int16(1), torch.Tensor, torch.int16),
+        (torch.tensor(1.0), torch.Tensor, torch.float32),
+        (np.array(1), torch.Tensor, torch.int64),
+        ("text", list, None),
+        (b"bytes", list, None),
+        (None, list, None),
+        (["a", "b"], list, None),
+        ({1, 2}, list, None),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_a_field_becomes_depends_on_its_type_alone(value, kind, dtype, count):
+    field = PadCollator()([{"f": value}] * count)["f"]
+    assert isinstance(field, kind)
+    assert len(field) == count
+    if isinstance(field, LengthTrackedBatch):
+        assert field.padded.dtype == dtype
+        assert field.lengths.tolist() == [len(value)] * count
+    elif dtype is not None:
+        assert field.dtype == dtype
+        assert field.shape == (count,)
+    else:
+        assert field == [value] * count
+
+
+def test_samples_keep_their_structure():
+    rows = [torch.arange(2), torch.arange(3)]
+    bare = PadCollator()(rows)
+    assert bare.lengths.tolist() == [3, 2]
+    plain = PadCollator()([(row, 1) for row in rows])
+    assert type(plain) is tuple
+    named = PadCollator(padding_value={"left": -1})([Pair(row, "r") for row in rows])
+    assert isinstance(named, Pair)
+    assert named.left.padded.tolist() == [[0, 1, 2], [0, 1, -1]]
+    assert named.right == ["r", "r"]
+
+
+def test_options_are_taken_per_field():
+    collate = PadCollator(
+        padding_value={"a": 7, "1.b": -100},
+        widths={"a": 4, "1.b": [5, 9]},
+        max_length={"a": 2, "1.b": 6},
+        sort_by=False,
+    )
+    with pytest.raises(ValueError, match=r"padding_value is given for .'1.b', 'a'., the variable-length fields are"):
+        collate([{"a": [1]}])
+    batch = collate([{"a": [1, 2, 3], 1: {"b": [4]}}, {"a": [], 1: {"b": [5] * 8}}])
+    assert batch["a"].padded.tolist() == [[1, 2, 7, 7], [7, 7, 7, 7]]
+    assert batch["a"].lengths.tolist() == [2, 0]
+    assert batch[1]["b"].padded.shape == (2, 9)
+    assert batch[1]["b"].lengths.tolist() == [1, 6]
+
+
+def test_fields_named_in_stack_keep_one_shape():
+    samples = [{"x": [1] * n, "image": np.ones((2, 3), np.float32), "pair": [1, 2], "t": torch.ones(4)} for n in (1, 2)]
+    batch = PadCollator(stack=["image", "pair", "t"])(samples)
+    assert batch["image"].shape == (2, 2, 3)
+    assert batch["pair"].tolist() == [[1, 2], [1, 2]]
+    assert batch["t"].shape == (2, 4)
+
+
+def test_a_batch_is_filled_to_the_smallest_shape_that_holds_it():
+    collate = PadCollator(9, shapes=[(8, 2), (4, 8), (2, 4)])
+    batch = collate([{"x": [1], "y": 5, "s": "a"}, {"x": [1, 2, 3], "y": 6, "s": "b"}])
+    assert batch["x"].padded.tolist() == [[1, 2, 3, 9], [1, 9, 9, 9]]
+    batch = collate([{"x": [1] * n, "y": n, "s": "a"} for n in (2, 3, 1)])
+    assert batch["x"].padded.shape == (4, 8)
+    assert batch["x"].lengths.tolist() == [3, 2, 1, 0]
+    assert batch["x"].permutation.tolist() == [1, 0, 2, 3]
+    assert batch["y"].tolist() == [3, 2, 1, 0]
+    assert batch["s"] == ["a", "a", "a", None]
+    batch["x"].verify()
+
+
+def test_no_buffer_is_used_twice():
+    collate = PadCollator()
+    first = collate([[1, 2], [3]])
+    before = first.padded.clone()
+    collate([[7, 8], [9]])
+    assert torch.equal(first.padded, before)
+
+
+def test_samples_from_read_only_memory_are_copied_without_a_warning(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(6, dtype=np.float32).reshape(3, 2))
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
+    batch = PadCollator()([mapped, mapped[:2], mapped[::-1], mapped[:1].copy()])
+    assert batch.lengths.tolist() == [3, 3, 2, 1]
+    batch.padded.zero_()
+    assert mapped[2, 1] == 5
+
+
+def test_gradients_of_samples_flow_through_the_collator():
+    rows = [torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)]
+    PadCollator(sort_by=False)(rows).padded.sum().backward()
+    assert all(row.grad.tolist() == [1] * len(row) for row in rows)
+
+
+class Ragged(Dataset):
+    """Sequences of length 0 to 9; which object stands in the third field is chosen by each test."""
+
+    def __init__(self, extra=None, fail=False):
+        self.extra, self.fail = extra, fail
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, place):
+        if self.fail and place == 5:
+            raise LengthError("sample 5 is not what it says")
+        return {"x": torch.full((place % 10,), place), "n": place, "extra": self.extra}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_loaders_of_every_kind_give_the_same_batches(workers, method):
+    if workers == 0 and method != "fork":
+        pytest.skip("without workers there is nothing to start")
+    options = {"multiprocessing_context": method, "persistent_workers": True} if workers else {}
+    loader = DataLoader(Ragged(), batch_size=6, num_workers=workers, collate_fn=PadCollator(-1), **options)
+    for _ in range(2):
+        batches = list(loader)
+        assert [len(batch["x"]) for batch in batches] == [6, 6, 6, 2]
+        for start, batch in zip(range(0, 20, 6), batches, strict=True):
+            batch["x"].verify()
+            rows = batch["x"].unsort().sequences()
+            assert [row.tolist() for row in rows] == [[n] * (n % 10) for n in range(start, min(start + 6, 20))]
+
+
+def test_an_error_of_a_worker_reaches_the_user_as_itself():
+    loader = DataLoader(Ragged(fail=True), batch_size=6, num_workers=1, collate_fn=PadCollator())
+    with pytest.raises(LengthError, match="sample 5 is not what it says"):
+        list(loader)
+
+
+def test_what_cannot_travel_from_a_worker_is_refused_instead_of_hanging():
+    extra = threading.Lock()
+    loader = DataLoader(Ragged(extra), batch_size=6, num_workers=1, collate_fn=PadCollator(), timeout=30)
+    with pytest.raises(TypeError, match="field 'extra': the .* in sample 0 cannot be sent from a worker"):
+        list(loader)
+    assert len(next(iter(DataLoader(Ragged(extra), batch_size=6, collate_fn=PadCollator())))["extra"]) == 6
+
+
+def test_the_collator_can_be_pickled():
+    collate = PadCollator({"x": -1}, shapes=[(4, 8)], length_field={"x": "n"}, on_empty="error")
+    again = pickle.loads(pickle.dumps(collate))
+    sample = [{"x": [1, 2], "n": 2}]
+    assert torch.equal(again(sample)["x"].padded, collate(sample)["x"].padded)
+
+
+SAMPLES = [{"x": [1, 2], "n": 2, "y": [1]}, {"x": [3], "n": 1, "y": [2]}]
+
+
+@pytest.mark.parametrize(
+    ("options", "samples", "kind", "message"),
+    [
+        ({}, [], LengthError, "empty list of samples"),
+        (
+            {},
+            [{"x": [1]}, {"y": [1]}],
+            ValueError,
+            "sample 1 must have the fields of sample 0: it lacks 'x' and has 'y'",
+        ),
+        ({}, [{"x": [1]}, {"x": [1], "z": 0}], ValueError, "has 'z' besides"),
+        ({}, [([1],), ([1], 2)], ValueError, "got 2 instead of 1"),
+        ({}, [([1],), {"x": [1]}], TypeError, "sample 1 must be a tuple like sample 0, got dict"),
+        ({}, [{"a": {"b": [1]}}, {"a": [1]}], TypeError, "field 'a' of sample 1 must be a dict"),
+        ({}, [{"a": {"b": [1]}, "a.b": [1]}], ValueError, "two fields are called 'a.b'"),
+        ({}, [{"x": 1}, {"x": 2.0}], TypeError, "field 'x' must be numbers of one kind, got .'float', 'int'"),
+        ({}, [{"x": torch.ones(1)}, {"x": "a"}], TypeError, "field 'x' must be of one kind, got .'Tensor', 'str'"),
+        ({}, [{"x": torch.ones(1)}, {"x": np.ones(1)}], TypeError, "field 'x': .* float32 in sample 0 and float64"),
+        (
+            {},
+            [{"x": torch.ones(1)}, {"x": torch.ones(1).int()}],
+            TypeError,
+            "field 'x': all samples must have one dtype",
+        ),
+        ({}, [{"x": torch.ones(1, 2)}, {"x": torch.ones(1, 3)}], ValueError, "field 'x': .* one feature shape"),
+        ({}, [{"x": torch.ones(1)}, {"x": torch.ones(())}], ValueError, "field 'x': sample 1 has no axis"),
+        ({}, [{"x": np.array([{}])}], TypeError, "field 'x': torch has no dtype for arrays of object"),
+        ({"padding_value": -100}, [{"x": np.ones(1, np.uint8)}], ValueError, "field 'x': padding_value -100 cannot"),
+        (
+            {"padding_value": 0.5},
+            [{"x": [1]}],
+            ValueError,
+            "field 'x': padding_value 0.5 cannot be held by torch.int64",
+        ),
+        ({"padding_value": {"x": 0}}, SAMPLES, ValueError, "padding_value is given for .'x'., the variable-length"),
+        ({"sort_by": "n"}, SAMPLES, ValueError, "sort_by names 'n', the variable-length fields are .'x', 'y'."),
+        ({"stack": ["z"]}, SAMPLES, ValueError, "stack names .'z'., the fields are"),
+        ({"stack": "x"}, SAMPLES, TypeError, "stack must be a collection of field names"),
+        ({"stack": ["x"]}, SAMPLES, ValueError, "field 'x' is stacked, so all samples must be alike"),
+        ({"widths": {"x": 0, "y": 1}}, SAMPLES, ValueError, "widths must be at least 1, got 0"),
+        ({"widths": [1]}, SAMPLES, LengthError, "a row of 2 steps is longer than every allowed width"),
+        ({"max_length": 0}, SAMPLES, ValueError, "max_length must be an int of at least 1, got 0"),
+        ({"shapes": [(1, 8)]}, SAMPLES, LengthError, "no shape holds 2 rows of {'x': 2, 'y': 1} steps"),
+        ({"shapes": []}, SAMPLES, ValueError, "shapes must name at least one"),
+        ({"shapes": [(0, 1)]}, SAMPLES, ValueError, r"pairs \(rows, width\) of at least 1, got \(0, 1\)"),
+        ({"shapes": [(2, 2)], "widths": 2}, SAMPLES, ValueError, "leave widths out"),
+        (
+            {"length_field": {"y": "n"}},
+            SAMPLES,
+            LengthError,
+            "field 'y': sample 0 has 1 steps, its declared length is 2",
+        ),
+        ({"length_field": {"x": "m"}}, SAMPLES, ValueError, "'m' is the length of 'x': no such field"),
+        ({"length_field": "n"}, SAMPLES, ValueError, "could be the length of any of .'x', 'y'."),
+        ({"length_field": "n"}, [{"x": [1], "n": 1.0}], TypeError, "declared lengths of field 'x' must be integers"),
+        (
+            {"length_field": "n"},
+            [{"x": [1], "n": 2, "__key__": "k7"}],
+            LengthError,
+            r"field 'x': sample 0 \(key 'k7'\) has 1 steps, its declared length is 2 \(inflated",
+        ),
+        ({"on_empty": "error"}, [{"x": [1]}, {"x": []}], LengthError, "field 'x': sample 1 is empty: leave it out"),
+        ({"on_empty": "drop"}, SAMPLES, ValueError, "on_empty must be 'keep' or 'error', got 'drop'"),
+    ],
+)
+def test_bad_samples_and_options_are_refused_by_name(options, samples, kind, message):
+    with pytest.raises(kind, match=message):
+        PadCollator(**options)(samples)

@@ -1,0 +1,167 @@
+"""Losses and means over real steps, against one sequence at a time."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import lengths
+from torch import nn
+
+from collate import LengthError, LengthTrackedBatch, last_step, masked_mean, sequence_loss, token_scale
+
+CLASSES = 5
+FLOATS = {"dtype": torch.float64}
+
+
+def pair(counts, seed=0, padding=float("nan")):
+    """Logits with poison in their padding, and targets with their own padding value."""
+    rng = torch.Generator().manual_seed(seed)
+    logits = [torch.randn(count, CLASSES, generator=rng, **FLOATS).requires_grad_() for count in counts]
+    labels = [torch.randint(CLASSES, (count,), generator=rng) for count in counts]
+    output = LengthTrackedBatch.from_sequences(logits, padding_value=padding)
+    return logits, labels, output, LengthTrackedBatch.from_sequences(labels, padding_value=-100)
+
+
+def alone(loss_fn, logits, labels, reduction, weights=None):
+    """The oracle: each sequence's loss by itself, then the mean asked for."""
+    weights = weights or [torch.ones(len(row), **FLOATS) for row in labels]
+    losses = [loss_fn(x, y) * w for x, y, w in zip(logits, labels, weights, strict=True)]
+    totals = [float(w.sum()) for w in weights]
+    if reduction == "sum":
+        return sum(loss.sum() for loss in losses)
+    if reduction == "token":
+        return sum(loss.sum() for loss in losses) / (sum(totals) or 1)
+    means = [loss.sum() / total for loss, total in zip(losses, totals, strict=True) if total]
+    return sum(means, torch.tensor(0.0, **FLOATS)) / max(len(means), 1)
+
+
+@given(lengths(), st.sampled_from(["token", "sequence", "sum"]), st.booleans(), st.integers(0, 99))
+def test_the_loss_and_its_gradients_equal_those_of_one_sequence_at_a_time(counts, reduction, weighted, seed):
+    loss_fn = nn.CrossEntropyLoss(reduction="none", label_smoothing=0.1)
+    logits, labels, output, target = pair(counts, seed)
+    weights = [torch.randint(0, 3, (count,)).to(torch.float64) for count in counts] if weighted else None
+    padded = None
+    if weights is not None:
+        block = LengthTrackedBatch.from_sequences(weights, padding_value=torch.nan, order=target.permutation)
+        padded = block.padded
+    loss = sequence_loss(loss_fn, output, target, weights=padded, reduction=reduction)
+    expected = alone(loss_fn, logits, labels, reduction, weights)
+    torch.testing.assert_close(loss, expected)
+    options = {"allow_unused": True, "materialize_grads": True}
+    ours = torch.autograd.grad(loss, logits, retain_graph=True, **options)
+    wanted = torch.autograd.grad(expected, logits, **options) if expected.requires_grad else [0 * x for x in logits]
+    for left, right in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def test_a_batch_without_a_real_step_has_loss_zero_and_stays_connected():
+    logits, _, output, target = pair([0, 0])
+    for reduction in ("token", "sequence", "sum"):
+        loss = sequence_loss(nn.CrossEntropyLoss(reduction="none"), output, target, reduction=reduction)
+        assert loss == 0
+        assert not any(x.any() for x in torch.autograd.grad(loss, logits, retain_graph=True))
+
+
+def test_class_weights_and_ignored_labels_leave_the_number_of_steps_as_it_is():
+    logits, labels, output, target = pair([3, 1])
+    weighted = nn.CrossEntropyLoss(reduction="none", weight=torch.arange(CLASSES, **FLOATS), ignore_index=2)
+    expected = sum(weighted(x, y).sum() for x, y in zip(logits, labels, strict=True)) / 4
+    torch.testing.assert_close(sequence_loss(weighted, output, target), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "kind", "message"),
+    [
+        (
+            lambda t: LengthTrackedBatch(t.padded, [2, 1], permutation=t.permutation),
+            {},
+            LengthError,
+            "target has .2, 1",
+        ),
+        (lambda t: LengthTrackedBatch(t.padded, t.lengths), {}, LengthError, "collate both fields together"),
+        (lambda t: t, {"reduction": "mean"}, ValueError, "reduction must be 'token', 'sequence' or 'sum'"),
+        (lambda t: t, {"weights": torch.ones(2)}, ValueError, r"weights must be \[B, T\] = \[2, 3\]"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(change, options, kind, message):
+    _, _, output, target = pair([1, 3])
+    with pytest.raises(kind, match=message):
+        sequence_loss(nn.CrossEntropyLoss(reduction="none"), output, change(target), **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_loss_that_reduces_by_itself_is_refused(reduction):
+    _, _, output, target = pair([1, 3])
+    with pytest.raises(ValueError, match=r'one loss per real step, \[4\], got \[\]: use reduction="none"'):
+        sequence_loss(nn.CrossEntropyLoss(reduction=reduction), output, target)
+
+
+@given(lengths(), st.lists(st.integers(1, 3), max_size=2))
+def test_means_and_last_steps_are_those_of_each_row_alone(counts, features):
+    rows = [torch.randn(count, *features, **FLOATS).requires_grad_() for count in counts]
+    batch = LengthTrackedBatch.from_sequences(rows, padding_value=torch.nan, order="given")
+    means, ends = masked_mean(batch), last_step(batch)
+    nothing = torch.zeros(features, **FLOATS)
+    for row, mean, end in zip(rows, means, ends, strict=True):
+        torch.testing.assert_close(mean, row.mean(0) if len(row) else nothing)
+        torch.testing.assert_close(end, row[-1] if len(row) else nothing)
+    gradients = torch.autograd.grad(means.sum() + ends.sum(), rows, allow_unused=True, materialize_grads=True)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_a_mean_of_integers_is_refused_and_their_last_step_is_not():
+    batch = LengthTrackedBatch.from_sequences([[1, 2], [3]])
+    assert last_step(batch).tolist() == [2, 3]
+    with pytest.raises(TypeError, match="masked_mean needs floating-point values, got torch.int64"):
+        masked_mean(batch)
+
+
+def test_the_scale_of_a_single_process_is_one_over_its_tokens():
+    assert token_scale(8) == 1 / 8
+    assert token_scale(0) == 0
+    with pytest.raises(ValueError, match="must not be negative, got -1"):
+        token_scale(-1)
+
+
+def _train_on_a_rank(rank, counts, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(counts))
+    model = nn.parallel.DistributedDataParallel(_model())
+    # Two micro-batches: gradients add up, the scale is taken once.
+    batches = _batches(counts[rank], seed=rank)
+    scale = token_scale(sum(x.num_tokens for x, _ in batches))
+    with model.no_sync():
+        (_sum_loss(model, *batches[0]) * scale).backward()
+    (_sum_loss(model, *batches[1]) * scale).backward()
+    torch.save([weight.grad for weight in model.parameters()], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _model():
+    torch.manual_seed(0)
+    return nn.Linear(2, CLASSES).double()
+
+
+def _batches(counts, seed):
+    rng = torch.Generator().manual_seed(seed)
+    inputs = [torch.randn(count, 2, generator=rng, **FLOATS) for count in counts]
+    labels = [torch.randint(CLASSES, (count,), generator=rng) for count in counts]
+    halves = (slice(0, 2), slice(2, None))
+    return [tuple(map(LengthTrackedBatch.from_sequences, (inputs[half], labels[half]))) for half in halves]
+
+
+def _sum_loss(model, inputs, labels):
+    return sequence_loss(nn.CrossEntropyLoss(reduction="none"), inputs.map(model), labels, reduction="sum")
+
+
+@pytest.mark.parametrize("counts", [[[3, 1, 4, 2], [9, 1, 1]], [[0, 0, 0], [5, 2, 7]]], ids=["uneven", "one-empty"])
+def test_two_processes_take_the_gradient_of_one(counts, tmp_path):
+    mp.spawn(_train_on_a_rank, (counts, tmp_path), nprocs=2)
+    model = _model()
+    batches = [batch for rank in range(2) for batch in _batches(counts[rank], seed=rank)]
+    tokens = sum(inputs.num_tokens for inputs, _ in batches)
+    (sum(_sum_loss(model, *batch) for batch in batches) / tokens).backward()
+    for rank in range(2):
+        for ours, weight in zip(torch.load(tmp_path / f"{rank}.pt"), model.parameters(), strict=True):
+            torch.testing.assert_close(ours, weight.grad)

@@ -1,0 +1,146 @@
+"""apply_rnn: law 4, a row runs as if it were alone."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import lengths
+from torch import nn
+
+from collate import LengthError, LengthTrackedBatch, apply_rnn
+
+MODULES = [
+    pytest.param(
+        kind, {"num_layers": layers, "bidirectional": both, **more}, id=f"{kind.__name__}-{layers}-{both}-{more}"
+    )
+    for kind, layers, both in itertools.product((nn.RNN, nn.GRU, nn.LSTM), (1, 2), (False, True))
+    for more in ([{}, {"proj_size": 2}] if kind is nn.LSTM else [{}])
+]
+
+
+def parts(state):
+    return state if isinstance(state, tuple) else (state,)
+
+
+def pick(state, row):
+    """One row's state, in the structure that the module takes."""
+    picked = tuple(part[:, row : row + 1] for part in parts(state))
+    return picked if isinstance(state, tuple) else picked[0]
+
+
+def initial(rnn, rows):
+    """Random states for `rows` rows, float64."""
+    layers = rnn.num_layers * (2 if rnn.bidirectional else 1)
+    h = torch.randn(layers, rows, rnn.proj_size or rnn.hidden_size, dtype=torch.float64)
+    return (h, torch.randn(layers, rows, rnn.hidden_size, dtype=torch.float64)) if rnn.mode == "LSTM" else h
+
+
+def grads(rnn, loss, sequences):
+    leaves = [*rnn.parameters(), *sequences]
+    return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+
+
+def one_at_a_time(rnn, sequences, hx):
+    """The oracle: torch's module on each sequence by itself; an empty one keeps its state."""
+    outputs, states, loss = [], [], sum(0 * weight.sum() for weight in rnn.parameters())
+    for row, sequence in enumerate(sequences):
+        state = pick(hx, row)
+        if len(sequence):
+            output, state = rnn(sequence[None] if rnn.batch_first else sequence[:, None], state)
+            outputs.append(output.squeeze(0 if rnn.batch_first else 1))
+        else:
+            outputs.append(None)
+        states.append(state)
+        loss = loss + sum((part**2).sum() for part in parts(state))
+        loss = loss + ((outputs[-1] ** 2).sum() if len(sequence) else 0)
+    return outputs, states, loss
+
+
+@pytest.mark.parametrize(("kind", "options"), MODULES)
+@settings(max_examples=15)
+@given(counts=lengths(max_rows=5, longest=6), batch_first=st.booleans(), seed=st.integers(0, 2**31))
+def test_batched_outputs_states_losses_and_gradients_equal_those_of_one_at_a_time(
+    kind, options, counts, batch_first, seed
+):
+    torch.manual_seed(seed)
+    rnn = kind(3, 4, batch_first=batch_first, **options).double()
+    sequences = [torch.randn(count, 3, dtype=torch.float64, requires_grad=True) for count in counts]
+    hx = initial(rnn, len(counts))
+
+    batch = LengthTrackedBatch.from_sequences(sequences, widths=4)
+    in_batch_order = tuple(part[:, batch.permutation] for part in parts(hx))
+    output, state = apply_rnn(rnn, batch, in_batch_order if isinstance(hx, tuple) else in_batch_order[0])
+    loss = (output.padded**2).sum() + sum((part**2).sum() for part in parts(state))
+
+    outputs, states, expected_loss = one_at_a_time(rnn, sequences, hx)
+    torch.testing.assert_close(loss, expected_loss)
+    for row, sequence in enumerate(output.unsort().sequences()):
+        if len(sequence):
+            torch.testing.assert_close(sequence, outputs[row])
+    for part, ours in enumerate(parts(state)):
+        expected = torch.cat([parts(alone)[part] for alone in states], 1)
+        torch.testing.assert_close(batch.unsort(ours, dim=1), expected)
+    assert not output.padded[~output.mask].any()
+    for ours, alone in zip(grads(rnn, loss, sequences), grads(rnn, expected_loss, sequences), strict=True):
+        torch.testing.assert_close(ours, alone)
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+@settings(max_examples=20)
+@given(counts=lengths(max_rows=5, longest=6), steps=st.integers(1, 5))
+def test_chunks_chained_by_their_states_equal_the_whole(kind, counts, steps):
+    rnn = kind(2, 3, num_layers=2).double()
+    batch = LengthTrackedBatch.from_sequences([torch.randn(count, 2, dtype=torch.float64) for count in counts])
+    whole, final = apply_rnn(rnn, batch)
+    state, outputs = None, []
+    for chunk in batch.split_steps(steps):
+        output, state = apply_rnn(rnn, chunk, state)
+        outputs.append(output.padded)
+    torch.testing.assert_close(torch.cat(outputs, 1), whole.padded)
+    for ours, expected in zip(parts(state), parts(final), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_a_backward_direction_is_not_carried_over_chunks():
+    rnn = nn.GRU(2, 3, bidirectional=True)
+    first, second = LengthTrackedBatch.from_sequences([torch.randn(4, 2)]).split_steps(2)
+    _, state = apply_rnn(rnn, first)
+    with pytest.raises(LengthError, match="bidirectional module cannot be carried over chunks: the chunk at step 2"):
+        apply_rnn(rnn, second, state)
+
+
+@pytest.mark.parametrize(("kind", "options"), MODULES)
+def test_rows_that_are_all_empty_stay_connected_to_every_parameter(kind, options):
+    rnn = kind(3, 4, **options)
+    batch = LengthTrackedBatch.from_sequences([torch.zeros(0, 3), torch.zeros(0, 3)])
+    output, state = apply_rnn(rnn, batch)
+    some, _ = apply_rnn(rnn, LengthTrackedBatch.from_sequences([torch.zeros(1, 3), torch.zeros(1, 3)]))
+    assert output.padded.shape == some.padded.shape
+    (output.padded.sum() + sum(part.sum() for part in parts(state))).backward()
+    assert all(torch.equal(weight.grad, torch.zeros_like(weight)) for weight in rnn.parameters())
+
+
+def test_an_all_empty_batch_keeps_the_states_it_was_given():
+    rnn = nn.LSTM(3, 4)
+    hx = (torch.randn(1, 2, 4), torch.randn(1, 2, 4))
+    _, state = apply_rnn(rnn, LengthTrackedBatch.from_sequences([torch.zeros(0, 3)] * 2), hx)
+    assert all(torch.equal(a, b) for a, b in zip(state, hx, strict=True))
+
+
+def test_padding_of_nan_reaches_neither_outputs_nor_gradients():
+    rnn = nn.LSTM(2, 3, bidirectional=True)
+    padded = torch.randn(2, 5, 2).masked_fill(~torch.tensor([[[1]] * 5, [[1]] * 3 + [[0]] * 2]).bool(), torch.nan)
+    padded.requires_grad_()
+    output, (h, c) = apply_rnn(rnn, LengthTrackedBatch(padded, [5, 3]))
+    (output.padded.sum() + h.sum() + c.sum()).backward()
+    assert output.padded.isfinite().all()
+    assert all(weight.grad.isfinite().all() for weight in rnn.parameters())
+    assert not padded.grad[1, 3:].any()
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4), (2, 4)])
+def test_states_of_another_number_of_rows_are_refused(shape):
+    with pytest.raises(ValueError, match=r"hx must be \[layers \* directions, 2, H\]"):
+        apply_rnn(nn.GRU(3, 4), LengthTrackedBatch.from_sequences([torch.zeros(1, 3)] * 2), torch.zeros(shape))
