@@ -1,0 +1,50 @@
+# Everything runs in .venv, made from nothing but Python 3.11 and the package index. Safe to run twice.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+# A change of these files makes the environment anew.
+READY := .venv/ready
+
+.PHONY: help demo test check format lint types coverage bench clean
+
+help:
+	@echo "make demo    environment, install, and the main job: a byte-level language model on Python's own library"
+	@echo "make test    environment, install, and all tests, doctests among them"
+	@echo "make check   format, lint, types, all tests with branch coverage"
+	@echo "make bench   the benchmarks, their tables on the terminal and as JSON in benchmarks/results"
+	@echo "make clean   remove the environment and what runs have left"
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("lengthtrack needs Python 3.11 or newer, found %d.%d" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python examples/train_language_model.py
+
+test: $(READY)
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest
+
+format: $(READY)
+	$(BIN)/ruff format --check .
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+# Reads what the last `make test` has measured.
+coverage: $(READY)
+	$(BIN)/python -m coverage combine --quiet --keep
+	$(BIN)/python -m coverage report --fail-under=90
+
+check: format lint types test coverage
+
+bench: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*

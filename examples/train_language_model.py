@@ -1,0 +1,239 @@
+"""From files on disk to a trained, packed GRU: a byte-level language model of Python's own standard library.
+
+The way of a length: written to shards with each sequence, read back from their index, planned into batches under a
+budget of padded tokens, carried by every batch through packing and loss, and back in source order. Stop it at any step
+(Ctrl-C, or kill -9) and start it again with --resume: it goes on with exactly the batches that were left.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import signal
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from stdlib_corpus import open_corpus
+from torch import Tensor, nn
+from torchdata.stateful_dataloader import StatefulDataLoader
+from tqdm import tqdm
+
+from collate import DevicePrefetcher, LengthTrackedBatch, PadCollator, apply_rnn, sequence_loss
+from samplers import LengthBucketBatchSampler, ShardDataset
+from samplers.report import random_padding
+
+PADDING = {"input": 0, "target": -100}
+# One function in so many is never trained on.
+HELD_OUT = 100
+LOSS = nn.CrossEntropyLoss(reduction="none")
+
+
+class ByteModel(nn.Module):
+    """Embedding, GRU, linear: logits of the next byte at every step."""
+
+    def __init__(self, hidden: int = 128) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(256, 64)
+        self.gru = nn.GRU(64, hidden)
+        self.head = nn.Linear(hidden, 256)
+
+    def forward(self, batch: LengthTrackedBatch) -> tuple[LengthTrackedBatch, Tensor]:
+        """Map bytes `[B, T]` to logits `[B, T, 256]` and final states `[1, B, hidden]`, in batch order."""
+        output, state = apply_rnn(self.gru, batch.map(lambda tokens: self.embedding(tokens.long())))
+        return output.map(self.head), state
+
+
+def loss_of(model: ByteModel, batch: dict[str, Any], reduction: Any = "token") -> Tensor:
+    """Cross-entropy in nats per real byte."""
+    return sequence_loss(LOSS, model(batch["input"])[0], batch["target"].map(torch.Tensor.long), reduction=reduction)
+
+
+class Run:
+    """What a run is at a step: the model, its optimizer, and how far it has come; saved together, atomically."""
+
+    def __init__(self, sampler: LengthBucketBatchSampler, device: torch.device, path: Path) -> None:
+        torch.manual_seed(0)
+        self.model = ByteModel().to(device)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=4e-3)
+        self.sampler, self.path = sampler, path
+        self.step, self.in_epoch, self.checksum = 0, 0, 0
+        self.byte_counts = torch.zeros(256, dtype=torch.int64)
+
+    def load(self) -> None:
+        """Go on from the last checkpoint."""
+        saved = torch.load(self.path)
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step, self.checksum, self.byte_counts = saved["step"], saved["checksum"], saved["byte_counts"]
+        self.sampler.seek(saved["position"])
+
+    def save(self) -> None:
+        """Write all of it beside the old checkpoint, then put it in its place: there is always a whole one."""
+        saved = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "position": self.sampler.position(self.in_epoch),
+            "step": self.step,
+            "checksum": self.checksum,
+            "byte_counts": self.byte_counts,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            torch.save(saved, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.path)
+
+    def take(self, batch: dict[str, Any]) -> float:
+        """One training step; the checksum runs over the ids of all samples taken so far."""
+        loss = loss_of(self.model, batch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        self.in_epoch += 1
+        self.checksum = zlib.crc32("\n".join(batch["__key__"]).encode(), self.checksum)
+        self.byte_counts += torch.bincount(batch["target"].flat().long().cpu(), minlength=256)
+        return loss.item()
+
+
+def endless(loader: Any, run: Run) -> Iterator[dict[str, Any]]:
+    """Epoch after epoch."""
+    while True:
+        run.in_epoch = 0
+        yield from loader
+
+
+def train(run: Run, loader: Any, args: argparse.Namespace) -> bool:
+    """Train up to `args.steps`, saving every `args.save_every`; False where Ctrl-C came before."""
+    asked_to_stop: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: asked_to_stop.append(number))
+    bar = tqdm(total=args.steps, initial=run.step, desc="train", unit="step")
+    batches = endless(loader, run)
+    started, tokens = time.perf_counter(), 0
+    while run.step < args.steps and not asked_to_stop:
+        batch = next(batches)
+        loss = run.take(batch)
+        tokens += batch["input"].num_tokens
+        bar.set_postfix_str(f"loss {loss:.3f}, {tokens / (time.perf_counter() - started):,.0f} real tokens/s")
+        bar.update()
+        if run.step % args.save_every == 0:
+            run.save()
+    bar.close()
+    signal.signal(signal.SIGINT, before)
+    run.save()
+    print(f"trained {run.step} steps, {tokens:,} real tokens at {tokens / (time.perf_counter() - started):,.0f} a second")
+    print(f"checksum of the sample ids so far: {run.checksum:08x}")
+    return run.step >= args.steps
+
+
+def evaluate(run: Run, held_out: list[dict[str, Any]]) -> None:
+    """Print the loss on functions it has not seen, beside that of a model that knows byte frequencies only."""
+    run.model.eval()
+    with torch.no_grad():
+        losses = [loss_of(run.model, batch, "sum").item() for batch in held_out]
+    targets = torch.cat([batch["target"].flat() for batch in held_out]).long().cpu()
+    frequencies = (run.byte_counts + 1).double()
+    by_frequency = -(frequencies / frequencies.sum()).log()[targets].mean().item()
+    print(f"held-out loss: {sum(losses) / len(targets):.3f} nats a byte; byte frequencies alone: {by_frequency:.3f}")
+
+
+def prove(model: ByteModel, samples: list[dict[str, Any]], device: torch.device) -> None:
+    """Show that a batch gives what its sequences give one at a time, in the order they came in."""
+    collate = PadCollator(PADDING)
+    whole = {name: field.to(device) for name, field in collate(samples).items() if name in PADDING}
+    with torch.no_grad():
+        output, state = model(whole["input"])
+        losses = {"batched": sequence_loss(LOSS, output, whole["target"].map(torch.Tensor.long), reduction="sum")}
+        outputs, states = output.unsort().sequences(), whole["input"].unsort(state, dim=1)
+        drift = {"outputs": 0.0, "final states": 0.0}
+        alone = torch.zeros((), device=device)
+        for place, sample in enumerate(samples):
+            single = {name: field.to(device) for name, field in collate([sample]).items() if name in PADDING}
+            one, last = model(single["input"])
+            alone += loss_of(model, single, "sum")
+            drift["outputs"] = max(drift["outputs"], (outputs[place] - one.padded[0]).abs().max().item())
+            drift["final states"] = max(drift["final states"], (states[:, place] - last[:, 0]).abs().max().item())
+    drift["loss, relative"] = abs(1 - (alone / losses["batched"]).item())
+    in_order = all(
+        np.array_equal(row.cpu().numpy(), sample["input"])
+        for row, sample in zip(whole["input"].unsort().sequences(), samples, strict=True)
+    )
+    print(f"{len(samples)} held-out sequences, batched against one at a time, greatest difference:")
+    for name, value in drift.items():
+        print(f"  {name:<15} {value:.1e}  {'equal to rounding' if value < 1e-4 else 'DIFFERENT'}")
+    print(f"  source order    {'restored' if in_order else 'LOST'}")
+    if not in_order or max(drift.values()) >= 1e-4:
+        raise SystemExit("the batch does not give what its sequences give")
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("runs/stdlib"), help="folder of the shards; written if absent")
+    parser.add_argument("--functions", type=int, help="write only so many functions (default: all)")
+    parser.add_argument("--max-tokens", type=int, default=16_384, help="padded tokens a batch may hold")
+    parser.add_argument("--steps", type=int, default=120, help="training steps in all, those before a resume counted")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read and collate")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one, else cpu)")
+    parser.add_argument("--checkpoint", type=Path, default=Path("runs/language_model.pt"), help="where the run is kept")
+    parser.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint; any number of workers will do")
+    args = parser.parse_args(argv)
+    args.device = torch.device(args.device or torch.accelerator.current_accelerator() or "cpu")
+    if args.resume and not args.checkpoint.exists():
+        parser.error(f"--resume: there is no checkpoint at {args.checkpoint} yet; start without --resume")
+    return args
+
+
+def ignore_interrupts(worker: int) -> None:
+    """Ctrl-C goes to the whole terminal: the main process stops after its step, workers are told by it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write or check the shards, plan, train, evaluate, prove."""
+    args = arguments(argv)
+    index = open_corpus(args.data, args.functions)
+    dataset = ShardDataset(args.data, index, fields=["input", "target"])
+    places = np.arange(len(index))
+    # Input and target are equally long, so one column of lengths plans both.
+    lengths = index.lengths[:, 0]
+    train_on = places[places % HELD_OUT != 0]
+    sampler = LengthBucketBatchSampler(lengths, max_tokens=args.max_tokens, overlong="drop", indices=train_on)
+    print(sampler.plan(0).report())
+    print(f"padding of random batches of the same budget: {random_padding(lengths, max_tokens=args.max_tokens):.1%}")
+
+    collate, on_device = PadCollator(PADDING), args.device.type != "cpu"
+    loader = StatefulDataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=args.workers,
+        pin_memory=on_device,
+        worker_init_fn=ignore_interrupts,
+    )
+    run = Run(sampler, args.device, args.checkpoint)
+    if args.resume:
+        run.load()
+    with DevicePrefetcher(loader, args.device) as batches:
+        finished = train(run, batches, args)
+    if not finished:
+        print("stopped; start again with --resume to go on from here")
+        raise SystemExit(130)
+
+    held_out = places[::HELD_OUT][:256].tolist()
+    evaluate(run, [collate(dataset.__getitems__(held_out[i : i + 16])) for i in range(0, len(held_out), 16)])
+    prove(run.model, dataset.__getitems__(held_out[:16]), args.device)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        main()

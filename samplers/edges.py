@@ -1,0 +1,179 @@
+"""Where the budget cuts the order of lengths: edges, runs of neighbours that give batches of one shape.
+
+An edge is made of strata, one for each row of its batches, each with as many samples as the edge has batches, so that
+any batch may take any sample of a stratum. Edges are cut on the strata's greatest lengths: whatever a shuffle puts
+into a batch, its budget holds.
+"""
+
+from math import isqrt
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from samplers.budget import Integers
+from samplers.corpus import Corpus
+from samplers.options import Options
+from samplers.widths import round_up
+
+# The default is sqrt(batches of the epoch / 24) windows: padding grows with windows / batches and meeting again falls
+# with 1 / windows, so that the root keeps the two in step from a thousand samples to a thousand million.
+BATCHES_PER_SQUARED_WINDOW: Final = 24
+FEWEST_WINDOWS: Final = 3
+PROBES: Final = 1024
+
+
+class Edge(NamedTuple):
+    """A run of the order that is cut into batches of one shape.
+
+    Its first `full` strata have `batches` samples, one for every batch; those after have `rest`, and only the last
+    `rest` batches take from them.
+
+    Attributes:
+        first: where it starts in the order.
+        batches: how many batches take from it.
+        rows: of its last `rest` batches; its number of strata.
+        full: rows of the batches before those.
+        rest: how many batches have all `rows` rows.
+        skipped: how many of its first batches are not planned, because `drop_last` drops them.
+        width: padded width of each field at most.
+    """
+
+    first: int
+    batches: int
+    rows: int
+    full: int
+    rest: int
+    skipped: int
+    width: tuple[int, ...]
+
+
+def cut_edges(corpus: Corpus, options: Options) -> list[Edge]:
+    """Cut the order into edges, greedily from the longest samples, every batch as full as the budget lets it be.
+
+    Each edge gives one batch to every window. What is left at the short end, between half and one and a half edges,
+    is the last edge, of as many batches as it needs; so a corpus smaller than that is a single edge.
+    """
+    windows = count_windows(corpus, options)
+    cutter = _GrowingCutter(corpus, options, windows) if _needs_growing(corpus, options) else _Cutter(corpus, options)
+    edges = []
+    if corpus.alone:
+        edges.append(even_edge(0, corpus.alone, 1, cutter.width(0, corpus.alone)))
+    first = corpus.alone
+    while first < len(corpus):
+        rows = cutter.rows_from(first)
+        samples = rows * windows
+        if 2 * (len(corpus) - first) < (4 if windows == 1 else 3) * samples:
+            edges += _cut_tail(first, cutter, contiguous=windows == 1)
+            break
+        edges.append(even_edge(first, windows, rows, cutter.width(first, first + samples)))
+        first += samples
+    return edges
+
+
+def count_windows(corpus: Corpus, options: Options) -> int:
+    """How many windows the corpus is dealt to: as many batches share a shape, and as many samples a stratum."""
+    if not options.shuffle:
+        return 1
+    if options.window is not None:
+        return max(1, (len(corpus) + options.window // 2) // options.window)
+    # In whole numbers, since a float's last bit may differ between machines.
+    places = range(0, len(corpus), -(-len(corpus) // PROBES))
+    cutter = _Cutter(corpus, options)
+    shares = sum((1 << 32) // cutter.rows_from(place) for place in places)
+    batches = len(corpus) * shares // (len(places) << 32)
+    return min(len(corpus), max(FEWEST_WINDOWS, isqrt(batches // BATCHES_PER_SQUARED_WINDOW)))
+
+
+def even_edge(first: int, batches: int, rows: int, width: tuple[int, ...]) -> Edge:
+    """An edge whose batches all have as many rows."""
+    return Edge(first, batches, rows, rows, batches, 0, width)
+
+
+class _Cutter:
+    """Rows and widths where the longest sample of a run is its first: one field, padded tokens."""
+
+    def __init__(self, corpus: Corpus, options: Options) -> None:
+        self.corpus = corpus
+        self.options = options
+
+    def rows_from(self, first: int) -> int:
+        """Rows of the batches of an edge that starts here."""
+        return self.rows_at(self.width(first, first + 1))
+
+    def rows_at(self, width: tuple[int, ...]) -> int:
+        """Rows that fit at a width whatever their lengths; one where none does, since real tokens may still fit."""
+        return max(1, self.options.budget.max_rows(width if len(width) > 1 else width[0]))
+
+    def width(self, first: int, last: int) -> tuple[int, ...]:
+        """Padded width of each field, for any samples of this run."""
+        reach = last if self.corpus.fields > 1 else first + 1
+        longest = self.corpus.lengths_at(first, reach).max(0)
+        return tuple(round_up(longest, self.options.allowed_widths).tolist())
+
+
+class _GrowingCutter(_Cutter):
+    """Rows where each sample counts: several fields, or real tokens."""
+
+    def __init__(self, corpus: Corpus, options: Options, windows: int) -> None:
+        super().__init__(corpus, options)
+        self.windows = windows
+        self.heads = self._greatest_lengths()
+
+    def rows_from(self, first: int) -> int:
+        stratum = (first - self.corpus.alone) // self.windows
+        count = 16
+        while True:
+            fits = self._fits(self.heads[stratum : stratum + count])
+            if not fits.all():
+                return max(1, int(fits.argmin()))
+            if stratum + count >= len(self.heads):
+                return max(1, len(fits))
+            count *= 2
+
+    def _greatest_lengths(self) -> Integers:
+        """Of each whole stratum and field: int64 `[strata, K]`."""
+        corpus, windows = self.corpus, self.windows
+        strata = (len(corpus) - corpus.alone) // windows
+        last = corpus.alone + strata * windows
+        if corpus.fields == 1:
+            return corpus.lengths_at(corpus.alone, last, windows)
+        return corpus.lengths_at(corpus.alone, last).reshape(strata, windows, corpus.fields).max(1)
+
+    def _fits(self, heads: Integers) -> Integers:
+        """Whether a batch of the first row, of the first two, and so on holds the budget: bool `[n]`."""
+        rows = np.arange(1, len(heads) + 1)
+        widths = round_up(np.maximum.accumulate(heads), self.options.allowed_widths)
+        tokens = np.maximum(heads.sum(1), 1).cumsum()
+        return self.options.budget.use(rows, widths if self.corpus.fields > 1 else widths[:, 0], tokens) <= 1
+
+
+def _needs_growing(corpus: Corpus, options: Options) -> bool:
+    return corpus.fields > 1 or options.count == "real"
+
+
+def _cut_tail(first: int, cutter: _Cutter, *, contiguous: bool) -> list[Edge]:
+    """The rest of the order: one edge, or for a single window a short batch and full ones after it."""
+    left, options = len(cutter.corpus) - first, cutter.options
+    width = cutter.width(first, len(cutter.corpus))
+    fitting = cutter.rows_at(width)
+    rows = min(fitting, left)
+    batches = -(-left // rows)
+    short = left - (batches - 1) * rows
+    drops = options.drop_last and fitting == options.batch_size and short < fitting
+    if contiguous:
+        return _cut_contiguous(first, rows, cutter, skip=short if drops else 0)
+    if fitting == options.batch_size:
+        return [Edge(first, batches, rows, short, batches if short == rows else batches - 1, int(drops), width)]
+    even, more = divmod(left, batches)
+    return [Edge(first, batches, even + 1, even, more, 0, width) if more else even_edge(first, batches, even, width)]
+
+
+def _cut_contiguous(first: int, rows: int, cutter: _Cutter, *, skip: int) -> list[Edge]:
+    """Batches of `rows` rows in a row; the short one comes first, so that the last has the most rows."""
+    edges = []
+    last = len(cutter.corpus)
+    while last > first + skip:
+        start = max(first, last - rows)
+        edges.append(even_edge(start, 1, last - start, cutter.width(start, last)))
+        last = start
+    return edges[::-1]

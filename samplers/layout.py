@@ -1,0 +1,157 @@
+"""The batches of any epoch, by number: what is in a batch changes with the epoch, their number and shapes do not."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+
+from samplers.budget import Integers
+from samplers.corpus import Corpus, Lengths, Places, rank_lengths
+from samplers.edges import Edge, cut_edges
+from samplers.options import Options
+from samplers.shuffle import Words, permute, stream_keys
+
+Shape: TypeAlias = tuple[int, int | tuple[int, ...]]
+
+
+class _Table(NamedTuple):
+    """The edges as columns, int64 `[edges]`; `strata` numbers each edge's first stratum, `ends` counts batches."""
+
+    first: Integers
+    batches: Integers
+    rows: Integers
+    full: Integers
+    rest: Integers
+    skipped: Integers
+    strata: Integers
+    ends: Integers
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """All batches, numbered so that those alike in shape stand next to each other.
+
+    Batch j of an edge takes from every stratum the sample that a keyed bijection of the epoch sends j to.
+
+    Attributes:
+        corpus: the samples and their order.
+        edges: in the order of their batches' numbers.
+        options: what the layout was made by.
+    """
+
+    corpus: Corpus
+    edges: tuple[Edge, ...]
+    options: Options
+
+    def __len__(self) -> int:
+        """Batches in an epoch, before any is split among replicas."""
+        return int(self._table.ends[-1])
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """The closed list of (rows, width) that batches have at most, without repetition."""
+        held = {(edge.rows, edge.width if len(edge.width) > 1 else edge.width[0]): None for edge in self.edges}
+        return list(held)
+
+    @property
+    def unused(self) -> int:
+        """Samples of the batch that `batch_size` left short and `drop_last` drops; not the same each epoch."""
+        return len(self.corpus) - sum(
+            (edge.batches - edge.rest - edge.skipped) * edge.full + edge.rest * edge.rows for edge in self.edges
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits that change when an edge or the choice of samples does."""
+        chosen = b"" if self.options.indices is None else np.sort(self.corpus.order).astype("<i8").tobytes()
+        return blake2b(repr((self.edges, self.options.shuffle)).encode() + chosen, digest_size=8).hexdigest()
+
+    def rows_of(self, numbers: Integers) -> Integers:
+        """Rows of these batches: int64 `[n]`."""
+        return self._rows(*self._locate(numbers))
+
+    def samples_of(self, numbers: Integers, key: int) -> tuple[Places, Integers]:
+        """The samples of these batches, one batch after the other, each longest first, and how many each has.
+
+        Args:
+            numbers: of the batches, int64 `[n]`, each in `range(len(layout))`.
+            key: of the epoch.
+
+        Returns:
+            Samples `[sum(rows)]`, and rows int64 `[n]`.
+        """
+        table = self._table
+        edges, columns = self._locate(numbers)
+        rows = self._rows(edges, columns)
+        stratum = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
+        column, size, first = (np.repeat(values, rows) for values in (columns, table.batches[edges], table.first[edges]))
+        place = first + stratum * size
+        if (table.rest[edges] != table.batches[edges]).any():
+            self._shift_short_strata(np.repeat(edges, rows), stratum, place, column, size)
+        if self.options.shuffle:
+            keys = stream_keys(key, np.repeat(table.strata[edges], rows) + stratum)
+            column = _permute_each(column, size, keys)
+        return self.corpus.order[place + column], rows
+
+    @cached_property
+    def _table(self) -> _Table:
+        first, batches, rows, full, rest, skipped = np.array([edge[:6] for edge in self.edges], np.int64).T
+        return _Table(
+            first, batches, rows, full, rest, skipped, strata=np.cumsum(rows) - rows, ends=np.cumsum(batches - skipped)
+        )
+
+    def _locate(self, numbers: Integers) -> tuple[Integers, Integers]:
+        """Each batch's edge, and its place among the edge's batches."""
+        table = self._table
+        edges = np.searchsorted(table.ends, numbers, side="right")
+        return edges, numbers - table.ends[edges] + table.batches[edges]
+
+    def _rows(self, edges: Integers, columns: Integers) -> Integers:
+        table = self._table
+        return np.where(columns >= table.batches[edges] - table.rest[edges], table.rows[edges], table.full[edges])
+
+    def _shift_short_strata(
+        self, edges: Integers, stratum: Integers, place: Integers, column: Integers, size: Integers
+    ) -> None:
+        """Correct, in place, what was computed as if all strata of an edge were of one size."""
+        table = self._table
+        late = np.flatnonzero(stratum >= table.full[edges])
+        edge = edges[late]
+        missing = table.batches[edge] - table.rest[edge]
+        place[late] -= (stratum[late] - table.full[edge]) * missing
+        column[late] -= missing
+        size[late] -= missing
+
+
+def lay_out(lengths: Lengths, options: Options) -> Layout:
+    """Sort the lengths and cut the batch edges, once for all epochs.
+
+    Raises:
+        TypeError: Lengths or indices are not integers.
+        LengthError: A length is negative, above every allowed width, or over the budget with `overlong="error"`.
+        ValueError: Lengths have the wrong shape, or no batch is left to plan.
+    """
+    corpus = rank_lengths(lengths, options)
+    edges = cut_edges(corpus, options)
+    if options.shuffle:
+        # An epoch ends with its last numbers, and only batches of many rows can be split among replicas there.
+        edges.sort(key=lambda edge: edge.rows)
+    layout = Layout(corpus, tuple(edges), options)
+    if not edges or len(layout) == 0:
+        raise ValueError(
+            f"no batch is left to plan: drop_last drops all {len(corpus)} samples, fewer than "
+            f"batch_size={options.batch_size}; lower batch_size or keep the last batch"
+        )
+    return layout
+
+
+def _permute_each(columns: Integers, sizes: Integers, keys: Words) -> Integers:
+    if sizes.min() == sizes.max():
+        return permute(columns, int(sizes[0]), keys)
+    moved = np.empty_like(columns)
+    for size in np.unique(sizes).tolist():
+        chosen = sizes == size
+        moved[chosen] = permute(columns[chosen], size, keys[chosen])
+    return moved
