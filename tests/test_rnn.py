@@ -11,6 +11,9 @@ from torch import nn
 
 from collate import LengthError, LengthTrackedBatch, apply_rnn
 
+# torch says once that its fastest LSTM has no projections.
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+
 MODULES = [
     pytest.param(
         kind, {"num_layers": layers, "bidirectional": both, **more}, id=f"{kind.__name__}-{layers}-{both}-{more}"
@@ -85,6 +88,18 @@ def test_batched_outputs_states_losses_and_gradients_equal_those_of_one_at_a_tim
     assert not output.padded[~output.mask].any()
     for ours, alone in zip(grads(rnn, loss, sequences), grads(rnn, expected_loss, sequences), strict=True):
         torch.testing.assert_close(ours, alone)
+
+
+@pytest.mark.parametrize(("kind", "options"), MODULES)
+def test_with_and_without_gradients_the_numbers_are_the_same(kind, options):
+    rnn = kind(3, 4, **options).double()
+    batch = LengthTrackedBatch.from_sequences([torch.randn(count, 3).double() for count in (4, 0, 7, 4)], order="given")
+    output, state = apply_rnn(rnn, batch)
+    with torch.no_grad():
+        again, state_again = apply_rnn(rnn, batch)
+    torch.testing.assert_close(output.padded, again.padded)
+    for one, other in zip(parts(state), parts(state_again), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
