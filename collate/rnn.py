@@ -1,19 +1,15 @@
 """Run a recurrent module on a batch: each row as if it were alone."""
 
-from collections.abc import Callable
-from functools import partial
-from typing import TypeAlias, cast
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from collate.batch import LengthTrackedBatch
+from collate.blocks import State, each_part, is_faster_in_blocks, run_blocks
 from collate.errors import LengthError
 from collate.packing import to_device
-
-State: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 
 def apply_rnn(rnn: nn.RNNBase, batch: LengthTrackedBatch, hx: State | None = None) -> tuple[LengthTrackedBatch, State]:
@@ -46,8 +42,8 @@ def apply_rnn(rnn: nn.RNNBase, batch: LengthTrackedBatch, hx: State | None = Non
         return _run_nothing(rnn, batch, hx)
     # A packed batch holds the rows that are not empty, and wants a state for just these.
     rows = None if lengths.all() else to_device(np.flatnonzero(lengths), batch.device)
-    packed, start = batch.pack(), _each(hx, lambda part: part if rows is None else part.index_select(1, rows))
-    packed, state = _run_blocks(rnn, packed, start) if _is_faster_in_blocks(rnn, packed) else rnn(packed, start)
+    packed, start = batch.pack(), each_part(hx, lambda part: part if rows is None else part.index_select(1, rows))
+    packed, state = run_blocks(rnn, packed, start) if is_faster_in_blocks(rnn, packed) else rnn(packed, start)
     return batch.unpack(packed), state if rows is None else _put(state, rows, hx, len(batch))
 
 
@@ -55,13 +51,6 @@ def _check_state(hx: State | None, rows: int) -> None:
     for part in () if hx is None else hx if isinstance(hx, tuple) else (hx,):
         if part.dim() != 3 or part.shape[1] != rows:
             raise ValueError(f"hx must be [layers * directions, {rows}, H], one state per row, got {list(part.shape)}")
-
-
-def _each(state: State | None, change: Callable[[Tensor], Tensor]) -> State | None:
-    """Change a state that may be absent, or a pair."""
-    if isinstance(state, tuple):
-        return change(state[0]), change(state[1])
-    return None if state is None else change(state)
 
 
 def _put(state: State, rows: Tensor, hx: State | None, size: int) -> State:
@@ -75,58 +64,6 @@ def _put(state: State, rows: Tensor, hx: State | None, size: int) -> State:
 def _put_part(part: Tensor, rows: Tensor, hx: Tensor | None, size: int) -> Tensor:
     kept = part.new_zeros(part.shape[0], size, part.shape[2]) if hx is None else hx.to(part.dtype)
     return kept.index_copy(1, rows, part)
-
-
-def _is_faster_in_blocks(rnn: nn.RNNBase, packed: PackedSequence) -> bool:
-    # The CPU's packed kernels slice all steps once per step, and differentiating that is quadratic in T: blocks train 1.1
-    # to 7 times (GRU) and 2 to 30 times (LSTM) as fast. Without gradients only the LSTM gains, through oneDNN. cuDNN
-    # takes packed batches well.
-    return packed.data.is_cpu and not rnn.bidirectional and (rnn.mode == "LSTM" or torch.is_grad_enabled())
-
-
-def _run_blocks(rnn: nn.RNNBase, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
-    """Run a packed batch from row end to row end.
-
-    Between two ends the number of rows is constant, so that the packed steps are a dense block `[steps, rows, F]` just
-    as they lie. The states of rows that end are set aside.
-    """
-    sizes, steps = torch.unique_consecutive(packed.batch_sizes, return_counts=True)
-    state = _reordered(hx, packed.sorted_indices)
-    outputs: list[Tensor] = []
-    ended: list[State] = []
-    blocks = packed.data.split((sizes * steps).tolist())
-    for block, rows, count in zip(blocks, sizes.tolist(), steps.tolist(), strict=True):
-        if outputs:
-            running, done = slice(None, rows), slice(rows, None)
-            ended.append(cast(State, _each(state, partial(_rows_of, rows=done))))
-            state = _each(state, partial(_rows_of, rows=running))
-        output, state = _run_block(rnn, block.view(count, rows, -1), state)
-        outputs.append(output.flatten(0, 1))
-    final = _reordered(_joined([cast(State, state), *ended[::-1]]), packed.unsorted_indices)
-    return packed._replace(data=torch.cat(outputs)), cast(State, final)
-
-
-def _run_block(rnn: nn.RNNBase, block: Tensor, state: State | None) -> tuple[Tensor, State]:
-    """Run the module on `[steps, rows, F]`, whatever axis order it wants."""
-    if not rnn.batch_first:
-        return cast("tuple[Tensor, State]", rnn(block, state))
-    output, state = rnn(block.transpose(0, 1), state)
-    return output.transpose(0, 1), cast(State, state)
-
-
-def _rows_of(part: Tensor, rows: slice) -> Tensor:
-    return part[:, rows]
-
-
-def _reordered(state: State | None, order: Tensor | None) -> State | None:
-    return state if order is None else _each(state, lambda part: part.index_select(1, order))
-
-
-def _joined(states: list[State]) -> State:
-    if isinstance(states[0], tuple):
-        h, c = zip(*states, strict=True)
-        return torch.cat(h, 1), torch.cat(c, 1)
-    return torch.cat(cast("list[Tensor]", states), 1)
 
 
 def _run_nothing(rnn: nn.RNNBase, batch: LengthTrackedBatch, hx: State | None) -> tuple[LengthTrackedBatch, State]:
