@@ -28,13 +28,15 @@ from collate.errors import LengthError
 from collate.packing import flat_index, gather_steps, pack, scatter_steps, to_device, unpack
 from collate.padding import (
     Int64Array,
+    Mask,
     Number,
     Rows,
     Widths,
     check_padding_value,
     check_widths,
-    pad_rows,
+    copy_rows,
     padded_width,
+    place_steps,
     read_rows,
 )
 from collate.transport import reduce, travels
@@ -146,19 +148,17 @@ class LengthTrackedBatch:
             padding_value: what the padding holds.
 
         Raises:
-            ValueError: The dtype cannot hold the padding value.
+            ValueError: The dtype cannot hold the padding value, or feature shapes differ.
         """
         value = check_padding_value(padding_value, rows.dtype)
-        lengths = np.zeros(shape[0], np.int64)
-        lengths[: len(order)] = rows.lengths[order]
-        places = np.arange(shape[0])
-        places[: len(order)] = order
-        if rows.on_host:
-            padded = pad_rows(rows, order, shape, value)
-        else:
-            steps = torch.cat([cast(Tensor, rows.items[i]) for i in order.tolist()])
-            padded = scatter_steps(steps, to_device(flat_index(lengths, shape[1]), steps.device), shape, value)
-        return cls.trusted(padded, torch.from_numpy(lengths), None, torch.from_numpy(places), padding_value=value)
+        lengths, places = rows.lengths[order], order
+        if shape[0] > len(order):
+            lengths = np.append(lengths, np.zeros(shape[0] - len(order), np.int64))
+            places = np.append(order, np.arange(len(order), shape[0]))
+        real = np.arange(shape[1]) < lengths[:, None]
+        padded = _pad(rows, order, real, value)
+        mask = torch.from_numpy(real) if padded.is_cpu else None
+        return cls.trusted(padded, torch.from_numpy(lengths), mask, torch.from_numpy(places), padding_value=value)
 
     @classmethod
     def trusted(
@@ -485,6 +485,15 @@ class LengthTrackedBatch:
         lengths = (self.lengths - start).clamp(0, stop - start)
         padded, mask = self.padded[:, start:stop], self.mask[:, start:stop]
         return self._changed(padded=padded, lengths=lengths, mask=mask, first_step=self.first_step + start)
+
+
+def _pad(rows: Rows, order: Int64Array, real: Mask, value: Number) -> Tensor:
+    if not rows.are_short and rows.are_plain:
+        return copy_rows(rows, order, real.shape, value)
+    steps = rows.joined(order)
+    if isinstance(steps, Tensor) and (steps.requires_grad or not steps.is_cpu):
+        return scatter_steps(steps, to_device(np.flatnonzero(real), steps.device), real.shape, value)
+    return place_steps(steps, real, rows.dtype, value)
 
 
 def _block_shape(padded: Tensor) -> tuple[int, int]:
