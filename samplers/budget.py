@@ -1,6 +1,6 @@
 """What a batch may cost: padded or real tokens, rows, or a user's own measure."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, Literal, TypeAlias
@@ -98,6 +98,21 @@ class Budget:
         if self.cost is not None:
             shares = np.maximum(shares, self._costs(rows, widths))
         return shares
+
+    def fits(self, rows: int, width: Sequence[int], tokens: int) -> bool:
+        """Whether a single batch holds every limit: `use` for Python ints, for batches that grow row by row.
+
+        Args:
+            rows: of the batch.
+            width: padded width of each field.
+            tokens: real tokens over all fields.
+        """
+        if self.batch_size is not None and rows > self.batch_size:
+            return False
+        counted = tokens if self.count == "real" else rows * sum(width)
+        if self.max_tokens is not None and counted > self.max_tokens:
+            return False
+        return self.cost is None or self._affords(rows, np.array([width[0] if len(width) == 1 else width], np.int64))
 
     def max_rows(self, width: int | tuple[int, ...]) -> int:
         """The most rows that fit at a padded width, whatever their real lengths: 0 where not even one does."""

@@ -9,15 +9,16 @@ from math import isqrt
 from typing import Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from samplers.budget import Integers
 from samplers.corpus import Corpus
 from samplers.options import Options
 from samplers.widths import round_up
 
-# The default is sqrt(batches of the epoch / 24) windows: padding grows with windows / batches and meeting again falls
+# The default is sqrt(batches of the epoch / 20) windows: padding grows with windows / batches and meeting again falls
 # with 1 / windows, so that the root keeps the two in step from a thousand samples to a thousand million.
-BATCHES_PER_SQUARED_WINDOW: Final = 24
+BATCHES_PER_SQUARED_WINDOW: Final = 20
 FEWEST_WINDOWS: Final = 3
 PROBES: Final = 1024
 
@@ -50,8 +51,8 @@ class Edge(NamedTuple):
 def cut_edges(corpus: Corpus, options: Options) -> list[Edge]:
     """Cut the order into edges, greedily from the longest samples, every batch as full as the budget lets it be.
 
-    Each edge gives one batch to every window. What is left at the short end, between half and one and a half edges,
-    is the last edge, of as many batches as it needs; so a corpus smaller than that is a single edge.
+    Each edge gives one batch to every window. What is left at the short end, one to two such edges, is the last one, of
+    as many batches as it needs; so a corpus smaller than two edges is a single one.
     """
     windows = count_windows(corpus, options)
     cutter = _GrowingCutter(corpus, options, windows) if _needs_growing(corpus, options) else _Cutter(corpus, options)
@@ -62,7 +63,7 @@ def cut_edges(corpus: Corpus, options: Options) -> list[Edge]:
     while first < len(corpus):
         rows = cutter.rows_from(first)
         samples = rows * windows
-        if 2 * (len(corpus) - first) < (4 if windows == 1 else 3) * samples:
+        if len(corpus) - first < 2 * samples:
             edges += _cut_tail(first, cutter, contiguous=windows == 1)
             break
         edges.append(even_edge(first, windows, rows, cutter.width(first, first + samples)))
@@ -81,7 +82,8 @@ def count_windows(corpus: Corpus, options: Options) -> int:
     cutter = _Cutter(corpus, options)
     shares = sum((1 << 32) // cutter.rows_from(place) for place in places)
     batches = len(corpus) * shares // (len(places) << 32)
-    return min(len(corpus), max(FEWEST_WINDOWS, isqrt(batches // BATCHES_PER_SQUARED_WINDOW)))
+    rounded_root = (isqrt(4 * batches // BATCHES_PER_SQUARED_WINDOW) + 1) // 2
+    return min(len(corpus), max(FEWEST_WINDOWS, rounded_root))
 
 
 def even_edge(first: int, batches: int, rows: int, width: tuple[int, ...]) -> Edge:
@@ -95,6 +97,7 @@ class _Cutter:
     def __init__(self, corpus: Corpus, options: Options) -> None:
         self.corpus = corpus
         self.options = options
+        self._known: dict[int, tuple[int, ...]] = {}
 
     def rows_from(self, first: int) -> int:
         """Rows of the batches of an edge that starts here."""
@@ -106,9 +109,16 @@ class _Cutter:
 
     def width(self, first: int, last: int) -> tuple[int, ...]:
         """Padded width of each field, for any samples of this run."""
-        reach = last if self.corpus.fields > 1 else first + 1
-        longest = self.corpus.lengths_at(first, reach).max(0)
-        return tuple(round_up(longest, self.options.allowed_widths).tolist())
+        if self.corpus.fields > 1:
+            return self._round_up(self.corpus.lengths_at(first, last))
+        # There may be an edge for every batch of the corpus, but only so many lengths.
+        longest = int(self.corpus.lengths[self.corpus.order[first]])
+        if longest not in self._known:
+            self._known[longest] = self._round_up(self.corpus.lengths_at(first, first + 1))
+        return self._known[longest]
+
+    def _round_up(self, lengths: Integers) -> tuple[int, ...]:
+        return tuple(round_up(lengths.max(0), self.options.allowed_widths).tolist())
 
 
 class _GrowingCutter(_Cutter):
@@ -137,14 +147,16 @@ class _GrowingCutter(_Cutter):
         last = corpus.alone + strata * windows
         if corpus.fields == 1:
             return corpus.lengths_at(corpus.alone, last, windows)
-        return corpus.lengths_at(corpus.alone, last).reshape(strata, windows, corpus.fields).max(1)
+        greatest: Integers = corpus.lengths_at(corpus.alone, last).reshape(strata, windows, corpus.fields).max(1)
+        return greatest
 
-    def _fits(self, heads: Integers) -> Integers:
+    def _fits(self, heads: Integers) -> npt.NDArray[np.bool_]:
         """Whether a batch of the first row, of the first two, and so on holds the budget: bool `[n]`."""
         rows = np.arange(1, len(heads) + 1)
         widths = round_up(np.maximum.accumulate(heads), self.options.allowed_widths)
         tokens = np.maximum(heads.sum(1), 1).cumsum()
-        return self.options.budget.use(rows, widths if self.corpus.fields > 1 else widths[:, 0], tokens) <= 1
+        use = self.options.budget.use(rows, widths if self.corpus.fields > 1 else widths[:, 0], tokens)
+        return np.less_equal(use, 1)
 
 
 def _needs_growing(corpus: Corpus, options: Options) -> bool:

@@ -7,13 +7,22 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from samplers.budget import Integers
+from samplers.budget import Floats, Integers
 from samplers.corpus import Corpus, Lengths, Places, rank_lengths
 from samplers.edges import Edge, cut_edges
 from samplers.options import Options
 from samplers.shuffle import Words, permute, stream_keys
+from samplers.widths import round_up
 
 Shape: TypeAlias = tuple[int, int | tuple[int, ...]]
+
+
+class Sizes(NamedTuple):
+    """Of each batch: rows `[n]`, padded widths `[n, K]` and real tokens over all fields `[n]`, int64."""
+
+    rows: Integers
+    widths: Integers
+    tokens: Integers
 
 
 class _Table(NamedTuple):
@@ -66,7 +75,8 @@ class Layout:
     def digest(self) -> str:
         """Sixteen hexadecimal digits that change when an edge or the choice of samples does."""
         chosen = b"" if self.options.indices is None else np.sort(self.corpus.order).astype("<i8").tobytes()
-        return blake2b(repr((self.edges, self.options.shuffle)).encode() + chosen, digest_size=8).hexdigest()
+        decided = repr((self.edges, self.options.shuffle, self.options.drop_last)).encode()
+        return blake2b(decided + chosen, digest_size=8).hexdigest()
 
     def rows_of(self, numbers: Integers) -> Integers:
         """Rows of these batches: int64 `[n]`."""
@@ -85,15 +95,41 @@ class Layout:
         table = self._table
         edges, columns = self._locate(numbers)
         rows = self._rows(edges, columns)
-        stratum = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
-        column, size, first = (np.repeat(values, rows) for values in (columns, table.batches[edges], table.first[edges]))
-        place = first + stratum * size
+        stratum: Integers = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
+        column: Integers = np.repeat(columns, rows)
+        size: Integers = np.repeat(table.batches[edges], rows)
+        place: Integers = np.repeat(table.first[edges], rows) + stratum * size
         if (table.rest[edges] != table.batches[edges]).any():
-            self._shift_short_strata(np.repeat(edges, rows), stratum, place, column, size)
+            owner: Integers = np.repeat(edges, rows)
+            self._shift_short_strata(owner, stratum, place, column, size)
         if self.options.shuffle:
             keys = stream_keys(key, np.repeat(table.strata[edges], rows) + stratum)
             column = _permute_each(column, size, keys)
         return self.corpus.order[place + column], rows
+
+    def use_of(self, sizes: Sizes) -> Floats:
+        """The share of the budget that batches of these sizes use: float64 `[n]`."""
+        widths = sizes.widths if self.corpus.fields > 1 else sizes.widths[:, 0]
+        return self.options.budget.use(sizes.rows, widths, sizes.tokens)
+
+    def sizes_of(self, samples: Places, rows: Integers) -> Sizes:
+        """What batches measure.
+
+        Args:
+            samples: of the batches, one after the other: `[sum(rows)]`.
+            rows: of each, at least one: int64 `[n]`.
+        """
+        lengths, starts = self.corpus.lengths_of(samples), np.cumsum(rows) - rows
+        longest = np.maximum.reduceat(lengths, starts)
+        tokens = np.add.reduceat(lengths.sum(1), starts)
+        return Sizes(rows, round_up(longest, self.options.allowed_widths), tokens)
+
+    def fill_of(self, sizes: Sizes) -> Floats:
+        """Rows by the most rows of a shape as wide, float64 `[n]`: above 1 where no shape of the list holds a batch."""
+        widths = np.array([edge.width for edge in self.edges])
+        wide_enough = (sizes.widths[:, None] <= widths).all(2)
+        most: Integers = np.where(wide_enough, self._table.rows, 0).max(1)
+        return np.where(most > 0, sizes.rows / np.maximum(most, 1), np.inf)
 
     @cached_property
     def _table(self) -> _Table:
@@ -138,6 +174,8 @@ def lay_out(lengths: Lengths, options: Options) -> Layout:
     if options.shuffle:
         # An epoch ends with its last numbers, and only batches of many rows can be split among replicas there.
         edges.sort(key=lambda edge: edge.rows)
+    else:
+        edges.sort(key=lambda edge: -sum(edge.width))
     layout = Layout(corpus, tuple(edges), options)
     if not edges or len(layout) == 0:
         raise ValueError(
@@ -148,7 +186,7 @@ def lay_out(lengths: Lengths, options: Options) -> Layout:
 
 
 def _permute_each(columns: Integers, sizes: Integers, keys: Words) -> Integers:
-    if sizes.min() == sizes.max():
+    if len(sizes) and (sizes == sizes[0]).all():
         return permute(columns, int(sizes[0]), keys)
     moved = np.empty_like(columns)
     for size in np.unique(sizes).tolist():

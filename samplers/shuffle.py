@@ -13,7 +13,7 @@ import numpy.typing as npt
 Integers: TypeAlias = npt.NDArray[np.int64]
 Words: TypeAlias = npt.NDArray[np.uint64]
 
-# Domains of a few places need the most: with 6 rounds the 120 orders of 5 places are visibly uneven, with 12 they are not.
+# Domains of a few places need the most: after 6 rounds the 120 orders of 5 places are visibly uneven.
 ROUNDS: Final = 12
 _MASK: Final = (1 << 64) - 1
 _GAMMA: Final = 0x9E3779B97F4A7C15
@@ -70,11 +70,11 @@ def permute(places: Integers, size: int, keys: Words | int) -> Integers:
     """
     if size <= 1:
         return np.zeros(len(places), np.int64)
-    keys = np.uint64(keys) if isinstance(keys, int) else keys
+    keys = np.full(1, keys, np.uint64) if isinstance(keys, int) else keys
     moved = _feistel(places.astype(np.uint64), size, keys)
     outside = np.flatnonzero(moved >= size)
     while len(outside):
-        moved[outside] = _feistel(moved[outside], size, keys if isinstance(keys, np.uint64) else keys[outside])
+        moved[outside] = _feistel(moved[outside], size, keys if len(keys) == 1 else keys[outside])
         outside = outside[moved[outside] >= size]
     return moved.view(np.int64)
 
@@ -89,7 +89,7 @@ def draw(numbers: Integers, size: int, key: int) -> Integers:
     return _scale(stream_keys(key, numbers), size).view(np.int64)
 
 
-def _feistel(places: Words, size: int, keys: Words | np.uint64) -> Words:
+def _feistel(places: Words, size: int, keys: Words) -> Words:
     a = isqrt(size - 1) + 1
     b = -(-size // a)
     right, left = np.divmod(places, np.uint64(a))
@@ -103,7 +103,7 @@ def _feistel(places: Words, size: int, keys: Words | np.uint64) -> Words:
     return right
 
 
-def _shift(half: Words, other: Words, size: int, keys: Words | np.uint64, turn: int) -> None:
+def _shift(half: Words, other: Words, size: int, keys: Words, turn: int) -> None:
     """Add to `half`, modulo `size`, a hash of the other half; in place."""
     mixed = other + (keys ^ np.uint64((turn * _GAMMA) & _MASK))
     mixed *= np.uint64(_MIX_1)

@@ -75,6 +75,10 @@ def optimal_widths(lengths: npt.ArrayLike, k: int) -> list[int]:
     Raises:
         TypeError: Lengths or `k` are not integers.
         ValueError: There are no lengths, a length is negative, they are not `[N]`, or `k` is below one.
+
+    Example:
+        >>> optimal_widths([3, 4, 4, 9, 10, 30], 3)
+        [4, 10, 30]
     """
     k = check_count("k", k, least=1, hint="say how many widths there may be")
     values, counts = np.unique(np.maximum(_check_lengths(lengths), 1), return_counts=True)

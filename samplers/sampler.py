@@ -1,0 +1,268 @@
+"""The batch sampler: batches alike in length for a `DataLoader`, on any number of replicas, from any position."""
+
+import os
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+from torch.utils.data import Sampler
+
+from samplers.budget import Cost, Count, check_count
+from samplers.corpus import Lengths
+from samplers.course import Course, chunk_steps
+from samplers.cursor import Cursor, PositionDict, check_epoch, make_fingerprint
+from samplers.layout import Shape, lay_out
+from samplers.options import Indices, Options, Overlong
+from samplers.plan import BatchPlan
+from samplers.widths import Widths
+
+
+class LengthBucketBatchSampler(Sampler[list[int]]):
+    """Batches of samples alike in length, every sample once an epoch: a `batch_sampler` of lists of Python ints.
+
+    All replicas take the same number of batches in every epoch. An epoch advances by itself at its first batch. The
+    cursor lives in the iterators, whose `state_dict` and `load_state_dict` a `StatefulDataLoader` uses; for any other
+    loader `position` and `seek` do the same.
+
+    Args:
+        lengths: of all samples, in steps: integers `[N]`, or `[N, K]` for samples of K fields; a list, an array or a
+            memory map, or an index that holds them.
+        max_tokens: tokens in a batch at most, counted as `count` says.
+        batch_size: rows in a batch at most.
+        cost: a measure of one's own: `cost(rows, width) <= 1` fits. It is called with int64 arrays `[n]` (`width` is
+            `[n, K]` for K fields), returns `[n]` numbers, and must not fall as rows or width grow.
+        count: `"padded"`: `max_tokens` is rows x padded width, summed over fields. `"real"`: it is the sum of lengths.
+        window: samples that are sorted by length together. More: less padding, and more pairs that meet again in the
+            next epoch. None: chosen from the number of batches.
+        shuffle: False for batches in the order of length, longest first, the same each epoch.
+        seed: of the shuffles, 0 to 2**64 - 1.
+        min_length: shorter samples are left out and counted.
+        max_length: longer ones count as this long; the collator's `max_length` cuts them.
+        overlong: what happens to a sample that alone exceeds the budget: `"error"`, `"drop"` (left out and counted) or
+            `"alone"` (a batch of one, counted).
+        drop_last: drop the last, partial step, and the batch that `batch_size` leaves short, instead of splitting the
+            rows of that step among the replicas.
+        widths: padded widths, as the collator's: a multiple, or the allowed ones; None pads to the longest row.
+        indices: plan these samples only; None plans all.
+        num_replicas: W; None takes the initialised process group's size, or 1.
+        rank: of this process; None takes the process group's, or 0.
+
+    Raises:
+        TypeError: Lengths or an option have the wrong type.
+        LengthError: A length is negative, above every allowed width, or over the budget with `overlong="error"`.
+        ValueError: An option is out of its range, no budget is given, no batch is left to plan, or the last step has
+            fewer rows than replicas.
+        RuntimeError: A launcher started several processes, and their process group is not initialised.
+    """
+
+    def __init__(
+        self,
+        lengths: Lengths,
+        *,
+        max_tokens: int | None = None,
+        batch_size: int | None = None,
+        cost: Cost | None = None,
+        count: Count = "padded",
+        window: int | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        min_length: int = 0,
+        max_length: int | None = None,
+        overlong: Overlong = "error",
+        drop_last: bool = False,
+        widths: Widths = None,
+        indices: Indices | None = None,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+    ) -> None:
+        super().__init__()
+        options = Options(
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            cost=cost,
+            count=count,
+            window=window,
+            shuffle=shuffle,
+            seed=seed,
+            min_length=min_length,
+            max_length=max_length,
+            overlong=overlong,
+            drop_last=drop_last,
+            widths=widths,
+            indices=indices,
+        )
+        self.num_replicas, self.rank = find_replica(num_replicas, rank)
+        layout = lay_out(lengths, options)
+        self._layout = layout
+        self._cursor = Cursor(layout, self.num_replicas, partial(make_fingerprint, lengths, layout))
+        self._steps = self.plan(0).steps
+
+    def __len__(self) -> int:
+        """Batches of this replica in a whole epoch: the same in each, and on every replica."""
+        return self._steps
+
+    def __iter__(self) -> "BatchIterator":
+        """An iterator over one epoch's batches; which epoch is decided when it takes its first."""
+        return BatchIterator(self._cursor, self.rank)
+
+    @property
+    def sampler(self) -> "LengthBucketBatchSampler":
+        """Itself: trainers look here for `set_epoch`."""
+        return self
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next iterator begins."""
+        return self._cursor.epoch
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """The closed list of (rows, width) that batches have at most, in any epoch; width is a tuple for K fields.
+
+        A batch that is split or left short is smaller than one of them.
+        """
+        return self._layout.shapes
+
+    @property
+    def remaining(self) -> int:
+        """Batches that the next iterator will give: `len`, or fewer after `seek`."""
+        return self._cursor.coming.steps
+
+    def plan(self, epoch: int) -> BatchPlan:
+        """All batches of an epoch, over all replicas.
+
+        Raises:
+            TypeError: The epoch is not an int.
+            ValueError: The epoch is negative.
+        """
+        return BatchPlan(self._layout, check_epoch(epoch), self.num_replicas)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next iterator begin this epoch; a position that was sought in another epoch is forgotten.
+
+        Raises:
+            TypeError: The epoch is not an int.
+            ValueError: The epoch is negative.
+        """
+        self._cursor.set_epoch(epoch)
+
+    def position(self, steps: int) -> PositionDict:
+        """Where the epoch stands after this replica's first `steps` batches of the present iteration.
+
+        A loader's workers run ahead of training, so that only the training loop knows how many batches it has used.
+
+        Args:
+            steps: batches used since the present iteration began: the last that has taken a batch, or if none has
+                since `seek` or `set_epoch` to another epoch, the one to come.
+
+        Returns:
+            Five primitive values, under 1 kB, the same on all replicas: for `seek`, or for an iterator's
+            `load_state_dict`, on any number of replicas.
+
+        Raises:
+            TypeError: `steps` is not an int.
+            ValueError: The iteration has fewer batches.
+        """
+        course = self._cursor.present
+        steps = check_count("steps", steps, least=0, hint="count the batches used since the iteration began")
+        if steps > course.steps:
+            raise ValueError(f"steps must be at most {course.steps}, the iteration's batches, got {steps}")
+        return self._cursor.save(course, steps)
+
+    def seek(self, position: Mapping[str, Any]) -> None:
+        """Let the first iterator that takes a batch go on from a position, once; the next begins the next epoch.
+
+        `set_epoch` to the position's epoch keeps it, to another one clears it.
+
+        Raises:
+            TypeError: The position is not a mapping, or one of its values has the wrong type.
+            ValueError: It is of other lengths, options, seed or version, or the rest of its epoch cannot be shared by
+                this number of replicas.
+        """
+        self._cursor.seek(position)
+
+
+class BatchIterator(Iterator[list[int]]):
+    """One pass over an epoch, or over the rest of one: how far it has come is known here and nowhere else.
+
+    Nothing is decided before the first batch is taken, since loaders make iterators that they never use.
+
+    Args:
+        cursor: shared with the sampler and its other iterators.
+        rank: whose batches to give.
+    """
+
+    def __init__(self, cursor: Cursor, rank: int) -> None:
+        self._cursor = cursor
+        self._rank = rank
+        self._course: Course | None = None
+        self._begun = False
+        self._taken = 0
+        self._ready: list[list[int]] = []
+
+    def __next__(self) -> list[int]:
+        if self._course is None or not self._begun:
+            self._course, self._begun = self._cursor.begin(self._course), True
+        if not self._ready:
+            self._ready = self._next_batches(self._course)
+        if not self._ready:
+            raise StopIteration
+        self._taken += 1
+        return self._ready.pop()
+
+    def state_dict(self) -> PositionDict:
+        """Where the epoch stands, in fresh primitive values, as `LengthBucketBatchSampler.position` gives it."""
+        return self._cursor.save(self._course or self._cursor.coming, self._taken)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a position; the sampler's next iterator begins the epoch after it.
+
+        Raises:
+            TypeError: The position is not a mapping, or one of its values has the wrong type.
+            ValueError: It is of other lengths, options, seed or version, or the rest of its epoch cannot be shared by
+                this number of replicas.
+        """
+        self._course = self._cursor.begin(self._cursor.read(state))
+        self._begun, self._taken, self._ready = False, 0, []
+
+    def _next_batches(self, course: Course) -> list[list[int]]:
+        """The next batches, last first: few at the start of an epoch, so that the first comes soon, and more later."""
+        ahead = min(2 * self._taken + 1, chunk_steps(course.epoch.layout))
+        return course.steps_of(self._rank, self._taken, self._taken + ahead)[::-1]
+
+
+def find_replica(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
+    """How many replicas there are, and which of them this process is.
+
+    Args:
+        num_replicas: None takes the initialised process group's size, or 1.
+        rank: None takes the process group's rank, or 0 of 1.
+
+    Raises:
+        TypeError: One of them is not an int.
+        ValueError: They are out of range, or `num_replicas` is given without a rank that could be found.
+        RuntimeError: A launcher started several processes, and their process group is not initialised.
+    """
+    grouped = dist.is_available() and dist.is_initialized()
+    if num_replicas is None:
+        _refuse_missing_group(grouped=grouped)
+        num_replicas = dist.get_world_size() if grouped else 1
+    num_replicas = check_count("num_replicas", num_replicas, least=1, hint="one process is 1")
+    if rank is None:
+        if num_replicas > 1 and not grouped:
+            raise ValueError(f"rank must be given with num_replicas={num_replicas}: no process group is initialised")
+        rank = dist.get_rank() if grouped and num_replicas > 1 else 0
+    rank = check_count("rank", rank, least=0, hint="count replicas from 0")
+    if rank >= num_replicas:
+        raise ValueError(f"rank must be below num_replicas={num_replicas}, got {rank}: count replicas from 0")
+    return num_replicas, rank
+
+
+def _refuse_missing_group(*, grouped: bool) -> None:
+    world = os.environ.get("WORLD_SIZE", "1")
+    if not grouped and world.isdigit() and int(world) > 1:
+        raise RuntimeError(
+            f"a launcher started {world} processes (WORLD_SIZE), but torch.distributed is not initialised, and every "
+            "process would train on all samples: call init_process_group first, or give num_replicas and rank"
+        )

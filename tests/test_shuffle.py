@@ -1,0 +1,87 @@
+"""Shuffles: bijections under any key, golden values, and no visible pattern in small domains."""
+
+from itertools import permutations
+from math import factorial
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from samplers.shuffle import derive_key, draw, permute, permute_one, stream_keys
+
+KEYS = st.integers(0, 2**64 - 1)
+
+GOLDEN_KEYS = [6791897765849424158, 4798784977976973041]
+GOLDEN_STREAM = [13168350753275463132, 7134611160154358618, 13877614986023876344]
+GOLDEN_SHUFFLE = [8, 5, 9, 0, 7, 1, 2, 6, 4, 3]
+GOLDEN_DRAW = [50, 68, 75, 26, 78, 26, 11, 64]
+
+
+def slow_permute(place: int, size: int, key: int) -> int:
+    """The definition, one place at a time in Python's integers."""
+    mask, gamma, mix_1, mix_2 = 2**64 - 1, 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+    a = next(a for a in range(1, size + 1) if a * a >= size)
+    b = -(-size // a)
+    while True:
+        halves, sizes = [place % a, place // a], [a, b]
+        for turn in range(12):
+            side = turn % 2
+            word = ((halves[1 - side] + (key ^ (turn * gamma & mask))) * mix_1) & mask
+            word = ((word ^ (word >> 32)) * mix_2) & mask
+            halves[side] = (halves[side] + ((word >> 32) * sizes[side] >> 32)) % sizes[side]
+        place = halves[0] + a * halves[1]
+        if place < size:
+            return place
+
+
+@given(st.integers(1, 3000), KEYS)
+def test_a_shuffle_sends_distinct_places_to_distinct_places(size: int, key: int) -> None:
+    assert sorted(permute(np.arange(size), size, key).tolist()) == list(range(size))
+
+
+@given(st.integers(2, 10**6), KEYS, st.data())
+def test_a_shuffle_equals_its_definition(size: int, key: int, data: st.DataObject) -> None:
+    place = data.draw(st.integers(0, size - 1))
+    assert permute_one(place, size, key) == slow_permute(place, size, key)
+
+
+@given(st.integers(1, 50), st.lists(KEYS, min_size=1, max_size=20))
+def test_a_key_for_each_place_gives_what_each_key_gives_alone(size: int, keys: list[int]) -> None:
+    places = np.arange(len(keys)) % size
+    together = permute(places, size, np.array(keys, np.uint64))
+    assert together.tolist() == [permute_one(int(p), size, k) for p, k in zip(places, keys, strict=True)]
+
+
+def test_golden_values_hold_on_every_machine_and_version() -> None:
+    assert derive_key(0) == GOLDEN_KEYS[0]
+    assert derive_key(7, 3, 1) == GOLDEN_KEYS[1]
+    assert stream_keys(5, np.arange(3)).tolist() == GOLDEN_STREAM
+    assert permute(np.arange(10), 10, derive_key(1)).tolist() == GOLDEN_SHUFFLE
+    assert draw(np.arange(8), 100, 9).tolist() == GOLDEN_DRAW
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_every_order_of_a_few_places_is_about_as_frequent(size: int) -> None:
+    trials = 20_000
+    keys = stream_keys(derive_key(11), np.arange(trials))
+    orders = np.stack([permute(np.full(trials, place), size, keys) for place in range(size)], axis=1)
+    codes = orders @ (size ** np.arange(size))
+    counts = [int((codes == np.dot(order, size ** np.arange(size))).sum()) for order in permutations(range(size))]
+    expected = trials / factorial(size)
+    freedom = factorial(size) - 1
+    chi_squared = sum((count - expected) ** 2 / expected for count in counts)
+    assert chi_squared < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_neighbours_in_place_and_in_key_go_to_unrelated_places() -> None:
+    size, trials = 97, 30_000
+    keys = stream_keys(derive_key(3), np.arange(trials))
+    here, beside = permute(np.full(trials, 40), size, keys), permute(np.full(trials, 41), size, keys)
+    assert abs(np.corrcoef(here, beside)[0, 1] + 1 / (size - 1)) < 0.025
+    assert abs(np.corrcoef(here[:-1], here[1:])[0, 1]) < 0.025
+
+
+def test_keys_differ_by_order_and_number_of_their_words() -> None:
+    keys = [derive_key(), derive_key(0), derive_key(0, 0), derive_key(1, 2), derive_key(2, 1), derive_key(1)]
+    assert len(set(keys)) == len(keys)

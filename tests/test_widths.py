@@ -1,0 +1,87 @@
+"""Widths: rounding up, and the exact partition against every other."""
+
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from collate.errors import LengthError
+from samplers.widths import check_widths, optimal_widths, round_up
+
+
+def padding(lengths: list[int], widths: list[int]) -> int:
+    return sum(min(width for width in widths if width >= length) - length for length in lengths)
+
+
+def least_padding(lengths: list[int], k: int) -> int:
+    *others, longest = sorted(set(lengths))
+    choices = (list(choice) for n in range(min(k - 1, len(others)) + 1) for choice in combinations(others, n))
+    return min(padding(lengths, [*choice, longest]) for choice in choices)
+
+
+@given(st.lists(st.integers(1, 25), min_size=1, max_size=40), st.integers(1, 5))
+def test_no_other_choice_of_widths_wastes_less(lengths: list[int], k: int) -> None:
+    widths = optimal_widths(lengths, k)
+    assert len(widths) <= k
+    assert widths == sorted(set(widths))
+    assert widths[-1] == max(lengths)
+    assert padding(lengths, widths) == least_padding(lengths, k)
+
+
+def test_enough_widths_are_the_distinct_lengths() -> None:
+    assert optimal_widths(np.array([3, 9, 3, 5]), 10) == [3, 5, 9]
+    assert optimal_widths([0, 0], 1) == [1]
+
+
+def test_large_token_counts_stay_exact() -> None:
+    lengths = np.repeat([10**6, 2 * 10**6, 10**9], [10**5, 10**5, 3])
+    assert optimal_widths(lengths, 2) == [2 * 10**6, 10**9]
+
+
+@given(st.lists(st.integers(0, 60), min_size=1), st.integers(1, 9))
+def test_a_multiple_rounds_up_to_itself_and_never_to_zero(lengths: list[int], multiple: int) -> None:
+    rounded = round_up(np.array(lengths), multiple)
+    slow = [next(width for width in range(multiple, 100, multiple) if width >= length) for length in lengths]
+    assert rounded.tolist() == slow
+
+
+def test_allowed_widths_round_up_to_the_next_and_must_reach_the_longest() -> None:
+    widths = check_widths([16, 4, 8])
+    assert widths == (4, 8, 16)
+    assert round_up(np.array([[0, 4], [5, 16]]), widths).tolist() == [[4, 4], [8, 16]]
+    with pytest.raises(LengthError, match=r"greatest length, 17, got at most 16: add a width"):
+        round_up(np.array([3, 17]), widths)
+
+
+@pytest.mark.parametrize(
+    ("widths", "error", "says"),
+    [
+        (0, ValueError, "at least 1, got 0"),
+        (True, TypeError, "got True"),
+        (2.5, TypeError, "got 2.5"),
+        ("16", TypeError, "got '16'"),
+        ([], ValueError, "at least one width"),
+        ([4, -1], ValueError, "at least 1, got -1"),
+    ],
+)
+def test_widths_that_make_no_sense_are_refused(widths: Any, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        check_widths(widths)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "k", "error", "says"),
+    [
+        ([3, 4], 0, ValueError, "k must be at least 1"),
+        ([], 2, ValueError, "N >= 1"),
+        ([[3, 4]], 2, ValueError, "one field at a time"),
+        ([3.0], 2, TypeError, "must be integers, got float64"),
+        ([3, -4], 2, LengthError, "got -4 at sample 1"),
+    ],
+)
+def test_lengths_that_make_no_sense_have_no_widths(lengths: Any, k: int, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        optimal_widths(lengths, k)
