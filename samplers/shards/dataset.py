@@ -1,0 +1,298 @@
+"""Samples by place: a map-style dataset that reads slices of shards and holds every length against the index."""
+
+import operator
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final, NoReturn, TypeAlias
+from zlib import crc32
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from collate.errors import LengthError
+from samplers.shards.files import RandomAccess, Shards, expand_shards, open_file
+from samplers.shards.format import Sample, decode_member, field_of, read_array_header
+from samplers.shards.index import LengthIndex, decode_key
+from samplers.shards.indexfile import REBUILD, SUFFIX
+from samplers.shards.tables import Array, Field, Tables
+
+Decoder: TypeAlias = Callable[[bytes], Any]
+
+# Shards that a process keeps open.
+HANDLES: Final = 128
+# A longer header of an array would be a hoax.
+_LONGEST_HEADER: Final = 1 << 16
+
+
+_OF_A_PROCESS: Final = frozenset(["_tables", "_files", "_checked", "_process"])
+
+# Open shards, and the part of a batch that is read from each; fields to read, by column and column of lengths.
+Files: TypeAlias = list[tuple[RandomAccess, slice]]
+Columns: TypeAlias = list[tuple[int, Field, int]]
+
+
+class ShardDataset(Dataset[Sample]):
+    """The samples of a corpus by place, in the order of its index.
+
+    A sample is `{"__key__": str, field: array [L, *F] or scalar, ...}`; its arrays are writable, in native byte order
+    and share memory with nothing. The length of what is read is the index's, or an error says where it is not.
+
+    Attributes:
+        index: the corpus's lengths, for a sampler.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        index: LengthIndex | str | os.PathLike[str] | None = None,
+        fields: Collection[str] | None = None,
+        *,
+        decode: Mapping[str, Decoder] | None = None,
+        check: bool = True,
+    ) -> None:
+        """Open the index; shards are opened, and held against it, when they are first read.
+
+        Args:
+            shards: a folder or `.ltx` file that `ShardWriter` has made, or paths, brace patterns, wildcards or URLs.
+            index: of these shards, in their order, or its file; None for the files beside them.
+            fields: what samples hold beside their key; the others are not read. None for all.
+            decode: functions from bytes for fields in other encodings than npy, cls, txt and json, which stay bytes
+                without; what they give must have the length in the index.
+            check: hold what is read against its crc32, where the index has one.
+
+        Raises:
+            FileNotFoundError: There is no index.
+            TypeError: `fields` is a single string.
+            ValueError: The index is damaged or of other shards, or a field is not there.
+        """
+        if isinstance(fields, str):
+            raise TypeError(f"fields must be a list of names, got the string {fields!r}")
+        self.index = _open_index(shards, index)
+        self._tables = self.index.tables
+        self._check_crcs = check and self._tables.crcs is not None
+        self._decode = dict(decode or {})
+        self._columns = _choose(self._tables.fields, fields, self._decode)
+        self._ends = self.index.starts[1:]
+        self._forget()
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, place: int) -> Sample:
+        """The sample at one place."""
+        return self.__getitems__([operator.index(place)])[0]
+
+    def __getitems__(self, places: Sequence[int]) -> list[Sample]:
+        """The samples at these places, read in the order of the files, given in the order asked for.
+
+        Raises:
+            FileNotFoundError: A shard is absent.
+            IndexError: A place is not in the corpus.
+            LengthError: The length of a sample is not that in the index; shard, key, field and both numbers are named.
+            TypeError: Places are not integers.
+            ValueError: A shard has changed since it was indexed, or is damaged.
+        """
+        wanted = self._check_places(places)
+        order = np.argsort(wanted, kind="stable")
+        samples = self._read(wanted[order]) if len(wanted) else []
+        given: list[Any] = [None] * len(samples)
+        for place, sample in zip(order.tolist(), samples, strict=True):
+            given[place] = sample
+        return given
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in _OF_A_PROCESS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._tables = self.index.tables
+        self._forget()
+
+    def _forget(self) -> None:
+        # What belongs to a process: open files, and which blocks it has held against the index.
+        self._process = os.getpid()
+        self._files = lru_cache(maxsize=HANDLES)(open_file)
+        blocks = self._tables.blocks
+        self._checked = np.zeros(0 if blocks is None else len(blocks), np.bool_)
+
+    def _check_places(self, places: Sequence[int]) -> Array:
+        wanted = np.asarray(places) if len(places) else np.arange(0)
+        if wanted.dtype.kind not in "iu" or wanted.ndim != 1:
+            raise TypeError(f"places must be a list of integers, got {wanted.dtype} {list(wanted.shape)}")
+        total = len(self)
+        wanted = np.where(wanted < 0, wanted + total, wanted)
+        odd = np.flatnonzero((wanted < 0) | (wanted >= total))
+        if len(odd):
+            raise IndexError(f"place {places[odd[0]]} is not among the {total} samples of the corpus")
+        return wanted
+
+    def _read(self, rows: Array) -> list[Sample]:
+        if self._process != os.getpid():
+            self._forget()
+        shards = np.searchsorted(self._ends, rows, side="right")
+        edges = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(rows)]
+        files = [(self._file(int(shards[first])), slice(first, last)) for first, last in pairwise(edges)]
+        samples: list[Sample] = [{"__key__": decode_key(key)} for key in self._tables.keys[rows].tolist()]
+        if self._tables.blocks is not None:
+            self._check_blocks(files, rows, self._tables.blocks)
+            self._read_blocks(files, rows, samples)
+        elif self._tables.sizes is not None:
+            self._read_plain(files, rows, samples, self._tables.sizes)
+        return samples
+
+    def _file(self, shard: int) -> RandomAccess:
+        known = self._tables.shards[shard]
+        try:
+            file = self._files(known.path)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"no shard {known.path}, which the index lists: give shards= where they are now, or {REBUILD}"
+            ) from None
+        if file.size != known.size:
+            raise ValueError(
+                f"{known.path}: {file.size} bytes, the index says {known.size}: changed since it was indexed; {REBUILD}"
+            )
+        return file
+
+    def _read_blocks(self, files: Files, rows: Array, samples: list[Sample]) -> None:
+        steps = self._tables.lengths[rows]
+        for column, field, measure in self._columns:
+            shapes = [(n, *field.shape) for n in steps[:, measure].tolist()] if field.variable else None
+            dtype = np.dtype(field.dtype)
+            arrays = [np.empty(shape, dtype) for shape in shapes or [field.shape] * len(rows)]
+            self._fill(files, arrays, rows, column)
+            values = arrays if field.variable or field.shape else [array[()] for array in arrays]
+            for sample, value in zip(samples, values, strict=True):
+                sample[field.name] = value
+
+    def _read_plain(self, files: Files, rows: Array, samples: list[Sample], sizes: Array) -> None:
+        for column, field, measure in self._columns:
+            for file, part in files:
+                if (sizes[rows[part], column] > file.size).any():
+                    raise ValueError(f"{file.path}: the index says that a member is greater than the shard: {REBUILD}")
+            arrays = [np.empty(size, np.uint8) for size in sizes[rows, column].tolist()]
+            self._fill(files, arrays, rows, column)
+            for sample, row, array in zip(samples, rows.tolist(), arrays, strict=True):
+                # A sample may lack a field whose length does not count.
+                if self._tables.places[row, column]:
+                    sample[field.name] = self._decode_field(field, array.tobytes(), row, measure)
+
+    def _fill(self, files: Files, arrays: list[Array], rows: Array, column: int) -> None:
+        offsets = self._tables.places[rows, column].tolist()
+        for file, part in files:
+            file.fill(arrays[part], offsets[part])
+        if self._check_crcs and self._tables.crcs is not None:
+            buffers: Iterable[Any] = arrays
+            expected = self._tables.crcs[rows, column].tolist()
+            if list(map(crc32, buffers)) != expected:
+                self._refuse_damage(arrays, expected, rows, column)
+
+    def _refuse_damage(self, arrays: list[Array], expected: list[int], rows: Array, column: int) -> NoReturn:
+        buffers: Iterable[Any] = arrays
+        row = int(rows[[crc32(buffer) != crc for buffer, crc in zip(buffers, expected, strict=True)].index(True)])
+        raise ValueError(
+            f"{self._where(row, self._tables.fields[column])}, at offset {self._tables.places[row, column]}: the bytes "
+            "do not have the checksum in the index: the shard is damaged or has changed"
+        )
+
+    def _decode_field(self, field: Field, data: bytes, row: int, measure: int) -> Any:
+        decode = self._decode.get(field.name)
+        value = decode(data) if decode else decode_member(field_of(field.suffix)[1], data, self._where(row, field))
+        # Left undecoded, bytes do not tell their steps.
+        if field.variable and not isinstance(value, bytes) and len(value) != self._tables.lengths[row, measure]:
+            raise LengthError(
+                f"{self._where(row, field)}: the index says {self._tables.lengths[row, measure]} steps, the shard "
+                f"{len(value)}: {REBUILD}"
+            )
+        return value
+
+    def _check_blocks(self, files: Files, rows: Array, starts: Array) -> None:
+        blocks = np.searchsorted(starts[:, 0], rows, side="right") - 1
+        for file, part in files:
+            for block in np.unique(blocks[part][~self._checked[blocks[part]]]).tolist():
+                first, *members = starts[block].tolist()
+                last = int(starts[block + 1, 0]) if block + 1 < len(starts) else len(self)
+                _check_block(file, self._tables, members, slice(first, last), self._columns)
+                self._checked[block] = True
+
+    def _where(self, row: int, field: Field) -> str:
+        shard = self._tables.shards[int(np.searchsorted(self._ends, row, side="right"))]
+        return f"{shard.path}: sample {self.index.keys[row]!r}, field {field.name!r}"
+
+
+def _check_block(file: RandomAccess, tables: Tables, members: list[int], rows: slice, columns: Columns) -> None:
+    """Hold what a block says of itself against the index.
+
+    Args:
+        file: the shard.
+        tables: of the corpus.
+        members: offsets of the block's fields, then of their lengths.
+        rows: the block's samples.
+        columns: the fields that are read.
+
+    Raises:
+        LengthError: The length of a sample differs.
+        ValueError: A dtype, feature shape or place differs.
+    """
+    for column, field, measure in columns:
+        steps = np.ones(rows.stop - rows.start, np.int64)
+        if field.variable:
+            steps = tables.lengths[rows, measure].astype(np.int64)
+            _hold_lengths(file, members[len(tables.fields) + measure], steps, tables.keys[rows], field)
+        where = f"{file.path}: block of sample {decode_key(tables.keys[rows.start])!r}, field {field.name!r}"
+        header = read_array_header(file.read(members[column], _LONGEST_HEADER), where)
+        starts = members[column] + header.size + (np.cumsum(steps) - steps) * field.row_bytes
+        moved = " at another" if (starts != tables.places[rows, column]).any() else ""
+        expected = (field.dtype, (int(steps.sum()), *field.shape), False)
+        if moved or (header.dtype.str, header.shape, header.fortran) != expected:
+            raise ValueError(
+                f"{where}: holds {header.dtype.str} {list(header.shape)} at offset {members[column]}, the index says "
+                f"{expected[0]} {list(expected[1])}{moved}: {REBUILD}"
+            )
+
+
+def _hold_lengths(file: RandomAccess, offset: int, steps: Array, keys: Array, field: Field) -> None:
+    where = f"{file.path}: block of sample {decode_key(keys[0])!r}, field {field.name!r}"
+    content = file.read(offset, _LONGEST_HEADER + steps.nbytes)
+    header = read_array_header(content, where)
+    if header.shape != steps.shape or header.dtype.kind not in "iu" or len(content) < header.size + header.nbytes:
+        raise ValueError(f"{where}: the index says {len(steps)} samples, the block has lengths {header}: {REBUILD}")
+    stored: Array = np.ndarray(header.shape, header.dtype, content, header.size)
+    odd = np.flatnonzero(stored != steps)
+    if len(odd):
+        raise LengthError(
+            f"{file.path}: sample {decode_key(keys[odd[0]])!r}, field {field.name!r}: the index says {steps[odd[0]]} "
+            f"steps, the shard {stored[odd[0]]}: {REBUILD}"
+        )
+
+
+def _open_index(shards: Shards, index: LengthIndex | str | os.PathLike[str] | None) -> LengthIndex:
+    if index is not None:
+        index = index if isinstance(index, LengthIndex) else LengthIndex.open(index)
+        return index.moved_to(shards)
+    if isinstance(shards, (str, os.PathLike)):
+        path = Path(shards)
+        if path.suffix == SUFFIX:
+            return LengthIndex.open(shards)
+        corpora = [file for file in path.glob(f"*{SUFFIX}") if not file.name.endswith(f".tar{SUFFIX}")]
+        if len(corpora) > 1:
+            raise ValueError(f"{path} holds several corpora: give one of {sorted(map(str, corpora))}")
+        if corpora:
+            return LengthIndex.open(corpora[0])
+    return LengthIndex.concat([LengthIndex.open(f"{shard}{SUFFIX}") for shard in expand_shards(shards)])
+
+
+def _choose(fields: Sequence[Field], chosen: Collection[str] | None, decode: Collection[str]) -> Columns:
+    names = [field.name for field in fields]
+    unknown = sorted({*(chosen or ()), *decode} - set(names))
+    if unknown:
+        raise ValueError(f"no field {unknown[0]!r} in the index, there are {names}")
+    variable = [field.name for field in fields if field.variable]
+    return [
+        (column, field, variable.index(field.name) if field.variable else -1)
+        for column, field in enumerate(fields)
+        if chosen is None or field.name in chosen
+    ]

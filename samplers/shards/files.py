@@ -1,0 +1,237 @@
+"""Files: what shards are called, bytes at any place of them, and new files that appear whole or not at all."""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeAlias
+
+import fsspec
+import fsspec.implementations.local
+import numpy as np
+import numpy.typing as npt
+
+Shards: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+
+# fsspec leaves it without types.
+_file_system: Callable[[str], tuple[Any, str]] = fsspec.core.url_to_fs
+
+_BRACES: Final = re.compile(r"\{([^{}]*)\}")
+_COUNT: Final = re.compile(r"(\d+)\.\.(\d+)")
+_WILD: Final = re.compile(r"[*?\[]")
+
+
+class RandomAccess(Protocol):
+    """A file that can be read at any place.
+
+    Attributes:
+        path: for messages.
+        size: bytes.
+    """
+
+    path: str
+    size: int
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Up to `size` bytes from `offset` on: fewer only at the end of the file."""
+        ...
+
+    def fill(self, arrays: Sequence[npt.NDArray[Any]], offsets: Sequence[int]) -> None:
+        """Overwrite each C-contiguous array with the bytes at its offset.
+
+        Raises:
+            ValueError: The file ends before an array is full.
+        """
+        ...
+
+
+class LocalFile:
+    """A file of this machine, read with `pread`: safe to share with threads and forked processes."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self.size = os.fstat(self._descriptor).st_size
+
+    def __del__(self) -> None:
+        # Closed with the last reader, so that a thread never reads from a descriptor that was given to another file.
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Up to `size` bytes from `offset` on."""
+        data = os.pread(self._descriptor, size, offset)
+        # One call gives at most 2 GiB.
+        while len(data) < size and (more := os.pread(self._descriptor, size - len(data), offset + len(data))):
+            data += more
+        return data
+
+    def fill(self, arrays: Sequence[npt.NDArray[Any]], offsets: Sequence[int]) -> None:
+        """Overwrite each C-contiguous array with the bytes at its offset.
+
+        Raises:
+            ValueError: The file ends before an array is full.
+        """
+        descriptor, read = self._descriptor, os.preadv
+        buffers: Sequence[Any] = arrays
+        for buffer, offset in zip(buffers, offsets, strict=True):
+            if read(descriptor, (buffer,), offset) != buffer.nbytes:
+                self._fill_slowly(buffer, offset)
+
+    def _fill_slowly(self, array: npt.NDArray[Any], offset: int) -> None:
+        # One call gives at most 2 GiB.
+        rest: Any = array.reshape(-1).view(np.uint8)
+        while len(rest):
+            done = os.preadv(self._descriptor, (rest,), offset)
+            if not done:
+                raise ValueError(_ended(self.path, self.size, offset, len(rest)))
+            rest, offset = rest[done:], offset + done
+
+
+class RemoteFile:
+    """A file of any fsspec file system; scattered reads are sent together, which object stores answer at once."""
+
+    def __init__(self, url: str) -> None:
+        self.path = url
+        self._system, self._name = _file_system(url)
+        self._stream = self._system.open(self._name, "rb")
+        self.size = int(self._stream.size)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Up to `size` bytes from `offset` on, through the file system's read-ahead."""
+        self._stream.seek(offset)
+        return bytes(self._stream.read(size))
+
+    def fill(self, arrays: Sequence[npt.NDArray[Any]], offsets: Sequence[int]) -> None:
+        """Overwrite each C-contiguous array with the bytes at its offset.
+
+        Raises:
+            ValueError: The file ends before an array is full.
+        """
+        wanted = [(array, offset) for array, offset in zip(arrays, offsets, strict=True) if array.nbytes]
+        parts = self._system.cat_ranges(
+            [self._name] * len(wanted),
+            [offset for _, offset in wanted],
+            [offset + array.nbytes for array, offset in wanted],
+            on_error="raise",
+        )
+        for (array, offset), data in zip(wanted, parts, strict=True):
+            if len(data) != array.nbytes:
+                raise ValueError(_ended(self.path, self.size, offset, array.nbytes))
+            array.reshape(-1).view(np.uint8)[:] = np.frombuffer(data, np.uint8)
+
+
+def open_file(path: str) -> RandomAccess:
+    """Open a path or fsspec URL for reading at any place.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    system, name = (None, path) if "://" not in path else _file_system(path)
+    if system is not None and not isinstance(system, fsspec.implementations.local.LocalFileSystem):
+        return RemoteFile(path)
+    return LocalFile(name) if hasattr(os, "preadv") else RemoteFile(Path(name).absolute().as_uri())
+
+
+def expand_shards(shards: Shards) -> list[str]:
+    """The paths and URLs that are meant: braces are spelt out, wildcards looked up and sorted.
+
+    Args:
+        shards: a path, a URL, a folder of `.tar` files, a pattern such as `train-{000..017}.tar` or `train-*.tar`, or
+            an iterable of these.
+
+    Raises:
+        FileNotFoundError: A wildcard matches nothing.
+        ValueError: No shard is named.
+
+    >>> expand_shards("train-{08..10}.tar")
+    ['train-08.tar', 'train-09.tar', 'train-10.tar']
+    """
+    if not isinstance(shards, (str, os.PathLike)):
+        paths = [path for pattern in shards for path in expand_shards(pattern)]
+    else:
+        paths = [path for pattern in _spell_out(os.fspath(shards)) for path in _look_up(pattern)]
+    if not paths:
+        raise ValueError("shards must name at least one shard, got none")
+    return paths
+
+
+class NewFile:
+    """A file that is written beside its final name and appears under it complete, or not at all.
+
+    Attributes:
+        path: the final name.
+        stream: what to write to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Create the temporary file.
+
+        Raises:
+            FileExistsError: The temporary file exists: somebody else writes it, or was killed.
+        """
+        self.path = path
+        self._temporary = path.with_name(path.name + ".tmp")
+        try:
+            self.stream = self._temporary.open("xb")
+        except FileExistsError:
+            raise FileExistsError(
+                f"{self._temporary} exists: another writer is at work, or was killed: delete it, or write elsewhere"
+            ) from None
+
+    def commit(self) -> None:
+        """Send everything to the disk, then give the file its final name."""
+        self.stream.flush()
+        os.fsync(self.stream.fileno())
+        self.stream.close()
+        self._temporary.replace(self.path)
+        # A name is safe only when its folder is.
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def discard(self) -> None:
+        """Remove what has been written."""
+        self.stream.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def _spell_out(pattern: str) -> list[str]:
+    found = _BRACES.search(pattern)
+    if found is None:
+        return [pattern]
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    count = _COUNT.fullmatch(found[1])
+    if count is None:
+        parts = found[1].split(",")
+    else:
+        width = len(count[1]) if count[1].startswith("0") else 0
+        parts = [f"{number:0{width}}" for number in range(int(count[1]), int(count[2]) + 1)]
+    return [whole for part in parts for whole in _spell_out(before + part + after)]
+
+
+def _look_up(pattern: str) -> list[str]:
+    if "://" not in pattern and Path(pattern).is_dir():
+        pattern = str(Path(pattern, "*.tar"))
+    if not _WILD.search(pattern):
+        return [pattern]
+    if "://" in pattern:
+        system, name = _file_system(pattern)
+        found = [system.unstrip_protocol(path) for path in system.glob(name)]
+    else:
+        # A file may have brackets in its name.
+        found = [pattern] if Path(pattern).exists() else _glob(pattern)
+    if not found:
+        raise FileNotFoundError(f"no file matches {pattern}")
+    return sorted(found)
+
+
+def _glob(pattern: str) -> list[str]:
+    root = Path(pattern).anchor
+    return [str(path) for path in Path(root).glob(pattern.removeprefix(root))]
+
+
+def _ended(path: str, size: int, offset: int, wanted: int) -> str:
+    return f"{path}: ends at byte {size}, {wanted} bytes wanted at offset {offset}: the file is truncated"

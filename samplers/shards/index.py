@@ -1,0 +1,267 @@
+"""The index of a corpus: every sample's length, place and checksum, in a small file beside the shards."""
+
+import os
+from collections.abc import Collection, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import cached_property, partial
+from hashlib import blake2b
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, Self, overload
+
+import numpy as np
+from tqdm import tqdm
+
+from collate.errors import LengthError
+from samplers.shards.files import Shards, expand_shards, open_file
+from samplers.shards.indexfile import REBUILD, longest_first, read_index, write_index
+from samplers.shards.scan import LengthOf, scan_shard
+from samplers.shards.tables import Array, Shard, Tables, join_tables
+
+_NONE: Final = np.arange(0)
+
+
+class Keys(Sequence[str]):
+    """Sample keys, decoded when they are asked for."""
+
+    def __init__(self, keys: Array) -> None:
+        self._keys = keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> "Keys": ...
+    def __getitem__(self, place: int | slice) -> "str | Keys":
+        if isinstance(place, slice):
+            return Keys(self._keys[place])
+        return decode_key(self._keys[place])
+
+
+class LengthIndex:
+    """The lengths of a corpus on disk, and where its samples are.
+
+    It takes the place of lengths in a sampler: `LengthBucketBatchSampler(index, ...)`.
+    """
+
+    def __init__(
+        self, tables: Tables, *, path: str | None = None, order: Array | None = None, moved: bool = False
+    ) -> None:
+        """Made by `build`, `open` and `concat`."""
+        self.tables = tables
+        self._path, self._order, self._moved = path, order, moved
+        tracked = [field.tracked for field in tables.variable]
+        lengths = tables.lengths if all(tracked) else tables.lengths[:, np.flatnonzero(tracked)]
+        self._lengths = lengths.reshape(-1) if sum(tracked) == 1 else lengths
+
+    @classmethod
+    def build(
+        cls,
+        shards: Shards,
+        fields: Collection[str] | None = None,
+        length: LengthOf | None = None,
+        *,
+        workers: int = 0,
+        checksums: bool = False,
+        progress: bool = False,
+    ) -> Self:
+        """Index shards, reading their headers and seeking over their payloads.
+
+        Args:
+            shards: paths, brace patterns, wildcards, folders or URLs.
+            fields: those whose lengths count; None for every `.npy` array with an axis.
+            length: `(field, bytes) -> steps`, for fields in other encodings; picklable where there are workers.
+            workers: processes; 0 stays in this one.
+            checksums: read payloads too, and keep a crc32 of every sample and field.
+            progress: show a bar.
+
+        Raises:
+            FileNotFoundError: A shard is absent.
+            LengthError: A block's lengths do not fit what it holds, or `length` gives no length.
+            TypeError: `fields` is a single string.
+            ValueError: A shard is damaged or empty or holds a pickle, or samples differ in kind.
+        """
+        if isinstance(fields, str):
+            raise TypeError(f"fields must be a list of names, got the string {fields!r}")
+        scan = partial(scan_shard, fields=fields, length=length, checksums=checksums)
+        paths = expand_shards(shards)
+        if not workers:
+            return cls(join_tables(list(map(scan, tqdm(paths, unit="shard", disable=not progress)))))
+        with ProcessPoolExecutor(workers) as pool:
+            scanned = tqdm(pool.map(scan, paths), total=len(paths), unit="shard", disable=not progress)
+            return cls(join_tables(list(scanned)))
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """Map an index file into memory; nothing is read but its header, and a checksum of files up to 256 MiB.
+
+        Args:
+            path: of a `.ltx` file; a URL is read whole.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is foreign, of another version, truncated or damaged; it is named, and why.
+        """
+        # Absolute, for workers may stand in another folder.
+        path = path if isinstance(path, str) and "://" in path else str(Path(path).absolute())
+        tables, order = read_index(path)
+        return cls(tables, path=path, order=order)
+
+    @classmethod
+    def concat(cls, indexes: Sequence["LengthIndex"]) -> Self:
+        """The samples of several indexes, in their order.
+
+        Raises:
+            ValueError: There are none, or their shards differ in layout, fields or checksums.
+        """
+        return cls(join_tables([index.tables for index in indexes]))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the index to a local file, whole or not at all.
+
+        Args:
+            path: best beside the shards, which are then named relative to it, so that their folder can be moved.
+        """
+        write_index(Path(path), [self.tables])
+
+    def __len__(self) -> int:
+        return len(self.tables.keys)
+
+    def __repr__(self) -> str:
+        return f"LengthIndex({len(self)} samples, {len(self.tables.shards)} shards, fields={self.fields})"
+
+    @property
+    def lengths(self) -> Array:
+        """Steps: int32 `[N]`, or `[N, K]` where several fields are tracked; mapped from the file, read-only."""
+        return self._lengths
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The variable-length fields that `lengths` tells of, in its order."""
+        return tuple(field.name for field in self.tables.variable if field.tracked)
+
+    @property
+    def keys(self) -> Keys:
+        """The samples' keys, by place."""
+        return Keys(self.tables.keys)
+
+    @property
+    def shards(self) -> list[str]:
+        """Paths or URLs of the shards."""
+        return [shard.path for shard in self.tables.shards]
+
+    @cached_property
+    def starts(self) -> Array:
+        """The place of each shard's first sample, then N: int64 `[S + 1]`."""
+        return np.cumsum([0, *(shard.samples for shard in self.tables.shards)])
+
+    @cached_property
+    def order(self) -> Array:
+        """Samples by (the sum of) their lengths, longest first, stable: int32 or int64 `[N]`; kept in the file."""
+        return longest_first([self.tables]) if self._order is None else self._order
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits of all keys and lengths by shard: equal for the same corpus, wherever it is."""
+        parts = [*self.fields, *(shard.fingerprint for shard in self.tables.shards)]
+        return blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
+
+    def verify(self, *, payload: bool = False) -> None:
+        """Hold the index against its shards, and its own file against its checksum.
+
+        Args:
+            payload: read every sample too, and hold it against its crc32.
+
+        Raises:
+            FileNotFoundError: A shard is absent.
+            LengthError: A sample's length differs; shard, key, field and both numbers are named.
+            ValueError: A shard has changed since it was indexed or is damaged, or there are no checksums to hold a
+                payload against.
+        """
+        if payload and self.tables.crcs is None:
+            raise ValueError("the index holds no checksums of payloads: build it with checksums=True")
+        if self._path is not None:
+            read_index(self._path, checked_up_to=None)
+        for shard, first, last in zip(self.tables.shards, self.starts[:-1], self.starts[1:], strict=True):
+            _verify_shard(self, shard, slice(first, last), payload=payload)
+
+    def moved_to(self, shards: Shards) -> "LengthIndex":
+        """The same index for the same shards in another place.
+
+        Raises:
+            ValueError: The shards are not as many, or have other names.
+        """
+        paths = expand_shards(shards)
+        names = [[PurePosixPath(path).name for path in paths_] for paths_ in (self.shards, paths)]
+        if names[0] != names[1]:
+            raise ValueError(
+                f"the index is of {len(names[0])} shards, {names[0][:3]}..., given are {len(names[1])}, {names[1][:3]}"
+                "...: give the same shards in the same order, or build another index"
+            )
+        moved = tuple(replace(shard, path=path) for shard, path in zip(self.tables.shards, paths, strict=True))
+        return LengthIndex(replace(self.tables, shards=moved), path=self._path, order=self._order, moved=True)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker maps the file again; sent are its name and what it held.
+        if self._path is None:
+            return _restore, (self.tables,)
+        return _reopen, (self._path, self.fingerprint, self.shards if self._moved else None)
+
+
+def decode_key(key: bytes) -> str:
+    """A key as text, whatever bytes a tar held."""
+    return key.decode("utf-8", "surrogateescape")
+
+
+def _verify_shard(index: LengthIndex, shard: Shard, rows: slice, *, payload: bool) -> None:
+    size = open_file(shard.path).size
+    changed = f"{shard.path}: changed since it was indexed"
+    if size != shard.size:
+        raise ValueError(f"{changed}: {size} bytes, the index says {shard.size}; {REBUILD}")
+    # Lengths in other encodings are behind the user's function; the digest speaks for their members.
+    fresh = scan_shard(shard.path, index.fields, lambda name, data: 0, checksums=payload)
+    if (fresh.layout, fresh.fields, fresh.keys.tolist()) != (
+        index.tables.layout,
+        index.tables.fields,
+        index.tables.keys[rows].tolist(),
+    ):
+        raise ValueError(f"{changed}: its layout, fields or keys are others; {REBUILD}")
+    _compare_lengths(index, fresh, rows)
+    if fresh.crcs is not None and index.tables.crcs is not None:
+        _compare_crcs(fresh, index.tables.crcs[rows])
+    if fresh.shards[0].digest != shard.digest:
+        raise ValueError(f"{changed}: its headers are others; {REBUILD}")
+
+
+def _compare_lengths(index: LengthIndex, fresh: Tables, rows: slice) -> None:
+    known = index.tables.lengths[rows]
+    for column, field in enumerate(fresh.variable):
+        odd = np.flatnonzero(known[:, column] != fresh.lengths[:, column]) if field.dtype else _NONE
+        if len(odd):
+            raise LengthError(
+                f"{fresh.shards[0].path}: sample {decode_key(fresh.keys[odd[0]])!r}, field {field.name!r}: the index "
+                f"says {known[odd[0], column]} steps, the shard {fresh.lengths[odd[0], column]}; {REBUILD}"
+            )
+
+
+def _compare_crcs(fresh: Tables, known: Array) -> None:
+    odd = np.argwhere(fresh.crcs != known)
+    if len(odd):
+        row, column = odd[0].tolist()
+        raise ValueError(
+            f"{fresh.shards[0].path}: sample {decode_key(fresh.keys[row])!r}, field {fresh.fields[column].name!r}, at "
+            f"offset {fresh.places[row, column]}: the bytes do not have the checksum in the index: damaged or changed"
+        )
+
+
+def _restore(tables: Tables) -> LengthIndex:
+    return LengthIndex(tables)
+
+
+def _reopen(path: str, fingerprint: str, shards: list[str] | None) -> LengthIndex:
+    index = LengthIndex.open(path)
+    if index.fingerprint != fingerprint:
+        raise ValueError(f"{path}: the index was replaced while it was in use: start again")
+    return index if shards is None else index.moved_to(shards)

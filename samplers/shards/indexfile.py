@@ -1,0 +1,227 @@
+"""Index files: tables on disk, mapped into memory.
+
+The file `NAME.tar.ltx` holds one shard's index, any other `NAME.ltx` those of many shards; the format is the same. All
+numbers are little-endian.
+
+| bytes | what |
+|---|---|
+| 0-7 | magic: 89 4C 54 58 0D 0A 1A 0A |
+| 8-11 | version of the format: 1 |
+| 12-15 | h, size of the header |
+| 16-19 | crc32 of the header |
+| 20-23 | crc32 of all bytes from a on |
+| 24 to 24 + h | header: JSON in UTF-8 |
+| a to the end | arrays; a is 24 + h rounded up to a multiple of 64, zeros fill gaps |
+
+The header is an object with
+- `layout`: `"plain"` or `"blocks"`;
+- `fields`: M objects `{name, suffix, variable, dtype, shape, tracked}`, K of them variable (see `Field`);
+- `shards`: objects `{path, size, samples, digest, fingerprint}` (see `Shard`), paths relative to the index's own
+  folder where they can be;
+- `arrays`: name to `{dtype, shape, offset}`, offsets counted from a, each a multiple of 64. There are `lengths` int32
+  `[N, K]`, `keys` bytes `[N]` padded with zeros, `places` int64 `[N, M]`, `order` (samples by the sum of their tracked
+  lengths, longest first, stable) int32 or int64 `[N]`, in the plain layout `sizes` int64 `[N, M]`, in blocks `blocks`
+  int64 `[G, 1 + M + K]`, and `crcs` uint32 `[N, M]` where payloads were read (see `Tables`).
+"""
+
+import json
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+from zlib import crc32
+
+import numpy as np
+
+from samplers.shards.files import NewFile, RemoteFile, open_file
+from samplers.shards.tables import ARRAYS, Array, Field, Shard, Tables, check_alike, joined
+
+SUFFIX: Final = ".ltx"
+VERSION: Final = 1
+# The way out of most errors: an index can always be made again.
+REBUILD: Final = "build the index again with LengthIndex.build(shards).save(path)"
+
+_MAGIC: Final = b"\x89LTX\r\n\x1a\n"
+_PREFIX: Final = struct.Struct("<8sIIII")
+_ALIGN: Final = 64
+# Smaller files are read instead of mapped: a process may hold only some 65,000 maps.
+_MAPPED_FROM: Final = 1 << 20
+# Greater files are checked by `verify` alone, or opening would read them whole; each sample is still held against its
+# shard when it is read.
+_CHECKED_UP_TO: Final = 1 << 28
+
+
+def read_index(path: str, checked_up_to: int | None = _CHECKED_UP_TO) -> tuple[Tables, Array]:
+    """The tables in an index file, and the order of its samples by length.
+
+    Args:
+        path: of the file.
+        checked_up_to: size in bytes up to which the checksum of the arrays is computed; None for all.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is foreign, of another version, truncated or damaged.
+    """
+    content = _load(path)
+    header, start = _read_header(content, path)
+    if checked_up_to is None or len(content) <= checked_up_to:
+        _check(
+            path,
+            "its checksum is wrong",
+            holds=crc32(content[start:].data) == _PREFIX.unpack(content[: _PREFIX.size].data)[4],
+        )
+    try:
+        return _build_tables(header, content, start, path)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: its header does not say what it must ({error!r}); {REBUILD}") from None
+
+
+def write_index(path: Path, parts: Sequence[Tables]) -> None:
+    """Write an index file of the shards of all parts, part by part, whole or not at all.
+
+    Raises:
+        FileExistsError: Its temporary file exists.
+        ValueError: The parts cannot be joined.
+    """
+    check_alike(parts)
+    order = longest_first(parts)
+    layout = _lay_out(parts, order)
+    header, start = _encode_header(parts, layout, path.absolute().parent)
+    file = NewFile(path)
+    try:
+        content = _Summed(file.stream, start)
+        for name, entry in layout.items():
+            content.pad_to(entry["offset"])
+            for array in [order] if name == "order" else joined(parts, name):
+                content.write(array.astype(entry["dtype"], order="C"))
+        file.stream.seek(0)
+        file.stream.write(_PREFIX.pack(_MAGIC, VERSION, len(header), crc32(header), content.crc) + header)
+        file.commit()
+    except BaseException:
+        file.discard()
+        raise
+
+
+def longest_first(parts: Sequence[Tables]) -> Array:
+    """Samples by the sum of their tracked lengths, longest first, stable: int32 `[N]`, int64 for very many."""
+    tracked = np.flatnonzero([field.tracked for field in parts[0].variable])
+    totals = np.concatenate([part.lengths[:, tracked].sum(1, dtype=np.int64) for part in parts])
+    order = np.argsort(-totals, kind="stable")
+    return order.astype("<i4" if len(order) <= np.iinfo(np.int32).max else "<i8")
+
+
+class _Summed:
+    """What is written from `start` on, with its checksum."""
+
+    def __init__(self, stream: BinaryIO, start: int) -> None:
+        self.stream, self.size, self.crc = stream, 0, 0
+        stream.seek(start)
+
+    def write(self, data: Array | bytes) -> None:
+        data = data if isinstance(data, bytes) else data.tobytes()
+        self.stream.write(data)
+        self.crc = crc32(data, self.crc)
+        self.size += len(data)
+
+    def pad_to(self, offset: int) -> None:
+        self.write(bytes(offset - self.size))
+
+
+def _lay_out(parts: Sequence[Tables], order: Array) -> dict[str, dict[str, Any]]:
+    """Dtype, shape and offset of each array in the file."""
+    width = max(part.keys.dtype.itemsize for part in parts)
+    layout, offset = {}, 0
+    for name, array in (parts[0].arrays | {"order": order}).items():
+        rows = len(order) if name == "order" else sum(len(part.arrays[name]) for part in parts)
+        dtype = {"keys": f"|S{width}", "order": order.dtype.str}.get(name) or ARRAYS[name]
+        layout[name] = {"dtype": dtype, "shape": [rows, *array.shape[1:]], "offset": offset}
+        offset += _aligned(math.prod([rows, *array.shape[1:]]) * np.dtype(dtype).itemsize)
+    return layout
+
+
+def _encode_header(parts: Sequence[Tables], layout: dict[str, dict[str, Any]], folder: Path) -> tuple[bytes, int]:
+    """The header, and where the arrays begin."""
+    header = {
+        "layout": parts[0].layout,
+        "fields": [asdict(field) for field in parts[0].fields],
+        "shards": [asdict(shard) | {"path": _relate(shard.path, folder)} for part in parts for shard in part.shards],
+        "arrays": layout,
+    }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text, _aligned(_PREFIX.size + len(text))
+
+
+def _read_header(content: Array, path: str) -> tuple[dict[str, Any], int]:
+    """The header, and where the arrays begin."""
+    _check(path, "it is too short: truncated", holds=len(content) >= _PREFIX.size)
+    magic, version, size, crc, _ = _PREFIX.unpack(content[: _PREFIX.size].data)
+    _check(path, "it is no length index, or was sent as text", holds=magic == _MAGIC)
+    _check(path, f"it has version {version}, this program reads {VERSION}", holds=version == VERSION)
+    text = content[_PREFIX.size : _PREFIX.size + size].tobytes()
+    _check(path, "its header is damaged or truncated", holds=len(text) == size and crc32(text) == crc)
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        header = None
+    _check(path, "its header is no JSON object", holds=isinstance(header, dict))
+    return header, _aligned(_PREFIX.size + size)
+
+
+def _build_tables(header: dict[str, Any], content: Array, start: int, path: str) -> tuple[Tables, Array]:
+    arrays = {name: _view(content, start, name, entry) for name, entry in header["arrays"].items()}
+    fields = tuple(Field(**entry | {"shape": tuple(entry["shape"])}) for entry in header["fields"])
+    shards = tuple(Shard(**entry | {"path": _resolve(entry["path"], path)}) for entry in header["shards"])
+    samples, known = sum(shard.samples for shard in shards), sum(field.variable for field in fields)
+    expected = dict.fromkeys(["places", "sizes", "crcs"], (samples, len(fields)))
+    expected |= {"lengths": (samples, known), "blocks": (len(arrays.get("blocks", ())), 1 + len(fields) + known)}
+    for name, array in arrays.items():
+        if array.shape != expected.get(name, (samples,)):
+            raise ValueError(f"{name} is {list(array.shape)}, with {samples} samples")
+    if ("blocks" in arrays, "sizes" in arrays) != (header["layout"] == "blocks", header["layout"] == "plain"):
+        raise ValueError(f"{header['layout']} with {sorted(arrays)}")
+    order = arrays.pop("order")
+    return Tables(header["layout"], fields, shards, **arrays), order
+
+
+def _load(path: str) -> Array:
+    # Mapped if it is local and large.
+    try:
+        file = open_file(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no index {path}: build it with LengthIndex.build(shards).save(path)") from None
+    if file.size < _MAPPED_FROM or isinstance(file, RemoteFile):
+        return np.frombuffer(file.read(0, file.size), np.uint8)
+    return np.memmap(path, np.uint8, "r")
+
+
+def _view(content: Array, start: int, name: str, entry: dict[str, Any]) -> Array:
+    dtype = np.dtype(entry["dtype"])
+    expected = {"keys": f"|S{dtype.itemsize}", "order": f"<i{dtype.itemsize}"}.get(name) or ARRAYS[name]
+    if dtype.str != expected or entry["offset"] % _ALIGN or entry["offset"] < 0:
+        raise ValueError(f"{name} is {entry}")
+    return np.ndarray(tuple(entry["shape"]), dtype, content, start + entry["offset"])
+
+
+def _relate(path: str, folder: Path) -> str:
+    # As seen from the index, so that a folder can be moved; URLs and files elsewhere keep their whole name.
+    if "://" in path:
+        return path
+    absolute = Path(path).absolute()
+    return absolute.relative_to(folder).as_posix() if absolute.is_relative_to(folder) else str(absolute)
+
+
+def _resolve(path: str, index: str) -> str:
+    if "://" in path or Path(path).is_absolute():
+        return path
+    return f"{index.rpartition('/')[0]}/{path}" if "://" in index else str(Path(index).parent / path)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
+
+
+def _check(path: str, reason: str, *, holds: bool) -> None:
+    if not holds:
+        raise ValueError(f"{path}: {reason}; {REBUILD}")

@@ -1,0 +1,163 @@
+"""Law 10: the length on disk, in the index and in the sample are one number, or an error names all that differ."""
+
+import io
+import struct
+import tarfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from corpora import LAYOUTS, corpora, groups, read_with_webdataset, tokens, write
+from hypothesis import given
+from hypothesis import strategies as st
+
+from collate.errors import LengthError
+from samplers.shards.dataset import ShardDataset
+from samplers.shards.format import decode_groups
+from samplers.shards.index import LengthIndex
+from samplers.shards.indexfile import write_index
+
+
+def lengths_on_disk(folder, field):
+    """By the standard library and NumPy alone."""
+    found = []
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            arrays = {m.name: np.load(io.BytesIO(tar.extractfile(m).read())) for m in tar if m.name.endswith(".npy")}
+        for name, array in arrays.items():
+            if name.endswith(f".{field}.lengths.npy"):
+                found += array.tolist()
+            elif name.endswith(f".{field}.npy") and not any("block.keys" in other for other in arrays):
+                found.append(len(array))
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@given(corpus=corpora(), block_size=st.integers(1, 4), max_samples=st.integers(1, 5))
+def test_a_length_is_the_same_number_from_disk_to_sample(tmp_path_factory, layout, corpus, block_size, max_samples):
+    samples, stack = corpus
+    folder = tmp_path_factory.mktemp("corpus")
+    write(folder, samples, layout=layout, block_size=block_size, max_samples=max_samples, stack=stack)
+    dataset = ShardDataset(folder)
+    streamed = list(decode_groups(groups(folder)))
+    columns = dataset.index.lengths.reshape(len(samples), -1).T.tolist()
+    assert dataset.index.fields
+    for name, indexed in zip(dataset.index.fields, columns, strict=True):
+        given_ = [len(sample[name]) for sample in samples]
+        assert lengths_on_disk(folder, name) == given_
+        assert indexed == given_
+        assert [len(sample[name]) for sample in dataset] == given_
+        assert [len(sample[name]) for sample in streamed] == given_
+
+
+def with_length(index, place, length, path):
+    """An index file that is sound but for one length."""
+    lengths = index.tables.lengths.copy()
+    lengths[place] = length
+    write_index(path, [replace(index.tables, lengths=lengths)])
+    return path
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("length", [0, 2, 4, 2**31 - 1])
+def test_an_inflated_or_deflated_index_is_caught_by_name_and_numbers(tmp_path, layout, length):
+    write(tmp_path, tokens([5, 3, 1]), layout=layout)
+    index = LengthIndex.open(tmp_path / "shard.ltx")
+    wrong = with_length(index, 1, length, tmp_path / "wrong.ltx")
+    message = rf"shard-000000.tar: sample 'k1', field 'tokens': the index says {length} steps, the shard 3"
+    with pytest.raises(LengthError, match=message):
+        ShardDataset(wrong)[1]
+    with pytest.raises(LengthError, match=message):
+        LengthIndex.open(wrong).verify()
+
+
+def patched(path, before, after):
+    """Overwrite bytes in a shard, in place."""
+    content = path.read_bytes()
+    assert content.count(before) == 1
+    path.write_bytes(content.replace(before, after))
+
+
+def test_a_changed_length_in_a_block_is_caught_by_name_and_numbers(tmp_path):
+    write(tmp_path, tokens([5, 3, 1]))
+    # The sum stays, so that the block alone looks sound.
+    patched(tmp_path / "shard-000000.tar", struct.pack("<3i", 5, 3, 1), struct.pack("<3i", 5, 1, 3))
+    message = r"shard-000000.tar: sample 'k1', field 'tokens': the index says 3 steps, the shard 1"
+    for place in range(3):
+        with pytest.raises(LengthError, match=message):
+            ShardDataset(tmp_path, check=False)[place]
+    with pytest.raises(LengthError, match=message):
+        LengthIndex.open(tmp_path / "shard.ltx").verify()
+    assert LengthIndex.build(tmp_path).lengths.tolist() == [5, 1, 3]
+
+
+@pytest.mark.parametrize("lengths", [(5, 3, 2), (4, 3, 1), (-1, 9, 1)])
+def test_lengths_that_do_not_add_up_are_refused_by_the_block_itself(tmp_path, lengths):
+    write(tmp_path, tokens([5, 3, 1]))
+    patched(tmp_path / "shard-000000.tar", struct.pack("<3i", 5, 3, 1), struct.pack("<3i", *lengths))
+    message = "the lengths sum to|has length -1"
+    with pytest.raises(LengthError, match=rf"group 'block-000000', field 'tokens': .*({message})"):
+        LengthIndex.build(tmp_path)
+    with pytest.raises(LengthError, match=message):
+        list(decode_groups(groups(tmp_path)))
+    with pytest.raises(LengthError, match="the index says"):
+        ShardDataset(tmp_path, check=False)[0]
+
+
+def test_a_changed_header_of_a_sample_is_caught(tmp_path):
+    write(tmp_path, tokens([5, 3, 1]), layout="plain")
+    patched(tmp_path / "shard-000000.tar", b"(3,), }", b"(2,), }")
+    with pytest.raises(
+        ValueError, match=r"sample 'k1', field 'tokens': the header claims \[2\] int64, 16 bytes, the member"
+    ):
+        ShardDataset(tmp_path, check=False)[1]
+    with pytest.raises(
+        ValueError, match=r"sample 'k1', field 'tokens', at offset \d+: the bytes do not have the checksum"
+    ):
+        ShardDataset(tmp_path)[1]
+    with pytest.raises(ValueError, match=r"group 'k1', field 'tokens': the header claims \[2\]"):
+        LengthIndex.open(tmp_path / "shard.ltx").verify()
+
+
+def test_a_changed_dtype_or_shape_of_a_block_is_caught(tmp_path):
+    write(tmp_path, tokens([5, 3, 1]))
+    patched(
+        tmp_path / "shard-000000.tar",
+        b"'<i8', 'fortran_order': False, 'shape': (9,)",
+        b"'<f8', 'fortran_order': False, 'shape': (9,)",
+    )
+    with pytest.raises(
+        ValueError, match=r"block of sample 'k0', field 'tokens': holds <f8 \[9\] .* the index says <i8 \[9\]"
+    ):
+        ShardDataset(tmp_path)[2]
+    assert ShardDataset(tmp_path, fields=["label"])[2]["label"] == 2
+
+
+def test_a_place_that_is_moved_is_caught_before_anything_is_read_from_it(tmp_path):
+    write(tmp_path, tokens([5, 3, 1]))
+    index = LengthIndex.open(tmp_path / "shard.ltx")
+    places = index.tables.places.copy()
+    places[1, 0] += 8
+    write_index(tmp_path / "wrong.ltx", [replace(index.tables, places=places)])
+    with pytest.raises(ValueError, match="block of sample 'k0', field 'tokens'.* at another"):
+        ShardDataset(tmp_path / "wrong.ltx", check=False)[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_offsets_and_sizes_outside_a_shard_allocate_nothing(tmp_path, layout):
+    write(tmp_path, tokens([5, 3, 1]), layout=layout)
+    index = LengthIndex.open(tmp_path / "shard.ltx")
+    name = "sizes" if layout == "plain" else "blocks"
+    table = getattr(index.tables, name).copy()
+    table[0, 1 if layout == "blocks" else 0 :] = 2**60
+    write_index(tmp_path / "wrong.ltx", [replace(index.tables, **{name: table})])
+    with pytest.raises(ValueError, match=r"shard-000000.tar: "):
+        ShardDataset(tmp_path / "wrong.ltx")[0]
+
+
+def test_webdataset_streams_the_same_samples_through_the_stage(tmp_path):
+    samples = tokens([5, 3, 0, 1])
+    for layout in LAYOUTS:
+        write(tmp_path / layout, samples, layout=layout, block_size=3)
+        read = read_with_webdataset(tmp_path / layout, decode_groups)
+        assert [sample["tokens"].tolist() for sample in read] == [sample["tokens"].tolist() for sample in samples]

@@ -1,0 +1,548 @@
+"""LengthIndex: built from tars alone it equals the writer's, and what is stale, foreign or damaged is refused."""
+
+import io
+import json
+import pickle
+import struct
+import tarfile
+from zlib import crc32
+
+import numpy as np
+import pytest
+from corpora import LAYOUTS, corpora, tokens, write
+from hypothesis import given
+from hypothesis import strategies as st
+
+from collate.errors import LengthError
+from samplers.shards.index import LengthIndex
+from samplers.shards.tar import split_name
+
+
+def sequences_of(samples, stack):
+    """The variable-length fields of these samples, in order."""
+    return [name for name, value in samples[0].items() if name not in {"__key__", *stack} and np.ndim(value)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@given(corpus=corpora(), block_size=st.integers(1, 4), max_samples=st.integers(1, 5))
+def test_an_index_built_from_tars_alone_is_the_writers_byte_for_byte(
+    tmp_path_factory, layout, corpus, block_size, max_samples
+):
+    samples, stack = corpus
+    if not sequences_of(samples, stack):
+        return
+    folder = tmp_path_factory.mktemp("corpus")
+    write(folder, samples, layout=layout, block_size=block_size, max_samples=max_samples, stack=stack)
+    written = (folder / "shard.ltx").read_bytes()
+    # In the plain layout an array of fixed size looks like a sequence.
+    built = LengthIndex.build(folder, sequences_of(samples, stack), checksums=True)
+    built.save(folder / "shard.ltx")
+    assert (folder / "shard.ltx").read_bytes() == written
+    for shard in folder.glob("*.tar"):
+        beside = shard.with_name(shard.name + ".ltx")
+        before = beside.read_bytes()
+        LengthIndex.build(shard, sequences_of(samples, stack), checksums=True).save(beside)
+        assert beside.read_bytes() == before
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@given(corpus=corpora())
+def test_lengths_keys_order_and_checksums_are_those_of_the_samples(tmp_path_factory, layout, corpus):
+    samples, stack = corpus
+    folder = write(tmp_path_factory.mktemp("corpus"), samples, layout=layout, max_samples=3, stack=stack)
+    index = LengthIndex.open(folder / "shard.ltx")
+    names = sequences_of(samples, stack)
+    expected = np.array([[len(sample[name]) for name in names] for sample in samples])
+    assert index.fields == tuple(names)
+    assert len(index) == len(samples)
+    assert list(index.keys) == [sample["__key__"] for sample in samples]
+    assert index.lengths.tolist() == (expected[:, 0] if len(names) == 1 else expected).tolist()
+    totals = expected.sum(1)
+    assert index.order.tolist() == sorted(range(len(samples)), key=lambda place: -totals[place])
+    index.verify()
+    index.verify(payload=True)
+    if layout == "blocks":
+        crcs = [[crc32(np.asarray(s[f.name]).tobytes()) for f in index.tables.fields] for s in samples]
+        assert index.tables.crcs.tolist() == crcs
+
+
+def test_an_opened_index_is_read_only_and_mapped_when_it_is_large(tmp_path):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 9, 60_000).tolist()
+    write(tmp_path, [{"__key__": f"{i}", "x": np.zeros(n, np.uint8)} for i, n in enumerate(lengths)])
+    index = LengthIndex.open(tmp_path / "shard.ltx")
+    assert index.lengths.tolist() == lengths
+    assert not index.lengths.flags.writeable
+    base = index.lengths
+    while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
+        base = base.base
+    assert isinstance(base, np.memmap)
+    # A worker gets the file's name, not its content.
+    sent = pickle.dumps(index)
+    assert len(sent) < 1000
+    assert pickle.loads(sent).lengths.tolist() == lengths
+
+
+def test_concat_is_the_corpus_of_all_shards(tmp_path):
+    for part, layout in enumerate(["blocks", "blocks", "plain"]):
+        write(tmp_path / f"{part}", tokens([part, 9, 0][: 3 - part], 10 * part), layout=layout, block_size=2)
+    indexes = [LengthIndex.open(tmp_path / f"{part}" / "shard.ltx") for part in range(3)]
+    both = LengthIndex.concat(indexes[:2])
+    assert both.lengths.tolist() == [0, 9, 0, 1, 9]
+    assert list(both.keys) == ["k0", "k1", "k2", "k10", "k11"]
+    assert both.order.tolist() == [1, 4, 3, 0, 2]
+    assert both.tables.blocks[:, 0].tolist() == [0, 2, 3]
+    assert both.starts.tolist() == [0, 3, 5]
+    assert list(both.keys[1:4]) == ["k1", "k2", "k10"]
+    assert repr(both) == "LengthIndex(5 samples, 2 shards, fields=('tokens',))"
+    both.verify(payload=True)
+    both.save(tmp_path / "both.ltx")
+    again = LengthIndex.open(tmp_path / "both.ltx")
+    assert (again.fingerprint, again.shards) == (both.fingerprint, both.shards)
+    assert pickle.loads(pickle.dumps(both)).fingerprint == both.fingerprint
+    with pytest.raises(ValueError, match=r"cannot be one corpus: plain of tokens.npy <i8 \[\] variable, label.cls"):
+        LengthIndex.concat(indexes)
+    with pytest.raises(ValueError, match="at least one"):
+        LengthIndex.concat([])
+    with pytest.raises(ValueError, match="indexed without checksums"):
+        LengthIndex.concat([indexes[0], LengthIndex.build(tmp_path / "1")])
+
+
+def test_a_fingerprint_is_of_keys_and_lengths_and_not_of_where_they_are(tmp_path):
+    samples = tokens([3, 1, 2])
+    prints = {}
+    for name, changed in {
+        "same": samples,
+        "again": samples,
+        "length": tokens([3, 1, 3]),
+        "order": [samples[1], samples[0], samples[2]],
+        "key": [*samples[:2], samples[2] | {"__key__": "other"}],
+        "values": [sample | {"label": 7} for sample in samples],
+    }.items():
+        prints[name] = LengthIndex.build(write(tmp_path / name, changed)).fingerprint
+    assert prints["same"] == prints["again"] == prints["values"]
+    assert len(set(prints.values())) == 4
+    assert all(len(value) == 16 and int(value, 16) >= 0 for value in prints.values())
+
+
+def test_a_folder_can_be_moved_with_its_index(tmp_path):
+    write(tmp_path / "a", tokens([3, 1, 2]), max_samples=2)
+    (tmp_path / "a").rename(tmp_path / "b")
+    LengthIndex.open(tmp_path / "b" / "shard.ltx").verify(payload=True)
+    LengthIndex.open(tmp_path / "b" / "shard.ltx").save(tmp_path / "elsewhere.ltx")
+    (tmp_path / "b").rename(tmp_path / "c")
+    index = LengthIndex.open(tmp_path / "elsewhere.ltx")
+    with pytest.raises(FileNotFoundError):
+        index.verify()
+    moved = index.moved_to(tmp_path / "c")
+    moved.verify()
+    assert pickle.loads(pickle.dumps(moved)).shards == moved.shards
+    with pytest.raises(ValueError, match="the index is of 2 shards.* given are 1"):
+        index.moved_to(tmp_path / "c" / "shard-000001.tar")
+
+
+def test_one_field_of_several_can_be_tracked(tmp_path):
+    samples = [{"__key__": f"{n}", "x": np.zeros(n), "y": np.zeros(n + 1), "z": np.zeros(5)} for n in range(4)]
+    for layout in LAYOUTS:
+        folder = write(tmp_path / layout, samples, layout=layout)
+        index = LengthIndex.build(folder, ["y"])
+        index.save(folder / "y.ltx")
+        for one in (index, LengthIndex.open(folder / "y.ltx")):
+            assert (one.fields, one.lengths.tolist()) == (("y",), [1, 2, 3, 4])
+            one.verify()
+        pair = LengthIndex.build(folder, ["z", "y"])
+        assert (pair.fields, pair.lengths.tolist()) == (("y", "z"), [[1, 5], [2, 5], [3, 5], [4, 5]])
+        assert pair.fingerprint != index.fingerprint
+
+
+def test_workers_and_a_bar_change_nothing(tmp_path, capsys):
+    write(tmp_path, tokens(list(range(9))), max_samples=2)
+    index = LengthIndex.build(tmp_path, workers=2, checksums=True, progress=True)
+    assert "5/5" in capsys.readouterr().err
+    index.save(tmp_path / "again.ltx")
+    assert (tmp_path / "again.ltx").read_bytes() == (tmp_path / "shard.ltx").read_bytes()
+    assert LengthIndex.build(tmp_path).lengths.tolist() == list(range(9))
+    assert capsys.readouterr().err == ""
+
+
+def add(tar, name, data):
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def tar_of(path, members):
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members:
+            add(tar, name, data if isinstance(data, bytes) else npy(data))
+    return path
+
+
+def halves(field, data):
+    """A length function: 16-bit samples behind a header of 4 bytes."""
+    assert field == "wav"
+    return (len(data) - 4) // 2
+
+
+def test_other_encodings_are_measured_by_the_users_function(tmp_path):
+    path = tar_of(
+        tmp_path / "a.tar",
+        [(f"{n}.{suffix}", data) for n in range(4) for suffix, data in (("wav", bytes(4 + 2 * n)), ("json", b"{}"))],
+    )
+    for workers in (0, 1):
+        index = LengthIndex.build(path, ["wav"], halves, workers=workers, checksums=True)
+        assert (index.fields, index.lengths.tolist()) == (("wav",), [0, 1, 2, 3])
+    index.verify(payload=True)
+    with pytest.raises(ValueError, match=r"group '0', field 'wav': not a .npy array: give length="):
+        LengthIndex.build(path, ["wav"])
+    with pytest.raises(ValueError, match=r"none of \['json', 'wav'\] is a .npy array with an axis: name the fields"):
+        LengthIndex.build(path)
+    with pytest.raises(TypeError, match="fields must be a list of names, got the string 'wav'"):
+        LengthIndex.build(path, "wav")
+    for wrong in (-1, 2.0, None, True):
+        with pytest.raises(LengthError, match=f"'0', field 'wav': length= must give a non-negative int, got {wrong!r}"):
+            LengthIndex.build(path, ["wav"], lambda field, data, wrong=wrong: wrong)
+
+
+def test_foreign_shards_index_as_webdataset_groups_them(tmp_path):
+    path = tar_of(
+        tmp_path / "a.tar",
+        [
+            ("__meta__", b"skipped"),
+            ("dir/a.x.NPY", np.zeros((3, 2), ">f4", order="F")),
+            ("dir/a.json", b"{}"),
+            ("README", b"no suffix"),
+            ("dir/b.x.npy", np.zeros((5, 2), ">f4")),
+        ],
+    )
+    index = LengthIndex.build(path)
+    assert (list(index.keys), index.lengths.tolist()) == (["dir/a", "dir/b"], [3, 5])
+    assert split_name("README") is None
+
+
+BLOCK = {
+    "block.keys": np.array(["a", "b", "c"]),
+    "x": np.arange(6),
+    "x.lengths": np.array([1, 2, 3], np.int32),
+    "n": np.arange(3),
+}
+
+
+def block_tar(path, change):
+    members = {name: value for name, value in (BLOCK | change).items() if value is not None}
+    return tar_of(path, [(f"g.{name}" if "pkl" in name else f"g.{name}.npy", value) for name, value in members.items()])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"x.lengths": np.array([1, 2, 4], np.int32)},
+            LengthError,
+            "group 'g', field 'x': the lengths sum to 7, .* 6 steps",
+        ),
+        ({"x.lengths": np.array([1, -1, 6], np.int32)}, LengthError, "field 'x': sample 'b' has length -1"),
+        ({"x.lengths": np.array([1, 5], np.int32)}, LengthError, r"lengths must be integers \[3\].* int32 \[2\]"),
+        ({"x.lengths": np.array([1.0, 2, 3])}, LengthError, "got float64"),
+        ({"x.lengths": None}, ValueError, "each field that counts a member FIELD.lengths.npy"),
+        ({"n": np.arange(4)}, ValueError, r"field 'n': 3 keys, but an array of shape \[4\]"),
+        ({"n": np.int64(1)}, ValueError, "field 'n': a block's arrays"),
+        ({"x": np.arange(6).astype(">i8")}, ValueError, "field 'x': a block's arrays are little-endian"),
+        ({"y.lengths": np.array([1])}, ValueError, r"y.lengths.npy has no y.npy beside it"),
+        ({"block.keys": np.array(["a", "b", "b"])}, ValueError, "the key 'b' comes 2 times"),
+        ({"block.keys": np.arange(3)}, ValueError, r"block.keys.npy must hold text \[n\]"),
+        ({"block.keys": np.array([], "<U1")}, ValueError, "group 'g': 0 samples"),
+        ({"x": np.array([None] * 6)}, ValueError, "objects would be pickles, which are never read"),
+        ({"n.pkl": b"cos"}, ValueError, "'n.pkl' is a pickle"),
+        ({"x": npy(np.arange(6))[:-8]}, ValueError, r"the header claims \[6\] int64, 48 bytes, the member holds 40"),
+        ({"x": b"\x93NUMPY"}, ValueError, "not a .npy array"),
+    ],
+)
+def test_a_block_that_contradicts_itself_is_refused(tmp_path, change, error, message):
+    assert LengthIndex.build(block_tar(tmp_path / "good.tar", {})).lengths.tolist() == [1, 2, 3]
+    with pytest.raises(error, match=message) as caught:
+        LengthIndex.build(block_tar(tmp_path / "bad.tar", change))
+    assert str(tmp_path / "bad.tar") in str(caught.value)
+
+
+def test_blocks_that_differ_in_kind_are_refused(tmp_path):
+    members = {name: value for name, value in BLOCK.items() if name != "n"}
+    path = tar_of(
+        tmp_path / "a.tar",
+        [
+            (f"{group}.{name}.npy", value)
+            for group, block in {"g": BLOCK, "h": members}.items()
+            for name, value in block.items()
+        ],
+    )
+    with pytest.raises(
+        ValueError, match=r"a.tar: group 'h': fields \{'x'.*\}, in the first block \{.*'n': \('<i8', \[\], False"
+    ):
+        LengthIndex.build(path)
+
+
+def test_lengths_beyond_32_bits_are_refused(tmp_path):
+    path = tar_of(tmp_path / "a.tar", [("a.wav", b"")])
+    with pytest.raises(LengthError, match="'a', field 'wav': 2147483648 steps, at most 2147483647"):
+        LengthIndex.build(path, ["wav"], lambda field, data: 2**31)
+
+
+def test_a_replaced_index_is_noticed_by_those_who_use_it(tmp_path):
+    write(tmp_path, tokens([3, 1]))
+    sent = pickle.dumps(LengthIndex.open(tmp_path / "shard.ltx"))
+    write(tmp_path / "b", tokens([3, 2]))
+    (tmp_path / "b" / "shard.ltx").replace(tmp_path / "shard.ltx")
+    with pytest.raises(ValueError, match=r"shard.ltx: the index was replaced while it was in use"):
+        pickle.loads(sent)
+
+
+def test_other_keys_and_other_headers_are_a_changed_shard(tmp_path):
+    for layout in LAYOUTS:
+        folder = write(tmp_path / layout, tokens([3, 1]), layout=layout)
+        path, index = folder / "shard-000000.tar", LengthIndex.open(folder / "shard.ltx")
+        content = path.read_bytes()
+        write(tmp_path / f"{layout}2", [s | {"__key__": f"x{s['__key__'][1:]}"} for s in tokens([3, 1])], layout=layout)
+        path.write_bytes((tmp_path / f"{layout}2" / "shard-000000.tar").read_bytes())
+        with pytest.raises(ValueError, match="changed since it was indexed: its layout, fields or keys are others"):
+            index.verify()
+        # Another owner, in a header that is sound.
+        head = bytearray(content[:512])
+        head[108:116] = b"0000007\0"
+        head[148:156] = b" " * 8
+        head[148:156] = b"%06o\0 " % sum(head)
+        path.write_bytes(bytes(head) + content[512:])
+        with pytest.raises(ValueError, match="changed since it was indexed: its headers are others"):
+            index.verify(payload=True)
+
+
+def huge(shape):
+    return (
+        b"\x93NUMPY\x01\x00"
+        + struct.pack("<H", 118)
+        + f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}".ljust(117).encode()
+        + b"\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("a.x.npy", np.arange(3)), ("a.x.npy", np.arange(3))], "group 'a': two members 'x.npy'"),
+        ([("a.x.npy", np.arange(3)), ("b.x.npy", np.arange(3)), ("a.x.npy", np.arange(3))], "'a': the key comes twice"),
+        ([("a.x.npy", np.arange(3)), ("b.y.npy", np.arange(3))], r"group 'b': no field 'x', there are \['y'\]"),
+        (
+            [("a.x.npy", np.arange(3)), ("b.x.npy", np.arange(3.0))],
+            "'b', field 'x': float64 .* earlier samples have <i8",
+        ),
+        ([("a.x.npy", np.arange(3)), ("b.x.npy", np.ones((3, 1), int))], r"'b', field 'x': int64 with features \[1\]"),
+        ([("a.x.npy", np.arange(3)), ("b.x.npy", np.int64(3))], "'b', field 'x': a number has no length"),
+        ([("a.x.npy", np.arange(3)), ("a.x.json", b"{}")], "field 'x' comes in two encodings"),
+        ([("a.x.npy", np.arange(3)), ("b.block.keys.npy", np.array(["k"]))], "a block among single samples"),
+        (
+            [
+                ("a.block.keys.npy", np.array(["k"])),
+                ("a.x.npy", np.arange(1)),
+                ("a.x.lengths.npy", np.array([1])),
+                ("b.x.npy", np.arange(3)),
+            ],
+            "group 'b': a single sample among blocks",
+        ),
+        (
+            [("a.x.npy", huge((2**60,)))],
+            rf"group 'a'.*header claims \[{2**60}\] int64, {2**63} bytes, the member holds 0",
+        ),
+        ([("a.x.npy", huge((2**40, 2**40)) + bytes(64))], "the member holds 64"),
+        ([("a.x.npy", np.arange(3)), ("a.z.npy", huge((2**60,)))], "header claims"),
+        ([("a.x.npy", np.array([None]))], "objects would be pickles, which are never read"),
+        ([("a.x.npy", np.zeros(2, [("f", "i4")]))], "is not an array of numbers"),
+        ([("a.x.npy", b"")], "not a .npy array"),
+        ([("README", b"text")], "holds no samples: members must be named KEY.SUFFIX"),
+        *[
+            (
+                [("a.x.npy", np.arange(3)), (f"a.y.{suffix}", b"")],
+                rf"'y.{suffix.lower()}' is a pickle, which can run any",
+            )
+            for suffix in ("pkl", "PKL", "pickle", "Pickle", "pyd", "pth", "PTH", "pkl.gz", "PTH.GZ")
+        ],
+    ],
+)
+def test_a_plain_shard_that_contradicts_itself_is_refused(tmp_path, members, message):
+    path = tar_of(tmp_path / "bad.tar", members)
+    with pytest.raises(ValueError, match=message) as caught:
+        LengthIndex.build(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_truncation_of_a_shard_is_noticed(tmp_path, layout):
+    write(tmp_path, tokens([3, 20, 1]), layout=layout, block_size=2)
+    content = (tmp_path / "shard-000000.tar").read_bytes()
+    cut = tmp_path / "cut.tar"
+    # Cut in the end mark, nothing is lost, but for its last block.
+    for size in [*range(0, len(content) - 1024, 100), *range(0, len(content) - 1023, 512)]:
+        cut.write_bytes(content[:size])
+        with pytest.raises(ValueError, match=r"cut.tar: .*(truncated|damaged)"):
+            LengthIndex.build(cut)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_flipped_byte_of_a_shard_is_noticed(tmp_path, layout):
+    write(tmp_path, tokens([3, 20]), layout=layout)
+    index = LengthIndex.open(tmp_path / "shard.ltx")
+    path = tmp_path / "shard-000000.tar"
+    content = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        # Between members lie zeros that nobody reads.
+        used = [(m.offset, m.offset_data + m.size) for m in tar]
+    for start, end in used:
+        for place in range(start, end, 23):
+            content[place] ^= 0x10
+            path.write_bytes(content)
+            with pytest.raises(ValueError, match=r"shard-000000.tar: "):
+                index.verify(payload=True)
+            content[place] ^= 0x10
+    path.write_bytes(content)
+    index.verify(payload=True)
+
+
+def test_a_shard_that_grew_or_went_is_noticed(tmp_path):
+    write(tmp_path, tokens([3, 20]))
+    index = LengthIndex.open(tmp_path / "shard.ltx")
+    path = tmp_path / "shard-000000.tar"
+    with path.open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(
+        ValueError, match=r"000.tar: changed since it was indexed: \d+ bytes, the index says \d+; build the"
+    ):
+        index.verify()
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="shard-000000.tar"):
+        index.verify()
+    with pytest.raises(FileNotFoundError):
+        LengthIndex.build(path)
+    with pytest.raises(FileNotFoundError, match="no file matches .*nothing-"):
+        LengthIndex.build(tmp_path / "nothing-*.tar")
+    with pytest.raises(ValueError, match="at least one shard"):
+        LengthIndex.build([])
+
+
+def test_a_payload_can_only_be_verified_against_checksums(tmp_path):
+    write(tmp_path, tokens([3, 20]))
+    index = LengthIndex.build(tmp_path)
+    index.verify()
+    with pytest.raises(ValueError, match="build it with checksums=True"):
+        index.verify(payload=True)
+
+
+def test_a_damaged_payload_is_named_by_shard_key_and_field(tmp_path):
+    write(tmp_path, tokens([3, 200]))
+    path = tmp_path / "shard-000000.tar"
+    content = bytearray(path.read_bytes())
+    index = LengthIndex.open(tmp_path / "shard.ltx")
+    content[index.tables.places[1, 0] + 1000] ^= 1
+    path.write_bytes(content)
+    index.verify()
+    with pytest.raises(
+        ValueError, match=r"shard-000000.tar: sample 'k1', field 'tokens', at offset \d+: the bytes do not"
+    ):
+        index.verify(payload=True)
+
+
+def rewritten(content, change):
+    """An index file whose header was changed, with checksums that fit."""
+    size = int.from_bytes(content[12:16], "little")
+    header = json.loads(content[24 : 24 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    fields = struct.pack("<II", len(text), crc32(text)) + content[20:24]
+    return content[:12] + fields + text + bytes(-(24 + len(text)) % 64) + content[-(-(24 + size) // 64) * 64 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda c: b"", "too short: truncated"),
+        (lambda c: c[:23], "too short: truncated"),
+        (lambda c: c[:100], "its header is damaged or truncated"),
+        (lambda c: c[:-1], "its checksum is wrong"),
+        (lambda c: c + b"\0", "its checksum is wrong"),
+        (lambda c: c.replace(b"\r\n", b"\n"), "no length index, or was sent as text"),
+        (lambda c: b"PK" + c[2:], "no length index"),
+        (lambda c: c[:8] + struct.pack("<I", 2) + c[12:], "has version 2, this program reads 1"),
+        (lambda c: c[:12] + b"\xff\xff\xff\xff" + c[16:], "header is damaged"),
+        (
+            lambda c: rewritten(c, lambda h: h["arrays"].pop("order")),
+            r"header does not say what it must \(KeyError\('order'",
+        ),
+        (lambda c: rewritten(c, lambda h: h["arrays"]["keys"].update(dtype="|O8")), "header does not say"),
+        (lambda c: rewritten(c, lambda h: h["arrays"]["lengths"].update(shape=[2**60])), "header does not say"),
+        (lambda c: rewritten(c, lambda h: h["arrays"]["lengths"].update(offset=2**40)), "header does not say"),
+        (lambda c: rewritten(c, lambda h: h["arrays"]["lengths"].update(offset=-(2**10))), "header does not say"),
+        (lambda c: rewritten(c, lambda h: h["shards"].append(h["shards"][0])), "header does not say"),
+        (lambda c: rewritten(c, lambda h: h["arrays"].pop("blocks")), "header does not say"),
+        (lambda c: rewritten(c, lambda h: h["fields"].pop()), "header does not say"),
+        (lambda c: rewritten(c, lambda h: h["fields"][0].update(other=1)), "header does not say"),
+        (lambda c: rewritten(c, lambda h: h["fields"][1].update(variable=True)), "header does not say"),
+        (lambda c: rewritten(c, lambda h: h.clear()), "header does not say"),
+    ],
+)
+def test_an_index_file_that_is_not_whole_is_refused_by_name_and_reason(tmp_path, damage, message):
+    path = write(tmp_path, tokens([3, 20])) / "shard.ltx"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=message) as caught:
+        LengthIndex.open(path)
+    assert str(path) in str(caught.value)
+    assert "build the index again" in str(caught.value)
+
+
+@given(data=st.data())
+def test_every_flipped_bit_of_an_index_file_is_noticed(tmp_path_factory, data):
+    path = write(tmp_path_factory.mktemp("c"), tokens([3, 20])) / "shard.ltx"
+    content = bytearray(path.read_bytes())
+    size = int.from_bytes(content[12:16], "little")
+    gap = range(24 + size, -(-(24 + size) // 64) * 64)
+    place = data.draw(st.integers(0, len(content) - 1).filter(lambda p: p not in gap))
+    content[place] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="shard.ltx"):
+        LengthIndex.open(path)
+
+
+def test_another_program_can_read_the_file_by_its_description(tmp_path):
+    write(tmp_path, tokens([3, 0, 5], 7), max_samples=2)
+    content = (tmp_path / "shard.ltx").read_bytes()
+    magic, version, size, header_crc, content_crc = struct.unpack("<8sIIII", content[:24])
+    start = -(-(24 + size) // 64) * 64
+    assert (magic, version) == (b"\x89LTX\r\n\x1a\n", 1)
+    assert (header_crc, content_crc) == (crc32(content[24 : 24 + size]), crc32(content[start:]))
+    header = json.loads(content[24 : 24 + size])
+    assert [shard["path"] for shard in header["shards"]] == ["shard-000000.tar", "shard-000001.tar"]
+    arrays = {}
+    for name, entry in header["arrays"].items():
+        assert entry["offset"] % 64 == 0
+        arrays[name] = np.frombuffer(content, entry["dtype"], int(np.prod(entry["shape"])), start + entry["offset"])
+    assert arrays["lengths"].tolist() == [3, 0, 5]
+    assert arrays["keys"].tolist() == [b"k7", b"k8", b"k9"]
+    assert arrays["order"].tolist() == [2, 0, 1]
+    shard = (tmp_path / "shard-000001.tar").read_bytes()
+    place = arrays["places"].reshape(3, 2)[2, 0]
+    assert np.frombuffer(shard, "<i8", 5, place).tolist() == [9000, 9001, 9002, 9003, 9004]
+    assert crc32(shard[place : place + 40]) == arrays["crcs"].reshape(3, 2)[2, 0]
+
+
+def test_saving_replaces_a_file_whole(tmp_path):
+    write(tmp_path, tokens([3, 1]))
+    opened = LengthIndex.open(tmp_path / "shard.ltx")
+    LengthIndex.build(tmp_path).save(tmp_path / "shard.ltx")
+    assert opened.lengths.tolist() == [3, 1]
+    with pytest.raises(ValueError, match="without checksums|checksums"):
+        LengthIndex.open(tmp_path / "shard.ltx").verify(payload=True)
+    with pytest.raises(FileNotFoundError, match=r"no index .*absent.ltx: build it with"):
+        LengthIndex.open(tmp_path / "absent.ltx")
+    assert not list(tmp_path.glob("*.tmp"))
