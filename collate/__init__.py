@@ -3,10 +3,12 @@
 from collate.batch import LengthTrackedBatch
 from collate.collator import PadCollator
 from collate.errors import LengthError
+from collate.prefetch import DevicePrefetcher
 from collate.reduce import last_step, masked_mean, sequence_loss, token_scale
 from collate.rnn import apply_rnn
 
 __all__ = [
+    "DevicePrefetcher",
     "LengthError",
     "LengthTrackedBatch",
     "PadCollator",

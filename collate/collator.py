@@ -2,7 +2,7 @@
 
 import pickle
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Literal, TypeAlias, TypeVar, cast
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -101,7 +101,7 @@ class PadCollator:
         self.length_field = length_field
         self.on_empty = on_empty
 
-    def __call__(self, samples: Sequence[object]) -> object:
+    def __call__(self, samples: Sequence[object]) -> Any:
         """Collate B >= 1 samples of one structure; see the class for what becomes of each field.
 
         Raises:

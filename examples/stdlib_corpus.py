@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from samplers import LengthIndex, ShardWriter
+from samplers import ShardDataset, ShardWriter
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
 
-def open_corpus(folder: Path, most: int | None = None) -> LengthIndex:
+def open_corpus(folder: Path, most: int | None = None) -> ShardDataset:
     """Open the shards in `folder` and check them; write them first where there are none.
 
     Args:
@@ -24,20 +24,20 @@ def open_corpus(folder: Path, most: int | None = None) -> LengthIndex:
         most: write only so many functions; None writes all.
     """
     if folder.exists():
-        index = LengthIndex.open(folder)
-        index.verify()
-        print(f"found {len(index):,} functions in {folder}, index and shards agree")
-        return index
+        dataset = ShardDataset(folder)
+        dataset.index.verify()
+        print(f"found {len(dataset):,} functions in {folder}, index and shards agree")
+        return dataset
     # Written beside its place and then renamed: what a kill leaves is never taken for a corpus.
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    with ShardWriter(partial) as writer:
+    with ShardWriter(partial, max_samples=10_000) as writer:
         for key, text in islice(functions(), most):
             writer.write({"__key__": key, **next_byte(text)})
     partial.rename(folder)
-    index = LengthIndex.open(folder)
-    print(f"wrote {len(index):,} functions to {folder}")
-    return index
+    dataset = ShardDataset(folder)
+    print(f"wrote {len(dataset):,} functions to {folder}")
+    return dataset
 
 
 def next_byte(text: bytes) -> dict[str, np.ndarray]:

@@ -7,7 +7,6 @@ budget of padded tokens, carried by every batch through packing and loss, and ba
 
 import argparse
 import contextlib
-import math
 import os
 import signal
 import time
@@ -24,7 +23,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm import tqdm
 
 from collate import DevicePrefetcher, LengthTrackedBatch, PadCollator, apply_rnn, sequence_loss
-from samplers import LengthBucketBatchSampler, ShardDataset
+from samplers import LengthBucketBatchSampler
 from samplers.report import random_padding
 
 PADDING = {"input": 0, "target": -100}
@@ -129,9 +128,11 @@ def train(run: Run, loader: Any, args: argparse.Namespace) -> bool:
     bar.close()
     signal.signal(signal.SIGINT, before)
     run.save()
-    print(f"trained {run.step} steps, {tokens:,} real tokens at {tokens / (time.perf_counter() - started):,.0f} a second")
+    print(
+        f"trained {run.step} steps, {tokens:,} real tokens at {tokens / (time.perf_counter() - started):,.0f} a second"
+    )
     print(f"checksum of the sample ids so far: {run.checksum:08x}")
-    return run.step >= args.steps
+    return run.step >= int(args.steps)
 
 
 def evaluate(run: Run, held_out: list[dict[str, Any]]) -> None:
@@ -177,7 +178,9 @@ def prove(model: ByteModel, samples: list[dict[str, Any]], device: torch.device)
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("runs/stdlib"), help="folder of the shards; written if absent")
+    parser.add_argument(
+        "--data", type=Path, default=Path("runs/stdlib"), help="folder of the shards; written if absent"
+    )
     parser.add_argument("--functions", type=int, help="write only so many functions (default: all)")
     parser.add_argument("--max-tokens", type=int, default=16_384, help="padded tokens a batch may hold")
     parser.add_argument("--steps", type=int, default=120, help="training steps in all, those before a resume counted")
@@ -185,7 +188,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one, else cpu)")
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/language_model.pt"), help="where the run is kept")
     parser.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint; any number of workers will do")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint; any number of workers will do"
+    )
     args = parser.parse_args(argv)
     args.device = torch.device(args.device or torch.accelerator.current_accelerator() or "cpu")
     if args.resume and not args.checkpoint.exists():
@@ -201,15 +206,16 @@ def ignore_interrupts(worker: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Write or check the shards, plan, train, evaluate, prove."""
     args = arguments(argv)
-    index = open_corpus(args.data, args.functions)
-    dataset = ShardDataset(args.data, index, fields=["input", "target"])
-    places = np.arange(len(index))
+    # The workers need cores too, and small kernels gain nothing from a second thread that has to wait for its core.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) - args.workers))
+    dataset = open_corpus(args.data, args.functions)
+    places = np.arange(len(dataset))
     # Input and target are equally long, so one column of lengths plans both.
-    lengths = index.lengths[:, 0]
+    lengths = dataset.index.lengths[:, 0]
     train_on = places[places % HELD_OUT != 0]
     sampler = LengthBucketBatchSampler(lengths, max_tokens=args.max_tokens, overlong="drop", indices=train_on)
-    print(sampler.plan(0).report())
-    print(f"padding of random batches of the same budget: {random_padding(lengths, max_tokens=args.max_tokens):.1%}")
+    plan = sampler.plan(0)
+    print(f"{plan.report()}\nin random batches of the same budget the padding is {random_padding(plan):.2%}")
 
     collate, on_device = PadCollator(PADDING), args.device.type != "cpu"
     loader = StatefulDataLoader(

@@ -1,0 +1,107 @@
+"""The examples are programs, and run: small, whole, interrupted, and resumed."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def start(name: str, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-W", "error::UserWarning:collate", str(EXAMPLES / name), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(name: str, *arguments: object) -> str:
+    process = start(name, *arguments)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    return out
+
+
+def checksum(out: str) -> str:
+    return re.search(r"checksum of the sample ids so far: (\w{8})", out)[1]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("corpus") / "stdlib"
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory) -> str:
+    """What an uninterrupted run prints; the first run writes the corpus."""
+    return run("train_language_model.py", *settings(corpus, tmp_path_factory.mktemp("whole") / "run.pt"))
+
+
+def settings(corpus: Path, checkpoint: Path, steps: int = 40) -> list[object]:
+    small = ["--functions", 1500, "--max-tokens", 4096, "--steps", steps, "--save-every", 3, "--device", "cpu"]
+    return [*small, "--data", corpus, "--checkpoint", checkpoint]
+
+
+def test_the_five_minute_way_in_learns_and_is_short():
+    out = run("five_minutes.py")
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", out)]
+    assert losses[-1] < 0.1 < losses[0]
+    assert len((EXAMPLES / "five_minutes.py").read_text().splitlines()) < 40
+
+
+def test_the_main_job_writes_plans_trains_and_proves(whole):
+    assert "wrote 1,500 functions" in whole
+    assert "trained 40 steps" in whole
+    held_out, by_frequency = map(float, re.search(r"held-out loss: ([\d.]+) .* alone: ([\d.]+)", whole).groups())
+    assert held_out < by_frequency - 0.1
+    assert whole.count("equal to rounding") == 3
+    assert "source order    restored" in whole
+    padding = float(re.search(r"^padding +([\d.]+)%", whole, re.MULTILINE)[1])
+    random = float(re.search(r"same budget the padding is ([\d.]+)%", whole)[1])
+    assert padding < random / 2
+
+
+def test_a_second_start_checks_the_shards_instead_of_writing_them(whole, corpus, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in corpus.iterdir()}
+    out = run("train_language_model.py", *settings(corpus, tmp_path / "run.pt"), "--workers", 0)
+    assert "found 1,500 functions" in out
+    assert {path: path.stat().st_mtime_ns for path in corpus.iterdir()} == before
+    assert checksum(out) == checksum(whole)
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)], ids=["kill", "ctrl-c"])
+def test_an_interrupted_run_goes_on_with_exactly_the_batches_that_were_left(sent, code, whole, corpus, tmp_path):
+    checkpoint = tmp_path / "run.pt"
+    process = start("train_language_model.py", *settings(corpus, checkpoint))
+    for _ in range(6000):
+        if checkpoint.exists() or process.poll() is not None:
+            break
+        time.sleep(0.01)
+    process.send_signal(sent)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, out + err
+    out = run("train_language_model.py", *settings(corpus, checkpoint), "--resume", "--workers", 0)
+    assert checksum(out) == checksum(whole)
+
+
+def test_resuming_without_a_checkpoint_says_so(corpus, tmp_path):
+    process = start("train_language_model.py", *settings(corpus, tmp_path / "none.pt"), "--resume")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "there is no checkpoint at" in err
+
+
+def test_the_same_shards_stream_through_webdataset(whole, corpus):
+    out = run("stream_webdataset.py", "--data", corpus)
+    shares = [float(share) for share in re.findall(r"([\d.]+) ?%", out)]
+    assert len(shares) >= 2
+    assert min(shares) < max(shares) / 2
+
+
+@pytest.mark.parametrize("name", ["train_language_model.py", "stream_webdataset.py"])
+def test_help_explains_every_option(name):
+    out = run(name, "--help")
+    assert "--data" in out
+    assert len(out.splitlines()) > 12
