@@ -65,6 +65,17 @@ def test_files_are_read_in_their_order_whatever_was_asked(tmp_path, monkeypatch)
     assert all(offsets == sorted(offsets) for _, offsets in seen)
 
 
+@pytest.mark.parametrize("step", [1, 3, 7, 40, 200])
+def test_neighbours_that_are_read_together_are_told_apart(tmp_path, step):
+    lengths = np.random.default_rng(0).integers(0, 20, 3000).tolist()
+    dataset = ShardDataset(write(tmp_path, tokens(lengths), block_size=step * 10 + 2000))
+    places = [*range(0, 3000, step), 5, 5, 4]
+    for place, sample in zip(places, dataset.__getitems__(places), strict=True):
+        assert sample["__key__"] == f"k{place}"
+        assert sample["tokens"].tolist() == list(range(1000 * place, 1000 * place + lengths[place]))
+        assert sample["label"] == place
+
+
 def test_fields_that_are_not_asked_for_are_not_read(tmp_path, monkeypatch):
     write(tmp_path, [{"__key__": "a", "x": np.zeros(1000), "y": np.zeros(3)}])
     dataset = ShardDataset(tmp_path, fields=["y"])

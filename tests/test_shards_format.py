@@ -225,6 +225,7 @@ BLOCK = {
     [
         (GROUP | {"y.pkl": b""}, ValueError, "u.tar: group 'k': 'y.pkl' is a pickle, which can run any program"),
         (GROUP | {"y.pth.gz": b""}, ValueError, "'y.pth.gz' is a pickle"),
+        (GROUP | {"y.PICKLE": b""}, ValueError, "'y.PICKLE' is a pickle"),
         (GROUP | {"pyd": b""}, ValueError, "'pyd' is a pickle"),
         (GROUP | {"y.npy": npy(np.arange(9))[:-1]}, ValueError, "group 'k', field 'y': the header claims"),
         (GROUP | {"y.npy": np.arange(3)}, TypeError, "'y.npy' must still be bytes, got ndarray: it comes before"),

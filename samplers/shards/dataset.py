@@ -135,7 +135,9 @@ class ShardDataset(Dataset[Sample]):
         shards = np.searchsorted(self._ends, rows, side="right")
         edges = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(rows)]
         files = [(self._file(int(shards[first])), slice(first, last)) for first, last in pairwise(edges)]
-        samples: list[Sample] = [{"__key__": decode_key(key)} for key in self._tables.keys[rows].tolist()]
+        samples: list[Sample] = [
+            {"__key__": key.decode("utf-8", "surrogateescape")} for key in self._tables.keys[rows].tolist()
+        ]
         if self._tables.blocks is not None:
             self._check_blocks(files, rows, self._tables.blocks)
             self._read_blocks(files, rows, samples)
@@ -160,9 +162,12 @@ class ShardDataset(Dataset[Sample]):
     def _read_blocks(self, files: Files, rows: Array, samples: list[Sample]) -> None:
         steps = self._tables.lengths[rows]
         for column, field, measure in self._columns:
-            shapes = [(n, *field.shape) for n in steps[:, measure].tolist()] if field.variable else None
-            dtype = np.dtype(field.dtype)
-            arrays = [np.empty(shape, dtype) for shape in shapes or [field.shape] * len(rows)]
+            shapes = [field.shape] * len(rows)
+            if field.variable:
+                counts = steps[:, measure].tolist()
+                shapes = [(count, *field.shape) for count in counts] if field.shape else counts
+            dtype, empty = np.dtype(field.dtype), np.empty
+            arrays = [empty(shape, dtype) for shape in shapes]
             self._fill(files, arrays, rows, column)
             values = arrays if field.variable or field.shape else [array[()] for array in arrays]
             for sample, value in zip(samples, values, strict=True):

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeAlias
 
@@ -15,6 +16,12 @@ Shards: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 # fsspec leaves it without types.
 _file_system: Callable[[str], tuple[Any, str]] = fsspec.core.url_to_fs
+
+# Bytes that are read for nothing sooner than with a call of their own.
+_GAP: Final = 2048
+_FORGOTTEN: Final = memoryview(bytearray(_GAP))
+# The system takes 1024 buffers a call, and each array may need another for the gap before it.
+_LONGEST_RUN: Final = 500
 
 _BRACES: Final = re.compile(r"\{([^{}]*)\}")
 _COUNT: Final = re.compile(r"(\d+)\.\.(\d+)")
@@ -72,11 +79,29 @@ class LocalFile:
         Raises:
             ValueError: The file ends before an array is full.
         """
-        descriptor, read = self._descriptor, os.preadv
         buffers: Sequence[Any] = arrays
-        for buffer, offset in zip(buffers, offsets, strict=True):
-            if read(descriptor, (buffer,), offset) != buffer.nbytes:
-                self._fill_slowly(buffer, offset)
+        # One call costs as much as some 2 KiB: neighbours are read together, with what lies between them.
+        dense = len(buffers) > 1 and 0 <= offsets[-1] - offsets[0] <= len(buffers) * _GAP
+        for first, last in _runs(arrays, offsets) if dense else ():
+            self._fill_run(buffers[first:last], offsets[first:last])
+        if not dense:
+            descriptor, read = self._descriptor, os.preadv
+            for buffer, offset in zip(buffers, offsets, strict=True):
+                if read(descriptor, (buffer,), offset) != buffer.nbytes:
+                    self._fill_slowly(buffer, offset)
+
+    def _fill_run(self, arrays: Sequence[Any], offsets: Sequence[int]) -> None:
+        # What lies between the arrays is read too, and forgotten.
+        buffers = []
+        end = offsets[0]
+        for array, offset in zip(arrays, offsets, strict=True):
+            if offset > end:
+                buffers.append(_FORGOTTEN[: offset - end])
+            buffers.append(array)
+            end = offset + array.nbytes
+        if os.preadv(self._descriptor, buffers, offsets[0]) != end - offsets[0]:
+            for array, offset in zip(arrays, offsets, strict=True):
+                self._fill_slowly(array, offset)
 
     def _fill_slowly(self, array: npt.NDArray[Any], offset: int) -> None:
         # One call gives at most 2 GiB.
@@ -196,6 +221,15 @@ class NewFile:
         """Remove what has been written."""
         self.stream.close()
         self._temporary.unlink(missing_ok=True)
+
+
+def _runs(arrays: Sequence[npt.NDArray[Any]], offsets: Sequence[int]) -> Iterable[tuple[int, int]]:
+    """First and last of those that are read with one call."""
+    starts = np.asarray(offsets)
+    gaps = starts[1:] - starts[:-1] - np.fromiter((array.nbytes for array in arrays[:-1]), np.int64, len(arrays) - 1)
+    apart = (gaps < 0) | (gaps > _GAP)
+    apart[_LONGEST_RUN - 1 :: _LONGEST_RUN] = True
+    return pairwise([0, *(np.flatnonzero(apart) + 1).tolist(), len(arrays)])
 
 
 def _spell_out(pattern: str) -> list[str]:

@@ -1,5 +1,6 @@
 """What a shard holds, found from headers alone: the length, the place and the checksum of each sample's fields."""
 
+from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -35,6 +36,8 @@ Members: TypeAlias = dict[str, Member]
 LONGEST: Final = np.iinfo(np.int32).max
 # A longer header of an array would be a hoax.
 _LONGEST_HEADER: Final = 1 << 16
+# Headers that are remembered.
+_KNOWN: Final = 10_000
 
 
 def scan_shard(
@@ -219,6 +222,27 @@ def _read_column(source: _Source, members: Members, keys: Array, field: Field, w
     return _BlockColumn(field, lengths, starts + member.data, crcs, offsets)
 
 
+class _PlainColumn:
+    """A field of a plain shard: a number of each kind for every sample, 0 for those that lack the field."""
+
+    def __init__(self, field: Field) -> None:
+        self.field = field
+        # Flat arrays, for the garbage collector would walk a million small tuples again and again.
+        self.places, self.sizes, self.crcs, self.lengths = (array("q") for _ in range(4))
+
+    def append(self, sample: int, place: int, size: int, crc: int, length: int) -> None:
+        self.pad(sample)
+        self.places.append(place)
+        self.sizes.append(size)
+        self.crcs.append(crc)
+        self.lengths.append(length)
+
+    def pad(self, samples: int) -> None:
+        if samples > len(self.places):
+            for column in (self.places, self.sizes, self.crcs, self.lengths):
+                column.extend([0] * (samples - len(column)))
+
+
 class _PlainScan:
     """A shard of one sample a group, read group by group."""
 
@@ -226,44 +250,45 @@ class _PlainScan:
         self.source, self.length = source, length
         self.tracked = None if fields is None else list(fields)
         self.keys: dict[str, None] = {}
-        self.lengths: list[list[int]] = []
-        # Of each sample, by suffix: place, size and checksum.
-        self.rows: list[dict[str, tuple[int, int, int]]] = []
-        self.fields: dict[str, Field] = {}
+        self.columns: dict[str, _PlainColumn] = {}
+        # Lengths of arrays by what tells them: suffix, size and header. Parsing is most of the work, and they recur.
+        self.known: dict[tuple[str, int, bytes], int] = {}
 
     def add(self, key: str, members: Members) -> None:
-        where = self.source.where(key)
         if KEYS in members or key in self.keys:
-            raise ValueError(f"{where}: {'a block among single samples' if KEYS in members else 'the key comes twice'}")
+            state = "a block among single samples" if KEYS in members else "the key comes twice"
+            raise ValueError(f"{self.source.where(key)}: {state}")
         if self.tracked is None:
-            self.tracked = self._variable_arrays(members, where)
+            self.tracked = self._variable_arrays(members, self.source.where(key))
+        sample, tracked = len(self.keys), 0
         self.keys[key] = None
-        lengths = {}
         for suffix, member in members.items():
-            field = self._field(suffix, where)
-            steps = self._measure(field, member, f"{where}, field {field.name!r}")
-            if field.tracked:
-                lengths[field.name] = steps
-        missing = [name for name in self.tracked if name not in lengths]
-        if missing:
-            raise ValueError(
-                f"{where}: no field {missing[0]!r}, there are {[field_of(suffix)[0] for suffix in members]}"
-            )
-        self.lengths.append([lengths[name] for name in self.tracked])
-        self.rows.append({suffix: (m.data, m.size, self._crc(m)) for suffix, m in members.items()})
+            column = self.columns.get(suffix) or self._new_column(suffix, self.source.where(key))
+            crc = crc32(self.source.content(member)) if self.source.checksums else 0
+            column.append(sample, member.data, member.size, crc, self._length(column, member, key))
+            tracked += column.field.tracked
+        if tracked < len(self.tracked):
+            names = [field_of(suffix)[0] for suffix in members]
+            missing = [name for name in self.tracked if name not in names]
+            raise ValueError(f"{self.source.where(key)}: no field {missing[0]!r}, there are {names}")
 
     def tables(self) -> Tables:
         """All that was added."""
-        absent = (0, 0, 0)
-        rows = np.array([[row.get(suffix, absent) for suffix in self.fields] for row in self.rows], np.int64)
-        fields = tuple(self.fields.values())
-        tracked = [field.name for field in fields if field.tracked]
-        order = [(self.tracked or []).index(name) for name in tracked]
-        lengths = np.array(self.lengths, "<i4")[:, order]
+        columns = list(self.columns.values())
+        for column in columns:
+            column.pad(len(self.keys))
+        lengths = np.stack([column.lengths for column in columns if column.field.tracked], 1).astype("<i4")
         keys = np.array([key.encode("utf-8", "surrogateescape") for key in self.keys])
-        crcs = rows[..., 2].astype("<u4") if self.source.checksums else None
-        shard = self.source.shard(lengths, keys)
-        return Tables("plain", fields, (shard,), lengths, keys, rows[..., 0], rows[..., 1], crcs)
+        return Tables(
+            "plain",
+            tuple(column.field for column in columns),
+            (self.source.shard(lengths, keys),),
+            lengths,
+            keys,
+            np.stack([column.places for column in columns], 1).astype("<i8"),
+            np.stack([column.sizes for column in columns], 1).astype("<i8"),
+            np.stack([column.crcs for column in columns], 1).astype("<u4") if self.source.checksums else None,
+        )
 
     def _variable_arrays(self, members: Members, where: str) -> list[str]:
         # What counts when the caller does not say: the first sample's arrays with an axis.
@@ -279,27 +304,37 @@ class _PlainScan:
             )
         return names
 
-    def _field(self, suffix: str, where: str) -> Field:
-        if suffix not in self.fields:
-            refuse_pickle(suffix, where)
-            name = field_of(suffix)[0]
-            if any(field.name == name for field in self.fields.values()):
-                raise ValueError(f"{where}: field {name!r} comes in two encodings: rename one")
-            tracked = name in (self.tracked or ())
-            self.fields[suffix] = Field(name, suffix, variable=tracked, tracked=tracked)
-        return self.fields[suffix]
+    def _new_column(self, suffix: str, where: str) -> _PlainColumn:
+        refuse_pickle(suffix, where)
+        name = field_of(suffix)[0]
+        if any(column.field.name == name for column in self.columns.values()):
+            raise ValueError(f"{where}: field {name!r} comes in two encodings: rename one")
+        tracked = name in (self.tracked or ())
+        self.columns[suffix] = _PlainColumn(Field(name, suffix, variable=tracked, tracked=tracked))
+        return self.columns[suffix]
 
-    def _measure(self, field: Field, member: Member, where: str) -> int:
-        if field_of(field.suffix)[1] != "npy":
-            return self._ask(field.name, member, where) if field.tracked else 0
+    def _length(self, column: _PlainColumn, member: Member, key: str) -> int:
+        if not column.field.is_array:
+            return self._ask(column.field.name, member, key) if column.field.tracked else 0
+        told = (column.field.suffix, member.size, header_of(member.head))
+        steps = self.known.get(told)
+        if steps is None:
+            if len(self.known) == _KNOWN:
+                self.known.clear()
+            steps = self.known[told] = self._measure(column, member, key)
+        return steps
+
+    def _measure(self, column: _PlainColumn, member: Member, key: str) -> int:
+        # Arrays whose length does not count are held against their size all the same.
+        field = column.field
+        where = f"{self.source.where(key)}, field {field.name!r}"
         header = self.source.array_header(member, where)
         if not field.tracked:
             return 0
         if not header.shape:
             raise ValueError(f"{where}: a number has no length: leave the field out of those whose lengths count")
         if not field.dtype:
-            field = replace(field, dtype=header.dtype.str, shape=header.shape[1:])
-            self.fields[field.suffix] = field
+            field = column.field = replace(field, dtype=header.dtype.str, shape=header.shape[1:])
         if (header.dtype.str, header.shape[1:]) != (field.dtype, field.shape):
             raise ValueError(
                 f"{where}: {header.dtype} with features {list(header.shape[1:])}, earlier samples have "
@@ -307,7 +342,8 @@ class _PlainScan:
             )
         return check_longest(header.shape[0], where)
 
-    def _ask(self, name: str, member: Member, where: str) -> int:
+    def _ask(self, name: str, member: Member, key: str) -> int:
+        where = f"{self.source.where(key)}, field {name!r}"
         if self.length is None:
             raise ValueError(f"{where}: not a .npy array: give length=, a function (field, bytes) -> steps")
         steps = self.length(name, self.source.content(member))
@@ -315,8 +351,10 @@ class _PlainScan:
             raise LengthError(f"{where}: length= must give a non-negative int, got {steps!r}")
         return check_longest(int(steps), where)
 
-    def _crc(self, member: Member) -> int:
-        return crc32(self.source.content(member)) if self.source.checksums else 0
+
+def header_of(head: bytes) -> bytes:
+    """All of an array's header that the first bytes of its file hold."""
+    return head[: 12 + int.from_bytes(head[8:10], "little")]
 
 
 def check_longest(steps: int, where: str) -> int:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
@@ -35,6 +36,11 @@ class Field:
     dtype: str = ""
     shape: tuple[int, ...] = ()
     tracked: bool = False
+
+    @cached_property
+    def is_array(self) -> bool:
+        """Whether its members are `.npy` files."""
+        return self.suffix.endswith(".npy") or self.suffix == "npy"
 
     @property
     def row_bytes(self) -> int:

@@ -4,6 +4,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from typing import Final, NamedTuple
+from zlib import adler32
 
 from samplers.shards.files import RandomAccess
 
@@ -53,7 +54,7 @@ def read_members(file: RandomAccess) -> Iterator[Member]:
     named: dict[str, str] = {}
     while True:
         block = file.read(offset, BLOCK + _HEAD)
-        if not any(block[:BLOCK]) and len(block) >= BLOCK:
+        if block[:1] == b"\0" and not any(block[:BLOCK]) and len(block) >= BLOCK:
             return
         name, size, kind = _read_header(block[:BLOCK], file, offset)
         data = offset + BLOCK
@@ -98,7 +99,7 @@ def split_name(name: str) -> tuple[str, str] | None:
     >>> split_name("train/a.tokens.NPY")
     ('train/a', 'tokens.npy')
     """
-    found = None if _SKIPPED.match(name) else _NAME.fullmatch(name)
+    found = None if name[:2] == "__" and _SKIPPED.match(name) else _NAME.fullmatch(name)
     return None if found is None else (found[1], found[2].lower())
 
 
@@ -110,24 +111,26 @@ def _read_header(block: bytes, file: RandomAccess, offset: int) -> tuple[str, in
     if len(block) < BLOCK:
         raise ValueError(_damage(file, offset, "the archive has no end mark: truncated"))
     try:
-        # The sum counts its own eight bytes as spaces.
-        intact = _number(block[148:156]) == sum(block) - sum(block[148:156]) + 8 * ord(" ")
+        # The sum counts its own eight bytes as spaces. Adler-32 holds the sum of all bytes, and 1, modulo 65521, and is
+        # ten times faster than `sum`.
+        total = _number(block[148:156]) + sum(block[148:156]) - 8 * ord(" ")
+        intact = adler32(block) & 0xFFFF == (total + 1) % 65521
         size = _number(block[124:136])
     except ValueError:
         intact, size = False, 0
     if not intact or size < 0:
         raise ValueError(_damage(file, offset, "not a tar header: damaged, or not a tar file"))
-    name, prefix = _text(block[:100]), _text(block[345:500])
-    return f"{prefix}/{name}" if prefix else name, size, block[156]
+    name = _text(block[:100])
+    return f"{_text(block[345:500])}/{name}" if block[345] else name, size, block[156]
 
 
 def _number(field: bytes) -> int:
     # Sizes of 8 GiB and more are binary, with the first bit set.
-    return int.from_bytes(field[1:], "big") if field[0] & 0x80 else int(field.split(b"\0")[0].strip() or b"0", 8)
+    return int.from_bytes(field[1:], "big") if field[0] & 0x80 else int(field.rstrip(b"\0 ") or b"0", 8)
 
 
 def _text(field: bytes) -> str:
-    return field.split(b"\0")[0].decode("utf-8", "surrogateescape")
+    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
 def _read_extension(data: bytes, kind: int, file: RandomAccess, offset: int) -> dict[str, str]:
