@@ -7,6 +7,8 @@ from typing import Any, Generic, Self, TypeVar, cast
 import torch
 from torch import Tensor
 
+from collate.structure import map_parts
+
 Batch = TypeVar("Batch")
 
 
@@ -150,7 +152,7 @@ def moved_to(batch: Any, device: torch.device) -> Any:
     """The batch on a device, copied without waiting; host tensors are pinned on the way."""
     if hasattr(batch, "to"):
         return (batch.pin_memory() if _can_be_pinned(batch, device) else batch).to(device, non_blocking=True)
-    return _rebuilt(batch, lambda part: moved_to(part, device))
+    return map_parts(batch, lambda part: moved_to(part, device))
 
 
 def record_stream(batch: Any, stream: torch.Stream) -> None:
@@ -158,7 +160,7 @@ def record_stream(batch: Any, stream: torch.Stream) -> None:
     if hasattr(batch, "record_stream"):
         batch.record_stream(stream)
     else:
-        _rebuilt(batch, lambda part: record_stream(part, stream))
+        map_parts(batch, lambda part: record_stream(part, stream))
 
 
 def _can_be_pinned(batch: Any, device: torch.device) -> bool:
@@ -167,14 +169,3 @@ def _can_be_pinned(batch: Any, device: torch.device) -> bool:
         return False
     tensor = batch if isinstance(batch, Tensor) else getattr(batch, "padded", None)
     return not isinstance(tensor, Tensor) or (tensor.is_cpu and not tensor.is_pinned())
-
-
-def _rebuilt(batch: Any, change: Any) -> Any:
-    """A container of changed parts; what is no container is given back as it is."""
-    if isinstance(batch, Mapping):
-        return {key: change(part) for key, part in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*map(change, batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(map(change, batch))
-    return batch

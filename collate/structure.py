@@ -4,7 +4,7 @@ A field's name is its key or position, joined by dots where samples are nested; 
 field `""`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 Columns: TypeAlias = dict[str, list[object]]
@@ -44,6 +44,17 @@ def assemble(like: object, fields: Mapping[str, object], name: str = "") -> obje
         return parts
     kind = cast("Any", type(like))
     return kind(*parts.values()) if hasattr(like, "_fields") else kind(parts.values())
+
+
+def map_parts(batch: Any, change: Callable[[Any], Any]) -> Any:
+    """A mapping, tuple, named tuple or list of changed parts; what is none of these is given back as it is."""
+    if isinstance(batch, Mapping):
+        return {key: change(part) for key, part in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*map(change, batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(map(change, batch))
+    return batch
 
 
 def _keys(sample: object) -> dict[object, str] | None:

@@ -1,0 +1,159 @@
+"""The budget that fits memory: the largest number of padded tokens whose training step a device can hold."""
+
+import gc
+import resource
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+Shape: TypeAlias = tuple[int, int]
+Step: TypeAlias = Callable[[int, int], object]
+
+# Widths that are tried for each budget: where more will come, so many of them, spread from the least to the greatest.
+TRIED = 5
+# The answer is within this share of the largest budget that fits.
+GRAIN = 0.05
+
+_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+def find_max_tokens(
+    step: Step,
+    shapes: Sequence[Shape] | Sequence[int],
+    *,
+    device: torch.device | str | int | None = None,
+    limit: int | None = None,
+    share: float = 0.9,
+    most: int = 1 << 24,
+    module: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> int:
+    """Find the greatest `max_tokens` whose steps fit in memory, by doubling and then halving the interval.
+
+    Each budget is tried with real steps over the widths that will come, as many rows as it holds. On CUDA a step that
+    runs out of memory is caught. On the CPU nothing stops a step that is too large: one step may reach twice the limit,
+    so leave room for it. There the whole process counts, measured by its peak resident memory; what the process held
+    before counts as well, and pages that Python keeps make small limits (below some 100 MB) unreliable.
+
+    Args:
+        step: `step(rows, width)` makes a batch of that size, runs forward and backward, and may move the optimizer.
+        shapes: a sampler's `shapes`, or the widths alone.
+        device: where the step runs; None takes the accelerator, or the CPU where there is none.
+        limit: bytes that count as all memory; None takes the device's own, and must be given on the CPU.
+        share: how much of the limit may be filled.
+        most: the greatest budget to try, in padded tokens.
+        module: its parameters, gradients and buffers are given back afterwards.
+        optimizer: its state is given back afterwards.
+
+    Returns:
+        Padded tokens, within 5 % of the greatest that fits, at most `most`.
+
+    Raises:
+        ValueError: There is no width, `share` is not in (0, 1], or the CPU has no limit.
+        MemoryError: Not even one row of the greatest width fits.
+    """
+    widths = _widths_to_try(shapes)
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be above 0 and at most 1, got {share}")
+    where = torch.device(device if device is not None else torch.accelerator.current_accelerator() or "cpu")
+    allowed = int(share * _whole_memory(where, limit))
+
+    def fits(tokens: int) -> bool:
+        return all(_peak(step, tokens // width, width, where) <= allowed for width in widths)
+
+    with _undisturbed(module, optimizer):
+        least = widths[-1]
+        if not fits(least):
+            raise MemoryError(
+                f"not even one row of {least} steps fits in {allowed:,} bytes: cut rows with max_length, use a smaller "
+                "model, or raise the limit"
+            )
+        return _largest(fits, least, max(most, least))
+
+
+def _largest(fits: Callable[[int], bool], low: int, most: int) -> int:
+    high = low
+    while high == low and low < most:
+        high = min(2 * low, most)
+        if fits(high):
+            low = high
+    while high - low > GRAIN * low:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _widths_to_try(shapes: Sequence[Shape] | Sequence[int]) -> list[int]:
+    widths = sorted({int(shape[1] if isinstance(shape, tuple) else shape) for shape in shapes})
+    if not widths or widths[0] < 1:
+        raise ValueError(f"shapes must name widths of at least 1, got {list(shapes)[:5]}: give a sampler's shapes")
+    if len(widths) <= TRIED:
+        return widths
+    return [widths[place * (len(widths) - 1) // (TRIED - 1)] for place in range(TRIED)]
+
+
+def _whole_memory(device: torch.device, limit: int | None) -> int:
+    if limit is not None:
+        return limit
+    if device.type == "cpu":
+        raise ValueError("limit must be given on the CPU: the bytes that the whole process may take")
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def _peak(step: Step, rows: int, width: int, device: torch.device) -> int:
+    """Run a step; the greatest memory in bytes that was in use meanwhile, more than any limit if it ran out."""
+    gc.collect()
+    if device.type != "cuda":
+        _forget_peak()
+        step(rows, width)
+        return peak_resident()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        step(rows, width)
+        torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        return sys.maxsize
+    return torch.cuda.max_memory_reserved(device)
+
+
+def peak_resident() -> int:
+    """The process's greatest resident memory in bytes: since `_forget_peak` on Linux, since its start elsewhere."""
+    if _STATUS.exists():
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    # Kilobytes everywhere but on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _forget_peak() -> None:
+    if _CLEAR_REFS.exists():
+        # "5" sets the peak back to what is resident now (Linux, proc(5)).
+        _CLEAR_REFS.write_text("5")
+
+
+@contextmanager
+def _undisturbed(module: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+    """Give back weights, gradients, buffers, optimizer state and random states."""
+    weights = [(weight, weight.detach().clone(), weight.grad) for weight in (module.parameters() if module else [])]
+    buffers = [(buffer, buffer.clone()) for buffer in (module.buffers() if module else [])]
+    state: dict[str, Any] | None = deepcopy(optimizer.state_dict()) if optimizer else None
+    for weight, _, _ in weights:
+        weight.grad = None
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            for weight, value, gradient in weights:
+                weight.data.copy_(value)
+                weight.grad = gradient
+            for buffer, value in buffers:
+                buffer.data.copy_(value)
+            if optimizer and state is not None:
+                optimizer.load_state_dict(state)

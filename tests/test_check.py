@@ -1,0 +1,283 @@
+"""check_step: every mistake is named, no correct pipeline is accused."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from collate import (
+    LengthError,
+    LengthTrackedBatch,
+    PadCollator,
+    apply_rnn,
+    check_step,
+    last_step,
+    masked_mean,
+    sequence_loss,
+)
+
+CLASSES = 4
+PER_STEP = nn.CrossEntropyLoss(reduction="none")
+
+
+class Net(nn.Module):
+    """All that the pipelines below are made of."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(CLASSES, 6)
+        self.gru = nn.GRU(6, 8, batch_first=True)
+        self.both = nn.LSTM(6, 4, batch_first=True, bidirectional=True)
+        self.time_major = nn.GRU(6, 8)
+        self.conv = nn.Conv1d(6, 8, 3, padding=1)
+        self.norm = nn.BatchNorm1d(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, dropout=0.1)
+        self.widen = nn.Linear(6, 8)
+        self.head = nn.Linear(8, CLASSES)
+        self.drop = nn.Dropout(0.3)
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def batch():
+    rng = torch.Generator().manual_seed(1)
+    samples = [
+        {
+            "x": torch.randn(length, 6, generator=rng),
+            "ids": torch.randint(0, CLASSES, (length,), generator=rng),
+            "y": torch.randint(0, CLASSES, (length,), generator=rng),
+            "label": place % CLASSES,
+        }
+        for place, length in enumerate((7, 5, 3, 2))
+    ]
+    samples[0]["y"][:2] = 0
+    return PadCollator({"x": 0, "ids": 0, "y": -100})(samples)
+
+
+def tagged(net, batch, hidden):
+    return sequence_loss(PER_STEP, batch["x"].with_padded(net.head(hidden)), batch["y"])
+
+
+def classify(net, batch, state):
+    return F.cross_entropy(net.head(state), batch["label"])
+
+
+def pooled_max(net, batch):
+    hidden = net.widen(batch["x"].padded).masked_fill(~batch["x"].mask[..., None], -torch.inf)
+    return classify(net, batch, hidden.amax(1))
+
+
+def masked_conv(net, batch):
+    inputs = torch.where(batch["x"].mask[..., None], batch["x"].padded, 0)
+    hidden = net.conv(inputs.transpose(1, 2)).transpose(1, 2).relu()
+    return classify(net, batch, masked_mean(batch["x"].with_padded(hidden)))
+
+
+def attended(net, batch, hidden_keys):
+    hidden = net.widen(batch["x"].padded)
+    return net.attention(hidden, hidden, hidden, key_padding_mask=hidden_keys, need_weights=False)[0]
+
+
+def connectionist(net, batch):
+    hidden, _ = apply_rnn(net.gru, batch["x"])
+    scores = net.head(hidden.padded).log_softmax(-1).transpose(0, 1)
+    labels = torch.ones(len(batch["x"]), 1, dtype=torch.int64)
+    return F.ctc_loss(scores, labels, batch["x"].lengths, torch.ones(len(labels), dtype=torch.int64), reduction="sum")
+
+
+def by_torch(net, batch, **options):
+    packed = pack_padded_sequence(batch["x"].padded, batch["x"].lengths, batch_first=True, **options)
+    return pad_packed_sequence(net.gru(packed)[0], batch_first=True, total_length=batch["x"].padded.shape[1])[0]
+
+
+CORRECT = {
+    "packed tagger": lambda net, b: tagged(net, b, apply_rnn(net.gru, b["x"])[0].padded),
+    "packed tagger, sequence mean": lambda net, b: sequence_loss(
+        PER_STEP, apply_rnn(net.gru, b["x"])[0].map(net.head), b["y"], reduction="sequence"
+    ),
+    "both directions": lambda net, b: tagged(net, b, apply_rnn(net.both, b["x"])[0].padded),
+    "final state": lambda net, b: classify(net, b, apply_rnn(net.gru, b["x"])[1][-1]),
+    "last step": lambda net, b: classify(net, b, last_step(apply_rnn(net.gru, b["x"])[0])),
+    "forward run over padding, masked": lambda net, b: tagged(net, b, net.gru(b["x"].padded)[0]),
+    "torch's own calls, unsorted": lambda net, b: tagged(net, b, by_torch(net, b, enforce_sorted=False)),
+    "torch's own calls, sorted": lambda net, b: tagged(net, b, by_torch(net, b)),
+    "embedding of integers": lambda net, b: tagged(net, b, apply_rnn(net.gru, b["ids"].map(net.embedding))[0].padded),
+    "mean pooling": lambda net, b: classify(net, b, masked_mean(b["x"].map(net.widen))),
+    "max pooling": pooled_max,
+    "ReLU": lambda net, b: classify(net, b, masked_mean(b["x"].map(lambda x: net.widen(x).relu()))),
+    "convolution": masked_conv,
+    "attention": lambda net, b: tagged(net, b, attended(net, b, b["x"].key_padding_mask)),
+    "CTC": connectionist,
+    "dropout": lambda net, b: tagged(net, b, net.drop(apply_rnn(net.gru, b["x"])[0].padded)),
+    "ignore_index of -100": lambda net, b: F.cross_entropy(
+        net.head(net.gru(b["x"].padded)[0]).flatten(0, 1), b["y"].padded.flatten(), ignore_index=-100
+    ),
+    "the first step": lambda net, b: classify(net, b, net.widen(b["x"].padded[:, 0])),
+    "a sum": lambda net, b: sequence_loss(PER_STEP, b["x"].map(net.widen).map(net.head), b["y"], reduction="sum"),
+}
+
+
+@pytest.mark.parametrize("name", CORRECT)
+def test_no_correct_pipeline_is_accused(name, net, batch):
+    report = check_step(lambda b: CORRECT[name](net, b), batch, module=net)
+    assert report.ok, report
+    report.raise_if_broken()
+
+
+def declared(net, batch, change):
+    lengths = change(batch["x"].lengths, batch["x"].padded.shape[1])
+    return apply_rnn(net.gru, LengthTrackedBatch(batch["x"].padded, lengths))[1][-1]
+
+
+def targets(batch, value):
+    return torch.where(batch["y"].mask, batch["y"].padded, value)
+
+
+def sorted_and_left(net, batch, back):
+    order = batch["x"].padded[:, 0, 0].argsort()
+    state = apply_rnn(net.gru, LengthTrackedBatch(batch["x"].padded[order], batch["x"].lengths[order]))[1][-1]
+    return classify(net, batch, state[order] if back == "wrong" else state)
+
+
+def misaligned(net, batch):
+    packed = batch["x"].pack()
+    return F.cross_entropy(net.head(net.gru(packed)[0].data), batch["y"].flat())
+
+
+def trimmed(net, batch):
+    width = batch["x"].padded.shape[1] - 2
+    losses = PER_STEP(net.head(net.gru(batch["x"].padded)[0][:, :width]).transpose(1, 2), targets(batch, 0)[:, :width])
+    return losses[batch["x"].mask[:, :width]].mean()
+
+
+def mask_after_mean(net, batch):
+    logits = net.head(net.gru(batch["x"].padded)[0])
+    loss = F.cross_entropy(logits.flatten(0, 1), targets(batch, 0).flatten())
+    return (loss * batch["x"].mask).sum() / batch["x"].mask.sum()
+
+
+def mean_of_means(net, batch):
+    losses = PER_STEP(net.head(net.widen(batch["x"].padded)).transpose(1, 2), targets(batch, 0)) * batch["x"].mask
+    halves = zip(losses.split(3), batch["x"].mask.split(3), strict=True)
+    return torch.stack([loss.sum() / mask.sum() for loss, mask in halves]).mean()
+
+
+def guessed(net, batch):
+    mask = batch["ids"].padded != 0
+    losses = PER_STEP(net.head(net.widen(net.embedding(batch["ids"].padded))).transpose(1, 2), targets(batch, 0))
+    return (losses * mask).sum() / mask.sum()
+
+
+def logits_of(net, batch):
+    return net.head(net.gru(batch["x"].padded)[0])
+
+
+MISTAKES = {
+    "inflated lengths": (lambda n, b: classify(n, b, declared(n, b, lambda x, t: torch.full_like(x, t))), {"padding"}),
+    "lengths one too many": (
+        lambda n, b: classify(n, b, declared(n, b, lambda x, t: (x + 1).clamp(max=t))),
+        {"padding"},
+    ),
+    "deflated lengths": (lambda n, b: classify(n, b, declared(n, b, lambda x, t: (x - 1).clamp(min=1))), {"dead step"}),
+    "swapped lengths": (lambda n, b: classify(n, b, declared(n, b, lambda x, t: x.flip(0))), {"padding", "dead step"}),
+    "final state over padding": (lambda n, b: classify(n, b, n.gru(b["x"].padded)[1][-1]), {"padding", "width"}),
+    "last column": (lambda n, b: classify(n, b, n.gru(b["x"].padded)[0][:, -1]), {"padding", "width"}),
+    "backward over padding": (lambda n, b: tagged(n, b, n.both(b["x"].padded)[0]), {"padding", "width"}),
+    "loss not masked": (
+        lambda n, b: F.cross_entropy(logits_of(n, b).flatten(0, 1), targets(b, 0).flatten()),
+        {"padding", "width"},
+    ),
+    "mask after the mean": (mask_after_mean, {"padding", "width"}),
+    "mask, then mean over all": (
+        lambda n, b: (PER_STEP(logits_of(n, b).transpose(1, 2), targets(b, 0)) * b["x"].mask).mean(),
+        {"width"},
+    ),
+    "mean over the width": (lambda n, b: classify(n, b, n.widen(b["x"].padded).mean(1)), {"padding", "width"}),
+    "mask guessed from zeros": (guessed, {"padding", "company"}),
+    "class 0 ignored": (
+        lambda n, b: F.cross_entropy(logits_of(n, b).flatten(0, 1), targets(b, 0).flatten(), ignore_index=0),
+        {"company"},
+    ),
+    "order not restored": (lambda n, b: sorted_and_left(n, b, "not"), {"order"}),
+    "wrong permutation": (lambda n, b: sorted_and_left(n, b, "wrong"), {"order"}),
+    "packed against row order": (misaligned, {"order", "company"}),
+    "forgotten batch_first": (lambda n, b: tagged(n, b, n.time_major(b["x"].padded)[0]), {"order", "company"}),
+    "wrong polarity": (lambda n, b: tagged(n, b, attended(n, b, b["x"].mask)), {"padding"}),
+    "attention without a mask": (lambda n, b: tagged(n, b, attended(n, b, None)), {"padding", "width"}),
+    "convolution into padding": (
+        lambda n, b: tagged(n, b, n.conv(b["x"].padded.transpose(1, 2)).transpose(1, 2)),
+        {"padding"},
+    ),
+    "batch norm over padding": (
+        lambda n, b: tagged(n, b, n.norm(n.widen(b["x"].padded).transpose(1, 2)).transpose(1, 2)),
+        {"padding", "company"},
+    ),
+    "trimmed steps": (trimmed, {"dead step"}),
+    "dropped row": (
+        lambda n, b: F.cross_entropy(n.head(apply_rnn(n.gru, b["x"])[1][-1][:-1]), b["label"][:-1]),
+        {"dead step"},
+    ),
+    "mean of means": (mean_of_means, {"order", "company"}),
+    "max over padding": (lambda n, b: classify(n, b, n.widen(b["x"].padded).amax(1)), {"padding"}),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_every_mistake_is_found(name, net, batch):
+    step, probes = MISTAKES[name]
+    report = check_step(lambda b: step(net, b), batch, module=net)
+    assert {finding.probe for finding in report.findings} & probes, report
+    with pytest.raises(LengthError, match="perhaps"):
+        report.raise_if_broken()
+
+
+def test_nothing_is_disturbed_by_a_check(net, batch):
+    net.norm(torch.randn(3, 8))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    state = torch.get_rng_state()
+    net.head.weight.grad = torch.ones_like(net.head.weight)
+    check_step(lambda b: MISTAKES["batch norm over padding"][0](net, b), batch, module=net)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert torch.equal(net.head.weight.grad, torch.ones_like(net.head.weight))
+    assert net.drop.training
+    assert net.attention.dropout == 0.1
+
+
+def test_dropout_without_its_module_leaves_probes_untried_and_says_so(net, batch):
+    report = check_step(lambda b: CORRECT["dropout"](net, b), batch)
+    assert report.ok
+    assert "pass module=" in str(report)
+
+
+def test_a_report_reads_like_one(net, batch):
+    text = str(check_step(lambda b: MISTAKES["final state over padding"][0](net, b), batch))
+    assert text.startswith("the step breaks ")
+    assert "padding: the padding of x moves the loss or its gradients by" in text
+    assert str(check_step(lambda b: CORRECT["packed tagger"](net, b), batch)).startswith(
+        "the step respects the lengths"
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"x": torch.ones(2)}, "holds no LengthTrackedBatch"),
+        (LengthTrackedBatch(torch.ones(2, 3), [3, 3]), "no padding|has padding"),
+    ],
+)
+def test_a_batch_with_nothing_to_check_is_refused(batch, message):
+    with pytest.raises(LengthError, match=message):
+        check_step(lambda b: torch.tensor(0.0), batch)
+
+
+def test_tuples_and_single_batches_are_checked_as_well(net, batch):
+    assert check_step(lambda b: net.widen(masked_mean(b)).square().sum(), batch["x"]).ok
+    report = check_step(lambda b: net.widen(b[0].padded).square().mean() + b[1].sum(), (batch["x"], torch.ones(4)))
+    assert not report.ok
