@@ -63,13 +63,15 @@ def report(name: str, batches: Iterable[dict[str, Any]]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Stream the corpus twice: bucketed, and in the order of arrival under the same budget."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--data", type=Path, default=Path("runs/stdlib"), help="folder of the shards; written if absent"
+        "--data", type=Path, default=Path("runs/stdlib"), help="folder of the shards; written if absent (%(default)s)"
     )
-    parser.add_argument("--max-tokens", type=int, default=16_384, help="padded tokens a batch may hold")
-    parser.add_argument("--buffer-size", type=int, default=2_000, help="samples that wait at most in each worker")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read, bucket and collate")
+    parser.add_argument("--max-tokens", type=int, default=16_384, help="padded tokens a batch may hold (%(default)s)")
+    parser.add_argument(
+        "--buffer-size", type=int, default=2_000, help="samples that wait at most in each worker (%(default)s)"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="processes that read, bucket and collate (%(default)s)")
     args = parser.parse_args(argv)
     open_corpus(args.data)
     shards = sorted(str(path) for path in args.data.glob("*.tar"))

@@ -177,17 +177,21 @@ def prove(model: ByteModel, samples: list[dict[str, Any]], device: torch.device)
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--data", type=Path, default=Path("runs/stdlib"), help="folder of the shards; written if absent"
+        "--data", type=Path, default=Path("runs/stdlib"), help="folder of the shards; written if absent (%(default)s)"
     )
-    parser.add_argument("--functions", type=int, help="write only so many functions (default: all)")
-    parser.add_argument("--max-tokens", type=int, default=16_384, help="padded tokens a batch may hold")
-    parser.add_argument("--steps", type=int, default=120, help="training steps in all, those before a resume counted")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read and collate")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one, else cpu)")
-    parser.add_argument("--checkpoint", type=Path, default=Path("runs/language_model.pt"), help="where the run is kept")
-    parser.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
+    parser.add_argument("--functions", type=int, help="write only so many functions (all)")
+    parser.add_argument("--max-tokens", type=int, default=16_384, help="padded tokens a batch may hold (%(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=120, help="training steps in all, those before a resume counted (%(default)s)"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="processes that read and collate (%(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, ... (the accelerator if there is one)")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=Path("runs/language_model.pt"), help="where the run is kept (%(default)s)"
+    )
+    parser.add_argument("--save-every", type=int, default=20, help="steps between checkpoints (%(default)s)")
     parser.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint; any number of workers will do"
     )
