@@ -57,7 +57,7 @@ def test_the_main_job_writes_plans_trains_and_proves(whole):
     held_out, by_frequency = map(float, re.search(r"held-out loss: ([\d.]+) .* alone: ([\d.]+)", whole).groups())
     assert held_out < by_frequency - 0.1
     assert whole.count("equal to rounding") == 3
-    assert "source order    restored" in whole
+    assert "source order  restored" in whole
     padding = float(re.search(r"^padding +([\d.]+)%", whole, re.MULTILINE)[1])
     random = float(re.search(r"same budget the padding is ([\d.]+)%", whole)[1])
     assert padding < random / 2
