@@ -170,6 +170,11 @@ def real_steps(lengths: Tensor, width: int, device: torch.device | None = None) 
     return torch.arange(width, device=device) < lengths.to(device, non_blocking=True)[:, None]
 
 
+def aligned(rows: Tensor, values: Tensor) -> Tensor:
+    """Give `rows` (`[B]` or `[B, T]`) as many trailing axes of one as `values` `[B, ..., *F]` has more."""
+    return rows.reshape(*rows.shape, *[1] * (values.dim() - rows.dim()))
+
+
 def as_int64(values: Integers, name: str) -> Tensor:
     """Integers of any kind as an int64 tensor on the host; floats and bools are refused, not truncated.
 

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from collate.agreement import aligned
 from collate.batch import LengthTrackedBatch
 from collate.errors import LengthError
 from collate.structure import map_parts
@@ -182,7 +183,7 @@ class _Check:
         for name, field in self.fields.items():
             if bool(field.mask.all()) or _is_marked(field):
                 continue
-            other = torch.where(_like(field.mask, field.padded), field.padded, self.draw(field, field.padded.shape))
+            other = torch.where(aligned(field.mask, field.padded), field.padded, self.draw(field, field.padded.shape))
             found = self.compare("padding", self.swapped(name, field.with_padded(other)), f"the padding of {name}")
             if found:
                 return found
@@ -250,7 +251,7 @@ class _Check:
     def moves(self, name: str, field: LengthTrackedBatch, where: Tensor) -> bool:
         """Whether other values at these steps move the loss."""
         for _ in range(TRIES):
-            padded = torch.where(_like(where, field.padded), self.draw(field, field.padded.shape), field.padded)
+            padded = torch.where(aligned(where, field.padded), self.draw(field, field.padded.shape), field.padded)
             loss, _ = self.run(self.swapped(name, field.with_padded(padded)))
             if not abs(loss - self.loss) <= ROUNDING * abs(self.loss):
                 return True
@@ -380,7 +381,3 @@ def _combined(alone: list[tuple[float, list[Tensor]]], shares: list[float]) -> t
     columns = zip(*(gradients for _, gradients in alone), strict=True)
     gradients = [sum((s * g for s, g in zip(shares, column, strict=True)), torch.zeros(())) for column in columns]
     return loss, gradients
-
-
-def _like(mask: Tensor, values: Tensor) -> Tensor:
-    return mask.reshape(*mask.shape, *[1] * (values.dim() - 2))

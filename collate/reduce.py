@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from collate.agreement import aligned
 from collate.batch import LengthTrackedBatch
 from collate.errors import LengthError
 
@@ -67,16 +68,16 @@ def masked_mean(batch: LengthTrackedBatch) -> Tensor:
     """
     if not batch.padded.is_floating_point() and not batch.padded.is_complex():
         raise TypeError(f"masked_mean needs floating-point values, got {batch.padded.dtype}: convert with .to(dtype)")
-    total = torch.where(_like(batch.mask, batch.padded), batch.padded, 0).sum(1)
+    total = torch.where(aligned(batch.mask, batch.padded), batch.padded, 0).sum(1)
     counts = batch.mask.sum(1).clamp(min=1).to(total.dtype)
-    return total / _like(counts, total)
+    return total / aligned(counts, total)
 
 
 def last_step(batch: LengthTrackedBatch) -> Tensor:
     """Each row's value at its last real step: `[B, *F]`, in batch order; 0 for an empty row."""
     last = (batch.mask.sum(1) - 1).clamp(min=0)
     values = batch.padded[torch.arange(len(batch), device=batch.device), last]
-    return torch.where(_like(batch.mask[:, 0], values), values, 0)
+    return torch.where(aligned(batch.mask[:, 0], values), values, 0)
 
 
 def token_scale(num_tokens: int, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -138,8 +139,3 @@ def _mean_of_rows(losses: Tensor, counts: Tensor | None, output: LengthTrackedBa
 
 def _not_zero(count: Tensor) -> Tensor:
     return torch.where(count == 0, 1, count)
-
-
-def _like(rows: Tensor, values: Tensor) -> Tensor:
-    """Give `rows` as many trailing axes as `values` has more."""
-    return rows.reshape(*rows.shape, *[1] * (values.dim() - rows.dim()))
