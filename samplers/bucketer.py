@@ -6,24 +6,27 @@ since every sample becomes the oldest in the end.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
-from typing import Any, Generic, Literal, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from math import inf
+from typing import Any, Final, Generic, TypeVar
+
+import numpy as np
 
 from collate.errors import LengthError
 from samplers.budget import Budget, check_count
+from samplers.options import Overlong
 
 Sample = TypeVar("Sample")
 State = dict[str, Any]
-Overlong = Literal["error", "drop", "alone"]
 
-VERSION = 1
+VERSION: Final = 1
 
 
 class Bucketer(Generic[Sample]):
     """The buffer and its rule: push samples as they come, pop a batch whenever one is due, and all at the end.
 
     Args:
-        budget: what a batch may cost; the width that counts is its longest sample.
+        budget: what a batch may cost; the width that counts is its longest sample, or 1 if all are empty.
         buffer_size: samples that wait at most.
         max_wait: arrivals for which a sample waits at most; None is three times the buffer.
         overlong: what becomes of a sample that alone exceeds the budget: `"error"`, `"drop"` (counted in `dropped`) or
@@ -32,7 +35,7 @@ class Bucketer(Generic[Sample]):
     Attributes:
         arrivals: samples that have come.
         dropped: over-long samples that were left out.
-        alone: over-long samples that became a batch of one.
+        alone: over-long samples that are a batch of one.
 
     Raises:
         TypeError: A size is not an int.
@@ -46,19 +49,17 @@ class Bucketer(Generic[Sample]):
         self.buffer_size = check_count("buffer_size", buffer_size, least=1, hint="samples that wait at most")
         wait = 3 * self.buffer_size if max_wait is None else max_wait
         self.max_wait = check_count("max_wait", wait, least=1, hint="arrivals that a sample waits at most")
-        if overlong not in ("error", "drop", "alone"):
+        if overlong not in {"error", "drop", "alone"}:
             raise ValueError(f"overlong must be 'error', 'drop' or 'alone', got {overlong!r}")
         self.overlong = overlong
         self.arrivals = self.dropped = self.alone = 0
         # What waits, by length and arrival, and by arrival.
         self._order: list[tuple[int, int]] = []
         self._waiting: dict[int, tuple[int, Sample]] = {}
-        self._urgent: int | None = None
-        # Bit i tells whether arrival `_oldest + i` is out; the lowest bit is 0.
+        # Byte i tells whether arrival `_oldest + i` is out; the first is 0. After a state is loaded they reach further
+        # than `arrivals`, until the source has given again what it had given before.
         self._oldest = 0
-        self._out = 0
-        # While a saved buffer is filled again: where it ends, and which arrivals were out then.
-        self._replays_until = 0
+        self._out = bytearray()
 
     def __len__(self) -> int:
         return len(self._order)
@@ -71,28 +72,45 @@ class Bucketer(Generic[Sample]):
     @property
     def is_due(self) -> bool:
         """Whether a batch must be popped before the next sample is pushed."""
-        if not self._order or self.arrivals < self._replays_until:
+        if not self._order or self.arrivals < self._oldest + len(self._out):
             return False
-        full = len(self._order) >= self.buffer_size
-        return full or self._urgent is not None or self.arrivals - self._oldest >= self.max_wait
+        return len(self._order) >= self.buffer_size or self.arrivals - self._oldest >= self.max_wait
 
     def push(self, length: int, sample: Sample) -> None:
-        """Take in a sample of `length` steps.
+        """Take in a sample of `length` steps; after an error it has not come.
 
         Raises:
             TypeError: The length is not an int.
             ValueError: It is negative.
             LengthError: It alone exceeds the budget, and `overlong` is `"error"`.
         """
-        length = check_count("length", length, least=0, hint="steps of a sample")
         arrival = self.arrivals
+        place = arrival - self._oldest
+        is_new = place == len(self._out)
+        if not is_new and self._out[place]:
+            self.arrivals += 1
+            return
+        length = check_count("length", length, least=0, hint="steps of a sample")
+        if self.budget.max_rows(length or 1) == 0:
+            if self.overlong == "error":
+                raise LengthError(self._describe_overlong(length, sample))
+            if self.overlong == "drop":
+                self.dropped += 1
+                self.skip()
+                return
+            self.alone += is_new
         self.arrivals += 1
-        if arrival < self._replays_until and self._out >> (arrival - self._oldest) & 1:
-            return
-        if not self.budget.fits(1, (length,), length) and not self._keeps_overlong(length, arrival):
-            return
+        if is_new:
+            self._out.append(0)
         insort(self._order, (length, arrival))
         self._waiting[arrival] = length, sample
+
+    def skip(self) -> None:
+        """Count a sample that has come from the source, but is left out."""
+        if self.arrivals == self._oldest + len(self._out):
+            self._out.append(0)
+        self.arrivals += 1
+        self._let_out([self.arrivals - 1])
 
     def pop(self) -> list[Sample]:
         """The next batch, shortest sample first.
@@ -102,13 +120,11 @@ class Bucketer(Generic[Sample]):
         """
         if not self._order:
             raise IndexError("no sample waits: push one before you pop")
-        anchor = self._oldest if self._urgent is None else self._urgent
-        start = bisect_left(self._order, (self._waiting[anchor][0], anchor))
-        low, high = (start, start + 1) if self._urgent is not None else self._grow(start)
-        self._urgent = None
+        start = bisect_left(self._order, (self._waiting[self._oldest][0], self._oldest))
+        low, high = self._grow(start)
         taken = [arrival for _, arrival in self._order[low:high]]
         del self._order[low:high]
-        self._mark_out(taken)
+        self._let_out(taken)
         return [self._waiting.pop(arrival)[1] for arrival in taken]
 
     def batches_of(self, source: Iterable[tuple[int, Sample]]) -> Iterator[list[Sample]]:
@@ -128,70 +144,76 @@ class Bucketer(Generic[Sample]):
         """What is needed to go on: small, primitive and fresh. No sample is in it: the source must give them again.
 
         Returns:
-            `oldest` is the arrival from which the source must be replayed, `emitted` which ones since then are out.
+            `oldest` is the arrival from which the source must be replayed, `arrivals` how many had come, and `emitted`
+            holds a bit, in hexadecimal, for each between them: whether it is out.
         """
         return {
             "version": VERSION,
             "oldest": self._oldest,
-            "arrivals": max(self.arrivals, self._replays_until),
-            "emitted": f"{self._out:x}",
+            "arrivals": self._oldest + len(self._out),
+            "emitted": np.packbits(np.frombuffer(self._out, np.uint8)).tobytes().hex(),
             "dropped": self.dropped,
             "alone": self.alone,
         }
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; the next sample pushed must be the one that was arrival number `state["oldest"]`.
 
+        With the same options the rest is identical; with others it is the same samples, each once.
+
         Raises:
-            ValueError: The state is of another version.
+            ValueError: The state is of another version, or damaged.
         """
         if state.get("version") != VERSION:
             raise ValueError(
-                f"the state is of version {state.get('version')}, this bucketer reads {VERSION}: start anew"
+                f"the state must be of version {VERSION}, got version {state.get('version')!r}: start anew"
             )
-        self._order, self._waiting, self._urgent = [], {}, None
-        self._oldest = self.arrivals = state["oldest"]
-        self._replays_until, self._out = state["arrivals"], int(state["emitted"], 16)
-        self.dropped, self.alone = state["dropped"], state["alone"]
-
-    def _keeps_overlong(self, length: int, arrival: int) -> bool:
-        if self.overlong == "error":
-            raise LengthError(
-                f"the sample at arrival {arrival} has {length} steps, which alone exceeds the budget: raise "
-                "the budget, cut the sample, or set overlong to 'drop' or 'alone'"
-            )
-        if self.overlong == "drop":
-            self.dropped += 1
-            self._mark_out([arrival])
-            return False
-        self.alone += arrival >= self._replays_until
-        self._urgent = arrival
-        return True
+        try:
+            oldest, arrivals, dropped, alone = (int(state[name]) for name in ("oldest", "arrivals", "dropped", "alone"))
+            bits = np.frombuffer(bytes.fromhex(state["emitted"]), np.uint8)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the state is not what state_dict gave: {error!r}") from None
+        if not 0 <= oldest <= arrivals or len(bits) != -(-(arrivals - oldest) // 8):
+            raise ValueError(f"the state must tell of arrivals {oldest} to {arrivals}, got {len(bits)} bytes of them")
+        self._order, self._waiting = [], {}
+        self._oldest = self.arrivals = oldest
+        self._out = bytearray(np.unpackbits(bits, count=arrivals - oldest))
+        self.dropped, self.alone = dropped, alone
 
     def _grow(self, start: int) -> tuple[int, int]:
-        """The run of neighbours around a place that the budget holds; each step adds the side that pads less."""
-        order, fits = self._order, self.budget.fits
-        low, high = start, start + 1
-        width = tokens = order[start][0]
+        """The run of neighbours around a place that the budget holds; each step takes the side that pads less."""
+        order, max_rows = self._order, self.budget.max_rows
+        low, high, end = start, start + 1, len(order)
+        width = order[start][0]
+        room = max_rows(width or 1)
         while True:
-            # Padding that each side would add; a side that ends, or does not fit, ends for good.
-            left = width - order[low - 1][0] if low else None
-            right = (order[high][0] - width) * (high - low) if high < len(order) else None
-            if right is not None and (left is None or right <= left):
-                length = order[high][0]
-                if fits(high - low + 1, (length,), tokens + length):
-                    width, high, tokens = length, high + 1, tokens + length
+            rows = high - low
+            left = width - order[low - 1][0] if low else inf
+            right = (order[high][0] - width) * rows if high < end else inf
+            if high < end and right <= left:
+                wider = order[high][0]
+                wider_room = max_rows(wider or 1)
+                if rows < wider_room:
+                    high, width, room = high + 1, wider, wider_room
                     continue
-            if left is None:
+                # What does not fit now fits no better later.
+                end = high
+            if rows >= room or low == 0:
                 return low, high
-            length = order[low - 1][0]
-            if not fits(high - low + 1, (width,), tokens + length):
-                return low, high
-            low, tokens = low - 1, tokens + length
+            low -= 1
 
-    def _mark_out(self, arrivals: list[int]) -> None:
+    def _let_out(self, arrivals: list[int]) -> None:
+        out, oldest = self._out, self._oldest
         for arrival in arrivals:
-            self._out |= 1 << (arrival - self._oldest)
-        passed = (~self._out & (self._out + 1)).bit_length() - 1
-        self._out >>= passed
+            out[arrival - oldest] = 1
+        passed = out.find(0)
+        passed = len(out) if passed < 0 else passed
+        del out[:passed]
         self._oldest += passed
+
+    def _describe_overlong(self, length: int, sample: Sample) -> str:
+        key = f" (key {sample['__key__']!r})" if isinstance(sample, Mapping) and "__key__" in sample else ""
+        return (
+            f"the sample at arrival {self.arrivals}{key} has {length} steps, which alone exceeds the budget: raise the "
+            "budget, cut the sample, or set overlong to 'drop' or 'alone'"
+        )

@@ -1,379 +1,271 @@
-"""ShardStream: collated batches of a sharded corpus, window after window, planned from its index."""
+"""ShardStream: collated batches of a sharded corpus, planned from its index and read window after window."""
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property
-from hashlib import blake2b
-from itertools import accumulate
 from typing import Any, Final, Unpack
 
 import numpy as np
-import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from samplers.budget import Integers, check_count
-from samplers.corpus import Places
-from samplers.course import Epoch, split_each
-from samplers.cursor import Position, PositionDict
-from samplers.layout import Layout, Shape, lay_out
+from samplers.budget import check_count
+from samplers.cursor import Position, PositionDict, check_epoch, make_fingerprint
+from samplers.layout import Shape
 from samplers.options import Options, PlanOptions
+from samplers.plan import BatchPlan
+from samplers.reader import ShardsInTurn, StepReader
 from samplers.sampler import find_replica
-from samplers.shards.dataset import ShardDataset
+from samplers.shards.dataset import Decoder
 from samplers.shards.files import Shards
 from samplers.shards.index import LengthIndex
-from samplers.shuffle import derive_key, permute
+from samplers.shared import WORKERS, SharedCursor
+from samplers.windows import WindowCourse, WindowEpoch, WindowLayout, lay_out_windows
 
-# Samples in a window where none is named: some tens of batches of a usual size, a few shards.
-WINDOW: Final = 20_000
-# Seconds that a worker waits for the first one to begin.
-PATIENCE: Final = 60.0
-_SHARDS, _WINDOWS = 100, 101
+# As large as the corpus has samples, and told again by the index.
+_LEFT_BEHIND: Final = "_layout"
 
 
 class ShardStream(IterableDataset[Any]):
-    """Batches of a sharded corpus, planned from its index and collated where they are read.
+    """Batches of a sharded corpus, planned from its index, and collated where they are read.
 
-    A window is a run of shuffled shards; it is planned as a `LengthBucketBatchSampler` plans a corpus, and read to its
-    end before the next. Which shards make a window is decided by the seed, the order of windows and what is in a batch
-    by the epoch as well, so that every epoch has the same number of steps, the same on every replica, known before the
-    first sample is read. The last, partial step is split by rows among its replicas. Each worker takes every n-th step.
+    A window is a run of shuffled shards. It is planned as `LengthBucketBatchSampler` plans a corpus, and read in the
+    order of its files when its first batch is due; a remote shard is fetched whole, with one request. Which shards make
+    a window is decided by the seed, all else by the epoch as well, so that every epoch has the same number of steps,
+    the same on every replica, known before the first sample is read. Each replica reads windows of its own but for the
+    few that lie across a border.
 
-    Give it to a loader with `batch_size=None`. An epoch advances by itself; `set_epoch` overrides, also with persistent
-    workers. Its iterators have `state_dict` and `load_state_dict` for a `StatefulDataLoader`; for any other loader, and
-    for another number of workers or replicas, there are `position` and `seek`.
+    Give it to a loader with `batch_size=None`; worker w of n takes every n-th step. An epoch comes again until all its
+    batches were read, then the next; `set_epoch` overrides, also with persistent workers. Its iterators have
+    `state_dict` and `load_state_dict` for a `StatefulDataLoader`, on the same workers and replicas or more or fewer of
+    the latter; for any other loader, and other numbers of workers, there are `position` and `seek`.
 
     Args:
         shards: as in `ShardDataset`.
-        index: the corpus's lengths; None takes the files beside the shards.
+        index: of these shards, in their order, or its file; None for the files beside them.
         collate_fn: from a list of samples to a batch; it runs in the worker.
-        fields: what is read of each sample; None is all.
+        fields: what samples hold beside their key; the others are not read. None for all.
+        decode: functions from bytes for fields in other encodings, as in `ShardDataset`.
+        interleave: windows that a replica reads side by side, batch by batch in turn. Where shards are remote, give the
+            number of workers, so that each fetches windows of its own; local shards need none of it.
         num_replicas: W; None takes the initialised process group's size, or 1.
         rank: of this process; None takes the process group's, or 0.
-        options: those of `LengthBucketBatchSampler`; `window` is how many samples a run of shards has at least.
+        options: those of `LengthBucketBatchSampler`. `window` is how many samples a run of shards has at least (None:
+            10,000); a worker holds its part of a window in memory. With `drop_last`, every window drops the batch that
+            `batch_size` leaves short.
 
     Attributes:
         data: the samples by place.
-        windows: the runs of shards, each laid out.
 
     Raises:
         FileNotFoundError: There is no index.
-        TypeError: An option has the wrong type.
-        LengthError: A length is over the budget with `overlong="error"`.
-        ValueError: An option is out of its range, no batch is left to plan, or the last step may have fewer rows than
-            replicas.
+        TypeError: An option is unknown or has the wrong type.
+        LengthError: A length is negative, above every allowed width, or over the budget with `overlong="error"`.
+        ValueError: An option is out of its range, no budget is given, no batch is left to plan, or the last step has
+            fewer rows than replicas.
         RuntimeError: A launcher started several processes, and their process group is not initialised.
     """
 
     def __init__(
         self,
         shards: Shards,
-        index: LengthIndex | None = None,
+        index: LengthIndex | str | os.PathLike[str] | None = None,
         *,
         collate_fn: Callable[[list[Any]], Any],
-        fields: Sequence[str] | None = None,
+        fields: Collection[str] | None = None,
+        decode: Mapping[str, Decoder] | None = None,
+        interleave: int = 1,
         num_replicas: int | None = None,
         rank: int | None = None,
         **options: Unpack[PlanOptions],
     ) -> None:
         super().__init__()
-        self.data = ShardDataset(shards, index, fields)
+        if not callable(collate_fn):
+            raise TypeError(f"collate_fn must be a function of a list of samples, got {collate_fn!r}")
         self.collate_fn = collate_fn
+        self.options = Options(**options)
+        self.interleave = check_count("interleave", interleave, least=1, hint="1 reads a window after the other")
         self.num_replicas, self.rank = find_replica(num_replicas, rank)
-        self.windows = plan_windows(self.data.index, Options(**options))
-        self._check_last_step()
-        # Shared with workers, also those that live on from epoch to epoch: the position to begin at; how many
-        # iterations have begun since it was set, and the key of the last of them.
-        self._begin = torch.tensor([0, self.num_replicas, 0]).share_memory_()
-        self._begun = torch.zeros(2, dtype=torch.int64).share_memory_()
-        self._iterators = 0
+        self.data = ShardsInTurn(shards, index, fields, decode=decode)
+        self._cursor = SharedCursor(self.num_replicas)
+        self._steps = self.plan(0).steps
+        if self._steps == 0:
+            raise ValueError(
+                f"an epoch must have a batch for each of {self.num_replicas} replicas, got {len(self._layout)} batches "
+                "in all and drop_last=True: use fewer replicas or smaller batches"
+            )
 
     def __len__(self) -> int:
-        """Batches of this replica in an epoch: the same in each, and on every replica."""
-        return self._course(Position(0, self.num_replicas)).steps
+        """Batches of this replica in a whole epoch: the same in each, and on every replica."""
+        return self._steps
 
     def __iter__(self) -> "StreamIterator":
-        """One epoch's batches of this worker; which epoch is decided when the first is taken."""
-        self._iterators += 1
-        return StreamIterator(self, self._iterators)
+        """An iterator over this worker's part of an epoch; which epoch is decided when it takes its first batch."""
+        return StreamIterator(self, self._cursor)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != _LEFT_BEHIND}
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next iteration begins or goes on with."""
+        return self._cursor.coming.epoch
 
     @property
     def shapes(self) -> list[Shape]:
-        """The closed list of (rows, width) that batches have at most, in any epoch."""
-        return list({shape: None for layout in self.windows.layouts for shape in layout.shapes})
+        """The closed list of (rows, width) that batches have at most, in any epoch; width is a tuple for K fields."""
+        return self._layout.shapes
 
     @property
     def remaining(self) -> int:
         """Batches that the next iteration will give: `len`, or fewer after `seek`."""
-        return self._course(self._beginning(int(self._begun[0]))).steps
+        return self.course_from(self._cursor.coming).steps
 
-    def set_epoch(self, epoch: int) -> None:
-        """Let the next iteration begin this epoch.
+    @cached_property
+    def fingerprint(self) -> str:
+        """Short digests of the lengths, the options and the seed, which a position carries."""
+        return make_fingerprint(self.data.index, self._layout)
+
+    def plan(self, epoch: int) -> BatchPlan:
+        """All batches of an epoch, over all replicas.
 
         Raises:
             TypeError: The epoch is not an int.
-            ValueError: It is negative.
+            ValueError: The epoch is negative.
         """
-        self._set(Position(check_count("epoch", epoch, least=0, hint="count epochs from 0"), self.num_replicas))
+        return WindowPlan(self._layout, check_epoch(epoch), self.num_replicas)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next iteration begin this epoch; a position that was sought in another epoch is forgotten.
+
+        Raises:
+            TypeError: The epoch is not an int.
+            ValueError: The epoch is negative.
+        """
+        self._cursor.set_epoch(check_epoch(epoch))
 
     def position(self, steps: int) -> PositionDict:
-        """Where the epoch stands after this replica's first `steps` batches.
+        """Where the epoch stands after this replica's first `steps` batches of the present iteration.
 
         Args:
-            steps: batches used since `set_epoch` or `seek`, or since the stream was made; whole epochs count.
+            steps: batches used since the present iteration began: the last that has taken a batch, or if none has
+                since `seek` or `set_epoch` to another epoch, the one to come.
 
         Returns:
-            Five primitive values, the same on all replicas, for `seek` on any number of workers and replicas.
+            Five primitive values, under 1 kB, the same on all replicas, for `seek` on any number of workers and
+            replicas.
 
         Raises:
             TypeError: `steps` is not an int.
-            ValueError: `steps` is negative.
+            ValueError: The iteration has fewer batches.
         """
+        start = self._cursor.present
+        course = self.course_from(start)
         steps = check_count("steps", steps, least=0, hint="count the batches used since the iteration began")
-        start = Position(*self._begin.tolist())
-        while steps > (course := self._course(start)).steps:
-            steps -= course.steps
-            start = Position(start.epoch + 1, self.num_replicas)
-        return replace(start, batches=course.taken_after(steps)).as_dict(self.windows.fingerprint)
+        if steps > course.steps:
+            raise ValueError(f"steps must be at most {course.steps}, the iteration's batches, got {steps}")
+        return Position(start.epoch, start.replicas, course.taken_after(steps)).as_dict(self.fingerprint)
 
     def seek(self, position: Mapping[str, Any]) -> None:
         """Let the next iteration go on from a position; the one after it begins the next epoch.
 
         Raises:
-            TypeError: It is not a mapping, or a value has the wrong type.
-            ValueError: It is of another corpus, options, seed or version, or its rest cannot be shared by the replicas.
+            TypeError: The position is not a mapping, or one of its values has the wrong type.
+            ValueError: It is of other lengths, options, seed or version, or the rest of its epoch cannot be shared by
+                this number of replicas.
         """
-        found = Position.from_dict(position, self.windows.fingerprint)
-        self._course(found)
-        self._set(found)
+        sought = Position.from_dict(position, self.fingerprint)
+        self.course_from(sought)
+        self._cursor.seek(sought)
 
-    def read(self, samples: Places) -> Any:
-        """Read and collate a batch."""
-        return self.collate_fn(self.data.__getitems__(samples.tolist()))
+    def course_from(self, start: Position) -> WindowCourse:
+        """What is left of an epoch from a position on, as the replicas take it."""
+        return WindowCourse(WindowEpoch(self._layout, start.epoch, start.replicas), start.batches, self.num_replicas)
 
-    def begin(self, worker: int, key: int) -> Position:
-        """Where the iteration of this key begins; the next one begins an epoch later.
+    @cached_property
+    def _layout(self) -> WindowLayout:
+        index = self.data.index
+        return lay_out_windows(index, index.starts, self.options, self.interleave)
 
-        All workers of an iteration have its key. The first counts it, the others wait for that: were each to count for
-        itself, one that is stopped by an early `break` before it has begun would fall behind for good.
 
-        Raises:
-            RuntimeError: The first worker does not begin.
-        """
-        if worker == 0:
-            self._begun[0] += 1
-            self._begun[1] = key
-        deadline = time.monotonic() + PATIENCE
-        while int(self._begun[1]) != key:
-            if time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"worker {worker} waited {PATIENCE:.0f} s for worker 0 to begin its epoch: it is gone"
-                )
-            time.sleep(0.001)
-        return self._beginning(int(self._begun[0]) - 1)
+class WindowPlan(BatchPlan):
+    """All batches of an epoch of a stream, over all replicas: replica r takes batch `t * num_replicas + r` in step t.
 
-    def beginning(self, key: int) -> Position:
-        """Where the iteration of this key begins, or will if it has not begun."""
-        return self._beginning(int(self._begun[0]) - (int(self._begun[1]) == key))
+    Args:
+        layout: the batches by number, from `lay_out_windows`.
+        epoch: which one.
+        num_replicas: W, batches in a step.
 
-    def begin_after(self, position: Position) -> None:
-        """Let the next iteration begin the epoch after a position."""
-        self._begun[0] = position.epoch - int(self._begin[0]) + 1
+    Raises:
+        ValueError: The last step has fewer rows than replicas.
+    """
 
-    def _beginning(self, begun: int) -> Position:
-        epoch, replicas, batches = self._begin.tolist()
-        return Position(epoch + begun, self.num_replicas) if begun else Position(epoch, replicas, batches)
-
-    def _set(self, position: Position) -> None:
-        self._begin.copy_(torch.tensor([position.epoch, position.replicas, position.batches]))
-        self._begun.zero_()
-
-    def _course(self, position: Position) -> "StreamCourse":
-        return StreamCourse(self.windows, position, self.num_replicas)
-
-    def _check_last_step(self) -> None:
-        course = self._course(Position(0, self.num_replicas))
-        fewest = min(int(layout.rows_of(np.array([len(layout) - 1]))[0]) for layout in self.windows.layouts)
-        if course.partial and not self.windows.options.drop_last and course.partial - 1 + fewest < self.num_replicas:
-            raise ValueError(
-                f"the last step must have a row for each of {self.num_replicas} replicas, but a window may end with "
-                f"{course.partial} batches of {course.partial - 1 + fewest} rows: set drop_last=True, use fewer "
-                "replicas, or allow batches of more rows"
-            )
-        if course.steps == 0:
-            raise ValueError(f"an epoch must have a batch for each of {self.num_replicas} replicas, got {len(course)}")
+    def __init__(self, layout: WindowLayout, epoch: int, num_replicas: int) -> None:
+        self.layout = layout
+        self.epoch = epoch
+        self.num_replicas = num_replicas
+        self.course = WindowCourse(WindowEpoch(layout, epoch, num_replicas), 0, num_replicas)
 
 
 class StreamIterator(Iterator[Any]):
-    """One worker's batches of one epoch: every n-th step of its replica.
+    """One worker's batches of an epoch, or of the rest of one: how far it has come is known here and nowhere else.
 
     Args:
-        stream: whose.
-        number: of the iterator in its process.
+        stream: whose batches.
+        cursor: the stream's, shared with its other iterators.
+
+    Raises:
+        ValueError: The loader has more than 1024 workers.
     """
 
-    def __init__(self, stream: ShardStream, number: int) -> None:
+    def __init__(self, stream: ShardStream, cursor: SharedCursor) -> None:
         info = get_worker_info()
-        self._stream = stream
+        self._stream, self._cursor = stream, cursor
         self._worker, self._workers = (info.id, info.num_workers) if info else (0, 1)
-        # The loader draws one seed for all workers of an iteration; workers that live on keep it, and count instead.
-        base = info.seed - info.id if info else 0
-        self._key = 1 + derive_key(base % 2**63, number) % 2**62
+        if self._workers > WORKERS:
+            raise ValueError(f"a loader must have at most {WORKERS} workers, got {self._workers}: use fewer")
         self._start: Position | None = None
         self._taken = 0
+        self._reader: StepReader | None = None
 
     def __next__(self) -> Any:
         if self._start is None:
-            self._start = self._stream.begin(self._worker, self._key)
-        course = StreamCourse(self._stream.windows, self._start, self._stream.num_replicas)
-        step = self._worker + self._taken * self._workers
-        if step >= course.steps:
+            self._start = self._cursor.begin()
+        if self._reader is None:
+            self._reader = self._open(self._start)
+        samples = self._reader.take() if len(self._reader) else []
+        if len(self._reader) == 0:
+            # With the last batch, not after it: many trainers take no more than `len`.
+            self._cursor.end(self._start, self._worker, self._workers)
+        if not samples:
             raise StopIteration
         self._taken += 1
-        return self._stream.read(course.samples_of(step, self._stream.rank))
+        return self._stream.collate_fn(samples)
 
-    def state_dict(self) -> dict[str, Any]:
-        """How far this worker has come, in fresh primitive values."""
-        start = self._start or self._stream.beginning(self._key)
-        fingerprint = self._stream.windows.fingerprint
-        return {**start.as_dict(fingerprint), "taken": self._taken, "workers": self._workers}
+    def state_dict(self) -> dict[str, int | str]:
+        """Where the epoch stands for this worker, in fresh primitive values, under 1 kB."""
+        start = self._start or self._cursor.coming
+        mine: dict[str, int | str] = {"worker": self._worker, "workers": self._workers, "taken": self._taken}
+        return start.as_dict(self._stream.fingerprint) | mine
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state of the same worker.
+        """Go on from a state of the same worker, on as many workers; the stream's next epoch comes after it.
 
         Raises:
-            ValueError: It is of another corpus, options, seed, version or number of workers.
+            TypeError: The state is not a mapping, or one of its values has the wrong type.
+            ValueError: It is of other lengths, options, seed, version or workers.
         """
-        if state["workers"] != self._workers:
+        start = Position.from_dict(state, self._stream.fingerprint)
+        saved, here = (state.get("worker"), state.get("workers")), (self._worker, self._workers)
+        if saved != here:
             raise ValueError(
-                f"the state is of {state['workers']} workers, there are {self._workers}: use position and seek instead"
+                f"a state must be of the same worker, got one of worker {saved[0]} of {saved[1]}, this is {here[0]} of "
+                f"{here[1]}: keep num_workers, or use position and seek, which need not"
             )
-        self._start = Position.from_dict(
-            {name: value for name, value in state.items() if name not in ("taken", "workers")},
-            self._stream.windows.fingerprint,
-        )
-        self._taken = state["taken"]
-        self._stream.begin_after(self._start)
+        self._taken = check_count("taken", state.get("taken"), least=0, hint="it is part of every state")
+        self._start, self._reader = start, None
+        self._cursor.resume(start, self._worker, self._workers)
 
-
-@dataclass(frozen=True, eq=False)
-class Windows:
-    """The corpus as runs of shards, each laid out by itself.
-
-    Attributes:
-        layouts: of each window; samples are numbered in the whole corpus.
-        options: what they were laid out by.
-        corpus: the index's fingerprint.
-    """
-
-    layouts: tuple[Layout, ...]
-    options: Options
-    corpus: str
-
-    def __len__(self) -> int:
-        """Batches in an epoch, before any is split among replicas."""
-        return sum(map(len, self.layouts))
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A short text that changes with the corpus, the seed and what the options make of it."""
-        parts = [self.corpus, repr(self.options.seed), *(layout.digest for layout in self.layouts)]
-        return blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
-
-    def in_epoch(self, epoch: int) -> Integers:
-        """The windows in the order in which an epoch reads them: int64 `[windows]`."""
-        places = np.arange(len(self.layouts))
-        if not self.options.shuffle:
-            return places
-        return permute(places, len(places), derive_key(self.options.seed, epoch, _WINDOWS))
-
-
-@dataclass(frozen=True, eq=False)
-class StreamCourse:
-    """What is left of an epoch from a position, as `replicas` take it: in step t, replica r takes one batch."""
-
-    windows: Windows
-    start: Position
-    replicas: int
-
-    def __post_init__(self) -> None:
-        if self.start.batches > len(self.windows):
-            raise ValueError(
-                f"a position must lie in an epoch of {len(self.windows)} batches, got {self.start.batches}"
-            )
-
-    def __len__(self) -> int:
-        """Batches of the sequence that are left."""
-        return len(self.windows) - self.start.batches
-
-    @property
-    def partial(self) -> int:
-        """Batches left for the last step, fewer than replicas."""
-        return len(self) % self.replicas
-
-    @property
-    def steps(self) -> int:
-        """Steps of every replica."""
-        return len(self) // self.replicas + (self.partial > 0 and not self.windows.options.drop_last)
-
-    def taken_after(self, steps: int) -> int:
-        """Batches of the sequence that are taken when so many steps are done."""
-        return min(self.start.batches + steps * self.replicas, len(self.windows))
-
-    def samples_of(self, step: int, rank: int) -> Places:
-        """The samples of one replica's batch, longest first.
-
-        Raises:
-            ValueError: The last step has fewer rows than replicas.
-        """
-        first = self.start.batches + step * self.replicas
-        if first + self.replicas <= len(self.windows):
-            return self._batch(first + rank)
-        batches = [self._batch(place) for place in range(first, len(self.windows))]
-        rows = sum(map(len, batches))
-        if rows < self.replicas:
-            raise ValueError(
-                f"the last step must have a row for each of {self.replicas} replicas, got {rows} rows in "
-                f"{len(batches)} batches: set drop_last=True, or use fewer replicas"
-            )
-        return split_each(batches, self.replicas)[rank]
-
-    def _batch(self, place: int) -> Places:
-        order = self.windows.in_epoch(self.start.epoch).tolist()
-        ends = list(accumulate(len(self.windows.layouts[window]) for window in order))
-        turn = int(np.searchsorted(ends, place, side="right"))
-        layout = self.windows.layouts[order[turn]]
-        inside = place - ends[turn] + len(layout)
-        return Epoch(layout, self.start.epoch, self.start.replicas).samples_at(np.array([inside]))[0]
-
-
-def plan_windows(index: LengthIndex, options: Options) -> Windows:
-    """Cut a corpus into runs of shuffled shards, and lay each out.
-
-    Raises:
-        LengthError: A length is over the budget with `overlong="error"`.
-        ValueError: No batch is left to plan.
-    """
-    shards = np.arange(len(index.starts) - 1)
-    if options.shuffle:
-        shards = permute(shards, len(shards), derive_key(options.seed, 0, _SHARDS))
-    wanted = np.zeros(len(index), np.bool_)
-    wanted[slice(None) if options.indices is None else np.asarray(options.indices)] = True
-    runs: list[list[Any]] = [[]]
-    for shard in shards.tolist():
-        places = np.arange(index.starts[shard], index.starts[shard + 1])
-        runs[-1].append(places[wanted[places]])
-        if sum(map(len, runs[-1])) >= (options.window or WINDOW):
-            runs.append([])
-    whole = [np.concatenate(run) for run in runs if sum(map(len, run))]
-    layouts = [
-        lay_out(index.lengths, replace(options, window=None, indices=places)) for places in _joined(whole, options)
-    ]
-    return Windows(tuple(layouts), options, index.fingerprint)
-
-
-def _joined(runs: list[Any], options: Options) -> list[Any]:
-    """Let a last run that is less than half a window belong to the one before it: it would pad much."""
-    if len(runs) > 1 and len(runs[-1]) * 2 < (options.window or WINDOW):
-        return [*runs[:-2], np.concatenate(runs[-2:])]
-    return runs
+    def _open(self, start: Position) -> StepReader:
+        course = self._stream.course_from(start)
+        steps = np.arange(self._worker + self._taken * self._workers, course.steps, self._workers)
+        return StepReader(self._stream.data, course, self._stream.rank, steps)

@@ -1,20 +1,24 @@
 """Bucketing streams that have no index: a stage for webdataset pipelines and a node for torchdata."""
 
+import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from copy import deepcopy
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from torchdata.nodes import BaseNode
 
-from samplers.bucketer import Bucketer, Overlong
+from samplers.bucketer import Bucketer
 from samplers.budget import Budget, Cost
+from samplers.options import Overlong
 
 Sample = TypeVar("Sample")
 Length: TypeAlias = Callable[[Any], int] | str | int
 
-# Of a sequence's state nothing is known but that it may be large: it is taken once in so many arrivals.
-SNAPSHOT_EVERY = 64
+# Of a source's state nothing is known but that it may be large: it is taken once in so many arrivals.
+SNAPSHOT_EVERY: Final = 64
+
+_logger = logging.getLogger(__name__)
 
 
 def bucket_by_length(
@@ -30,17 +34,21 @@ def bucket_by_length(
     """Make a stage that turns a stream of samples into batches alike in length.
 
     Args:
-        length: a sample's steps: a function, or the field of the sample that holds the sequence (or the number).
+        length: a sample's steps: a function, or the field of the sample that holds the sequence (or the number). The
+            budget counts what it gives: where a collator pads to a multiple, give a function that rounds up as well.
         max_tokens: rows x longest row of a batch, at most.
         batch_size: rows of a batch, at most.
-        cost: `cost(rows, width)`, vectorised and monotone; a batch fits where it is at most 1.
+        cost: a measure of one's own: `cost(rows, width) <= 1` fits. It is called with int64 arrays `[n]`, returns `[n]`
+            numbers, and must not fall as rows or width grow.
         buffer_size: samples that wait at most; more pads less.
         max_wait: arrivals for which a sample waits at most; None is three times the buffer.
-        overlong: what becomes of a sample that alone exceeds the budget: `"error"`, `"drop"` or `"alone"`.
+        overlong: what becomes of a sample that alone exceeds the budget: `"error"`, `"drop"` or `"alone"` (a batch of
+            one); how many is logged when the stream ends.
 
     Returns:
-        For `wds.DataPipeline` and `.compose`: called with an iterable of samples it gives an iterator of lists. It can
-        be pickled, and keeps nothing between runs. Every sample comes out once, the rest of the buffer at the end.
+        For `wds.DataPipeline` and `.compose`: called with an iterable of samples it gives an iterator of lists, each
+        shortest first. It can be pickled, and keeps nothing between runs. Every sample comes out once, the rest of the
+        buffer at the end; a `with_epoch` behind it cuts that off, one before it does not.
 
     Raises:
         TypeError: An option has the wrong type.
@@ -69,6 +77,8 @@ class BucketStage(Generic[Sample]):
     """
 
     def __init__(self, length: Length, budget: Budget, **options: Any) -> None:
+        if isinstance(length, bool) or not (callable(length) or isinstance(length, (str, int))):
+            raise TypeError(f"length must be a function or the name or number of a field, got {length!r}")
         self.length, self.budget, self.options = length, budget, options
         # A wrong option is an error here, not in a worker.
         self.new_bucketer()
@@ -76,10 +86,22 @@ class BucketStage(Generic[Sample]):
     def __call__(self, source: Iterable[Sample]) -> Iterator[list[Sample]]:
         """Bucket a stream.
 
+        Yields:
+            Batches, each as soon as it is due.
+
         Raises:
+            KeyError: A sample lacks the field.
+            TypeError: A length is not an int.
+            ValueError: A length is negative.
             LengthError: A sample alone exceeds the budget, and `overlong` is `"error"`.
         """
-        return self.new_bucketer().batches_of((length_of(sample, self.length), sample) for sample in source)
+        bucketer = self.new_bucketer()
+        try:
+            yield from bucketer.batches_of((length_of(sample, self.length), sample) for sample in source)
+        finally:
+            _report(bucketer)
+            if len(bucketer):
+                _logger.info("the stream was closed with %d samples in the buffer, which no batch held", len(bucketer))
 
     def new_bucketer(self) -> Bucketer[Sample]:
         """An empty buffer with these options."""
@@ -90,7 +112,7 @@ class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
     """The same as a node of torchdata: batches alike in length from a node of samples.
 
     Its state holds no sample, but the source's state a little before the oldest sample that waits, and which samples
-    since then are out: restored, it reads these again.
+    since then are out: restored, it reads these again. The source must give the same samples in the same order.
 
     Args:
         source: a node of samples.
@@ -106,35 +128,50 @@ class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
         super().__init__()
         self.source = source
         self._stage: BucketStage[Sample] = bucket_by_length(length, **options)
+        self._bucketer = self._stage.new_bucketer()
+
+    @property
+    def dropped(self) -> int:
+        """Over-long samples that this epoch has left out so far."""
+        return self._bucketer.dropped
+
+    @property
+    def alone(self) -> int:
+        """Over-long samples of this epoch so far that are a batch of one."""
+        return self._bucketer.alone
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
-        """Begin a new epoch, or go on from a state."""
+        """Begin a new epoch, or go on from a state.
+
+        Raises:
+            ValueError: The state is of another version or damaged, or of a longer source.
+        """
         super().reset(initial_state)
         self._bucketer = self._stage.new_bucketer()
+        self._ended = False
         if initial_state is None:
             self.source.reset()
-            self._snapshots: deque[tuple[int, dict[str, Any]]] = deque([(0, self._source_state())])
-            return
-        self.source.reset(initial_state["source"])
-        self._bucketer.load_state_dict(initial_state["bucketer"])
-        self._snapshots = deque([(initial_state["source_arrival"], deepcopy(initial_state["source"]))])
-        for _ in range(self._bucketer.oldest - initial_state["source_arrival"]):
-            next(self.source)
+            first, source = 0, deepcopy(self.source.state_dict())
+        else:
+            self._bucketer.load_state_dict(initial_state["bucketer"])
+            first, source = initial_state["source_arrival"], deepcopy(initial_state["source"])
+            # A copy of its own, since a source may go on writing in what it is given.
+            self.source.reset(deepcopy(source))
+            self._pass_over(self._bucketer.oldest - first)
+        self._snapshots: deque[tuple[int, dict[str, Any]]] = deque([(first, source)])
 
     def next(self) -> list[Sample]:
-        """The next batch.
+        """The next batch, shortest sample first.
 
         Raises:
             StopIteration: The source has ended, and all samples are out.
+            KeyError: A sample lacks the field.
+            TypeError: A length is not an int.
+            ValueError: A length is negative.
             LengthError: A sample alone exceeds the budget, and `overlong` is `"error"`.
         """
-        while not self._bucketer.is_due:
-            self._keep_snapshots()
-            try:
-                sample = next(self.source)
-            except StopIteration:
-                break
-            self._bucketer.push(length_of(sample, self._stage.length), sample)
+        while not self._ended and not self._bucketer.is_due:
+            self._take_one()
         if not len(self._bucketer):
             raise StopIteration
         return self._bucketer.pop()
@@ -145,13 +182,35 @@ class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
         arrival, source = self._snapshots[0]
         return {"source_arrival": arrival, "source": deepcopy(source), "bucketer": self._bucketer.state_dict()}
 
-    def _source_state(self) -> dict[str, Any]:
-        return deepcopy(self.source.state_dict())
+    def _take_one(self) -> None:
+        self._keep_snapshot()
+        try:
+            sample = next(self.source)
+        except StopIteration:
+            self._ended = True
+            _report(self._bucketer)
+            return
+        try:
+            self._bucketer.push(length_of(sample, self._stage.length), sample)
+        except Exception:
+            # The source has gone on; whoever goes on after the error must count with it.
+            self._bucketer.skip()
+            raise
 
-    def _keep_snapshots(self) -> None:
+    def _pass_over(self, count: int) -> None:
+        for passed in range(count):
+            try:
+                next(self.source)
+            except StopIteration:
+                raise ValueError(
+                    f"the source must give again what it gave before the state was saved, but ended {count - passed} "
+                    "samples before the oldest that waited: restore it with the source it was saved with"
+                ) from None
+
+    def _keep_snapshot(self) -> None:
         arrivals = self._bucketer.arrivals
         if arrivals - self._snapshots[-1][0] >= SNAPSHOT_EVERY:
-            self._snapshots.append((arrivals, self._source_state()))
+            self._snapshots.append((arrivals, deepcopy(self.source.state_dict())))
             self._forget_snapshots()
 
     def _forget_snapshots(self) -> None:
@@ -171,6 +230,19 @@ def length_of(sample: Any, length: Length) -> int:
     try:
         value = sample[length]
     except (KeyError, IndexError):
-        known = list(sample) if isinstance(sample, dict) else f"0 to {len(sample) - 1}"
+        known = list(sample) if isinstance(sample, Mapping) else f"0 to {len(sample) - 1}"
         raise KeyError(f"length names the field {length!r}, the sample has {known}") from None
-    return int(value) if isinstance(value, int) or getattr(value, "shape", None) == () else len(value)
+    # Whether a number is one of steps is for the bucketer to say; a 0-d array has a length that raises.
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
+    return len(value) if isinstance(value, Sized) else value
+
+
+def _report(bucketer: Bucketer[Any]) -> None:
+    """Say what a named option has left out or set apart."""
+    if bucketer.dropped or bucketer.alone:
+        _logger.warning(
+            "of %d samples %d over the budget were dropped, and %d are a batch of one",
+            bucketer.arrivals,
+            bucketer.dropped,
+            bucketer.alone,
+        )

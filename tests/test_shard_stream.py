@@ -178,7 +178,7 @@ def test_a_position_of_another_corpus_or_plan_is_refused(corpus):
 
 def test_a_state_of_another_number_of_workers_is_refused(corpus):
     running = iter(stream(corpus))
-    with pytest.raises(ValueError, match="the state is of 2 workers, there are 1: use position and seek"):
+    with pytest.raises(ValueError, match="got one of worker 0 of 2, this is 0 of 1: keep num_workers, or use position"):
         running.load_state_dict(running.state_dict() | {"workers": 2})
 
 

@@ -1,101 +1,24 @@
-"""Bucketing streams: nothing lost, nothing over budget, nobody waits too long, exact resume at every cut."""
+"""Bucketing streams: the stage in webdataset's pipelines, the node among torchdata's, saved at every batch."""
 
-import json
+import logging
 import pickle
 import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import torchdata.nodes as tn
 import webdataset as wds
 from hypothesis import given
 from hypothesis import strategies as st
 
 from collate import LengthError
-from samplers.bucketer import Bucketer
-from samplers.budget import Budget
-from samplers.stream import LengthBucketNode, bucket_by_length
+from samplers.stream import SNAPSHOT_EVERY, LengthBucketNode, bucket_by_length
 
-LENGTHS = st.lists(st.integers(0, 40), max_size=80)
-OPTIONS = st.fixed_dictionaries(
-    {"buffer_size": st.integers(1, 20)},
-    optional={"max_wait": st.integers(1, 60)},
-)
-
-
-def items(lengths):
-    return [(length, (place, length)) for place, length in enumerate(lengths)]
-
-
-@given(LENGTHS, OPTIONS, st.integers(40, 200), st.integers(1, 9) | st.none())
-def test_every_sample_comes_once_within_the_budget(lengths, options, tokens, rows):
-    bucketer = Bucketer(Budget(max_tokens=tokens, batch_size=rows), **options)
-    batches = list(bucketer.batches_of(items(lengths)))
-    assert sorted(sample for batch in batches for sample in batch) == [sample for _, sample in items(lengths)]
-    for batch in batches:
-        assert len(batch) * max(length for _, length in batch) <= tokens
-        assert rows is None or len(batch) <= rows
-        assert [length for _, length in batch] == sorted(length for _, length in batch)
-
-
-@given(LENGTHS, OPTIONS)
-def test_nobody_waits_longer_than_max_wait_and_the_buffer_stays_bounded(lengths, options):
-    bucketer = Bucketer(Budget(max_tokens=100), **options)
-    waiting = set()
-    for arrival, (length, sample) in enumerate(items(lengths)):
-        bucketer.push(length, sample)
-        waiting.add(arrival)
-        while bucketer.is_due:
-            waiting -= {place for place, _ in bucketer.pop()}
-        assert all(arrival - place < bucketer.max_wait for place in waiting)
-        assert len(bucketer) == len(waiting) < options["buffer_size"]
-
-
-@given(LENGTHS, OPTIONS, st.sampled_from(["drop", "alone"]))
-def test_overlong_samples_are_counted_and_nothing_else_is_lost(lengths, options, overlong):
-    bucketer = Bucketer(Budget(max_tokens=20), overlong=overlong, **options)
-    batches = list(bucketer.batches_of(items(lengths)))
-    long = [sample for length, sample in items(lengths) if length > 20]
-    kept = [sample for batch in batches for sample in batch]
-    expected = [sample for _, sample in items(lengths) if overlong == "alone" or sample not in long]
-    assert sorted(kept) == expected
-    assert (bucketer.dropped, bucketer.alone) == ((len(long), 0) if overlong == "drop" else (0, len(long)))
-    assert all(len(batch) == 1 for batch in batches if any(sample in long for sample in batch))
-
-
-def test_an_overlong_sample_is_an_error_by_default():
-    with pytest.raises(LengthError, match="the sample at arrival 1 has 30 steps, which alone exceeds the budget"):
-        list(bucket_by_length(int, max_tokens=20)([3, 30]))
-
-
-def run_from(bucketer, source):
-    """Go on from a bucketer's state with a source that begins at its oldest sample."""
-    return list(bucketer.batches_of(source))
-
-
-@given(LENGTHS, OPTIONS, st.sampled_from(["drop", "alone"]), st.lists(st.integers(0, 30), min_size=1, max_size=3))
-def test_a_state_goes_on_exactly_after_any_number_of_saves(lengths, options, overlong, cuts):
-    def new():
-        return Bucketer(Budget(max_tokens=35), overlong=overlong, **options)
-
-    whole = run_from(new(), items(lengths))
-    done, state = [], new().state_dict()
-    for cut in cuts:
-        bucketer = new()
-        bucketer.load_state_dict(state)
-        batches = bucketer.batches_of(items(lengths)[state["oldest"] :])
-        done += [batch for _, batch in zip(range(cut), batches, strict=False)]
-        state = json.loads(json.dumps(bucketer.state_dict()))
-    bucketer = new()
-    bucketer.load_state_dict(state)
-    assert done + run_from(bucketer, items(lengths)[state["oldest"] :]) == whole
-    assert (bucketer.dropped, bucketer.alone).count(0) >= 1
-    assert len(json.dumps(state)) < 300
-
-
-def test_a_state_of_another_version_is_refused():
-    bucketer = Bucketer(Budget(batch_size=1), buffer_size=1)
-    with pytest.raises(ValueError, match="version 9, this bucketer reads 1"):
-        bucketer.load_state_dict(bucketer.state_dict() | {"version": 9})
+Batches = list[list[Any]]
 
 
 @pytest.mark.parametrize(
@@ -103,44 +26,91 @@ def test_a_state_of_another_version_is_refused():
     [
         ({}, ValueError, "a budget must be given"),
         ({"max_tokens": 0}, ValueError, "max_tokens must be at least 1, got 0"),
+        ({"max_tokens": True}, TypeError, "max_tokens must be an int, got True"),
+        ({"batch_size": 2.0}, TypeError, "batch_size must be an int, got 2.0"),
         ({"max_tokens": 1, "buffer_size": 0}, ValueError, "buffer_size must be at least 1, got 0"),
-        ({"max_tokens": 1, "buffer_size": True}, TypeError, "buffer_size must be an int"),
         ({"max_tokens": 1, "max_wait": -1}, ValueError, "max_wait must be at least 1, got -1"),
         ({"max_tokens": 1, "overlong": "cut"}, ValueError, "overlong must be 'error', 'drop' or 'alone', got 'cut'"),
     ],
 )
-def test_bad_options_are_refused_when_the_stage_is_made(options, kind, message):
+def test_bad_options_are_refused_when_the_stage_or_the_node_is_made(
+    options: dict[str, Any], kind: type[Exception], message: str
+) -> None:
     with pytest.raises(kind, match=message):
         bucket_by_length(len, **options)
+    with pytest.raises(kind, match=message):
+        LengthBucketNode(tn.IterableWrapper([]), len, **options)
 
 
-def test_a_length_is_read_by_function_field_or_number():
-    samples = [{"x": [1, 2], "n": 2}, {"x": [3], "n": 1}]
-    for length in ("x", "n", lambda sample: len(sample["x"])):
-        assert list(bucket_by_length(length, batch_size=2)(samples)) == [samples[::-1]]
-    assert list(bucket_by_length(1, batch_size=2)([(0, "ab")])) == [[(0, "ab")]]
+@pytest.mark.parametrize("length", [None, True, 2.5, ["x"]])
+def test_a_length_that_is_neither_function_nor_field_is_refused(length: Any) -> None:
+    with pytest.raises(TypeError, match="length must be a function or the name or number of a field, got"):
+        bucket_by_length(length, batch_size=2)
+
+
+@pytest.mark.parametrize(
+    "sequence", [[1, 2], "ab", b"ab", np.zeros((2, 5)), torch.zeros(2, 5), 2, np.int32(2), np.array(2), torch.tensor(2)]
+)
+def test_a_length_is_that_of_a_sequence_or_a_number_itself(sequence: Any) -> None:
+    long, short = {"x": sequence}, {"x": 1}
+    assert list(bucket_by_length("x", batch_size=2)([long, short])) == [[short, long]]
+    assert list(bucket_by_length(1, batch_size=2)([(0, sequence), (0, 1)])) == [[(0, 1), (0, sequence)]]
+    assert list(bucket_by_length(lambda sample: 3, max_tokens=3)([long])) == [[long]]
+
+
+def test_a_length_that_cannot_be_read_is_an_error_that_says_why() -> None:
     with pytest.raises(KeyError, match="length names the field 'y', the sample has .'x', 'n'."):
-        list(bucket_by_length("y", batch_size=2)(samples))
-    with pytest.raises(ValueError, match="length must be at least 0, got -1"):
-        list(bucket_by_length("n", batch_size=2)([{"n": -1}]))
+        list(bucket_by_length("y", batch_size=2)([{"x": 1, "n": 2}]))
+    with pytest.raises(KeyError, match="length names the field 2, the sample has 0 to 1"):
+        list(bucket_by_length(2, batch_size=2)([(1, 2)]))
+    for value, kind in ((-1, ValueError), (1.5, TypeError), (np.array(1.5), TypeError), (None, TypeError)):
+        with pytest.raises(kind, match="length must be"):
+            list(bucket_by_length("n", batch_size=2)([{"n": value}]))
+    with pytest.raises(LengthError, match=r"at arrival 1 \(key 'b'\) has 30 steps, which alone exceeds the budget"):
+        list(bucket_by_length("n", max_tokens=20)([{"n": 3}, {"__key__": "b", "n": 30}]))
 
 
-def sample_stream(count=120):
+def test_a_stage_keeps_nothing_between_runs() -> None:
+    stage = bucket_by_length(len, max_tokens=6, buffer_size=3)
+    words = ["ab", "cde", "f", "gh", "ijk"]
+    first, second = stage(words), stage(words)
+    interleaved = [batch for pair in zip(first, second, strict=True) for batch in pair]
+    assert interleaved[::2] == interleaved[1::2] == list(stage(words))
+    assert list(stage([])) == []
+
+
+def test_what_was_dropped_set_apart_or_cut_off_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    list(bucket_by_length(int, max_tokens=5, overlong="drop")([3, 9, 8]))
+    list(bucket_by_length(int, max_tokens=5, overlong="alone")([3, 9]))
+    assert "of 3 samples 2 over the budget were dropped, and 0 are a batch of one" in caplog.text
+    assert "of 2 samples 0 over the budget were dropped, and 1 are a batch of one" in caplog.text
+    with caplog.at_level(logging.INFO):
+        running = bucket_by_length(int, max_tokens=5, buffer_size=2)([3, 3, 3, 3])
+        next(running)
+        running.close()
+    assert "closed with 1 samples in the buffer, which no batch held" in caplog.text
+
+
+# --- in webdataset
+
+
+def sample_stream(count: int = 120) -> list[dict[str, Any]]:
     rng = random.Random(0)
     return [{"__key__": str(place), "x": [place] * rng.randint(1, 30)} for place in range(count)]
 
 
-@pytest.fixture
-def shards(tmp_path):
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Plain shards that webdataset wrote itself."""
+    folder: Path = tmp_path_factory.mktemp("plain")
     for number in range(4):
-        with wds.TarWriter(str(tmp_path / f"{number}.tar"), mtime=0) as writer:
+        with wds.TarWriter(str(folder / f"{number}.tar"), mtime=0) as writer:
             for sample in sample_stream()[number::4]:
                 writer.write({"__key__": sample["__key__"], "txt": " ".join(map(str, sample["x"]))})
-    return [str(tmp_path / f"{number}.tar") for number in range(4)]
+    return [str(folder / f"{number}.tar") for number in range(4)]
 
 
-def words(sample):
+def count_words(sample: dict[str, Any]) -> int:
     return len(sample["txt"].split())
 
 
@@ -149,8 +119,8 @@ def words(sample):
 @pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("composed", [False, True])
-def test_the_stage_works_in_webdataset_pipelines(shards, workers, composed):
-    stage = pickle.loads(pickle.dumps(bucket_by_length(words, max_tokens=100, buffer_size=20)))
+def test_the_stage_works_in_webdataset_pipelines(shards: list[str], workers: int, composed: bool) -> None:
+    stage = pickle.loads(pickle.dumps(bucket_by_length(count_words, max_tokens=100, buffer_size=20)))
     if composed:
         data = wds.WebDataset(shards, shardshuffle=False, workersplitter=wds.split_by_worker).compose(stage)
     else:
@@ -159,19 +129,45 @@ def test_the_stage_works_in_webdataset_pipelines(shards, workers, composed):
         batches = list(wds.WebLoader(data, batch_size=None, num_workers=workers))
         keys = [sample["__key__"] for batch in batches for sample in batch]
         assert sorted(keys) == sorted(sample["__key__"] for sample in sample_stream())
-        assert all(len(batch) * max(map(words, batch)) <= 100 for batch in batches)
+        assert all(len(batch) * max(map(count_words, batch)) <= 100 for batch in batches)
 
 
-def identity(value):
+# --- in torchdata
+
+
+class Numbers(tn.BaseNode[int]):
+    """A source that counts what is asked of it, and whose state is one live list: the worst that a source may do."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        super().__init__()
+        self.lengths, self.saves, self.reads = lengths, 0, 0
+
+    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
+        super().reset(initial_state)
+        self.place = initial_state["place"] if initial_state else [0]
+
+    def next(self) -> int:
+        self.reads += 1
+        if self.place[0] >= len(self.lengths):
+            raise StopIteration
+        self.place[0] += 1
+        return self.lengths[self.place[0] - 1]
+
+    def get_state(self) -> dict[str, Any]:
+        self.saves += 1
+        return {"place": self.place}
+
+
+def identity(value: Any) -> Any:
     return value
 
 
-def node(kind):
-    source = tn.IterableWrapper(sample_stream())
+def node(kind: str) -> tn.BaseNode[Any]:
+    source: tn.BaseNode[Any] = tn.IterableWrapper(sample_stream())
     if kind == "mapped source":
         source = tn.ParallelMapper(source, identity, num_workers=2, method="thread")
-    bucketed = LengthBucketNode(source, "x", max_tokens=100, buffer_size=16)
-    wrap = {
+    bucketed: LengthBucketNode[Any] = LengthBucketNode(source, "x", max_tokens=100, buffer_size=16)
+    wrap: dict[str, Callable[[], tn.BaseNode[Any]]] = {
         "mapper": lambda: tn.Mapper(bucketed, identity),
         "prefetcher": lambda: tn.Prefetcher(bucketed, prefetch_factor=3),
         "prefetcher, rare snapshots": lambda: tn.Prefetcher(bucketed, prefetch_factor=3, snapshot_frequency=4),
@@ -184,7 +180,12 @@ def node(kind):
 KINDS = ["plain", "mapped source", "mapper", "prefetcher", "prefetcher, rare snapshots", "parallel mapper", "unbatcher"]
 
 
-def drain(running):
+def started(running: tn.BaseNode[Any], state: dict[str, Any] | None = None) -> tn.BaseNode[Any]:
+    running.reset(state)
+    return running
+
+
+def drain(running: Iterator[Any]) -> Batches:
     found = []
     while True:
         try:
@@ -194,32 +195,120 @@ def drain(running):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_node_saved_at_any_batch_goes_on_exactly_also_on_the_second_save(kind):
-    whole_node = node(kind)
-    whole_node.reset()
-    whole = drain(whole_node)
-    for cut in range(0, len(whole) + 1, 1 if kind == "plain" else 3):
-        first = node(kind)
-        first.reset()
+def test_a_node_saved_at_any_batch_goes_on_exactly_also_on_the_second_save(kind: str) -> None:
+    whole = drain(started(node(kind)))
+    for cut in range(0, len(whole) + 1, 1 if kind in {"plain", "mapper"} else 3):
+        first = started(node(kind))
         taken = [next(first) for _ in range(cut)]
-        state = pickle.loads(pickle.dumps(first.state_dict()))
-        second = node(kind)
-        second.reset(state)
+        second = started(node(kind), pickle.loads(pickle.dumps(first.state_dict())))
         taken += [next(second) for _ in range(min(2, len(whole) - cut))]
-        third = node(kind)
-        third.reset(pickle.loads(pickle.dumps(second.state_dict())))
+        third = started(node(kind), pickle.loads(pickle.dumps(second.state_dict())))
         assert taken + drain(third) == whole
 
 
-def test_a_node_gives_epoch_after_epoch_and_keeps_raising_at_the_end():
+@pytest.mark.parametrize("kind", ["plain", "prefetcher", "parallel mapper"])
+def test_a_loader_saved_at_any_batch_goes_on_exactly_and_into_the_next_epoch(kind: str) -> None:
+    whole = drain(started(node(kind)))
+    for cut in range(0, len(whole), 4):
+        first = tn.Loader(node(kind))
+        running = iter(first)
+        taken = [next(running) for _ in range(cut)]
+        second = tn.Loader(node(kind))
+        second.load_state_dict(pickle.loads(pickle.dumps(first.state_dict())))
+        assert taken + list(second) == whole
+        assert list(second) == whole
+
+
+@given(
+    st.lists(st.integers(0, 30), max_size=300),
+    st.integers(1, 90),
+    st.sampled_from(["drop", "alone"]),
+    st.lists(st.integers(0, 40), min_size=1, max_size=3),
+)
+def test_a_node_loses_nothing_over_any_number_of_saves_though_its_sources_state_is_alive(
+    lengths: list[int], buffer_size: int, overlong: Any, cuts: list[int]
+) -> None:
+    def new() -> LengthBucketNode[int]:
+        return LengthBucketNode(Numbers(lengths), identity, max_tokens=25, buffer_size=buffer_size, overlong=overlong)
+
+    expected, done, state, kept = drain(started(new())), [], None, []
+    for cut in cuts:
+        running = started(new(), state)
+        done += [batch for _, batch in zip(range(cut), running, strict=False)]
+        state = running.state_dict()
+        kept.append((len(done), state, pickle.dumps(state)))
+        drain(running)
+    assert done + drain(started(new(), state)) == expected
+    for taken, saved, bytes_then in kept:
+        assert pickle.dumps(saved) == bytes_then
+        assert drain(started(new(), saved)) == expected[taken:]
+
+
+def test_a_sources_state_is_asked_for_once_in_many_arrivals_and_little_is_read_again() -> None:
+    source = Numbers([3] * 2000)
+    running = started(LengthBucketNode(source, identity, max_tokens=12, buffer_size=100))
+    for _ in range(300):
+        next(running)
+        running.state_dict()
+    assert source.saves <= 1 + 1300 // SNAPSHOT_EVERY
+    again = Numbers([3] * 2000)
+    resumed = started(LengthBucketNode(again, identity, max_tokens=12, buffer_size=100), running.state_dict())
+    next(resumed)
+    assert again.reads <= SNAPSHOT_EVERY + 3 * 100
+
+
+def test_a_node_gives_epoch_after_epoch_and_keeps_raising_at_the_end() -> None:
     loader = tn.Loader(node("plain"))
     first, second = list(loader), list(loader)
     assert first == second
     assert sorted(sample["__key__"] for batch in first for sample in batch) == sorted(map(str, range(120)))
-    plain = node("plain")
-    plain.reset()
+    source = Numbers([1, 2, 3])
+    plain = started(LengthBucketNode(source, identity, batch_size=1))
     drain(plain)
+    assert source.reads == 4
     for _ in range(2):
         with pytest.raises(StopIteration):
             next(plain)
-    assert plain.state_dict()
+    assert drain(started(LengthBucketNode(source, identity, batch_size=1), plain.state_dict())) == []
+
+
+def test_a_node_counts_and_reports_what_it_drops(caplog: pytest.LogCaptureFixture) -> None:
+    dropping = LengthBucketNode(Numbers([1, 9, 9, 2]), identity, max_tokens=5, overlong="drop")
+    apart = LengthBucketNode(Numbers([1, 9, 2]), identity, max_tokens=5, overlong="alone")
+    assert (dropping.dropped, apart.alone) == (0, 0)
+    assert [drain(started(dropping)), drain(started(apart))] == [[[1, 2]], [[1, 2], [9]]]
+    assert (dropping.dropped, apart.alone) == (2, 1)
+    assert "of 4 samples 2 over the budget were dropped" in caplog.text
+
+
+def test_a_node_that_goes_on_after_an_error_stays_in_step_with_its_source() -> None:
+    lengths = [3, 4, 99, 2, 5, -1, 3, 4]
+    running = started(LengthBucketNode(Numbers(lengths), identity, max_tokens=10, buffer_size=2))
+    found: list[int] = []
+    errors = 0
+    states = []
+    while True:
+        try:
+            found += next(running)
+        except StopIteration:
+            break
+        except ValueError:
+            errors += 1
+        states.append((list(found), running.state_dict()))
+    assert errors == 2
+    assert sorted(found) == [2, 3, 3, 4, 4, 5]
+    rest: LengthBucketNode[int] = LengthBucketNode(Numbers(lengths), identity, max_tokens=10, buffer_size=2)
+    seen, state = states[-2]
+    assert sorted(seen + [length for batch in drain(started(rest, state)) for length in batch]) == sorted(found)
+
+
+def test_a_state_of_a_longer_source_or_another_version_is_refused() -> None:
+    running = started(LengthBucketNode(Numbers([3] * 50), identity, batch_size=4, buffer_size=8))
+    for _ in range(9):
+        next(running)
+    state = running.state_dict()
+    with pytest.raises(ValueError, match="ended 16 samples before the oldest that waited"):
+        started(LengthBucketNode(Numbers([3] * 20), identity, batch_size=4, buffer_size=8), state)
+    state["bucketer"]["version"] = 0
+    with pytest.raises(ValueError, match="must be of version 1, got version 0"):
+        started(LengthBucketNode(Numbers([3] * 50), identity, batch_size=4, buffer_size=8), state)

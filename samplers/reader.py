@@ -1,0 +1,118 @@
+"""Samples of planned steps, read a window at a time, in the order of the files."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import fsspec
+import numpy as np
+import numpy.typing as npt
+
+from samplers.budget import Integers
+from samplers.corpus import Places
+from samplers.shards.dataset import ShardDataset
+from samplers.shards.files import LocalFile, RandomAccess
+from samplers.shards.format import Sample
+from samplers.windows import WindowCourse
+
+# fsspec leaves it without types.
+_file_system: Callable[[str], tuple[Any, str]] = fsspec.core.url_to_fs
+
+
+class StepReader:
+    """The samples of some steps of a replica, a window's read together when the first of them is due.
+
+    Args:
+        data: the samples by place.
+        course: whose steps.
+        rank: of the replica.
+        steps: to read, ascending: int64 `[n]`.
+    """
+
+    def __init__(self, data: "ShardsInTurn", course: WindowCourse, rank: int, steps: Integers) -> None:
+        self._data, self._course = data, course
+        self._numbers = steps * course.replicas + rank
+        self._visits = course.visits_of(self._numbers)
+        self._next = 0
+        self._ready: dict[int, list[Sample]] = {}
+
+    def __len__(self) -> int:
+        """Steps that are left."""
+        return len(self._numbers) - self._next
+
+    def take(self) -> list[Sample]:
+        """The next step's samples, longest first.
+
+        Raises:
+            IndexError: All steps are taken.
+        """
+        if not len(self):
+            raise IndexError("all steps are taken")
+        if self._next not in self._ready:
+            self._read(self._visits[self._next])
+        samples = self._ready.pop(self._next)
+        self._next += 1
+        return samples
+
+    def _read(self, visit: int) -> None:
+        places = np.flatnonzero(self._visits == visit)
+        samples, rows = self._course.samples_of(self._numbers[places])
+        read, ends = self._data.read_in_turn(samples), np.cumsum(rows).tolist()
+        for place, first, last in zip(places.tolist(), [0, *ends], ends, strict=False):
+            self._ready[place] = read[first:last]
+
+
+class ShardsInTurn(ShardDataset):
+    """Samples of a shard at a time: of a local one by place, a remote one is fetched whole, since most are wanted."""
+
+    def read_in_turn(self, places: Places) -> list[Sample]:
+        """The samples at these places, read shard after shard, given in the order asked for.
+
+        Args:
+            places: integers `[n]`; the errors are those of `__getitems__`.
+        """
+        order = np.argsort(places, kind="stable")
+        shards = np.searchsorted(self.index.starts, places[order], side="right")
+        edges = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(places)]
+        given: list[Any] = [None] * len(places)
+        for first, last in pairwise(edges):
+            part = order[first:last]
+            for place, sample in zip(part.tolist(), self.__getitems__(places[part].tolist()), strict=True):
+                given[place] = sample
+        return given
+
+    def _file(self, shard: int) -> RandomAccess:
+        file = super()._file(shard)
+        return file if isinstance(file, LocalFile) else FetchedFile(file)
+
+
+class FetchedFile:
+    """A remote file in memory, as long as it is read: one request in place of one for each sample.
+
+    Args:
+        file: the same file, opened.
+    """
+
+    def __init__(self, file: RandomAccess) -> None:
+        self.path, self.size = file.path, file.size
+        system, name = _file_system(file.path)
+        self._data = memoryview(system.cat_file(name))
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Up to `size` bytes from `offset` on: fewer only at the end of the file."""
+        return bytes(self._data[offset : offset + size])
+
+    def fill(self, arrays: Sequence[npt.NDArray[Any]], offsets: Sequence[int]) -> None:
+        """Overwrite each C-contiguous array with the bytes at its offset.
+
+        Raises:
+            ValueError: The file ends before an array is full.
+        """
+        for array, offset in zip(arrays, offsets, strict=True):
+            part = self._data[offset : offset + array.nbytes]
+            if len(part) != array.nbytes:
+                raise ValueError(
+                    f"{self.path}: ends at byte {len(self._data)}, {array.nbytes} bytes wanted at offset {offset}: the "
+                    "file is truncated"
+                )
+            array.reshape(-1).view(np.uint8)[:] = np.frombuffer(part, np.uint8)
