@@ -29,8 +29,9 @@ def is_faster_in_blocks(rnn: nn.RNNBase, packed: PackedSequence) -> bool:
     """Whether blocks are the fastest exact way for this module, on this device, with or without gradients.
 
     The CPU's packed kernels slice all steps once per step, and differentiating that is quadratic in T: blocks train
-    1.1 to 7 times (GRU) and 2 to 30 times (LSTM) as fast. Without gradients only the LSTM gains, through oneDNN.
-    cuDNN takes packed batches well. A module with hooks, or of a class of the user's own, is called as it is.
+    1.7 to 3.1 times (GRU) and 3.2 to 12 times (LSTM) as fast (`benchmarks/rnn.py`). Without gradients only the LSTM
+    gains, through oneDNN. cuDNN takes packed batches well. A module with hooks, or of a class of the user's own, is
+    called as it is.
     """
     hooked = any(vars(rnn)[name] for name in ("_forward_hooks", "_forward_pre_hooks"))
     plain = type(rnn) in (nn.RNN, nn.GRU, nn.LSTM) and not hooked
