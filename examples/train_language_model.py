@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm import tqdm
 
-from collate import DevicePrefetcher, LengthTrackedBatch, PadCollator, apply_rnn, sequence_loss
+from collate import DevicePrefetcher, LengthTrackedBatch, PadCollator, apply_rnn, check_step, sequence_loss
 from samplers import LengthBucketBatchSampler
 from samplers.report import random_padding
 
@@ -175,6 +175,11 @@ def prove(model: ByteModel, samples: list[dict[str, Any]], device: torch.device)
     print(f"  source order  {'restored' if in_order else 'LOST'}")
     if not in_order or max(drift.values()) >= 1e-4:
         raise SystemExit("the batch does not give what its sequences give")
+    # The same, as one would have it in one's own tests: padding, row order and company changed, real steps as well.
+    shortest = sorted(samples, key=lambda sample: len(sample["input"]))[:4]
+    report = check_step(lambda batch: loss_of(model, batch), on_device(shortest, device), module=model)
+    print(report)
+    report.raise_if_broken()
 
 
 def on_device(samples: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:

@@ -58,6 +58,7 @@ def test_the_main_job_writes_plans_trains_and_proves(whole):
     assert held_out < by_frequency - 0.1
     assert whole.count("equal to rounding") == 3
     assert "source order  restored" in whole
+    assert "the step respects the lengths" in whole
     padding = float(re.search(r"^padding +([\d.]+)%", whole, re.MULTILINE)[1])
     random = float(re.search(r"same budget the padding is ([\d.]+)%", whole)[1])
     assert padding < random / 2
