@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from collate.errors import LengthError
-from collate.padding import Array, Int64Array, Number
+from collate.padding import Array, Int64Array, Number, real_places
 
 Integers: TypeAlias = Tensor | Array | Sequence[int]
 Order: TypeAlias = Literal["longest", "given"] | Integers
@@ -167,6 +167,8 @@ def check_declared(
 def real_steps(lengths: Tensor, width: int, device: torch.device | None = None) -> Tensor:
     """The mask that lengths int64 `[B]` make: bool `[B, width]` on `device`, True where a step is real."""
     device = device or lengths.device
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.from_numpy(real_places(cast(Int64Array, lengths.numpy()), width))
     return torch.arange(width, device=device) < lengths.to(device, non_blocking=True)[:, None]
 
 

@@ -34,10 +34,11 @@ from collate.padding import (
     Widths,
     check_padding_value,
     check_widths,
-    copy_rows,
+    join_rows,
     padded_width,
     place_steps,
     read_rows,
+    real_places,
 )
 from collate.transport import reduce, travels
 
@@ -155,7 +156,7 @@ class LengthTrackedBatch:
         if shape[0] > len(order):
             lengths = np.append(lengths, np.zeros(shape[0] - len(order), np.int64))
             places = np.append(order, np.arange(len(order), shape[0]))
-        real = np.arange(shape[1]) < lengths[:, None]
+        real = real_places(lengths, shape[1])
         padded = _pad(rows, order, real, value)
         mask = torch.from_numpy(real) if padded.is_cpu else None
         return cls.trusted(padded, torch.from_numpy(lengths), mask, torch.from_numpy(places), padding_value=value)
@@ -488,10 +489,10 @@ class LengthTrackedBatch:
 
 
 def _pad(rows: Rows, order: Int64Array, real: Mask, value: Number) -> Tensor:
-    if not rows.are_short and rows.are_plain:
-        return copy_rows(rows, order, real.shape, value)
-    steps = rows.joined(order)
-    if isinstance(steps, Tensor) and (steps.requires_grad or not steps.is_cpu):
+    if not rows.are_short:
+        return join_rows(rows, order, real.shape, value)
+    steps = rows.join(rows.in_order(order), int(rows.lengths.sum()))
+    if steps.requires_grad or not steps.is_cpu:
         return scatter_steps(steps, to_device(np.flatnonzero(real), steps.device), real.shape, value)
     return place_steps(steps, real, rows.dtype, value)
 

@@ -1,15 +1,14 @@
 """A list of variable-length rows -> one padded block.
 
-Short rows are joined once and scattered once; long rows are copied slice by slice into an uninitialised block of
-which only the tails are filled.
+Short rows are joined once and scattered once; long rows are written into an uninitialised block with their tails of
+padding between them, in one pass.
 """
 
-import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +23,9 @@ Number: TypeAlias = int | float | bool
 Mask: TypeAlias = npt.NDArray[np.bool_]
 Widths: TypeAlias = int | Sequence[int] | None
 
-# Below this many bytes a row one scatter beats a slice copy per row: 256 rows of 30 int64 (240 bytes) take a third
-# of the time, 512 rows of 200 (1,600 bytes) break even, 64 rows of 100 x 40 float32 (16,000 bytes) take twice as long.
-SHORT_ROW_BYTES = 2048
+# Below this mean length one scatter of all steps beats a piece per row: 256 rows of 30 int64 take half the time, of
+# 400 about the same. Steps with feature axes are scattered six times as slowly; torch's pieces cost twice NumPy's.
+SHORT_STEPS, SHORT_STEPS_WITH_FEATURES = 400, 12
 
 # NumPy has no name for bfloat16 and its like: their bits cross it as integers of the same size.
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -52,45 +51,56 @@ class Rows:
 
     @property
     def are_short(self) -> bool:
-        """Whether joining all rows is faster than copying each."""
-        size = self.dtype.itemsize * math.prod(self.features)
-        return int(self.lengths.sum()) * size < SHORT_ROW_BYTES * len(self.items)
-
-    @property
-    def are_plain(self) -> bool:
-        """Whether NumPy can copy the rows: they are on the host, and carry no gradient."""
-        if isinstance(self.items[0], np.ndarray):
-            return True
-        tensors = cast("Sequence[Tensor]", self.items)
-        return {row.is_cpu for row in tensors} == {True} and {row.requires_grad for row in tensors} == {False}
+        """Whether one scatter of all steps is faster than joining row by row."""
+        limit = SHORT_STEPS_WITH_FEATURES if self.features else SHORT_STEPS
+        of_tensors = isinstance(self.items[0], Tensor)
+        return int(self.lengths.sum()) < (2 * limit if of_tensors else limit) * len(self.items)
 
     def clipped(self, max_length: int) -> "Rows":
-        """The same rows, cut to their first `max_length` steps."""
+        """The same rows, cut to their first `max_length` steps.
+
+        Raises:
+            ValueError: A row has no axis to be cut along.
+        """
         if int(self.lengths.max()) <= max_length:
             return self
+        if 0 in {row.ndim for row in self.items}:
+            check_shapes(self.items, self.name)
         items = [row[:max_length] for row in self.items]
         return replace(self, items=cast("list[Tensor]", items), lengths=np.minimum(self.lengths, max_length))
 
-    def joined(self, order: Int64Array) -> Tensor | Array:
-        """All steps, row after row in the order given: `[sum L, *F]`, on the rows' device; gradients flow.
+    def in_order(self, order: Int64Array) -> list[Any]:
+        """The items in another order, int64 `[B]`."""
+        return [self.items[place] for place in order.tolist()]
+
+    def join(self, pieces: list[Any], steps: int) -> Tensor:
+        """Items, and whatever else is of their kind, one after the other; gradients flow.
+
+        Args:
+            pieces: tensors or arrays `[L_i, *F]`, as the items are.
+            steps: their lengths' sum.
+
+        Returns:
+            `[steps, *F]` on the rows' device, memory of its own.
 
         Raises:
-            ValueError: Numbers of axes or feature shapes differ.
-            RuntimeError: torch cannot join the rows for another reason, such as different devices.
+            ValueError: Numbers of axes or feature shapes of the items differ.
+            RuntimeError: torch cannot join the pieces for another reason, such as different devices.
         """
-        items = [self.items[i] for i in order.tolist()]
         try:
-            if isinstance(items[0], Tensor):
-                steps: Tensor | Array = torch.cat(cast("list[Tensor]", items))
+            if isinstance(pieces[0], Tensor):
+                joined = torch.cat(pieces)
             else:
-                steps = np.concatenate(cast("list[Array]", items))
+                # Large blocks from NumPy's own allocator are new pages each time, and take half as long again.
+                joined = torch.empty((steps, *self.features), dtype=self.dtype)
+                np.concatenate(pieces, out=joined.numpy())
         except (ValueError, RuntimeError):
             check_shapes(self.items, self.name)
             raise
-        if tuple(steps.shape[1:]) != self.features:
+        if tuple(joined.shape[1:]) != self.features:
             # torch takes a row of shape [0] for an empty one of any number of axes.
             check_shapes(self.items, self.name)
-        return steps
+        return joined
 
 
 def read_rows(values: Sequence[object], name: str = "sequences") -> Rows:
@@ -119,7 +129,7 @@ def read_rows(values: Sequence[object], name: str = "sequences") -> Rows:
     return Rows(items, _lengths(items, name), tuple(items[0].shape[1:]), dtype, name)
 
 
-def place_steps(steps: Tensor | Array, real: Mask, dtype: torch.dtype, padding_value: Number) -> Tensor:
+def place_steps(steps: Tensor, real: Mask, dtype: torch.dtype, padding_value: Number) -> Tensor:
     """Spread joined steps over a new padded block.
 
     Args:
@@ -132,36 +142,52 @@ def place_steps(steps: Tensor | Array, real: Mask, dtype: torch.dtype, padding_v
         `[rows, T, *F]` on the CPU, memory of its own.
     """
     block = torch.full((*real.shape, *steps.shape[1:]), padding_value, dtype=dtype)
-    _bits(block)[real] = _bits(steps) if isinstance(steps, Tensor) else steps
+    _bits(block)[real] = _bits(steps)
     return block
 
 
-def copy_rows(rows: Rows, order: Int64Array, shape: tuple[int, int], padding_value: Number) -> Tensor:
-    """Copy plain rows one by one into an uninitialised block, and fill their tails.
+def join_rows(rows: Rows, order: Int64Array, shape: tuple[int, int], padding_value: Number) -> Tensor:
+    """Join rows and their tails of padding: every place of the block is written once.
 
     Args:
-        rows: B rows that `are_plain`.
+        rows: B rows, on one device; gradients flow back to tensors that require them.
         order: int64 `[B]`, the row of `rows` that each row of the block takes.
         shape: rows (at least B) and steps of the block; rows beyond B hold padding only.
         padding_value: what the padding holds; the dtype must be able to hold it (`check_padding_value`).
 
     Returns:
-        `[*shape, *F]` on the CPU, memory of its own.
+        `[*shape, *F]` on the rows' device, memory of its own.
 
     Raises:
         ValueError: Numbers of axes or feature shapes differ.
     """
-    check_shapes(rows.items, rows.name)
-    block = torch.empty((*shape, *rows.features), dtype=rows.dtype)
-    # NumPy copies a slice in a fifth of the time that torch takes to begin with one.
-    items = [_bits(row) if isinstance(row, Tensor) else row for row in rows.items]
-    bits, value = _bits(block), _bits(torch.tensor(padding_value, dtype=rows.dtype))
-    for row, i in zip(bits, order.tolist(), strict=False):
-        steps = len(items[i])
-        row[:steps] = items[i]
-        row[steps:] = value
-    bits[len(order) :] = value
-    return block
+    if not rows.lengths.all():
+        # An empty row is left out below, so that joining does not compare its shape with the others'.
+        check_shapes(rows.items, rows.name)
+    lengths = rows.lengths[order].tolist()
+    like = rows.items[0]
+    device = like.device if isinstance(like, Tensor) else None
+    padding = torch.full((shape[1], *rows.features), padding_value, dtype=rows.dtype, device=device)
+    tails: Any = padding if isinstance(like, Tensor) else padding.numpy()
+    # Few lengths are different, and a slice costs as much as joining a short row.
+    tail_of = {length: tails[length:] for length in {0, *lengths}}
+    pieces: list[Any] = []
+    for place, length in zip(order.tolist(), lengths, strict=True):
+        row = rows.items[place]
+        # torch joins one by one as soon as one piece is empty; what is differentiated stays in the graph nevertheless.
+        if length or (isinstance(row, Tensor) and row.requires_grad):
+            pieces.append(row)
+        if length < shape[1]:
+            pieces.append(tail_of[length])
+    pieces += [tails] * (shape[0] - len(order))
+    return rows.join(pieces, shape[0] * shape[1]).view(*shape, *rows.features)
+
+
+def real_places(lengths: Int64Array, width: int) -> Mask:
+    """The mask that lengths int64 `[B]`, each at most `width`, make on the host: bool `[B, width]`."""
+    # Comparing small integers takes a quarter of the time.
+    dtype = np.int16 if width < 2**15 else np.int64
+    return cast(Mask, np.less(np.arange(width, dtype=dtype), lengths.astype(dtype)[:, None]))
 
 
 def padded_width(longest: int, widths: Widths) -> int:
@@ -277,10 +303,12 @@ def _array_of_list(value: list[Number], place: int, name: str) -> Array:
 
 def _lengths(items: Sequence[Tensor] | Sequence[Array], name: str) -> Int64Array:
     try:
-        if isinstance(items[0], Tensor):
-            # len() of a tensor takes four times as long as its shape.
-            return np.array([shape[0] for shape in [row.shape for row in items]])
-        return np.fromiter(map(len, items), np.int64, len(items))
+        if not isinstance(items[0], Tensor):
+            return np.fromiter(map(len, items), np.int64, len(items))
+        # len() of a tensor takes six times as long as its number of elements, four times as long as its shape.
+        tensors = cast("Sequence[Tensor]", items)
+        counts = [row.numel() for row in tensors] if items[0].ndim == 1 else [row.shape[0] for row in tensors]
+        return np.fromiter(counts, np.int64, len(counts))
     except (TypeError, IndexError):
         check_shapes(items, name)
         raise

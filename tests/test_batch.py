@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import DTYPES, ORDERS, lengths, order_of, sequences
+from strategies import DTYPES, ORDERS, fill, lengths, order_of, sequences
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 from torch.utils import _pytree as pytree
@@ -75,14 +75,33 @@ def test_longest_first_is_stable(rows):
     assert batch.permutation.tolist() == sorted(range(len(rows)), key=lambda place: -counts[place])
 
 
-@pytest.mark.parametrize("width", [3, 400])
+@pytest.mark.parametrize("features", [(), (3,)])
+@pytest.mark.parametrize("width", [3, 700])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_short_and_long_rows_are_padded_alike(dtype, width):
-    rows = [torch.ones(length * width, 3).to(dtype) for length in (1, 0, 4, 2)]
-    strided = [torch.ones(length * width, 6).to(dtype)[:, ::2] for length in (1, 0, 4, 2)]
-    batch = LengthTrackedBatch.from_sequences(rows, padding_value=0)
-    assert torch.equal(batch.padded, pad_sequence([rows[i] for i in batch.permutation.tolist()], batch_first=True))
-    assert torch.equal(batch.padded, LengthTrackedBatch.from_sequences(strided, padding_value=0).padded)
+def test_short_and_long_rows_are_padded_alike(dtype, width, features):
+    counts = [length * width for length in (1, 0, 4, 2)]
+    rng = np.random.default_rng(0)
+    rows = [fill(rng, (count, *features), dtype) for count in counts]
+    strided = [torch.stack([row, row], -1)[..., 0] for row in rows]
+    expected = pad_sequence([rows[i] for i in (2, 3, 0, 1)], batch_first=True, padding_value=1)
+    kinds = [rows, strided] if dtype == torch.bfloat16 else [rows, strided, [row.numpy() for row in rows]]
+    for kind in kinds:
+        batch = LengthTrackedBatch.from_sequences(kind, padding_value=1)
+        assert torch.equal(batch.padded, expected)
+        assert batch.padded.untyped_storage().nbytes() == batch.padded.nbytes
+
+
+def test_gradients_flow_through_long_rows():
+    rows = [torch.randn(count, 2, requires_grad=True) for count in (40, 0, 90)]
+    (LengthTrackedBatch.from_sequences(rows).padded ** 2).sum().backward()
+    assert all(torch.equal(row.grad, 2 * row) for row in rows)
+
+
+@pytest.mark.parametrize("first", [torch.zeros(3), torch.zeros(2000), torch.zeros(2000).numpy()])
+def test_an_empty_row_of_another_shape_is_refused(first):
+    rows = [first, first[:0, None]]
+    with pytest.raises(ValueError, match="all samples must have one feature shape"):
+        LengthTrackedBatch.from_sequences(rows)
 
 
 @given(sequences(), ORDERS)
