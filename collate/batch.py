@@ -305,7 +305,7 @@ class LengthTrackedBatch:
         Raises:
             ValueError: The axis does not hold one entry per row.
         """
-        back = np.argsort(self.permutation.numpy(), kind="stable")
+        back = self.permutation.argsort(stable=True)
         if tensor is not None:
             if tensor.shape[dim] != len(self):
                 raise ValueError(
@@ -313,7 +313,7 @@ class LengthTrackedBatch:
                     "pass dim=, the axis of the rows"
                 )
             return tensor.index_select(dim, to_device(back, tensor.device))
-        return self._rows(torch.from_numpy(back))
+        return self._rows(back)
 
     # --- in pieces
 
@@ -478,7 +478,7 @@ class LengthTrackedBatch:
 
     def _rows(self, rows: Tensor) -> Self:
         places = self.permutation[rows]
-        index = to_device(cast(Int64Array, rows.numpy()), self.device)
+        index = to_device(rows, self.device)
         padded, mask = self.padded.index_select(0, index), self.mask.index_select(0, index)
         return self._changed(padded=padded, lengths=self.lengths[rows], mask=mask, permutation=places)
 

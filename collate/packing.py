@@ -72,9 +72,9 @@ def scatter_steps(steps: Tensor, index: Tensor, shape: tuple[int, int], padding_
     return _scatter(steps, index, shape, padding_value)
 
 
-def to_device(places: Int64Array, device: torch.device) -> Tensor:
+def to_device(places: Int64Array | Tensor, device: torch.device) -> Tensor:
     """Send an index map to the device without waiting for it: int64, pinned on the way to an accelerator."""
-    index = torch.from_numpy(places)
+    index = torch.as_tensor(places)
     if device.type == "cpu":
         return index
     return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)

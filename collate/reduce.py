@@ -1,7 +1,7 @@
 """Losses, means and last steps that see real steps only."""
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 import torch.distributed as dist
@@ -11,11 +11,12 @@ from collate.agreement import aligned
 from collate.batch import LengthTrackedBatch
 from collate.errors import LengthError
 
+LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Reduction: TypeAlias = Literal["token", "sequence", "sum"]
 
 
 def sequence_loss(
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    loss_fn: LossFunction,
     output: LengthTrackedBatch,
     target: LengthTrackedBatch,
     *,
@@ -35,29 +36,26 @@ def sequence_loss(
             of these over the rows that are not empty (or not weighted to zero). `"sum"`: the sum over real steps.
 
     Returns:
-        A scalar on the output's device; 0 where there is no real step.
+        A scalar on the output's device, float32 or wider (losses of half precision are summed in float32); 0 where
+        there is no real step.
 
     Raises:
-        LengthError: Output and target differ in their lengths or in their rows' order.
+        LengthError: Output and target differ in their lengths or in their rows' order (not looked at in compiled code).
         ValueError: `loss_fn` does not give one loss per step, weights are not `[B, T]`, or the reduction is unknown.
     """
-    _check_pair(output, target)
-    losses = loss_fn(output.flat(), target.flat())
-    if losses.shape != (output.num_tokens,):
-        raise ValueError(
-            f"loss_fn must give one loss per real step, [{output.num_tokens}], got {list(losses.shape)}: use "
-            'reduction="none", and sum or average feature axes inside it'
-        )
-    counts = None if weights is None else _flat_weights(weights, output)
-    if counts is not None:
-        losses = losses * counts
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction must be 'token', 'sequence' or 'sum', got {reduction!r}")
+    if weights is not None and weights.shape != output.mask.shape:
+        raise ValueError(f"weights must be [B, T] = {list(output.mask.shape)}, got {list(weights.shape)}")
+    losses_of = _dense_losses if torch.compiler.is_compiling() else _flat_losses
+    losses, counts = losses_of(loss_fn, output, target, weights)
     if reduction == "sum":
         return losses.sum()
     if reduction == "token":
         return losses.sum() / (max(output.num_tokens, 1) if counts is None else _not_zero(counts.sum()))
-    if reduction == "sequence":
-        return _mean_of_rows(losses, counts, output)
-    raise ValueError(f"reduction must be 'token', 'sequence' or 'sum', got {reduction!r}")
+    sums = _row_sums(losses, output)
+    totals = _row_sums(torch.ones_like(losses) if counts is None else counts, output)
+    return (sums / _not_zero(totals)).sum() / _not_zero((totals != 0).sum())
 
 
 def masked_mean(batch: LengthTrackedBatch) -> Tensor:
@@ -123,18 +121,54 @@ def _check_pair(output: LengthTrackedBatch, target: LengthTrackedBatch) -> None:
     )
 
 
-def _flat_weights(weights: Tensor, output: LengthTrackedBatch) -> Tensor:
-    if weights.shape != output.mask.shape:
-        raise ValueError(f"weights must be [B, T] = {list(output.mask.shape)}, got {list(weights.shape)}")
-    return output.with_padded(weights).flat()
+def _flat_losses(
+    loss_fn: LossFunction, output: LengthTrackedBatch, target: LengthTrackedBatch, weights: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Each real step's loss and weight, `[M]`: the loss sees nothing else."""
+    _check_pair(output, target)
+    losses = _per_step(loss_fn, output.flat(), target.flat())
+    if weights is None:
+        return losses, None
+    counts = output.with_padded(weights).flat().to(losses.dtype)
+    return losses * counts, counts
 
 
-def _mean_of_rows(losses: Tensor, counts: Tensor | None, output: LengthTrackedBatch) -> Tensor:
-    lengths = output.lengths.to(losses.device, non_blocking=True)
-    rows = torch.repeat_interleave(torch.arange(len(output), device=losses.device), lengths, output_size=len(losses))
-    sums = losses.new_zeros(len(output)).index_add(0, rows, losses)
-    total = lengths.to(losses.dtype) if counts is None else counts.new_zeros(len(output)).index_add(0, rows, counts)
-    return (sums / _not_zero(total)).sum() / _not_zero((total != 0).sum())
+def _dense_losses(
+    loss_fn: LossFunction, output: LengthTrackedBatch, target: LengthTrackedBatch, weights: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Each step's loss and weight, `[B, T]`, 0 in the padding: a graph cannot hold shapes that depend on lengths."""
+    mask = output.mask
+    losses = _per_step(loss_fn, _all_real(output), _all_real(target)).reshape(mask.shape)
+    counts = torch.where(mask, 1 if weights is None else weights, 0).to(losses.dtype)
+    return torch.where(mask, losses * counts, 0), counts
+
+
+def _all_real(batch: LengthTrackedBatch) -> Tensor:
+    """All steps `[B * T, *F]`, with a real step's value wherever there is padding, so that any loss can take them."""
+    real = batch.mask.flatten()
+    steps = batch.padded.flatten(0, 1)
+    stand_in = steps.detach().index_select(0, real.to(torch.uint8).argmax().reshape(1))
+    # A batch without any real step has no such value; 0 is a class, and a number, wherever there is one.
+    return torch.where(aligned(real, steps), steps, torch.where(real.any(), stand_in, torch.zeros_like(stand_in)))
+
+
+def _per_step(loss_fn: LossFunction, output: Tensor, target: Tensor) -> Tensor:
+    losses = loss_fn(output, target)
+    if losses.shape != output.shape[:1]:
+        raise ValueError(
+            f"loss_fn must give one loss per real step, [{len(output)}], got {list(losses.shape)}: use "
+            'reduction="none", and sum or average feature axes inside it'
+        )
+    return losses.to(torch.promote_types(losses.dtype, torch.float32))
+
+
+def _row_sums(values: Tensor, batch: LengthTrackedBatch) -> Tensor:
+    """Sums over each row's steps, `[B]`, of values `[B, T]` or `[M]`."""
+    if values.dim() == 2:
+        return values.sum(1)
+    lengths = batch.lengths.to(values.device, non_blocking=True)
+    rows = torch.repeat_interleave(torch.arange(len(batch), device=values.device), lengths, output_size=len(values))
+    return values.new_zeros(len(batch)).index_add(0, rows, values)
 
 
 def _not_zero(count: Tensor) -> Tensor:

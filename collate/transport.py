@@ -62,7 +62,15 @@ def travels(cls: type[Batch]) -> type[Batch]:
         value, first_step = context
         return cls.trusted(padded, lengths, mask, permutation, padding_value=value, first_step=first_step)
 
-    pytree.register_pytree_node(cls, _flatten, unflatten, serialized_type_name=f"lengthtrack.{cls.__name__}")
+    pytree.register_pytree_node(
+        cls,
+        _flatten,
+        unflatten,
+        serialized_type_name=f"lengthtrack.{cls.__name__}",
+        to_dumpable_context=list,
+        from_dumpable_context=tuple,
+        flatten_with_keys_fn=_flatten_with_keys,
+    )
     torch.serialization.add_safe_globals([cls, unreduce])
     return cls
 
@@ -87,5 +95,13 @@ def unreduce(cls: type[Batch], padded: Tensor, lengths: bytes, places: bytes, *r
     return cls.trusted(padded, counts, None, permutation, padding_value=value, first_step=cast(int, first_step))
 
 
+_PARTS = ("padded", "lengths", "mask", "permutation")
+
+
 def _flatten(batch: Traveller) -> tuple[list[Tensor], tuple[Number | None, int]]:
-    return [batch.padded, batch.lengths, batch.mask, batch.permutation], (batch.padding_value, batch.first_step)
+    return [getattr(batch, name) for name in _PARTS], (batch.padding_value, batch.first_step)
+
+
+def _flatten_with_keys(batch: Traveller) -> tuple[list[tuple[pytree.KeyEntry, Tensor]], tuple[Number | None, int]]:
+    parts, context = _flatten(batch)
+    return [(pytree.GetAttrKey(name), part) for name, part in zip(_PARTS, parts, strict=True)], context

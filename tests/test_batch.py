@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 from torch.utils import _pytree as pytree
 
-from collate import LengthError, LengthTrackedBatch
+from collate import LengthError, LengthTrackedBatch, last_step, masked_mean
 
 
 def agrees(batch: LengthTrackedBatch) -> None:
@@ -310,12 +310,44 @@ def test_new_values_leave_the_padding_unspecified_and_may_bring_new_lengths():
     assert shorter.lengths.tolist() == [3, 2]
 
 
-def test_compiled_code_makes_the_same_batch_without_a_graph_break():
-    def run(batch: LengthTrackedBatch) -> LengthTrackedBatch:
-        return batch.map(torch.relu).with_padded(batch.padded[:, :2], batch.lengths.clamp(max=2))
+class Model(nn.Module):
+    """All that a batch goes through in a compiled or exported model."""
 
-    batch = LengthTrackedBatch.from_sequences([torch.randn(3), torch.randn(5)])
-    assert same(torch.compile(run, backend="eager", fullgraph=True)(batch), run(batch))
+    def __init__(self):
+        super().__init__()
+        self.widen = nn.Linear(2, 3)
+
+    def forward(self, batch):
+        hidden = batch.map(self.widen)
+        shorter = hidden.with_padded(hidden.padded[:, :2], hidden.lengths.clamp(max=2))
+        return hidden, shorter, hidden.unsort(), masked_mean(hidden), last_step(shorter), batch.key_padding_mask
+
+
+def alike(left, right):
+    for ours, expected in zip(pytree.tree_leaves(left), pytree.tree_leaves(right), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_models_give_the_same_batches_without_a_graph_break(backend):
+    torch.compiler.reset()
+    model = Model()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for counts in ([3, 5, 1], [5, 5, 4], [1, 0, 6, 2]):
+        batch = LengthTrackedBatch.from_sequences([torch.randn(count, 2) for count in counts])
+        alike(compiled(batch), model(batch))
+        agrees(compiled(batch)[1])
+
+
+def test_an_exported_model_takes_and_gives_batches_after_a_journey_through_a_file(tmp_path):
+    model = Model()
+    batch = LengthTrackedBatch.from_sequences([torch.randn(count, 2) for count in (3, 5, 1)])
+    torch.export.save(torch.export.export(model, (batch,)), tmp_path / "model.pt2")
+    exported = torch.export.load(tmp_path / "model.pt2").module()
+    other = LengthTrackedBatch.from_sequences([torch.randn(count, 2) for count in (2, 2, 5)])
+    for given_batch in (batch, other):
+        alike(exported(given_batch), model(given_batch))
+    assert isinstance(exported(batch)[0], LengthTrackedBatch)
 
 
 def test_two_steps_of_a_pinned_batch_need_an_accelerator():

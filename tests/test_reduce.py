@@ -1,5 +1,8 @@
 """Losses and means over real steps, against one sequence at a time."""
 
+import itertools
+from shutil import which
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -69,6 +72,61 @@ def test_class_weights_and_ignored_labels_leave_the_number_of_steps_as_it_is():
     weighted = nn.CrossEntropyLoss(reduction="none", weight=torch.arange(CLASSES, **FLOATS), ignore_index=2)
     expected = sum(weighted(x, y).sum() for x, y in zip(logits, labels, strict=True)) / 4
     torch.testing.assert_close(sequence_loss(weighted, output, target), expected)
+
+
+COMPILERS = [
+    "eager",
+    "aot_eager",
+    pytest.param("inductor", marks=pytest.mark.skipif(not which("g++"), reason="no g++")),
+]
+NEEDS_COMPILER = pytest.mark.skipif(which("g++") is None, reason="needs a C++ compiler")
+LOSSES = {
+    "labels": (nn.CrossEntropyLoss(reduction="none", label_smoothing=0.1), lambda labels: labels),
+    "weighted labels": (nn.CrossEntropyLoss(reduction="none", weight=torch.ones(CLASSES, **FLOATS)), lambda y: y),
+    "values": (
+        lambda output, target: (output - target).square().sum(-1),
+        lambda y: nn.functional.one_hot(y.clamp(min=0), CLASSES).to(torch.float64),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.parametrize(
+    ("backend", "name", "weighted"),
+    [
+        *itertools.product(["eager", "aot_eager"], LOSSES, [False, True]),
+        pytest.param("inductor", "labels", True, marks=NEEDS_COMPILER),
+    ],
+)
+def test_compiled_losses_equal_eager_ones_without_a_graph_break(backend, name, weighted):
+    loss_fn, as_target = LOSSES[name]
+
+    def run(output, target, weights, reduction):
+        return sequence_loss(loss_fn, output, target, weights=weights, reduction=reduction)
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, backend=backend, fullgraph=True)
+    for counts in ([3, 5, 0, 1], [5, 1, 1, 0], [0, 0, 0, 0]):
+        _, _, output, target = pair(counts, padding=torch.nan)
+        target = target.with_padded(as_target(target.padded))
+        weights = torch.where(output.mask, torch.rand(output.mask.shape, **FLOATS), torch.nan) if weighted else None
+        leaf = output.padded.detach().requires_grad_()
+        for reduction in ("token", "sequence", "sum"):
+            losses = [f(output.with_padded(leaf), target, weights, reduction) for f in (run, compiled)]
+            torch.testing.assert_close(*losses)
+            torch.testing.assert_close(*[torch.autograd.grad(loss, leaf)[0] for loss in losses])
+
+
+def test_half_precision_losses_of_many_steps_are_summed_in_single_precision():
+    count = 70_000
+    output = LengthTrackedBatch.from_sequences([torch.ones(count, dtype=torch.float16)])
+    zeros = output.with_padded(torch.zeros_like(output.padded))
+    weights = torch.ones(1, count, dtype=torch.float16)
+    for options in ({}, {"weights": weights}, {"reduction": "sequence"}):
+        loss = sequence_loss(nn.MSELoss(reduction="none"), output, zeros, **options)
+        assert loss.dtype == torch.float32
+        assert loss == 1
+    assert sequence_loss(nn.MSELoss(reduction="none"), output, zeros, reduction="sum") == count
 
 
 @pytest.mark.parametrize(
