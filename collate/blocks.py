@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-State: TypeAlias = Tensor | tuple[Tensor, Tensor]
+State: TypeAlias = Tensor | tuple[Tensor, ...]
 
 _KERNELS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "RNN_TANH": torch.rnn_tanh,
@@ -25,17 +25,19 @@ _KERNELS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 }
 
 
-def is_faster_in_blocks(rnn: nn.RNNBase, packed: PackedSequence) -> bool:
+def is_faster_in_blocks(rnn: nn.Module, packed: PackedSequence) -> bool:
     """Whether blocks are the fastest exact way for this module, on this device, with or without gradients.
 
     The CPU's packed kernels slice all steps once per step, and differentiating that is quadratic in T: blocks train
     1.7 to 3.1 times (GRU) and 3.2 to 12 times (LSTM) as fast (`benchmarks/rnn.py`). Without gradients only the LSTM
     gains, through oneDNN. cuDNN takes packed batches well. A module with hooks, or of a class of the user's own, is
-    called as it is.
+    called as it is; so is one in float16 under autocast, which torch can join no blocks in.
     """
     hooked = any(vars(rnn)[name] for name in ("_forward_hooks", "_forward_pre_hooks"))
-    plain = type(rnn) in (nn.RNN, nn.GRU, nn.LSTM) and not hooked
-    return plain and packed.data.is_cpu and (rnn.mode == "LSTM" or torch.is_grad_enabled())
+    if type(rnn) not in (nn.RNN, nn.GRU, nn.LSTM) or hooked or not packed.data.is_cpu:
+        return False
+    joins = packed.data.dtype != torch.float16 or not torch.is_autocast_enabled("cpu")
+    return joins and (isinstance(rnn, nn.LSTM) or torch.is_grad_enabled())
 
 
 def run_blocks(rnn: nn.RNNBase, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
@@ -59,9 +61,9 @@ def run_blocks(rnn: nn.RNNBase, packed: PackedSequence, hx: State | None) -> tup
 
 
 def each_part(state: State | None, change: Callable[[Tensor], Tensor]) -> Any:
-    """Change a state that may be absent, or a pair."""
+    """Change a state that may be absent, or a tuple of tensors."""
     if isinstance(state, tuple):
-        return change(state[0]), change(state[1])
+        return tuple(map(change, state))
     return None if state is None else change(state)
 
 

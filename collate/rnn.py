@@ -1,10 +1,12 @@
 """Run a recurrent module on a batch: each row as if it were alone."""
 
+from functools import partial
 from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from collate.batch import LengthTrackedBatch
 from collate.blocks import State, each_part, is_faster_in_blocks, run_blocks
@@ -12,11 +14,13 @@ from collate.errors import LengthError
 from collate.packing import to_device
 
 
-def apply_rnn(rnn: nn.RNNBase, batch: LengthTrackedBatch, hx: State | None = None) -> tuple[LengthTrackedBatch, State]:
-    """Run `nn.RNN`, `nn.GRU` or `nn.LSTM` over the real steps of every row.
+def apply_rnn(rnn: nn.Module, batch: LengthTrackedBatch, hx: State | None = None) -> tuple[LengthTrackedBatch, State]:
+    """Run `nn.RNN`, `nn.GRU`, `nn.LSTM`, or a module of one's own around them, over the real steps of every row.
 
     Args:
-        rnn: the module, `batch_first` or not: batches are `[B, T, ...]` either way.
+        rnn: the module, `batch_first` or not: batches are `[B, T, ...]` either way. A module of one's own takes a
+            `PackedSequence`, and a state where one is given, and returns a `PackedSequence` of as many steps and a
+            state: a tensor `[*, B, *]` or a tuple of them, or None.
         batch: values `[B, T, input_size]`.
         hx: initial states `[layers * directions, B, H]` in batch order (for an LSTM a pair of them), on the batch's
             device; None starts from zeros.
@@ -29,9 +33,10 @@ def apply_rnn(rnn: nn.RNNBase, batch: LengthTrackedBatch, hx: State | None = Non
 
     Raises:
         LengthError: A backward direction is to go on from the state of an earlier chunk: it has yet to see later steps.
+        TypeError: A module of one's own does not return a `PackedSequence` and a state.
         ValueError: `hx` does not hold one state per row.
     """
-    if rnn.bidirectional and hx is not None and batch.first_step:
+    if getattr(rnn, "bidirectional", False) and hx is not None and batch.first_step:
         raise LengthError(
             f"a bidirectional module cannot be carried over chunks: the chunk at step {batch.first_step} would start "
             "its backward direction from a state that has not seen the steps after it. Run the whole batch at once"
@@ -42,9 +47,21 @@ def apply_rnn(rnn: nn.RNNBase, batch: LengthTrackedBatch, hx: State | None = Non
         return _run_nothing(rnn, batch, hx)
     # A packed batch holds the rows that are not empty, and wants a state for just these.
     rows = None if lengths.all() else to_device(np.flatnonzero(lengths), batch.device)
-    packed, start = batch.pack(), each_part(hx, lambda part: part if rows is None else part.index_select(1, rows))
-    packed, state = run_blocks(rnn, packed, start) if is_faster_in_blocks(rnn, packed) else rnn(packed, start)
+    start = hx if rows is None else each_part(hx, partial(torch.index_select, dim=1, index=rows))
+    packed, state = _run(rnn, batch.pack(), start)
     return batch.unpack(packed), state if rows is None else _put(state, rows, hx, len(batch))
+
+
+def _run(rnn: nn.Module, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
+    if is_faster_in_blocks(rnn, packed):
+        return run_blocks(cast(nn.RNNBase, rnn), packed, hx)
+    result = rnn(packed) if hx is None else rnn(packed, hx)
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], PackedSequence)):
+        raise TypeError(
+            f"{type(rnn).__name__} must take a PackedSequence and return a PackedSequence and a state, "
+            f"got {type(result).__name__}"
+        )
+    return result
 
 
 def _check_state(hx: State | None, rows: int) -> None:
@@ -56,26 +73,31 @@ def _check_state(hx: State | None, rows: int) -> None:
 def _put(state: State, rows: Tensor, hx: State | None, size: int) -> State:
     """Put the running rows' final states between the initial ones of the rows that are empty."""
     if isinstance(state, tuple):
-        h, c = (None, None) if hx is None else hx
-        return _put_part(state[0], rows, h, size), _put_part(state[1], rows, c, size)
-    return _put_part(state, rows, cast("Tensor | None", hx), size)
+        starts = hx if isinstance(hx, tuple) else [None] * len(state)
+        return tuple(_put_part(part, rows, start, size) for part, start in zip(state, starts, strict=True))
+    return state if state is None else _put_part(state, rows, cast("Tensor | None", hx), size)
 
 
 def _put_part(part: Tensor, rows: Tensor, hx: Tensor | None, size: int) -> Tensor:
-    kept = part.new_zeros(part.shape[0], size, part.shape[2]) if hx is None else hx.to(part.dtype)
+    kept = part.new_zeros(part.shape[0], size, *part.shape[2:]) if hx is None else hx.to(part.dtype)
     return kept.index_copy(1, rows, part)
 
 
-def _run_nothing(rnn: nn.RNNBase, batch: LengthTrackedBatch, hx: State | None) -> tuple[LengthTrackedBatch, State]:
+def _run_nothing(rnn: nn.Module, batch: LengthTrackedBatch, hx: State | None) -> tuple[LengthTrackedBatch, State]:
+    # What one step of one row gives says how wide outputs and states are; its values go nowhere.
+    step = PackedSequence(batch.padded.new_zeros(1, *batch.padded.shape[2:]), torch.tensor([1]))
+    with torch.no_grad():
+        packed, state = _run(rnn, step, each_part(hx, partial(torch.narrow, dim=1, start=0, length=1)))
     # Zero, but a zero that has every weight in its graph; no value is read, so that NaN weights do not matter.
-    anchor = torch.stack([weight.flatten()[:0].sum() for weight in rnn.parameters()]).sum()
-    directions = 2 if rnn.bidirectional else 1
-    width, layers = rnn.proj_size or rnn.hidden_size, rnn.num_layers * directions
-    zeros = anchor.expand(len(batch), batch.padded.shape[1], directions * width).clone()
+    anchor = sum((weight.flatten()[:0].sum() for weight in rnn.parameters()), torch.zeros((), device=batch.device))
+
+    def zeros(like: Tensor, *shape: int) -> Tensor:
+        return anchor.to(like.dtype).expand(shape).clone()
+
+    padded = zeros(packed.data, *batch.padded.shape[:2], *packed.data.shape[1:])
     outputs = batch.trusted(
-        zeros, batch.lengths, batch.mask, batch.permutation, padding_value=0, first_step=batch.first_step
+        padded, batch.lengths, batch.mask, batch.permutation, padding_value=0, first_step=batch.first_step
     )
-    if hx is None:
-        h = anchor.expand(layers, len(batch), width).clone()
-        hx = (h, anchor.expand(layers, len(batch), rnn.hidden_size).clone()) if rnn.mode == "LSTM" else h
-    return outputs, hx
+    if hx is not None:
+        return outputs, hx
+    return outputs, each_part(state, lambda part: zeros(part, part.shape[0], len(batch), *part.shape[2:]))
