@@ -1,6 +1,5 @@
 """PadCollator: a list of samples -> batches, every field in one row order."""
 
-import pickle
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypeVar, cast
 
@@ -23,6 +22,7 @@ from collate.padding import (
     read_rows,
 )
 from collate.structure import Columns, assemble, columns_of
+from collate.transport import try_to_send
 
 Shape: TypeAlias = tuple[int, int | tuple[int, ...]]
 Column: TypeAlias = Rows | Tensor | list[object]
@@ -121,6 +121,7 @@ class PadCollator:
         order = self._order(rows, len(samples))
         shape = self._shapes_of(rows, len(samples))
         fields = {name: self._field(name, column, order, shape) for name, column in (read | rows).items()}
+        _check_structure_can_travel(samples[0], columns)
         return assemble(samples[0], fields)
 
     def _read(self, name: str, values: list[object]) -> Column:
@@ -275,7 +276,9 @@ def _stacked(name: str, values: list[object]) -> Tensor:
                 f"sample 0 and {list(row.shape)} {row.dtype} in sample {place}"
             )
     if isinstance(like, Tensor):
-        return torch.stack(cast("list[Tensor]", rows))
+        stacked = torch.stack(cast("list[Tensor]", rows))
+        # A graph cannot leave a worker.
+        return stacked if get_worker_info() is None else stacked.detach()
     block = np.stack(rows)
     if block.dtype.kind not in "biufc":
         raise TypeError(f"{_called(name)} cannot be stacked: torch has no dtype for {block.dtype}")
@@ -301,9 +304,21 @@ def _check_can_travel(name: str, values: list[object]) -> None:
         if isinstance(value, _PLAIN):
             continue
         try:
-            pickle.dumps(value)
-        except (pickle.PicklingError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            try_to_send(value)
+        except Exception as error:
             raise TypeError(
                 f"{_called(name)}: the {type(value).__name__} in sample {place} cannot be sent from a worker "
                 f"({error}): leave the field out of the samples, or make it picklable"
-            ) from None
+            ) from error
+
+
+def _check_structure_can_travel(sample: object, columns: Columns) -> None:
+    if get_worker_info() is None:
+        return
+    try:
+        try_to_send(assemble(sample, dict.fromkeys(columns)))
+    except Exception as error:
+        raise TypeError(
+            f"a batch of the structure of its samples ({type(sample).__name__}) cannot be sent from a worker "
+            f"({error}): define named tuples at the top level of a module, and use plain keys"
+        ) from error

@@ -1,7 +1,9 @@
 """How a batch travels: through pickle, weights-only loading, and pytrees."""
 
 from collections.abc import Iterable
-from typing import Protocol, Self, TypeVar, cast
+from io import BytesIO
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, Protocol, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -96,6 +98,25 @@ def unreduce(cls: type[Batch], padded: Tensor, lengths: bytes, places: bytes, *r
 
 
 _PARTS = ("padded", "lengths", "mask", "permutation")
+
+
+def try_to_send(value: object) -> None:
+    """Pickle a value as the queue between a worker and its loader does, tensors' own memory left out.
+
+    Raises:
+        TypeError: A tensor in it has a history of operations, which cannot leave the process.
+        Exception: Whatever else pickling it raises.
+    """
+    _Trial(BytesIO()).dump(value)
+
+
+class _Trial(ForkingPickler):
+    def reducer_override(self, value: object) -> Any:
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        if value.requires_grad and not value.is_leaf:
+            raise TypeError("a tensor that was computed from others that require gradients: detach() it")
+        return bool, ()
 
 
 def _flatten(batch: Traveller) -> tuple[list[Tensor], tuple[Number | None, int]]:

@@ -185,12 +185,40 @@ def test_an_error_of_a_worker_reaches_the_user_as_itself():
         list(loader)
 
 
-def test_what_cannot_travel_from_a_worker_is_refused_instead_of_hanging():
+def history():
+    return [torch.ones(2, requires_grad=True) * 2]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (threading.Lock(), "field 'extra': the .* in sample 0 cannot be sent from a worker"),
+        ([threading.Lock()], "field 'extra': the list in sample 0"),
+        (lambda: None, "field 'extra': the function in sample 0"),
+        (history(), "field 'extra': the list in sample 0 .* requires? gradients: detach"),
+        (
+            namedtuple("Local", "x")([1]),
+            r"structure of its samples \(dict\) cannot be sent .* top level of a module",
+        ),
+    ],
+    ids=["lock", "list of locks", "lambda", "history", "local class"],
+)
+def test_what_cannot_travel_from_a_worker_is_refused_instead_of_hanging(extra, message):
+    options = {"batch_size": 6, "num_workers": 1, "multiprocessing_context": "fork", "timeout": 30}
+    with pytest.raises(TypeError, match=message):
+        list(DataLoader(Ragged(extra), collate_fn=PadCollator(), **options))
+
+
+def test_without_workers_any_object_goes_into_a_list():
     extra = threading.Lock()
-    loader = DataLoader(Ragged(extra), batch_size=6, num_workers=1, collate_fn=PadCollator(), timeout=30)
-    with pytest.raises(TypeError, match="field 'extra': the .* in sample 0 cannot be sent from a worker"):
-        list(loader)
-    assert len(next(iter(DataLoader(Ragged(extra), batch_size=6, collate_fn=PadCollator())))["extra"]) == 6
+    assert next(iter(DataLoader(Ragged(extra), batch_size=6, collate_fn=PadCollator())))["extra"] == [extra] * 6
+
+
+def test_stacked_tensors_leave_a_worker_without_their_graph():
+    weight = torch.ones(2, requires_grad=True)
+    loader = DataLoader(Ragged(weight * 2), batch_size=6, num_workers=1, collate_fn=PadCollator(stack=["extra"]))
+    assert next(iter(loader))["extra"].tolist() == [[2, 2]] * 6
+    assert PadCollator(stack=["w"])([{"w": weight}] * 2)["w"].requires_grad
 
 
 def test_the_collator_can_be_pickled():
