@@ -18,6 +18,7 @@ from collate.agreement import aligned
 from collate.batch import LengthTrackedBatch
 from collate.errors import LengthError
 from collate.structure import map_parts
+from collate.tracing import WithoutDropout, leaves_of
 
 Step: TypeAlias = Callable[[Any], Tensor]
 
@@ -26,7 +27,6 @@ ROWS, TRIES = 8, 4
 # The share of the loss that another value at a real step must move, at least: rounding of a single sum.
 ROUNDING = 1e-9
 
-_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _LIKELY = {
     "padding": (
         "a loss or mean that is not masked, or masked after it was reduced",
@@ -119,14 +119,15 @@ def check_step(
 ) -> StepReport:
     """Run a training step on batches that must make no difference, and on some that must.
 
-    Random state is held during the check and given back after it. A step with dropout is checked with `module` given,
-    whose dropout is switched off meanwhile; without it, only what leaves the random numbers in place is tried.
+    Random state is held during the check and given back after it, and all dropout of torch's is switched off meanwhile.
+    A step that draws random numbers nevertheless is tried only on what leaves them in place. Gradients of all leaves
+    that the loss depends on are compared.
 
     Args:
         step: takes a batch and returns a scalar loss; it must not call `backward` nor move an optimizer.
         batch: a `LengthTrackedBatch`, or a mapping, tuple or list with at least one in it; tensors and lists with an
             entry per row go with the rows. It should hold rows of different lengths, none of them empty.
-        module: what the step trains: gradients of its parameters are compared as well, its buffers are given back.
+        module: what the step trains: its buffers, such as running means, are given back after the check.
         seed: of the values tried, and of the step's own random numbers.
         tolerance: relative change of loss or gradients that counts as a difference.
 
@@ -136,16 +137,15 @@ def check_step(
     Raises:
         LengthError: The batch holds no `LengthTrackedBatch`, or none with padding to try.
     """
-    with _undisturbed(module):
-        return _Check(step, batch, module, seed, tolerance).report()
+    with _undisturbed(module), WithoutDropout():
+        return _Check(step, batch, seed, tolerance).report()
 
 
 class _Check:
     """One check: the step, the batch, and what the step gives for the batch as it is."""
 
-    def __init__(self, step: Step, batch: Any, module: nn.Module | None, seed: int, tolerance: float) -> None:
+    def __init__(self, step: Step, batch: Any, seed: int, tolerance: float) -> None:
         self.step, self.batch, self.seed, self.tolerance = step, batch, seed, tolerance
-        self.parameters = [p for p in module.parameters() if p.requires_grad] if module else []
         self.fields = dict(_fields(batch))
         if not self.fields:
             raise LengthError("the batch holds no LengthTrackedBatch: collate it with PadCollator")
@@ -153,6 +153,8 @@ class _Check:
         if all(int(field.lengths.min()) == field.padded.shape[1] for field in self.fields.values()):
             raise LengthError("no field has padding: check with rows of different lengths")
         self.values = torch.Generator().manual_seed(seed)
+        inputs = {id(field.padded) for field in self.fields.values()}
+        self.leaves = [leaf for leaf in leaves_of(self.loss_of(batch)) if id(leaf) not in inputs]
         self.loss, self.gradients = self.run(batch)
         self.skipped: list[str] = []
 
@@ -160,23 +162,26 @@ class _Check:
         found = [self.padding(), self.dead_step()]
         if self.is_random():
             self.skipped.append(
-                "width, order and company: the step draws random numbers; pass module= to hold its dropout"
+                "width, order and company: the step draws random numbers, other ones for a batch of another shape"
             )
         else:
             found += [self.width(), self.order(), self.company()]
         return StepReport(self.loss, tuple(finding for finding in found if finding), tuple(self.skipped))
 
-    def run(self, batch: Any, seed: int | None = None) -> tuple[float, list[Tensor]]:
-        """The step's loss and parameter gradients for a batch."""
+    def loss_of(self, batch: Any, seed: int | None = None) -> Tensor:
         torch.manual_seed(self.seed if seed is None else seed)
-        loss = self.step(batch)
-        if not self.parameters or not loss.requires_grad:
+        return self.step(batch)
+
+    def run(self, batch: Any) -> tuple[float, list[Tensor]]:
+        """The step's loss and gradients for a batch."""
+        loss = self.loss_of(batch)
+        if not self.leaves or not loss.requires_grad:
             return float(loss.detach()), []
-        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(loss, self.leaves, allow_unused=True, materialize_grads=True)
         return float(loss.detach()), [gradient.detach() for gradient in gradients]
 
     def is_random(self) -> bool:
-        return self.run(self.batch, self.seed + 1)[0] != self.loss
+        return float(self.loss_of(self.batch, self.seed + 1).detach()) != self.loss
 
     def padding(self) -> Finding | None:
         """Other values in the padding, one field at a time."""
@@ -320,23 +325,12 @@ class _Check:
 
 @contextmanager
 def _undisturbed(module: nn.Module | None) -> Iterator[None]:
-    """Give back random states, and a module's buffers and dropout, however the check ends."""
-    parts = list(module.modules()) if module else []
-    dropping = [part for part in parts if part.training and isinstance(part, _DROPOUT)]
-    rates = [(part, part.dropout) for part in parts if isinstance(part, (nn.RNNBase, nn.MultiheadAttention))]
+    """Give back random states, and a module's buffers, however the check ends."""
     kept = [(buffer, buffer.clone()) for buffer in (module.buffers() if module else [])]
     with torch.random.fork_rng():
         try:
-            for dropout in dropping:
-                dropout.train(mode=False)
-            for part, _ in rates:
-                part.dropout = 0.0
             yield
         finally:
-            for dropout in dropping:
-                dropout.train()
-            for part, rate in rates:
-                part.dropout = rate
             for buffer, value in kept:
                 buffer.data.copy_(value)
 
