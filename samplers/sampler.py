@@ -1,9 +1,10 @@
 """The batch sampler: batches alike in length for a `DataLoader`, on any number of replicas, from any position."""
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch.utils.data import Sampler
@@ -46,14 +47,16 @@ class LengthBucketBatchSampler(Sampler[list[int]]):
         widths: padded widths, as the collator's: a multiple, or the allowed ones; None pads to the longest row.
         indices: plan these samples only; None plans all.
         num_replicas: W; None takes the initialised process group's size, or 1.
-        rank: of this process; None takes the process group's, or 0.
+        rank: of this process; None takes the process group's, or 0. `"all"` gives the batches of all replicas, step by
+            step, to a loader that deals them out itself, as accelerate's `prepare` does: batch i goes to replica i % W.
 
     Raises:
         TypeError: Lengths or an option have the wrong type.
         LengthError: A length is negative, above every allowed width, or over the budget with `overlong="error"`.
         ValueError: An option is out of its range, no budget is given, no batch is left to plan, or the last step has
             fewer rows than replicas.
-        RuntimeError: A launcher started several processes, and their process group is not initialised.
+        RuntimeError: A launcher started several processes, and their process group is not initialised, or accelerate
+            may deal the batches out a second time.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class LengthBucketBatchSampler(Sampler[list[int]]):
         widths: Widths = None,
         indices: Indices | None = None,
         num_replicas: int | None = None,
-        rank: int | None = None,
+        rank: int | Literal["all"] | None = None,
     ) -> None:
         super().__init__()
         options = Options(
@@ -92,7 +95,8 @@ class LengthBucketBatchSampler(Sampler[list[int]]):
             widths=widths,
             indices=indices,
         )
-        self.num_replicas, self.rank = find_replica(num_replicas, rank)
+        self.num_replicas, found = find_replica(num_replicas, 0 if rank == "all" else rank)
+        self.rank: int | Literal["all"] = "all" if rank == "all" else found
         layout = lay_out(lengths, options)
         self._layout = layout
         self._cursor = Cursor(layout, self.num_replicas, partial(make_fingerprint, lengths, layout))
@@ -100,11 +104,26 @@ class LengthBucketBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Batches of this replica in a whole epoch: the same in each, and on every replica."""
-        return self._steps
+        return self._steps * self._share
 
-    def __iter__(self) -> "BatchIterator":
+    def __iter__(self) -> Iterator[list[int]]:
         """An iterator over one epoch's batches; which epoch is decided when it takes its first."""
-        return BatchIterator(self._cursor, self.rank)
+        return self._whole_steps() if self.rank == "all" else BatchIterator(self._cursor, self.rank)
+
+    def _whole_steps(self) -> Iterator[list[int]]:
+        """The batches of all replicas, step by step; who deals them out alone knows how far an epoch is.
+
+        Yields:
+            Samples of a batch.
+        """
+        course = self._cursor.begin(None)
+        for numbers in course.chunks():
+            yield from course.lists_of(numbers)
+
+    @property
+    def _share(self) -> int:
+        """Batches that an iterator gives in each step."""
+        return self.num_replicas if self.rank == "all" else 1
 
     @property
     def sampler(self) -> "LengthBucketBatchSampler":
@@ -127,7 +146,7 @@ class LengthBucketBatchSampler(Sampler[list[int]]):
     @property
     def remaining(self) -> int:
         """Batches that the next iterator will give: `len`, or fewer after `seek`."""
-        return self._cursor.coming.steps
+        return self._cursor.coming.steps * self._share
 
     def plan(self, epoch: int) -> BatchPlan:
         """All batches of an epoch, over all replicas.
@@ -153,8 +172,8 @@ class LengthBucketBatchSampler(Sampler[list[int]]):
         A loader's workers run ahead of training, so that only the training loop knows how many batches it has used.
 
         Args:
-            steps: batches used since the present iteration began: the last that has taken a batch, or if none has
-                since `seek` or `set_epoch` to another epoch, the one to come.
+            steps: batches that each replica has used since the present iteration began: the last that has taken a
+                batch, or if none has since `seek` or `set_epoch` to another epoch, the one to come.
 
         Returns:
             Five primitive values, under 1 kB, the same on all replicas: for `seek`, or for an iterator's
@@ -242,12 +261,14 @@ def find_replica(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
     Raises:
         TypeError: One of them is not an int.
         ValueError: They are out of range, or `num_replicas` is given without a rank that could be found.
-        RuntimeError: A launcher started several processes, and their process group is not initialised.
+        RuntimeError: A launcher started several processes, and their process group is not initialised, or accelerate
+            may deal the batches out a second time.
     """
     grouped = dist.is_available() and dist.is_initialized()
     if num_replicas is None:
         _refuse_missing_group(grouped=grouped)
         num_replicas = dist.get_world_size() if grouped else 1
+        _refuse_second_sharding(num_replicas, rank)
     num_replicas = check_count("num_replicas", num_replicas, least=1, hint="one process is 1")
     if rank is None:
         if num_replicas > 1 and not grouped:
@@ -257,6 +278,17 @@ def find_replica(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
     if rank >= num_replicas:
         raise ValueError(f"rank must be below num_replicas={num_replicas}, got {rank}: count replicas from 0")
     return num_replicas, rank
+
+
+def _refuse_second_sharding(num_replicas: int, rank: object) -> None:
+    # accelerate's prepare takes every W-th batch of what is the W-th part already, and says nothing.
+    accelerate = sys.modules.get("accelerate.state")
+    if num_replicas > 1 and rank is None and accelerate is not None and accelerate.is_initialized():
+        raise RuntimeError(
+            f"accelerate runs {num_replicas} processes, and its prepare would deal this replica's share out a second "
+            'time: give rank="all" to a batch sampler whose loader goes through prepare; or keep the loader out of it, '
+            "and give rank=accelerator.process_index"
+        )
 
 
 def _refuse_missing_group(*, grouped: bool) -> None:

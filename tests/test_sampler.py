@@ -23,7 +23,7 @@ LENGTHS = (np.arange(260) * 37 % 61 + 1).tolist()
 WORLDS = st.integers(1, 6)
 
 
-def make(replicas: int = 1, rank: int = 0, **options: Any) -> LengthBucketBatchSampler:
+def make(replicas: int = 1, rank: int | str = 0, **options: Any) -> LengthBucketBatchSampler:
     options = {"max_tokens": 400, "seed": 5, **options}
     return LengthBucketBatchSampler(options.pop("lengths", LENGTHS), num_replicas=replicas, rank=rank, **options)
 
@@ -48,6 +48,20 @@ class Samples(torch.utils.data.Dataset[int]):
 
 def flat(batches: Any) -> list[int]:
     return [sample for batch in batches for sample in batch]
+
+
+@given(WORLDS, WORLDS, st.integers(0, 9))
+def test_the_batches_of_all_replicas_can_be_dealt_out_by_others(replicas: int, saved_by: int, taken: int) -> None:
+    earlier = make(saved_by)
+    position = earlier.position(min(taken, len(earlier)))
+    samplers, whole = make_all(replicas), make(replicas, rank="all")
+    assert len(whole) == replicas * len(samplers[0])
+    for sampler in (*samplers, whole):
+        sampler.seek(position)
+    assert whole.remaining == replicas * samplers[0].remaining
+    for _ in range(2):
+        dealt = list(whole)
+        assert [dealt[rank::replicas] for rank in range(replicas)] == [list(sampler) for sampler in samplers]
 
 
 @given(WORLDS, st.integers(0, 4), st.booleans(), st.sampled_from([None, 7]))

@@ -1,0 +1,664 @@
+"""The planner beside other samplers: padding, mixing, balance, speed and scale, each figure beside its bar.
+
+Needs transformers and lhotse. Every contender gives, for an epoch, all batches of all ranks: rank r takes batch
+`t * W + r` in step t.
+"""
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from harness import Row, compare, save
+from lhotse.cut import CutSet, MonoCut
+from lhotse.dataset.sampling.dynamic_bucketing import DynamicBucketingSampler
+from picture import Point, Series, Side, draw
+from torch.utils.data import BatchSampler
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
+
+from samplers import LengthBucketBatchSampler, plan_epoch
+
+Lengths: TypeAlias = npt.NDArray[np.int64]
+Batches: TypeAlias = list[list[int]]
+
+PICTURE: Final = Path(__file__).parents[1] / "docs" / "pictures" / "planning.svg"
+SAMPLES, BUDGET, MEDIAN = 20_000, 20_000, 450
+BUCKETS, BUFFER = 30, 10_000
+WINDOWS: Final = (500, 1_000, 2_000, 4_000, 7_000, 10_000, 20_000)
+SEEDS: Final = 20
+# Below so many batches, the lag-1 autocorrelation of a random order is itself some hundredths.
+ENOUGH_BATCHES: Final = 500
+SCALES: Final = (1_000_000, 10_000_000, 100_000_000)
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Lengths int64 `[N]`, and the padded tokens that a batch may have."""
+
+    name: str
+    lengths: Lengths
+    budget: int
+
+    @property
+    def rows(self) -> int:
+        """For samplers of fixed batch size: as many rows as use the budget on average."""
+        return int(self.budget / self.lengths.mean())
+
+    @cached_property
+    def cuts(self) -> list[MonoCut]:
+        """The samples as lhotse sees them; a second is a step."""
+        return [
+            MonoCut(id=str(sample), start=0, duration=float(length), channel=0, supervisions=[])
+            for sample, length in enumerate(self.lengths.tolist())
+        ]
+
+
+Contender: TypeAlias = Callable[[Corpus, int, int, int], Batches]
+
+
+def ours(corpus: Corpus, epoch: int, seed: int, replicas: int, window: int | None = None) -> Batches:
+    """Our plan; a sample over the budget is a batch of its own, as in all others."""
+    plan = plan_epoch(
+        corpus.lengths,
+        epoch=epoch,
+        num_replicas=replicas,
+        max_tokens=corpus.budget,
+        overlong="alone",
+        seed=seed,
+        window=window,
+    )
+    return list(plan.batches)
+
+
+def length_grouped(corpus: Corpus, epoch: int, seed: int, _: int) -> Batches:
+    """Grouping by transformers; accelerate deals its batches to ranks one after the other."""
+    generator = torch.Generator().manual_seed(SEEDS * epoch + seed)
+    sampler = LengthGroupedSampler(corpus.rows, lengths=corpus.lengths.tolist(), generator=generator)
+    return list(BatchSampler(sampler, corpus.rows, drop_last=False))
+
+
+class EveryRankRebalance(BatchRebalanceSampler):
+    """Gives the batches of all ranks; as it stands, each rank computes them all and gives its own."""
+
+    def _yield_global_batch(self, batch_indices: list[int]) -> Iterator[list[int]]:
+        ranks = self._assign(batch_indices, [self.lengths[sample] for sample in batch_indices])
+        for slot in zip(*ranks, strict=True):
+            yield from slot
+
+
+def rebalanced(corpus: Corpus, epoch: int, seed: int, replicas: int, groups: int) -> Batches:
+    """Rebalancing by transformers, with so many micro-batches in an optimizer step over all ranks."""
+    accumulate = max(1, groups // replicas)
+    rows = corpus.rows * replicas * accumulate
+    sampler = EveryRankRebalance(corpus.lengths.tolist(), rows, replicas, accumulate, seed=seed, drop_last=False)
+    # Its seed and epoch are added, so that seed 0 in epoch 1 would be seed 1 in epoch 0.
+    sampler.set_epoch(SEEDS * epoch)
+    return list(sampler)
+
+
+class EveryRankBucketing(DynamicBucketingSampler):
+    """Gives the batches of all ranks; as it stands, each rank computes them all and gives its own."""
+
+    def __next__(self) -> CutSet:
+        return self._next_batch()
+
+
+def bucketed(
+    corpus: Corpus, order: Sequence[int], seed: int, replicas: int, kind: type[DynamicBucketingSampler]
+) -> DynamicBucketingSampler:
+    """Dynamic bucketing by lhotse, over samples that come in this order."""
+    return kind(
+        [corpus.cuts[sample] for sample in order],
+        max_duration=float(corpus.budget),
+        num_buckets=BUCKETS,
+        buffer_size=BUFFER,
+        shuffle=True,
+        seed=seed,
+        world_size=replicas,
+        rank=0,
+    )
+
+
+def dynamic_bucketing(corpus: Corpus, epoch: int, seed: int, replicas: int) -> Batches:
+    """lhotse, with its source shuffled anew each epoch: from a fixed order more pairs meet again."""
+    order = np.random.default_rng([seed, epoch]).permutation(len(corpus.lengths)).tolist()
+    sampler = bucketed(corpus, order, seed, replicas, EveryRankBucketing)
+    sampler.set_epoch(epoch)
+    return [[int(cut.id) for cut in batch] for batch in sampler]
+
+
+def fill(corpus: Corpus, samples: list[int]) -> Iterator[list[int]]:
+    """Samples as they come, each batch as long as its budget holds."""
+    batch: list[int] = []
+    longest = 0
+    for sample, length in zip(samples, corpus.lengths[samples].tolist(), strict=True):
+        if batch and (len(batch) + 1) * max(longest, length) > corpus.budget:
+            yield batch
+            batch, longest = [], 0
+        batch.append(sample)
+        longest = max(longest, length)
+    yield batch
+
+
+def at_random(corpus: Corpus, epoch: int, seed: int, _: int) -> Batches:
+    """Random order, batches filled up to the budget."""
+    order = np.random.default_rng([seed, epoch]).permutation(len(corpus.lengths))
+    return list(fill(corpus, order.tolist()))
+
+
+def in_chunks(corpus: Corpus, epoch: int, seed: int, _: int, chunk: int | None = None) -> Batches:
+    """What one writes by hand: shuffle, sort chunks of 50 batches, fill up to the budget, shuffle the batches."""
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(corpus.lengths))
+    chunk = chunk or 50 * corpus.rows
+    batches: Batches = []
+    for first in range(0, len(order), chunk):
+        part = order[first : first + chunk]
+        batches += fill(corpus, part[np.argsort(-corpus.lengths[part], kind="stable")].tolist())
+    return [batches[place] for place in rng.permutation(len(batches))]
+
+
+CONTENDERS: Final[dict[str, Contender]] = {
+    "ours": ours,
+    "transformers LengthGrouped": length_grouped,
+    "transformers rebalance, 8": partial(rebalanced, groups=8),
+    "transformers rebalance, 64": partial(rebalanced, groups=64),
+    "lhotse bucketing": dynamic_bucketing,
+    "sort in chunks, by hand": in_chunks,
+    "random": at_random,
+}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a contender makes of a corpus.
+
+    Attributes:
+        batches: at W = 1.
+        padding: share of padded tokens that are padding.
+        over: share of batches over the budget, of those with two rows or more.
+        worst: padded tokens of the worst of them, in budgets.
+        meeting: of the pairs that share a batch in epoch 0, the share that does in epoch 1.
+        lag_one: lag-1 autocorrelation of the batches' mean length, mean over seeds; None of too few batches.
+        imbalance: for each W, the sum over steps of W x the greatest padded tokens / all padded tokens, and the
+            greatest such ratio of a single step; None where there is no step. A last step with fewer batches than
+            ranks is left out; ours is split and counts.
+    """
+
+    corpus: str
+    contender: str
+    batches: int
+    padding: float
+    over: float
+    worst: float
+    meeting: float
+    lag_one: float | None
+    imbalance: dict[int, tuple[float, float] | None]
+
+
+def measure(corpus: Corpus, name: str, contender: Contender) -> Figures:
+    """All figures of one contender on one corpus."""
+    first, second = (contender(corpus, epoch, 0, 1) for epoch in (0, 1))
+    padded = padded_tokens(corpus, first)
+    several = padded[[len(batch) > 1 for batch in first]] / corpus.budget
+    steady = len(first) >= ENOUGH_BATCHES
+    return Figures(
+        corpus=corpus.name,
+        contender=name,
+        batches=len(first),
+        padding=1 - int(corpus.lengths[np.concatenate(first)].sum()) / int(padded.sum()),
+        over=float(np.mean(several > 1)),
+        worst=float(several.max()),
+        meeting=share_meeting(len(corpus.lengths), first, second),
+        lag_one=mean_lag_one(corpus, contender) if steady else None,
+        imbalance={replicas: imbalance(corpus, contender, replicas) for replicas in (8, 64)},
+    )
+
+
+def padded_tokens(corpus: Corpus, batches: Batches) -> Lengths:
+    """Rows x longest row of each batch: int64 `[n]`."""
+    return np.array([len(batch) * corpus.lengths[batch].max() for batch in batches])
+
+
+def share_meeting(samples: int, first: Batches, second: Batches) -> float:
+    """Of all pairs of samples that share a batch of the first epoch, the share that shares one of the second."""
+    later = np.full(samples, -1)
+    for number, batch in enumerate(second):
+        later[batch] = number
+    met, pairs = 0, 0
+    for batch in first:
+        together = np.unique(later[batch], return_counts=True)[1]
+        met += int((together * (together - 1) // 2).sum())
+        pairs += len(batch) * (len(batch) - 1) // 2
+    return met / pairs
+
+
+def mean_lag_one(corpus: Corpus, contender: Contender) -> float:
+    """Lag-1 autocorrelation of the batches' mean length, mean over seeds."""
+    found = []
+    for seed in range(SEEDS):
+        means = np.array([corpus.lengths[batch].mean() for batch in contender(corpus, 0, seed, 1)])
+        means -= means.mean()
+        found.append(means[:-1] @ means[1:] / (means @ means))
+    return float(np.mean(found))
+
+
+def imbalance(corpus: Corpus, contender: Contender, replicas: int) -> tuple[float, float] | None:
+    """How long the ranks wait for the greatest of each step, as a ratio to no waiting: of all steps, of the worst."""
+    padded = padded_tokens(corpus, contender(corpus, 0, 0, replicas))
+    steps = len(padded) // replicas
+    if steps == 0:
+        return None
+    costs = padded[: steps * replicas].reshape(steps, replicas)
+    waits = replicas * costs.max(1)
+    return float(waits.sum() / costs.sum()), float((waits / costs.sum(1)).max())
+
+
+def speech_like(samples: int) -> Lengths:
+    """Log-normal, median 4.5 s, 0.5 to 30 s, in steps of 10 ms: int64 `[samples]`."""
+    drawn = np.random.default_rng(0).lognormal(np.log(MEDIAN), 0.6, samples)
+    return np.clip(drawn, 50, 3_000).astype(np.int64)
+
+
+def make_corpora(folder: Path | None) -> list[Corpus]:
+    """Speech-like lengths, four made-up distributions, and what a folder holds, 20,000 samples of each at most."""
+    rng = np.random.default_rng(0)
+    two = np.where(rng.random(SAMPLES) < 0.7, rng.normal(40, 8, SAMPLES), rng.normal(400, 60, SAMPLES))
+    drawn = {
+        "text-like log-normal": np.clip(rng.lognormal(np.log(148), 1, SAMPLES), 8, 4_096),
+        "uniform 1 to 1,000": rng.integers(1, 1_001, SAMPLES),
+        "bimodal": np.clip(two, 1, None),
+        "heavy-tailed": np.clip(10 * (1 + rng.pareto(1.3, SAMPLES)), 10, 20_000),
+    }
+    for path in sorted(folder.glob("*.npy")) if folder else []:
+        lengths = np.load(path)
+        drawn[path.stem] = rng.permutation(lengths)[:SAMPLES]
+    corpora = [Corpus("speech-like", speech_like(SAMPLES), BUDGET)]
+    for name, lengths in drawn.items():
+        whole = lengths.astype(np.int64)
+        corpora.append(Corpus(name, whole, int(32 * whole.mean())))
+    return corpora
+
+
+def show(title: str, rows: Sequence[dict[str, str]]) -> None:
+    """Print a table whose columns are the keys of its rows."""
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    print(f"\n{title}")
+    for row in [{name: name for name in widths}, *rows]:
+        cells = [row[name].rjust(width) for name, width in widths.items()]
+        print("  ".join([next(iter(row.values())).ljust(next(iter(widths.values()))), *cells[1:]]), flush=True)
+
+
+def as_row(figures: Figures) -> dict[str, str]:
+    """A contender's line of its corpus's table."""
+    row = {
+        "sampler": figures.contender,
+        "batches": f"{figures.batches:,}",
+        "padding": f"{figures.padding:.2%}",
+        "meet again": f"{figures.meeting:.1%}",
+        "over": f"{figures.over:.1%}",
+        "worst": f"{figures.worst:.2f}x",
+        "lag-1": "-" if figures.lag_one is None else f"{figures.lag_one:+.3f}",
+    }
+    for replicas, ratios in figures.imbalance.items():
+        name = f"W={replicas}: imbalance (worst step)"
+        row[name] = "-" if ratios is None else f"{ratios[0]:.3f} ({ratios[1]:.2f})"
+    return row
+
+
+BARS: Final = {
+    "sampler": "(bar for ours)",
+    "batches": "",
+    "padding": "<= 1.60%",
+    "meet again": "<= 21%",
+    "over": "0",
+    "worst": "<= 1.00x",
+    "lag-1": "< 0.050",
+    "W=8: imbalance (worst step)": "<= 1.030",
+    "W=64: imbalance (worst step)": "<= 1.030",
+}
+# Padding and meeting again have a bar on speech-like lengths only; lag-1 where there are batches enough.
+ANYWHERE: Final = BARS | {"padding": "", "meet again": ""}
+
+
+def compare_plans(corpora: Sequence[Corpus]) -> list[Figures]:
+    """A table for each corpus."""
+    found = []
+    for corpus in corpora:
+        figures = [measure(corpus, name, contender) for name, contender in CONTENDERS.items()]
+        bars = BARS if corpus is corpora[0] else ANYWHERE
+        size = f"{len(corpus.lengths):,} samples, budget {corpus.budget:,}, fixed batches of {corpus.rows}"
+        show(f"{corpus.name}: {size}", [*map(as_row, figures), bars])
+        found += figures
+    return found
+
+
+def compare_windows(corpus: Corpus) -> dict[str, list[dict[str, float]]]:
+    """Padding and meeting again over windows of ours, and over chunks sorted by hand."""
+    curves: dict[str, list[dict[str, float]]] = {}
+    kinds: dict[str, Callable[..., Batches]] = {"ours": ours, "sort in chunks, by hand": in_chunks}
+    for (name, contender), option in zip(kinds.items(), ("window", "chunk"), strict=True):
+        curves[name] = []
+        for size in WINDOWS:
+            first, second = (contender(corpus, epoch, 0, 1, **{option: size}) for epoch in (0, 1))
+            padding = 1 - int(corpus.lengths.sum()) / int(padded_tokens(corpus, first).sum())
+            meeting = share_meeting(len(corpus.lengths), first, second)
+            curves[name].append({"samples": size, "padding": padding, "meeting": meeting})
+    rows = []
+    for place, size in enumerate(WINDOWS):
+        row = {"samples sorted together": f"{size:,}"}
+        for name, curve in curves.items():
+            row |= {f"{name}: {figure}": f"{curve[place][figure]:.2%}" for figure in ("padding", "meeting")}
+        rows.append(row)
+    show(f"{corpus.name}: what more samples sorted together buy and cost", rows)
+    return curves
+
+
+def draw_plans(figures: Sequence[Figures], curves: dict[str, list[dict[str, float]]]) -> None:
+    """Padding over meeting again, all contenders on speech-like lengths."""
+    # Away from the curves and from one another.
+    sides: dict[str, Side] = {
+        "sort in chunks, by hand": "lower left",
+        "lhotse bucketing": "upper left",
+        "transformers rebalance, 64": "lower right",
+    }
+    series = []
+    for one in figures:
+        side = sides.get(one.contender, "upper right")
+        points = [Point(one.meeting, one.padding, one.contender, side)]
+        for size in curves.get(one.contender, []):
+            beside = abs(size["padding"] / one.padding - 1) < 0.15
+            points.append(Point(size["meeting"], size["padding"], "" if beside else f"{size['samples']:,}", side))
+        series.append(Series(one.contender, sorted(points), joined=len(points) > 1))
+    title = f"Padding against mixing: {SAMPLES:,} speech-like lengths, curves over samples sorted together"
+    draw(PICTURE, series, title=title, x="pairs of a batch that meet again in the next epoch", y="share of padding")
+
+
+def plan_batches(corpus: Corpus, replicas: int = 1) -> LengthBucketBatchSampler:
+    """Our sampler, made anew: this sorts the lengths."""
+    return LengthBucketBatchSampler(corpus.lengths, max_tokens=corpus.budget, num_replicas=replicas, rank=0)
+
+
+def group_lengths(corpus: Corpus) -> BatchSampler:
+    """Batches grouped by transformers, from a list of lengths, which it reads faster than an array."""
+    grouped = LengthGroupedSampler(corpus.rows, lengths=corpus.lengths.tolist())
+    return BatchSampler(grouped, corpus.rows, drop_last=False)
+
+
+def bucket_cuts(corpus: Corpus, replicas: int = 1) -> DynamicBucketingSampler:
+    """The sampler of lhotse, made anew: this finds the buckets' bounds."""
+    return bucketed(corpus, range(len(corpus.lengths)), 0, replicas, DynamicBucketingSampler)
+
+
+def run_through(batches: object) -> int:
+    """Take a whole epoch: how many there were."""
+    return sum(1 for _ in batches)
+
+
+def time_epochs(corpus: Corpus, rounds: int, peers: Sequence[str]) -> Row:
+    """Plan and yield an epoch: ours against transformers' grouping and some of `PEERS`."""
+    planner, grouped = plan_batches(corpus), group_lengths(corpus)
+    calls: dict[str, Callable[[], object]] = {
+        "ours": lambda: run_through(planner),
+        "ours, with the sort": lambda: run_through(plan_batches(corpus)),
+        "transformers LengthGrouped": lambda: run_through(grouped),
+        **{name: partial(PEERS[name], corpus) for name in peers},
+    }
+    print()
+    row = compare(f"{corpus.name}, {len(corpus.lengths):,} samples: an epoch", "ours", calls, rounds=rounds)
+    lines = [
+        {"sampler": name, "us": f"{microseconds / len(corpus.lengths):.3f}"}
+        for name, microseconds in row.microseconds.items()
+    ]
+    show("us a sample", lines)
+    return row
+
+
+PEERS: Final[dict[str, Callable[[Corpus], object]]] = {
+    "transformers rebalance, 8": lambda corpus: rebalanced(corpus, 0, 0, 1, groups=8),
+    "transformers rebalance, 64": lambda corpus: rebalanced(corpus, 0, 0, 1, groups=64),
+    "lhotse bucketing": lambda corpus: run_through(bucket_cuts(corpus)),
+    "sort in chunks, by hand": lambda corpus: in_chunks(corpus, 0, 0, 1),
+    "random": lambda corpus: at_random(corpus, 0, 0, 1),
+}
+
+
+def time_steps(corpus: Corpus) -> dict[str, dict[int, float]]:
+    """Microseconds a step of one rank, over a whole epoch, at several W; ours on a million lengths as well."""
+    million = Corpus("ours, 1,000,000 samples", speech_like(1_000_000), BUDGET)
+    makers: dict[str, Callable[[int], Any]] = {
+        "ours": partial(plan_batches, corpus),
+        million.name: partial(plan_batches, million),
+        "lhotse bucketing": partial(bucket_cuts, corpus),
+    }
+    pairs = [(name, replicas) for name in makers for replicas in (1, 8, 64)]
+    made = {pair: makers[pair[0]](pair[1]) for pair in pairs}
+    calls = {f"{name}, W={replicas}": partial(run_through, made[name, replicas]) for name, replicas in pairs}
+    print()
+    row = compare(f"{corpus.name}, an epoch of one rank", "ours, W=1", calls, rounds=9)
+    found: dict[str, dict[int, float]] = {name: {} for name in makers}
+    for name, replicas in pairs:
+        found[name][replicas] = row.microseconds[f"{name}, W={replicas}"] / run_through(made[name, replicas])
+    show(
+        "us a step of one rank   (bar: ours does not grow with W; an epoch of few steps is mostly its fixed cost)",
+        [{"sampler": name} | {f"W={w}": f"{us:,.1f}" for w, us in each.items()} for name, each in found.items()],
+    )
+    return found
+
+
+def time_resume(corpus: Corpus) -> list[Row]:
+    """The first batch at 90 % of an epoch against a fresh start, of the same sampler and of a new one; and lhotse's."""
+    planner, (state, _) = plan_batches(corpus), states(corpus)
+    start, late = planner.position(0), planner.position(len(planner) * 9 // 10)
+    again: dict[str, Callable[[], object]] = {
+        "at 90 %": lambda: resume(planner, late),
+        "at the start": lambda: resume(planner, start),
+    }
+    anew: dict[str, Callable[[], object]] = {
+        "at 90 %": lambda: resume(plan_batches(corpus), late),
+        "at the start": lambda: resume(plan_batches(corpus), start),
+        "at the start, no seek": lambda: next(iter(plan_batches(corpus))),
+    }
+    peer = {
+        "lhotse at 90 %": lambda: resume_cuts(bucket_cuts(corpus), state),
+        "lhotse at the start": lambda: next(iter(bucket_cuts(corpus))),
+    }
+    bar = "as fast as at the start"
+    print()
+    return [
+        compare("ours, first batch, same sampler", "at 90 %", again, rounds=201, bar=bar),
+        compare("ours, first batch, new sampler", "at 90 %", anew, rounds=51, bar=bar),
+        compare("first batch, new sampler, with lhotse", "at 90 %", anew | peer, rounds=7),
+    ]
+
+
+def states(corpus: Corpus) -> tuple[str, str]:
+    """What must be saved at 90 % of an epoch, as JSON: lhotse's and ours."""
+    cuts, planner = bucket_cuts(corpus), plan_batches(corpus)
+    for _ in islice(cuts, run_through(cuts) * 9 // 10):
+        pass
+    return json.dumps(cuts.state_dict()), json.dumps(planner.position(len(planner) * 9 // 10))
+
+
+def resume(planner: LengthBucketBatchSampler, position: dict[str, int | str]) -> list[int]:
+    """The first batch after a position."""
+    planner.seek(position)
+    return next(iter(planner))
+
+
+def resume_cuts(cuts: DynamicBucketingSampler, state: str) -> CutSet:
+    """The first batch after a state, which lhotse finds by taking all batches before it."""
+    held = json.loads(state)
+    # JSON makes strings of the epochs' numbers.
+    epochs = held["diagnostics"]["stats_per_epoch"]
+    held["diagnostics"]["stats_per_epoch"] = {int(epoch): figures for epoch, figures in epochs.items()}
+    cuts.load_state_dict(held)
+    return next(iter(cuts))
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """Lengths kept on disk with their order, as a `LengthIndex` keeps them."""
+
+    lengths: npt.NDArray[Any]
+    order: npt.NDArray[Any]
+    fingerprint: str
+
+
+def probe(folder: Path, kind: str) -> dict[str, float]:
+    """Milliseconds and peak memory in MiB of a sampler on mapped lengths, in a process of its own.
+
+    Args:
+        folder: where `lengths` and `order` are.
+        kind: `"mapped lengths"`, which are sorted here, or `"mapped lengths and order"`.
+    """
+    lengths: Any = np.memmap(folder / "lengths", np.uint16, "r")
+    if kind == "mapped lengths and order":
+        lengths = Ranked(lengths, np.memmap(folder / "order", np.int32, "r"), "1")
+    # Or a collection over all that the peers' modules hold would fall into what is timed.
+    gc.freeze()
+    found = {"memory before": peak_memory()}
+
+    def timed(name: str, call: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        answer = call()
+        found[name] = 1000 * (time.perf_counter() - start)
+        return answer
+
+    planner = timed("construct", lambda: LengthBucketBatchSampler(lengths, max_tokens=BUDGET))
+    steps = timed("len", lambda: len(planner))
+    timed("first batch", lambda: next(iter(planner)))
+    position = timed("position, digest", lambda: planner.position(steps * 9 // 10))
+    timed("seek, batch", lambda: resume(planner, position))
+    return found | {"peak memory": peak_memory()}
+
+
+def peak_memory() -> float:
+    """The most memory that this process has held, in MiB."""
+    # `getrusage` would give the parent's, which a process inherits when it starts another program.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def compare_scales() -> list[dict[str, Any]]:
+    """Probe a sampler at every scale, with and without an order kept on disk."""
+    found: list[dict[str, Any]] = []
+    for samples in SCALES:
+        with tempfile.TemporaryDirectory() as folder:
+            lengths = speech_like(samples).astype(np.uint16)
+            lengths.tofile(Path(folder) / "lengths")
+            # Unsigned and of 16 bits, for the fast sort.
+            np.argsort(np.uint16(3_000) - lengths, kind="stable").astype(np.int32).tofile(Path(folder) / "order")
+            for kind in ("mapped lengths", "mapped lengths and order"):
+                command = [sys.executable, __file__, "--probe", folder, kind]
+                answer = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+                found.append({"lengths": f"{samples:,} {kind}"} | json.loads(answer))
+    title = "a new process, ms and peak MiB, mapped pages among them"
+    bar = "with the order on disk, len, first batch and seek take times of one order"
+    lines = [{name: value if name == "lengths" else f"{value:,.2f}" for name, value in row.items()} for row in found]
+    show(f"{title}   (bar: {bar})", lines)
+    return found
+
+
+Bar: TypeAlias = tuple[str, str, str, bool]
+
+
+def bars_of_plans(figures: Sequence[Figures]) -> list[Bar]:
+    """What was to be reached, what was, and whether it is enough: of batches."""
+    own = [one for one in figures if one.contender == "ours"]
+    speech = own[0]
+    over = max(one.over for one in own)
+    lag = max(abs(one.lag_one) for one in own if one.lag_one is not None)
+    bars = [
+        ("padding, speech-like", "<= 1.6 %", f"{speech.padding:.2%}", speech.padding <= 0.016),
+        ("pairs that meet again, speech-like", "<= 21 %", f"{speech.meeting:.1%}", speech.meeting <= 0.21),
+        ("batches over budget, every corpus", "0", f"{over:.1%}", over == 0),
+        ("lag-1, the worst corpus", "< 0.05", f"{lag:.3f}", lag < 0.05),
+    ]
+    for replicas in speech.imbalance:
+        reached = {one.corpus: ratios[0] for one in own if (ratios := one.imbalance[replicas])}
+        for name in ("speech-like", max(reached, key=lambda corpus: reached[corpus])):
+            ratio = reached[name]
+            bars.append((f"imbalance at W={replicas}, {name}", "<= 1.03", f"{ratio:.3f}", ratio <= 1.03))
+    return bars
+
+
+def bars_of_epochs(rows: dict[int, Row]) -> list[Bar]:
+    """The same, of the time to plan and yield an epoch of so many samples."""
+    lhotse = rows[SAMPLES].microseconds["lhotse bucketing"] / SAMPLES
+    bars = []
+    for samples, row in rows.items():
+        grouped = row.times_as_fast["transformers LengthGrouped"][1]
+        ratios = [
+            ("against LengthGrouped", 4, grouped),
+            ("with the sort, against LengthGrouped", 4, grouped / row.times_as_fast["ours, with the sort"][1]),
+            ("against lhotse at 20,000", 150, lhotse * samples / row.microseconds["ours"]),
+        ]
+        for name, least, ratio in ratios:
+            bars.append((f"us a sample, {samples:,}, {name}", f"{least}x", f"{ratio:.1f}x", ratio >= least))
+    return bars
+
+
+def bars_of_resume(rows: Sequence[Row], state: str) -> list[Bar]:
+    """The same, of resuming at 90 % of an epoch."""
+    bars = [("state in bytes", "< 1,000", f"{len(state)}", len(state) < 1_000)]
+    for row in rows[:2]:
+        ratio = 1 / row.times_as_fast["at the start"][1]
+        bars.append((f"{row.case}: at 90 % by at the start", "1x", f"{ratio:.2f}x", ratio < 1.05))
+    return bars
+
+
+def main() -> None:
+    """Print and save all tables, and draw the picture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lengths", type=Path, metavar="FOLDER", help="of .npy files, lengths [N] each")
+    parser.add_argument("--large", action="store_true", help="up to a hundred million lengths as well")
+    parser.add_argument("--probe", nargs=2, metavar=("FOLDER", "KIND"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.probe:
+        print(json.dumps(probe(Path(options.probe[0]), options.probe[1])))
+        return
+    warnings.filterwarnings("ignore", category=UserWarning, module="lhotse")
+    torch.set_num_threads(1)
+    corpora = make_corpora(options.lengths)
+    figures = compare_plans(corpora)
+    curves = compare_windows(corpora[0])
+    draw_plans(figures[: len(CONTENDERS)], curves)
+    epochs = {SAMPLES: time_epochs(corpora[0], 15, list(PEERS))}
+    steps, resumed, saved = time_steps(corpora[0]), time_resume(corpora[0]), states(corpora[0])
+    print(f"\nstate in bytes: lhotse {len(saved[0])}, ours {len(saved[1])}")
+    scales = []
+    if options.large:
+        for samples in SCALES[:2]:
+            epochs[samples] = time_epochs(Corpus("speech-like", speech_like(samples), BUDGET), 5, [])
+        scales = compare_scales()
+    bars = bars_of_plans(figures) + bars_of_epochs(epochs) + bars_of_resume(resumed, saved[1])
+    show("bars", [{"figure": a, "bar": b, "reached": c, "met": "yes" if d else "NO"} for a, b, c, d in bars])
+    results = {
+        "plans": [asdict(one) for one in figures],
+        "windows": curves,
+        "epochs": [asdict(row) for row in epochs.values()],
+        "us a step": steps,
+        "resume": [asdict(row) for row in resumed],
+        "state in bytes": {"lhotse": len(saved[0]), "ours": len(saved[1])},
+        "scales": scales,
+        "bars": bars,
+    }
+    save("planning", results)
+
+
+if __name__ == "__main__":
+    main()
