@@ -5,6 +5,7 @@ any batch may take any sample of a stratum. Edges are cut on the strata's greate
 into a batch, its budget holds.
 """
 
+from collections.abc import Sequence
 from math import isqrt
 from typing import Final, NamedTuple
 
@@ -16,10 +17,10 @@ from samplers.corpus import Corpus
 from samplers.options import Options
 from samplers.widths import round_up
 
-# The default is sqrt(batches of the epoch / 20) windows: padding grows with windows / batches and meeting again falls
+# The default is sqrt(batches of the epoch / 32) windows: padding grows with windows / batches and meeting again falls
 # with 1 / windows, so that the root keeps the two in step from a thousand samples to a thousand million.
-BATCHES_PER_SQUARED_WINDOW: Final = 20
-FEWEST_WINDOWS: Final = 3
+BATCHES_PER_SQUARED_WINDOW: Final = 32
+FEWEST_WINDOWS: Final = 2
 PROBES: Final = 1024
 
 
@@ -48,26 +49,55 @@ class Edge(NamedTuple):
     width: tuple[int, ...]
 
 
-def cut_edges(corpus: Corpus, options: Options) -> list[Edge]:
+def cut_turns(corpus: Corpus, options: Options) -> tuple[list[Edge], list[Edge]]:
+    """Edges for even epochs and for odd ones, of as many batches.
+
+    Those of odd epochs are shifted by half an edge: of the samples that share an edge only half share the next one, and
+    pairs meet again half as often as if the edges stayed. Where both cannot have as many batches, they are the same.
+    """
+    windows = count_windows(corpus, options)
+    even, odd = (cut_edges(corpus, options, windows, shift=shift) for shift in (0, windows // 2))
+    more = count_batches(odd) - count_batches(even)
+    if more > 0:
+        even = cut_edges(corpus, options, windows, more=more)
+    elif more < 0:
+        odd = cut_edges(corpus, options, windows, shift=windows // 2, more=-more)
+    return even, odd if count_batches(odd) == count_batches(even) else even
+
+
+def count_batches(edges: Sequence[Edge]) -> int:
+    """Batches that are planned from these edges."""
+    return sum(edge.batches - edge.skipped for edge in edges)
+
+
+def cut_edges(corpus: Corpus, options: Options, windows: int, *, shift: int = 0, more: int = 0) -> list[Edge]:
     """Cut the order into edges, greedily from the longest samples, every batch as full as the budget lets it be.
 
     Each edge gives one batch to every window. What is left at the short end, one to two such edges, is the last one, of
     as many batches as it needs; so a corpus smaller than two edges is a single one.
+
+    Args:
+        corpus: the order.
+        options: the budget among them.
+        windows: batches of an edge.
+        shift: batches of the first edge, where it has fewer than the others; 0 if it has not.
+        more: batches that the last edge has beyond what it needs; left out where `batch_size` counts its rows.
     """
-    windows = count_windows(corpus, options)
-    cutter = _GrowingCutter(corpus, options, windows) if _needs_growing(corpus, options) else _Cutter(corpus, options)
     edges = []
     if corpus.alone:
-        edges.append(even_edge(0, corpus.alone, 1, cutter.width(0, corpus.alone)))
+        edges.append(even_edge(0, corpus.alone, 1, _Cutter(corpus, options).width(0, corpus.alone)))
     first = corpus.alone
-    while first < len(corpus):
-        rows = cutter.rows_from(first)
-        samples = rows * windows
-        if len(corpus) - first < 2 * samples:
-            edges += _cut_tail(first, cutter, contiguous=windows == 1)
-            break
-        edges.append(even_edge(first, windows, rows, cutter.width(first, first + samples)))
-        first += samples
+    for batches in (shift, windows):
+        cutter = _make_cutter(corpus, options, first, batches)
+        while first < len(corpus) and batches:
+            rows = cutter.rows_from(first)
+            samples = rows * batches
+            if len(corpus) - first < 2 * rows * windows:
+                return edges + _cut_tail(first, cutter, contiguous=windows == 1, more=more)
+            edges.append(even_edge(first, batches, rows, cutter.width(first, first + samples)))
+            first += samples
+            if batches != windows:
+                break
     return edges
 
 
@@ -124,13 +154,13 @@ class _Cutter:
 class _GrowingCutter(_Cutter):
     """Rows where each sample counts: several fields, or real tokens."""
 
-    def __init__(self, corpus: Corpus, options: Options, windows: int) -> None:
+    def __init__(self, corpus: Corpus, options: Options, first: int, windows: int) -> None:
         super().__init__(corpus, options)
-        self.windows = windows
+        self.first, self.windows = first, windows
         self.heads = self._greatest_lengths()
 
     def rows_from(self, first: int) -> int:
-        stratum = (first - self.corpus.alone) // self.windows
+        stratum = (first - self.first) // self.windows
         count = 16
         while True:
             fits = self._fits(self.heads[stratum : stratum + count])
@@ -143,11 +173,11 @@ class _GrowingCutter(_Cutter):
     def _greatest_lengths(self) -> Integers:
         """Of each whole stratum and field: int64 `[strata, K]`."""
         corpus, windows = self.corpus, self.windows
-        strata = (len(corpus) - corpus.alone) // windows
-        last = corpus.alone + strata * windows
+        strata = (len(corpus) - self.first) // windows
+        last = self.first + strata * windows
         if corpus.fields == 1:
-            return corpus.lengths_at(corpus.alone, last, windows)
-        greatest: Integers = corpus.lengths_at(corpus.alone, last).reshape(strata, windows, corpus.fields).max(1)
+            return corpus.lengths_at(self.first, last, windows)
+        greatest: Integers = corpus.lengths_at(self.first, last).reshape(strata, windows, corpus.fields).max(1)
         return greatest
 
     def _fits(self, heads: Integers) -> npt.NDArray[np.bool_]:
@@ -159,11 +189,13 @@ class _GrowingCutter(_Cutter):
         return np.less_equal(use, 1)
 
 
-def _needs_growing(corpus: Corpus, options: Options) -> bool:
-    return corpus.fields > 1 or options.count == "real"
+def _make_cutter(corpus: Corpus, options: Options, first: int, windows: int) -> _Cutter:
+    if windows and (corpus.fields > 1 or options.count == "real"):
+        return _GrowingCutter(corpus, options, first, windows)
+    return _Cutter(corpus, options)
 
 
-def _cut_tail(first: int, cutter: _Cutter, *, contiguous: bool) -> list[Edge]:
+def _cut_tail(first: int, cutter: _Cutter, *, contiguous: bool, more: int) -> list[Edge]:
     """The rest of the order: one edge, or for a single window a short batch and full ones after it."""
     left, options = len(cutter.corpus) - first, cutter.options
     width = cutter.width(first, len(cutter.corpus))
@@ -176,8 +208,11 @@ def _cut_tail(first: int, cutter: _Cutter, *, contiguous: bool) -> list[Edge]:
         return _cut_contiguous(first, rows, cutter, skip=short if drops else 0)
     if fitting == options.batch_size:
         return [Edge(first, batches, rows, short, batches if short == rows else batches - 1, int(drops), width)]
-    even, more = divmod(left, batches)
-    return [Edge(first, batches, even + 1, even, more, 0, width) if more else even_edge(first, batches, even, width)]
+    batches = min(batches + more, left)
+    even, longer = divmod(left, batches)
+    if not longer:
+        return [even_edge(first, batches, even, width)]
+    return [Edge(first, batches, even + 1, even, longer, 0, width)]
 
 
 def _cut_contiguous(first: int, rows: int, cutter: _Cutter, *, skip: int) -> list[Edge]:

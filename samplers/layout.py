@@ -1,15 +1,16 @@
 """The batches of any epoch, by number: what is in a batch changes with the epoch, their number and shapes do not."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Self, TypeAlias, cast
 
 import numpy as np
 
 from samplers.budget import Floats, Integers
 from samplers.corpus import Corpus, Lengths, Places, rank_lengths
-from samplers.edges import Edge, cut_edges
+from samplers.edges import Edge, cut_turns
 from samplers.options import Options
 from samplers.shuffle import Words, permute, stream_keys
 from samplers.widths import round_up
@@ -48,11 +49,17 @@ class Layout:
         corpus: the samples and their order.
         edges: in the order of their batches' numbers.
         options: what the layout was made by.
+        odd: the layout of odd epochs, where it is another.
     """
 
     corpus: Corpus
     edges: tuple[Edge, ...]
     options: Options
+    odd: "Layout | None" = field(default=None, kw_only=True)
+
+    def of_epoch(self, epoch: int) -> Self:
+        """The layout of an epoch: this one, or in odd epochs another of as many batches, if there is one."""
+        return self if self.odd is None or epoch % 2 == 0 else cast(Self, self.odd)
 
     def __len__(self) -> int:
         """Batches in an epoch, before any is split among replicas."""
@@ -60,9 +67,9 @@ class Layout:
 
     @property
     def shapes(self) -> list[Shape]:
-        """The closed list of (rows, width) that batches have at most, without repetition."""
-        held = {(edge.rows, edge.width if len(edge.width) > 1 else edge.width[0]): None for edge in self.edges}
-        return list(held)
+        """The closed list of (rows, width) that batches have at most, in any epoch, without repetition."""
+        edges = self.edges if self.odd is None else self.edges + self.odd.edges
+        return list({(edge.rows, edge.width if len(edge.width) > 1 else edge.width[0]): None for edge in edges})
 
     @property
     def unused(self) -> int:
@@ -75,7 +82,8 @@ class Layout:
     def digest(self) -> str:
         """Sixteen hexadecimal digits that change when an edge or the choice of samples does."""
         chosen = b"" if self.options.indices is None else np.sort(self.corpus.order).astype("<i8").tobytes()
-        decided = repr((self.edges, self.options.shuffle, self.options.drop_last)).encode()
+        odd = self.odd and self.odd.edges
+        decided = repr((self.edges, odd, self.options.shuffle, self.options.drop_last)).encode()
         return blake2b(decided + chosen, digest_size=8).hexdigest()
 
     def rows_of(self, numbers: Integers) -> Integers:
@@ -126,9 +134,12 @@ class Layout:
 
     def fill_of(self, sizes: Sizes) -> Floats:
         """Rows by the most rows of a shape as wide, float64 `[n]`: above 1 where no shape of the list holds a batch."""
-        widths = np.array([edge.width for edge in self.edges])
-        wide_enough = (sizes.widths[:, None] <= widths).all(2)
-        most: Integers = np.where(wide_enough, self._table.rows, 0).max(1)
+        # Many batches are of one width, and many edges of one shape.
+        widths, which = np.unique(sizes.widths, axis=0, return_inverse=True)
+        shapes = np.unique([(*edge.width, edge.rows) for edge in self.edges], axis=0)
+        most: Integers = np.array(
+            [np.where((shapes[:, :-1] >= width).all(1), shapes[:, -1], 0).max() for width in widths]
+        )[which.reshape(-1)]
         return np.where(most > 0, sizes.rows / np.maximum(most, 1), np.inf)
 
     @cached_property
@@ -170,19 +181,22 @@ def lay_out(lengths: Lengths, options: Options) -> Layout:
         ValueError: Lengths have the wrong shape, or no batch is left to plan.
     """
     corpus = rank_lengths(lengths, options)
-    edges = cut_edges(corpus, options)
-    if options.shuffle:
-        # An epoch ends with its last numbers, and only batches of many rows can be split among replicas there.
-        edges.sort(key=lambda edge: edge.rows)
-    else:
-        edges.sort(key=lambda edge: -sum(edge.width))
-    layout = Layout(corpus, tuple(edges), options)
-    if not edges or len(layout) == 0:
+    even, odd = (tuple(in_order(edges, options)) for edges in cut_turns(corpus, options))
+    layout = Layout(corpus, even, options, odd=None if odd == even else Layout(corpus, odd, options))
+    if not even or len(layout) == 0:
         raise ValueError(
             f"no batch is left to plan: drop_last drops all {len(corpus)} samples, fewer than "
             f"batch_size={options.batch_size}; lower batch_size or keep the last batch"
         )
     return layout
+
+
+def in_order(edges: Sequence[Edge], options: Options) -> list[Edge]:
+    """Edges in the order in which their batches are numbered."""
+    if options.shuffle:
+        # An epoch ends with its last numbers, and only batches of many rows can be split among replicas there.
+        return sorted(edges, key=lambda edge: edge.rows)
+    return sorted(edges, key=lambda edge: -sum(edge.width))
 
 
 def _permute_each(columns: Integers, sizes: Integers, keys: Words) -> Integers:

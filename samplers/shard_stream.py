@@ -87,7 +87,8 @@ class ShardStream(IterableDataset[Any]):
         self.num_replicas, self.rank = find_replica(num_replicas, rank)
         self.data = ShardsInTurn(shards, index, fields, decode=decode)
         self._cursor = SharedCursor(self.num_replicas)
-        self._steps = self.plan(0).steps
+        # Odd epochs are cut elsewhere: what cannot be shared is refused now, and not in the second epoch.
+        self._steps = min(self.plan(epoch).steps for epoch in (0, 1))
         if self._steps == 0:
             raise ValueError(
                 f"an epoch must have a batch for each of {self.num_replicas} replicas, got {len(self._layout)} batches "
@@ -179,7 +180,8 @@ class ShardStream(IterableDataset[Any]):
 
     def course_from(self, start: Position) -> WindowCourse:
         """What is left of an epoch from a position on, as the replicas take it."""
-        return WindowCourse(WindowEpoch(self._layout, start.epoch, start.replicas), start.batches, self.num_replicas)
+        epoch = WindowEpoch(self._layout.of_epoch(start.epoch), start.epoch, start.replicas)
+        return WindowCourse(epoch, start.batches, self.num_replicas)
 
     @cached_property
     def _layout(self) -> WindowLayout:
@@ -203,7 +205,7 @@ class WindowPlan(BatchPlan):
         self.layout = layout
         self.epoch = epoch
         self.num_replicas = num_replicas
-        self.course = WindowCourse(WindowEpoch(layout, epoch, num_replicas), 0, num_replicas)
+        self.course = WindowCourse(WindowEpoch(layout.of_epoch(epoch), epoch, num_replicas), 0, num_replicas)
 
 
 class StreamIterator(Iterator[Any]):

@@ -17,8 +17,8 @@ import numpy as np
 from samplers.budget import Integers
 from samplers.corpus import Corpus, IndexedLengths, Places, rank_lengths
 from samplers.course import Course, Epoch
-from samplers.edges import Edge, cut_edges
-from samplers.layout import Layout
+from samplers.edges import Edge, count_batches, cut_turns
+from samplers.layout import Layout, in_order
 from samplers.options import Options
 from samplers.shuffle import derive_key, permute, stream_keys
 
@@ -35,11 +35,12 @@ class _Part(NamedTuple):
 
     shards: tuple[int, ...]
     order: Places
-    edges: list[Edge]
+    even: list[Edge]
+    odd: list[Edge]
 
     @property
     def most_rows(self) -> int:
-        return self.edges[-1].rows if self.edges else 0
+        return min(edges[-1].rows if edges else 0 for edges in (self.even, self.odd))
 
 
 class _Sequence(NamedTuple):
@@ -175,24 +176,29 @@ def lay_out_windows(lengths: IndexedLengths, starts: Integers, options: Options,
     if options.shuffle:
         most = max(parts, key=lambda part: part.most_rows)
         parts.sort(key=lambda part: part is most)
-    first = np.cumsum([0, *(len(part.order) for part in parts)]).tolist()
-    edges = [
-        edge._replace(first=edge.first + start)
-        for part, start in zip(parts, first, strict=False)
-        for edge in part.edges
-    ]
-    if sum(edge.batches - edge.skipped for edge in edges) == 0:
+    corpus = replace(corpus, order=np.concatenate([part.order for part in parts]))
+    odd = WindowLayout(
+        corpus,
+        _joined(parts, [part.odd for part in parts]),
+        options,
+        tuple(part.shards for part in parts),
+        np.array([count_batches(part.odd) for part in parts]),
+        interleave,
+    )
+    layout = replace(odd, edges=_joined(parts, [part.even for part in parts]), odd=odd)
+    if len(layout.edges) == 0 or len(layout) == 0:
         raise ValueError(
             f"no batch is left to plan: drop_last drops all {len(corpus)} samples, fewer in each window than "
             f"batch_size={options.batch_size}; lower batch_size, raise window, or keep the last batch"
         )
-    return WindowLayout(
-        replace(corpus, order=np.concatenate([part.order for part in parts])),
-        tuple(edges),
-        options,
-        tuple(part.shards for part in parts),
-        np.array([sum(edge.batches - edge.skipped for edge in part.edges) for part in parts]),
-        interleave,
+    return layout
+
+
+def _joined(parts: Sequence[_Part], edges: Sequence[list[Edge]]) -> tuple[Edge, ...]:
+    """The edges of all windows, each where its window begins in the order of all."""
+    first = np.cumsum([0, *(len(part.order) for part in parts)]).tolist()
+    return tuple(
+        edge._replace(first=edge.first + start) for start, own in zip(first, edges, strict=False) for edge in own
     )
 
 
@@ -232,7 +238,6 @@ def _cut_parts(corpus: Corpus, owner: Integers, windows: Sequence[tuple[int, ...
     alone = np.bincount(window[: corpus.alone], minlength=len(windows)).tolist()
     parts = []
     for shards, samples, count in zip(windows, np.split(order, ends[:-1]), alone, strict=True):
-        edges = cut_edges(replace(corpus, order=samples, alone=count), options)
-        edges.sort(key=lambda edge: edge.rows if options.shuffle else -sum(edge.width))
-        parts.append(_Part(shards, samples, edges))
+        turns = cut_turns(replace(corpus, order=samples, alone=count), options)
+        parts.append(_Part(shards, samples, *(in_order(edges, options) for edges in turns)))
     return parts
