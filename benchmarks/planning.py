@@ -5,12 +5,7 @@ Needs transformers and lhotse. Every contender gives, for an epoch, all batches 
 """
 
 import argparse
-import gc
 import json
-import subprocess
-import sys
-import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -41,7 +36,7 @@ WINDOWS: Final = (500, 1_000, 2_000, 4_000, 7_000, 10_000, 20_000)
 SEEDS: Final = 20
 # Below so many batches, the lag-1 autocorrelation of a random order is itself some hundredths.
 ENOUGH_BATCHES: Final = 500
-SCALES: Final = (1_000_000, 10_000_000, 100_000_000)
+LARGE: Final = (1_000_000, 10_000_000)
 
 
 @dataclass(frozen=True, eq=False)
@@ -509,70 +504,6 @@ def resume_cuts(cuts: DynamicBucketingSampler, state: str) -> CutSet:
     return next(iter(cuts))
 
 
-@dataclass(frozen=True, eq=False)
-class Ranked:
-    """Lengths kept on disk with their order, as a `LengthIndex` keeps them."""
-
-    lengths: npt.NDArray[Any]
-    order: npt.NDArray[Any]
-    fingerprint: str
-
-
-def probe(folder: Path, kind: str) -> dict[str, float]:
-    """Milliseconds and peak memory in MiB of a sampler on mapped lengths, in a process of its own.
-
-    Args:
-        folder: where `lengths` and `order` are.
-        kind: `"mapped lengths"`, which are sorted here, or `"mapped lengths and order"`.
-    """
-    lengths: Any = np.memmap(folder / "lengths", np.uint16, "r")
-    if kind == "mapped lengths and order":
-        lengths = Ranked(lengths, np.memmap(folder / "order", np.int32, "r"), "1")
-    # Or a collection over all that the peers' modules hold would fall into what is timed.
-    gc.freeze()
-    found = {"memory before": peak_memory()}
-
-    def timed(name: str, call: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
-        answer = call()
-        found[name] = 1000 * (time.perf_counter() - start)
-        return answer
-
-    planner = timed("construct", lambda: LengthBucketBatchSampler(lengths, max_tokens=BUDGET))
-    steps = timed("len", lambda: len(planner))
-    timed("first batch", lambda: next(iter(planner)))
-    position = timed("position, digest", lambda: planner.position(steps * 9 // 10))
-    timed("seek, batch", lambda: resume(planner, position))
-    return found | {"peak memory": peak_memory()}
-
-
-def peak_memory() -> float:
-    """The most memory that this process has held, in MiB."""
-    # `getrusage` would give the parent's, which a process inherits when it starts another program.
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
-
-
-def compare_scales() -> list[dict[str, Any]]:
-    """Probe a sampler at every scale, with and without an order kept on disk."""
-    found: list[dict[str, Any]] = []
-    for samples in SCALES:
-        with tempfile.TemporaryDirectory() as folder:
-            lengths = speech_like(samples).astype(np.uint16)
-            lengths.tofile(Path(folder) / "lengths")
-            # Unsigned and of 16 bits, for the fast sort.
-            np.argsort(np.uint16(3_000) - lengths, kind="stable").astype(np.int32).tofile(Path(folder) / "order")
-            for kind in ("mapped lengths", "mapped lengths and order"):
-                command = [sys.executable, __file__, "--probe", folder, kind]
-                answer = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-                found.append({"lengths": f"{samples:,} {kind}"} | json.loads(answer))
-    title = "a new process, ms and peak MiB, mapped pages among them"
-    bar = "with the order on disk, len, first batch and seek take times of one order"
-    lines = [{name: value if name == "lengths" else f"{value:,.2f}" for name, value in row.items()} for row in found]
-    show(f"{title}   (bar: {bar})", lines)
-    return found
-
-
 Bar: TypeAlias = tuple[str, str, str, bool]
 
 
@@ -625,12 +556,8 @@ def main() -> None:
     """Print and save all tables, and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=Path, metavar="FOLDER", help="of .npy files, lengths [N] each")
-    parser.add_argument("--large", action="store_true", help="up to a hundred million lengths as well")
-    parser.add_argument("--probe", nargs=2, metavar=("FOLDER", "KIND"), help=argparse.SUPPRESS)
+    parser.add_argument("--large", action="store_true", help="epochs of one and of ten million lengths as well")
     options = parser.parse_args()
-    if options.probe:
-        print(json.dumps(probe(Path(options.probe[0]), options.probe[1])))
-        return
     warnings.filterwarnings("ignore", category=UserWarning, module="lhotse")
     torch.set_num_threads(1)
     corpora = make_corpora(options.lengths)
@@ -640,11 +567,8 @@ def main() -> None:
     epochs = {SAMPLES: time_epochs(corpora[0], 15, list(PEERS))}
     steps, resumed, saved = time_steps(corpora[0]), time_resume(corpora[0]), states(corpora[0])
     print(f"\nstate in bytes: lhotse {len(saved[0])}, ours {len(saved[1])}")
-    scales = []
-    if options.large:
-        for samples in SCALES[:2]:
-            epochs[samples] = time_epochs(Corpus("speech-like", speech_like(samples), BUDGET), 5, [])
-        scales = compare_scales()
+    for samples in LARGE if options.large else ():
+        epochs[samples] = time_epochs(Corpus("speech-like", speech_like(samples), BUDGET), 5, [])
     bars = bars_of_plans(figures) + bars_of_epochs(epochs) + bars_of_resume(resumed, saved[1])
     show("bars", [{"figure": a, "bar": b, "reached": c, "met": "yes" if d else "NO"} for a, b, c, d in bars])
     results = {
@@ -654,7 +578,6 @@ def main() -> None:
         "us a step": steps,
         "resume": [asdict(row) for row in resumed],
         "state in bytes": {"lhotse": len(saved[0]), "ours": len(saved[1])},
-        "scales": scales,
         "bars": bars,
     }
     save("planning", results)
