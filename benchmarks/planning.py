@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from contenders import (
@@ -36,7 +37,7 @@ from contenders import (
 from harness import Row, compare, save
 from lhotse.cut import CutSet
 from lhotse.dataset.sampling.dynamic_bucketing import DynamicBucketingSampler
-from picture import Point, Series, Side, draw
+from matplotlib.ticker import FuncFormatter
 from torch.utils.data import BatchSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -210,22 +211,29 @@ def compare_windows(corpus: Corpus) -> dict[str, list[dict[str, float]]]:
 
 def draw_plans(figures: Sequence[Figures], curves: dict[str, list[dict[str, float]]]) -> None:
     """Padding over meeting again, all contenders on speech-like lengths."""
-    # Away from the curves and from one another.
-    sides: dict[str, Side] = {
-        "sort in chunks, by hand": "lower left",
-        "lhotse bucketing": "upper left",
-        "transformers rebalance, 64": "lower right",
-    }
-    series = []
-    for one in figures:
-        side = sides.get(one.contender, "upper right")
-        points = [Point(one.meeting, one.padding, one.contender, side)]
-        for size in curves.get(one.contender, []):
-            beside = abs(size["padding"] / one.padding - 1) < 0.15
-            points.append(Point(size["meeting"], size["padding"], "" if beside else f"{size['samples']:,}", side))
-        series.append(Series(one.contender, sorted(points), joined=len(points) > 1))
-    title = f"Padding against mixing: {SAMPLES:,} speech-like lengths, curves over samples sorted together"
-    draw(PICTURE, series, title=title, x="pairs of a batch that meet again in the next epoch", y="share of padding")
+    # Text stays text and ids do not change, so that a picture of the same figures is the same file.
+    plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "planning", "font.size": 9}
+    picture, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    for place, one in enumerate(figures):
+        colour, curve = f"C{place}", curves.get(one.contender, [])
+        axes.plot([p["meeting"] for p in curve], [p["padding"] for p in curve], marker=".", linewidth=1, color=colour)
+        axes.scatter([one.meeting], [one.padding], s=45 if one.contender == "ours" else 22, color=colour, zorder=3)
+        # Labels stand away from the curves and from one another.
+        above = one.contender not in ("sort in chunks, by hand", "ours", "lhotse bucketing")
+        offset = (5, 4) if above else (-4, -12)
+        align = "left" if above else "right"
+        axes.annotate(
+            one.contender, (one.meeting, one.padding), offset, textcoords="offset points", ha=align, color=colour
+        )
+    for point in curves["ours"]:
+        label = f"{point['samples']:,}"
+        axes.annotate(label, (point["meeting"], point["padding"]), (4, 4), textcoords="offset points", fontsize=7)
+    axes.set(xscale="log", yscale="log", xlabel="pairs of a batch that meet again in the next epoch", ylabel="padding")
+    axes.set_title(f"{SAMPLES:,} speech-like lengths; curves over samples sorted together", fontsize=10)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
+    axes.grid(which="both", linewidth=0.3)
+    picture.savefig(PICTURE, metadata={"Date": None})
 
 
 def plan_batches(corpus: Corpus, replicas: int = 1) -> LengthBucketBatchSampler:

@@ -56,12 +56,12 @@ def cut_turns(corpus: Corpus, options: Options) -> tuple[list[Edge], list[Edge]]
     pairs meet again half as often as if the edges stayed. Where both cannot have as many batches, they are the same.
     """
     windows = count_windows(corpus, options)
-    even, odd = (cut_edges(corpus, options, windows, shift=shift) for shift in (0, windows // 2))
+    even, odd = (cut_edges(corpus, options, windows, shift=shift) for shift in (False, True))
     more = count_batches(odd) - count_batches(even)
     if more > 0:
         even = cut_edges(corpus, options, windows, more=more)
     elif more < 0:
-        odd = cut_edges(corpus, options, windows, shift=windows // 2, more=-more)
+        odd = cut_edges(corpus, options, windows, shift=True, more=-more)
     return even, odd if count_batches(odd) == count_batches(even) else even
 
 
@@ -70,7 +70,7 @@ def count_batches(edges: Sequence[Edge]) -> int:
     return sum(edge.batches - edge.skipped for edge in edges)
 
 
-def cut_edges(corpus: Corpus, options: Options, windows: int, *, shift: int = 0, more: int = 0) -> list[Edge]:
+def cut_edges(corpus: Corpus, options: Options, windows: int, *, shift: bool = False, more: int = 0) -> list[Edge]:
     """Cut the order into edges, greedily from the longest samples, every batch as full as the budget lets it be.
 
     Each edge gives one batch to every window. What is left at the short end, one to two such edges, is the last one, of
@@ -80,24 +80,39 @@ def cut_edges(corpus: Corpus, options: Options, windows: int, *, shift: int = 0,
         corpus: the order.
         options: the budget among them.
         windows: batches of an edge.
-        shift: batches of the first edge, where it has fewer than the others; 0 if it has not.
+        shift: whether half an edge stands before the first whole one.
         more: batches that the last edge has beyond what it needs; left out where `batch_size` counts its rows.
     """
+    first, edges = corpus.alone, []
+    if first:
+        edges.append(even_edge(0, first, 1, _Cutter(corpus, options).width(0, first)))
+    if shift and windows > 1:
+        edges += _cut_half_edge(corpus, options, first, windows)
+        first = sum(edge.batches * edge.rows for edge in edges)
+    cutter = _make_cutter(corpus, options, first, windows)
+    while first < len(corpus):
+        rows = cutter.rows_from(first)
+        samples = rows * windows
+        if len(corpus) - first < 2 * samples:
+            return edges + _cut_tail(first, cutter, contiguous=windows == 1, more=more)
+        edges.append(even_edge(first, windows, rows, cutter.width(first, first + samples)))
+        first += samples
+    return edges
+
+
+def _cut_half_edge(corpus: Corpus, options: Options, first: int, windows: int) -> list[Edge]:
+    """Half as many batches as an edge has, and where that is no whole number, one of half as many rows besides."""
     edges = []
-    if corpus.alone:
-        edges.append(even_edge(0, corpus.alone, 1, _Cutter(corpus, options).width(0, corpus.alone)))
-    first = corpus.alone
-    for batches in (shift, windows):
+    for batches, part in ((windows // 2, 1), (windows % 2, 2)):
+        if batches == 0:
+            continue
         cutter = _make_cutter(corpus, options, first, batches)
-        while first < len(corpus) and batches:
-            rows = cutter.rows_from(first)
-            samples = rows * batches
-            if len(corpus) - first < 2 * rows * windows:
-                return edges + _cut_tail(first, cutter, contiguous=windows == 1, more=more)
+        # Under `batch_size` every batch but the last is full.
+        rows = cutter.rows_from(first) // part
+        if 0 < 2 * rows * windows < len(corpus) - first and (part == 1 or 2 * rows < (options.batch_size or 1 << 62)):
+            samples = batches * rows
             edges.append(even_edge(first, batches, rows, cutter.width(first, first + samples)))
             first += samples
-            if batches != windows:
-                break
     return edges
 
 
@@ -190,7 +205,7 @@ class _GrowingCutter(_Cutter):
 
 
 def _make_cutter(corpus: Corpus, options: Options, first: int, windows: int) -> _Cutter:
-    if windows and (corpus.fields > 1 or options.count == "real"):
+    if corpus.fields > 1 or options.count == "real":
         return _GrowingCutter(corpus, options, first, windows)
     return _Cutter(corpus, options)
 
