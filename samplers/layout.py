@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
-from typing import NamedTuple, Self, TypeAlias, cast
+from typing import Final, NamedTuple, Self, TypeAlias, cast
 
 import numpy as np
 
@@ -13,7 +13,11 @@ from samplers.corpus import Corpus, Lengths, Places, rank_lengths
 from samplers.edges import Edge, cut_turns
 from samplers.options import Options
 from samplers.shuffle import Words, permute, stream_keys
+from samplers.ties import Ties
 from samplers.widths import round_up
+
+# Strata whose ends are read when the layout is first used: a fraction of a second.
+MOST_TIED: Final = 1 << 18
 
 Shape: TypeAlias = tuple[int, int | tuple[int, ...]]
 
@@ -111,8 +115,10 @@ class Layout:
             owner: Integers = np.repeat(edges, rows)
             self._shift_short_strata(owner, stratum, place, column, size)
         if self.options.shuffle:
-            keys = stream_keys(key, np.repeat(table.strata[edges], rows) + stratum)
-            column = _permute_each(column, size, keys)
+            strata: Integers = np.repeat(table.strata[edges], rows) + stratum
+            if self._ties is not None:
+                place = self._ties.move(strata, place, key)
+            column = _permute_each(column, size, stream_keys(key, strata))
         return self.corpus.order[place + column], rows
 
     def use_of(self, sizes: Sizes) -> Floats:
@@ -148,6 +154,30 @@ class Layout:
         return _Table(
             first, batches, rows, full, rest, skipped, strata=np.cumsum(rows) - rows, ends=np.cumsum(batches - skipped)
         )
+
+    @cached_property
+    def _ties(self) -> Ties | None:
+        """Strata that may trade places; none where there are very many, since pairs hardly meet again there."""
+        table, total = self._table, sum(edge.rows for edge in self.edges)
+        if self.corpus.fields > 1 or total > MOST_TIED:
+            return None
+        edge: Integers = np.repeat(np.arange(len(self.edges)), table.rows)
+        places = table.first[edge] + (np.arange(total) - table.strata[edge]) * table.batches[edge]
+        # In an edge with strata of two sizes, or a batch that is not planned, all stay.
+        samples: Integers = np.where((table.rest == table.batches) & (table.skipped == 0), table.batches, 0)[edge]
+        first, last = (self._widths_at(np.where(samples > 0, ends, 0)) for ends in (places, places + samples - 1))
+        apart = (first.max() + 1) * self._regions[edge]
+        return Ties.find(places, samples, first + apart, last + apart)
+
+    @property
+    def _regions(self) -> Integers:
+        """Of each edge the part of the corpus that its samples must stay in: int64 `[edges]`."""
+        return np.zeros(len(self.edges), np.int64)
+
+    def _widths_at(self, places: Integers) -> Integers:
+        """What samples at these places of the order count for in the budget of one field: int64 `[n]`."""
+        lengths = self.corpus.lengths_of(self.corpus.order[places])[:, 0]
+        return lengths if self.options.count == "real" else round_up(lengths, self.options.allowed_widths)
 
     def _locate(self, numbers: Integers) -> tuple[Integers, Integers]:
         """Each batch's edge, and its place among the edge's batches."""

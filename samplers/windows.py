@@ -70,6 +70,12 @@ class WindowLayout(Layout):
         decided = repr((super().digest, self.windows, self.interleave))
         return blake2b(decided.encode(), digest_size=8).hexdigest()
 
+    @property
+    def _regions(self) -> Integers:
+        """The window of each edge: its samples are read together."""
+        last = self._table.ends - 1
+        return np.searchsorted(self.sizes.cumsum(), last, side="right")
+
 
 @dataclass(frozen=True, eq=False)
 class WindowEpoch(Epoch):
