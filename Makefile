@@ -4,6 +4,9 @@ BIN := .venv/bin
 # A change of these files makes the environment anew.
 READY := .venv/ready
 
+# The other files of the folder are what these share.
+BENCHMARKS := collation rnn language_model planning scale
+
 .PHONY: help demo test check format lint types coverage bench clean
 
 help:
@@ -44,7 +47,8 @@ check: format lint types test coverage
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
-	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	$(BIN)/python benchmarks/pages.py
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
