@@ -92,8 +92,9 @@ def test_lightning_trains_as_one_process_when_it_leaves_the_sampler_alone(lightn
     check_training(lightning / "whole", trained)
 
 
-@pytest.mark.parametrize(("checkpoint", "used"), [("step=34", 0), ("step=39", 5)], ids=["edge", "middle"])
-def test_lightning_goes_on_from_a_checkpoint_with_the_batches_that_were_left(checkpoint, used, lightning, trained):
+@pytest.mark.parametrize("used", [0, 5], ids=["edge", "middle"])
+def test_lightning_goes_on_from_a_checkpoint_with_the_batches_that_were_left(used, lightning, trained):
+    checkpoint = f"step={len(PLANS[0]) // 2 + used}"
     assert batches_of(lightning / checkpoint, 0) == []
     assert batches_of(lightning / checkpoint, 1) == PLANS[1][2 * used :]
     check_weights(lightning / checkpoint, trained)

@@ -25,6 +25,9 @@ from samplers import LengthBucketBatchSampler
 
 EPOCHS = 2
 LEARNING_RATE = 0.1
+STEPS = len(make_sampler(num_replicas=2, rank=0))
+# Lightning's checkpoints are named by the step: one after an epoch, one five steps into the next.
+EDGE, MIDDLE = STEPS, STEPS + 5
 
 
 def share_of_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -116,14 +119,14 @@ class Module(LightningModule):
 def train_with_lightning(folder: Path, sharding: str = "own") -> None:
     """Train with the sampler's own sharding or Lightning's; then again from the end of an epoch and from amid one."""
     fit(folder / "whole", None, use_distributed_sampler=sharding == "Lightning's")
-    for name in ("step=34", "step=39"):
+    for name in (f"step={EDGE}", f"step={MIDDLE}"):
         fit(folder / name, folder / "whole" / f"{name}.ckpt", use_distributed_sampler=False)
 
 
 def fit(folder: Path, checkpoint: Path | None, **options: Any) -> None:
     folder.mkdir(exist_ok=True)
     save = {"dirpath": folder, "filename": "{step}", "save_top_k": -1}
-    saves = [ModelCheckpoint(**save, every_n_epochs=1), ModelCheckpoint(**save, every_n_train_steps=39)]
+    saves = [ModelCheckpoint(**save, every_n_epochs=1), ModelCheckpoint(**save, every_n_train_steps=MIDDLE)]
     silent = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(
         accelerator="cpu", devices=2, strategy="ddp", max_epochs=EPOCHS, callbacks=saves, **silent, **options
