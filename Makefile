@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/ready
 
 # The other files of the folder are what these share.
-BENCHMARKS := collation rnn language_model planning scale
+BENCHMARKS := collation packing transport rnn language_model planning scale
 
 .PHONY: help demo test check format lint types coverage bench clean
 

@@ -1,13 +1,15 @@
 """Ratios measured side by side in one process: every contender takes its turn in every round."""
 
+import ctypes
 import datetime
 import gc
 import json
 import platform
+import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,23 +17,50 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+# A turn lasts at least so long: what takes microseconds would else be measured cold, after the others' turns.
+TURN_MICROSECONDS = 5_000
 
 
 @dataclass
 class Row:
-    """One case: each contender's median time, and how many times as fast as it ours is, round by round."""
+    """One case.
+
+    Attributes:
+        case: what is measured.
+        ours: the contender that the others are held against.
+        microseconds: each contender's median time of one call.
+        calls: how often each is called in one turn.
+        times_as_fast: how many times as fast as each other contender ours is: the lowest, median and highest round.
+        bar: what was to be reached, in words.
+    """
 
     case: str
     ours: str
     microseconds: dict[str, float]
+    calls: dict[str, int]
     times_as_fast: dict[str, tuple[float, float, float]]
     bar: str = ""
+
+
+def keep_pages() -> None:
+    """Make glibc keep the memory that is freed, for all contenders alike; other C libraries are left as they are.
+
+    Whether a freed block of some megabytes goes back to the system depends on what else lies on the heap, and taking
+    its pages anew costs several times what filling them does: the ratios would be those of two heaps.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        mmap_max, trim_threshold = -4, -1
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def compare(
     case: str, ours: str, contenders: Mapping[str, Callable[[], object]], *, rounds: int = 21, bar: str = ""
 ) -> Row:
-    """Time all contenders in turn, `rounds` times after one round that does not count.
+    """Time all contenders in turn, `rounds` times; a turn is as many calls as last 5 ms.
+
+    Every second round goes backwards: what one leaves behind, in caches and on the heap, is not always the same one's.
 
     Args:
         case: what is measured.
@@ -41,34 +70,52 @@ def compare(
         bar: what was to be reached, in words.
 
     Returns:
-        Median times in microseconds, and the lowest, median and highest ratio of each contender's time to ours.
+        Median times of one call in microseconds, and the ratios of each contender's time to ours, round by round.
     """
-    times: dict[str, list[float]] = {name: [] for name in contenders}
     gc.collect()
-    for turn in range(rounds + 1):
-        for name, call in contenders.items():
-            start = time.perf_counter()
-            call()
-            taken = time.perf_counter() - start
-            if turn:
-                times[name].append(taken * 1e6)
-    ratios = {
-        name: sorted(other / own for other, own in zip(times[name], times[ours], strict=True))
-        for name in contenders
-        if name != ours
-    }
+    calls = {name: calls_of_a_turn(call) for name, call in contenders.items()}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds):
+        for name in list(contenders)[:: -1 if turn % 2 else 1]:
+            times[name].append(time_turn(contenders[name], calls[name]) / calls[name])
     medians = {name: statistics.median(values) for name, values in times.items()}
-    spread = {name: (values[0], statistics.median(values), values[-1]) for name, values in ratios.items()}
-    row = Row(case, ours, medians, spread, bar)
+    spread = {name: spread_of(values, times[ours]) for name, values in times.items() if name != ours}
+    row = Row(case, ours, medians, calls, spread, bar)
     print(as_text(row), flush=True)
     return row
 
 
+def time_turn(call: Callable[[], object], calls: int) -> float:
+    """Microseconds that so many calls take together; where they are several, after one that does not count."""
+    if calls > 1:
+        # Pages that the one before has given back to the system would be counted here.
+        call()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) * 1e6
+
+
+def calls_of_a_turn(call: Callable[[], object]) -> int:
+    """How many calls make a turn: twice as many, until they last as long; one before them warms up."""
+    call()
+    calls = 1
+    while time_turn(call, calls) < TURN_MICROSECONDS:
+        calls *= 2
+    return calls
+
+
+def spread_of(others: Sequence[float], own: Sequence[float]) -> tuple[float, float, float]:
+    """The lowest, median and highest ratio of times taken in the same round."""
+    ratios = sorted(other / mine for other, mine in zip(others, own, strict=True))
+    return ratios[0], statistics.median(ratios), ratios[-1]
+
+
 def as_text(row: Row) -> str:
     """A case as lines of a table."""
-    head = f"{row.case}: {row.ours} {row.microseconds[row.ours]:,.0f} us" + (f"   (bar: {row.bar})" if row.bar else "")
+    head = f"{row.case}: {row.ours} {row.microseconds[row.ours]:,.1f} us" + (f"   (bar: {row.bar})" if row.bar else "")
     lines = [
-        f"    {name:<28}{row.microseconds[name]:>12,.0f} us   ours is {middle:.2f} times as fast [{low:.2f}-{high:.2f}]"
+        f"    {name:<28}{row.microseconds[name]:>14,.1f} us   ours is {middle:.2f} times as fast [{low:.2f}-{high:.2f}]"
         for name, (low, middle, high) in row.times_as_fast.items()
     ]
     return "\n".join([head, *lines])
@@ -77,7 +124,7 @@ def as_text(row: Row) -> str:
 def save(name: str, results: object) -> None:
     """Write results with what they were measured on to `benchmarks/results/NAME.json`."""
     facts = {
-        "command": f"python benchmarks/{Path(sys.argv[0]).name}",
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",
         "python": platform.python_version(),

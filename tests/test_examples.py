@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 
 
 def start(name: str, *arguments: object) -> subprocess.Popen[str]:
@@ -49,6 +50,15 @@ def test_the_five_minute_way_in_learns_and_is_short():
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", out)]
     assert losses[-1] < 0.1 < losses[0]
     assert len((EXAMPLES / "five_minutes.py").read_text().splitlines()) < 40
+
+
+def test_the_tests_of_a_step_run_as_a_user_runs_them_and_their_page_shows_them():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(EXAMPLES / "test_my_step.py")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout
+    page = (ROOT / "docs" / "check-step.md").read_text()
+    assert f"```python\n{(EXAMPLES / 'test_my_step.py').read_text()}```\n" in page
 
 
 def test_the_main_job_writes_plans_trains_and_proves(whole):

@@ -1,0 +1,67 @@
+"""A batch from a worker process to the main one, against a bare padded tensor and a dict of four tensors."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from itertools import islice
+
+import numpy as np
+import torch
+from harness import Row, compare, save
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from collate import LengthTrackedBatch
+
+BATCHES = 100
+
+
+class Endless(IterableDataset[object]):
+    """The same batch again and again, in memory of its own each time, as a collator would make it."""
+
+    def __init__(self, make: Callable[[], object]) -> None:
+        self.make = make
+
+    def __iter__(self) -> Iterator[object]:
+        while True:
+            yield self.make()
+
+
+def take_from(make: Callable[[], object]) -> Callable[[], None]:
+    """A call that takes 100 batches from a worker of its own."""
+    batches = iter(DataLoader(Endless(make), batch_size=None, num_workers=1))
+
+    def take() -> None:
+        for _ in islice(batches, BATCHES):
+            pass
+
+    return take
+
+
+def four_tensors(batch: LengthTrackedBatch) -> dict[str, Tensor]:
+    """What a collate function by hand sends."""
+    names = ("padded", "lengths", "mask", "permutation")
+    return {name: getattr(batch, name).clone() for name in names}
+
+
+def measure(rows: int, steps: int, dtype: torch.dtype) -> Row:
+    """One shape: `[rows, steps]`, lengths from half of the steps to all."""
+    lengths = np.random.default_rng(0).integers(steps // 2, steps + 1, rows)
+    batch = LengthTrackedBatch.from_sequences([torch.ones(int(n), dtype=dtype) for n in lengths])
+    calls = {
+        "LengthTrackedBatch": take_from(lambda: batch.with_padded(batch.padded.clone())),
+        "bare padded tensor": take_from(batch.padded.clone),
+        "dict of four tensors": take_from(lambda: four_tensors(batch)),
+    }
+    bar = "not slower than four tensors, close to the bare one"
+    case = f"{BATCHES} batches {rows} x {steps} {str(dtype).removeprefix('torch.')}"
+    return compare(case, "LengthTrackedBatch", calls, rounds=31, bar=bar)
+
+
+def main() -> None:
+    """Print and save both shapes."""
+    torch.set_num_threads(1)
+    save("transport", [asdict(measure(64, 512, torch.float32)), asdict(measure(256, 30, torch.int64))])
+
+
+if __name__ == "__main__":
+    main()

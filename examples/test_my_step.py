@@ -1,0 +1,52 @@
+"""A training step and the tests that hold it to the lengths, to be copied and filled with a step of your own.
+
+Run it with `python -m pytest examples/test_my_step.py`.
+"""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from collate import LengthError, PadCollator, apply_rnn, check_step, sequence_loss
+
+
+class Tagger(nn.Module):
+    """A label for every token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.gru = nn.GRU(8, 16, batch_first=True, bidirectional=True)
+        self.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(32, 5))
+
+    def loss(self, batch: dict) -> Tensor:
+        """The step: the loss of a batch, without `backward` and without the optimizer."""
+        hidden, _ = apply_rnn(self.gru, batch["tokens"].map(self.embedding))
+        return sequence_loss(nn.CrossEntropyLoss(reduction="none"), hidden.map(self.head), batch["tags"])
+
+    def wrong_loss(self, batch: dict) -> Tensor:
+        """The same, with a backward direction that begins in the padding and a mean that counts it."""
+        hidden, _ = self.gru(self.embedding(batch["tokens"].padded))
+        return nn.functional.cross_entropy(self.head(hidden).transpose(1, 2), batch["tags"].padded.clamp(min=0))
+
+
+@pytest.fixture
+def batch() -> dict:
+    """Rows of different lengths, none of them empty, as the loader collates them."""
+    torch.manual_seed(0)
+    lengths = (9, 6, 4, 2)
+    samples = [{"tokens": torch.randint(1, 20, (n,)), "tags": torch.randint(0, 5, (n,))} for n in lengths]
+    return PadCollator({"tokens": 0, "tags": -100})(samples)
+
+
+def test_the_training_step_respects_the_lengths(batch):
+    """The first test to write for a step."""
+    model = Tagger()
+    check_step(model.loss, batch, module=model).raise_if_broken()
+
+
+def test_a_step_that_counts_padding_is_found(batch):
+    """The test can fail: a wrong variant of the step is named."""
+    model = Tagger()
+    with pytest.raises(LengthError, match="a loss or mean that is not masked"):
+        check_step(model.wrong_loss, batch, module=model).raise_if_broken()
