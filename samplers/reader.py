@@ -11,7 +11,7 @@ import numpy.typing as npt
 from samplers.budget import Integers
 from samplers.corpus import Places
 from samplers.shards.dataset import ShardDataset
-from samplers.shards.files import LocalFile, RandomAccess
+from samplers.shards.files import LocalFile, RandomAccess, naming
 from samplers.shards.format import Sample
 from samplers.windows import WindowCourse
 
@@ -95,8 +95,9 @@ class FetchedFile:
 
     def __init__(self, file: RandomAccess) -> None:
         self.path, self.size = file.path, file.size
-        system, name = _file_system(file.path)
-        self._data = memoryview(system.cat_file(name))
+        with naming(file.path):
+            system, name = _file_system(file.path)
+            self._data = memoryview(system.cat_file(name))
 
     def read(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes from `offset` on: fewer only at the end of the file."""

@@ -117,6 +117,9 @@ def test_tensors_and_odd_memory_layouts_are_stored_as_their_values(tmp_path):
         "e": np.float16(2),
         "f": True,
         "g": 1.5,
+        # NumPy's numbers of double width are Python's too.
+        "h": np.float64(2.5),
+        "i": np.complex128(1j),
     }
     write(tmp_path, [{"__key__": "k"} | values])
     sample = ShardDataset(tmp_path)[0]
@@ -124,10 +127,12 @@ def test_tensors_and_odd_memory_layouts_are_stored_as_their_values(tmp_path):
     assert np.array_equal(sample["b"], base.T)
     assert np.array_equal(sample["c"], base)
     assert sample["d"].tolist() == [1 - 2j]
-    assert [(sample[name], sample[name].dtype.name) for name in "efg"] == [
+    assert [(sample[name], sample[name].dtype.name) for name in "efghi"] == [
         (2, "float16"),
         (True, "bool"),
         (1.5, "float64"),
+        (2.5, "float64"),
+        (1j, "complex128"),
     ]
 
 

@@ -1,16 +1,25 @@
 """Files: what shards are called, bytes at any place of them, and new files that appear whole or not at all."""
 
+import io
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, BinaryIO, Final, Protocol, TypeAlias
 
 import fsspec
 import fsspec.implementations.local
 import numpy as np
 import numpy.typing as npt
+
+if sys.platform != "win32":
+    import fcntl
+
+# Ends the name of a file that is being written.
+TEMPORARY: Final = ".tmp"
 
 Shards: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -57,6 +66,9 @@ class LocalFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        # A pipe would be waited for.
+        if not Path(path).is_file() and Path(path).exists():
+            raise ValueError(f"{path}: not a regular file")
         self._descriptor = os.open(path, os.O_RDONLY)
         self.size = os.fstat(self._descriptor).st_size
 
@@ -118,14 +130,19 @@ class RemoteFile:
 
     def __init__(self, url: str) -> None:
         self.path = url
-        self._system, self._name = _file_system(url)
-        self._stream = self._system.open(self._name, "rb")
-        self.size = int(self._stream.size)
+        with naming(url):
+            self._system, self._name = _file_system(url)
+            self._stream = self._system.open(self._name, "rb")
+            size = getattr(self._stream, "size", None)
+        if size is None or not self._stream.seekable():
+            raise ValueError(f"{url}: its server gives no size, or no ranges, so that it cannot be read: copy the file")
+        self.size = int(size)
 
     def read(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes from `offset` on, through the file system's read-ahead."""
-        self._stream.seek(offset)
-        return bytes(self._stream.read(size))
+        with naming(self.path):
+            self._stream.seek(offset)
+            return bytes(self._stream.read(size))
 
     def fill(self, arrays: Sequence[npt.NDArray[Any]], offsets: Sequence[int]) -> None:
         """Overwrite each C-contiguous array with the bytes at its offset.
@@ -134,16 +151,38 @@ class RemoteFile:
             ValueError: The file ends before an array is full.
         """
         wanted = [(array, offset) for array, offset in zip(arrays, offsets, strict=True) if array.nbytes]
-        parts = self._system.cat_ranges(
-            [self._name] * len(wanted),
-            [offset for _, offset in wanted],
-            [offset + array.nbytes for array, offset in wanted],
-            on_error="raise",
-        )
+        with naming(self.path):
+            parts = self._system.cat_ranges(
+                [self._name] * len(wanted),
+                [offset for _, offset in wanted],
+                [offset + array.nbytes for array, offset in wanted],
+                on_error="raise",
+            )
         for (array, offset), data in zip(wanted, parts, strict=True):
+            if len(data) > array.nbytes:
+                raise ValueError(
+                    f"{self.path}: its server sent {len(data)} bytes for a range of {array.nbytes}, and gives none: "
+                    "copy the file, or use ShardStream, which fetches shards whole"
+                )
             if len(data) != array.nbytes:
                 raise ValueError(_ended(self.path, self.size, offset, array.nbytes))
             array.reshape(-1).view(np.uint8)[:] = np.frombuffer(data, np.uint8)
+
+
+@contextmanager
+def naming(url: str) -> Iterator[None]:
+    """Name the URL in what a file system raises, which may be of any library's making.
+
+    Raises:
+        FileNotFoundError: As raised within, with the URL.
+        OSError: The same of all other errors.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{url}: there is no such file ({error})") from error
+    except Exception as error:
+        raise OSError(f"{url}: cannot be read: {error!r}") from error
 
 
 def open_file(path: str) -> RandomAccess:
@@ -151,6 +190,8 @@ def open_file(path: str) -> RandomAccess:
 
     Raises:
         FileNotFoundError: There is no such file.
+        OSError: It cannot be opened or, of a URL, reached.
+        ValueError: It is not a regular file, or its server gives no size or no ranges.
     """
     system, name = (None, path) if "://" not in path else _file_system(path)
     if system is not None and not isinstance(system, fsspec.implementations.local.LocalFileSystem):
@@ -184,25 +225,37 @@ def expand_shards(shards: Shards) -> list[str]:
 class NewFile:
     """A file that is written beside its final name and appears under it complete, or not at all.
 
+    While it is written it is locked, so that what a killed process left can be told from another's work.
+
     Attributes:
         path: the final name.
         stream: what to write to.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, replace: bool = True) -> None:
         """Create the temporary file.
 
+        Args:
+            path: the final name.
+            replace: take the place of a file of that name.
+
         Raises:
-            FileExistsError: The temporary file exists: somebody else writes it, or was killed.
+            FileExistsError: The temporary file exists: somebody else writes it, or was killed. Or the file itself does
+                and is not to be replaced.
         """
         self.path = path
-        self._temporary = path.with_name(path.name + ".tmp")
+        self._temporary = path.with_name(path.name + TEMPORARY)
         try:
-            self.stream = self._temporary.open("xb")
+            self.stream = io.BufferedWriter(_NamedFile(self._temporary, "xb"))
         except FileExistsError:
             raise FileExistsError(
                 f"{self._temporary} exists: another writer is at work, or was killed: delete it, or write elsewhere"
             ) from None
+        _lock(self.stream)
+        # Only who holds the temporary file gives the name away: from here on nobody else does.
+        if not replace and path.exists():
+            self.discard()
+            raise FileExistsError(f"{path} exists: another writer is at work in this folder: write to another one")
 
     def commit(self) -> None:
         """Send everything to the disk, then give the file its final name."""
@@ -219,8 +272,48 @@ class NewFile:
 
     def discard(self) -> None:
         """Remove what has been written."""
-        self.stream.close()
+        # What is still in the buffer does not fit a full disk either.
+        with suppress(OSError):
+            self.stream.close()
         self._temporary.unlink(missing_ok=True)
+
+
+def remove_leftover(temporary: Path) -> None:
+    """Remove the temporary file of a killed process; nothing happens if there is none.
+
+    Raises:
+        FileExistsError: The process that writes it is alive.
+    """
+    try:
+        stream = temporary.open("r+b")
+    except FileNotFoundError:
+        return
+    with stream:
+        if not _lock(stream):
+            raise FileExistsError(f"{temporary} is being written: wait for the other writer, or write elsewhere")
+        temporary.unlink(missing_ok=True)
+
+
+def _lock(stream: BinaryIO) -> bool:
+    # The system takes the lock back when the process ends, however it does. A file system without locks has no say.
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+    return True
+
+
+class _NamedFile(io.FileIO):
+    """A file that names itself when the disk is full."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.name)) from None
 
 
 def _runs(arrays: Sequence[npt.NDArray[Any]], offsets: Sequence[int]) -> Iterable[tuple[int, int]]:

@@ -32,6 +32,13 @@ DTYPES: Final = frozenset(
     ["|b1", "|i1", "|u1", "<i2", "<u2", "<i4", "<u4", "<i8", "<u8", "<f2", "<f4", "<f8", "<c8", "<c16"]
 )
 
+# NumPy's limits: bytes of an array, counting axes of none as one, and axes.
+_MOST: Final = np.iinfo(np.int64).max
+_MOST_AXES: Final = 64
+# The last character of Unicode, and the first and last number below that are none.
+_LAST_POINT: Final = 0x10FFFF
+_SURROGATES: Final = (0xD800, 0xDFFF)
+
 _PICKLES: Final = re.compile(r"(?:^|\.)(pkl|pickle|pyd|pth)(?:\.gz)*$", re.IGNORECASE)
 _NPY: Final = re.compile(
     rb"\{\s*'descr':\s*'([^']*)',\s*'fortran_order':\s*(True|False),\s*'shape':\s*\(([\d,\s]*)\),?\s*\}\s*"
@@ -107,8 +114,10 @@ def check_array_size(header: ArrayHeader, size: int, where: str) -> None:
     """Hold what a header claims against the bytes there are, before anything is allocated.
 
     Raises:
-        ValueError: They differ; both numbers are named.
+        ValueError: They differ; both numbers are named. Or no array can have this shape, though it holds nothing.
     """
+    if math.prod(steps or 1 for steps in header.shape) * header.dtype.itemsize > _MOST and header.nbytes == 0:
+        raise ValueError(f"{where}: the header claims {list(header.shape)} {header.dtype}, which no array can be")
     if header.size + header.nbytes != size:
         raise ValueError(
             f"{where}: the header claims {list(header.shape)} {header.dtype}, {header.nbytes} bytes, the member holds "
@@ -192,9 +201,9 @@ def split_block(suffixes: Iterable[str], where: str) -> dict[str, bool]:
     names = {}
     for suffix in suffixes:
         refuse_pickle(suffix, where)
-        name, encoding = field_of(suffix)
-        if encoding != "npy":
-            raise ValueError(f"{where}: a block holds .npy members alone, got {suffix!r}")
+        name = field_of(suffix)[0]
+        if f"{name}.npy" != suffix or name == "__key__":
+            raise ValueError(f"{where}: a member must be FIELD.npy: a block holds .npy members alone, got {suffix!r}")
         names[name] = True
     fields = [name for name in names if f"{name}.npy" != KEYS and not _is_lengths(name)]
     strays = [name for name in names if _is_lengths(name) and name.removesuffix(".lengths") not in names]
@@ -220,7 +229,8 @@ def check_block_lengths(lengths: Any, keys: Any, rows: int, where: str) -> npt.N
     odd = np.flatnonzero(lengths < 0)
     if len(odd):
         raise LengthError(f"{where}: sample {str(keys[odd[0]])!r} has length {lengths[odd[0]]}")
-    total = int(lengths.sum(dtype=np.int64))
+    # Exact, for 64-bit sums come around.
+    total = sum(lengths.tolist())
     if total != rows:
         raise LengthError(f"{where}: the lengths sum to {total}, the field holds {rows} steps")
     return np.asarray(lengths, np.int64)
@@ -235,12 +245,15 @@ def decode_keys(data: bytes, where: str) -> npt.NDArray[np.str_]:
     start = 12 if data[6:7] > b"\x01" else 10
     size = start + int.from_bytes(data[8:start], "little")
     found = _NPY.fullmatch(data[start:size]) if data[:6] == b"\x93NUMPY" else None
-    kind = re.fullmatch(rb"[<|]U(\d+)", found[1]) if found else None
-    shape = _read_shape(found[3]) if found else ()
-    if kind is None or len(shape) != 1:
+    kind = re.fullmatch(rb"<U([1-9]\d{0,8})", found[1]) if found else None
+    shape = _read_shape(found[3]) if found else None
+    if kind is None or shape is None or len(shape) != 1:
         raise ValueError(f"{where}: block.keys.npy must hold text [n], its header is {data[start:size][:80]!r}")
     dtype = np.dtype(f"<U{int(kind[1])}")
     check_array_size(ArrayHeader(dtype, shape, fortran=False, size=size), len(data), f"{where}, block.keys.npy")
+    points: Array = np.ndarray((shape[0], int(kind[1])), "<u4", data, size)
+    if ((points > _LAST_POINT) | ((points >= _SURROGATES[0]) & (points <= _SURROGATES[1]))).any():
+        raise ValueError(f"{where}, block.keys.npy: holds numbers that are no characters")
     return np.array(np.ndarray(shape, dtype, data, size))
 
 
@@ -308,8 +321,13 @@ def _parse_array_header(text: bytes) -> tuple[np.dtype[Any], tuple[int, ...], bo
     found = _NPY.fullmatch(text)
     if found is None or found[1].decode("latin-1").replace(">", "<") not in DTYPES:
         return None
-    return np.dtype(found[1].decode()), _read_shape(found[3]), found[2] == b"True"
+    shape = _read_shape(found[3])
+    return None if shape is None else (np.dtype(found[1].decode()), shape, found[2] == b"True")
 
 
-def _read_shape(text: bytes) -> tuple[int, ...]:
-    return tuple(int(size) for size in text.split(b",") if size.strip())
+def _read_shape(text: bytes) -> tuple[int, ...] | None:
+    # None where it is no shape, or one of more axes or digits than any array has.
+    sizes = [size.strip() for size in text.split(b",") if size.strip()]
+    if len(sizes) > _MOST_AXES or not all(re.fullmatch(rb"\d{1,19}", size) for size in sizes):
+        return None
+    return tuple(map(int, sizes))

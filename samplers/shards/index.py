@@ -2,19 +2,20 @@
 
 import os
 from collections.abc import Collection, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Self, overload
 
 import numpy as np
-from tqdm import tqdm
 
 from collate.errors import LengthError
 from samplers.shards.files import Shards, expand_shards, open_file
 from samplers.shards.indexfile import REBUILD, longest_first, read_index, write_index
+from samplers.shards.kept import Scan
+from samplers.shards.parallel import run
 from samplers.shards.scan import LengthOf, scan_shard
 from samplers.shards.tables import Array, Shard, Tables, join_tables
 
@@ -65,9 +66,14 @@ class LengthIndex:
         *,
         workers: int = 0,
         checksums: bool = False,
+        resume: bool | str | os.PathLike[str] = False,
         progress: bool = False,
     ) -> Self:
         """Index shards, reading their headers and seeking over their payloads.
+
+        With `resume=True` each shard's own index `SHARD.ltx` is written beside it as soon as it is scanned, and a shard
+        whose index is there is not scanned again, so that a build that was killed goes on. An index is taken if it is
+        whole, was written since the shard was changed or put where it is, and names its size; `verify` reads more.
 
         Args:
             shards: paths, brace patterns, wildcards, folders or URLs.
@@ -75,23 +81,29 @@ class LengthIndex:
             length: `(field, bytes) -> steps`, for fields in other encodings; picklable where there are workers.
             workers: processes; 0 stays in this one.
             checksums: read payloads too, and keep a crc32 of every sample and field.
+            resume: keep an index of each shard beside it, or in a local folder, which suits shards that are remote or
+                read-only; take those that are there. Where `fields` is None, it is then theirs.
             progress: show a bar.
 
         Raises:
+            FileExistsError: Another process writes the index of a shard.
             FileNotFoundError: A shard is absent.
             LengthError: A block's lengths do not fit what it holds, or `length` gives no length.
+            RuntimeError: A process was killed; the shard at which it worked is named.
             TypeError: `fields` is a single string.
-            ValueError: A shard is damaged or empty or holds a pickle, or samples differ in kind.
+            ValueError: A shard is damaged or empty or holds a pickle, or samples differ in kind; the index that is kept
+                of one is of other fields; or `resume=True` with a remote shard.
         """
         if isinstance(fields, str):
             raise TypeError(f"fields must be a list of names, got the string {fields!r}")
-        scan = partial(scan_shard, fields=fields, length=length, checksums=checksums)
+        keep = resume if isinstance(resume, bool) else Path(resume)
+        if isinstance(keep, Path):
+            keep.mkdir(parents=True, exist_ok=True)
         paths = expand_shards(shards)
-        if not workers:
-            return cls(join_tables(list(map(scan, tqdm(paths, unit="shard", disable=not progress)))))
-        with ProcessPoolExecutor(workers) as pool:
-            scanned = tqdm(pool.map(scan, paths), total=len(paths), unit="shard", disable=not progress)
-            return cls(join_tables(list(scanned)))
+        scan = Scan(fields, length, checksums, keep).with_fields_of(paths)
+        with closing(run(scan, paths, workers, unit="shard", progress=progress)) as scanned:
+            parts = dict(scanned)
+        return cls(join_tables([parts[place] for place in range(len(paths))]))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:

@@ -26,6 +26,8 @@ The header is an object with
 
 import json
 import math
+import os
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -36,6 +38,7 @@ from zlib import crc32
 import numpy as np
 
 from samplers.shards.files import NewFile, RemoteFile, open_file
+from samplers.shards.format import DTYPES, field_of
 from samplers.shards.tables import ARRAYS, Array, Field, Shard, Tables, check_alike, joined
 
 SUFFIX: Final = ".ltx"
@@ -66,16 +69,21 @@ def read_index(path: str, checked_up_to: int | None = _CHECKED_UP_TO) -> tuple[T
     """
     content = _load(path)
     header, start = _read_header(content, path)
-    if checked_up_to is None or len(content) <= checked_up_to:
+    checked = checked_up_to is None or len(content) <= checked_up_to
+    if checked:
         _check(
             path,
             "its checksum is wrong",
             holds=crc32(content[start:].data) == _PREFIX.unpack(content[: _PREFIX.size].data)[4],
         )
     try:
-        return _build_tables(header, content, start, path)
+        tables, order = _build_tables(header, content, start, path)
+        _check_blocks(tables)
+        if checked:
+            _check_values(tables, order)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: its header does not say what it must ({error!r}); {REBUILD}") from None
+    return tables, order
 
 
 def write_index(path: Path, parts: Sequence[Tables]) -> None:
@@ -171,8 +179,10 @@ def _read_header(content: Array, path: str) -> tuple[dict[str, Any], int]:
 
 def _build_tables(header: dict[str, Any], content: Array, start: int, path: str) -> tuple[Tables, Array]:
     arrays = {name: _view(content, start, name, entry) for name, entry in header["arrays"].items()}
-    fields = tuple(Field(**entry | {"shape": tuple(entry["shape"])}) for entry in header["fields"])
-    shards = tuple(Shard(**entry | {"path": _resolve(entry["path"], path)}) for entry in header["shards"])
+    fields = tuple(_read_field(entry, header["layout"]) for entry in header["fields"])
+    shards = tuple(_read_shard(entry, path) for entry in header["shards"])
+    if len({field.name for field in fields}) < len(fields) or not any(field.tracked for field in fields):
+        raise ValueError(f"fields {[field.name for field in fields]}: they must differ, and one be tracked")
     samples, known = sum(shard.samples for shard in shards), sum(field.variable for field in fields)
     expected = dict.fromkeys(["places", "sizes", "crcs"], (samples, len(fields)))
     expected |= {"lengths": (samples, known), "blocks": (len(arrays.get("blocks", ())), 1 + len(fields) + known)}
@@ -183,6 +193,42 @@ def _build_tables(header: dict[str, Any], content: Array, start: int, path: str)
         raise ValueError(f"{header['layout']} with {sorted(arrays)}")
     order = arrays.pop("order")
     return Tables(header["layout"], fields, shards, **arrays), order
+
+
+def _read_field(entry: dict[str, Any], layout: str) -> Field:
+    field = Field(**entry | {"shape": tuple(entry["shape"])})
+    known = field.dtype in DTYPES or (layout == "plain" and field.dtype.replace(">", "<") in {"", *DTYPES})
+    named = isinstance(field.suffix, str) and field_of(field.suffix)[0] == field.name != "__key__"
+    known &= field.is_array or not field.dtype
+    flags = {type(field.variable), type(field.tracked)} == {bool} and field.variable >= field.tracked
+    if not (known and named and flags and all(type(size) is int and size >= 0 for size in field.shape)):
+        raise ValueError(f"no field is {entry}")
+    return field
+
+
+def _read_shard(entry: dict[str, Any], index: str) -> Shard:
+    shard = Shard(**entry | {"path": _resolve(entry["path"], index)})
+    texts = all(isinstance(text, str) for text in (shard.digest, shard.fingerprint))
+    counts = all(type(count) is int and count >= 0 for count in (shard.size, shard.samples))
+    if not texts or not counts or "\0" in os.fsdecode(os.fsencode(shard.path)):
+        raise ValueError(f"no shard is {entry}")
+    return shard
+
+
+def _check_blocks(tables: Tables) -> None:
+    blocks = tables.blocks
+    if blocks is None:
+        return
+    starts = np.append(blocks[:, 0], len(tables.keys))
+    if starts[0] != 0 or (np.diff(starts) <= 0).any() or (blocks < 0).any():
+        raise ValueError("blocks do not follow each other")
+
+
+def _check_values(tables: Tables, order: Array) -> None:
+    # Only where the file was read whole anyway.
+    for name, array, last in (("lengths", tables.lengths, None), ("order", order, len(order) - 1)):
+        if array.size and (array.min() < 0 or (last is not None and array.max() > last)):
+            raise ValueError(f"{name} holds {array.min()} to {array.max()}")
 
 
 def _load(path: str) -> Array:
@@ -197,11 +243,14 @@ def _load(path: str) -> Array:
 
 
 def _view(content: Array, start: int, name: str, entry: dict[str, Any]) -> Array:
-    dtype = np.dtype(entry["dtype"])
-    expected = {"keys": f"|S{dtype.itemsize}", "order": f"<i{dtype.itemsize}"}.get(name) or ARRAYS[name]
-    if dtype.str != expected or entry["offset"] % _ALIGN or entry["offset"] < 0:
+    # Compared as text, for NumPy takes much for a dtype.
+    expected = {"keys": r"\|S[1-9]\d{0,8}", "order": "<i[48]"}.get(name) or re.escape(ARRAYS[name])
+    offset, shape = entry["offset"], entry["shape"]
+    if not re.fullmatch(expected, entry["dtype"]) or offset % _ALIGN or not 0 <= offset <= len(content):
         raise ValueError(f"{name} is {entry}")
-    return np.ndarray(tuple(entry["shape"]), dtype, content, start + entry["offset"])
+    if not all(type(size) is int and 0 <= size <= len(content) for size in shape):
+        raise ValueError(f"{name} is {entry}")
+    return np.ndarray(tuple(shape), entry["dtype"], content, start + offset)
 
 
 def _relate(path: str, folder: Path) -> str:

@@ -36,6 +36,8 @@ Members: TypeAlias = dict[str, Member]
 LONGEST: Final = np.iinfo(np.int32).max
 # A longer header of an array would be a hoax.
 _LONGEST_HEADER: Final = 1 << 16
+# A table of keys may be so many times as large as their shard.
+_TABLE: Final = 8
 # Headers that are remembered.
 _KNOWN: Final = 10_000
 
@@ -69,6 +71,21 @@ def scan_shard(
     for key, members in every:
         scan.add(key, members)
     return scan.tables()
+
+
+def read_groups(path: str) -> Iterator[dict[str, Any]]:
+    """The groups of a shard as webdataset hands them over, with what they hold.
+
+    Yields:
+        `{"__key__": str, "__url__": path, suffix: bytes, ...}`.
+
+    Raises:
+        FileNotFoundError: There is no such shard.
+        ValueError: The shard is damaged.
+    """
+    source = _Source(open_file(path), checksums=False)
+    for key, members in source.groups():
+        yield {"__key__": key, "__url__": path} | {suffix: source.content(each) for suffix, each in members.items()}
 
 
 class _Source:
@@ -119,6 +136,16 @@ class _Source:
         self._digest.update(data[len(member.head) :])
         return data
 
+    def check_width(self, sizes: Iterable[int], count: int) -> None:
+        """Refuse keys that would be a table far greater than the shard, for they all take the longest one's bytes.
+
+        Raises:
+            ValueError: They would; the shard is named.
+        """
+        width = max(sizes)
+        if width * count > self.file.size * _TABLE + (1 << 20):
+            raise ValueError(f"{self.file.path}: a key of {width} bytes among {count} samples: shorten the key")
+
     def shard(self, lengths: Array, keys: Array) -> Shard:
         fingerprint = blake2b(lengths.astype("<i8").tobytes(), digest_size=8)
         fingerprint.update(b"\0".join(keys.tolist()))
@@ -165,6 +192,7 @@ def _scan_blocks(source: _Source, groups: Iterable[tuple[str, Members]], fields:
         blocks.append(_read_block(source, members, fields, where))
         if blocks[-1].fields != blocks[0].fields:
             raise ValueError(f"{where}: fields {_describe(blocks[-1])}, in the first block {_describe(blocks[0])}")
+    source.check_width([block.keys.dtype.itemsize for block in blocks], sum(len(block.keys) for block in blocks))
     keys = np.concatenate([block.keys for block in blocks])
     _refuse_duplicates(keys, source.file.path)
     lengths = np.concatenate([block.lengths for block in blocks]).astype("<i4")
@@ -231,16 +259,16 @@ class _PlainColumn:
         self.places, self.sizes, self.crcs, self.lengths = (array("q") for _ in range(4))
 
     def append(self, sample: int, place: int, size: int, crc: int, length: int) -> None:
-        self.pad(sample)
+        if sample > len(self.places):
+            self.pad(sample)
         self.places.append(place)
         self.sizes.append(size)
         self.crcs.append(crc)
         self.lengths.append(length)
 
     def pad(self, samples: int) -> None:
-        if samples > len(self.places):
-            for column in (self.places, self.sizes, self.crcs, self.lengths):
-                column.extend([0] * (samples - len(column)))
+        for column in (self.places, self.sizes, self.crcs, self.lengths):
+            column.extend([0] * (samples - len(column)))
 
 
 class _PlainScan:
@@ -278,7 +306,9 @@ class _PlainScan:
         for column in columns:
             column.pad(len(self.keys))
         lengths = np.stack([column.lengths for column in columns if column.field.tracked], 1).astype("<i4")
-        keys = np.array([key.encode("utf-8", "surrogateescape") for key in self.keys])
+        encoded = [key.encode("utf-8", "surrogateescape") for key in self.keys]
+        self.source.check_width(map(len, encoded), len(encoded))
+        keys = np.array(encoded)
         return Tables(
             "plain",
             tuple(column.field for column in columns),
@@ -307,6 +337,8 @@ class _PlainScan:
     def _new_column(self, suffix: str, where: str) -> _PlainColumn:
         refuse_pickle(suffix, where)
         name = field_of(suffix)[0]
+        if name == "__key__":
+            raise ValueError(f"{where}: a field cannot be called {name!r}: rename {suffix!r}")
         if any(column.field.name == name for column in self.columns.values()):
             raise ValueError(f"{where}: field {name!r} comes in two encodings: rename one")
         tracked = name in (self.tracked or ())
@@ -316,12 +348,16 @@ class _PlainScan:
     def _length(self, column: _PlainColumn, member: Member, key: str) -> int:
         if not column.field.is_array:
             return self._ask(column.field.name, member, key) if column.field.tracked else 0
-        told = (column.field.suffix, member.size, header_of(member.head))
+        header = header_of(member.head)
+        told = (column.field.suffix, member.size, header)
         steps = self.known.get(told)
         if steps is None:
             if len(self.known) == _KNOWN:
                 self.known.clear()
-            steps = self.known[told] = self._measure(column, member, key)
+            steps = self._measure(column, member, key)
+            # A header that goes on behind the first bytes is not told by them.
+            if len(header) < len(member.head) or member.size == len(member.head):
+                self.known[told] = steps
         return steps
 
     def _measure(self, column: _PlainColumn, member: Member, key: str) -> int:
@@ -346,7 +382,11 @@ class _PlainScan:
         where = f"{self.source.where(key)}, field {name!r}"
         if self.length is None:
             raise ValueError(f"{where}: not a .npy array: give length=, a function (field, bytes) -> steps")
-        steps = self.length(name, self.source.content(member))
+        try:
+            steps = self.length(name, self.source.content(member))
+        except Exception as error:
+            error.add_note(f"length= was asked for {where}")
+            raise
         if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 0:
             raise LengthError(f"{where}: length= must give a non-negative int, got {steps!r}")
         return check_longest(int(steps), where)
@@ -354,7 +394,9 @@ class _PlainScan:
 
 def header_of(head: bytes) -> bytes:
     """All of an array's header that the first bytes of its file hold."""
-    return head[: 12 + int.from_bytes(head[8:10], "little")]
+    # Its size has two bytes in version 1, four in later ones. Not a byte of the payload, or hardly any would recur.
+    start = 12 if head[6:7] > b"\x01" else 10
+    return head[: start + int.from_bytes(head[8:start], "little")]
 
 
 def check_longest(steps: int, where: str) -> int:
@@ -380,7 +422,8 @@ def _crcs(data: bytes, starts: Array, ends: Array) -> list[int]:
 def _refuse_duplicates(keys: Array, path: str) -> None:
     values, counts = np.unique(keys, return_counts=True)
     if counts.max() > 1:
-        raise ValueError(f"{path}: the key {values[counts.argmax()].decode()!r} comes {counts.max()} times")
+        key = values[counts.argmax()].decode("utf-8", "surrogateescape")
+        raise ValueError(f"{path}: the key {key!r} comes {counts.max()} times")
 
 
 def _describe(block: _Block) -> str:
