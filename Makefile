@@ -5,14 +5,15 @@ BIN := .venv/bin
 READY := .venv/ready
 
 # The other files of the folder are what these share.
-BENCHMARKS := collation packing transport rnn language_model planning scale
+BENCHMARKS := collation packing transport rnn language_model planning scale shards bucketing
 
-.PHONY: help demo test check format lint types coverage bench clean
+.PHONY: help demo test check format lint types coverage fuzz bench clean
 
 help:
 	@echo "make demo    environment, install, and the main job: a byte-level language model on Python's own library"
 	@echo "make test    environment, install, and all tests, doctests among them"
 	@echo "make check   format, lint, types, all tests with branch coverage"
+	@echo "make fuzz    20,000 mutated shards and indexes: the right data, or an error that names the file"
 	@echo "make bench   the benchmarks, their tables on the terminal and as JSON in benchmarks/results"
 	@echo "make clean   remove the environment and what runs have left"
 
@@ -44,6 +45,9 @@ coverage: $(READY)
 	$(BIN)/python -m coverage report --fail-under=90
 
 check: format lint types test coverage
+
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz.py
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
