@@ -29,6 +29,7 @@ def bucket_by_length(
     cost: Cost | None = None,
     buffer_size: int = 1000,
     max_wait: int | None = None,
+    max_bytes: int | None = None,
     overlong: Overlong = "error",
 ) -> "BucketStage[Any]":
     """Make a stage that turns a stream of samples into batches alike in length.
@@ -42,6 +43,9 @@ def bucket_by_length(
             numbers, and must not fall as rows or width grow.
         buffer_size: samples that wait at most; more pads less.
         max_wait: arrivals for which a sample waits at most; None is three times the buffer.
+        max_bytes: bytes of the samples that wait, at most: when they are more, a batch is given though the buffer is
+            not full. Arrays and tensors count as their `nbytes`, other objects as `sys.getsizeof`, with all that
+            mappings, lists, tuples, sets and dataclasses hold. None counts nothing.
         overlong: what becomes of a sample that alone exceeds the budget: `"error"`, `"drop"` or `"alone"` (a batch of
             one); how many is logged when the stream ends.
 
@@ -60,7 +64,9 @@ def bucket_by_length(
         [['a', 'cc'], ['bbb', 'ddd'], ['e']]
     """
     budget = Budget(max_tokens=max_tokens, batch_size=batch_size, cost=cost)
-    return BucketStage(length, budget, buffer_size=buffer_size, max_wait=max_wait, overlong=overlong)
+    return BucketStage(
+        length, budget, buffer_size=buffer_size, max_wait=max_wait, max_bytes=max_bytes, overlong=overlong
+    )
 
 
 class BucketStage(Generic[Sample]):
@@ -117,7 +123,8 @@ class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
     Args:
         source: a node of samples.
         length: as in `bucket_by_length`, and all options as there.
-        options: `max_tokens`, `batch_size`, `cost`, `buffer_size`, `max_wait`, `overlong`.
+        options: `max_tokens`, `batch_size`, `cost`, `buffer_size`, `max_wait`, `max_bytes`,
+            `overlong`.
 
     Raises:
         TypeError: An option is unknown or has the wrong type.
@@ -148,7 +155,6 @@ class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
         """
         super().reset(initial_state)
         self._bucketer = self._stage.new_bucketer()
-        self._ended = False
         if initial_state is None:
             self.source.reset()
             first, source = 0, deepcopy(self.source.state_dict())
@@ -170,7 +176,7 @@ class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
             ValueError: A length is negative.
             LengthError: A sample alone exceeds the budget, and `overlong` is `"error"`.
         """
-        while not self._ended and not self._bucketer.is_due:
+        while not self._bucketer.ended and not self._bucketer.is_due:
             self._take_one()
         if not len(self._bucketer):
             raise StopIteration
@@ -187,7 +193,7 @@ class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
         try:
             sample = next(self.source)
         except StopIteration:
-            self._ended = True
+            self._bucketer.end()
             _report(self._bucketer)
             return
         try:

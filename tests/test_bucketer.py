@@ -1,21 +1,29 @@
 """The bucketer: nothing lost, nothing over budget, nobody waits too long, and a small state that goes on exactly."""
 
 import json
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass, make_dataclass
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from collate.errors import LengthError
-from samplers.bucketer import Bucketer
+from samplers.bucketer import Bucketer, bytes_of
 from samplers.budget import Budget
 
 Item = tuple[int, int]
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=80)
-OPTIONS = st.fixed_dictionaries({"buffer_size": st.integers(1, 20)}, optional={"max_wait": st.integers(1, 60)})
+OPTIONS = st.fixed_dictionaries(
+    {"buffer_size": st.integers(1, 20)},
+    optional={"max_wait": st.integers(1, 60), "max_bytes": st.integers(1, 2000)},
+)
 
 
 def cubic(rows: Any, width: Any) -> Any:
@@ -43,15 +51,29 @@ def within(batch: list[Item], budget: dict[str, Any]) -> bool:
     )
 
 
-def oldest_first(stream: list[Item], budget: dict[str, Any], buffer_size: int, max_wait: int) -> Iterator[list[Item]]:
+def oldest_first(stream: list[Item], budget: dict[str, Any], rule: Bucketer[Item]) -> Iterator[list[Item]]:
     """The rule in words, with nothing but sorting: what the bucketer must do, slowly."""
     waiting: list[Item] = []
     for arrival, item in enumerate(stream):
         waiting.append(item)
-        while waiting and (len(waiting) >= buffer_size or arrival + 1 - waiting[0][1] >= max_wait):
+        while waiting and (
+            len(waiting) >= rule.buffer_size
+            or arrival + 1 - waiting[0][1] >= rule.max_wait
+            or (rule.max_bytes is not None and sum(map(bytes_of, waiting)) > rule.max_bytes)
+        ):
             yield take(waiting, budget)
-    while waiting:
-        yield take(waiting, budget)
+    yield from rest(waiting, budget)
+
+
+def rest(waiting: list[Item], budget: dict[str, Any]) -> list[list[Item]]:
+    """What waits when the stream has ended: longest first, a batch as long as its budget holds, then by the oldest."""
+    batches: list[list[Item]] = []
+    for item in sorted(waiting, reverse=True):
+        if batches and within([*batches[-1], item], budget):
+            batches[-1].append(item)
+        else:
+            batches.append([item])
+    return sorted((sorted(batch) for batch in batches), key=lambda batch: min(place for _, place in batch))
 
 
 def take(waiting: list[Item], budget: dict[str, Any]) -> list[Item]:
@@ -77,7 +99,7 @@ def test_batches_are_those_of_the_rule_in_words(
 ) -> None:
     bucketer: Bucketer[Item] = Bucketer(Budget(**budget), overlong="alone", **options)
     stream = [item for _, item in items(lengths)]
-    expected = list(oldest_first(stream, budget, bucketer.buffer_size, bucketer.max_wait))
+    expected = list(oldest_first(stream, budget, bucketer))
     assert list(bucketer.batches_of(items(lengths))) == expected
 
 
@@ -106,6 +128,119 @@ def test_nobody_waits_longer_than_max_wait_and_the_buffer_stays_bounded(
         assert all(arrival - place < bucketer.max_wait for place in waiting)
         assert len(bucketer) == len(waiting) < options["buffer_size"]
         assert bucketer.oldest == min(waiting, default=arrival + 1)
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 400)), max_size=80), OPTIONS, st.integers(1, 3000))
+def test_no_more_bytes_wait_than_max_bytes_and_nothing_is_lost(
+    stream: list[tuple[int, int]], options: dict[str, int], max_bytes: int
+) -> None:
+    bucketer: Bucketer[tuple[int, bytes]] = Bucketer(Budget(max_tokens=100), **options | {"max_bytes": max_bytes})
+    samples = [(length, (place, bytes(size))) for place, (length, size) in enumerate(stream)]
+    waiting: dict[int, int] = {}
+    for length, sample in samples:
+        bucketer.push(length, sample)
+        waiting[sample[0]] = bytes_of(sample)
+        assert bucketer.held_bytes == sum(waiting.values()) <= max_bytes + bytes_of(sample)
+        while bucketer.is_due:
+            for place, _ in bucketer.pop():
+                del waiting[place]
+        assert bucketer.held_bytes == sum(waiting.values()) <= max_bytes
+    while len(bucketer):
+        for place, _ in bucketer.pop():
+            del waiting[place]
+    assert not waiting
+    assert bucketer.held_bytes == 0
+
+
+def test_a_batch_comes_early_only_when_bytes_run_out_and_is_the_oldests() -> None:
+    sample = bytes(1000)
+    bucketer: Bucketer[bytes] = Bucketer(Budget(max_tokens=20), buffer_size=99, max_bytes=3 * bytes_of(sample))
+    for length in (5, 9, 1):
+        bucketer.push(length, sample)
+        assert not bucketer.is_due
+    bucketer.push(6, sample)
+    assert bucketer.is_due
+    assert len(bucketer.pop()) == 3
+    assert not bucketer.is_due
+    assert bucketer.held_bytes == bytes_of(sample)
+
+
+def test_a_sample_greater_than_max_bytes_empties_the_buffer_and_comes_out_itself() -> None:
+    bucketer: Bucketer[bytes] = Bucketer(Budget(batch_size=2), buffer_size=99, max_bytes=500)
+    stream = [(1, b"a"), (9, bytes(1000)), (2, b"b"), (3, b"c")]
+    assert list(bucketer.batches_of(stream)) == [[b"a", bytes(1000)], [b"b", b"c"]]
+
+
+def test_without_max_bytes_no_sample_is_measured() -> None:
+    class Secret:
+        def __sizeof__(self) -> int:
+            raise AssertionError
+
+    bucketer: Bucketer[Secret] = Bucketer(Budget(batch_size=2), buffer_size=2)
+    assert [len(batch) for batch in bucketer.batches_of((3, Secret()) for _ in range(3))] == [2, 1]
+    assert bucketer.held_bytes == 0
+
+
+@dataclass
+class Pair:
+    x: Any
+    y: Any
+
+
+SLOTS = make_dataclass("SLOTS", ["x"], slots=True)
+BIG = np.zeros((100, 10), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("sample", "least"),
+    [
+        (BIG, 4000),
+        (BIG.T[3:], 2800),
+        (torch.zeros(100, 10), 4000),
+        (torch.zeros(100, 10)[:50], 2000),
+        (torch.zeros(100, 10, dtype=torch.bfloat16), 2000),
+        (bytes(4000), 4000),
+        (bytearray(4000), 4000),
+        (memoryview(bytes(4000)), 4000),
+        ("x" * 4000, 4000),
+        ("🐍" * 1000, 4000),
+        ({"a": BIG, "b": {"c": [bytes(900), (BIG.copy(),)]}}, 8900),
+        ([1000 + place for place in range(100)], 100 * (28 + 8)),
+        ({bytes(1000)}, 1000),
+        (deque([bytes(1000)]), 1000),
+        (Pair(BIG, [bytes(1000)]), 5000),
+        (SLOTS(BIG), 4000),
+        (MappingProxyType({"a": BIG}), 4000),
+        (np.array([BIG, bytes(1000), None], object), 5000),
+        (iter([]), 0),
+        (Pair, 0),
+        (None, 0),
+    ],
+)
+def test_bytes_are_those_of_the_data_and_little_more(sample: Any, least: int) -> None:
+    overhead = 2000 if isinstance(sample, type) else 1000
+    assert least <= bytes_of(sample) < least + overhead
+
+
+def test_an_object_counts_once_however_often_it_is_held_and_cycles_end() -> None:
+    once = bytes_of([BIG])
+    assert bytes_of([BIG, BIG, (BIG, {"again": BIG})]) < once + 500
+    ring: list[Any] = [BIG]
+    ring.append(ring)
+    assert bytes_of(ring) < once + 100
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert bytes_of(deep) > 100_000 * 56
+
+
+def test_bytes_that_torch_does_not_tell_are_an_error_and_the_sample_has_not_come() -> None:
+    bucketer: Bucketer[Any] = Bucketer(Budget(max_tokens=2), buffer_size=2, max_bytes=100, overlong="alone")
+    before = bucketer.state_dict()
+    for length in (2, 3):
+        with pytest.raises(RuntimeError, match="not defined for sparse tensors"):
+            bucketer.push(length, {"x": torch.eye(3).to_sparse()})
+    assert (bucketer.state_dict(), len(bucketer), bucketer.held_bytes) == (before, 0, 0)
 
 
 @given(st.integers(1, 30), OPTIONS)
@@ -141,6 +276,44 @@ def test_an_overlong_sample_is_an_error_that_names_it_and_leaves_the_rest_as_it_
             bucketer.push(bad, "bad")
     assert bucketer.state_dict() == before
     assert bucketer.pop() == ["short"]
+
+
+@given(LENGTHS, OPTIONS, BUDGETS)
+def test_the_rest_is_cut_alike_whatever_is_out_of_it(
+    lengths: list[int], options: dict[str, int], budget: dict[str, Any]
+) -> None:
+    bucketer: Bucketer[Item] = Bucketer(Budget(**budget), **options | {"buffer_size": 99})
+    for length, sample in items(lengths):
+        bucketer.push(length, sample)
+        while bucketer.is_due:
+            bucketer.pop()
+    bucketer.end()
+    ahead = []
+    while len(bucketer):
+        state, oldest = bucketer.state_dict(), bucketer.oldest
+        ahead.append(bucketer.pop())
+        again: Bucketer[Item] = Bucketer(Budget(**budget), **options | {"buffer_size": 99})
+        again.load_state_dict(state)
+        for length, sample in items(lengths)[oldest:]:
+            again.push(length, sample)
+        again.end()
+        assert again.pop() == ahead[-1]
+
+
+def test_the_rest_is_cut_fast_also_in_many_small_batches() -> None:
+    bucketer: Bucketer[int] = Bucketer(Budget(batch_size=1), buffer_size=30_000)
+    batches = list(bucketer.batches_of((place % 7, place) for place in range(20_000)))
+    assert batches == [[place] for place in range(20_000)]
+
+
+def test_no_sample_is_pushed_after_the_end() -> None:
+    bucketer: Bucketer[str] = Bucketer(Budget(batch_size=1), buffer_size=1)
+    bucketer.end()
+    with pytest.raises(ValueError, match=r"got one after end\(\)"):
+        bucketer.push(1, "late")
+    bucketer.load_state_dict(bucketer.state_dict())
+    bucketer.push(1, "again")
+    assert bucketer.pop() == ["again"]
 
 
 def test_popping_an_empty_buffer_is_refused() -> None:
@@ -229,6 +402,8 @@ def test_a_damaged_state_is_refused(change: dict[str, Any], says: str) -> None:
         ({"buffer_size": 2.5}, TypeError, "buffer_size must be an int, got 2.5"),
         ({"buffer_size": 1, "max_wait": 0}, ValueError, "max_wait must be at least 1, got 0"),
         ({"buffer_size": 1, "max_wait": -1}, ValueError, "max_wait must be at least 1, got -1"),
+        ({"buffer_size": 1, "max_bytes": 0}, ValueError, "max_bytes must be at least 1, got 0"),
+        ({"buffer_size": 1, "max_bytes": 1e9}, TypeError, "max_bytes must be an int, got 1000000000.0"),
         ({"buffer_size": 1, "overlong": "cut"}, ValueError, "overlong must be 'error', 'drop' or 'alone', got 'cut'"),
     ],
 )

@@ -3,6 +3,7 @@
 import logging
 import pickle
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ Batches = list[list[Any]]
         ({"batch_size": 2.0}, TypeError, "batch_size must be an int, got 2.0"),
         ({"max_tokens": 1, "buffer_size": 0}, ValueError, "buffer_size must be at least 1, got 0"),
         ({"max_tokens": 1, "max_wait": -1}, ValueError, "max_wait must be at least 1, got -1"),
+        ({"max_tokens": 1, "max_bytes": 0}, ValueError, "max_bytes must be at least 1, got 0"),
+        ({"max_tokens": 1, "max_bytes": 2.0}, TypeError, "max_bytes must be an int, got 2.0"),
         ({"max_tokens": 1, "overlong": "cut"}, ValueError, "overlong must be 'error', 'drop' or 'alone', got 'cut'"),
     ],
 )
@@ -77,6 +80,38 @@ def test_a_stage_keeps_nothing_between_runs() -> None:
     interleaved = [batch for pair in zip(first, second, strict=True) for batch in pair]
     assert interleaved[::2] == interleaved[1::2] == list(stage(words))
     assert list(stage([])) == []
+
+
+class Weighed:
+    """An iterable of byte strings that knows, whenever it is asked for the next, what is held of those before."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self.sizes, self.held, self.most = sizes, 0, 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        for size in self.sizes:
+            self.most = max(self.most, self.held)
+            sample = bytes(size)
+            self.held += sys.getsizeof(sample)
+            yield sample
+
+    def give_back(self, batch: list[bytes]) -> list[bytes]:
+        self.held -= sum(map(sys.getsizeof, batch))
+        return batch
+
+
+@given(st.lists(st.integers(0, 400), max_size=80), st.integers(1, 40), st.integers(1, 4000), st.booleans())
+def test_no_source_is_asked_for_more_while_more_bytes_wait_than_max_bytes(
+    sizes: list[int], buffer_size: int, max_bytes: int, as_node: bool
+) -> None:
+    source = Weighed(sizes)
+    options: dict[str, Any] = {"max_tokens": 1000, "buffer_size": buffer_size, "max_bytes": max_bytes}
+    node: LengthBucketNode[bytes] = LengthBucketNode(tn.IterableWrapper(source), len, **options)
+    running = started(node) if as_node else bucket_by_length(len, **options)(source)
+    batches = [source.give_back(batch) for batch in running]
+    assert source.most <= max_bytes
+    assert source.held == 0
+    assert sorted(len(sample) for batch in batches for sample in batch) == sorted(sizes)
 
 
 def test_what_was_dropped_set_apart_or_cut_off_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -224,12 +259,15 @@ def test_a_loader_saved_at_any_batch_goes_on_exactly_and_into_the_next_epoch(kin
     st.integers(1, 90),
     st.sampled_from(["drop", "alone"]),
     st.lists(st.integers(0, 40), min_size=1, max_size=3),
+    st.none() | st.integers(1, 3000),
 )
 def test_a_node_loses_nothing_over_any_number_of_saves_though_its_sources_state_is_alive(
-    lengths: list[int], buffer_size: int, overlong: Any, cuts: list[int]
+    lengths: list[int], buffer_size: int, overlong: Any, cuts: list[int], max_bytes: int | None
 ) -> None:
+    options: dict[str, Any] = {"buffer_size": buffer_size, "overlong": overlong, "max_bytes": max_bytes}
+
     def new() -> LengthBucketNode[int]:
-        return LengthBucketNode(Numbers(lengths), identity, max_tokens=25, buffer_size=buffer_size, overlong=overlong)
+        return LengthBucketNode(Numbers(lengths), identity, max_tokens=25, **options)
 
     expected, done, state, kept = drain(started(new())), [], None, []
     for cut in cuts:
