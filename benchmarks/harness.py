@@ -9,16 +9,20 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
 # A turn lasts at least so long: what takes microseconds would else be measured cold, after the others' turns.
 TURN_MICROSECONDS = 5_000
+
+# A figure, what was to be reached, what was, and whether that is enough.
+Bar: TypeAlias = tuple[str, str, str, bool]
 
 
 @dataclass
@@ -119,6 +123,25 @@ def as_text(row: Row) -> str:
         for name, (low, middle, high) in row.times_as_fast.items()
     ]
     return "\n".join([head, *lines])
+
+
+def run_through(source: Iterable[object]) -> int:
+    """Take everything that comes, and keep nothing: how many there were."""
+    return sum(1 for _ in source)
+
+
+def show(title: str, rows: Sequence[Mapping[str, str]]) -> None:
+    """Print a table whose columns are the keys of its rows."""
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    print(f"\n{title}")
+    for row in [{name: name for name in widths}, *rows]:
+        cells = [row[name].rjust(width) for name, width in widths.items()]
+        print("  ".join([next(iter(row.values())).ljust(next(iter(widths.values()))), *cells[1:]]), flush=True)
+
+
+def show_bars(bars: Sequence[Bar]) -> None:
+    """Print what was to be reached, and what was."""
+    show("bars", [{"figure": a, "bar": b, "reached": c, "met": "yes" if d else "NO"} for a, b, c, d in bars])
 
 
 def save(name: str, results: object) -> None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -34,7 +34,7 @@ from contenders import (
     rebalanced,
     speech_like,
 )
-from harness import Row, compare, save
+from harness import Bar, Row, compare, run_through, save, show, show_bars
 from lhotse.cut import CutSet
 from lhotse.dataset.sampling.dynamic_bucketing import DynamicBucketingSampler
 from matplotlib.ticker import FuncFormatter
@@ -133,15 +133,6 @@ def imbalance(corpus: Corpus, contender: Contender, replicas: int) -> tuple[floa
     costs = padded[: steps * replicas].reshape(steps, replicas)
     waits = replicas * costs.max(1)
     return float(waits.sum() / costs.sum()), float((waits / costs.sum(1)).max())
-
-
-def show(title: str, rows: Sequence[dict[str, str]]) -> None:
-    """Print a table whose columns are the keys of its rows."""
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
-    print(f"\n{title}")
-    for row in [{name: name for name in widths}, *rows]:
-        cells = [row[name].rjust(width) for name, width in widths.items()]
-        print("  ".join([next(iter(row.values())).ljust(next(iter(widths.values()))), *cells[1:]]), flush=True)
 
 
 def as_row(figures: Figures) -> dict[str, str]:
@@ -252,11 +243,6 @@ def bucket_cuts(corpus: Corpus, replicas: int = 1) -> DynamicBucketingSampler:
     return bucketed(corpus, range(len(corpus.lengths)), 0, replicas, DynamicBucketingSampler)
 
 
-def run_through(batches: object) -> int:
-    """Take a whole epoch: how many there were."""
-    return sum(1 for _ in batches)
-
-
 def time_epochs(corpus: Corpus, rounds: int, peers: Sequence[str]) -> Row:
     """Plan and yield an epoch: ours against transformers' grouping and some of `PEERS`."""
     planner, grouped = plan_batches(corpus), group_lengths(corpus)
@@ -358,9 +344,6 @@ def resume_cuts(cuts: DynamicBucketingSampler, state: str) -> CutSet:
     return next(iter(cuts))
 
 
-Bar: TypeAlias = tuple[str, str, str, bool]
-
-
 def bars_of_plans(figures: Sequence[Figures]) -> list[Bar]:
     """What was to be reached, what was, and whether it is enough: of batches."""
     own = [one for one in figures if one.contender == "ours"]
@@ -424,7 +407,7 @@ def main() -> None:
     for samples in LARGE if options.large else ():
         epochs[samples] = time_epochs(Corpus("speech-like", speech_like(samples), BUDGET), 5, [])
     bars = bars_of_plans(figures) + bars_of_epochs(epochs) + bars_of_resume(resumed, saved[1])
-    show("bars", [{"figure": a, "bar": b, "reached": c, "met": "yes" if d else "NO"} for a, b, c, d in bars])
+    show_bars(bars)
     results = {
         "plans": [asdict(one) for one in figures],
         "windows": curves,
