@@ -1,0 +1,230 @@
+"""What commands are given: lists, widths, indexes and shards; and errors as one line with a way out."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+import numpy as np
+import numpy.typing as npt
+
+from samplers.corpus import Lengths, check_lengths
+from samplers.shards.files import expand_shards
+from samplers.shards.index import LengthIndex
+from samplers.shards.indexfile import SUFFIX
+from samplers.widths import Widths, optimal_widths
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+# What the library tells a program to do, and what a command line does instead.
+_IN_PYTHON: Final = {
+    "LengthIndex.build(shards).save(path)": "lengthtrack index",
+    "give shards= where they are now": "put it back there",
+    "give another prefix=": "give another --prefix",
+    'choose layout="blocks"': "choose --layout blocks",
+    "set max_length, or choose overlong='drop' or overlong='alone'": (
+        "set --max-length, or choose --overlong drop or --overlong alone"
+    ),
+    "build it with checksums=True": "make it with lengthtrack index --checksums",
+}
+_USERS_ERRORS: Final = (ValueError, TypeError, IndexError, OSError, ImportError, BrokenExecutor)
+
+
+class OneLineErrors(click.Group):
+    """A group of commands whose errors are one line on stderr, with exit status 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was asked for.
+
+        Raises:
+            ClickException: It failed: what was wrong, and the way out.
+            BrokenPipeError: Who reads the output has left.
+            Exception: What failed, as it was raised, where a traceback is asked for.
+        """
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # Not a failure: click ends quietly.
+            raise
+        except _USERS_ERRORS as error:
+            if ctx.params["traceback"]:
+                raise
+            raise click.ClickException(_one_line(error)) from error
+
+
+def parse_numbers(text: str) -> list[int]:
+    """Whole numbers above zero, separated by commas.
+
+    Raises:
+        BadParameter: They are not.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if not part.isdecimal() or int(part) == 0:
+            raise click.BadParameter(f"{part!r} is not a whole number above zero")
+    return [int(part) for part in parts]
+
+
+def parse_windows(text: str) -> list[int | None]:
+    """Whole numbers above zero, or `auto`, which is None, separated by commas.
+
+    Raises:
+        BadParameter: They are not.
+    """
+    return [None if part.strip() == "auto" else parse_numbers(part)[0] for part in text.split(",")]
+
+
+def parse_names(text: str) -> list[str]:
+    """Names, separated by commas.
+
+    Raises:
+        BadParameter: One is empty.
+    """
+    names = [part.strip() for part in text.split(",")]
+    if not all(names):
+        raise click.BadParameter(f"{text!r} must be names separated by commas")
+    return names
+
+
+def flatten(lists: Sequence[list[Any]]) -> list[Any]:
+    """The entries of an option that may be given several times, without repetition."""
+    return [*dict.fromkeys(entry for entries in lists for entry in entries)]
+
+
+def parse_pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
+    """`NAME=VALUE` or `NAME`, which is its own value.
+
+    Raises:
+        BadParameter: A name is empty or given twice.
+    """
+    pairs: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name or (equals and not value) or name in pairs:
+            raise click.BadParameter(f"{text!r} must be a new NAME or NAME=VALUE", param_hint=option)
+        pairs[name] = value or name
+    return pairs
+
+
+def parse_dtypes(texts: Sequence[str]) -> dict[str, np.dtype[Any]]:
+    """`FIELD=DTYPE`, as NumPy spells number types.
+
+    Raises:
+        BadParameter: There is no such type of numbers.
+    """
+    dtypes = {}
+    for name, spelled in parse_pairs("--dtype", texts).items():
+        try:
+            dtypes[name] = np.dtype(spelled)
+        except TypeError:
+            dtypes[name] = np.dtype(object)
+        if dtypes[name].kind not in "biuf":
+            raise click.BadParameter(f"{spelled!r} is no type of numbers, as int32 or float32 is", param_hint="--dtype")
+    return dtypes
+
+
+def parse_widths(text: str | None, lengths: Lengths) -> Widths:
+    """`8` for multiples of eight, `128,256` for a list, `best:6` for the six widths that waste least.
+
+    Raises:
+        BadParameter: It is none of these.
+    """
+    if text is None:
+        return None
+    best = text.removeprefix("best:")
+    numbers = parse_numbers(best)
+    if best == text:
+        return numbers[0] if len(numbers) == 1 else numbers
+    if len(numbers) > 1:
+        raise click.BadParameter(f"{text!r}: best: takes one number", param_hint="--widths")
+    return optimal_widths(check_lengths(lengths), numbers[0])
+
+
+def find_corpora(folder: Path) -> list[Path]:
+    """The index files in a folder that are of more than one shard."""
+    return sorted(file for file in folder.glob(f"*{SUFFIX}") if not file.name.endswith(f".tar{SUFFIX}"))
+
+
+def find_index(sources: Sequence[str]) -> list[str]:
+    """The index files of what was given: themselves, the one of a folder, or those beside shards.
+
+    Raises:
+        FileNotFoundError: A pattern matches no file.
+        ValueError: A folder holds several corpora, or indexes and shards are mixed.
+    """
+    if len(sources) == 1 and Path(sources[0]).is_dir():
+        corpora = find_corpora(Path(sources[0]))
+        if len(corpora) > 1:
+            raise ValueError(f"{sources[0]} holds several corpora: give one of {', '.join(map(str, corpora))}")
+        if corpora:
+            return [str(corpora[0])]
+    indexes = [source for source in sources if source.endswith(SUFFIX)]
+    if indexes and len(indexes) < len(sources):
+        raise ValueError(f"{indexes[0]} is an index and {(set(sources) - set(indexes)).pop()} is not: give one kind")
+    return indexes or [f"{shard}{SUFFIX}" for shard in expand_shards(list(sources))]
+
+
+def open_index(sources: Sequence[str]) -> LengthIndex:
+    """The index of what was given.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged, or there are several.
+    """
+    indexes = [LengthIndex.open(path) for path in find_index(sources)]
+    return indexes[0] if len(indexes) == 1 else LengthIndex.concat(indexes)
+
+
+def open_lengths(sources: Sequence[str]) -> Lengths:
+    """The lengths in a `.npy` file, mapped, or the index of what was given.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, or holds Python objects.
+    """
+    if len(sources) == 1 and sources[0].endswith(".npy"):
+        try:
+            lengths: npt.NDArray[Any] = np.load(sources[0], mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise ValueError(f"{sources[0]}: {error} Save whole numbers, as np.save does of an integer array") from None
+        return lengths
+    return open_index(sources)
+
+
+def plan_options(command: Command) -> Command:
+    """Add the planner's options, except for `--max-tokens` and `--window`."""
+    options = [
+        click.option("--batch-size", type=click.IntRange(1), help="Rows in a batch at most."),
+        click.option("--count", type=click.Choice(["padded", "real"]), default="padded", help="What tokens count."),
+        click.option("--replicas", "num_replicas", type=click.IntRange(1), default=1, help="Ranks that train."),
+        click.option("--widths", help="Padded widths: 8 (multiples), 128,256 (these), best:6 (the six best)."),
+        click.option("--min-length", type=click.IntRange(0), default=0, help="Shorter samples are left out."),
+        click.option("--max-length", type=click.IntRange(1), help="Longer samples are cut to it."),
+        click.option(
+            "--overlong",
+            type=click.Choice(["alone", "drop", "error"]),
+            default="alone",
+            help="What is done with samples over the budget.",
+        ),
+        click.option("--drop-last", is_flag=True, help="Drop the last, partial step."),
+        click.option("--seed", type=click.IntRange(0), default=0, help="Of the shuffles."),
+        click.option("--epoch", type=click.IntRange(0), default=0, help="Which epoch is planned."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def examples(*lines: str) -> str:
+    """The end of a command's help: lines that can be pasted."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename or 'a file'}: {error.strerror}"
+    for python, command in _IN_PYTHON.items():
+        text = text.replace(python, command)
+    return text or type(error).__name__
