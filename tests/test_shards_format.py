@@ -155,6 +155,8 @@ def header(text, version=b"\x01\x00"):
     [
         (b"", "not a .npy array"),
         (b"\x93NUMPY\x01\x00\xff\xff{}", "not a .npy array"),
+        (header(b"{'descr': '<i8', 'fortran_order': False, 'shape': (0,), }\n", b"\x00\x00"), "not a .npy array"),
+        (header(b"{'descr': '<i8', 'fortran_order': False, 'shape': (0,), }\n", b"\x01\x01"), "not a .npy array"),
         (header(b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }\n"), "objects would be pickles"),
         (header(b"{'descr': '<M8[s]', 'fortran_order': False, 'shape': (1,), }\n"), "not an array of numbers"),
         (header(b"{'descr': [('a', '<i4')], 'fortran_order': False, 'shape': (1,), }\n"), "not an array of numbers"),

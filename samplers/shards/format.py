@@ -39,6 +39,8 @@ _MOST_AXES: Final = 64
 _LAST_POINT: Final = 0x10FFFF
 _SURROGATES: Final = (0xD800, 0xDFFF)
 
+# Magic and version of a `.npy` file, to the place of the header's text: its size has two bytes in version 1, else four.
+_TEXT_STARTS: Final = {b"\x93NUMPY\x01\x00": 10, b"\x93NUMPY\x02\x00": 12, b"\x93NUMPY\x03\x00": 12}
 _PICKLES: Final = re.compile(r"(?:^|\.)(pkl|pickle|pyd|pth)(?:\.gz)*$", re.IGNORECASE)
 _NPY: Final = re.compile(
     rb"\{\s*'descr':\s*'([^']*)',\s*'fortran_order':\s*(True|False),\s*'shape':\s*\(([\d,\s]*)\),?\s*\}\s*"
@@ -96,10 +98,8 @@ def read_array_header(data: bytes, where: str) -> ArrayHeader:
     Raises:
         ValueError: This is no such header, or the values are not plain numbers.
     """
-    wide = data[6:7] > b"\x01"
-    start = 12 if wide else 10
-    size = start + int.from_bytes(data[8:start], "little")
-    if data[:6] != b"\x93NUMPY" or len(data) < size:
+    start, size = find_array_header(data)
+    if not start or len(data) < size:
         raise ValueError(f"{where}: not a .npy array, its first bytes are {data[:8]!r}")
     found = _parse_array_header(data[start:size])
     if found is None:
@@ -108,6 +108,12 @@ def read_array_header(data: bytes, where: str) -> ArrayHeader:
             "which are never read: store a plain dtype"
         )
     return ArrayHeader(*found, size)
+
+
+def find_array_header(data: bytes) -> tuple[int, int]:
+    """Where the text of a `.npy` header starts and ends; 0 and 0 if the bytes start with no such header."""
+    start = _TEXT_STARTS.get(bytes(data[:8]), 0)
+    return start, start and start + int.from_bytes(data[8:start], "little")
 
 
 def check_array_size(header: ArrayHeader, size: int, where: str) -> None:
@@ -242,9 +248,8 @@ def decode_keys(data: bytes, where: str) -> npt.NDArray[np.str_]:
     Raises:
         ValueError: They are not a list of text, or the header and the size disagree.
     """
-    start = 12 if data[6:7] > b"\x01" else 10
-    size = start + int.from_bytes(data[8:start], "little")
-    found = _NPY.fullmatch(data[start:size]) if data[:6] == b"\x93NUMPY" else None
+    start, size = find_array_header(data)
+    found = _NPY.fullmatch(data[start:size]) if start else None
     kind = re.fullmatch(rb"<U([1-9]\d{0,8})", found[1]) if found else None
     shape = _read_shape(found[3]) if found else None
     if kind is None or shape is None or len(shape) != 1:

@@ -22,6 +22,7 @@ from samplers.shards.format import (
     decode_array,
     decode_keys,
     field_of,
+    find_array_header,
     read_array_header,
     refuse_pickle,
     split_block,
@@ -394,9 +395,9 @@ class _PlainScan:
 
 def header_of(head: bytes) -> bytes:
     """All of an array's header that the first bytes of its file hold."""
-    # Its size has two bytes in version 1, four in later ones. Not a byte of the payload, or hardly any would recur.
-    start = 12 if head[6:7] > b"\x01" else 10
-    return head[: start + int.from_bytes(head[8:start], "little")]
+    # Not a byte of the payload, or hardly any would recur.
+    _, end = find_array_header(head)
+    return head[:end]
 
 
 def check_longest(steps: int, where: str) -> int:
