@@ -170,9 +170,9 @@ def report(
     plot: str | None,
     **options: Any,
 ) -> None:
-    """What an epoch would cost, before it is trained on: a column for each budget and window.
+    """What an epoch would cost, by budget and window.
 
-    Only the index is opened, and no shard.
+    A column for each, before anything is trained. Only the index is opened, and no shard.
     """
     _require_budget(max_tokens, options)
     lengths = open_lengths(sources)
@@ -255,7 +255,7 @@ def convert(
 @click.option("--rank", type=click.IntRange(0), default=0, help="Whose batch.")
 @click.option("--rows", type=click.IntRange(0), default=20, help="Rows that are printed.")
 def show(*, sources: tuple[str, ...], step: int, rank: int, rows: int, **options: Any) -> None:
-    """Read a batch, and print what it holds: its fields, its padding, its rows."""
+    """Print a batch: fields, padding and rows."""
     _require_budget(options["max_tokens"], options)
     known = open_index(sources)
     options["widths"] = parse_widths(options["widths"], known)
