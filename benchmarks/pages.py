@@ -12,6 +12,10 @@ from typing import Any, Final, TypeAlias
 ROOT: Final = Path(__file__).parents[1]
 TABLE: Final = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
+# Of the streams that are bucketed: as many samples, at most, and the buffer that is shown of all.
+SAMPLES: Final = 20_000
+SHOWN_BUFFER: Final = 10_000
+
 Results: TypeAlias = Any
 Cells: TypeAlias = Mapping[str, str]
 
@@ -145,12 +149,70 @@ def kind_rows(results: Results) -> list[Cells]:
     ]
 
 
+def buffer_rows(results: Results) -> list[Cells]:
+    """Bucketing of the speech-like stream: padding and the greatest wait at every buffer."""
+    found: dict[str, dict[str, str]] = {}
+    for one in results["streams"]:
+        if (one["corpus"], one["order"]) == ("speech-like", "random"):
+            row = found.setdefault(f"{one['buffer']:,}", {"buffer": f"{one['buffer']:,}"})
+            row[one["contender"]] = f"{one['padding']:.2%} / {one['wait']:,}"
+    return list(found.values())
+
+
+def stream_rows(results: Results) -> list[Cells]:
+    """Bucketing of every stream at one buffer: padding, and the worst batch where it is over the budget."""
+    found: dict[str, dict[str, str]] = {}
+    for one in results["streams"]:
+        if one["buffer"] == SHOWN_BUFFER:
+            name = f"{one['corpus']}, {one['order']}"
+            over = f" ({one['worst']:.2f}x)" if one["over"] else ""
+            found.setdefault(name, {"stream": name})[one["contender"]] = f"{one['padding']:.2%}{over}"
+    return list(found.values())
+
+
+def bucketing_time_rows(results: Results) -> list[Cells]:
+    """Time a sample, by buffer."""
+    found: dict[str, dict[str, str]] = {}
+    for buffer, row in results["times"].items():
+        for name, microseconds in row["microseconds"].items():
+            cells = found.setdefault(name, {"": name})
+            cells[f"buffer {int(buffer):,}"] = f"{microseconds / SAMPLES:.1f} us"
+    return list(found.values())
+
+
+def rate_rows(kind: str) -> Callable[[Results], list[Cells]]:
+    """A function to the rates of one kind of work on shards, over both corpora."""
+
+    def rows(results: Results) -> list[Cells]:
+        cases = results[kind]
+        names = list(dict.fromkeys(name for case in cases.values() for name in case["microseconds"]))
+        return [
+            {"": name} | {cell: text for case in cases.values() for cell, text in rate(case, name)} for name in names
+        ]
+
+    return rows
+
+
+def rate(case: Results, name: str) -> list[tuple[str, str]]:
+    """Cells of one contender in one case: samples and megabytes a second."""
+    samples, nbytes = case["samples a second"][name], case["bytes a second"][name]
+    return [(case["case"], f"{samples:,.0f} /s, {nbytes / 1e6:,.0f} MB/s")]
+
+
 TABLES: Final[dict[str, tuple[str, Callable[[Results], list[Cells]]]]] = {
     "plans": ("planning", plan_rows),
     "corpora": ("planning", corpus_rows),
     "windows": ("planning", window_rows),
     "planning-bars": ("planning", bar_rows),
     "scale": ("scale", scale_rows),
+    "bucketing-buffers": ("bucketing", buffer_rows),
+    "bucketing-streams": ("bucketing", stream_rows),
+    "bucketing-times": ("bucketing", bucketing_time_rows),
+    "bucketing-bars": ("bucketing", bar_rows),
+    "shards-read": ("shards", rate_rows("read")),
+    "shards-index": ("shards", rate_rows("index")),
+    "shards-load": ("shards", rate_rows("disk to batches")),
+    "shards-bars": ("shards", bar_rows),
     "language_model": ("language_model", kind_rows),
 }
 
