@@ -7,15 +7,16 @@ READY := .venv/ready
 # The other files of the folder are what these share.
 BENCHMARKS := collation packing transport rnn language_model planning scale shards bucketing
 
-.PHONY: help demo test check format lint types coverage fuzz bench clean
+.PHONY: help demo test check format lint types coverage frameworks fuzz bench clean
 
 help:
-	@echo "make demo    environment, install, and the main job: a byte-level language model on Python's own library"
-	@echo "make test    environment, install, and all tests, doctests among them"
-	@echo "make check   format, lint, types, all tests with branch coverage"
-	@echo "make fuzz    20,000 mutated shards and indexes: the right data, or an error that names the file"
-	@echo "make bench   the benchmarks, their tables on the terminal and as JSON in benchmarks/results"
-	@echo "make clean   remove the environment and what runs have left"
+	@echo "make demo        environment, install, and the main job: a byte-level language model on Python's own library"
+	@echo "make test        environment, install, and all tests, doctests among them"
+	@echo "make check       format, lint, types, all tests with branch coverage"
+	@echo "make fuzz        20,000 mutated shards and indexes: the right data, or an error that names the file"
+	@echo "make frameworks  the examples of frameworks (Lightning, accelerate, transformers, datasets, Ray), each run by a test"
+	@echo "make bench       the benchmarks, their tables on the terminal and as JSON in benchmarks/results"
+	@echo "make clean       remove the environment and what runs have left"
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("lengthtrack needs Python 3.11 or newer, found %d.%d" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -48,6 +49,10 @@ check: format lint types test coverage
 
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz.py
+
+frameworks: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,frameworks]'
+	$(BIN)/python -m pytest tests/test_frameworks.py
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'

@@ -52,7 +52,8 @@ def bucket_by_length(
     Returns:
         For `wds.DataPipeline` and `.compose`: called with an iterable of samples it gives an iterator of lists, each
         shortest first. It can be pickled, and keeps nothing between runs. Every sample comes out once, the rest of the
-        buffer at the end; a `with_epoch` behind it cuts that off, one before it does not.
+        buffer at the end; `with_epoch` of the same pipeline counts batches and cuts that off, wherever it is called; of
+        a pipeline that comes before it, it counts samples.
 
     Raises:
         TypeError: An option has the wrong type.

@@ -1,0 +1,73 @@
+"""Lightning: a Trainer that stops amid an epoch, and another that goes on from its checkpoint; one process or two.
+
+python examples/frameworks/lightning_module.py
+torchrun --nproc-per-node 2 examples/frameworks/lightning_module.py
+"""
+
+import os
+import tempfile
+from collections import defaultdict
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from parity import COLLATE, MAX_TOKENS, Parity, Tagger, loss_of
+from tally import Tally, show
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from collate import token_scale
+from samplers import LengthBucketBatchSampler
+
+DATA = Parity()
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
+STOP_AFTER = 80 // PROCESSES
+TALLIES: dict[int, Tally] = defaultdict(lambda: Tally(len(DATA)))
+
+
+class Module(LightningModule):
+    """Trains a tagger, and tallies each epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tagger = Tagger()
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        """Made in this hook, when there is a process group; its state goes into the checkpoints by itself."""
+        sampler = LengthBucketBatchSampler(DATA.lengths, max_tokens=MAX_TOKENS)
+        return StatefulDataLoader(DATA, batch_sampler=sampler, collate_fn=COLLATE)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        """A loss whose averaged gradient is that of the mean over the tokens of all processes."""
+        loss = loss_of(self.tagger, batch, "sum") * token_scale(batch["bits"].num_tokens)
+        # Lightning would guess the number of rows, and not well.
+        self.log("loss", loss, batch_size=len(batch["bits"]))
+        TALLIES[self.current_epoch].add(batch["id"], batch["bits"].mask, loss.item())
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam."""
+        return torch.optim.Adam(self.parameters(), lr=0.02)
+
+
+def fit(folder: str, checkpoint: str | None = None, **limits: int) -> Trainer:
+    """Train with a new Trainer, which must leave the sampler as it is."""
+    saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=STOP_AFTER, save_top_k=-1)
+    silent = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler"), False)
+    strategy = "ddp" if PROCESSES > 1 else "auto"
+    trainer = Trainer(accelerator="cpu", devices=PROCESSES, strategy=strategy, callbacks=[saves], **silent, **limits)
+    trainer.fit(Module(), ckpt_path=checkpoint)
+    return trainer
+
+
+def main() -> None:
+    """Stop in the second epoch and go on; the first process's folder is the one that is written to."""
+    with tempfile.TemporaryDirectory() as folder:
+        first = fit(folder, max_steps=STOP_AFTER)
+        fit(folder, first.checkpoint_callback.best_model_path, max_epochs=3)
+    for epoch, tally in TALLIES.items():
+        show(f"epoch {epoch}", tally)
+
+
+if __name__ == "__main__":
+    main()

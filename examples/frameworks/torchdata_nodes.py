@@ -1,0 +1,48 @@
+"""torchdata.nodes: batches alike in length from a stream of samples, saved with a prefetcher ahead, and restored.
+
+python examples/frameworks/torchdata_nodes.py
+"""
+
+from itertools import islice
+
+import torch
+from parity import COLLATE, MAX_TOKENS, Parity, Tagger, take_step
+from tally import Tally, show
+from torch.utils.data import DistributedSampler
+from torchdata.nodes import Loader, ParallelMapper, Prefetcher, SamplerWrapper
+
+from samplers import LengthBucketNode
+
+DATA = Parity()
+
+
+def make_loader() -> Loader:
+    """Places in random order -> samples -> batches alike in length -> padded, in threads of their own."""
+    # Of torch's random samplers this one's order depends on the epoch's number alone, so that it can be given again.
+    places = SamplerWrapper(DistributedSampler(DATA, num_replicas=1, rank=0))
+    samples = ParallelMapper(places, DATA.__getitem__, num_workers=2, method="thread")
+    batches = LengthBucketNode(samples, "bits", max_tokens=MAX_TOKENS, buffer_size=300)
+    padded = ParallelMapper(batches, COLLATE, num_workers=2, method="thread")
+    return Loader(Prefetcher(padded, prefetch_factor=4))
+
+
+def main() -> None:
+    """Train two epochs, the second in two parts, of which another loader gives the other."""
+    model = Tagger()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    first, second = make_loader(), make_loader()
+    tallies = [Tally(len(DATA)), Tally(len(DATA))]
+    for batch in first:
+        take_step(model, optimizer, batch, tallies[0])
+    for batch in islice(first, 20):
+        take_step(model, optimizer, batch, tallies[1])
+    print(f"stopped after {tallies[1].batches} batches")
+    second.load_state_dict(first.state_dict())
+    for batch in second:
+        take_step(model, optimizer, batch, tallies[1])
+    for epoch, tally in enumerate(tallies):
+        show(f"epoch {epoch}", tally)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""The examples of frameworks are programs, and run: on as many processes as each case needs."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples" / "frameworks"
+PAGE = (ROOT / "docs" / "frameworks.md").read_text()
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+FRAMEWORKS = ("lightning", "accelerate", "transformers", "datasets", "ray")
+
+SAMPLES = 1200
+# Seconds after which a test gives an example up.
+PATIENCE = 150
+TALLY = re.compile(
+    r"^(?P<title>.+): (?P<batches>\d+) batches, (?P<samples>\d+) samples, (?P<held>.+), "
+    r"padding (?P<padding>[\d.]+)%, loss (?P<loss>[\d.]+)$",
+    re.MULTILINE,
+)
+
+
+@dataclass
+class Epoch:
+    """What an example says of an epoch; padding in percent."""
+
+    title: str
+    batches: int
+    samples: int
+    held: str
+    padding: float
+    loss: float
+
+
+def needs(package: str):
+    return pytest.mark.skipif(find_spec(package) is None, reason=f"{package} is not installed")
+
+
+def run(processes: int, name: str, *arguments: object) -> str:
+    """Run an example, under torchrun if it takes several processes; what it wrote on its standard output."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launcher = [sys.executable, *(torchrun if processes > 1 or name == "ddp_torchrun.py" else [])]
+    settings = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
+    command = [*launcher, str(EXAMPLES / name), *map(str, arguments)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **settings}
+    )
+    try:
+        out, err = process.communicate(timeout=PATIENCE)
+    finally:
+        # torchrun and Ray end their processes when they are asked to, and leave them when they are killed.
+        process.terminate()
+        process.wait(timeout=30)
+    assert process.returncode == 0, out + err
+    return out
+
+
+def epochs_of(out: str) -> list[Epoch]:
+    found = [match.groupdict() for match in TALLY.finditer(out)]
+    kinds = Epoch.__annotations__
+    return [Epoch(**{name: kinds[name](value) for name, value in facts.items()}) for facts in found]
+
+
+def check_epochs(epochs: list[Epoch], count: int, processes: int = 1) -> None:
+    """Each sample once, as many batches on every process, little padding, and a loss that falls by half."""
+    assert len(epochs) == count
+    for epoch in epochs:
+        assert (epoch.samples, epoch.held) == (SAMPLES, "each once"), epoch
+        assert epoch.batches % processes == 0
+        assert epoch.padding < 8
+    assert epochs[-1].loss < epochs[0].loss / 2
+
+
+CASES = [
+    pytest.param("stateful_dataloader.py", 1, 3, id="stateful-dataloader"),
+    pytest.param("torchdata_nodes.py", 1, 2, id="torchdata-nodes"),
+    pytest.param("accelerate_loop.py", 1, 3, id="accelerate", marks=needs("accelerate")),
+    pytest.param("accelerate_loop.py", 2, 3, id="accelerate-2", marks=needs("accelerate")),
+    pytest.param("lightning_module.py", 1, 3, id="lightning", marks=needs("lightning")),
+    pytest.param("lightning_module.py", 2, 3, id="lightning-2", marks=needs("lightning")),
+]
+
+
+@pytest.mark.parametrize(("name", "processes", "count"), CASES)
+def test_every_epoch_holds_each_sample_once_and_the_loss_falls(name, processes, count):
+    check_epochs(epochs_of(run(processes, name)), count, processes)
+
+
+@needs("transformers")
+@needs("accelerate")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_trainer_that_resumes_amid_an_epoch_holds_each_sample_once(processes, tmp_path):
+    check_epochs(epochs_of(run(processes, "huggingface_trainer.py", tmp_path)), 3, processes)
+
+
+def test_ddp_goes_on_with_another_number_of_processes(tmp_path):
+    file = tmp_path / "run.pt"
+    first = epochs_of(run(2, "ddp_torchrun.py", file, 50))
+    rest = epochs_of(run(1, "ddp_torchrun.py", file))
+    assert [epoch.title for epoch in first + rest] == [
+        "epoch 0, the last 32 steps by 2",
+        "epoch 1, the last 27 steps by 1",
+        "epoch 2, the last 63 steps by 1",
+    ]
+    check_epochs(first + rest, 3)
+
+
+@needs("datasets")
+def test_datasets_gives_the_lengths_of_its_rows_without_loading_them():
+    out = run(1, "huggingface_datasets.py")
+    check_epochs(epochs_of(out), 2)
+    offsets, column = re.search(r"offsets \[(.+?)\] from the column \[(.+?)\]", out).groups()
+    assert offsets == column
+
+
+def test_webdataset_pads_less_when_the_stream_is_bucketed():
+    bucketed, arrival = epochs_of(run(1, "webdataset_pipeline.py"))
+    assert bucketed.held == arrival.held == "each once"
+    assert bucketed.padding < arrival.padding / 5
+
+
+@needs("ray")
+def test_ray_indexes_a_corpus_and_two_workers_train_on_it():
+    out = run(1, "ray_data.py")
+    assert "LengthIndex(1200 samples, 4 shards" in out
+    epochs = epochs_of(out)
+    check_epochs(epochs[2:], 2, processes=2)
+    assert [epoch.held for epoch in epochs] == ["each once"] * 4
+    assert epochs[2].padding < epochs[0].padding / 5
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_an_example_is_short_and_says_how_to_run_it(path):
+    text = path.read_text()
+    assert len(text.splitlines()) < 80
+    if "__main__" in text:
+        assert f"examples/frameworks/{path.name}" in ast.get_docstring(ast.parse(text))
+
+
+def blocks_of_the_page() -> list[tuple[str, str]]:
+    """Each block of code that is no doctest, with the example that was named last before it."""
+    found, example = [], ""
+    for name, block in re.findall(r"`examples/frameworks/(\w+\.py)`|```python\n(.*?)```", PAGE, re.DOTALL):
+        example = name or example
+        if block and ">>>" not in block:
+            found.append((example, block))
+    return found
+
+
+@pytest.mark.parametrize(("example", "block"), blocks_of_the_page())
+def test_the_code_of_the_page_stands_in_its_example(example, block):
+    lines = {line.strip() for line in (EXAMPLES / example).read_text().splitlines()}
+    assert [line for line in block.splitlines() if line.strip() not in lines] == []
+
+
+def test_the_page_names_every_example():
+    shared = {"parity.py", "tally.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} - shared <= set(re.findall(r"frameworks/(\w+\.py)", PAGE))
+
+
+def test_each_framework_is_an_extra_that_is_pinned():
+    pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    for name in FRAMEWORKS:
+        assert name in pinned
+        assert set(EXTRAS[name]) <= set(EXTRAS["frameworks"])
+
+
+def test_the_core_imports_no_framework():
+    code = f"import collate, samplers, sys; print(sorted(set(sys.modules) & {set(FRAMEWORKS)}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
