@@ -7,7 +7,7 @@ READY := .venv/ready
 # The other files of the folder are what these share.
 BENCHMARKS := collation packing transport rnn language_model planning scale shards bucketing
 
-.PHONY: help demo test check format lint types coverage frameworks fuzz bench clean
+.PHONY: help demo test check format lint types coverage frameworks fuzz bench gpu clean
 
 help:
 	@echo "make demo        environment, install, and the main job: a byte-level language model on Python's own library"
@@ -16,6 +16,7 @@ help:
 	@echo "make fuzz        20,000 mutated shards and indexes: the right data, or an error that names the file"
 	@echo "make frameworks  the examples of frameworks (Lightning, accelerate, transformers, datasets, Ray), each run by a test"
 	@echo "make bench       the benchmarks, their tables on the terminal and as JSON in benchmarks/results"
+	@echo "make gpu         all tests and measurements that need a GPU, in some minutes; without one it says so"
 	@echo "make clean       remove the environment and what runs have left"
 
 $(READY): pyproject.toml constraints.txt
@@ -58,6 +59,9 @@ bench: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/pages.py
+
+gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from collate.errors import LengthError
 from collate.padding import Array, Int64Array, Number, real_places
+from collate.sending import to_device
 
 Integers: TypeAlias = Tensor | Array | Sequence[int]
 Order: TypeAlias = Literal["longest", "given"] | Integers
@@ -169,7 +170,8 @@ def real_steps(lengths: Tensor, width: int, device: torch.device | None = None) 
     device = device or lengths.device
     if device.type == "cpu" and not torch.compiler.is_compiling():
         return torch.from_numpy(real_places(cast(Int64Array, lengths.numpy()), width))
-    return torch.arange(width, device=device) < lengths.to(device, non_blocking=True)[:, None]
+    sent = lengths.to(device, non_blocking=True) if torch.compiler.is_compiling() else to_device(lengths, device)
+    return torch.arange(width, device=device) < sent[:, None]
 
 
 def aligned(rows: Tensor, values: Tensor) -> Tensor:

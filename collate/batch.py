@@ -25,7 +25,7 @@ from collate.agreement import (
     row_order,
 )
 from collate.errors import LengthError
-from collate.packing import flat_index, gather_steps, pack, scatter_steps, to_device, unpack
+from collate.packing import Layout, flat_places, gather_steps, scatter_steps
 from collate.padding import (
     Int64Array,
     Mask,
@@ -40,6 +40,7 @@ from collate.padding import (
     read_rows,
     real_places,
 )
+from collate.sending import to_device
 from collate.transport import reduce, travels
 
 # What a field that is derived from the others is before it is: the annotation says what it is after.
@@ -223,7 +224,7 @@ class LengthTrackedBatch:
 
     def flat(self) -> Tensor:
         """The real steps of all rows, row after row: `[M, *F]`; gradients flow back to those steps only."""
-        return gather_steps(self.padded, self._flat_index())
+        return gather_steps(self.padded, self._flat_places())
 
     def verify(self) -> None:
         """Hold lengths, mask, permutation and padding against each other, the data included.
@@ -277,7 +278,7 @@ class LengthTrackedBatch:
         Raises:
             LengthError: All rows are empty, or the lengths were changed and no longer fit.
         """
-        return pack(self.padded, self._checked_lengths())
+        return self._layout(self.device).pack(self.padded)
 
     def unpack(self, packed: PackedSequence) -> Self:
         """A packed result as a batch of this one's rows, order and width; empty rows come back, padding is 0.
@@ -288,7 +289,9 @@ class LengthTrackedBatch:
         Raises:
             LengthError: It was packed from other lengths or another order.
         """
-        padded = unpack(packed, self._checked_lengths(), self.padded.shape[1])
+        if not self.lengths.numpy().any():
+            raise LengthError("a packed batch cannot come from rows that are all empty: these are not its lengths")
+        padded = self._layout(packed.data.device).unpack(packed)
         return self._changed(padded=padded, padding_value=0)
 
     @overload
@@ -429,14 +432,14 @@ class LengthTrackedBatch:
     @property
     def cu_seqlens(self) -> Tensor:
         """Bounds int32 `[B + 1]` on the block's device: where each row starts and ends in `flat()`."""
-        ends = np.zeros(len(self) + 1, np.int64)
+        ends = np.zeros(len(self) + 1, np.int32)
         np.cumsum(self.lengths.numpy(), out=ends[1:])
-        return to_device(ends, self.device).to(torch.int32)
+        return to_device(torch.from_numpy(ends), self.device)
 
     @property
     def position_ids(self) -> Tensor:
         """Places int64 `[M]` on the block's device: each real step's in its sequence, in the order of `flat()`."""
-        return self._flat_index() % self.padded.shape[1] + self.first_step
+        return self._flat_places() % self.padded.shape[1] + self.first_step
 
     def nested(self) -> Tensor:
         """The rows as a jagged nested tensor `[B, j, *F]`; gradients flow."""
@@ -463,11 +466,12 @@ class LengthTrackedBatch:
 
     # --- shared by the methods above
 
-    def _flat_index(self) -> Tensor:
-        return to_device(flat_index(self.lengths.numpy(), self.padded.shape[1]), self.device)
+    def _flat_places(self) -> Tensor:
+        return flat_places(cast(Int64Array, self.lengths.numpy()), self.padded.shape[1], self.device)
 
-    def _checked_lengths(self) -> Int64Array:
-        return cast(Int64Array, check_lengths(self.lengths, len(self), self.padded.shape[1]).numpy())
+    def _layout(self, device: torch.device) -> Layout:
+        rows, width = self.padded.shape[:2]
+        return Layout.of(cast(Int64Array, check_lengths(self.lengths, rows, width).numpy()), width, device)
 
     def _changed(self, **parts: Any) -> Self:
         """The batch with some parts replaced, unread; the mask is made anew where the block went elsewhere."""

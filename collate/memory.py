@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 Shape: TypeAlias = tuple[int, int]
 Step: TypeAlias = Callable[[int, int], object]
@@ -45,7 +46,7 @@ def find_max_tokens(
         step: `step(rows, width)` makes a batch of that size, runs forward and backward, and may move the optimizer.
         shapes: a sampler's `shapes`, or the widths alone.
         device: where the step runs; None takes the accelerator, or the CPU where there is none.
-        limit: bytes that count as all memory; None takes the device's own, and must be given on the CPU.
+        limit: bytes that count as all memory; None takes the GPU's own, and must be given elsewhere.
         share: how much of the limit may be filled.
         most: the greatest budget to try, in padded tokens.
         module: its parameters, gradients and buffers are given back afterwards.
@@ -55,7 +56,7 @@ def find_max_tokens(
         Padded tokens, within 5 % of the greatest that fits, at most `most`.
 
     Raises:
-        ValueError: There is no width, `share` is not in (0, 1], or the CPU has no limit.
+        ValueError: There is no width, `share` is not in (0, 1], or there is no limit and no GPU.
         MemoryError: Not even one row of the greatest width fits.
     """
     widths = _widths_to_try(shapes)
@@ -67,7 +68,7 @@ def find_max_tokens(
     def fits(tokens: int) -> bool:
         return all(_peak(step, tokens // width, width, where) <= allowed for width in widths)
 
-    with _undisturbed(module, optimizer):
+    with _undisturbed(module, optimizer, where):
         least = widths[-1]
         if not fits(least):
             raise MemoryError(
@@ -101,13 +102,17 @@ def _widths_to_try(shapes: Sequence[Shape] | Sequence[int]) -> list[int]:
 def _whole_memory(device: torch.device, limit: int | None) -> int:
     if limit is not None:
         return limit
-    if device.type == "cpu":
-        raise ValueError("limit must be given on the CPU: the bytes that the whole process may take")
+    if device.type != "cuda":
+        raise ValueError(f"limit must be given on {device}: the bytes that the whole process may take")
     return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def _peak(step: Step, rows: int, width: int, device: torch.device) -> int:
-    """Run a step; the greatest memory in bytes that was in use meanwhile, more than any limit if it ran out."""
+    """Run a step; the greatest memory in bytes that was in use meanwhile, more than any limit if it ran out.
+
+    Raises:
+        RuntimeError: The step failed for another reason.
+    """
     gc.collect()
     if device.type != "cuda":
         _forget_peak()
@@ -118,9 +123,16 @@ def _peak(step: Step, rows: int, width: int, device: torch.device) -> int:
     try:
         step(rows, width)
         torch.cuda.synchronize(device)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
         return sys.maxsize
     return torch.cuda.max_memory_reserved(device)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # cuBLAS and cuDNN have their own words for it: CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_ALLOC_FAILED.
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or "ALLOC_FAILED" in str(error)
 
 
 def peak_resident() -> int:
@@ -139,14 +151,17 @@ def _forget_peak() -> None:
 
 
 @contextmanager
-def _undisturbed(module: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
-    """Give back weights, gradients, buffers, optimizer state and random states."""
-    weights = [(weight, weight.detach().clone(), weight.grad) for weight in (module.parameters() if module else [])]
-    buffers = [(buffer, buffer.clone()) for buffer in (module.buffers() if module else [])]
-    state: dict[str, Any] | None = deepcopy(optimizer.state_dict()) if optimizer else None
+def _undisturbed(
+    module: nn.Module | None, optimizer: torch.optim.Optimizer | None, device: torch.device
+) -> Iterator[None]:
+    """Give back weights, gradients, buffers, optimizer state and random states; copies wait on the host."""
+    weights = [(weight, _kept(weight), weight.grad) for weight in (module.parameters() if module else [])]
+    buffers = [(buffer, _kept(buffer)) for buffer in (module.buffers() if module else [])]
+    state = _kept_state(optimizer) if optimizer else None
     for weight, _, _ in weights:
         weight.grad = None
-    with torch.random.fork_rng():
+    # Only the step's own device: others would be woken up for nothing.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             yield
         finally:
@@ -157,3 +172,16 @@ def _undisturbed(module: nn.Module | None, optimizer: torch.optim.Optimizer | No
                 buffer.data.copy_(value)
             if optimizer and state is not None:
                 optimizer.load_state_dict(state)
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _kept_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    whole = optimizer.state_dict()
+    # Options stay where they are: loading moves an optimizer's state to its weights, but no tensor among these.
+    return {
+        "state": pytree.tree_map_only(Tensor, _kept, whole["state"]),
+        "param_groups": deepcopy(whole["param_groups"]),
+    }

@@ -1,12 +1,14 @@
 """Padded <-> packed, by index maps.
 
-Each map is a list of places in the padded block, made on the host from the lengths and sent to the device once.
-Reading by it (`gather_steps`) and writing by it (`scatter_steps`) are each other's derivative, so that a pass through
-both takes a number of launches that does not depend on T, and no place is ever written twice.
+Each map is a list of places in the padded block. On the host it is made by NumPy; for an accelerator a few integers for
+each row and step are sent, once and pinned, and the map is spread out there. Reading by it (`gather_steps`) and writing
+by it (`scatter_steps`) are each other's derivative, so that a pass through both takes a number of launches that does
+not depend on T, nothing waits for the device, and no place is ever written twice.
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -16,32 +18,129 @@ from torch.nn.utils.rnn import PackedSequence
 
 from collate.errors import LengthError
 from collate.padding import Int64Array, Number
+from collate.sending import to_device
 
 
-def flat_index(lengths: Int64Array, width: int) -> Int64Array:
-    """Places of the real steps in row order, in a block of `[B * width]` steps: int64 `[sum L]`."""
+def flat_places(lengths: Int64Array, width: int, device: torch.device) -> Tensor:
+    """Places of the real steps in row order, in a block of `[B * width]` steps: int64 `[sum L]` on `device`."""
     ends = np.cumsum(lengths)
-    shift = np.arange(len(lengths)) * width - (ends - lengths)
-    return cast(Int64Array, np.arange(ends[-1]) + np.repeat(shift, lengths))
+    total, shifts = int(ends[-1]), np.arange(len(lengths)) * width - (ends - lengths)
+    if device.type == "cpu":
+        return torch.from_numpy(np.arange(total) + np.repeat(shifts, lengths))
+    counts, moved = to_device(np.stack([lengths, shifts]), device)
+    return torch.arange(total, device=counts.device).add_(moved.repeat_interleave(counts, output_size=total))
 
 
-def time_major_index(lengths: Int64Array, width: int) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """Places of the real steps in the order of a `PackedSequence`, empty rows left out.
+@dataclass(frozen=True)
+class Layout:
+    """How the real steps of a padded block lie in a `PackedSequence`, empty rows left out.
+
+    Attributes:
+        shape: rows and width of the block.
+        places: int64 `[sum L]` on the device: the block's place, in `[rows * width]`, of each packed step.
+        sizes: int64 `[max L]` on the host: rows still running at each step.
+        order: int64 `[B']` on the host: the B' rows that are not empty, longest first, counted among those only.
+        sorted_indices: the order on the device; None where the rows already are longest first.
+        unsorted_indices: its inverse.
+    """
+
+    shape: tuple[int, int]
+    places: Tensor
+    sizes: Int64Array
+    order: Int64Array
+    sorted_indices: Tensor | None
+    unsorted_indices: Tensor | None
+
+    @classmethod
+    def of(cls, lengths: Int64Array, width: int, device: torch.device) -> Self:
+        """Find the layout of rows of these lengths in a block of this width.
+
+        Args:
+            lengths: int64 `[B]`, in any order, each at most `width`.
+            width: T of the padded block.
+            device: where the block is.
+
+        Raises:
+            LengthError: Every row is empty, which a `PackedSequence` cannot say.
+        """
+        if not lengths.any():
+            raise LengthError(
+                f"all {len(lengths)} rows have length 0, and a PackedSequence cannot hold an empty batch: "
+                "leave the batch out, or let apply_rnn run it"
+            )
+        filled = np.flatnonzero(lengths)
+        order = np.argsort(-lengths[filled], kind="stable")
+        rows = filled[order]
+        in_order = np.array_equal(order, np.arange(len(order)))
+        both = [] if in_order else [order, np.argsort(order)]
+        if device.type == "cpu":
+            places, sizes = _places_and_sizes(lengths[rows], rows * width)
+            indices = [torch.from_numpy(part) for part in both]
+        else:
+            sizes = len(rows) - np.cumsum(np.bincount(lengths[rows]))[:-1]
+            parts = [rows * width, sizes, np.cumsum(sizes) - sizes, *both]
+            firsts, counts, starts, *indices = to_device(np.concatenate(parts), device).split(list(map(len, parts)))
+            places = spread_steps(firsts, counts, starts, total=int(sizes.sum()))
+        return cls((len(lengths), width), places, sizes, order, *(indices or (None, None)))
+
+    def pack(self, padded: Tensor) -> PackedSequence:
+        """The real steps of a block `[B, T, *F]`, time-major, as torch packs them."""
+        data = gather_steps(padded, self.places)
+        return PackedSequence(data, torch.from_numpy(self.sizes), self.sorted_indices, self.unsorted_indices)
+
+    def unpack(self, packed: PackedSequence) -> Tensor:
+        """A block `[B, T, *G]` with data `[M, *G]` at the real steps and 0 in the padding.
+
+        Raises:
+            LengthError: The packed steps are not those of this layout.
+        """
+        self._check(packed)
+        return scatter_steps(packed.data, self.places, self.shape)
+
+    def _check(self, packed: PackedSequence) -> None:
+        if not np.array_equal(packed.batch_sizes.numpy(), self.sizes):
+            raise LengthError(
+                f"the packed batch holds {packed.batch_sizes.tolist()} rows at each step, these lengths make "
+                f"{self.sizes.tolist()}: unpack with the batch that was packed"
+            )
+        if len(packed.data) != len(self.places):
+            raise LengthError(
+                f"the packed batch holds {len(packed.data)} steps, its batch sizes sum to {len(self.places)}: "
+                "it was packed with a length beyond the padded width"
+            )
+        # The row order is only read where reading it does not make an accelerator wait.
+        indices = packed.sorted_indices
+        if indices is not None and not indices.is_cpu:
+            return
+        order = np.arange(len(self.order)) if indices is None else indices.numpy()
+        if not np.array_equal(order, self.order):
+            raise LengthError(
+                f"the packed batch's rows come as {order.tolist()}, these lengths order them as "
+                f"{self.order.tolist()}: unpack with the batch that was packed"
+            )
+
+
+def _places_and_sizes(lengths: Int64Array, firsts: Int64Array) -> tuple[Tensor, Int64Array]:
+    """What `spread_steps` gives, and the sizes, where memory is close: for rows that are sorted, longest first."""
+    running = np.arange(lengths[0])[:, None] < lengths
+    return torch.from_numpy((firsts + np.arange(len(running))[:, None])[running]), running.sum(1)
+
+
+def spread_steps(firsts: Tensor, sizes: Tensor, starts: Tensor, *, total: int) -> Tensor:
+    """Spread a layout out to one place for each packed step, on the tensors' own device and without waiting for it.
 
     Args:
-        lengths: int64 `[B]`, in any order, at least one above zero.
-        width: T of the padded block.
+        firsts: int64 `[B']`, place of each row's first step, longest row first.
+        sizes: int64 `[max L]`, rows still running at each step.
+        starts: int64 `[max L]`, packed steps before each step.
+        total: M, the sum of sizes.
 
     Returns:
-        Places int64 `[sum L]`; batch sizes int64 `[max L]`, rows still running at each step; and the order int64 `[B']`
-        of the B' rows that are not empty, longest first, counted among those rows only.
+        int64 `[M]`.
     """
-    filled = np.flatnonzero(lengths)
-    order = np.argsort(-lengths[filled], kind="stable")
-    rows = filled[order]
-    running = np.arange(lengths[rows[0]])[:, None] < lengths[rows]
-    places = rows * width + np.arange(len(running))[:, None]
-    return places[running], running.sum(1), order
+    steps = torch.repeat_interleave(sizes, output_size=total)
+    ranks = torch.arange(total, device=steps.device) - starts.index_select(0, steps)
+    return firsts.index_select(0, ranks) + steps
 
 
 def gather_steps(padded: Tensor, index: Tensor) -> Tensor:
@@ -70,82 +169,6 @@ def scatter_steps(steps: Tensor, index: Tensor, shape: tuple[int, int], padding_
         `[rows, width, *F]`. Gradients flow back from the written places only.
     """
     return _scatter(steps, index, shape, padding_value)
-
-
-def to_device(places: Int64Array | Tensor, device: torch.device) -> Tensor:
-    """Send an index map to the device without waiting for it: int64, pinned on the way to an accelerator."""
-    index = torch.as_tensor(places)
-    if device.type == "cpu":
-        return index
-    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
-
-
-def pack(padded: Tensor, lengths: Int64Array) -> PackedSequence:
-    """Pack the rows that are not empty.
-
-    Args:
-        padded: `[B, T, *F]`, any device.
-        lengths: int64 `[B]`, on the host, each at most T.
-
-    Returns:
-        The rows time-major, as `torch.nn.utils.rnn.pack_padded_sequence(..., enforce_sorted=False)` gives them;
-        `sorted_indices` are None where the rows already are longest first.
-
-    Raises:
-        LengthError: Every row is empty, which a `PackedSequence` cannot say.
-    """
-    if not lengths.any():
-        raise LengthError(
-            f"all {len(lengths)} rows have length 0, and a PackedSequence cannot hold an empty batch: "
-            "leave the batch out, or let apply_rnn run it"
-        )
-    places, sizes, order = time_major_index(lengths, padded.shape[1])
-    data = gather_steps(padded, to_device(places, padded.device))
-    if np.array_equal(order, np.arange(len(order))):
-        return PackedSequence(data, torch.from_numpy(sizes))
-    indices = np.stack([order, np.argsort(order)])
-    by_length, back = to_device(indices, padded.device)
-    return PackedSequence(data, torch.from_numpy(sizes), by_length, back)
-
-
-def unpack(packed: PackedSequence, lengths: Int64Array, width: int) -> Tensor:
-    """Put a packed result back: `[B, width, *G]`, rows in the order they were packed from, zeros where none was.
-
-    Args:
-        packed: what `pack` gave for the same lengths, or a module's output for it.
-        lengths: int64 `[B]`, on the host.
-        width: T of the block to make.
-
-    Raises:
-        LengthError: The packed steps are not those of these lengths.
-    """
-    if not lengths.any():
-        raise LengthError("a packed batch cannot come from rows that are all empty: these are not its lengths")
-    places, sizes, order = time_major_index(lengths, width)
-    _check_layout(packed, sizes, order)
-    return scatter_steps(packed.data, to_device(places, packed.data.device), (len(lengths), width))
-
-
-def _check_layout(packed: PackedSequence, sizes: Int64Array, order: Int64Array) -> None:
-    if not np.array_equal(packed.batch_sizes.numpy(), sizes):
-        raise LengthError(
-            f"the packed batch holds {packed.batch_sizes.tolist()} rows at each step, these lengths make "
-            f"{sizes.tolist()}: unpack with the batch that was packed"
-        )
-    if len(packed.data) != sizes.sum():
-        raise LengthError(
-            f"the packed batch holds {len(packed.data)} steps, its batch sizes sum to {sizes.sum()}: "
-            "it was packed with a length beyond the padded width"
-        )
-    # The row order is only read where reading it does not make an accelerator wait.
-    indices = packed.sorted_indices
-    if indices is None:
-        indices = torch.arange(len(order))
-    if indices.is_cpu and not np.array_equal(indices.numpy(), order):
-        raise LengthError(
-            f"the packed batch's rows come as {indices.tolist()}, these lengths order them as {order.tolist()}: "
-            "unpack with the batch that was packed"
-        )
 
 
 class _Gather(Function):

@@ -1,8 +1,11 @@
 """Host -> device, a few batches ahead of the step that uses them."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import fields, is_dataclass
 from typing import Any, Generic, Self, TypeVar, cast
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -11,6 +14,8 @@ from collate.structure import map_parts
 
 Batch = TypeVar("Batch")
 
+_END: Any = object()
+
 
 class DevicePrefetcher(Generic[Batch]):
     """Wrap a loader so that its batches arrive on the device while the step before is still running.
@@ -18,9 +23,10 @@ class DevicePrefetcher(Generic[Batch]):
     On the CPU batches pass straight through. On an accelerator each batch is pinned if the loader did not, copied on a
     stream of its own up to `depth` batches ahead, and handed over with an event for the current stream to wait on. What
     a loader calls `sampler`, `batch_sampler` or `dataset` stays reachable, so that a trainer's `set_epoch` finds it.
+    An error of the loader comes after the batches before it, as it does without the prefetcher.
 
-    Batches are tensors, objects that have `to` (`LengthTrackedBatch`, `PackedSequence`), mappings, tuples, named tuples
-    and lists of these; anything else passes untouched.
+    Batches are tensors, objects that have `to(device, non_blocking=...)` (`LengthTrackedBatch`, `PackedSequence`),
+    mappings, tuples, named tuples and lists of these; anything else passes untouched.
 
     Args:
         loader: any iterable of batches.
@@ -40,15 +46,22 @@ class DevicePrefetcher(Generic[Batch]):
         self.loader = loader
         self.device = torch.device(device)
         self.depth = depth
-        self._state: Any = None
-        self._running: Iterator[Batch] | None = None
+        self._bookmark = Bookmark(loader)
+        self._transfer: Transfer | None = None
+        # An iterator that its user has dropped, as after a break, takes what is on the way with it.
+        self._running: ref[Pass[Batch]] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
-        """One epoch; a pass that is still running is closed."""
+        """One epoch, which begins at its first batch; a pass that is still running is closed."""
         self.close()
-        self._state = None
-        self._running = self._straight() if self.device.type == "cpu" else self._ahead(Transfer(self.device))
-        return self._running
+        if self.device.type == "cpu":
+            running = Pass[Batch](self.loader, self._bookmark, None, 0)
+        else:
+            # One stream for all epochs: the allocator keeps memory for each stream that it has seen.
+            self._transfer = self._transfer or Transfer(self.device)
+            running = Pass[Batch](self.loader, self._bookmark, self._transfer, self.depth)
+        self._running = ref(running)
+        return running
 
     def __len__(self) -> int:
         """The loader's own length."""
@@ -67,57 +80,166 @@ class DevicePrefetcher(Generic[Batch]):
 
     def close(self) -> None:
         """Drop what is on the way, and the loader's iterator with it."""
-        if self._running is not None:
-            cast("Any", self._running).close()
-            self._running = None
+        running = None if self._running is None else self._running()
+        if running is not None:
+            running.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The loader's state after the last batch that was handed over; batches on the way do not count.
+        """Where the loader stands after the last batch that was handed over; batches on the way do not count.
+
+        It is the loader's own state, as of a `StatefulDataLoader`. For a plain loader it is the `position` of its batch
+        sampler or dataset, such as `LengthBucketBatchSampler` or `ShardStream`; after an epoch's last batch that leads
+        to an empty pass, and then to the next epoch.
 
         Raises:
-            TypeError: The loader has no state of its own.
+            TypeError: The loader has neither.
         """
-        self._check_stateful()
-        return cast("dict[str, Any]", self.loader.state_dict() if self._state is None else self._state)
+        return self._bookmark.read()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the loader go on from a state; what is on the way is dropped.
 
         Raises:
-            TypeError: The loader has no state of its own.
+            TypeError: The loader cannot go on from a state.
         """
-        self._check_stateful()
         self.close()
-        self._state = None
-        self.loader.load_state_dict(state)
+        self._bookmark.load(state)
 
-    def _check_stateful(self) -> None:
-        if not hasattr(self.loader, "state_dict"):
-            raise TypeError(
-                f"a {type(self.loader).__name__} has no state: use a StatefulDataLoader, or the sampler's "
-                "position and seek"
-            )
 
-    def _straight(self) -> Iterator[Batch]:
-        for batch in self.loader:
-            # Only looking ahead would make the loader's state differ from what was handed over.
-            self._state = None
-            yield batch
+class Pass(Iterator[Batch]):
+    """One pass over a loader: batches are taken ahead and handed over in order.
 
-    def _ahead(self, transfer: "Transfer") -> Iterator[Batch]:
-        stateful = hasattr(self.loader, "state_dict")
-        waiting: deque[tuple[Batch, Any, Any]] = deque()
-        for batch in self.loader:
-            waiting.append((*transfer.send(batch), self.loader.state_dict() if stateful else None))
-            if len(waiting) > self.depth:
-                yield self._hand_over(transfer, *waiting.popleft())
-        while waiting:
-            yield self._hand_over(transfer, *waiting.popleft())
+    Args:
+        loader: whose batches; it is opened for the first one.
+        bookmark: told where the loader stands whenever a batch is handed over.
+        transfer: sends batches to a device; None leaves them as they are.
+        depth: batches taken ahead.
+    """
 
-    def _hand_over(self, transfer: "Transfer", batch: Batch, arrived: Any, state: Any) -> Batch:
-        self._state = state
-        transfer.receive(batch, arrived)
+    def __init__(self, loader: Iterable[Batch], bookmark: "Bookmark", transfer: "Transfer | None", depth: int) -> None:
+        self._loader = loader
+        self._bookmark = bookmark
+        self._transfer = transfer
+        self._depth = depth
+        self._source: Iterator[Batch] | None = None
+        self._taken = 0
+        self._waiting: deque[tuple[Batch, Any, Any]] = deque()
+        self._error: Exception | None = None
+        self._over = False
+
+    def __next__(self) -> Batch:
+        self._fill()
+        if not self._waiting:
+            self._end()
+        batch, arrived, state = self._waiting.popleft()
+        if self._transfer is not None:
+            self._transfer.receive(batch, arrived)
+        self._bookmark.state = state
         return batch
+
+    def close(self) -> None:
+        """End the pass here; batches on the way are dropped."""
+        self._waiting.clear()
+        self._source = self._error = None
+        self._over = True
+
+    def _fill(self) -> None:
+        while not self._over and self._error is None and len(self._waiting) <= self._depth:
+            try:
+                self._take()
+            except Exception as error:
+                if not self._waiting:
+                    raise
+                self._error = error
+
+    def _take(self) -> None:
+        if self._source is None:
+            self._source = iter(self._loader)
+        batch = next(self._source, _END)
+        if batch is _END:
+            self._over = True
+            return
+        self._taken += 1
+        state = self._bookmark.after(self._taken, ahead=self._depth > 0)
+        arrived = None
+        if self._transfer is not None:
+            batch, arrived = self._transfer.send(batch)
+        self._waiting.append((batch, arrived, state))
+
+    def _end(self) -> None:
+        """Raise what comes after the last batch that was taken.
+
+        Raises:
+            StopIteration: The loader has given all.
+        """
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        if self._source is not None:
+            self._source = None
+            self._bookmark.finish()
+        raise StopIteration
+
+
+class Bookmark:
+    """Where a loader stands after the batches that were handed over, and not after those that it has given.
+
+    Args:
+        loader: it has a state of its own, or a batch sampler or dataset with `position` and `seek`, or neither.
+
+    Attributes:
+        state: after the last batch that was handed over; None where the loader itself knows.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self.state: Any = None
+        self._loader = loader
+        self._stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+        parts = [loader, *(getattr(loader, name, None) for name in ("batch_sampler", "sampler", "dataset"))]
+        self._placed: Any = next((part for part in parts if hasattr(part, "position") and hasattr(part, "seek")), None)
+
+    def after(self, taken: int, *, ahead: bool) -> Any:
+        """The state after the batch that the loader has just given, its `taken`-th of this pass."""
+        if self._stateful:
+            # A loader without workers may give out what its dataset goes on to change.
+            return deepcopy(self._loader.state_dict()) if ahead else None
+        return None if self._placed is None else self._placed.position(taken)
+
+    def finish(self) -> None:
+        """Note that all batches were handed over: a loader with a state of its own knows what comes then."""
+        if self._stateful:
+            self.state = None
+
+    def read(self) -> dict[str, Any]:
+        """The state after the last batch that was handed over.
+
+        Raises:
+            TypeError: There is none.
+        """
+        self._check()
+        if self.state is not None:
+            return cast("dict[str, Any]", self.state)
+        return cast("dict[str, Any]", self._loader.state_dict() if self._stateful else self._placed.position(0))
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Let the loader go on from a state.
+
+        Raises:
+            TypeError: It cannot.
+        """
+        self._check()
+        self.state = None
+        if self._stateful:
+            self._loader.load_state_dict(state)
+        else:
+            self._placed.seek(state)
+
+    def _check(self) -> None:
+        if not self._stateful and self._placed is None:
+            raise TypeError(
+                f"a {type(self._loader).__name__} has no state, nor has its batch sampler or dataset a position: use a "
+                "StatefulDataLoader, or a LengthBucketBatchSampler"
+            )
 
 
 class Transfer:
@@ -128,8 +250,9 @@ class Transfer:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
         self.stream = torch.Stream(device)
+        # With its number, so that another current device changes nothing later.
+        self.device = self.stream.device
 
     def send(self, batch: Any) -> tuple[Any, torch.Event]:
         """Begin to copy a batch.
@@ -144,8 +267,10 @@ class Transfer:
     def receive(self, batch: Any, arrived: torch.Event) -> None:
         """Let the current stream wait for the copy, and the allocator know that this stream uses the batch."""
         current = torch.accelerator.current_stream(self.device)
-        current.wait_event(arrived)
-        record_stream(batch, current)
+        # An accelerator with one stream for everything does all in order as it is.
+        if current != self.stream:
+            current.wait_event(arrived)
+            record_stream(batch, current)
 
 
 def moved_to(batch: Any, device: torch.device) -> Any:
@@ -156,16 +281,40 @@ def moved_to(batch: Any, device: torch.device) -> Any:
 
 
 def record_stream(batch: Any, stream: torch.Stream) -> None:
-    """Tell the allocator that `stream` uses every tensor of a batch."""
-    if hasattr(batch, "record_stream"):
+    """Tell the allocator that `stream` uses every tensor of a batch; what lies on the host needs none of it."""
+    if hasattr(batch, "record_stream") and not (isinstance(batch, Tensor) and batch.is_cpu):
         batch.record_stream(stream)
     else:
-        map_parts(batch, lambda part: record_stream(part, stream))
+        for part in _parts_of(batch):
+            record_stream(part, stream)
 
 
 def _can_be_pinned(batch: Any, device: torch.device) -> bool:
-    # Only an accelerator reads page-locked memory.
+    # Only an accelerator reads page-locked memory; what is pinned already is not copied again.
     if device.type in ("cpu", "meta") or not hasattr(batch, "pin_memory"):
         return False
-    tensor = batch if isinstance(batch, Tensor) else getattr(batch, "padded", None)
-    return not isinstance(tensor, Tensor) or (tensor.is_cpu and not tensor.is_pinned())
+    first = next(_tensors_of(batch), None)
+    return first is not None and first.is_cpu
+
+
+def _tensors_of(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    else:
+        for part in _parts_of(batch):
+            yield from _tensors_of(part)
+
+
+def _parts_of(batch: Any) -> Iterable[Any]:
+    """What containers hold, and objects that can be moved; a tensor and anything else has no parts."""
+    if isinstance(batch, Tensor):
+        return ()
+    if isinstance(batch, Mapping):
+        return batch.values()
+    if isinstance(batch, (tuple, list)):
+        return batch
+    if not hasattr(batch, "to"):
+        return ()
+    if is_dataclass(batch):
+        return [getattr(batch, field.name) for field in fields(batch)]
+    return vars(batch).values() if hasattr(batch, "__dict__") else ()

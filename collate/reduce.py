@@ -1,7 +1,7 @@
 """Losses, means and last steps that see real steps only."""
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -10,6 +10,8 @@ from torch import Tensor
 from collate.agreement import aligned
 from collate.batch import LengthTrackedBatch
 from collate.errors import LengthError
+from collate.packing import flat_places, gather_steps, scatter_steps
+from collate.padding import Int64Array
 
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Reduction: TypeAlias = Literal["token", "sequence", "sum"]
@@ -47,15 +49,16 @@ def sequence_loss(
         raise ValueError(f"reduction must be 'token', 'sequence' or 'sum', got {reduction!r}")
     if weights is not None and weights.shape != output.mask.shape:
         raise ValueError(f"weights must be [B, T] = {list(output.mask.shape)}, got {list(weights.shape)}")
-    losses_of = _dense_losses if torch.compiler.is_compiling() else _flat_losses
-    losses, counts = losses_of(loss_fn, output, target, weights)
+    if _has_fixed_shapes(output):
+        losses, counts = _dense_losses(loss_fn, output, target, weights)
+    else:
+        losses, counts = _flat_losses(loss_fn, output, target, weights, in_rows=reduction == "sequence")
     if reduction == "sum":
         return losses.sum()
     if reduction == "token":
         return losses.sum() / (max(output.num_tokens, 1) if counts is None else _not_zero(counts.sum()))
-    sums = _row_sums(losses, output)
-    totals = _row_sums(torch.ones_like(losses) if counts is None else counts, output)
-    return (sums / _not_zero(totals)).sum() / _not_zero((totals != 0).sum())
+    totals = (output.mask if counts is None else counts).sum(1)
+    return (losses.sum(1) / _not_zero(totals)).sum() / _not_zero((totals != 0).sum())
 
 
 def masked_mean(batch: LengthTrackedBatch) -> Tensor:
@@ -121,16 +124,35 @@ def _check_pair(output: LengthTrackedBatch, target: LengthTrackedBatch) -> None:
     )
 
 
+def _has_fixed_shapes(batch: LengthTrackedBatch) -> bool:
+    """Whether a graph is being made, which serves other lengths as well: shapes and numbers must come from the mask."""
+    return torch.compiler.is_compiling() or (batch.mask.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def _flat_losses(
-    loss_fn: LossFunction, output: LengthTrackedBatch, target: LengthTrackedBatch, weights: Tensor | None
+    loss_fn: LossFunction,
+    output: LengthTrackedBatch,
+    target: LengthTrackedBatch,
+    weights: Tensor | None,
+    *,
+    in_rows: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Each real step's loss and weight, `[M]`: the loss sees nothing else."""
+    """Each real step's loss and weight, `[M]`, or put back `[B, T]` with 0 in the padding: the loss sees no other."""
     _check_pair(output, target)
-    losses = _per_step(loss_fn, output.flat(), target.flat())
-    if weights is None:
-        return losses, None
-    counts = output.with_padded(weights).flat().to(losses.dtype)
-    return losses * counts, counts
+    shape = (output.padded.shape[0], output.padded.shape[1])
+    places = flat_places(cast("Int64Array", output.lengths.numpy()), shape[1], output.device)
+    # Fields of one width, as they come from a collator, lie alike.
+    alike = target.padded.shape[1] == shape[1] and target.device == output.device
+    labels = gather_steps(target.padded, places) if alike else target.flat()
+    losses = _per_step(loss_fn, gather_steps(output.padded, places), labels)
+    counts = None
+    if weights is not None:
+        counts = gather_steps(weights, places).to(losses.dtype)
+        losses = losses * counts
+    if in_rows:
+        losses = scatter_steps(losses, places, shape)
+        counts = None if counts is None else scatter_steps(counts, places, shape)
+    return losses, counts
 
 
 def _dense_losses(
@@ -160,15 +182,6 @@ def _per_step(loss_fn: LossFunction, output: Tensor, target: Tensor) -> Tensor:
             'reduction="none", and sum or average feature axes inside it'
         )
     return losses.to(torch.promote_types(losses.dtype, torch.float32))
-
-
-def _row_sums(values: Tensor, batch: LengthTrackedBatch) -> Tensor:
-    """Sums over each row's steps, `[B]`, of values `[B, T]` or `[M]`."""
-    if values.dim() == 2:
-        return values.sum(1)
-    lengths = batch.lengths.to(values.device, non_blocking=True)
-    rows = torch.repeat_interleave(torch.arange(len(batch), device=values.device), lengths, output_size=len(values))
-    return values.new_zeros(len(batch)).index_add(0, rows, values)
 
 
 def _not_zero(count: Tensor) -> Tensor:

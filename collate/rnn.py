@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from collate.agreement import check_lengths
 from collate.batch import LengthTrackedBatch
 from collate.blocks import State, each_part, is_faster_in_blocks, run_blocks
 from collate.errors import LengthError
-from collate.packing import to_device
+from collate.packing import Layout
+from collate.padding import Int64Array
+from collate.sending import to_device
 
 
 def apply_rnn(rnn: nn.Module, batch: LengthTrackedBatch, hx: State | None = None) -> tuple[LengthTrackedBatch, State]:
@@ -42,14 +45,16 @@ def apply_rnn(rnn: nn.Module, batch: LengthTrackedBatch, hx: State | None = None
             "its backward direction from a state that has not seen the steps after it. Run the whole batch at once"
         )
     _check_state(hx, len(batch))
-    lengths = batch.lengths.numpy()
+    lengths = cast(Int64Array, check_lengths(batch.lengths, *batch.padded.shape[:2]).numpy())
     if not lengths.any():
         return _run_nothing(rnn, batch, hx)
+    layout = Layout.of(lengths, batch.padded.shape[1], batch.device)
     # A packed batch holds the rows that are not empty, and wants a state for just these.
     rows = None if lengths.all() else to_device(np.flatnonzero(lengths), batch.device)
     start = hx if rows is None else each_part(hx, partial(torch.index_select, dim=1, index=rows))
-    packed, state = _run(rnn, batch.pack(), start)
-    return batch.unpack(packed), state if rows is None else _put(state, rows, hx, len(batch))
+    packed, state = _run(rnn, layout.pack(batch.padded), start)
+    outputs = _tracked(batch, layout.unpack(packed))
+    return outputs, state if rows is None else _put(state, rows, hx, len(batch))
 
 
 def _run(rnn: nn.Module, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
@@ -62,6 +67,12 @@ def _run(rnn: nn.Module, packed: PackedSequence, hx: State | None) -> tuple[Pack
             f"got {type(result).__name__}"
         )
     return result
+
+
+def _tracked(batch: LengthTrackedBatch, padded: Tensor) -> LengthTrackedBatch:
+    return batch.trusted(
+        padded, batch.lengths, batch.mask, batch.permutation, padding_value=0, first_step=batch.first_step
+    )
 
 
 def _check_state(hx: State | None, rows: int) -> None:
@@ -94,10 +105,7 @@ def _run_nothing(rnn: nn.Module, batch: LengthTrackedBatch, hx: State | None) ->
     def zeros(like: Tensor, *shape: int) -> Tensor:
         return anchor.to(like.dtype).expand(shape).clone()
 
-    padded = zeros(packed.data, *batch.padded.shape[:2], *packed.data.shape[1:])
-    outputs = batch.trusted(
-        padded, batch.lengths, batch.mask, batch.permutation, padding_value=0, first_step=batch.first_step
-    )
+    outputs = _tracked(batch, zeros(packed.data, *batch.padded.shape[:2], *packed.data.shape[1:]))
     if hx is not None:
         return outputs, hx
     return outputs, each_part(state, lambda part: zeros(part, part.shape[0], len(batch), *part.shape[2:]))

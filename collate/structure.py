@@ -4,7 +4,8 @@ A field's name is its key or position, joined by dots where samples are nested; 
 field `""`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from copy import copy
 from typing import Any, TypeAlias, cast
 
 Columns: TypeAlias = dict[str, list[object]]
@@ -47,9 +48,17 @@ def assemble(like: object, fields: Mapping[str, object], name: str = "") -> obje
 
 
 def map_parts(batch: Any, change: Callable[[Any], Any]) -> Any:
-    """A mapping, tuple, named tuple or list of changed parts; what is none of these is given back as it is."""
+    """A mapping, tuple, named tuple or list of changed parts; what is none of these is given back as it is.
+
+    Kinds stay as they are, but for a mapping that cannot be changed, which becomes a dict.
+    """
     if isinstance(batch, Mapping):
-        return {key: change(part) for key, part in batch.items()}
+        parts = {key: change(part) for key, part in batch.items()}
+        if type(batch) is dict or not isinstance(batch, MutableMapping):
+            return parts
+        changed = copy(batch)
+        changed.update(parts)
+        return changed
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*map(change, batch))
     if isinstance(batch, (tuple, list)):

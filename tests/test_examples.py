@@ -61,6 +61,20 @@ def test_the_tests_of_a_step_run_as_a_user_runs_them_and_their_page_shows_them()
     assert f"```python\n{(EXAMPLES / 'test_my_step.py').read_text()}```\n" in page
 
 
+def test_closed_shapes_are_few_cost_padding_and_still_learn():
+    out = run("fixed_shapes.py", "--eager")
+    planned = re.search(r"^4 widths: \d+ batches, shapes (.*)$", out, re.MULTILINE)[1]
+    seen = re.findall(r"^shape (\(\d+, \d+\)):", out, re.MULTILINE)
+    assert set(seen) <= set(re.findall(r"\(\d+, \d+\)", planned))
+    assert len(seen) <= 6
+    open_widths, *closed = [float(share) for share in re.findall(r"padding ([\d.]+)%", out)]
+    assert open_widths < min(closed)
+    assert max(closed) < 25
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", out)]
+    assert losses[-1] < losses[0]
+    assert len((EXAMPLES / "fixed_shapes.py").read_text().splitlines()) < 100
+
+
 def test_the_main_job_writes_plans_trains_and_proves(whole):
     assert "wrote 1,500 functions" in whole
     assert "trained 40 steps" in whole

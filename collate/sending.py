@@ -1,0 +1,30 @@
+"""Integers that the host knows -> an accelerator, without waiting for it."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from collate.errors import LengthError
+
+
+def to_device(integers: npt.NDArray[np.integer[Any]] | Tensor, device: torch.device) -> Tensor:
+    """Send integers of any shape to the device without waiting for it: pinned on the way to a GPU.
+
+    From pageable memory the copy would wait for all that the GPU has been told to do.
+
+    Raises:
+        LengthError: A CUDA graph is being captured: it would keep these lengths for every batch it is replayed on.
+    """
+    sent = torch.as_tensor(integers)
+    if device.type != "cuda":
+        return sent.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise LengthError(
+            "what depends on host lengths (pack, unpack, flat, apply_rnn, a new mask) cannot be captured in a CUDA "
+            "graph, which would replay these lengths for every batch: capture what reads the mask, on batches of fixed "
+            "shapes, made outside of the graph"
+        )
+    return sent.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,180 @@
+"""Pack, unpack and what attention reads: equal to torch's own; what a device is sent, and what it makes of it."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import lengths, order_of, sequences
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from collate import LengthError, LengthTrackedBatch, packing
+from collate.packing import Layout, flat_places
+
+HOST = torch.device("cpu")
+FILLED = lengths().filter(any)
+
+
+@pytest.fixture
+def far(monkeypatch):
+    """A device whose memory is the host's: what is sent there is written down, and stays."""
+    sent = []
+
+    def send(integers, device):
+        sent.append(integers)
+        return torch.as_tensor(integers)
+
+    monkeypatch.setattr(packing, "to_device", send)
+    return torch.device("meta"), sent
+
+
+@given(FILLED, st.integers(0, 3))
+def test_a_device_finds_the_layout_that_the_host_finds(far, counts, more):
+    device, sent = far
+    sent.clear()
+    width = max(counts) + more
+    here, there = (Layout.of(np.array(counts), width, where) for where in (HOST, device))
+    assert len(sent) == 1
+    assert torch.equal(here.places, there.places)
+    assert np.array_equal(here.sizes, there.sizes)
+    for ours, theirs in ((here.sorted_indices, there.sorted_indices), (here.unsorted_indices, there.unsorted_indices)):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours, theirs)
+
+
+@given(lengths(), st.integers(0, 3))
+def test_a_device_finds_the_places_of_real_steps_that_the_host_finds(far, counts, more):
+    device, sent = far
+    sent.clear()
+    width = max(counts) + more
+    here, there = (flat_places(np.array(counts), width, where) for where in (HOST, device))
+    assert len(sent) == 1
+    assert torch.equal(here, there)
+    mask = torch.arange(width) < torch.tensor(counts)[:, None]
+    assert torch.equal(here, mask.flatten().nonzero()[:, 0])
+
+
+def test_a_device_is_sent_a_few_integers_for_each_row_and_step_and_not_one_for_each_token(far):
+    device, sent = far
+    counts = np.random.default_rng(0).integers(200, 401, 64)
+    Layout.of(counts, 400, device)
+    assert sum(part.size for part in sent) <= 3 * 64 + 2 * 400 < counts.sum() / 15
+    sent.clear()
+    flat_places(counts, 400, device)
+    assert sum(part.size for part in sent) == 2 * 64
+
+
+def by_torch(padded, counts, width):
+    """The rows through torch's own calls, by stable order: torch's own sort shuffles ties."""
+    order = counts.argsort(descending=True, stable=True)
+    packed = pack_padded_sequence(padded[order], counts[order], batch_first=True)
+    block, _ = pad_packed_sequence(packed, batch_first=True, total_length=width)
+    return packed, block[order.argsort()]
+
+
+@given(sequences().filter(lambda rows: all(map(len, rows))), st.sampled_from(["longest", "given", "shuffled"]))
+def test_pack_and_unpack_equal_torch_s_bit_for_bit(rows, kind):
+    batch = LengthTrackedBatch.from_sequences(rows, order=order_of(kind, len(rows)))
+    theirs, block = by_torch(batch.padded, batch.lengths, batch.padded.shape[1])
+    packed = batch.pack()
+    assert torch.equal(packed.data, theirs.data)
+    assert torch.equal(packed.batch_sizes, theirs.batch_sizes)
+    assert torch.equal(batch.unpack(packed).padded, block)
+
+
+@pytest.fixture
+def deterministic():
+    """Torch refuses what might come out otherwise another time."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@given(sequences(dtypes=[torch.float64]).filter(lambda rows: all(map(len, rows))), st.booleans())
+def test_gradients_equal_torch_s_bit_for_bit_and_are_deterministic(deterministic, rows, in_order):
+    batch = LengthTrackedBatch.from_sequences(rows, order="longest" if in_order else "given")
+    leaf = batch.padded.clone().requires_grad_()
+    weights = torch.randn_like(leaf)
+    tracked = batch.with_padded(leaf)
+    ours = torch.autograd.grad((tracked.unpack(tracked.pack()).padded * weights).sum(), leaf)[0]
+    _, block = by_torch(leaf, batch.lengths, leaf.shape[1])
+    assert torch.equal(ours, torch.autograd.grad((block * weights).sum(), leaf)[0])
+
+
+def test_pack_and_unpack_can_be_differentiated_twice():
+    batch = LengthTrackedBatch.from_sequences([torch.randn(n, 2, dtype=torch.float64) for n in (3, 1, 2)])
+
+    def run(padded):
+        tracked = batch.with_padded(padded)
+        return tracked.unpack(tracked.pack()).padded ** 2
+
+    leaf = batch.padded.clone().requires_grad_()
+    assert torch.autograd.gradcheck(run, leaf)
+    assert torch.autograd.gradgradcheck(run, leaf)
+
+
+def test_what_another_layout_packed_is_refused():
+    batch = LengthTrackedBatch.from_sequences([[1, 2, 3], [4]])
+    other = LengthTrackedBatch.from_sequences([[1, 2], [3, 4]])
+    with pytest.raises(LengthError, match=r"holds \[2, 2\] rows at each step, these lengths make \[2, 1, 1\]"):
+        batch.unpack(other.pack())
+
+
+# --- attention
+
+HEADS, SIZE = 2, 8
+
+
+def heads(values):
+    """`[..., T, HEADS * S]` as attention wants it: `[..., HEADS, T, S]`."""
+    return values.unflatten(-1, (HEADS, -1)).transpose(-3, -2)
+
+
+def attended(batch, project):
+    """Padded, masked attention of a batch's rows: the real steps of its result, `[M, HEADS * S]`."""
+    query, key, value = map(heads, project(batch.padded).chunk(3, -1))
+    # An empty row may attend to its first step: to nothing at all would be NaN.
+    open_keys = ~batch.key_padding_mask[:, None, None]
+    result = scaled_dot_product_attention(query, key, value, attn_mask=open_keys)
+    return batch.with_padded(result.transpose(1, 2).flatten(2)).flat()
+
+
+def gradients(result, project):
+    weights = torch.linspace(-1, 1, result.numel(), dtype=result.dtype, device=result.device).view_as(result)
+    return torch.autograd.grad((result * weights).sum(), list(project.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("counts", [[5, 3, 1], [2, 7, 7, 4]])
+def test_attention_on_the_nested_batch_equals_the_padded_and_masked_one(counts):
+    torch.manual_seed(0)
+    project = nn.Linear(4, 3 * HEADS * SIZE, dtype=torch.float64)
+    rows = [torch.randn(n, 4, dtype=torch.float64) for n in counts]
+    batch = LengthTrackedBatch.from_sequences(rows, order="given", widths=8)
+    # Torch takes no jagged tensor whose steps lie apart.
+    query, key, value = (heads(part.contiguous()) for part in project(batch.nested()).chunk(3, -1))
+    nested = scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2).values()
+    masked = attended(batch, project)
+    torch.testing.assert_close(nested, masked)
+    for ours, theirs in zip(gradients(nested, project), gradients(masked, project), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("counts", [[5, 3, 1], [2, 7, 0, 4]])
+def test_attention_between_the_bounds_equals_the_padded_and_masked_one(counts):
+    """What `varlen_attn` does on a GPU, which it needs: each row alone, between two of the bounds."""
+    torch.manual_seed(0)
+    project = nn.Linear(4, 3 * HEADS * SIZE, dtype=torch.float64)
+    rows = [torch.randn(n, 4, dtype=torch.float64) for n in counts]
+    batch = LengthTrackedBatch.from_sequences(rows, order="given", widths=8)
+    steps, bounds = project(batch.flat()), batch.cu_seqlens.tolist()
+    alone = [
+        scaled_dot_product_attention(*map(heads, steps[start:stop].chunk(3, -1))).transpose(0, 1).flatten(1)
+        for start, stop in pairwise(bounds)
+        if start < stop
+    ]
+    torch.testing.assert_close(torch.cat(alone), attended(batch, project))
