@@ -471,7 +471,12 @@ class LengthTrackedBatch:
 
     def _layout(self, device: torch.device) -> Layout:
         rows, width = self.padded.shape[:2]
-        return Layout.of(cast(Int64Array, check_lengths(self.lengths, rows, width).numpy()), width, device)
+        lengths = cast(Int64Array, check_lengths(self.lengths, rows, width).numpy())
+        known: Layout | None = self.__dict__.get("_known_layout")
+        if known is None or not known.is_of(lengths, device):
+            # What packs is mostly unpacked too; a frozen dataclass is written to through its dictionary.
+            known = self.__dict__["_known_layout"] = Layout.of(lengths, width, device)
+        return known
 
     def _changed(self, **parts: Any) -> Self:
         """The batch with some parts replaced, unread; the mask is made anew where the block went elsewhere."""

@@ -8,9 +8,10 @@ not depend on T, nothing waits for the device, and no place is ever written twic
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Final, Self, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -19,6 +20,9 @@ from torch.nn.utils.rnn import PackedSequence
 from collate.errors import LengthError
 from collate.padding import Int64Array, Number
 from collate.sending import to_device
+
+# Steps of so many bytes together are copied as records, on the host.
+MANY_BYTES: Final = 1 << 17
 
 
 def flat_places(lengths: Int64Array, width: int, device: torch.device) -> Tensor:
@@ -36,6 +40,7 @@ class Layout:
     """How the real steps of a padded block lie in a `PackedSequence`, empty rows left out.
 
     Attributes:
+        lengths: int64 `[B]` on the host, a copy.
         shape: rows and width of the block.
         places: int64 `[sum L]` on the device: the block's place, in `[rows * width]`, of each packed step.
         sizes: int64 `[max L]` on the host: rows still running at each step.
@@ -44,6 +49,7 @@ class Layout:
         unsorted_indices: its inverse.
     """
 
+    lengths: Int64Array
     shape: tuple[int, int]
     places: Tensor
     sizes: Int64Array
@@ -81,7 +87,11 @@ class Layout:
             parts = [rows * width, sizes, np.cumsum(sizes) - sizes, *both]
             firsts, counts, starts, *indices = to_device(np.concatenate(parts), device).split(list(map(len, parts)))
             places = spread_steps(firsts, counts, starts, total=int(sizes.sum()))
-        return cls((len(lengths), width), places, sizes, order, *(indices or (None, None)))
+        return cls(lengths.copy(), (len(lengths), width), places, sizes, order, *(indices or (None, None)))
+
+    def is_of(self, lengths: Int64Array, device: torch.device) -> bool:
+        """Whether it is the layout of rows of these lengths, on this device."""
+        return self.places.device == device and np.array_equal(self.lengths, lengths)
 
     def pack(self, padded: Tensor) -> PackedSequence:
         """The real steps of a block `[B, T, *F]`, time-major, as torch packs them."""
@@ -188,13 +198,39 @@ class _Scatter(Function):
     @staticmethod
     def forward(ctx: Any, steps: Tensor, index: Tensor, shape: tuple[int, int], padding_value: Number) -> Tensor:
         ctx.save_for_backward(index)
-        block = steps.new_full((shape[0] * shape[1], *steps.shape[1:]), padding_value)
+        size = (shape[0] * shape[1], *steps.shape[1:])
+        if steps.nbytes >= MANY_BYTES and _has_records(steps):
+            return _write_records(steps, index.numpy(), size, padding_value).view(*shape, *steps.shape[1:])
+        block = steps.new_full(size, padding_value)
         return block.index_copy_(0, index, steps).view(*shape, *steps.shape[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (index,) = ctx.saved_tensors
         return gather_steps(grad, index), None, None, None
+
+
+def _has_records(steps: Tensor) -> bool:
+    # Of a tensor that is being traced there is nothing to copy.
+    plain = (
+        type(steps) is Tensor and steps.is_cpu and steps.layout == torch.strided and not torch.compiler.is_compiling()
+    )
+    return plain and not steps.is_conj() and not steps.is_neg()
+
+
+def _write_records(steps: Tensor, index: Int64Array, size: tuple[int, ...], padding_value: Number) -> Tensor:
+    """What `index_copy_` makes in a block that is filled before; NumPy copies a step as one record, and each once."""
+    block, padding = steps.new_empty(size), np.ones(size[0], bool)
+    padding[index] = False
+    _records(block)[index] = _records(steps.contiguous())
+    _records(block)[padding] = _records(steps.new_full((1, *size[1:]), padding_value))
+    return block
+
+
+def _records(tensor: Tensor) -> npt.NDArray[np.void]:
+    """The steps of a contiguous tensor `[N, *F]` as a writable view of as many records: void `[N]`."""
+    octets: npt.NDArray[np.uint8] = tensor.detach().reshape(len(tensor), -1).view(torch.uint8).numpy()
+    return octets.view(np.dtype((np.void, octets.shape[1])))[:, 0]
 
 
 _gather = cast("Callable[..., Tensor]", _Gather.apply)

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from collate import LengthError, LengthTrackedBatch, packing
-from collate.packing import Layout, flat_places
+from collate.packing import MANY_BYTES, Layout, flat_places, gather_steps, scatter_steps
 
 HOST = torch.device("cpu")
 FILLED = lengths().filter(any)
@@ -178,3 +178,30 @@ def test_attention_between_the_bounds_equals_the_padded_and_masked_one(counts):
         if start < stop
     ]
     torch.testing.assert_close(torch.cat(alone), attended(batch, project))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.bool, torch.int8, torch.complex64], ids=str
+)
+@pytest.mark.parametrize("features", [(), (3,), (2, 5)], ids=str)
+def test_many_bytes_are_written_where_few_are(dtype, features):
+    lengths = np.random.default_rng(0).integers(0, 400, 40)
+    shape = (int(lengths.sum()), 64, *features)
+    steps = torch.randint(0, 2, shape).to(dtype)[:, ::2]
+    index = flat_places(lengths, 400, torch.device("cpu"))
+    assert steps.nbytes > MANY_BYTES
+    for padding_value in (0, 1):
+        block = scatter_steps(steps, index, (40, 400), padding_value)
+        expected = steps.new_full((40 * 400, *steps.shape[1:]), padding_value).index_copy_(0, index, steps)
+        assert torch.equal(block.flatten(0, 1), expected)
+    assert torch.equal(gather_steps(block, index), steps)
+
+
+def test_a_layout_is_found_once_and_not_kept_when_lengths_are_written_to():
+    batch = LengthTrackedBatch.from_sequences([torch.ones(n, 2) for n in (4, 3, 1)])
+    first = batch.pack()
+    assert torch.equal(batch.unpack(first).padded, batch.padded)
+    batch.lengths[0] = 2
+    assert batch.pack().batch_sizes.tolist() == [3, 2, 1]
+    with pytest.raises(LengthError, match="unpack with the batch that was packed"):
+        batch.unpack(first)
