@@ -1,22 +1,18 @@
 """Samples of planned steps, read a window at a time, in the order of the files."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 
 from samplers.budget import Integers
 from samplers.corpus import Places
 from samplers.shards.dataset import ShardDataset
-from samplers.shards.files import LocalFile, RandomAccess, naming
+from samplers.shards.files import LocalFile, RandomAccess, file_system, naming
 from samplers.shards.format import Sample
 from samplers.windows import WindowCourse
-
-# fsspec leaves it without types.
-_file_system: Callable[[str], tuple[Any, str]] = fsspec.core.url_to_fs
 
 
 class StepReader:
@@ -96,7 +92,7 @@ class FetchedFile:
     def __init__(self, file: RandomAccess) -> None:
         self.path, self.size = file.path, file.size
         with naming(file.path):
-            system, name = _file_system(file.path)
+            system, name = file_system(file.path)
             self._data = memoryview(system.cat_file(name))
 
     def read(self, offset: int, size: int) -> bytes:

@@ -24,13 +24,22 @@ TEMPORARY: Final = ".tmp"
 Shards: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 # fsspec leaves it without types.
-_file_system: Callable[[str], tuple[Any, str]] = fsspec.core.url_to_fs
+_find: Callable[[str], tuple[Any, str]] = fsspec.core.url_to_fs
+# File systems that were used. A forked worker that let go of its parent's would take their connections out of what the
+# parent waits for, which both share, and the parent would wait for ever.
+_KEPT: Final[dict[int, Any]] = {}
 
 # Bytes that are read for nothing sooner than with a call of their own.
 _GAP: Final = 2048
 _FORGOTTEN: Final = memoryview(bytearray(_GAP))
 # The system takes 1024 buffers a call, and each array may need another for the gap before it.
 _LONGEST_RUN: Final = 500
+
+# Bytes of a remote file that are read at least: twice as many each time where a read begins near the last one's end. To
+# pass over what lies between costs no more than another request.
+_LEAST_AHEAD: Final = 1 << 16
+_MOST_AHEAD: Final = 1 << 22
+_NEAR: Final = 1 << 19
 
 _BRACES: Final = re.compile(r"\{([^{}]*)\}")
 _COUNT: Final = re.compile(r"(\d+)\.\.(\d+)")
@@ -131,42 +140,64 @@ class RemoteFile:
     def __init__(self, url: str) -> None:
         self.path = url
         with naming(url):
-            self._system, self._name = _file_system(url)
-            self._stream = self._system.open(self._name, "rb")
-            size = getattr(self._stream, "size", None)
-        if size is None or not self._stream.seekable():
+            self._system, self._name = file_system(url)
+            info = self._system.info(self._name)
+        if info.get("size") is None or not info.get("partial", True):
             raise ValueError(f"{url}: its server gives no size, or no ranges, so that it cannot be read: copy the file")
-        self.size = int(size)
+        self.size = int(info["size"])
+        # What was read last, where it begins, and how much is read at least.
+        self._window, self._ahead = (0, b""), _LEAST_AHEAD
+        self._gives_ranges = False
 
     def read(self, offset: int, size: int) -> bytes:
-        """Up to `size` bytes from `offset` on, through the file system's read-ahead."""
-        with naming(self.path):
-            self._stream.seek(offset)
-            return bytes(self._stream.read(size))
+        """Up to `size` bytes from `offset` on; where reads follow each other, more and more is read ahead."""
+        size = max(0, min(size, self.size - offset))
+        start, data = self._window
+        if not start <= offset <= start + len(data) - size:
+            follows = start <= offset <= start + len(data) + _NEAR
+            self._ahead = min(2 * self._ahead, _MOST_AHEAD) if follows else _LEAST_AHEAD
+            [data] = self._fetch([offset], [min(self.size, offset + max(size, self._ahead))])
+            start, self._window = offset, (offset, data)
+        return data[offset - start : offset - start + size]
 
     def fill(self, arrays: Sequence[npt.NDArray[Any]], offsets: Sequence[int]) -> None:
         """Overwrite each C-contiguous array with the bytes at its offset.
 
         Raises:
-            ValueError: The file ends before an array is full.
+            ValueError: The file ends before an array is full, or its server gives no ranges.
         """
         wanted = [(array, offset) for array, offset in zip(arrays, offsets, strict=True) if array.nbytes]
+        # Without ranges a server sends the whole file for each: one shows it.
+        for part in [wanted] if self._gives_ranges else [wanted[:1], wanted[1:]]:
+            starts = [offset for _, offset in part]
+            found = self._fetch(starts, [offset + array.nbytes for array, offset in part])
+            for (array, offset), data in zip(part, found, strict=True):
+                if len(data) != array.nbytes:
+                    raise ValueError(_ended(self.path, self.size, offset, array.nbytes))
+                array.reshape(-1).view(np.uint8)[:] = np.frombuffer(data, np.uint8)
+
+    def _fetch(self, starts: list[int], ends: list[int]) -> list[bytes]:
         with naming(self.path):
-            parts = self._system.cat_ranges(
-                [self._name] * len(wanted),
-                [offset for _, offset in wanted],
-                [offset + array.nbytes for array, offset in wanted],
-                on_error="raise",
-            )
-        for (array, offset), data in zip(wanted, parts, strict=True):
-            if len(data) > array.nbytes:
+            parts: list[bytes] = self._system.cat_ranges([self._name] * len(starts), starts, ends, on_error="raise")
+            for error in parts:
+                # Old versions of fsspec give it back all the same.
+                if isinstance(error, Exception):
+                    raise error
+        for start, end, data in zip(starts, ends, parts, strict=True):
+            if len(data) > end - start:
                 raise ValueError(
-                    f"{self.path}: its server sent {len(data)} bytes for a range of {array.nbytes}, and gives none: "
+                    f"{self.path}: its server sent {len(data)} bytes for a range of {end - start}, and gives none: "
                     "copy the file, or use ShardStream, which fetches shards whole"
                 )
-            if len(data) != array.nbytes:
-                raise ValueError(_ended(self.path, self.size, offset, array.nbytes))
-            array.reshape(-1).view(np.uint8)[:] = np.frombuffer(data, np.uint8)
+            self._gives_ranges |= end - start < self.size
+        return parts
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, kept for good, and the file's name there."""
+    system, name = _find(url)
+    _KEPT[id(system)] = system
+    return system, name
 
 
 @contextmanager
@@ -180,9 +211,14 @@ def naming(url: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
+        # Over HTTP all that goes wrong is called so, and what it was is the cause.
+        cause = error.__cause__
+        if isinstance(cause, OSError) or getattr(cause, "status", 404) != 404:
+            raise OSError(f"{url}: cannot be read: {type(cause).__name__}: {cause}") from error
         raise FileNotFoundError(f"{url}: there is no such file ({error})") from error
     except Exception as error:
-        raise OSError(f"{url}: cannot be read: {error!r}") from error
+        # Not its representation, which over HTTP has the headers sent, and what is secret in them.
+        raise OSError(f"{url}: cannot be read: {type(error).__name__}: {error}") from error
 
 
 def open_file(path: str) -> RandomAccess:
@@ -193,7 +229,7 @@ def open_file(path: str) -> RandomAccess:
         OSError: It cannot be opened or, of a URL, reached.
         ValueError: It is not a regular file, or its server gives no size or no ranges.
     """
-    system, name = (None, path) if "://" not in path else _file_system(path)
+    system, name = (None, path) if "://" not in path else file_system(path)
     if system is not None and not isinstance(system, fsspec.implementations.local.LocalFileSystem):
         return RemoteFile(path)
     return LocalFile(name) if hasattr(os, "preadv") else RemoteFile(Path(name).absolute().as_uri())
@@ -345,7 +381,7 @@ def _look_up(pattern: str) -> list[str]:
     if not _WILD.search(pattern):
         return [pattern]
     if "://" in pattern:
-        system, name = _file_system(pattern)
+        system, name = file_system(pattern)
         found = [system.unstrip_protocol(path) for path in system.glob(name)]
     else:
         # A file may have brackets in its name.

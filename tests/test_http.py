@@ -1,0 +1,270 @@
+"""Shards behind a web server: what is read is what is on its disk, by ranges; what cannot be read is named."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpora import LAYOUTS, assert_same, write
+from hypothesis import given
+from hypothesis import strategies as st
+from served import Served, serving
+from torch.utils.data import DataLoader
+
+from samplers import LengthBucketBatchSampler, LengthIndex, ShardDataset, ShardStream, ShardWriter
+from samplers.shards.files import open_file
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+COUNT = 60
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def samples(seed: int = 0) -> list[dict[str, object]]:
+    """Tokens of up to 240 KB, some of them none."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(0, 30_000, COUNT) * (rng.random(COUNT) > 0.1)
+    return [
+        {"__key__": f"k{place}", "tokens": rng.integers(0, 1000, length), "label": place}
+        for place, length in enumerate(lengths.tolist())
+    ]
+
+
+def write_both(folder: Path, **options: object) -> Path:
+    """The same samples in both layouts, three shards each, named by them."""
+    for layout in LAYOUTS:
+        write(folder, samples(), layout=layout, prefix=layout, max_samples=20, block_size=10, **options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_both(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    with serving(folder) as server:
+        yield server
+
+
+def shard_bytes(folder: Path, layout: str) -> int:
+    return sum(path.stat().st_size for path in folder.glob(f"{layout}-*.tar"))
+
+
+def shards_of(server: Served, layout: str, manner: str = "ranges") -> str:
+    return server.url(f"{layout}-{{000000..000002}}.tar", manner)
+
+
+@given(
+    layout=st.sampled_from(LAYOUTS),
+    named=st.booleans(),
+    places=st.lists(st.integers(-COUNT, COUNT - 1), max_size=9),
+)
+def test_samples_by_place_are_those_of_the_local_shards(folder, server, layout, named, places):
+    there = server.url(f"{layout}.ltx") if named else shards_of(server, layout)
+    index = None if named else folder / f"{layout}.ltx"
+    remote, local = ShardDataset(there, index), ShardDataset(folder / f"{layout}.ltx")
+    for read, expected in zip(remote.__getitems__(places), local.__getitems__(places), strict=True):
+        assert_same(read, expected)
+
+
+@layouts
+def test_an_index_comes_through_its_url_with_one_request_for_its_bytes(folder, server, layout):
+    server.log()
+    index, local = LengthIndex.open(server.url(f"{layout}.ltx")), LengthIndex.open(folder / f"{layout}.ltx")
+    log = server.log()
+    assert log["GET 206"] == log["requests"] - log["HEAD 200"] == 1
+    assert log["bytes"] == (folder / f"{layout}.ltx").stat().st_size
+    assert index.fingerprint == local.fingerprint
+    assert index.order.tolist() == local.order.tolist()
+    assert index.shards == [server.url(Path(path).name) for path in local.shards]
+
+
+@layouts
+def test_a_few_samples_are_fetched_by_ranges_alone(folder, server, layout):
+    dataset = ShardDataset(server.url(f"{layout}.ltx"))
+    server.log()
+    read = dataset.__getitems__([3, 50, 27, 4])
+    log = server.log()
+    assert log["GET 200"] == 0
+    # Beside the samples, what two headers of each of four blocks say, read at least 64 KiB at once.
+    assert log["bytes"] <= sum(sample["tokens"].nbytes for sample in read) + 9 * (1 << 16) + 4096
+    assert log["bytes"] < shard_bytes(folder, layout) / 4
+    dataset.__getitems__([3, 50, 27, 4])
+    again = server.log()
+    assert again["HEAD 200"] == 0
+    assert again["bytes"] <= sum(sample["tokens"].nbytes for sample in read) + 4096
+
+
+@given(data=st.data())
+def test_reads_anywhere_in_a_remote_file_give_its_bytes(folder, server, data):
+    name = "plain-000001.tar"
+    content = (folder / name).read_bytes()
+    file = open_file(server.url(name))
+    sizes = st.one_of(st.integers(0, 1000), st.integers(0, 2 * len(content)))
+    offset = 0
+    for gap, size in data.draw(st.lists(st.tuples(st.integers(-70_000, 600_000), sizes), max_size=8)):
+        offset = min(max(0, offset + gap), len(content) + 10)
+        assert file.read(offset, size) == content[offset : offset + size]
+
+
+@layouts
+def test_an_index_is_built_from_ranges_and_nothing_is_fetched_twice(folder, server, layout):
+    server.log()
+    built = LengthIndex.build(shards_of(server, layout))
+    log = server.log()
+    assert built.fingerprint == LengthIndex.open(folder / f"{layout}.ltx").fingerprint
+    assert log["GET 200"] == 0
+    # Plain members lie so near that to pass over them would take longer.
+    assert log["bytes"] <= shard_bytes(folder, layout) * (1 if layout == "plain" else 0.5)
+
+
+def test_an_index_with_checksums_is_built_and_verified_over_http(server):
+    index = LengthIndex.build(shards_of(server, "plain"), checksums=True)
+    index.verify(payload=True)
+    assert index.fingerprint == LengthIndex.open(server.url("plain.ltx")).fingerprint
+
+
+def epoch_by_place(corpus: str | Path, workers: int, **options: object) -> list[list[dict[str, object]]]:
+    """The batches of an epoch."""
+    dataset = ShardDataset(corpus)
+    # The parent has read as well: what it has open must not travel.
+    dataset[0]
+    sampler = LengthBucketBatchSampler(dataset.index, max_tokens=100_000)
+    return list(DataLoader(dataset, batch_sampler=sampler, collate_fn=list, num_workers=workers, **options))
+
+
+def assert_same_batches(read, expected) -> None:
+    assert [len(batch) for batch in read] == [len(batch) for batch in expected]
+    for batch, other in zip(read, expected, strict=True):
+        for sample, written in zip(batch, other, strict=True):
+            assert_same(sample, written)
+
+
+@pytest.mark.parametrize(("layout", "start"), [("blocks", "fork"), ("plain", "fork"), ("blocks", "spawn")])
+def test_workers_read_by_place_over_http(folder, server, layout, start):
+    read = epoch_by_place(server.url(f"{layout}.ltx"), 2, multiprocessing_context=start)
+    assert_same_batches(read, epoch_by_place(folder / f"{layout}.ltx", 0))
+
+
+@layouts
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_gives_the_batches_of_the_local_one_and_fetches_each_shard_whole(folder, server, layout, workers):
+    options = {"collate_fn": list, "max_tokens": 100_000, "window": 20}
+    server.log()
+    remote = ShardStream(server.url(f"{layout}.ltx"), **options)
+    read = list(DataLoader(remote, batch_size=None, collate_fn=list, num_workers=workers))
+    log = server.log()
+    assert_same_batches(read, list(ShardStream(folder / f"{layout}.ltx", **options)))
+    if workers == 0:
+        assert log["GET 200"] == 3
+        assert log["bytes"] == shard_bytes(folder, layout) + (folder / f"{layout}.ltx").stat().st_size
+
+
+def test_plain_shards_are_rewritten_from_their_url(server, tmp_path):
+    ShardWriter.rewrite(tmp_path, server.url("plain.ltx"))
+    for read, written in zip(ShardDataset(tmp_path), samples(), strict=True):
+        assert_same(read, written)
+
+
+def test_redirects_and_queries_are_followed(folder, server):
+    index = folder / "blocks.ltx"
+    shards = [server.url(f"blocks-00000{shard}.tar", "moved") for shard in range(3)]
+    assert_same(ShardDataset(shards, index)[41], ShardDataset(index)[41])
+    signed = [server.url(f"blocks-00000{shard}.tar?token=1", "signed") for shard in range(3)]
+    built = LengthIndex.build(signed)
+    assert_same(ShardDataset(signed, built)[41], ShardDataset(index)[41])
+
+
+@layouts
+def test_a_server_without_ranges_is_refused_by_place_and_does_for_a_stream(folder, server, layout):
+    index, shards = folder / f"{layout}.ltx", shards_of(server, layout, "whole")
+    server.log()
+    with pytest.raises(ValueError, match=r"/whole/\w+-000002.tar: its server sent \d+ bytes for a range of .*, and gi"):
+        ShardDataset(shards, index).__getitems__(range(41, 60))
+    # Not once for every sample.
+    assert server.log()["GET 200"] == 1
+    with pytest.raises(ValueError, match="/whole/.*copy the file, or use ShardStream, which fetches shards whole"):
+        LengthIndex.build(shards)
+    options = {"collate_fn": list, "max_tokens": 100_000}
+    assert_same_batches(ShardStream(shards, index, **options), ShardStream(index, **options))
+
+
+@layouts
+def test_a_server_that_says_it_gives_no_ranges_is_refused_at_once(folder, server, layout):
+    dataset = ShardDataset(shards_of(server, layout, "denied"), folder / f"{layout}.ltx")
+    server.log()
+    with pytest.raises(ValueError, match=r"/denied/\w+-000000.tar: its server gives no size, or no ranges.*copy the"):
+        dataset[0]
+    assert server.log()["bytes"] == 0
+
+
+@pytest.mark.parametrize(
+    ("manner", "kind", "message"),
+    [
+        ("ranges", FileNotFoundError, r"/ranges/lost-000001.tar, which the index lists: give shards= where they are"),
+        ("busy", OSError, r"/busy/lost-000001.tar: cannot be read: ClientResponseError: 503"),
+        ("signed", OSError, r"/signed/lost-000001.tar: cannot be read: ClientResponseError: 403"),
+    ],
+)
+def test_a_shard_that_cannot_be_had_is_named_with_the_reason(server, tmp_path, manner, kind, message):
+    folder = write(tmp_path, samples(1), prefix="lost", max_samples=40)
+    index, shards = folder / "lost.ltx", shards_of(server, "lost", manner).replace("2}", "1}")
+    dataset = ShardDataset(shards, index)
+    with pytest.raises(kind, match=message):
+        dataset[50]
+    with pytest.raises(OSError, match=f"/{manner}/lost-00000[01].tar"):
+        list(ShardStream(shards, index, collate_fn=list, max_tokens=100_000))
+    with pytest.raises(OSError, match=f"/{manner}/lost-000000.tar"):
+        LengthIndex.build(shards)
+
+
+def test_an_index_that_is_not_there_is_named_and_one_out_of_reach_is_not_said_to_be_gone(server, folder):
+    with pytest.raises(FileNotFoundError, match="no index http.*/ranges/none.ltx"):
+        LengthIndex.open(server.url("none.ltx"))
+    with serving(folder) as other:
+        url = other.url("blocks.ltx")
+    with pytest.raises(OSError, match=f"{url}: cannot be read: .*Cannot connect"):
+        LengthIndex.open(url)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_server_that_dies_in_an_epoch_is_an_error_that_names_the_shard(folder, workers):
+    with serving(folder) as server:
+        dataset = ShardDataset(server.url("plain.ltx"))
+        batches = iter(DataLoader(dataset, batch_size=1, collate_fn=list, num_workers=workers))
+        next(batches)
+    with pytest.raises(OSError, match=f"{server.root}/ranges/plain-00000[012].tar: cannot be read: "):
+        list(batches)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_server_that_dies_under_a_stream_is_an_error_that_names_the_shard(folder, workers):
+    with serving(folder) as server:
+        stream = ShardStream(server.url("blocks.ltx"), collate_fn=list, batch_size=2, window=10)
+        batches = iter(DataLoader(stream, batch_size=None, num_workers=workers))
+        next(batches)
+    with pytest.raises(OSError, match=f"{server.root}/ranges/blocks-00000[012].tar: cannot be read: "):
+        list(batches)
+
+
+def test_the_example_serves_a_corpus_and_reads_it_both_ways():
+    # Its main process goes on over HTTP after forked workers have read: it once waited for ever for what they closed.
+    path = EXAMPLES / "shards_over_http.py"
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [written] = re.findall(r"the shards have ([\d,]+) bytes", done.stdout)
+    told = re.findall(r"([\d,]+) samples, padding ([\d.]+)%; ([\d,]+) requests, ([\d,]+) bytes", done.stdout)
+    for samples, padding, _, sent in told:
+        assert samples == "3,000"
+        assert float(padding) < 10
+        assert 1 < number(sent) / number(written) < 1.2
+    (_, _, by_place, _), (_, _, stream, _) = told
+    assert number(stream) < 30 < 3000 < number(by_place)
+    assert len(path.read_text().splitlines()) < 80
+
+
+def number(text: str) -> int:
+    return int(text.replace(",", ""))
