@@ -7,7 +7,7 @@ READY := .venv/ready
 # The other files of the folder are what these share.
 BENCHMARKS := collation packing transport rnn language_model planning scale shards bucketing
 
-.PHONY: help demo test check format lint types coverage frameworks fuzz bench gpu clean
+.PHONY: help demo test check format lint types coverage frameworks fuzz bench gpu docs clean
 
 help:
 	@echo "make demo        environment, install, and the main job: a byte-level language model on Python's own library"
@@ -17,6 +17,7 @@ help:
 	@echo "make frameworks  the examples of frameworks (Lightning, accelerate, transformers, datasets, Ray), each run by a test"
 	@echo "make bench       the benchmarks, their tables on the terminal and as JSON in benchmarks/results"
 	@echo "make gpu         all tests and measurements that need a GPU, in some minutes; without one it says so"
+	@echo "make docs        the documentation as a site, with the reference of every public name: site/index.html"
 	@echo "make clean       remove the environment and what runs have left"
 
 $(READY): pyproject.toml constraints.txt
@@ -63,5 +64,9 @@ bench: $(READY)
 gpu: $(READY)
 	$(BIN)/python benchmarks/gpu.py
 
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
+	rm -rf .venv runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*

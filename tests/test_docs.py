@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
+import collate
+import samplers
+
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 PAGES = runpy.run_path(str(ROOT / "benchmarks" / "pages.py"))
 pages = pytest.mark.parametrize("page", PAGES["pages"](), ids=lambda page: page.name)
 
@@ -18,7 +22,9 @@ def test_the_tables_of_a_page_are_those_of_the_results(page):
 
 @pages
 def test_the_links_of_a_page_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+    # Code has brackets before parentheses too.
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", prose):
         assert (page.parent / target).exists(), target
 
 
@@ -26,3 +32,15 @@ def test_the_links_of_a_page_lead_somewhere(page):
 def test_the_files_that_a_page_names_exist(page):
     for path in re.findall(r"`((?:examples|benchmarks|tests|docs|collate|samplers)/[\w./-]+\.\w+)`", page.read_text()):
         assert (ROOT / path).exists(), path
+
+
+def test_every_page_is_in_the_navigation_of_the_site_once():
+    listed = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text())
+    assert sorted(listed) == sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
+
+
+@pytest.mark.parametrize("package", [collate, samplers])
+def test_every_public_name_is_in_the_reference_once(package):
+    pages = "".join(page.read_text() for page in sorted((DOCS / "api").glob("*.md")))
+    listed = re.findall(rf"^::: {package.__name__}\.(\w+)$", pages, re.MULTILINE)
+    assert sorted(listed) == sorted(package.__all__)

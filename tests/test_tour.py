@@ -1,0 +1,70 @@
+"""The tours on the pages: their programs are written, their commands run, and they print what the pages show."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from samplers.cli import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "command-line.md"]
+# A file by its name, or commands behind a $ with what they print.
+BLOCK = re.compile(r'^```(python title="(?P<file>[\w.]+)"|console)\n(?P<body>.*?)^```$', re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", re.MULTILINE)
+# Where the pages are read, in place of a folder that differs from run to run.
+FOLDER = "/home/me/tour"
+LOSS = re.compile(r"(?<=loss )\d+\.\d+")
+
+
+class Tour:
+    """A folder in which the blocks of a page are carried out one after the other."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.status = folder, 0
+
+    def page(self, text: str) -> str:
+        """The page with what its commands print now."""
+        return BLOCK.sub(self._carry_out, text)
+
+    def _carry_out(self, block: re.Match[str]) -> str:
+        if block["file"]:
+            (self.folder / block["file"]).write_text(block["body"])
+            return block[0]
+        printed = COMMAND.sub(lambda found: f"$ {found[1]}\n{self.run(found[1])}", block["body"])
+        return f"```console\n{printed}```"
+
+    def run(self, command: str) -> str:
+        """What a command prints, errors too."""
+        name, *arguments = shlex.split(command)
+        if command == "echo $?":
+            return f"{self.status}\n"
+        if name == "lengthtrack":
+            result = CliRunner().invoke(main, arguments, prog_name=name)
+            self.status, printed = result.exit_code, result.output
+        else:
+            program = {"python": [sys.executable], "ls": ["ls"]}[name]
+            done = subprocess.run([*program, *arguments], capture_output=True, text=True, cwd=self.folder, check=False)
+            self.status, printed = done.returncode, done.stdout + done.stderr
+        return printed.replace(str(self.folder), FOLDER)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda page: page.name)
+def test_the_commands_of_a_tour_print_what_its_page_shows(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = path.read_text()
+    printed = Tour(tmp_path).page(shown)
+    # Losses are rounded differently from machine to machine.
+    assert LOSS.sub("", printed) == LOSS.sub("", shown)
+    losses = [[float(loss) for loss in LOSS.findall(text)] for text in (shown, printed)]
+    assert losses[0] == pytest.approx(losses[1], abs=0.1)
+    assert len(losses[0]) >= 2
+
+
+def test_every_command_is_on_the_tour():
+    shown = (ROOT / "docs" / "command-line.md").read_text()
+    assert set(main.commands) <= set(re.findall(r"^\$ lengthtrack (\w+)", shown, re.MULTILINE))
