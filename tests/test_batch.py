@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import io
 import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_se
 from torch.utils import _pytree as pytree
 
 from collate import LengthError, LengthTrackedBatch, last_step, masked_mean
+from collate.transport import THROUGH_PIPE, send
 
 
 def agrees(batch: LengthTrackedBatch) -> None:
@@ -212,6 +214,31 @@ def test_a_chunk_ships_its_own_steps_and_not_the_storage_it_looks_into():
 def test_a_result_travels_without_its_graph():
     batch = LengthTrackedBatch.from_sequences([torch.ones(2, requires_grad=True)]).map(torch.exp)
     assert not pickle.loads(pickle.dumps(batch)).padded.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.complex64, torch.int8], ids=str)
+@pytest.mark.parametrize("steps", [0, 3, 40_000])
+def test_small_blocks_go_through_the_pipe_and_large_ones_through_shared_memory(dtype, steps):
+    made = LengthTrackedBatch.from_sequences(
+        [torch.ones(steps, 5).to(dtype), torch.zeros(1, 5).to(dtype)], order="given"
+    )
+    small = 0 < made.padded.nbytes <= THROUGH_PIPE
+    _, parts = send(made)
+    assert any(isinstance(part, torch.Tensor) for part in parts) is not small
+    for batch in (made, made.with_padded(made.padded.clone().share_memory_())):
+        kept = ForkingPickler.loads(ForkingPickler.dumps(batch))
+        assert same(kept, batch)
+        # Whoever takes it may write to it.
+        kept.padded.zero_()
+
+
+def test_a_block_that_requires_gradients_still_does_on_the_other_side():
+    leaf = LengthTrackedBatch.from_sequences([torch.ones(3), torch.ones(1)])
+    leaf = leaf.with_padded(leaf.padded.requires_grad_())
+    for batch, still in ((leaf, True), (leaf.map(lambda x: x * 2), False), (leaf.map(torch.Tensor.detach), False)):
+        kept = ForkingPickler.loads(ForkingPickler.dumps(batch))
+        assert kept.padded.requires_grad is still
+        assert torch.equal(kept.padded, batch.padded)
 
 
 @given(sequences(), st.sampled_from(DTYPES))
