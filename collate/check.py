@@ -188,7 +188,7 @@ class _Check:
         for name, field in self.fields.items():
             if bool(field.mask.all()) or _is_marked(field):
                 continue
-            other = torch.where(aligned(field.mask, field.padded), field.padded, self.draw(field, field.padded.shape))
+            other = torch.where(aligned(field.mask, field.padded), field.padded, self.draw(field))
             found = self.compare("padding", self.swapped(name, field.with_padded(other)), f"the padding of {name}")
             if found:
                 return found
@@ -256,7 +256,7 @@ class _Check:
     def moves(self, name: str, field: LengthTrackedBatch, where: Tensor) -> bool:
         """Whether other values at these steps move the loss."""
         for _ in range(TRIES):
-            padded = torch.where(aligned(where, field.padded), self.draw(field, field.padded.shape), field.padded)
+            padded = torch.where(aligned(where, field.padded), self.draw(field), field.padded)
             loss, _ = self.run(self.swapped(name, field.with_padded(padded)))
             if not abs(loss - self.loss) <= ROUNDING * abs(self.loss):
                 return True
@@ -290,15 +290,17 @@ class _Check:
             apart.append(math.sqrt(distance) / max(math.sqrt(size), 1e-12))
         return max((part if part == part else math.inf) for part in apart)
 
-    def draw(self, field: LengthTrackedBatch, shape: Sequence[int]) -> Tensor:
-        """Values such as real steps could hold: drawn from them for whole numbers, wider than them for others."""
-        real = field.flat().detach().cpu()
+    def draw(self, field: LengthTrackedBatch) -> Tensor:
+        """Other values for a block, such as real steps could hold: for whole numbers those of other steps."""
+        real, shape = field.flat().detach().cpu(), tuple(field.padded.shape)
         if not real.is_floating_point():
             known: Tensor = torch.unique(real)
-            places = torch.randint(len(known), tuple(shape), generator=self.values)
-            return known[places].to(field.device)
+            # Of two classes every second draw would be what is there already, and four in a row are no rarity.
+            present = torch.searchsorted(known.long(), field.padded.detach().cpu().long())
+            shift = torch.randint(1, max(len(known), 2), shape, generator=self.values)
+            return known[(present + shift) % len(known)].to(field.device)
         spread = real.double().std(correction=0) + 1
-        noise = torch.randn(tuple(shape), generator=self.values, dtype=torch.float64)
+        noise = torch.randn(shape, generator=self.values, dtype=torch.float64)
         values: Tensor = real.double().mean() + 4 * spread * noise
         return values.to(device=field.device, dtype=real.dtype)
 

@@ -36,8 +36,8 @@ class ShardStream(IterableDataset[Any]):
 
     Give it to a loader with `batch_size=None`; worker w of n takes every n-th step. An epoch comes again until all its
     batches were read, then the next; `set_epoch` overrides, also with persistent workers. Its iterators have
-    `state_dict` and `load_state_dict` for a `StatefulDataLoader`, on the same workers and replicas or more or fewer of
-    the latter; for any other loader, and other numbers of workers, there are `position` and `seek`.
+    `state_dict` and `load_state_dict` for a `StatefulDataLoader` of as many workers and replicas; for any other loader,
+    and other numbers of either, there are `position` and `seek`.
 
     Args:
         shards: as in `ShardDataset`.
@@ -246,22 +246,25 @@ class StreamIterator(Iterator[Any]):
     def state_dict(self) -> dict[str, int | str]:
         """Where the epoch stands for this worker, in fresh primitive values, under 1 kB."""
         start = self._start or self._cursor.coming
-        mine: dict[str, int | str] = {"worker": self._worker, "workers": self._workers, "taken": self._taken}
-        return start.as_dict(self._stream.fingerprint) | mine
+        return start.as_dict(self._stream.fingerprint) | self._place | {"taken": self._taken}
+
+    @property
+    def _place(self) -> dict[str, int]:
+        return {"worker": self._worker, "workers": self._workers, "num_replicas": self._stream.num_replicas}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state of the same worker, on as many workers; the stream's next epoch comes after it.
+        """Go on from a state of the same worker, of as many workers and replicas; the next epoch comes after it.
 
         Raises:
             TypeError: The state is not a mapping, or one of its values has the wrong type.
-            ValueError: It is of other lengths, options, seed, version or workers.
+            ValueError: It is of other lengths, options, seed, version, workers or replicas.
         """
         start = Position.from_dict(state, self._stream.fingerprint)
-        saved, here = (state.get("worker"), state.get("workers")), (self._worker, self._workers)
-        if saved != here:
+        saved = {name: state.get(name) for name in self._place}
+        if saved != self._place:
             raise ValueError(
-                f"a state must be of the same worker, got one of worker {saved[0]} of {saved[1]}, this is {here[0]} of "
-                f"{here[1]}: keep num_workers, or use position and seek, which need not"
+                f"a state must be of the same worker, and of as many workers and replicas, got {saved}, this is "
+                f"{self._place}: keep these numbers, or use position and seek, which need not"
             )
         self._taken = check_count("taken", state.get("taken"), least=0, hint="it is part of every state")
         self._start, self._reader = start, None

@@ -386,3 +386,15 @@ def test_tuples_and_single_batches_are_checked_as_well(net, batch):
     assert check_step(lambda b: net.widen(masked_mean(b)).square().sum(), batch["x"]).ok
     report = check_step(lambda b: net.widen(b[0].padded).square().mean() + b[1].sum(), (batch["x"], torch.ones(4)))
     assert not report.ok
+
+
+def test_fields_of_two_values_are_tried_with_the_other_one():
+    for seed in range(20):
+        torch.manual_seed(seed)
+        net, samples = Net(), [{"x": torch.randint(2, (n,)), "y": torch.randint(2, (n,))} for n in (6, 4, 3, 1)]
+
+        def right(batch, net=net):
+            hidden, _ = apply_rnn(net.gru, batch["x"].map(net.embedding))
+            return sequence_loss(PER_STEP, hidden.map(net.head), batch["y"])
+
+        assert check_step(right, PadCollator({"x": 0, "y": -100})(samples), seed=seed).ok

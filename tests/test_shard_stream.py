@@ -176,10 +176,13 @@ def test_a_position_of_another_corpus_or_plan_is_refused(corpus):
         stream(corpus).set_epoch(-1)
 
 
-def test_a_state_of_another_number_of_workers_is_refused(corpus):
-    running = iter(stream(corpus))
-    with pytest.raises(ValueError, match="got one of worker 0 of 2, this is 0 of 1: keep num_workers, or use position"):
-        running.load_state_dict(running.state_dict() | {"workers": 2})
+@pytest.mark.parametrize("other", [{"worker": 1}, {"workers": 2}, {"num_replicas": 3}, {"num_replicas": None}])
+def test_a_state_of_other_workers_or_replicas_is_refused(corpus, other):
+    running = iter(stream(corpus, num_replicas=2, rank=0))
+    with pytest.raises(
+        ValueError, match="of as many workers and replicas, got .*: keep these numbers, or use position"
+    ):
+        running.load_state_dict(running.state_dict() | other)
 
 
 def test_more_replicas_than_rows_in_the_last_step_are_refused_with_the_way_out(corpus):

@@ -216,6 +216,8 @@ class ShardDataset(Dataset[Sample]):
 
     def _check_blocks(self, files: Files, rows: Array, starts: Array) -> None:
         blocks = np.searchsorted(starts[:, 0], rows, side="right") - 1
+        if self._checked[blocks].all():
+            return
         for file, part in files:
             for block in np.unique(blocks[part][~self._checked[blocks[part]]]).tolist():
                 first, *members = starts[block].tolist()
