@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 import webdataset as wds
-from harness import Bar, Row, compare, run_through, save, show_bars
+from harness import Bar, Row, compare, keep_pages, run_through, save, show_bars
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from collate import PadCollator
 from samplers import LengthBucketBatchSampler, LengthIndex, ShardDataset, ShardStream, ShardWriter
 
-ROUNDS: Final = 3
+ROUNDS: Final = 5
 WORKERS: Final = 2
 # Samples that are sorted together by hand.
 BUFFER: Final = 5_000
@@ -244,6 +244,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=100_000, help="short ones; a tenth as many long ones")
     count = parser.parse_args().samples
     torch.set_num_threads(1)
+    keep_pages()
     with tempfile.TemporaryDirectory() as folder:
         short = write("tokens, 30 x int64", list(tokens(count)), 8_192, Path(folder) / "tokens")
         long = write("frames, 200 x 16 float32", list(frames(count // 10)), 16_384, Path(folder) / "frames")

@@ -4,7 +4,7 @@ import operator
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
-from itertools import pairwise
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeAlias
 from zlib import crc32
@@ -166,8 +166,7 @@ class ShardDataset(Dataset[Sample]):
             if field.variable:
                 counts = steps[:, measure].tolist()
                 shapes = [(count, *field.shape) for count in counts] if field.shape else counts
-            dtype, empty = np.dtype(field.dtype), np.empty
-            arrays = [empty(shape, dtype) for shape in shapes]
+            arrays = list(map(np.empty, shapes, repeat(np.dtype(field.dtype))))
             self._fill(files, arrays, rows, column)
             values = arrays if field.variable or field.shape else [array[()] for array in arrays]
             for sample, value in zip(samples, values, strict=True):

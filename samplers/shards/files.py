@@ -6,7 +6,8 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import pairwise
+from itertools import pairwise, repeat
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol, TypeAlias
 
@@ -106,9 +107,10 @@ class LocalFile:
         for first, last in _runs(arrays, offsets) if dense else ():
             self._fill_run(buffers[first:last], offsets[first:last])
         if not dense:
-            descriptor, read = self._descriptor, os.preadv
-            for buffer, offset in zip(buffers, offsets, strict=True):
-                if read(descriptor, (buffer,), offset) != buffer.nbytes:
+            # No read gives more than its array holds: if their sum is right, each is.
+            read = sum(map(os.preadv, repeat(self._descriptor), zip(buffers, strict=True), offsets))
+            if read != sum(map(attrgetter("nbytes"), buffers)):
+                for buffer, offset in zip(buffers, offsets, strict=True):
                     self._fill_slowly(buffer, offset)
 
     def _fill_run(self, arrays: Sequence[Any], offsets: Sequence[int]) -> None:

@@ -112,7 +112,7 @@ def read_array_header(data: bytes, where: str) -> ArrayHeader:
 
 def find_array_header(data: bytes) -> tuple[int, int]:
     """Where the text of a `.npy` header starts and ends; 0 and 0 if the bytes start with no such header."""
-    start = _TEXT_STARTS.get(bytes(data[:8]), 0)
+    start = _TEXT_STARTS.get(data[:8], 0)
     return start, start and start + int.from_bytes(data[8:start], "little")
 
 
