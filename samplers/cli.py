@@ -134,7 +134,7 @@ def verify(ctx: click.Context, *, sources: tuple[str, ...], quick: bool, errors:
         click.echo(f"... and {len(wrong) - errors:,} more: --errors {len(wrong)} names them all")
     read = "headers, lengths and payloads" if payload else "headers and lengths"
     why = "" if quick or payload else " (no checksums to hold payloads against: lengthtrack index --checksums)"
-    verdict = click.style(f"{len(wrong):,} errors", fg="red") if wrong else click.style("all agree", fg="green")
+    verdict = click.style(_count(len(wrong), "error"), fg="red") if wrong else click.style("all agree", fg="green")
     click.echo(f"{_describe_index(known)}: {read} read{why}, {verdict}")
     ctx.exit(1 if wrong else 0)
 
@@ -238,7 +238,9 @@ def convert(
             writer.write(maker.make(where, row))
             samples += 1
     shards = len(writer.shards)
-    click.echo(f"{Path(folder, prefix + SUFFIX)}: {samples:,} samples in {shards:,} shards, layout {layout}")
+    click.echo(
+        f"{Path(folder, prefix + SUFFIX)}: {_count(samples, 'sample')} in {_count(shards, 'shard')}, layout {layout}"
+    )
 
 
 @main.command(
@@ -311,7 +313,13 @@ def _progress(items: Iterable[T], total: int | None, unit: str) -> Iterable[T]:
 
 
 def _describe_index(known: LengthIndex) -> str:
-    return f"{len(known):,} samples in {len(known.shards):,} shards, lengths of {', '.join(known.fields)}"
+    return (
+        f"{_count(len(known), 'sample')} in {_count(len(known.shards), 'shard')}, lengths of {', '.join(known.fields)}"
+    )
+
+
+def _count(number: int, unit: str) -> str:
+    return f"{number:,} {unit}{'s' * (number != 1)}"
 
 
 def _unknown_shards(sources: Sequence[str], known: Sequence[str]) -> list[str]:

@@ -277,7 +277,7 @@ def test_rows_become_the_samples_they_were(work, name):
         with opened(name, "wt") as stream:
             stream.writelines(json.dumps(row) + "\n\n" for row in rows)
     output = run("convert", name, "out", "--key", "id", "--fields", "tokens=input_ids,label,speed").output
-    assert output == "out/shard.ltx: 4 samples in 1 shards, layout blocks\n"
+    assert output == "out/shard.ltx: 4 samples in 1 shard, layout blocks\n"
     # datasets stores a column of this name as int32.
     dtype = np.int32 if name == "rows" else np.int64
     for sample, row in zip(samples_of(work / "out"), rows, strict=True):
