@@ -1,8 +1,10 @@
 """Bucketing streams: the stage in webdataset's pipelines, the node among torchdata's, saved at every batch."""
 
+import gc
 import logging
 import pickle
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -165,6 +167,70 @@ def test_the_stage_works_in_webdataset_pipelines(shards: list[str], workers: int
         keys = [sample["__key__"] for batch in batches for sample in batch]
         assert sorted(keys) == sorted(sample["__key__"] for sample in sample_stream())
         assert all(len(batch) * max(map(count_words, batch)) <= 100 for batch in batches)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+def test_nodes_and_their_workers_share_the_shards_out(shards: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = bucket_by_length(count_words, max_tokens=100, buffer_size=20)
+    keys = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        data = wds.DataPipeline(
+            wds.SimpleShardList(shards), wds.split_by_node, wds.split_by_worker, wds.tarfile_to_samples(), stage
+        )
+        batches = list(wds.WebLoader(data, batch_size=None, num_workers=2))
+        keys.append([sample["__key__"] for batch in batches for sample in batch])
+    assert sorted(keys[0] + keys[1]) == sorted(sample["__key__"] for sample in sample_stream())
+    assert all(len(own) == len(sample_stream()) // 2 for own in keys)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_an_epoch_of_resampled_shards_is_so_many_batches_and_what_it_cuts_off_is_told(
+    shards: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = bucket_by_length(count_words, max_tokens=100, buffer_size=20)
+    data = wds.DataPipeline(wds.ResampledShards(shards, deterministic=True), wds.tarfile_to_samples(), stage)
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            batches = list(data.with_epoch(15))
+            assert len(batches) == 15
+            assert all(len(batch) * max(map(count_words, batch)) <= 100 for batch in batches)
+            gc.collect()
+    assert len(re.findall(r"closed with \d+ samples in the buffer, which no batch held", caplog.text)) == 2
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_what_a_handler_passes_over_is_all_that_is_missing(shards: list[str], tmp_path: Path) -> None:
+    cut = tmp_path / "cut.tar"
+    # Amid the eleventh member's data; where a header should be, tarfile takes anything for the end.
+    cut.write_bytes(Path(shards[0]).read_bytes()[: 10 * 1024 + 512 + 1])
+
+    def refuse(sample: dict[str, Any]) -> dict[str, Any]:
+        if sample["__key__"] == "1":
+            raise ValueError("a bad sample")
+        return sample
+
+    stage = bucket_by_length(count_words, max_tokens=100, buffer_size=20)
+    passed: list[Exception] = []
+
+    def note(error: Exception) -> bool:
+        passed.append(error)
+        return True
+
+    paths = [str(cut), *shards[1:]]
+    data = wds.DataPipeline(
+        wds.SimpleShardList(paths), wds.tarfile_to_samples(handler=note), wds.map(refuse, handler=note), stage
+    )
+    keys = {sample["__key__"] for batch in data for sample in batch}
+    assert len(passed) == 2
+    lost = {sample["__key__"] for sample in sample_stream()[::4][10:]} | {"1"}
+    assert keys == {sample["__key__"] for sample in sample_stream()} - lost
+    # The same stage under webdataset's own, which raises: the error comes through.
+    loud = wds.DataPipeline(wds.SimpleShardList(shards), wds.tarfile_to_samples(), wds.map(refuse), stage)
+    with pytest.raises(ValueError, match="a bad sample"):
+        list(loud)
 
 
 # --- in torchdata
