@@ -6,6 +6,7 @@ import pickle
 import random
 import re
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,7 @@ def test_an_epoch_of_resampled_shards_is_so_many_batches_and_what_it_cuts_off_is
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 def test_what_a_handler_passes_over_is_all_that_is_missing(shards: list[str], tmp_path: Path) -> None:
     cut = tmp_path / "cut.tar"
     # Amid the eleventh member's data; where a header should be, tarfile takes anything for the end.
@@ -213,10 +215,10 @@ def test_what_a_handler_passes_over_is_all_that_is_missing(shards: list[str], tm
         return sample
 
     stage = bucket_by_length(count_words, max_tokens=100, buffer_size=20)
-    passed: list[Exception] = []
+    passed: set[type[Exception]] = set()
 
     def note(error: Exception) -> bool:
-        passed.append(error)
+        passed.add(type(error))
         return True
 
     paths = [str(cut), *shards[1:]]
@@ -224,13 +226,16 @@ def test_what_a_handler_passes_over_is_all_that_is_missing(shards: list[str], tm
         wds.SimpleShardList(paths), wds.tarfile_to_samples(handler=note), wds.map(refuse, handler=note), stage
     )
     keys = {sample["__key__"] for batch in data for sample in batch}
-    assert len(passed) == 2
+    assert passed == {tarfile.ReadError, ValueError}
     lost = {sample["__key__"] for sample in sample_stream()[::4][10:]} | {"1"}
     assert keys == {sample["__key__"] for sample in sample_stream()} - lost
     # The same stage under webdataset's own, which raises: the error comes through.
     loud = wds.DataPipeline(wds.SimpleShardList(shards), wds.tarfile_to_samples(), wds.map(refuse), stage)
     with pytest.raises(ValueError, match="a bad sample"):
         list(loud)
+    # webdataset leaves its files open, and pytest would tell of it in another test.
+    del data, loud
+    gc.collect()
 
 
 # --- in torchdata
