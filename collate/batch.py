@@ -40,7 +40,7 @@ from collate.padding import (
     read_rows,
     real_places,
 )
-from collate.sending import to_device
+from collate.sending import refuse_capture, to_device
 from collate.transport import reduce, travels
 
 # What a field that is derived from the others is before it is: the annotation says what it is after.
@@ -470,6 +470,7 @@ class LengthTrackedBatch:
         return flat_places(cast(Int64Array, self.lengths.numpy()), self.padded.shape[1], self.device)
 
     def _layout(self, device: torch.device) -> Layout:
+        refuse_capture(device)
         rows, width = self.padded.shape[:2]
         lengths = cast(Int64Array, check_lengths(self.lengths, rows, width).numpy())
         known: Layout | None = self.__dict__.get("_known_layout")

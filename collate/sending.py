@@ -18,13 +18,20 @@ def to_device(integers: npt.NDArray[np.integer[Any]] | Tensor, device: torch.dev
     Raises:
         LengthError: A CUDA graph is being captured: it would keep these lengths for every batch it is replayed on.
     """
+    refuse_capture(device)
     sent = torch.as_tensor(integers)
-    if device.type != "cuda":
-        return sent.to(device)
-    if torch.cuda.is_current_stream_capturing():
+    return sent.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else sent.to(device)
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Refuse to use host lengths while a CUDA graph is being captured.
+
+    Raises:
+        LengthError: One is being captured: it would keep these lengths for every batch it is replayed on.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise LengthError(
             "what depends on host lengths (pack, unpack, flat, apply_rnn, a new mask) cannot be captured in a CUDA "
             "graph, which would replay these lengths for every batch: capture what reads the mask, on batches of fixed "
             "shapes, made outside of the graph"
         )
-    return sent.pin_memory().to(device, non_blocking=True)
