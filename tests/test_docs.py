@@ -44,3 +44,9 @@ def test_every_public_name_is_in_the_reference_once(package):
     pages = "".join(page.read_text() for page in sorted((DOCS / "api").glob("*.md")))
     listed = re.findall(rf"^::: {package.__name__}\.(\w+)$", pages, re.MULTILINE)
     assert sorted(listed) == sorted(package.__all__)
+
+
+def test_a_pipeline_that_the_page_of_shards_shows_stands_in_its_example():
+    [block] = re.findall(r"```python\n(?!>>>)(.*?)```", (ROOT / "docs" / "shards.md").read_text(), re.DOTALL)
+    example = (ROOT / "examples" / "stream_webdataset.py").read_text()
+    assert {line.strip() for line in block.splitlines()} <= {line.strip() for line in example.splitlines()}
