@@ -37,7 +37,7 @@ class Candidate:
 
     @classmethod
     def of(cls, plan: BatchPlan) -> Self:
-        """Compute two epochs of a plan, and its random batches."""
+        """Compute four epochs of a plan, and its random batches."""
         return cls(plan=plan, report=plan.report(), random=random_padding(plan))
 
     @property
@@ -86,7 +86,7 @@ class Candidate:
             "windows": self.windows,
             "report": asdict(self.report),
             "random_padding": self.random,
-            "shapes": [list(shape) for shape in self.plan.shapes],
+            "shapes": [list(shape) for shape in self.plan.batch_shapes],
         }
 
 
@@ -201,10 +201,13 @@ def _column(candidate: Candidate) -> dict[str, str]:
         "  random batches": f"{candidate.random:.2%}",
         "budget use": f"{report.budget_use:.2%}",
         "pairs that meet again": f"{report.meeting_again:.2%}",
+        "  in 2 epochs": f"{report.meeting_again_in_2:.2%}",
+        "  in 5 epochs": f"{report.meeting_again_in_5:.2%}",
         "autocorrelation": f"{report.autocorrelation:.3f}",
         "rank imbalance": f"{report.imbalance:.3f}",
         "  worst step": f"{report.worst_step:.3f}",
-        "shapes": f"{len(candidate.plan.shapes):,}",
+        "shapes": f"{report.shapes:,}",
+        "  in 4 epochs": f"{report.shapes_of_4:,}",
         "padded widths": f"{len(widths):,}",
         "  from": f"{widths[0]:,}",
         "  to": f"{widths[-1]:,}",

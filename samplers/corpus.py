@@ -19,6 +19,7 @@ Places: TypeAlias = npt.NDArray[np.signedinteger[Any]]
 # Arrays up to this many lengths are fingerprinted whole, greater ones by a tenth as many evenly spaced values.
 FINGERPRINTED_WHOLE: Final = 10_000_000
 LEAF: Final = 128
+_LONGEST: Final = (1 << 63) - 1
 
 
 @runtime_checkable
@@ -192,12 +193,14 @@ def _sort_fields(array: npt.NDArray[Any], chosen: Places, options: Options) -> t
     over = _exceeds(rows, options)
     worst, fitting = np.flatnonzero(over), np.flatnonzero(~over)
     worst = worst[np.argsort(-rows[worst].sum(1), kind="stable")]
-    fitting = fitting[near_in_all_fields(rows[fitting])]
+    # What counts is the padded width; real tokens count as they are.
+    counted = rows if options.count == "real" else round_up(rows, options.allowed_widths)
+    fitting = fitting[near_in_all_fields(counted[fitting])]
     return chosen[np.concatenate([worst, fitting])], int(np.sum(~long_enough))
 
 
 def near_in_all_fields(rows: Integers) -> Places:
-    """Samples `[n, K]` ordered so that neighbours are alike in every field: places `[n]`.
+    """Samples `[n, K]` ordered so that neighbours are alike in every field, and equal ones follow each other: `[n]`.
 
     The order of the leaves of a k-d tree (Bentley, 1975), which halves its samples by the field in which they differ
     most; a leaf is sorted by the sum of fields. Two unrelated fields pad half as much as in the order of their sum.
@@ -209,26 +212,44 @@ def near_in_all_fields(rows: Integers) -> Places:
 def _leaves(places: Places, columns: Integers) -> Places:
     """The places `[n]` of samples with lengths `[K, n]`, leaf after leaf."""
     if len(places) <= LEAF:
-        return places[np.argsort(-columns.sum(0), kind="stable")]
+        return places[_by_sum(columns)]
     # In whole numbers, since a float's last bit may differ between machines.
     means = columns.sum(1) // len(places)
     spread = np.abs(columns - means[:, None]).sum(1)
-    longer = longer_half(columns[spread.argmax()])
-    halves = np.flatnonzero(longer), np.flatnonzero(~longer)
-    return np.concatenate([_leaves(places[half], columns.take(half, 1)) for half in halves])
+    if not spread.any():
+        return places
+    longer = longer_part(columns[spread.argmax()])
+    parts = np.flatnonzero(longer), np.flatnonzero(~longer)
+    return np.concatenate([_leaves(places[part], columns.take(part, 1)) for part in parts])
 
 
-def longer_half(values: Integers) -> npt.NDArray[np.bool_]:
-    """Whether each of `values` `[n]` is among the greater half, of equal ones the first: bool `[n]`.
+def _by_sum(columns: Integers) -> Places:
+    """Places `[n]` in descending order of the sum of fields `[K, n]`, and then of every field: equal ones together."""
+    keys, bound = columns.sum(0), int(columns.sum(0).max(initial=0)) + 1
+    for column in columns[:-1]:
+        most = int(column.max(initial=0)) + 1
+        bound *= most
+        if bound >> 62:
+            return np.lexsort([*-columns[::-1], -columns.sum(0)])
+        keys = keys * most + column
+    return np.argsort(-keys, kind="stable")
 
-    The value in the middle is the same on every machine, however it is found; the order of a partition is not.
+
+def longer_part(values: Integers) -> npt.NDArray[np.bool_]:
+    """Whether each of `values` `[n]` is above a threshold that halves them as well as it can: bool `[n]`.
+
+    Equal values are never parted. The value in the middle is the same on every machine, however it is found.
+
+    >>> longer_part(np.array([3, 9, 4, 9, 9])).tolist()
+    [False, True, False, True, True]
     """
-    half = (len(values) + 1) // 2
-    middle = np.partition(values, len(values) - half)[len(values) - half]
-    longer: npt.NDArray[np.bool_] = np.greater(values, middle)
-    equal = np.flatnonzero(values == middle)
-    longer[equal[: half - int(longer.sum())]] = True
-    return longer
+    middle = np.partition(values, len(values) // 2)[len(values) // 2]
+    above: npt.NDArray[np.bool_] = np.greater(values, middle)
+    from_there: npt.NDArray[np.bool_] = np.greater_equal(values, middle)
+    more, at_least = int(above.sum()), int(from_there.sum())
+    if at_least == len(values) or (more and abs(2 * more - len(values)) < abs(2 * at_least - len(values))):
+        return above
+    return from_there
 
 
 def _count_overlong(corpus: Corpus, options: Options) -> int:
@@ -274,8 +295,16 @@ def _first_odd(array: npt.NDArray[Any]) -> str:
 
 
 def _refuse_negative(values: npt.NDArray[Any], samples: Places | None) -> None:
-    if values.min() >= 0:
+    """Check signs, also of unsigned integers that a subtraction has carried below zero.
+
+    Raises:
+        LengthError: A length is negative, or above 2**63 - 1.
+    """
+    wrapped = values.dtype == np.uint64 and values.max() > _LONGEST
+    if values.min() >= 0 and not wrapped:
         return
-    place = np.argwhere(values < 0)[0]
+    place = np.argwhere(values > _LONGEST if wrapped else values < 0)[0]
     sample = place[0] if samples is None else samples[place[0]]
-    raise LengthError(f"lengths must not be negative, got {values[tuple(place)]} at sample {sample}")
+    value = values[tuple(place)]
+    why = f" ({int(value) - (1 << 64)} as a signed number: subtract in int64)" if wrapped else ""
+    raise LengthError(f"lengths must be from 0 to 2**63 - 1, got {value}{why} at sample {sample}")

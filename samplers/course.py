@@ -18,7 +18,7 @@ SAMPLES, STEPS, SLOTS, DROPPED = range(4)
 
 # Batches are computed for many steps at once, as many as hold about so many samples: enough to hide the cost of a
 # NumPy call, few enough that the arrays stay in the processor's cache.
-CHUNK_SAMPLES: Final = 1 << 15
+CHUNK_SAMPLES: Final = 1 << 16
 EVENING_ROUNDS: Final = 4
 UNITS: Final = 1 << 20
 

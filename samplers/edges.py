@@ -21,7 +21,11 @@ from samplers.widths import round_up
 # with 1 / windows, so that the root keeps the two in step from a thousand samples to a thousand million.
 BATCHES_PER_SQUARED_WINDOW: Final = 32
 FEWEST_WINDOWS: Final = 2
+# A power of two: the turns' shifts are far apart in bit-reversed order.
+MOST_TURNS: Final = 4
 PROBES: Final = 1024
+# From so many batches on, the default is more windows than the fewest.
+MANY_BATCHES: Final = 200
 
 
 class Edge(NamedTuple):
@@ -49,20 +53,24 @@ class Edge(NamedTuple):
     width: tuple[int, ...]
 
 
-def cut_turns(corpus: Corpus, options: Options) -> tuple[list[Edge], list[Edge]]:
-    """Edges for even epochs and for odd ones, of as many batches.
+def cut_turns(corpus: Corpus, options: Options) -> list[list[Edge]]:
+    """Edges for the epochs to take in turn, of as many batches each; the first begin at the longest samples.
 
-    Those of odd epochs are shifted by half an edge: of the samples that share an edge only half share the next one, and
-    pairs meet again half as often as if the edges stayed. Where both cannot have as many batches, they are the same.
+    The others are shifted by parts of an edge: a pair of samples that shares an edge in one turn shares it in another
+    only if no bound has moved between them. So pairs meet again in the next epoch about half as often as if the edges
+    stayed, and in later ones hardly more often. A turn that cannot have as many batches as the others is left out.
     """
     windows = count_windows(corpus, options)
-    even, odd = (cut_edges(corpus, options, windows, shift=shift) for shift in (False, True))
-    more = count_batches(odd) - count_batches(even)
-    if more > 0:
-        even = cut_edges(corpus, options, windows, more=more)
-    elif more < 0:
-        odd = cut_edges(corpus, options, windows, shift=True, more=-more)
-    return even, odd if count_batches(odd) == count_batches(even) else even
+    turns = min(MOST_TURNS, 1 << (windows.bit_length() - 1)) if windows != 3 else 3
+    shifts = [windows * turn // turns for turn in range(turns)]
+    cut = [cut_edges(corpus, options, windows, shift=shift) for shift in shifts]
+    batches = max(count_batches(cut[0]), count_batches(cut[turns // 2]))
+    for turn, shift in enumerate(shifts):
+        more = batches - count_batches(cut[turn])
+        if more > 0:
+            cut[turn] = cut_edges(corpus, options, windows, shift=shift, more=more)
+    even = [edges for edges in cut if count_batches(edges) == batches]
+    return [edges for turn, edges in enumerate(even) if edges not in even[:turn]]
 
 
 def count_batches(edges: Sequence[Edge]) -> int:
@@ -70,7 +78,7 @@ def count_batches(edges: Sequence[Edge]) -> int:
     return sum(edge.batches - edge.skipped for edge in edges)
 
 
-def cut_edges(corpus: Corpus, options: Options, windows: int, *, shift: bool = False, more: int = 0) -> list[Edge]:
+def cut_edges(corpus: Corpus, options: Options, windows: int, *, shift: int = 0, more: int = 0) -> list[Edge]:
     """Cut the order into edges, greedily from the longest samples, every batch as full as the budget lets it be.
 
     Each edge gives one batch to every window. What is left at the short end, one to two such edges, is the last one, of
@@ -80,14 +88,14 @@ def cut_edges(corpus: Corpus, options: Options, windows: int, *, shift: bool = F
         corpus: the order.
         options: the budget among them.
         windows: batches of an edge.
-        shift: whether half an edge stands before the first whole one.
-        more: batches that the last edge has beyond what it needs; left out where `batch_size` counts its rows.
+        shift: batches of a first edge that is only a part of one: fewer than windows.
+        more: batches that the last edge has beyond what it needs.
     """
     first, edges = corpus.alone, []
     if first:
         edges.append(even_edge(0, first, 1, _Cutter(corpus, options).width(0, first)))
-    if shift and windows > 1:
-        edges += _cut_half_edge(corpus, options, first, windows)
+    if shift and first < len(corpus):
+        edges += _cut_part(corpus, options, first, windows, shift)
         first = sum(edge.batches * edge.rows for edge in edges)
     cutter = _make_cutter(corpus, options, first, windows)
     while first < len(corpus):
@@ -100,20 +108,13 @@ def cut_edges(corpus: Corpus, options: Options, windows: int, *, shift: bool = F
     return edges
 
 
-def _cut_half_edge(corpus: Corpus, options: Options, first: int, windows: int) -> list[Edge]:
-    """Half as many batches as an edge has, and where that is no whole number, one of half as many rows besides."""
-    edges = []
-    for batches, part in ((windows // 2, 1), (windows % 2, 2)):
-        if batches == 0:
-            continue
-        cutter = _make_cutter(corpus, options, first, batches)
-        # Under `batch_size` every batch but the last is full.
-        rows = cutter.rows_from(first) // part
-        if 0 < 2 * rows * windows < len(corpus) - first and (part == 1 or 2 * rows < (options.batch_size or 1 << 62)):
-            samples = batches * rows
-            edges.append(even_edge(first, batches, rows, cutter.width(first, first + samples)))
-            first += samples
-    return edges
+def _cut_part(corpus: Corpus, options: Options, first: int, windows: int, batches: int) -> list[Edge]:
+    """A first edge of fewer batches than windows, unless the corpus is too small for it."""
+    cutter = _make_cutter(corpus, options, first, batches)
+    rows = cutter.rows_from(first)
+    if 2 * rows * windows >= len(corpus) - first:
+        return []
+    return [even_edge(first, batches, rows, cutter.width(first, first + batches * rows))]
 
 
 def count_windows(corpus: Corpus, options: Options) -> int:
@@ -122,13 +123,18 @@ def count_windows(corpus: Corpus, options: Options) -> int:
         return 1
     if options.window is not None:
         return max(1, (len(corpus) + options.window // 2) // options.window)
+    batches = estimate_batches(corpus, options)
+    rounded_root = (isqrt(4 * batches // BATCHES_PER_SQUARED_WINDOW) + 1) // 2
+    return min(len(corpus), max(FEWEST_WINDOWS, rounded_root))
+
+
+def estimate_batches(corpus: Corpus, options: Options) -> int:
+    """About how many batches the corpus has, from the rows that fit at some places of its order."""
     # In whole numbers, since a float's last bit may differ between machines.
     places = range(0, len(corpus), -(-len(corpus) // PROBES))
     cutter = _Cutter(corpus, options)
     shares = sum((1 << 32) // cutter.rows_from(place) for place in places)
-    batches = len(corpus) * shares // (len(places) << 32)
-    rounded_root = (isqrt(4 * batches // BATCHES_PER_SQUARED_WINDOW) + 1) // 2
-    return min(len(corpus), max(FEWEST_WINDOWS, rounded_root))
+    return len(corpus) * shares // (len(places) << 32)
 
 
 def even_edge(first: int, batches: int, rows: int, width: tuple[int, ...]) -> Edge:
@@ -221,7 +227,7 @@ def _cut_tail(first: int, cutter: _Cutter, *, contiguous: bool, more: int) -> li
     drops = options.drop_last and fitting == options.batch_size and short < fitting
     if contiguous:
         return _cut_contiguous(first, rows, cutter, skip=short if drops else 0)
-    if fitting == options.batch_size:
+    if fitting == options.batch_size and not more:
         return [Edge(first, batches, rows, short, batches if short == rows else batches - 1, int(drops), width)]
     batches = min(batches + more, left)
     even, longer = divmod(left, batches)

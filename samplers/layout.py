@@ -4,20 +4,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
-from typing import Final, NamedTuple, Self, TypeAlias, cast
+from typing import Any, Final, NamedTuple, Self, TypeAlias, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from samplers.budget import Floats, Integers
-from samplers.corpus import Corpus, Lengths, Places, rank_lengths
-from samplers.edges import Edge, cut_turns
+from samplers.corpus import Corpus, Places
+from samplers.edges import Edge
 from samplers.options import Options
-from samplers.shuffle import Words, permute, stream_keys
-from samplers.ties import Ties
+from samplers.runs import Extents, Runs
+from samplers.shuffle import Domains, Words, derive_key, draw, permute, stream_keys
 from samplers.widths import round_up
 
-# Strata whose ends are read when the layout is first used: a fraction of a second.
-MOST_TIED: Final = 1 << 18
+# What a key is for, beside the purposes of `samplers.course`: turns among epochs, samples of one length.
+TURNS, RUNS = range(20, 22)
+# What is large, and found again from the rest.
+_FOUND_AGAIN: Final = frozenset(["_runs", "_run_numbers", "_epochs", "_known"])
 
 Shape: TypeAlias = tuple[int, int | tuple[int, ...]]
 
@@ -43,6 +46,19 @@ class _Table(NamedTuple):
     ends: Integers
 
 
+class _Cells(NamedTuple):
+    """Samples as strata hold them: the stratum, its first place and size, and an offset in it; int64 `[n]` each."""
+
+    strata: Integers
+    first: Integers
+    size: Integers
+    offset: Integers
+
+    def shuffled(self, key: int) -> "_Cells":
+        """Each stratum shuffled by a key of its own."""
+        return self._replace(offset=permute_each(self.offset, self.size, stream_keys(key, self.strata)))
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """All batches, numbered so that those alike in shape stand next to each other.
@@ -53,17 +69,21 @@ class Layout:
         corpus: the samples and their order.
         edges: in the order of their batches' numbers.
         options: what the layout was made by.
-        odd: the layout of odd epochs, where it is another.
+        turns: other layouts of as many batches, which epochs take in turn with this one.
     """
 
     corpus: Corpus
     edges: tuple[Edge, ...]
     options: Options
-    odd: "Layout | None" = field(default=None, kw_only=True)
+    turns: tuple["Layout", ...] = field(default=(), kw_only=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in _FOUND_AGAIN}
 
     def of_epoch(self, epoch: int) -> Self:
-        """The layout of an epoch: this one, or in odd epochs another of as many batches, if there is one."""
-        return self if self.odd is None or epoch % 2 == 0 else cast(Self, self.odd)
+        """The layout of an epoch: this one or another of as many batches."""
+        turn = turn_of(epoch, 1 + len(self.turns), self.options.seed)
+        return cast(Self, self.turns[turn - 1]) if turn else self
 
     def __len__(self) -> int:
         """Batches in an epoch, before any is split among replicas."""
@@ -72,8 +92,12 @@ class Layout:
     @property
     def shapes(self) -> list[Shape]:
         """The closed list of (rows, width) that batches have at most, in any epoch, without repetition."""
-        edges = self.edges if self.odd is None else self.edges + self.odd.edges
-        return list({(edge.rows, edge.width if len(edge.width) > 1 else edge.width[0]): None for edge in edges})
+        return list(dict.fromkeys(shape for layout in (self, *self.turns) for shape in layout.own_shapes))
+
+    @property
+    def own_shapes(self) -> list[Shape]:
+        """The (rows, width) of each edge."""
+        return [(edge.rows, edge.width if len(edge.width) > 1 else edge.width[0]) for edge in self.edges]
 
     @property
     def unused(self) -> int:
@@ -86,16 +110,20 @@ class Layout:
     def digest(self) -> str:
         """Sixteen hexadecimal digits that change when an edge or the choice of samples does."""
         chosen = b"" if self.options.indices is None else np.sort(self.corpus.order).astype("<i8").tobytes()
-        odd = self.odd and self.odd.edges
-        decided = repr((self.edges, odd, self.options.shuffle, self.options.drop_last)).encode()
-        return blake2b(decided + chosen, digest_size=8).hexdigest()
+        return blake2b(self._decided.encode() + chosen, digest_size=8).hexdigest()
+
+    @property
+    def _decided(self) -> str:
+        """What decides a plan beside the lengths, the seed and the choice of samples."""
+        others = tuple(layout.edges for layout in self.turns)
+        return repr((self.edges, others, self.options.shuffle, self.options.drop_last))
 
     def rows_of(self, numbers: Integers) -> Integers:
         """Rows of these batches: int64 `[n]`."""
         return self._rows(*self._locate(numbers))
 
     def samples_of(self, numbers: Integers, key: int) -> tuple[Places, Integers]:
-        """The samples of these batches, one batch after the other, each longest first, and how many each has.
+        """The samples of these batches, one after the other, and how many each has; those of one field longest first.
 
         Args:
             numbers: of the batches, int64 `[n]`, each in `range(len(layout))`.
@@ -108,18 +136,21 @@ class Layout:
         edges, columns = self._locate(numbers)
         rows = self._rows(edges, columns)
         stratum: Integers = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
-        column: Integers = np.repeat(columns, rows)
-        size: Integers = np.repeat(table.batches[edges], rows)
-        place: Integers = np.repeat(table.first[edges], rows) + stratum * size
-        if (table.rest[edges] != table.batches[edges]).any():
+        offset: Integers = np.repeat(columns, rows)
+        if (table.rest[edges] == table.batches[edges]).all():
+            size: Integers = np.repeat(table.batches[edges], rows)
+            first: Integers = np.repeat(table.first[edges], rows) + stratum * size
+        else:
             owner: Integers = np.repeat(edges, rows)
-            self._shift_short_strata(owner, stratum, place, column, size)
-        if self.options.shuffle:
-            strata: Integers = np.repeat(table.strata[edges], rows) + stratum
-            if self._ties is not None:
-                place = self._ties.move(strata, place, key)
-            column = _permute_each(column, size, stream_keys(key, strata))
-        return self.corpus.order[place + column], rows
+            first, size = self._bounds(owner, stratum)
+            # Short strata have samples for the last batches of their edge only.
+            offset -= table.batches[owner] - size
+        if not self.options.shuffle:
+            return self.corpus.order[first + offset], rows
+        strata: Integers = np.repeat(table.strata[edges], rows) + stratum
+        places = self._shuffled(np.repeat(self._runs.crossed(edges), rows), _Cells(strata, first, size, offset), key)
+        samples: Places = self.corpus.order[places]
+        return self._longest_first(samples, rows) if self._trades_lengths else samples, rows
 
     def use_of(self, sizes: Sizes) -> Floats:
         """The share of the budget that batches of these sizes use: float64 `[n]`."""
@@ -155,29 +186,81 @@ class Layout:
             first, batches, rows, full, rest, skipped, strata=np.cumsum(rows) - rows, ends=np.cumsum(batches - skipped)
         )
 
+    def _shuffled(self, crossed: npt.NDArray[np.bool_], cells: _Cells, key: int) -> Integers:
+        """The places of the order that stand, in an epoch, for cells; `crossed`: whether runs reach into their edge."""
+        runs, run_key = self._runs, derive_key(key, RUNS)
+        whole = crossed & runs.whole(cells.strata, cells.size) if crossed.any() else crossed
+        if not whole.any():
+            cells = cells.shuffled(key)
+            places = cells.first + cells.offset
+            if crossed.any():
+                places = runs.exchange(cells.strata, cells.size, cells.offset, places, run_key)
+            return places
+        places = cells.first + cells.offset
+        inside, apart = np.flatnonzero(whole), np.flatnonzero(~whole)
+        places[inside] = runs.exchange_whole(cells.strata[inside], places[inside], run_key)
+        if len(apart):
+            some = _Cells(*(column[apart] for column in cells)).shuffled(key)
+            places[apart] = runs.exchange(some.strata, some.size, some.offset, some.first + some.offset, run_key)
+        return places
+
+    def _longest_first(self, samples: Places, rows: Integers) -> Places:
+        """Samples of one padded width, which have traded places, back in the order of their lengths."""
+        lengths = self.corpus.lengths_of(samples).sum(1)
+        batches = np.repeat(np.arange(len(rows)), rows)
+        bits, most = len(samples).bit_length(), int(lengths.max(initial=0))
+        if (len(rows) * (most + 1)) >> (62 - bits):
+            return samples[np.lexsort([-lengths, batches])]
+        # One number for each holds batch, length and place: a sort of numbers is faster than one of places.
+        keys = ((batches * (most + 1) + most - lengths) << bits) + np.arange(len(samples))
+        keys.sort()
+        ordered: Places = samples[keys & ((1 << bits) - 1)]
+        return ordered
+
+    @property
+    def _trades_lengths(self) -> bool:
+        """Whether samples of different lengths trade places, because they are padded to one width."""
+        return self.corpus.fields == 1 and self.options.allowed_widths is not None
+
+    def _bounds(self, edges: Integers, stratum: Integers) -> tuple[Integers, Integers]:
+        """Where strata begin in the order and how many samples they have, by their edge and their place in it."""
+        table = self._table
+        short = np.maximum(stratum - table.full[edges], 0)
+        first = table.first[edges] + (stratum - short) * table.batches[edges] + short * table.rest[edges]
+        return first, np.where(stratum >= table.full[edges], table.rest[edges], table.batches[edges])
+
     @cached_property
-    def _ties(self) -> Ties | None:
-        """Strata that may trade places; none where there are very many, since pairs hardly meet again there."""
-        table, total = self._table, sum(edge.rows for edge in self.edges)
-        if self.corpus.fields > 1 or total > MOST_TIED:
-            return None
-        edge: Integers = np.repeat(np.arange(len(self.edges)), table.rows)
-        places = table.first[edge] + (np.arange(total) - table.strata[edge]) * table.batches[edge]
-        # In an edge with strata of two sizes, or a batch that is not planned, all stay.
-        samples: Integers = np.where((table.rest == table.batches) & (table.skipped == 0), table.batches, 0)[edge]
-        first, last = (self._widths_at(np.where(samples > 0, ends, 0)) for ends in (places, places + samples - 1))
-        apart = (first.max() + 1) * self._regions[edge]
-        return Ties.find(places, samples, first + apart, last + apart)
+    def _runs(self) -> Runs:
+        strata = np.append(self._table.strata, self._table.rows.sum())
+        return Runs(Extents(self._width_at, self._regions), strata, self._bounds_of)
+
+    def _bounds_of(self, numbers: Integers) -> tuple[Integers, Integers]:
+        edges: Integers = np.searchsorted(self._table.strata, numbers, side="right") - 1
+        return self._bounds(edges, numbers - self._table.strata[edges])
 
     @property
     def _regions(self) -> Integers:
-        """Of each edge the part of the corpus that its samples must stay in: int64 `[edges]`."""
-        return np.zeros(len(self.edges), np.int64)
+        """The parts of the order that samples must stay in: where each begins, and the end of the last."""
+        return np.array([0, len(self.corpus)])
 
-    def _widths_at(self, places: Integers) -> Integers:
-        """What samples at these places of the order count for in the budget of one field: int64 `[n]`."""
-        lengths = self.corpus.lengths_of(self.corpus.order[places])[:, 0]
-        return lengths if self.options.count == "real" else round_up(lengths, self.options.allowed_widths)
+    def _width_at(self, places: Integers) -> Integers:
+        """What samples at these places of the order count for; samples of several fields, by the run they are in."""
+        if self.corpus.fields > 1:
+            return self._run_numbers[places]
+        return self._counted(self.corpus.lengths_of(self.corpus.order[places]))[:, 0]
+
+    @cached_property
+    def _run_numbers(self) -> Integers:
+        """Of samples with several fields, a number that falls by one where their widths change: int64 `[n]`."""
+        widths = self._counted(self.corpus.lengths_at(0, len(self.corpus)))
+        new = np.zeros(len(widths), np.int64)
+        new[1:] = (widths[1:] != widths[:-1]).any(1)
+        return -new.cumsum()
+
+    def _counted(self, lengths: Integers) -> Integers:
+        """The padded widths that single samples have, or where widths are not rounded or real tokens count, lengths."""
+        rounded = self.options.allowed_widths is not None and self.options.count == "padded"
+        return round_up(lengths, self.options.allowed_widths) if rounded else lengths
 
     def _locate(self, numbers: Integers) -> tuple[Integers, Integers]:
         """Each batch's edge, and its place among the edge's batches."""
@@ -189,37 +272,6 @@ class Layout:
         table = self._table
         return np.where(columns >= table.batches[edges] - table.rest[edges], table.rows[edges], table.full[edges])
 
-    def _shift_short_strata(
-        self, edges: Integers, stratum: Integers, place: Integers, column: Integers, size: Integers
-    ) -> None:
-        """Correct, in place, what was computed as if all strata of an edge were of one size."""
-        table = self._table
-        late = np.flatnonzero(stratum >= table.full[edges])
-        edge = edges[late]
-        missing = table.batches[edge] - table.rest[edge]
-        place[late] -= (stratum[late] - table.full[edge]) * missing
-        column[late] -= missing
-        size[late] -= missing
-
-
-def lay_out(lengths: Lengths, options: Options) -> Layout:
-    """Sort the lengths and cut the batch edges, once for all epochs.
-
-    Raises:
-        TypeError: Lengths or indices are not integers.
-        LengthError: A length is negative, above every allowed width, or over the budget with `overlong="error"`.
-        ValueError: Lengths have the wrong shape, or no batch is left to plan.
-    """
-    corpus = rank_lengths(lengths, options)
-    even, odd = (tuple(in_order(edges, options)) for edges in cut_turns(corpus, options))
-    layout = Layout(corpus, even, options, odd=None if odd == even else Layout(corpus, odd, options))
-    if not even or len(layout) == 0:
-        raise ValueError(
-            f"no batch is left to plan: drop_last drops all {len(corpus)} samples, fewer than "
-            f"batch_size={options.batch_size}; lower batch_size or keep the last batch"
-        )
-    return layout
-
 
 def in_order(edges: Sequence[Edge], options: Options) -> list[Edge]:
     """Edges in the order in which their batches are numbered."""
@@ -229,11 +281,27 @@ def in_order(edges: Sequence[Edge], options: Options) -> list[Edge]:
     return sorted(edges, key=lambda edge: -sum(edge.width))
 
 
-def _permute_each(columns: Integers, sizes: Integers, keys: Words) -> Integers:
-    if len(sizes) and (sizes == sizes[0]).all():
-        return permute(columns, int(sizes[0]), keys)
-    moved = np.empty_like(columns)
-    for size in np.unique(sizes).tolist():
-        chosen = sizes == size
-        moved[chosen] = permute(columns[chosen], size, keys[chosen])
+def turn_of(epoch: int, turns: int, seed: int) -> int:
+    """Which of `turns` alternatives an epoch takes, 0 to `turns` - 1.
+
+    Each comes once in so many epochs. They follow each other in bit-reversed order, so that neighbours in number are
+    far apart in time, and every cycle begins elsewhere, so that none comes back after a fixed number of epochs.
+    """
+    cycle, step = divmod(epoch, turns)
+    order = sorted(range(turns), key=lambda turn: f"{turn:032b}"[::-1])
+    return (order[step] + int(draw(np.array([cycle % (1 << 62)]), turns, derive_key(seed, TURNS))[0])) % turns
+
+
+def permute_each(places: Integers, sizes: Integers, keys: Words) -> Integers:
+    """`permute` in domains of several sizes, most of which are as large as the first."""
+    if not len(places):
+        return places
+    usual = sizes == sizes[0]
+    size = int(sizes[0])
+    moved = permute(places if usual.all() else np.minimum(places, size - 1), size, keys)
+    others = np.flatnonzero(~usual)
+    if len(others):
+        _, first, which = np.unique(sizes[others], return_index=True, return_inverse=True)
+        domains = Domains(sizes[others][first])
+        moved[others] = domains.permute(places[others], which, keys[others])
     return moved

@@ -1,6 +1,7 @@
 """What a plan costs, in figures."""
 
 from dataclasses import dataclass, fields
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,10 @@ class PlanReport:
         unused: samples that `drop_last` left out.
         alone: samples over the budget that are a batch of one.
         meeting_again: share of the pairs of samples in a batch that share a batch again in the next epoch.
+        meeting_again_in_2: the same, in the epoch two later.
+        meeting_again_in_5: the same, in the epoch five later.
+        shapes: different (rows, padded width) of the batches.
+        shapes_of_4: the same, over this epoch and those one, two and five later: what a compiled model comes to see.
         autocorrelation: lag-1 autocorrelation of the mean length over steps; 0 where it is not defined.
         imbalance: sum over steps of replicas x the greatest padded tokens of a replica / all padded tokens.
         worst_step: the greatest such ratio of a single step.
@@ -44,18 +49,26 @@ class PlanReport:
     unused: int
     alone: int
     meeting_again: float
+    meeting_again_in_2: float
+    meeting_again_in_5: float
+    shapes: int
+    shapes_of_4: int
     autocorrelation: float
     imbalance: float
     worst_step: float
 
     def __str__(self) -> str:
-        return "\n".join(f"{field.name.replace('_', ' '):<16}{self._show(field.name):>16}" for field in fields(self))
+        return "\n".join(f"{field.name.replace('_', ' '):<20}{self._show(field.name):>16}" for field in fields(self))
 
     def _show(self, name: str) -> str:
         value = getattr(self, name)
         if isinstance(value, int):
             return f"{value:,}"
         return f"{value:.3f}" if name in {"autocorrelation", "imbalance", "worst_step"} else f"{value:.2%}"
+
+
+# Epochs after this one in which pairs of it are looked for.
+LAGS: Final = (1, 2, 5)
 
 
 def lag_one(values: Floats) -> float:

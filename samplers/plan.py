@@ -6,11 +6,12 @@ from typing import Any, TypeVar, Unpack, overload
 
 import numpy as np
 
+from samplers.batches import lay_out
 from samplers.budget import Integers, check_count
 from samplers.corpus import Lengths
 from samplers.course import Course, Epoch
-from samplers.layout import Layout, Shape, Sizes, lay_out
-from samplers.measure import PlanReport, count_meeting, count_pairs, imbalance, lag_one
+from samplers.layout import Layout, Shape, Sizes
+from samplers.measure import LAGS, PlanReport, count_meeting, count_pairs, imbalance, lag_one
 from samplers.options import Options, PlanOptions
 
 T = TypeVar("T")
@@ -75,7 +76,7 @@ class BatchPlan:
 
     @property
     def batches(self) -> "PlannedBatches":
-        """The batches as lists of Python ints, samples longest first; computed as they are asked for."""
+        """The batches as lists of Python ints, samples of one field longest first; computed as they are asked for."""
         return PlannedBatches(self.course)
 
     @property
@@ -85,8 +86,15 @@ class BatchPlan:
 
     @property
     def shapes(self) -> list[Shape]:
-        """The closed list of (rows, width) that batches have at most; a split batch is smaller than one of them."""
+        """The closed list of (rows, width) that batches of any epoch have at most; many are smaller."""
         return self.layout.shapes
+
+    @property
+    def batch_shapes(self) -> list[Shape]:
+        """The different (rows, padded width) of this epoch's batches, widest first: what a compiled model sees."""
+        rows, widths, _ = self._sizes
+        shapes = np.unique(np.column_stack([widths, rows]), axis=0)[::-1].tolist()
+        return [(rows, width[0] if len(width) == 1 else tuple(width)) for *width, rows in shapes]
 
     @property
     def widths(self) -> Integers:
@@ -101,8 +109,10 @@ class BatchPlan:
         return tokens
 
     def report(self) -> PlanReport:
-        """What the plan holds, wastes and leaves out; this computes two whole epochs."""
+        """What the plan holds, wastes and leaves out; this computes four whole epochs."""
         sizes, layout = self._sizes, self.layout
+        later = [type(self)(layout, self.epoch + lag, self.num_replicas) for lag in LAGS]
+        meeting = [self._share_meeting_again(plan) for plan in later]
         corpus = layout.corpus
         padded = sizes.rows * sizes.widths.sum(1)
         use = layout.use_of(sizes)
@@ -122,7 +132,11 @@ class BatchPlan:
             dropped=corpus.dropped,
             unused=len(corpus) - sequences,
             alone=corpus.alone,
-            meeting_again=self._share_meeting_again(),
+            meeting_again=meeting[0],
+            meeting_again_in_2=meeting[1],
+            meeting_again_in_5=meeting[2],
+            shapes=len(self.batch_shapes),
+            shapes_of_4=len({shape for plan in (self, *later) for shape in plan.batch_shapes}),
             autocorrelation=lag_one(self.tokens / rows),
             imbalance=overall,
             worst_step=worst,
@@ -158,11 +172,11 @@ class BatchPlan:
         parts = [self.layout.sizes_of(*self.course.samples_of(numbers)) for numbers in self.course.chunks()]
         return Sizes(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
-    def _share_meeting_again(self) -> float:
-        following = BatchPlan(self.layout, self.epoch + 1, self.num_replicas).course
+    def _share_meeting_again(self, plan: "BatchPlan") -> float:
+        """The share of this epoch's pairs that share a batch of another one's."""
         later = np.full(len(self.layout.corpus.lengths), -1, np.int32)
-        for numbers in following.chunks():
-            samples, rows = following.samples_of(numbers)
+        for numbers in plan.course.chunks():
+            samples, rows = plan.course.samples_of(numbers)
             later[samples] = np.repeat(numbers, rows)
         met = 0
         for numbers in self.course.chunks():

@@ -37,7 +37,7 @@ class StepReader:
         return len(self._numbers) - self._next
 
     def take(self) -> list[Sample]:
-        """The next step's samples, longest first.
+        """The next step's samples, those of one field longest first.
 
         Raises:
             IndexError: All steps are taken.

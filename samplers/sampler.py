@@ -9,11 +9,12 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch.utils.data import Sampler
 
+from samplers.batches import lay_out
 from samplers.budget import Cost, Count, check_count
 from samplers.corpus import Lengths
 from samplers.course import Course, chunk_steps
 from samplers.cursor import Cursor, PositionDict, check_epoch, make_fingerprint
-from samplers.layout import Shape, lay_out
+from samplers.layout import Shape
 from samplers.options import Indices, Options, Overlong
 from samplers.plan import BatchPlan
 from samplers.widths import Widths

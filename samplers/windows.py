@@ -1,29 +1,33 @@
 """Shards to windows to batches: the plan of a corpus that is read in order, a run of shards at a time.
 
-A window is a run of shuffled shards whose samples are planned together. Which shards make a window is decided by the
-seed, so that all epochs have as many batches; the order of windows, what is in a batch and the order of a window's
-batches are decided by the epoch as well. Windows are dealt to lanes, each a contiguous part of the reading order:
-whoever reads one lane reads a window, then the next.
+A window is a run of shuffled shards whose samples are planned together. Every epoch has windows of its own, the order
+of which, what is in a batch and the order of a window's batches are decided by the epoch as well; all epochs have as
+many batches. Windows are dealt to lanes, each a contiguous part of the reading order: whoever reads one lane reads a
+window, then the next.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from hashlib import blake2b
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Self, cast
 
 import numpy as np
 
 from samplers.budget import Integers
 from samplers.corpus import Corpus, IndexedLengths, Places, rank_lengths
 from samplers.course import Course, Epoch
-from samplers.edges import Edge, count_batches, cut_turns
-from samplers.layout import Layout, in_order
+from samplers.edges import MOST_TURNS, Edge, count_batches, count_windows, cut_edges
+from samplers.layout import Layout, Shape, in_order, turn_of
 from samplers.options import Options
 from samplers.shuffle import derive_key, permute, stream_keys
 
 # A window holds at least so many samples where no number is given: enough batches of a usual size to be even in width.
 WINDOW: Final = 10_000
+# Ways to group the shards, which epochs take in turn; of how many the batches are counted, to have as many in all; and
+# how many draws each may make to have no more.
+GROUPINGS: Final = 16
+COUNTED: Final = 4
+TRIED: Final = 32
 # What a key is for, beside the purposes of `samplers.course`: shards among windows, windows and batches in an epoch.
 SHARDS, WINDOWS, SLOTS = range(10, 13)
 # The visit of a batch that was split among replicas.
@@ -35,12 +39,7 @@ class _Part(NamedTuple):
 
     shards: tuple[int, ...]
     order: Places
-    even: list[Edge]
-    odd: list[Edge]
-
-    @property
-    def most_rows(self) -> int:
-        return min(edges[-1].rows if edges else 0 for edges in (self.even, self.odd))
+    edges: list[Edge]
 
 
 class _Sequence(NamedTuple):
@@ -57,24 +56,41 @@ class WindowLayout(Layout):
     Attributes:
         windows: the shards of each.
         sizes: the batches of each, int64 `[windows]`.
+        starts: where the samples of each window begin in the order, and last their number: int64 `[windows + 1]`.
         interleave: lanes of each replica.
+        groupings: other windows of the same shards, with as many batches; None where epochs have the same.
+        number: of this grouping.
     """
 
     windows: tuple[tuple[int, ...], ...]
     sizes: Integers
+    starts: Integers
     interleave: int
+    groupings: "Groupings | None" = field(default=None, kw_only=True)
+    number: int = field(default=0, kw_only=True)
+
+    def of_epoch(self, epoch: int) -> Self:
+        """The layout of an epoch: these windows or others of as many batches."""
+        if self.groupings is None:
+            return self
+        number = turn_of(epoch, GROUPINGS, self.options.seed)
+        found = self if number == self.number else self.groupings.layout_of(number, len(self))
+        return self if found is None else cast(Self, found)
 
     @cached_property
-    def digest(self) -> str:
-        """Sixteen hexadecimal digits that change when an edge, a window or the choice of samples does."""
-        decided = repr((super().digest, self.windows, self.interleave))
-        return blake2b(decided.encode(), digest_size=8).hexdigest()
+    def shapes(self) -> list[Shape]:  # type: ignore[override]
+        """The closed list of (rows, width) that batches have at most, in any epoch, without repetition."""
+        epochs = {turn_of(epoch, GROUPINGS, self.options.seed): self.of_epoch(epoch) for epoch in range(GROUPINGS)}
+        return list(dict.fromkeys(shape for layout in (self, *epochs.values()) for shape in layout.own_shapes))
+
+    @property
+    def _decided(self) -> str:
+        return repr((super()._decided, self.windows, self.interleave))
 
     @property
     def _regions(self) -> Integers:
-        """The window of each edge: its samples are read together."""
-        last = self._table.ends - 1
-        return np.searchsorted(self.sizes.cumsum(), last, side="right")
+        """The windows: what is in one is read together."""
+        return self.starts
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,8 +176,119 @@ class WindowCourse(Course):
         return visits
 
 
+@dataclass(frozen=True, eq=False)
+class Groupings:
+    """The ways to group a corpus' shards into windows.
+
+    Attributes:
+        corpus: the samples, longest first.
+        owner: the shard of each of them, int64 `[n]`.
+        options: the planner's.
+        window: samples of a window at least.
+        interleave: lanes of each replica.
+    """
+
+    corpus: Corpus
+    owner: Integers
+    options: Options
+    window: int
+    interleave: int
+
+    def layout_of(self, number: int, batches: int) -> WindowLayout | None:
+        """A grouping with so many batches, if one is found."""
+        if number not in self._known:
+            while len(self._known) > 1:
+                del self._known[next(iter(self._known))]
+            self._known[number] = self._search(number, batches)
+        return self._known[number]
+
+    def first(self) -> WindowLayout:
+        """The grouping whose number of batches all others shall have.
+
+        Raises:
+            ValueError: No batch is left to plan.
+        """
+        drawn = [self._cut(number, 0) for number in range(COUNTED)] if self.options.shuffle else [self._cut(0, 0)]
+        counts = [sum(count_batches(part.edges) for part in parts) for parts in drawn]
+        # Where `drop_last` drops the short batches no grouping can have more: the usual number is the likeliest again.
+        batches = Counter(counts).most_common(1)[0][0] if self._drops else max(counts)
+        number = counts.index(batches)
+        if batches == 0:
+            raise ValueError(
+                f"no batch is left to plan: drop_last drops all {len(self.corpus)} samples, fewer in each window than "
+                f"batch_size={self.options.batch_size}; lower batch_size, raise window, or keep the last batch"
+            )
+        layout = self._join(drawn[number])
+        return replace(layout, groupings=self, number=number) if self.options.shuffle else layout
+
+    @cached_property
+    def _known(self) -> dict[int, WindowLayout | None]:
+        return {}
+
+    @property
+    def _drops(self) -> bool:
+        return self.options.drop_last and self.options.batch_size is not None
+
+    def _search(self, number: int, batches: int) -> WindowLayout | None:
+        for turn in range(TRIED):
+            parts = self._cut(number, turn)
+            more = batches - sum(count_batches(part.edges) for part in parts)
+            if more > 0 and not self._drops:
+                parts = self._cut(number, turn, more)
+                more = batches - sum(count_batches(part.edges) for part in parts)
+            if more == 0:
+                return self._join(parts)
+        return None
+
+    def _cut(self, number: int, turn: int, more: int = 0) -> list[_Part]:
+        """The windows of a grouping, and so many batches more than they need, dealt out among their last edges."""
+        samples = np.bincount(self.owner, minlength=1)
+        windows = group_shards(samples, self.window, self._key(number, turn))
+        window_of = np.zeros(len(samples), np.int32)
+        for place, shards in enumerate(windows):
+            window_of[list(shards)] = place
+        # Stable, so that each window's samples stay longest first, and those that alone exceed the budget before them.
+        window = window_of[self.owner]
+        order = self.corpus.order[np.argsort(window, kind="stable")]
+        ends = np.bincount(window, minlength=len(windows)).cumsum()
+        alone = np.bincount(window[: self.corpus.alone], minlength=len(windows)).tolist()
+        extra = np.diff(np.arange(len(windows) + 1) * more // len(windows)).tolist()
+        parts = []
+        for shards, own, count, added in zip(windows, np.split(order, ends[:-1]), alone, extra, strict=True):
+            corpus = replace(self.corpus, order=own, alone=count)
+            dealt = count_windows(corpus, self.options)
+            turns = min(MOST_TURNS, dealt)
+            edges = cut_edges(corpus, self.options, dealt, shift=dealt * (number % turns) // turns, more=added)
+            parts.append(_Part(shards, own, in_order(edges, self.options)))
+        return parts
+
+    def _key(self, number: int, turn: int) -> int | None:
+        return derive_key(self.options.seed, SHARDS, number, turn) if self.options.shuffle else None
+
+    def _join(self, parts: list[_Part]) -> WindowLayout:
+        """Put the windows one after the other; the one with the batch of most rows last."""
+        if self.options.shuffle:
+            most = max(parts, key=lambda part: part.edges[-1].rows if part.edges else 0)
+            parts = [*(part for part in parts if part is not most), most]
+        first = np.cumsum([0, *(len(part.order) for part in parts)]).tolist()
+        edges = [
+            edge._replace(first=edge.first + start)
+            for start, part in zip(first, parts, strict=False)
+            for edge in part.edges
+        ]
+        return WindowLayout(
+            replace(self.corpus, order=np.concatenate([part.order for part in parts])),
+            tuple(edges),
+            self.options,
+            tuple(part.shards for part in parts),
+            np.array([count_batches(part.edges) for part in parts]),
+            np.array(first),
+            self.interleave,
+        )
+
+
 def lay_out_windows(lengths: IndexedLengths, starts: Integers, options: Options, interleave: int = 1) -> WindowLayout:
-    """Cut a corpus into windows, and each window into batches, once for all epochs.
+    """Cut a corpus into windows, and each window into batches; every epoch has windows of its own.
 
     Args:
         lengths: of all samples, in the order of their shards.
@@ -175,75 +302,31 @@ def lay_out_windows(lengths: IndexedLengths, starts: Integers, options: Options,
     """
     corpus = rank_lengths(lengths, options)
     owner: Integers = np.searchsorted(starts, corpus.order, side="right") - 1
-    windows = group_shards(np.bincount(owner, minlength=len(starts) - 1), options)
     # A window is planned as a corpus is, in windows of its own.
-    options = replace(options, window=None)
-    parts = _cut_parts(corpus, owner, windows, options)
-    if options.shuffle:
-        most = max(parts, key=lambda part: part.most_rows)
-        parts.sort(key=lambda part: part is most)
-    corpus = replace(corpus, order=np.concatenate([part.order for part in parts]))
-    odd = WindowLayout(
-        corpus,
-        _joined(parts, [part.odd for part in parts]),
-        options,
-        tuple(part.shards for part in parts),
-        np.array([count_batches(part.odd) for part in parts]),
-        interleave,
-    )
-    layout = replace(odd, edges=_joined(parts, [part.even for part in parts]), odd=odd)
-    if len(layout.edges) == 0 or len(layout) == 0:
-        raise ValueError(
-            f"no batch is left to plan: drop_last drops all {len(corpus)} samples, fewer in each window than "
-            f"batch_size={options.batch_size}; lower batch_size, raise window, or keep the last batch"
-        )
-    return layout
+    within = replace(options, window=None)
+    return Groupings(corpus, owner, within, options.window or WINDOW, interleave).first()
 
 
-def _joined(parts: Sequence[_Part], edges: Sequence[list[Edge]]) -> tuple[Edge, ...]:
-    """The edges of all windows, each where its window begins in the order of all."""
-    first = np.cumsum([0, *(len(part.order) for part in parts)]).tolist()
-    return tuple(
-        edge._replace(first=edge.first + start) for start, own in zip(first, edges, strict=False) for edge in own
-    )
-
-
-def group_shards(samples: Integers, options: Options) -> list[tuple[int, ...]]:
+def group_shards(samples: Integers, window: int, key: int | None) -> list[tuple[int, ...]]:
     """The shards of each window: runs of shuffled shards, each run as long as the wanted samples need.
 
     Args:
         samples: of each shard that are planned, int64 `[shards]`; a shard of none is in no window.
-        options: `window`, `seed` and `shuffle`.
+        window: samples of a window at least.
+        key: of the shuffle; None for shards in their order.
     """
-    least = options.window or WINDOW
     shards: Integers = np.flatnonzero(samples)
-    if options.shuffle:
-        shards = shards[permute(np.arange(len(shards)), len(shards), derive_key(options.seed, SHARDS))]
+    if key is not None:
+        shards = shards[permute(np.arange(len(shards)), len(shards), key)]
     runs: list[list[int]] = []
-    held = least
+    held = window
     for shard in shards.tolist():
-        if held >= least:
+        if held >= window:
             runs.append([])
             held = 0
         runs[-1].append(shard)
         held += int(samples[shard])
-    if len(runs) > 1 and 2 * held < least:
+    if len(runs) > 1 and 2 * held < window:
         # A last run of less than half a window would pad much.
         runs[-2:] = [runs[-2] + runs[-1]]
     return [tuple(run) for run in runs]
-
-
-def _cut_parts(corpus: Corpus, owner: Integers, windows: Sequence[tuple[int, ...]], options: Options) -> list[_Part]:
-    window_of = np.zeros(owner.max() + 1, np.int64)
-    for number, shards in enumerate(windows):
-        window_of[list(shards)] = number
-    window = window_of[owner]
-    # Stable, so that each window's samples stay longest first, and those that alone exceed the budget before them.
-    order = corpus.order[np.argsort(window, kind="stable")]
-    ends = np.bincount(window, minlength=len(windows)).cumsum()
-    alone = np.bincount(window[: corpus.alone], minlength=len(windows)).tolist()
-    parts = []
-    for shards, samples, count in zip(windows, np.split(order, ends[:-1]), alone, strict=True):
-        turns = cut_turns(replace(corpus, order=samples, alone=count), options)
-        parts.append(_Part(shards, samples, *(in_order(edges, options) for edges in turns)))
-    return parts

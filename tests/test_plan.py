@@ -20,11 +20,14 @@ from samplers.report import random_padding
 
 Array = npt.NDArray[np.int64]
 # By epoch and number of replicas.
+# By epoch, replicas and window: edges, and chunks of a small corpus.
 GOLDEN = {
-    (2, 1): [[2, 16], [12, 6], [19, 18, 3], [10, 8], [4, 17], [13, 15, 5], [7, 9, 11], [0, 1, 14]],
-    (3, 1): [[17, 9, 11], [12, 2], [13, 1, 14], [4, 10], [0, 15], [6, 18, 5], [8, 7], [16, 19, 3]],
-    (2, 4): [[10, 8], [2, 16], [4, 17], [12, 6], [19, 18, 3], [13, 15, 5], [7, 9, 11], [0, 1, 14]],
-    (3, 4): [[8, 7], [0, 15], [12, 2], [4, 10], [6, 18, 5], [13, 1, 14], [17, 9, 11], [16, 19, 3]],
+    (2, 1, 5): [[0, 18], [6, 1], [2, 9, 3], [10, 19, 14], [12, 4], [8, 13, 5], [17, 7], [16, 15, 11]],
+    (3, 1, 5): [[17, 15, 14], [2, 10], [12, 6], [13, 7], [19, 1, 11], [4, 16], [8, 18, 3], [0, 9, 5]],
+    (2, 4, 5): [[6, 1], [12, 4], [0, 18], [17, 7], [2, 9, 3], [8, 13, 5], [10, 19, 14], [16, 15, 11]],
+    (3, 4, 5): [[2, 10], [13, 7], [4, 16], [12, 6], [17, 15, 14], [19, 1, 11], [8, 18, 3], [0, 9, 5]],
+    (2, 1, 10): [[12, 10], [4, 6], [11], [13, 19, 15, 7], [2, 16, 8], [17, 0, 1, 18], [9, 5, 14, 3]],
+    (3, 1, 10): [[6, 16, 17], [1, 11, 5], [13, 18, 9, 14], [3], [12, 4], [2, 10, 8], [19, 0, 15, 7]],
 }
 NO_STEP = ("no sample is left", "no batch is left", "a row for each", "a batch for each")
 
@@ -153,13 +156,6 @@ def test_every_epoch_has_the_same_even_steps_and_shapes(
         assert all(plan.batches)
         assert sum(plan.tokens.tolist()) == plan.report().real_tokens
     assert len({plan.steps for plan in plans}) == 1
-    # The last step may be split by lengths; before it, shapes are the same in every other epoch.
-    rows = {}
-    for epoch, plan in zip(epochs, plans, strict=True):
-        rows[epoch] = sorted(map(len, list(plan.batches)[: (plan.steps - 1) * replicas]))
-    for parity in (0, 1):
-        alike = [sizes for epoch, sizes in rows.items() if epoch % 2 == parity]
-        assert options.get("drop_last") or all(sizes == alike[0] for sizes in alike)
 
 
 @given(corpora(fields=1), st.integers(1, 9), st.integers(1, 6))
@@ -227,17 +223,43 @@ def test_an_epoch_differs_in_what_batches_hold_and_in_their_order() -> None:
     assert [len(batch) for batch in first.batches] != [len(batch) for batch in second.batches]
 
 
-@pytest.mark.parametrize(("epoch", "replicas"), GOLDEN)
-def test_the_plan_is_a_golden_one_on_every_machine_and_version(epoch: int, replicas: int) -> None:
+@pytest.mark.parametrize(("epoch", "replicas", "window"), GOLDEN)
+def test_the_plan_is_a_golden_one_on_every_machine_and_version(epoch: int, replicas: int, window: int) -> None:
     lengths = [5, 3, 8, 1, 9, 2, 7, 4, 6, 3, 8, 2, 9, 5, 1, 4, 7, 6, 3, 5]
-    plan = plan_epoch(lengths, max_tokens=24, seed=3, epoch=epoch, window=5, num_replicas=replicas)
-    assert list(plan.batches) == GOLDEN[epoch, replicas]
+    plan = plan_epoch(lengths, max_tokens=24, seed=3, epoch=epoch, window=window, num_replicas=replicas)
+    assert list(plan.batches) == GOLDEN[epoch, replicas, window]
 
 
-def test_pairs_meet_again_half_as_often_as_windows_alone_would_let_them() -> None:
-    plans = [plan_epoch(speech_lengths(), max_tokens=20_000, window=5_000, epoch=epoch) for epoch in range(4)]
-    assert {len(plan.batches) for plan in plans} == {len(plans[0].batches)}
-    assert all(0.11 < plan.report().meeting_again < 0.15 for plan in plans)
+def test_pairs_meet_again_about_as_rarely_at_every_lag() -> None:
+    plans = [plan_epoch(speech_lengths(), max_tokens=20_000, window=5_000, epoch=epoch) for epoch in range(8)]
+    reports = [plan.report() for plan in plans]
+    shares = np.array([[each.meeting_again, each.meeting_again_in_2, each.meeting_again_in_5] for each in reports])
+    # Edges that stayed would let 22 % meet again; turns let about two thirds of these.
+    assert shares.mean(0).max() < 0.2
+    assert shares.mean() < 0.17
+
+
+@pytest.mark.parametrize("wrapped", [np.array([5, 9], np.uint64) - np.array([8, 2], np.uint64), [[3, 2**64 - 3]]])
+def test_unsigned_lengths_that_ran_below_zero_are_refused(wrapped: Any) -> None:
+    with pytest.raises(LengthError, match=r"from 0 to 2\*\*63 - 1, got 18446744073709551613 \(-3 as a signed number"):
+        plan_epoch(np.asarray(wrapped, np.uint64), max_tokens=100)
+
+
+@pytest.mark.parametrize("lengths", [[50, 50], [50] * 9, [50, 60, 70, 80]])
+def test_a_corpus_of_over_long_samples_alone_is_planned(lengths: list[int]) -> None:
+    for epoch in range(3):
+        plan = plan_epoch(lengths, max_tokens=10, overlong="alone", epoch=epoch)
+        assert sorted(plan.batches) == [[sample] for sample in range(len(lengths))]
+
+
+def test_a_report_counts_the_shapes_that_batches_have() -> None:
+    lengths = np.arange(5_000) * 7 % 83 + 1
+    plans = [plan_epoch(lengths, max_tokens=700, widths=16, num_replicas=4, epoch=epoch) for epoch in (3, 4, 5, 8)]
+    seen = [{(len(batch), -(-int(lengths[batch].max()) // 16) * 16) for batch in plan.batches} for plan in plans]
+    report = plans[0].report()
+    assert set(plans[0].batch_shapes) == seen[0]
+    assert report.shapes == len(seen[0]) >= len({width for _, width in seen[0]})
+    assert report.shapes_of_4 == len(set.union(*seen))
 
 
 def test_list_array_memory_map_and_index_give_one_plan(tmp_path: Any) -> None:
@@ -371,7 +393,7 @@ def test_a_sample_over_the_budget_is_an_error_that_names_how_many_and_the_worst(
     ("lengths", "options", "error", "says"),
     [
         ([3], {}, ValueError, "set max_tokens, batch_size or cost"),
-        ([3, -1], {}, LengthError, "must not be negative, got -1 at sample 1"),
+        ([3, -1], {}, LengthError, "must be from 0 to 2\\*\\*63 - 1, got -1 at sample 1"),
         (np.array([3, 100, -100], np.int8), {}, LengthError, "got -100 at sample 2"),
         ([[3, 4], [1, -2]], {}, LengthError, "got -2 at sample 1"),
         ([3, 2.5], {}, TypeError, r"must be integers, got float64 \(2.5 at sample 1\)"),

@@ -8,27 +8,36 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samplers.shuffle import derive_key, draw, permute, permute_one, stream_keys
+from samplers.shuffle import Domains, derive_key, draw, permute, permute_one, stream_keys
 
 KEYS = st.integers(0, 2**64 - 1)
 
 GOLDEN_KEYS = [6791897765849424158, 4798784977976973041]
 GOLDEN_STREAM = [13168350753275463132, 7134611160154358618, 13877614986023876344]
-GOLDEN_SHUFFLE = [8, 5, 9, 0, 7, 1, 2, 6, 4, 3]
+GOLDEN_SHUFFLE = [8, 1, 6, 3, 7, 4, 9, 2, 5, 0]
 GOLDEN_DRAW = [50, 68, 75, 26, 78, 26, 11, 64]
+
+
+MASK, GAMMA, MIX_1, MIX_2 = 2**64 - 1, 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def slow_permute(place: int, size: int, key: int) -> int:
     """The definition, one place at a time in Python's integers."""
-    mask, gamma, mix_1, mix_2 = 2**64 - 1, 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+    if size <= 7:
+        word = (key * GAMMA) & MASK
+        for shift, factor in ((30, MIX_1), (27, MIX_2)):
+            word = ((word ^ (word >> shift)) * factor) & MASK
+        word ^= word >> 31
+        return list(permutations(range(size)))[(word >> 32) * factorial(size) >> 32][place]
     a = next(a for a in range(1, size + 1) if a * a >= size)
+    a += a % 2
     b = -(-size // a)
     while True:
         halves, sizes = [place % a, place // a], [a, b]
-        for turn in range(12):
+        for turn in range(16 if size < 64 else 8):
             side = turn % 2
-            word = ((halves[1 - side] + (key ^ (turn * gamma & mask))) * mix_1) & mask
-            word = ((word ^ (word >> 32)) * mix_2) & mask
+            word = ((halves[1 - side] + (key ^ (turn * GAMMA & MASK))) * MIX_1) & MASK
+            word = ((word ^ (word >> 32)) * MIX_2) & MASK
             halves[side] = (halves[side] + ((word >> 32) * sizes[side] >> 32)) % sizes[side]
         place = halves[0] + a * halves[1]
         if place < size:
@@ -44,6 +53,39 @@ def test_a_shuffle_sends_distinct_places_to_distinct_places(size: int, key: int)
 def test_a_shuffle_equals_its_definition(size: int, key: int, data: st.DataObject) -> None:
     place = data.draw(st.integers(0, size - 1))
     assert permute_one(place, size, key) == slow_permute(place, size, key)
+
+
+@given(st.lists(st.tuples(st.integers(1, 300), KEYS), min_size=1, max_size=20), st.data())
+def test_domains_of_several_sizes_are_those_of_each_alone(pairs: list[tuple[int, int]], data: st.DataObject) -> None:
+    sizes, keys = zip(*pairs, strict=True)
+    places = [data.draw(st.integers(0, size - 1)) for size in sizes]
+    together = Domains(np.array(sizes)).permute(np.array(places), np.arange(len(sizes)), np.array(keys, np.uint64))
+    assert together.tolist() == [permute_one(*each) for each in zip(places, sizes, keys, strict=True)]
+
+
+def sign(order: list[int]) -> int:
+    """1 for an order of an even number of swaps, -1 for an odd one."""
+    return (-1) ** sum(order[later] < order[sooner] for later in range(len(order)) for sooner in range(later))
+
+
+@pytest.mark.parametrize("size", [7, 8, 9, 25, 49, 65])
+def test_odd_orders_come_as_often_as_even_ones(size: int) -> None:
+    keys = stream_keys(3, np.arange(400)).tolist()
+    odd = sum(sign(permute(np.arange(size), size, key).tolist()) < 0 for key in keys)
+    assert 150 < odd < 250
+
+
+@pytest.mark.parametrize("size", [8, 9, 15, 16, 17, 40, 64, 65, 129])
+def test_every_pair_of_places_comes_as_often_as_any_other(size: int) -> None:
+    keys = stream_keys(77, np.arange(40 * size * (size - 1)))
+    for pair in ((0, 1), (0, size // 2), (2, size - 1)):
+        first, second = (permute(np.full(len(keys), place), size, keys) for place in pair)
+        counts = np.bincount(first * size + second, minlength=size * size).reshape(size, size)
+        assert not counts.diagonal().any()
+        off = counts[~np.eye(size, dtype=bool)]
+        freedom = len(off) - 1
+        chi = float(((off - 40) ** 2 / 40).sum())
+        assert abs(chi - freedom) < 4 * (2 * freedom) ** 0.5
 
 
 @given(st.integers(1, 50), st.lists(KEYS, min_size=1, max_size=20))

@@ -1,0 +1,219 @@
+"""The batches of a small corpus: every epoch sorts chunks of its own, and has as many batches as any other.
+
+Edges that stay, or take turns, leave a corpus of a few batches little to mix: half of it may be one edge. Such a corpus
+is small enough to be dealt out anew in each epoch: its samples go to as many chunks as there are windows, at random,
+each chunk is sorted by length, and cut into batches as full as the budget lets them be. How many batches come out
+depends on the draw; an epoch takes the first draw that has no more than all epochs shall have, and splits its largest
+batches until it has as many.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from heapq import heapify, heapreplace
+from typing import Final, NamedTuple, Self
+
+import numpy as np
+
+from samplers.budget import Floats, Integers
+from samplers.corpus import Corpus, Places
+from samplers.edges import MANY_BATCHES, count_windows, estimate_batches
+from samplers.layout import Layout, Shape, Sizes
+from samplers.options import Options
+from samplers.shuffle import derive_key, permute
+
+# An epoch is sorted when its first batch is due: some milliseconds.
+MANY_SAMPLES: Final = 1 << 15
+# Draws that tell how many batches an epoch shall have, and those that an epoch makes to have no more.
+SAMPLED: Final = 8
+TRIED: Final = 32
+# What a key is for, beside the purposes of `samplers.layout`.
+CHUNKS: Final = 30
+
+
+class Draw(NamedTuple):
+    """An epoch's batches: samples one batch after the other, and the rows of each."""
+
+    samples: Places
+    rows: Integers
+
+
+class Deal(NamedTuple):
+    """Places in the order of lengths, chunk after chunk and longest first, and where batches and the last one end."""
+
+    places: Integers
+    bounds: list[int]
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkLayout(Layout):
+    """The batches of a small corpus, those alike in shape next to each other; what is in them is drawn in each epoch.
+
+    Attributes:
+        chunks: into which an epoch deals the corpus.
+        batches: of every epoch.
+        drawn: the batches of the epoch that this is the layout of; None before one is chosen.
+    """
+
+    chunks: int = 2
+    batches: int = 0
+    drawn: Draw | None = field(default=None, kw_only=True)
+
+    def __len__(self) -> int:
+        """Batches in an epoch, before any is split among replicas."""
+        return self.batches
+
+    def of_epoch(self, epoch: int) -> Self:
+        """The layout of an epoch."""
+        found = self._epochs.get(epoch)
+        if found is None:
+            found = replace(self, drawn=self._draw(epoch))
+            self._epochs[epoch] = found
+            while len(self._epochs) > 2:
+                del self._epochs[next(iter(self._epochs))]
+        return found
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """The closed list of (rows, width) that batches have at most, in any epoch, without repetition."""
+        left = len(self.corpus) - self.corpus.alone
+        alone = self._width_at(np.arange(self.corpus.alone))
+        widest = dict.fromkeys((1, width) for width in alone.tolist())
+        most = {width: min(left, self.options.budget.max_rows(width)) for width in np.unique(self._widths).tolist()}
+        return [*widest, *((rows, width) for width, rows in sorted(most.items(), reverse=True))]
+
+    @property
+    def unused(self) -> int:
+        """Samples of the batch that `batch_size` left short and `drop_last` drops; others in each epoch."""
+        rows = self.full_rows
+        return len(self._widths) % rows if rows and self.options.drop_last else 0
+
+    @property
+    def _decided(self) -> str:
+        return repr((self.chunks, self.batches, self.shapes, self.options.drop_last))
+
+    def rows_of(self, numbers: Integers) -> Integers:
+        """Rows of these batches: int64 `[n]`."""
+        return self._present.rows[numbers]
+
+    def samples_of(self, numbers: Integers, key: int) -> tuple[Places, Integers]:
+        """The samples of these batches, one batch after the other, each longest first, and how many each has.
+
+        Args:
+            numbers: of the batches, int64 `[n]`, each in `range(len(layout))`.
+            key: of the epoch, which has decided the draw already.
+
+        Returns:
+            Samples `[sum(rows)]`, and rows int64 `[n]`.
+        """
+        del key
+        samples, all_rows = self._present
+        rows = all_rows[numbers]
+        within: Integers = np.arange(rows.sum()) - np.repeat(rows.cumsum() - rows, rows)
+        return samples[np.repeat((all_rows.cumsum() - all_rows)[numbers], rows) + within], rows
+
+    def fill_of(self, sizes: Sizes) -> Floats:
+        """Rows by the most rows of a shape as wide, float64 `[n]`: above 1 where no shape of the list holds a batch."""
+        most = [max(1, self.options.budget.max_rows(width)) for width in sizes.widths[:, 0].tolist()]
+        fill: Floats = sizes.rows / np.array(most)
+        return fill
+
+    @property
+    def _present(self) -> Draw:
+        return self._draw(0) if self.drawn is None else self.drawn
+
+    @cached_property
+    def _epochs(self) -> dict[int, Self]:
+        return {}
+
+    @cached_property
+    def _counts(self) -> Integers:
+        """What samples that do not exceed the budget alone are sorted by, longest first: int64 `[n]`."""
+        return self._width_at(np.arange(self.corpus.alone, len(self.corpus)))
+
+    @cached_property
+    def _widths(self) -> Integers:
+        """The padded widths of these samples: int64 `[n]`."""
+        return np.maximum(self._counts, 1)
+
+    @property
+    def full_rows(self) -> int:
+        """Rows of every batch but one where `batch_size` alone decides them, else 0."""
+        size = self.options.batch_size
+        return size if size is not None and self.options.budget.max_rows(int(self._widths[0])) == size else 0
+
+    def _draw(self, epoch: int) -> Draw:
+        seed = self.options.seed
+        for turn in range(TRIED):
+            deal = self._deal(derive_key(seed, epoch, CHUNKS, turn))
+            if self._count(deal) <= self.batches:
+                break
+        else:
+            deal = min((self._deal(derive_key(CHUNKS, draw)) for draw in range(SAMPLED)), key=self._count)
+        return self._finish(deal)
+
+    def usual_batches(self) -> int:
+        """How many batches draws have on average, rounded up; the same for every seed."""
+        counts = [self._count(self._deal(derive_key(CHUNKS, draw))) for draw in range(SAMPLED)]
+        return -(-sum(counts) // SAMPLED)
+
+    def _count(self, deal: Deal) -> int:
+        return len(deal.bounds) - 1 + self.corpus.alone
+
+    def _deal(self, key: int) -> Deal:
+        """Deal the samples to chunks, sort these, and cut them into batches."""
+        samples, full = len(self._widths), self.full_rows
+        slots = permute(np.arange(samples), samples, key)
+        kept = samples - self.unused
+        if full:
+            ends = -(-kept // full) * np.arange(1, self.chunks + 1) // self.chunks * full
+        else:
+            ends = samples * np.arange(1, self.chunks + 1) // self.chunks
+        ends = np.minimum(ends, kept)
+        # Of equal samples, those come first that the draw has put first.
+        places = np.lexsort([slots, -self._counts, np.searchsorted(ends, slots, side="right")])[:kept]
+        widths, bounds = self._widths[places], [0]
+        for end in ends.tolist():
+            while bounds[-1] < end:
+                rows = max(1, self.options.budget.max_rows(int(widths[bounds[-1]])))
+                bounds.append(min(end, bounds[-1] + rows))
+        return Deal(places, bounds)
+
+    def _finish(self, deal: Deal) -> Draw:
+        """Split the largest batches until there are enough, and sort them by rows; those alone come first."""
+        sizes = np.diff(deal.bounds).tolist()
+        parts = [1] * len(sizes)
+        largest = [(-float(size), number) for number, size in enumerate(sizes)]
+        heapify(largest)
+        for _ in range(self.batches - self._count(deal)):
+            number = largest[0][1]
+            parts[number] += 1
+            heapreplace(largest, (-sizes[number] / parts[number], number))
+        split = [np.array_split(np.arange(size), part) for size, part in zip(sizes, parts, strict=True)]
+        rows: Integers = np.array([len(piece) for pieces in split for piece in pieces])
+        order = np.argsort(rows, kind="stable")
+        starts = (rows.cumsum() - rows)[order]
+        rows = rows[order]
+        within: Integers = np.arange(rows.sum()) - np.repeat(rows.cumsum() - rows, rows)
+        samples: Places = self.corpus.order[self.corpus.alone + deal.places[np.repeat(starts, rows) + within]]
+        if self._trades_lengths:
+            samples = self._longest_first(samples, rows)
+        alone = self.corpus.order[: self.corpus.alone]
+        return Draw(np.concatenate([alone, samples]), np.concatenate([np.ones(len(alone), np.int64), rows]))
+
+
+def lay_out_chunks(corpus: Corpus, options: Options) -> ChunkLayout | None:
+    """The layout of a small corpus; None of one that is large, or has several fields, or whose real tokens count."""
+    if not options.shuffle or corpus.fields > 1 or options.count == "real":
+        return None
+    left = len(corpus) - corpus.alone
+    if not 0 < left <= MANY_SAMPLES:
+        return None
+    windows, batches = count_windows(corpus, options), estimate_batches(corpus, options)
+    layout = ChunkLayout(corpus, (), options, chunks=windows)
+    least = windows if layout.full_rows else 2 * windows
+    if not windows > 1 or not least <= batches < MANY_BATCHES:
+        return None
+    if options.drop_last and options.batch_size is not None and not layout.full_rows:
+        # Which batches `batch_size` leaves short depends on the draw.
+        return None
+    return replace(layout, batches=layout.usual_batches())
