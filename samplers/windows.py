@@ -78,7 +78,7 @@ class WindowLayout(Layout):
         return self if found is None else cast(Self, found)
 
     @cached_property
-    def shapes(self) -> list[Shape]:  # type: ignore[override]
+    def shapes(self) -> list[Shape]:
         """The closed list of (rows, width) that batches have at most, in any epoch, without repetition."""
         epochs = {turn_of(epoch, GROUPINGS, self.options.seed): self.of_epoch(epoch) for epoch in range(GROUPINGS)}
         return list(dict.fromkeys(shape for layout in (self, *epochs.values()) for shape in layout.own_shapes))
