@@ -28,6 +28,10 @@ class SampleVariants:
         self.fields = {name: values for name, values in self.numbers.items() if all(value.dim() for value in values)}
         self.lengths = {name or "the samples": [len(value) for value in values] for name, values in self.fields.items()}
 
+    def of(self, whole: list[Any]) -> "SampleVariants":
+        """As in `Variants`."""
+        return SampleVariants(whole, self.collate, self.generator)
+
     def chosen(self, rows: Sequence[int]) -> list[Any]:
         """As in `Variants`."""
         return [self.whole[row] for row in rows]
@@ -61,7 +65,7 @@ class SampleVariants:
         for other, lengths in self.lengths.items():
             if lengths == self.lengths[name]:
                 samples[row] = _replaced(samples[row], other, self._values(other)[row][: lengths[row] - steps])
-        return SampleVariants(samples, self.collate, self.generator)
+        return self.of(samples)
 
     def _values(self, name: str) -> list[Tensor]:
         return self.fields[name] if name in self.fields else self.fields[""]

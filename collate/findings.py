@@ -43,6 +43,7 @@ LIKELY = {
     "repeat": (
         "a state, a cache or a counter carried from call to call: begin with a fresh one inside of the step",
         "random numbers from a generator of its own: make it from a fixed seed inside of the step",
+        "buffers of a module that is used but never called: pass it as module=",
         "an optimizer that moves inside of the step",
     ),
     "finite": (

@@ -15,6 +15,8 @@ from collate.variants import BatchVariants, Variants, mapped, shares_of, trimmed
 # Rows whose last step is tried, and how often with values such as real steps hold, and then with wild ones: enough
 # for a dead ReLU or a maximum elsewhere to be ruled out.
 ROWS, TRIES = 8, 3
+# How often the rest of the field is drawn again where that was not enough: a maximum is then elsewhere.
+REDRAWN = 3
 # The share of the loss that another value at a real step must move, at least: rounding of a single sum.
 ROUNDING = 1e-9
 
@@ -140,22 +142,26 @@ class Probes:
         return self.finding("dead step", what, 0.0, LAST_COLUMN if only_longest else None)
 
     def matters(self, name: str, row: int, step: int) -> bool:
-        """Whether another value at one step moves the loss."""
-        return self.moves(self.variants, name, row, slice(step, step + 1))
+        """Whether another value at one step moves the loss, whatever the other steps hold."""
+        steps = slice(step, step + 1)
+        if self.moves(self.variants, name, row, steps):
+            return True
+        everywhere = (self.variants.changed(name, None, slice(None), wild=False) for _ in range(REDRAWN))
+        return any(self.moves(self.variants.of(whole), name, row, steps, tries=1) for whole in everywhere)
 
-    def moves(self, variants: Variants, name: str, row: int | None, steps: slice) -> bool:
+    def moves(self, variants: Variants, name: str, row: int | None, steps: slice, tries: int = TRIES) -> bool:
         """Whether other values at these steps move the loss; so they do where they make the step raise."""
         known = {term: outcome.loss for term, outcome in self.runner.base.items()}
-        base = known if variants is self.variants else self.runner.values(variants.whole)
-        for attempt in range(2 * TRIES):
-            try:
-                values = self.runner.values(variants.changed(name, row, steps, wild=attempt >= TRIES))
-            except RAISED as error:
-                if attempt < TRIES:
-                    self.skipped.append(f"dead step of {name}: with other values the step raises {error}")
-                return True
-            if not all(abs(values[term] - loss) <= ROUNDING * abs(loss) for term, loss in base.items()):
-                return True
+        try:
+            base = known if variants is self.variants else self.runner.values(variants.whole)
+            for attempt in range(2 * tries):
+                values = self.runner.values(variants.changed(name, row, steps, wild=attempt >= tries))
+                if not all(abs(values[term] - loss) <= ROUNDING * abs(loss) for term, loss in base.items()):
+                    return True
+        except RAISED as error:
+            note = f"dead step of {name}: with other values the step raises {error}"
+            self.skipped += [note] if note not in self.skipped else []
+            return True
         return False
 
     # --- last steps that rightly do not count
@@ -196,16 +202,15 @@ class Probes:
                 inputs, targets = other, name
             else:
                 continue
-            if self.are_shifted(inputs, targets, long):
+            # Targets are those of the next step: the last input never counts, nor does the first target.
+            read = [(inputs, row, lengths[row] - 2) for row in long] + [
+                (targets, row, lengths[row] - 1) for row in long
+            ]
+            left = [(inputs, row, lengths[row] - 1) for row in long] if inputs == other else []
+            left += [(targets, row, 0) for row in long]
+            if all(self.matters(*step) for step in read) and not any(self.matters(*step) for step in left):
                 return other
         return None
-
-    def are_shifted(self, inputs: str, targets: str, rows: Sequence[int]) -> bool:
-        """Whether targets are those of the next step: the last input never counts, nor does the first target."""
-        lengths = self.variants.lengths[inputs]
-        read = [(inputs, row, lengths[row] - 2) for row in rows] + [(targets, row, lengths[row] - 1) for row in rows]
-        left = [(inputs, row, lengths[row] - 1) for row in rows] + [(targets, row, 0) for row in rows]
-        return all(self.matters(*step) for step in read) and not any(self.matters(*step) for step in left)
 
     def is_stride(self, name: str, dead: Sequence[int]) -> bool:
         """Whether rows end in a rest that a stride leaves over, which is tried on rows that are cut.
@@ -337,11 +342,11 @@ class BatchProbes(Probes):
 
 
 def _is_marked(field: LengthTrackedBatch) -> bool:
-    """Whether whole numbers are padded by a mark that no real step can be mistaken for, such as -100."""
-    value = field.padding_value
-    if field.padded.is_floating_point() or field.padded.is_complex() or value is None or not field.num_tokens:
+    """Whether whole numbers are padded by a mark that says what is no target, as -100 does; real steps may hold it."""
+    value, real = field.padding_value, field.flat()
+    if real.is_floating_point() or real.is_complex() or value is None or value >= 0:
         return False
-    return value < 0 <= int(field.flat().min())
+    return bool(((real >= 0) | (real == value)).all()) and bool((real != value).any())
 
 
 def _may_be_marked(field: LengthTrackedBatch) -> bool:

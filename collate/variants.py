@@ -28,6 +28,9 @@ class Variants(Protocol):
     rows: int
     lengths: dict[str, list[int]]
 
+    def of(self, whole: Any) -> Self:
+        """The variants of a changed whole."""
+
     def chosen(self, rows: Sequence[int]) -> Any:
         """The same with some rows only, in this order."""
 
@@ -70,6 +73,10 @@ class BatchVariants:
     def has_padding(self) -> bool:
         """Whether any field has padding, so that there is something to try."""
         return any(min(lengths) < self.fields[name].padded.shape[1] for name, lengths in self.lengths.items())
+
+    def of(self, whole: Any) -> "BatchVariants":
+        """As in `Variants`."""
+        return BatchVariants(whole, self.generator)
 
     def chosen(self, rows: Sequence[int]) -> Any:
         """As in `Variants`; whatever has an entry per row goes with the rows."""
@@ -115,7 +122,7 @@ class BatchVariants:
                 others[other] = LengthTrackedBatch.trusted(
                     field.padded, lengths, None, field.permutation, padding_value=None, first_step=field.first_step
                 )
-        return BatchVariants(self.swapped(others), self.generator)
+        return self.of(self.swapped(others))
 
     def taken_along(self) -> list[str]:
         """What went with the rows because it has an entry for each, though nothing says that these are the rows'."""
