@@ -16,7 +16,7 @@ from collate.collation import Collate, SampleVariants
 from collate.errors import LengthError
 from collate.findings import LIKELY, Finding, StepReport
 from collate.probes import BatchProbes, Probes
-from collate.rerun import Runner, Step, undisturbed
+from collate.rerun import RAISED, Runner, Step, undisturbed
 from collate.variants import BatchVariants, check_fields
 
 
@@ -103,7 +103,7 @@ def _report_of_samples(inner: Runner, samples: Sequence[Any], collate: Collate, 
         probes.skipped.append("order, company and dead step of samples: the step or its collation draws random numbers")
         found: list[Finding] = []
     else:
-        tried = [_dead_sample(probes, variants), probes.order(), probes.company()]
+        tried = [probes.dead_step(), probes.order(), probes.company()]
         found = _explained([finding for finding in tried if finding], variants)
     batch = BatchVariants(collate(variants.whole), generator)
     if not batch.fields or not batch.has_padding:
@@ -153,30 +153,16 @@ def _with_rows(variants: BatchVariants) -> Callable[[Finding | None], Finding | 
     return explained
 
 
-def _dead_sample(probes: Probes, variants: SampleVariants) -> Finding | None:
-    finding = probes.dead_step()
-    if finding is None:
-        return None
-    for name, lengths in variants.lengths.items():
-        lost = [row for row in probes.rows_to_try(name) if variants.loses(name, row, lengths[row] - 1)]
-        if lost and len(lost) < variants.rows:
-            step = lengths[lost[0]] - 1
-            return replace(
-                finding, what=f"{finding.what}; step {step} of sample {lost[0]} of {name} is not in the batch"
-            )
-    return finding
-
-
 def _explained(findings: list[Finding], variants: SampleVariants) -> list[Finding]:
-    """The findings, with what the collate function does to the order of rows where it can be seen."""
-    if not any(finding.probe in ("order", "company", "dead step") for finding in findings):
-        return findings
-    seen = variants.disagreement()
+    """The findings, the first of them with what the collate function does, where that can be seen."""
+    try:
+        seen = (variants.lost_step() or variants.disagreement()) if findings else None
+    except RAISED:
+        # A collate function may refuse values that it never met.
+        seen = None
     if seen is None:
         return findings
-    return [
-        replace(finding, what=f"{finding.what}; {seen}") if at == 0 else finding for at, finding in enumerate(findings)
-    ]
+    return [replace(findings[0], what=f"{findings[0].what}; {seen}"), *findings[1:]]
 
 
 def _loss(runner: Runner) -> float:

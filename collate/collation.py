@@ -90,10 +90,19 @@ class SampleVariants:
                 return other
         return None
 
-    def loses(self, name: str, row: int, step: int) -> bool:
-        """Whether a step of a sample never comes into the batch."""
+    def lost_step(self) -> str | None:
+        """A sample's last step that never comes into the batch, though other steps of its field do."""
+        for name, lengths in self.lengths.items():
+            full = [row for row, length in enumerate(lengths) if length]
+            lost = [row for row in full if self._loses(name, row, slice(lengths[row] - 1, None))]
+            if lost and not all(self._loses(name, row, slice(None)) for row in full):
+                row = lost[0]
+                return f"the collate function leaves step {lengths[row] - 1} of sample {row} of {name} out of the batch"
+        return None
+
+    def _loses(self, name: str, row: int, steps: slice) -> bool:
         base, wild = self._parts(self.whole), (False, False, True, True)
-        changed = (self.changed(name, row, slice(step, step + 1), wild=each) for each in wild)
+        changed = (self.changed(name, row, steps, wild=each) for each in wild)
         return not any(_rows_that_differ(base, self._parts(samples)) for samples in changed)
 
     def _rows_of(self, name: str) -> list[int] | None:

@@ -124,7 +124,7 @@ class Probes:
     def rows_to_try(self, name: str) -> list[int]:
         """Rows of a field that have a last step, some of them; none where there is no other value to try."""
         if self.variants.is_alike(name):
-            self.skipped.append(f"dead step: {name} holds the same number everywhere")
+            self.note(f"dead step: {name} holds the same number everywhere")
             return []
         return [row for row, length in enumerate(self.variants.lengths[name]) if length][:ROWS]
 
@@ -159,8 +159,7 @@ class Probes:
                 if not all(abs(values[term] - loss) <= ROUNDING * abs(loss) for term, loss in base.items()):
                     return True
         except RAISED as error:
-            note = f"dead step of {name}: with other values the step raises {error}"
-            self.skipped += [note] if note not in self.skipped else []
+            self.note(f"dead step of {name}: with other values the step raises {error}")
             return True
         return False
 
@@ -247,6 +246,10 @@ class Probes:
         return dead
 
     # --- shared by the probes
+
+    def note(self, reason: str) -> None:
+        """Add to `skipped`, once."""
+        self.skipped += [reason] if reason not in self.skipped else []
 
     def largest(self, outcomes: Iterator[Outcome]) -> Drift:
         """The largest drift of some runs."""

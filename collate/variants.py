@@ -222,7 +222,7 @@ def drawn(real: Tensor, present: Tensor, generator: torch.Generator, *, wild: bo
     if not _is_inexact(real):
         known: Tensor = torch.unique(real)
         # Of two classes every second draw would be what is there already, and four in a row are no rarity.
-        places = torch.searchsorted(known.long(), present.detach().cpu().long())
+        places = torch.searchsorted(known.long(), present.detach().cpu().long().contiguous())
         shift = torch.randint(1, max(len(known), 2), shape, generator=generator)
         return known[(places + shift) % len(known)].to(present.device)
     if not wild and bool((real != real[:1]).any()):

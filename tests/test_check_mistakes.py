@@ -65,8 +65,7 @@ def test_rows_sorted_twice_are_found_for_every_seed(rows, classes):
     # eight seeds.
     torch.manual_seed(0)
     net, samples = pipelines.Net(), []
-    for place in range(rows):
-        samples.append({"x": torch.randn(2 + place, 6), "label": place % classes})
+    samples.extend({"x": torch.randn(2 + place, 6), "label": place % classes} for place in range(rows))
     batch = PadCollator()(samples)
 
     def twice(b):
