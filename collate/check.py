@@ -74,7 +74,7 @@ def _report_of_batch(runner: Runner, variants: BatchVariants, tolerance: float) 
         return report
     probes = BatchProbes(runner, variants, tolerance)
     found = [probes.padding(), probes.dead_step()]
-    if runner.is_random(variants.whole):
+    if runner.is_random:
         probes.skipped.append(
             "width, order and company: the step draws random numbers, other ones for a batch of another shape"
         )
@@ -89,17 +89,18 @@ def _report_of_batch(runner: Runner, variants: BatchVariants, tolerance: float) 
 def _report_of_samples(inner: Runner, samples: Sequence[Any], collate: Collate, tolerance: float) -> StepReport:
     generator = torch.Generator().manual_seed(inner.seed)
     variants = SampleVariants(samples, collate, generator)
-    if variants.rows < 2 or not variants.lengths or all(len(set(each)) < 2 for each in variants.lengths.values()):
+    if variants.rows < 2 or (variants.lengths and all(len(set(each)) < 2 for each in variants.lengths.values())):
         raise LengthError(
-            f"samples must be two or more with a field of different lengths, a tensor, an array or a list of numbers, "
-            f"got {variants.rows} with the lengths {variants.lengths}"
+            f"samples must be two or more of different lengths, got {variants.rows} with the lengths {variants.lengths}"
         )
     runner = Runner(lambda chosen: inner.step(collate(chosen)), inner.seed, inner.buffers)
     runner.begin(variants.whole)
     if report := _unfit(runner, variants.whole, tolerance):
         return report
     probes = Probes(runner, variants, tolerance)
-    if runner.is_random(variants.whole):
+    if not variants.lengths:
+        probes.note("dead step of samples: they have no field that is a tensor, an array or a list of numbers")
+    if runner.is_random:
         probes.skipped.append("order, company and dead step of samples: the step or its collation draws random numbers")
         found: list[Finding] = []
     else:

@@ -15,10 +15,13 @@ from collate.variants import BatchVariants, Variants, mapped, shares_of, trimmed
 # Rows whose last step is tried, and how often with values such as real steps hold, and then with wild ones: enough
 # for a dead ReLU or a maximum elsewhere to be ruled out.
 ROWS, TRIES = 8, 3
-# How often the rest of the field is drawn again where that was not enough: a maximum is then elsewhere.
-REDRAWN = 3
+# How often all values of the field, and the step's random numbers, are drawn again where that was not enough: the
+# maximum may have been elsewhere, or the step masked at random.
+REDRAWN, REDRAWN_AT_RANDOM = 3, 12
 # The share of the loss that another value at a real step must move, at least: rounding of a single sum.
 ROUNDING = 1e-9
+# Gradients of so many numbers are not solved for the weights of the rows.
+MANY = 10_000_000
 
 
 class Probes:
@@ -70,7 +73,7 @@ class Probes:
         shares += shares_of([[each[row] for each in self.variants.lengths.values()] for row in full])
         shares += shares_of([self.variants.counts(row) for row in full])
         # Each term may have a mean of its own.
-        drifts = {name: min(self.apart(name, alone, share).size for share in shares) for name in self.runner.base}
+        drifts = {name: self.apart(name, alone, shares) for name in self.runner.base}
         name = max(drifts, key=drifts.__getitem__)
         if drifts[name] <= self.tolerance:
             return None
@@ -81,16 +84,23 @@ class Probes:
         own_count = self.fits_other_shares([outcome[name] for outcome in alone], self.runner.base[name])
         return self.finding("company", what, drifts[name], OWN_COUNT if own_count else None)
 
-    def apart(self, name: str, alone: Sequence[Outcome], shares: Sequence[float]) -> Drift:
-        """How far a term of the batch is from the weighted sum of the rows' terms."""
-        terms = [outcome[name] for outcome in alone if name in outcome]
+    def apart(self, name: str, alone: Sequence[Outcome], shares: Sequence[Sequence[float]]) -> float:
+        """How far a term of the batch is from the weighted sums of the rows' terms, at least."""
+        terms, whole = [outcome[name] for outcome in alone if name in outcome], {name: self.runner.base[name]}
         if len(terms) < len(alone):
-            return Drift(math.inf, name)
-        return self.runner.drift({name: combined(terms, shares)}, {name: self.runner.base[name]})
+            return math.inf
+        # Losses alone tell which weights it can be; gradients are many.
+        losses = [{name: Term(combined(terms, share, gradients=False).loss, whole[name].gradients)} for share in shares]
+        apart = [self.runner.drift(loss, whole).size for loss in losses]
+        able = [place for place, size in enumerate(apart) if size <= max(self.tolerance, min(apart))]
+        return min(
+            (self.runner.drift({name: combined(terms, shares[at])}, whole).size for at in able), default=math.inf
+        )
 
     def fits_other_shares(self, alone: Sequence[Term], whole: Term) -> bool:
         """Whether any other weights of the rows make up the batch: then no row knows another."""
-        if not all(term.is_finite for term in (*alone, whole)) or not whole.gradients:
+        numbers = len(alone) * sum(gradient.numel() for gradient in whole.gradients)
+        if not 0 < numbers < MANY or not all(term.is_finite for term in alone):
             return False
         rows = torch.stack([torch.cat([part.double().flatten() for part in term.gradients]) for term in alone], 1)
         target = torch.cat([part.double().flatten() for part in whole.gradients])
@@ -146,16 +156,18 @@ class Probes:
         steps = slice(step, step + 1)
         if self.moves(self.variants, name, row, steps):
             return True
-        everywhere = (self.variants.changed(name, None, slice(None), wild=False) for _ in range(REDRAWN))
-        return any(self.moves(self.variants.of(whole), name, row, steps, tries=1) for whole in everywhere)
+        for attempt in range(REDRAWN_AT_RANDOM if self.runner.is_random else REDRAWN):
+            redrawn = self.variants.of(self.variants.changed(name, None, slice(None), wild=False))
+            if self.moves(redrawn, name, row, steps, seed=self.runner.seed + attempt):
+                return True
+        return False
 
-    def moves(self, variants: Variants, name: str, row: int | None, steps: slice, tries: int = TRIES) -> bool:
+    def moves(self, variants: Variants, name: str, row: int | None, steps: slice, seed: int | None = None) -> bool:
         """Whether other values at these steps move the loss; so they do where they make the step raise."""
-        known = {term: outcome.loss for term, outcome in self.runner.base.items()}
         try:
-            base = known if variants is self.variants else self.runner.values(variants.whole)
-            for attempt in range(2 * tries):
-                values = self.runner.values(variants.changed(name, row, steps, wild=attempt >= tries))
+            base, tries = self.runner.values(variants.whole, seed), TRIES if variants is self.variants else 1
+            for attempt in range(2 * tries if all(map(math.isfinite, base.values())) else 0):
+                values = self.runner.values(variants.changed(name, row, steps, wild=attempt >= tries), seed)
                 if not all(abs(values[term] - loss) <= ROUNDING * abs(loss) for term, loss in base.items()):
                     return True
         except RAISED as error:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from collate.errors import LengthError
+from collate.structure import map_parts
 from collate.tracing import Buffers, WithoutDropout, gradients_of, leaves_of
 
 Step: TypeAlias = Callable[[Any], Tensor | Mapping[str, Tensor]]
@@ -23,6 +24,12 @@ Step: TypeAlias = Callable[[Any], Tensor | Mapping[str, Tensor]]
 RAISED = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError)
 # A term or its gradient that is smaller than this share of the largest one is rounding, not a measure.
 SMALL = 1e-3
+
+# What the backward pass says, and what to do about it.
+_NO_GRADIENTS = {
+    "incompatible with": "Pass use_reentrant=False to checkpoint: the check needs the gradients of single tensors",
+    "a second time": "The step must not call backward itself: return the loss before that",
+}
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,11 @@ class Runner:
 
     Attributes:
         base: what the step gives for the whole batch.
+        is_random: whether its loss depends on the seed.
     """
 
     base: Outcome
+    is_random: bool
 
     def __init__(self, step: Step, seed: int, buffers: Buffers) -> None:
         self.step, self.seed, self.buffers = step, seed, buffers
@@ -96,18 +105,17 @@ class Runner:
         try:
             self.base = self.run(batch)
         except RuntimeError as error:
-            if "checkpoint" not in str(error).lower():
+            ways_out = [way_out for words, way_out in _NO_GRADIENTS.items() if words in str(error)]
+            if not ways_out:
                 raise
-            raise LengthError(
-                f"gradients cannot be taken: {error}\nPass use_reentrant=False to checkpoint: the check needs the "
-                "gradients of single tensors"
-            ) from error
+            raise LengthError(f"gradients cannot be taken: {error}\n{ways_out[0]}") from error
+        self.is_random = self.values(batch, self.seed + 1) != {name: term.loss for name, term in self.base.items()}
 
     def losses(self, batch: Any, seed: int | None = None) -> dict[str, Tensor]:
         """The step's terms for a batch, with buffers and random numbers as at the beginning."""
         self.buffers.give_back()
         _seed(self.seed if seed is None else seed)
-        return _terms(self.step(batch))
+        return _terms(self.step(_fresh(batch)))
 
     def run(self, batch: Any) -> Outcome:
         """The step's losses and gradients for a batch."""
@@ -121,10 +129,6 @@ class Runner:
     def values(self, batch: Any, seed: int | None = None) -> dict[str, float]:
         """The step's losses alone."""
         return {name: float(loss.detach()) for name, loss in self.losses(batch, seed).items()}
-
-    def is_random(self, batch: Any) -> bool:
-        """Whether the loss depends on the seed."""
-        return self.values(batch, self.seed + 1) != {name: term.loss for name, term in self.base.items()}
 
     def drift(self, outcome: Outcome, other: Outcome | None = None) -> Drift:
         """Relative distance of a run from another one, or from that of the batch as it is.
@@ -146,10 +150,12 @@ class Runner:
         return max(drifts, key=lambda drift: drift.size)
 
 
-def combined(outcomes: Sequence[Term], shares: Sequence[float]) -> Term:
-    """The weighted sum of runs; one without weight is left out, since it may be nan."""
+def combined(outcomes: Sequence[Term], shares: Sequence[float], *, gradients: bool = True) -> Term:
+    """The weighted sum of runs, of their losses alone if so; one without weight is left out, since it may be nan."""
     used = [(share, outcome) for share, outcome in zip(shares, outcomes, strict=True) if share]
     loss = sum(share * outcome.loss for share, outcome in used)
+    if not gradients:
+        return Term(loss, [])
     columns = zip(*(outcome.gradients for _, outcome in used), strict=True)
     scales = [share for share, _ in used]
     return Term(loss, [sum((s * g for s, g in zip(scales, c, strict=True)), torch.zeros_like(c[0])) for c in columns])
@@ -173,6 +179,11 @@ def undisturbed(module: nn.Module | None) -> Iterator[Buffers]:
             buffers.give_back()
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002
+
+
+def _fresh(batch: Any) -> Any:
+    """The batch in containers of its own: steps pop their labels, and collate functions sort their samples in place."""
+    return map_parts(batch, _fresh)
 
 
 def _seed(seed: int) -> None:

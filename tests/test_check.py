@@ -357,3 +357,21 @@ def test_a_denominator_of_its_own_is_named(net, batch):
 
     [finding] = [each for each in check_step(thirds, batch).findings if each.probe == "company"]
     assert "a denominator of its own" in finding.likely[0]
+
+
+def test_a_step_may_take_its_labels_out_of_the_batch(net, batch):
+    def popping(b):
+        return tagged(net, {"x": b["x"], "y": b.pop("y")}, net.widen(b["x"].padded))
+
+    assert check_step(popping, batch).ok
+    assert set(batch) == {"x", "ids", "y", "label"}
+
+
+def test_a_step_that_calls_backward_is_told_so(net, batch):
+    def moving(b):
+        loss = RIGHT["packed tagger"](net, b)
+        loss.backward()
+        return loss
+
+    with pytest.raises(LengthError, match="must not call backward itself"):
+        check_step(moving, batch)
