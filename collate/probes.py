@@ -117,7 +117,7 @@ class Probes:
             rows = self.rows_to_try(name)
             # A field that is not read at all is none of our business, and a model of the first step alone, such as one
             # that reads a class token, means what it does.
-            if rows and not self.moves(self.variants, name, None, slice(None)):
+            if rows and not self.moves(self.variants, name, None, slice(None), tries=TRIES):
                 unread.append(name)
                 continue
             dead = self.dead(name, rows)
@@ -152,20 +152,25 @@ class Probes:
         return self.finding("dead step", what, 0.0, LAST_COLUMN if only_longest else None)
 
     def matters(self, name: str, row: int, step: int) -> bool:
-        """Whether another value at one step moves the loss, whatever the other steps hold."""
-        steps = slice(step, step + 1)
-        if self.moves(self.variants, name, row, steps):
+        """Whether another value at one step moves the loss."""
+        return self.counts(self.variants, name, row, slice(step, step + 1))
+
+    def counts(self, variants: Variants, name: str, row: int, steps: slice) -> bool:
+        """Whether other values at these steps move the loss, whatever the other steps hold and is drawn at random."""
+        if self.moves(variants, name, row, steps, tries=TRIES):
             return True
         for attempt in range(REDRAWN_AT_RANDOM if self.runner.is_random else REDRAWN):
-            redrawn = self.variants.of(self.variants.changed(name, None, slice(None), wild=False))
+            redrawn = variants.of(variants.changed(name, None, slice(None), wild=False))
             if self.moves(redrawn, name, row, steps, seed=self.runner.seed + attempt):
                 return True
         return False
 
-    def moves(self, variants: Variants, name: str, row: int | None, steps: slice, seed: int | None = None) -> bool:
+    def moves(
+        self, variants: Variants, name: str, row: int | None, steps: slice, *, tries: int = 1, seed: int | None = None
+    ) -> bool:
         """Whether other values at these steps move the loss; so they do where they make the step raise."""
         try:
-            base, tries = self.runner.values(variants.whole, seed), TRIES if variants is self.variants else 1
+            base = self.runner.values(variants.whole, seed)
             for attempt in range(2 * tries if all(map(math.isfinite, base.values())) else 0):
                 values = self.runner.values(variants.changed(name, row, steps, wild=attempt >= tries), seed)
                 if not all(abs(values[term] - loss) <= ROUNDING * abs(loss) for term, loss in base.items()):
@@ -193,7 +198,7 @@ class Probes:
                 else f"dead step: rows of one step of {name} never count: right where targets are shifted by one"
             )
             return True
-        if self.is_stride(name, dead):
+        if self.is_stride(name, rows, dead):
             self.skipped.append(
                 f"dead step: the last steps of {name} count in some rows only, by their length: right where a "
                 "convolution or a pooling with a stride leaves a rest over"
@@ -223,27 +228,30 @@ class Probes:
                 return other
         return None
 
-    def is_stride(self, name: str, dead: Sequence[int]) -> bool:
+    def is_stride(self, name: str, rows: Sequence[int], dead: Sequence[int]) -> bool:
         """Whether rows end in a rest that a stride leaves over, which is tried on rows that are cut.
 
         A row without its rest is the same to the step, and one step less leaves another rest. Lengths that are too
-        small by one fail the first, rows that are cut to a width the second.
+        small by one fail the first, rows that are cut to a width the second. Random numbers are others for rows that
+        are cut; the rests must then differ from row to row.
         """
         lengths = self.variants.lengths[name]
         row = max(dead, key=lengths.__getitem__)
         rest = self.rest(name, row)
-        if rest + 2 > lengths[row]:
+        last = lengths[row] - rest - 2
+        if last < 0:
             return False
-        whole = self.runner.values(self.variants.whole)
         try:
-            values = self.runner.values(self.variants.cut(name, row, rest).whole)
             fewer = self.variants.cut(name, row, rest + 1)
-            last = lengths[row] - rest - 2
-            is_left_over = not self.moves(fewer, name, row, slice(last, last + 1))
+            if self.counts(fewer, name, row, slice(last, last + 1)):
+                return False
+            if self.runner.is_random:
+                return len({self.rest(name, other) if other in dead else 0 for other in rows}) > 1
+            values = self.runner.values(self.variants.cut(name, row, rest).whole)
         except RAISED:
             return False
-        same = all(abs(values[term] - loss) <= self.tolerance * abs(loss) for term, loss in whole.items())
-        return same and is_left_over
+        base = {term: outcome.loss for term, outcome in self.runner.base.items()}
+        return all(abs(values[term] - loss) <= self.tolerance * abs(loss) for term, loss in base.items())
 
     def rest(self, name: str, row: int) -> int:
         """How many steps at the end of a row do not count, found by halving."""
@@ -251,7 +259,7 @@ class Probes:
         dead, alive = 1, length
         while alive - dead > 1:
             middle = (dead + alive) // 2
-            if self.moves(self.variants, name, row, slice(length - middle, length)):
+            if self.counts(self.variants, name, row, slice(length - middle, length)):
                 alive = middle
             else:
                 dead = middle

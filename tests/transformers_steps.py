@@ -56,7 +56,7 @@ def written(values):
     return PadCollator({"ids": 0, **fields})(samples)
 
 
-def spoken(lengths=(90, 66, 50, 42)):
+def spoken(lengths=(90, 67, 50, 45)):
     draw = torch.Generator().manual_seed(0)
     samples = [
         {"wave": torch.randn(length, generator=draw), "text": torch.randint(3, VOCAB, (length // 20,), generator=draw)}
