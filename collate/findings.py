@@ -12,12 +12,14 @@ LIKELY = {
         "a loss or mean that is not masked, or masked after it was reduced",
         "a length that is too large (padding run through the network as if it were real)",
         "a backward direction, a convolution, attention or a normalisation that reads padding",
-        f"a final state taken at the padded end instead of each row's last step, or {LAST_COLUMN}",
+        "a final state taken at the padded end instead of each row's last step",
+        LAST_COLUMN,
         "a mask of the wrong polarity, or added where it should select",
     ),
     "width": (
         "a mean over the padded width, or over all B x T steps",
-        f"a final state taken at the padded end instead of each row's last step, or {LAST_COLUMN}",
+        "a final state taken at the padded end instead of each row's last step",
+        LAST_COLUMN,
         "an output trimmed to the longest row next to a mask or target that is not",
     ),
     "order": (
