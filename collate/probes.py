@@ -79,23 +79,21 @@ class Probes:
             return None
         what = (
             f"{self.variants.kind}s one at a time make up another {f'term {name!r}' if name else 'loss'} or gradient, "
-            f"as a sum or as any mean, off by {drifts[name]:.2%}"
+            f"as a sum or as any mean{f', off by {drifts[name]:.2%}' if math.isfinite(drifts[name]) else ''}"
         )
+        if strange := [row for row, outcome in zip(full, alone, strict=True) if not outcome[name].is_finite]:
+            what += f"; {self.variants.kind} {strange[0]} alone gives {alone[full.index(strange[0])][name].loss:.6g}"
         own_count = self.fits_other_shares([outcome[name] for outcome in alone], self.runner.base[name])
         return self.finding("company", what, drifts[name], OWN_COUNT if own_count else None)
 
     def apart(self, name: str, alone: Sequence[Outcome], shares: Sequence[Sequence[float]]) -> float:
         """How far a term of the batch is from the weighted sums of the rows' terms, at least."""
-        terms, whole = [outcome[name] for outcome in alone if name in outcome], {name: self.runner.base[name]}
-        if len(terms) < len(alone):
-            return math.inf
+        terms, whole = [outcome[name] for outcome in alone], {name: self.runner.base[name]}
         # Losses alone tell which weights it can be; gradients are many.
         losses = [{name: Term(combined(terms, share, gradients=False).loss, whole[name].gradients)} for share in shares]
         apart = [self.runner.drift(loss, whole).size for loss in losses]
         able = [place for place, size in enumerate(apart) if size <= max(self.tolerance, min(apart))]
-        return min(
-            (self.runner.drift({name: combined(terms, shares[at])}, whole).size for at in able), default=math.inf
-        )
+        return min(self.runner.drift({name: combined(terms, shares[at])}, whole).size for at in able)
 
     def fits_other_shares(self, alone: Sequence[Term], whole: Term) -> bool:
         """Whether any other weights of the rows make up the batch: then no row knows another."""

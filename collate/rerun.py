@@ -72,7 +72,8 @@ class Drift:
     term: str
 
     def __str__(self) -> str:
-        return f"the {f'term {self.term!r}' if self.term else 'loss'} or its gradients by {self.size:.2%}"
+        what = f"the {f'term {self.term!r}' if self.term else 'loss'} or its gradients"
+        return f"{what} by {self.size:.2%}" if math.isfinite(self.size) else f"{what} to what is not a number"
 
 
 class Runner:
@@ -89,6 +90,7 @@ class Runner:
     def __init__(self, step: Step, seed: int, buffers: Buffers) -> None:
         self.step, self.seed, self.buffers = step, seed, buffers
         self.leaves: list[Tensor] = []
+        self.names: list[str] = []
 
     def begin(self, batch: Any, inputs: Sequence[Tensor] = ()) -> None:
         """Learn what the step depends on, its inputs left out, and what it gives for the batch.
@@ -112,10 +114,18 @@ class Runner:
         self.is_random = self.values(batch, self.seed + 1) != {name: term.loss for name, term in self.base.items()}
 
     def losses(self, batch: Any, seed: int | None = None) -> dict[str, Tensor]:
-        """The step's terms for a batch, with buffers and random numbers as at the beginning."""
+        """The step's terms for a batch, with buffers and random numbers as at the beginning.
+
+        Raises:
+            LengthError: The step gives other terms than for the batch as it is.
+        """
         self.buffers.give_back()
         _seed(self.seed if seed is None else seed)
-        return _terms(self.step(_fresh(batch)))
+        terms = _terms(self.step(_fresh(batch)))
+        self.names = self.names or list(terms)
+        if list(terms) != self.names:
+            raise LengthError(f"a step must always give the same terms, got {list(terms)} instead of {self.names}")
+        return terms
 
     def run(self, batch: Any) -> Outcome:
         """The step's losses and gradients for a batch."""
@@ -131,14 +141,8 @@ class Runner:
         return {name: float(loss.detach()) for name, loss in self.losses(batch, seed).items()}
 
     def drift(self, outcome: Outcome, other: Outcome | None = None) -> Drift:
-        """Relative distance of a run from another one, or from that of the batch as it is.
-
-        Raises:
-            LengthError: The step gave other terms.
-        """
+        """Relative distance of a run from another one, or from that of the batch as it is."""
         base = self.base if other is None else other
-        if base.keys() != outcome.keys():
-            raise LengthError(f"the step gave the terms {list(base)} for one batch and {list(outcome)} for another")
         losses = max(abs(term.loss) for term in base.values())
         sizes = max(term.size for term in base.values())
         drifts = []

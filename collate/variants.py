@@ -237,11 +237,13 @@ def drawn(real: Tensor, present: Tensor, generator: torch.Generator, *, wild: bo
 
 
 def counts_of(batch: Any) -> list[float]:
-    """Whatever a mean over a batch of one row may divide by: steps, steps less one, targets, weights."""
+    """Whatever a mean over a batch of one row may divide by: steps, one less, pairs of steps, targets, weights."""
     counts: list[float] = []
     for _, part in parts_of(batch):
         if isinstance(part, LengthTrackedBatch):
-            counts += [float(part.num_tokens), float(part.num_tokens - 1), *_weights(part.flat())]
+            # The square is that of scores between all pairs of steps.
+            counts += [float(part.num_tokens), float(part.num_tokens - 1), float(part.num_tokens**2)]
+            counts += _weights(part.flat())
         elif isinstance(part, Tensor) and part.dim() and len(part) == 1:
             counts += [float(part.numel()), float(part.numel() - 1), *_weights(part[0] if part.dim() > 1 else part)]
             counts += [float(part)] if part.dim() == 1 and not part.is_complex() else []
