@@ -1,11 +1,14 @@
-"""What a step of somebody else's does in torch: the leaves it is differentiated by, and its dropout, switched off."""
+"""What a step of somebody else's does in torch: its leaves and gradients, its dropout, its modules' buffers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 _DROPOUTS = {
@@ -48,10 +51,43 @@ class WithoutDropout(TorchFunctionMode):
         return func(*args, **named)
 
 
-def leaves_of(result: Tensor) -> list[Tensor]:
-    """The leaves that a result's graph ends in, each once, in the order in which they are found."""
+class Buffers:
+    """The buffers of modules, and what they held when each module was first seen."""
+
+    def __init__(self) -> None:
+        self._seen: set[nn.Module] = set()
+        self._kept: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+
+    def keep(self, module: nn.Module) -> None:
+        """Remember the buffers of one module, not those of its parts."""
+        if module in self._seen:
+            return
+        self._seen.add(module)
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if not nn.parameter.is_lazy(buffer):
+                self._kept.append((module, name, buffer, buffer.clone()))
+
+    @contextmanager
+    def of_all_that_run(self) -> Iterator[None]:
+        """Within it every module is kept right before its first forward pass."""
+        hook = register_module_forward_pre_hook(lambda module, _: self.keep(module))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def give_back(self) -> None:
+        """Let the modules hold the same buffers with the same values as when they were kept."""
+        for module, name, buffer, value in self._kept:
+            setattr(module, name, buffer)
+            buffer.data.copy_(value)
+
+
+def leaves_of(results: Sequence[Tensor]) -> list[Tensor]:
+    """The leaves that the results' graphs end in, each once, in the order in which they are found."""
     leaves: dict[int, Tensor] = {}
-    nodes, seen = [result.grad_fn], set()
+    nodes, seen = [result.grad_fn for result in results], set()
+    leaves |= {id(result): result for result in results if result.requires_grad and result.grad_fn is None}
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
@@ -62,3 +98,26 @@ def leaves_of(result: Tensor) -> list[Tensor]:
             leaves[id(leaf)] = leaf
         nodes += [parent for parent, _ in node.next_functions]
     return list(leaves.values())
+
+
+def gradients_of(loss: Tensor, leaves: Sequence[Tensor], *, keep_graph: bool) -> list[Tensor]:
+    """A scalar's gradient for each leaf, dense; zeros where the scalar does not depend on it.
+
+    The engine is called itself: `autograd.grad` and `backward` suspend every `TorchFunctionMode`, so that whatever is
+    computed again in the backward pass, as by checkpointing, would drop again.
+    """
+    if not leaves or not loss.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    create_graph, allow_unreachable = False, True
+    seeds, inputs = (torch.ones_like(loss),), tuple(leaves)
+    found = _engine_run_backward(
+        (loss,), seeds, keep_graph, create_graph, inputs, allow_unreachable, accumulate_grad=False
+    )
+    return [_dense(leaf, gradient) for leaf, gradient in zip(leaves, found, strict=True)]
+
+
+def _dense(leaf: Tensor, gradient: Tensor | None) -> Tensor:
+    if gradient is None:
+        return torch.zeros_like(leaf)
+    # nn.Embedding(sparse=True) gives sparse gradients, which cannot be compared entry by entry.
+    return gradient.detach() if gradient.layout == torch.strided else gradient.detach().to_dense()

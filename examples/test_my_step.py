@@ -30,23 +30,28 @@ class Tagger(nn.Module):
         return nn.functional.cross_entropy(self.head(hidden).transpose(1, 2), batch["tags"].padded.clamp(min=0))
 
 
+collate = PadCollator({"tokens": 0, "tags": -100})
+
+
 @pytest.fixture
-def batch() -> dict:
-    """Rows of different lengths, none of them empty, as the loader collates them."""
+def samples() -> list[dict]:
+    """Samples of different lengths, none of them empty and none of them sorted."""
     torch.manual_seed(0)
-    lengths = (9, 6, 4, 2)
-    samples = [{"tokens": torch.randint(1, 20, (n,)), "tags": torch.randint(0, 5, (n,))} for n in lengths]
-    return PadCollator({"tokens": 0, "tags": -100})(samples)
+    lengths = (4, 9, 2, 6)
+    return [{"tokens": torch.randint(1, 20, (n,)), "tags": torch.randint(0, 5, (n,))} for n in lengths]
 
 
-def test_the_training_step_respects_the_lengths(batch):
+def test_the_training_step_respects_the_lengths(samples):
     """The first test to write for a step."""
-    model = Tagger()
-    check_step(model.loss, batch, module=model).raise_if_broken()
+    check_step(Tagger().loss, collate(samples)).raise_if_broken()
 
 
-def test_a_step_that_counts_padding_is_found(batch):
+def test_the_collate_function_respects_them_too(samples):
+    """The same with what makes the batch: the second test to write, if that is a function of your own."""
+    check_step(Tagger().loss, samples=samples, collate=collate).raise_if_broken()
+
+
+def test_a_step_that_counts_padding_is_found(samples):
     """The test can fail: a wrong variant of the step is named."""
-    model = Tagger()
     with pytest.raises(LengthError, match="a loss or mean that is not masked"):
-        check_step(model.wrong_loss, batch, module=model).raise_if_broken()
+        check_step(Tagger().wrong_loss, collate(samples)).raise_if_broken()

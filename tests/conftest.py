@@ -1,10 +1,21 @@
-"""Hypothesis profiles: `dev` for the desk, `ci` for a derandomised, longer run (HYPOTHESIS_PROFILE=ci)."""
+"""Hypothesis profiles: `dev` for the desk, `ci` for a derandomised, longer run (HYPOTHESIS_PROFILE=ci); one thread."""
 
 import os
 
+import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("dev", max_examples=50, deadline=None, suppress_health_check=SLOW)
 settings.register_profile("ci", max_examples=300, deadline=None, derandomize=True, suppress_health_check=SLOW)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture
+def one_thread():
+    """Torch on one thread: tiny models spend more time on waking the others than on their numbers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

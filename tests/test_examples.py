@@ -56,7 +56,7 @@ def test_the_tests_of_a_step_run_as_a_user_runs_them_and_their_page_shows_them()
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(EXAMPLES / "test_my_step.py")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 passed" in done.stdout
+    assert "3 passed" in done.stdout
     page = (ROOT / "docs" / "check-step.md").read_text()
     assert f"```python\n{(EXAMPLES / 'test_my_step.py').read_text()}```\n" in page
 

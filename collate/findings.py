@@ -1,0 +1,128 @@
+"""What a check of a training step says: findings, the mistakes that look like them, and the whole report."""
+
+from dataclasses import dataclass
+
+from collate.errors import LengthError
+
+LAST_COLUMN = "the last column taken for each row's last step, as in output[:, -1]"
+OWN_COUNT = "a denominator of its own, neither rows nor steps: check the sum, or put the count in the batch as a field"
+
+LIKELY = {
+    "padding": (
+        "a loss or mean that is not masked, or masked after it was reduced",
+        "a length that is too large (padding run through the network as if it were real)",
+        "a backward direction, a convolution, attention or a normalisation that reads padding",
+        "a final state taken at the padded end instead of each row's last step",
+        LAST_COLUMN,
+        "a mask of the wrong polarity, or added where it should select",
+    ),
+    "width": (
+        "a mean over the padded width, or over all B x T steps",
+        "a final state taken at the padded end instead of each row's last step",
+        LAST_COLUMN,
+        "an output trimmed to the longest row next to a mask or target that is not",
+    ),
+    "order": (
+        "rows sorted for packing and never put back, or put back by the wrong permutation",
+        "targets that do not follow the order of the packed steps",
+        "a recurrent module without batch_first, so that state flows from row to row",
+        "a mean of means over groups of rows",
+    ),
+    "company": (
+        "a recurrent module without batch_first, so that state flows from row to row",
+        "a normalisation over the batch",
+        "a mean of means over groups of rows, or a denominator that is not the number of real steps or rows",
+        "two terms with different means in one loss: return them as a mapping, each is then checked alone",
+        "an ignore_index that is a real class",
+        "a squeeze() that also removes the axis of the rows",
+    ),
+    "dead step": (
+        "a length that is too small (the last steps are never read)",
+        "a row or a step that was dropped or trimmed away",
+        "a mask of the wrong polarity, or guessed from values that can be real",
+        LAST_COLUMN,
+    ),
+    "repeat": (
+        "a state, a cache or a counter carried from call to call: begin with a fresh one inside of the step",
+        "random numbers from a generator of its own: make it from a fixed seed inside of the step",
+        "buffers of a module that is used but never called: pass it as module=",
+        "an optimizer that moves inside of the step",
+    ),
+    "finite": (
+        "a row or a step whose attention scores are all masked, so that softmax divides zero by zero",
+        "a mean over no step: an empty row, or a row whose targets are all ignored",
+        "a log, a square root or a division in the padding that is masked only afterwards: gradients stay nan",
+    ),
+}
+
+# Where rows are made by a collate function, it may be to blame as well.
+COLLATED = {
+    "order": (
+        "a collate function that sorts one field and not the others (x, but not y or the lengths)",
+        "lengths taken before the rows are sorted",
+    ),
+    "company": (
+        "a collate function that sorts one field and not the others (x, but not y or the lengths)",
+        "lengths of another order, of another field, or too large: padding is read as if it were real",
+        "padding that is not masked in the step, or marked by a value that is a real class",
+    ),
+    "dead step": (
+        "a collate function that cuts rows: to a fixed width, to the shortest row, or by one step",
+        "lengths of another order, of another field, or too small",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One way in which a step does not respect the lengths.
+
+    Attributes:
+        probe: what was tried: `"padding"`, `"width"`, `"order"`, `"company"` or `"dead step"`; `"repeat"` for a step
+            that is not the same twice, `"finite"` for a loss or gradients that are nan or infinite.
+        what: what happened, with term, field, row and step where they are known.
+        drift: relative change of the loss, or of the gradients if that is greater; 0 for a dead step.
+        likely: mistakes that look like this, the likeliest first.
+    """
+
+    probe: str
+    what: str
+    drift: float
+    likely: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.probe}: {self.what}", *(f"    perhaps {mistake}" for mistake in self.likely)])
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What `check_step` found.
+
+    Attributes:
+        loss: of the batch as it was given; of several terms the sum.
+        findings: laws that are broken; none for a step that respects the lengths.
+        skipped: probes that could not be made, and why; what was seen and is right under a condition.
+    """
+
+    loss: float
+    findings: tuple[Finding, ...]
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings
+
+    def raise_if_broken(self) -> None:
+        """Fail where something was found, as in a test.
+
+        Raises:
+            LengthError: With the whole report as its text.
+        """
+        if self.findings:
+            raise LengthError(str(self))
+
+    def __str__(self) -> str:
+        head = "the step respects the lengths" if self.ok else f"the step breaks {len(self.findings)} law(s) of lengths"
+        skipped = [f"not tried: {reason}" for reason in self.skipped]
+        return "\n".join([f"{head} (loss {self.loss:.6g})", *map(str, self.findings), *skipped])

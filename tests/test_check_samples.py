@@ -1,0 +1,332 @@
+"""check_step with samples and a collate function of the user's own: mistakes inside of it are found and named."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence, pad_sequence
+
+from collate import LengthError, LengthTrackedBatch, PadCollator, apply_rnn, check_step, sequence_loss
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CLASSES = 4
+
+
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gru, self.head, self.wide = nn.GRU(6, 8, batch_first=True), nn.Linear(8, CLASSES), nn.Linear(6, CLASSES)
+
+    def tags(self, batch):
+        x = batch["x"]
+        packed = pack_padded_sequence(x, batch["lengths"], batch_first=True, enforce_sorted=False)
+        hidden, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=x.shape[1])
+        return F.cross_entropy(self.head(hidden).transpose(1, 2), batch["y"], ignore_index=-100)
+
+    def label(self, batch):
+        packed = pack_padded_sequence(batch["x"], batch["lengths"], batch_first=True, enforce_sorted=False)
+        return F.cross_entropy(self.gru(packed)[1][-1], batch["label"])
+
+    def mean(self, batch):
+        hidden = self.wide(batch["x"])
+        means = (hidden * batch["mask"][..., None]).sum(1) / batch["mask"].sum(1, keepdim=True)
+        return F.cross_entropy(means, batch["label"])
+
+
+def samples_of(lengths=(3, 7, 2, 5)):
+    draw = torch.Generator().manual_seed(0)
+    return [
+        {
+            "x": torch.randn(n, 6, generator=draw),
+            "y": torch.randint(CLASSES, (n,), generator=draw),
+            "label": (place + 1) % CLASSES,
+        }
+        for place, n in enumerate(lengths)
+    ]
+
+
+def padded(samples, *, x=None, y=None, label=None, lengths=None, value=-100):
+    """What a collate function gives, each part made of its own list of samples."""
+    rows = [sample["x"] for sample in x or samples]
+    counts = torch.tensor([len(sample["x"]) for sample in lengths or samples])
+    block = pad_sequence(rows, batch_first=True)
+    return {
+        "x": block,
+        "y": pad_sequence([sample["y"] for sample in y or samples], batch_first=True, padding_value=value),
+        "label": torch.tensor([sample["label"] for sample in label or samples]),
+        "lengths": counts,
+        "mask": torch.arange(block.shape[1]) < counts[:, None],
+    }
+
+
+def longest_first(samples):
+    return sorted(samples, key=lambda sample: -len(sample["x"]))
+
+
+def as_tuples(samples):
+    return [(sample["x"].numpy(), sample["y"].tolist()) for sample in samples]
+
+
+def of_tuples(samples):
+    return padded([{"x": torch.as_tensor(x), "y": torch.tensor(y), "label": 0} for x, y in samples])
+
+
+def framed(samples):
+    """A first and a last step of its own around each row, as tokens for beginning and end are."""
+    edge = [{"x": torch.ones(1, 6), "y": torch.zeros(1, dtype=torch.int64)}]
+    return padded(
+        [
+            {name: torch.cat([edge[0][name], sample[name], edge[0][name]]) for name in ("x", "y")}
+            | {"label": sample["label"]}
+            for sample in samples
+        ]
+    )
+
+
+RIGHT = {
+    "given order": (padded, Tagger.tags),
+    "sorted, all of it": (lambda s: padded(longest_first(s)), Tagger.tags),
+    "sorted, a label per row": (lambda s: padded(longest_first(s)), Tagger.label),
+    "a mask": (padded, Tagger.mean),
+    "edges": (framed, Tagger.tags),
+    "packed at once": (
+        lambda s: {
+            "x": pack_sequence([sample["x"] for sample in s], enforce_sorted=False),
+            "label": torch.tensor([sample["label"] for sample in s]),
+        },
+        lambda m, b: F.cross_entropy(m.gru(b["x"])[1][-1], b["label"]),
+    ),
+    "time first": (
+        lambda s: padded(s) | {"x": pad_sequence([sample["x"] for sample in s])},
+        lambda m, b: F.cross_entropy(
+            m.gru(pack_padded_sequence(b["x"], b["lengths"], enforce_sorted=False))[1][-1], b["label"]
+        ),
+    ),
+    "PadCollator": (
+        PadCollator({"x": 0, "y": -100}),
+        lambda m, b: sequence_loss(
+            nn.CrossEntropyLoss(reduction="none"), apply_rnn(m.gru, b["x"])[0].map(m.head), b["y"]
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize("lengths", [(3, 7, 2, 5), (7, 5, 3, 2), (4, 2)])
+def test_no_right_collate_function_is_accused(name, lengths):
+    collate, step = RIGHT[name]
+    model = Tagger()
+    report = check_step(lambda b: step(model, b), samples=samples_of(lengths), collate=collate)
+    assert report.ok, report
+
+
+def test_samples_of_arrays_lists_and_tuples_are_taken():
+    report = check_step(Tagger().tags, samples=as_tuples(samples_of()), collate=of_tuples)
+    assert report.ok, report
+
+
+def cut_to(width):
+    def cut(samples):
+        longest = min(map(len, (sample["x"] for sample in samples))) if width is None else width
+        return padded([sample | {n: sample[n][:longest] for n in ("x", "y")} for sample in samples])
+
+    return cut
+
+
+def changed(**parts):
+    """The right batch with some parts computed from it."""
+    return lambda samples: (lambda batch: batch | {name: change(batch) for name, change in parts.items()})(
+        padded(samples)
+    )
+
+
+def dropped_when_short(samples):
+    return padded([sample for sample in samples if len(sample["x"]) > 2] or samples)
+
+
+MISTAKES = {
+    "x sorted, y not": (
+        lambda s: padded(longest_first(s), y=s),
+        Tagger.tags,
+        r"puts the samples' x in rows \[2, 0, 3, 1\], but their y in rows \[0, 1, 2, 3\]",
+    ),
+    "x sorted, labels not": (
+        lambda s: padded(longest_first(s), label=s),
+        Tagger.label,
+        r"puts the samples' x in rows \[2, 0, 3, 1\], but their label in rows \[0, 1, 2, 3\]",
+    ),
+    "y sorted, x not": (lambda s: padded(s, y=longest_first(s)), Tagger.tags, "but their y in rows"),
+    "x and y sorted, lengths not": (
+        lambda s: padded(longest_first(s), lengths=s),
+        Tagger.tags,
+        r"lengths of the batch holds the lengths \[3, 7, 2, 5\], but the rows of x have \[7, 5, 3, 2\]",
+    ),
+    "lengths sorted, rows not": (
+        lambda s: padded(s, lengths=longest_first(s)),
+        Tagger.label,
+        "lengths of another order",
+    ),
+    "lengths of the block": (
+        changed(lengths=lambda b: torch.full_like(b["lengths"], b["x"].shape[1])),
+        Tagger.label,
+        "padding is read as if it were real",
+    ),
+    "lengths one too small": (
+        changed(lengths=lambda b: (b["lengths"] - 1).clamp(min=1)),
+        Tagger.label,
+        "lengths .* too small",
+    ),
+    "lengths one too large": (
+        changed(lengths=lambda b: (b["lengths"] + 1).clamp(max=b["x"].shape[1])),
+        Tagger.label,
+        "lengths .* too large",
+    ),
+    "cut to the shortest row": (cut_to(None), Tagger.tags, "of x out of the batch"),
+    "cut to a width": (cut_to(4), Tagger.tags, "leaves step 6 of sample 1 of x out of the batch"),
+    "the last step cut": (
+        lambda s: padded([sample | {n: sample[n][: max(1, len(sample[n]) - 1)] for n in ("x", "y")} for sample in s]),
+        Tagger.tags,
+        "of x out of the batch",
+    ),
+    "mask of the wrong polarity": (
+        changed(mask=lambda b: (torch.arange(b["x"].shape[1]) >= b["lengths"][:, None]) + 1e-3),
+        Tagger.mean,
+        "company|dead step",
+    ),
+    "mask of everything": (changed(mask=lambda b: torch.ones_like(b["mask"])), Tagger.mean, "padding"),
+    "mask of other rows": (changed(mask=lambda b: b["mask"].flip(0)), Tagger.mean, "lengths of another order"),
+    "padding is a class": (lambda s: padded(s, value=0), Tagger.tags, "marked by a value that is a real class"),
+    "short samples left out": (dropped_when_short, Tagger.tags, "sample 2 of x"),
+    "the first sample twice": (lambda s: padded([s[0], *s[:-1]]), Tagger.tags, "sample 3 of x"),
+    "padding on the left": (
+        changed(
+            x=lambda b: torch.stack(
+                [row.roll(b["x"].shape[1] - n, 0) for row, n in zip(b["x"], b["lengths"].tolist(), strict=True)]
+            )
+        ),
+        Tagger.label,
+        "dead step|company",
+    ),
+    "a step that forgets the mask": (
+        padded,
+        lambda m, b: F.cross_entropy(m.wide(b["x"]).mean(1), b["label"]),
+        "company",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_a_collate_function_is_found_and_named(name):
+    collate, step, message = MISTAKES[name]
+    model = Tagger()
+    report = check_step(lambda b: step(model, b), samples=samples_of(), collate=collate)
+    with pytest.raises(LengthError, match=message):
+        report.raise_if_broken()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_field_that_is_not_sorted_is_found_for_every_seed(seed):
+    for rows in ((7, 5, 3, 2), (4, 6, 5)):
+        samples = samples_of(rows)
+        report = check_step(Tagger().tags, samples=samples, collate=lambda s: padded(longest_first(s), y=s), seed=seed)
+        assert "order" in {finding.probe for finding in report.findings}, report
+
+
+def test_a_step_that_is_wrong_is_found_behind_a_right_collate_function():
+    model = Tagger()
+
+    def step(batch):
+        return F.cross_entropy(model.gru(batch["x"].padded)[1][-1], batch["label"])
+
+    report = check_step(step, samples=samples_of(), collate=PadCollator({"x": 0, "y": -100}))
+    assert {"padding", "width"} <= {finding.probe for finding in report.findings}
+
+
+def test_a_wrong_order_is_found_in_batches_that_know_their_lengths():
+    def collate(samples):
+        batch = PadCollator({"x": 0, "y": -100})(samples)
+        return batch | {"label": batch["x"].unsort(batch["label"])}
+
+    model = Tagger()
+    report = check_step(
+        lambda b: F.cross_entropy(apply_rnn(model.gru, b["x"])[1][-1], b["label"]),
+        samples=samples_of(),
+        collate=collate,
+    )
+    assert "but their label in rows" in str(report)
+
+
+def test_a_collate_function_that_crops_at_random_is_left_in_peace():
+    def crop(samples):
+        starts = [random.randrange(len(sample["x"])) for sample in samples]
+        cropped = [s | {n: s[n][at:] for n in ("x", "y")} for s, at in zip(samples, starts, strict=True)]
+        return padded(cropped)
+
+    random.seed(1)
+    state = random.getstate()
+    report = check_step(Tagger().tags, samples=samples_of(), collate=crop)
+    assert report.ok
+    assert "draws random numbers" in str(report)
+    assert random.getstate() == state
+
+
+def test_the_samples_are_not_written_to():
+    samples = samples_of()
+    before = [{name: np.asarray(value).copy() for name, value in sample.items()} for sample in samples]
+    check_step(Tagger().tags, samples=samples, collate=padded)
+    for sample, kept in zip(samples, before, strict=True):
+        assert all(np.array_equal(np.asarray(sample[name]), value) for name, value in kept.items())
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({}, TypeError, "give a batch, or samples= and collate="),
+        ({"samples": samples_of()}, TypeError, "samples and collate go together"),
+        ({"batch": 1, "samples": samples_of(), "collate": padded}, TypeError, "and not both"),
+        ({"samples": samples_of((3, 3)), "collate": padded}, LengthError, "two or more of different lengths"),
+        ({"samples": samples_of((3,)), "collate": padded}, LengthError, "two or more of different lengths"),
+    ],
+)
+def test_what_cannot_be_checked_is_refused(given, error, message):
+    with pytest.raises(error, match=message):
+        check_step(Tagger().tags, **given)
+
+
+def test_a_padded_batch_without_lengths_leads_to_samples_and_collate():
+    with pytest.raises(LengthError, match="pass samples= and collate="):
+        check_step(Tagger().tags, padded(samples_of()))
+
+
+def test_a_tracked_batch_is_what_a_field_becomes_too():
+    def collate(samples):
+        return {"x": LengthTrackedBatch.from_sequences([sample["x"] for sample in samples], order="given")}
+
+    model = Tagger()
+    assert check_step(lambda b: model.wide(b["x"].flat()).square().sum(), samples=samples_of(), collate=collate).ok
+
+
+def spelled(texts):
+    """Characters as numbers, made of texts inside of the collate function, which sorts its list in place."""
+    texts.sort(key=len, reverse=True)
+    x = pad_sequence([torch.tensor([ord(c) % 7 for c in text]) for text in texts], batch_first=True)
+    return {"x": F.one_hot(x, 7)[..., :6].float(), "lengths": torch.tensor([len(text) for text in texts])}
+
+
+def test_texts_are_checked_as_far_as_they_can_be():
+    model, texts = Tagger(), ["tapir", "ox", "lemur", "elephant"]
+
+    def step(batch):
+        packed = pack_padded_sequence(batch["x"], batch["lengths"], batch_first=True)
+        return model.gru(packed)[1][-1].square().sum()
+
+    report = check_step(step, samples=texts, collate=spelled)
+    assert report.ok, report
+    assert "they have no field that is a tensor" in str(report)
+    assert texts == ["tapir", "ox", "lemur", "elephant"]
+    wrong = check_step(lambda b: model.gru(b["x"])[0].mean(1).square().sum(), samples=texts, collate=spelled)
+    assert "company" in {finding.probe for finding in wrong.findings}
