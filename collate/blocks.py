@@ -7,7 +7,7 @@ backward direction is the same over steps that are reversed row by row.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-State: TypeAlias = Tensor | tuple[Tensor, ...]
+from collate.recurrent import State
 
 _KERNELS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "RNN_TANH": torch.rnn_tanh,
@@ -25,19 +25,26 @@ _KERNELS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 }
 
 
-def is_faster_in_blocks(rnn: nn.Module, packed: PackedSequence) -> bool:
-    """Whether blocks are the fastest exact way for this module, on this device, with or without gradients.
+# What autocast makes one dtype of; it leaves float64 as it is.
+_CAST = {torch.float32, torch.bfloat16}
+
+
+def is_faster_in_blocks(rnn: nn.RNNBase, packed: PackedSequence, hx: State | None) -> bool:
+    """Whether blocks are the fastest exact way for a plain module, on this device, with or without gradients.
 
     The CPU's packed kernels slice all steps once per step, and differentiating that is quadratic in T: blocks train
     1.7 to 3.1 times (GRU) and 3.2 to 12 times (LSTM) as fast (`benchmarks/rnn.py`). Without gradients only the LSTM
-    gains, through oneDNN. cuDNN takes packed batches well. A module with hooks, or of a class of the user's own, is
-    called as it is; so is one in float16 under autocast, which torch can join no blocks in.
+    gains, through oneDNN. cuDNN takes packed batches well. Mixed dtypes that torch cannot join blocks in, under
+    autocast, are left to the module.
     """
-    hooked = any(vars(rnn)[name] for name in ("_forward_hooks", "_forward_pre_hooks"))
-    if type(rnn) not in (nn.RNN, nn.GRU, nn.LSTM) or hooked or not packed.data.is_cpu:
+    if not packed.data.is_cpu or not (isinstance(rnn, nn.LSTM) or torch.is_grad_enabled()):
         return False
-    joins = packed.data.dtype != torch.float16 or not torch.is_autocast_enabled("cpu")
-    return joins and (isinstance(rnn, nn.LSTM) or torch.is_grad_enabled())
+    if not torch.is_autocast_enabled("cpu"):
+        return packed.data.is_floating_point()
+    states = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
+    weights = (weight for layer in rnn.all_weights for weight in layer)
+    dtypes = {tensor.dtype for tensor in (packed.data, *states, *weights)}
+    return dtypes <= _CAST or dtypes == {torch.float64}
 
 
 def run_blocks(rnn: nn.RNNBase, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
@@ -45,7 +52,7 @@ def run_blocks(rnn: nn.RNNBase, packed: PackedSequence, hx: State | None) -> tup
 
     Args:
         rnn: any number of layers and directions.
-        packed: data `[M, input_size]`.
+        packed: data `[M, input_size]`. It and `hx` fit the module, as `check_fit` finds out: the kernels check nothing.
         hx: `[layers * directions, B, H]`, for an LSTM a pair; None starts from zeros.
 
     Returns:
