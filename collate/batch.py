@@ -4,6 +4,7 @@ Axes, here and in the whole package: B rows, T steps, F feature axes, M real ste
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, fields
 from typing import Any, Self, cast, overload
 
@@ -25,6 +26,7 @@ from collate.agreement import (
     row_order,
 )
 from collate.errors import LengthError
+from collate.host import check_unwritten, host_lengths, keep_lengths
 from collate.packing import Layout, flat_places, gather_steps, scatter_steps
 from collate.padding import (
     Int64Array,
@@ -94,11 +96,14 @@ class LengthTrackedBatch:
     def __post_init__(self) -> None:
         rows, width = _block_shape(self.padded)
         if not torch.compiler.is_compiling():
-            object.__setattr__(self, "lengths", check_lengths(self.lengths, rows, width))
+            # What the caller keeps and writes to is not the batch's.
+            object.__setattr__(self, "lengths", _own(check_lengths(self.lengths, rows, width), self.lengths))
+            keep_lengths(self)
             if self.mask is not None:
                 check_mask(self.mask, self.lengths, self.padded)
             if self.permutation is not None:
-                object.__setattr__(self, "permutation", check_permutation(self.permutation, rows))
+                places = _own(check_permutation(self.permutation, rows), self.permutation)
+                object.__setattr__(self, "permutation", places)
             if self.padding_value is not None:
                 object.__setattr__(self, "padding_value", check_padding_value(self.padding_value, self.padded.dtype))
         if self.mask is None:
@@ -176,17 +181,24 @@ class LengthTrackedBatch:
         """Make a batch whose parts are known to agree, without reading them again; the parts as in the class."""
         if mask is None:
             mask = real_steps(lengths, padded.shape[1], padded.device)
-        if torch.compiler.is_compiling():
-            return cls(padded, lengths, mask, permutation, padding_value, first_step)
+        return cls.rebuilt((padded, lengths, mask, permutation), padding_value, first_step)
+
+    @classmethod
+    def rebuilt(cls, parts: Sequence[Any], padding_value: Number | None, first_step: int) -> Self:
+        """Make a batch of parts that nobody looks at, which may be anything: what a pytree is put together from.
+
+        Args:
+            parts: padded, lengths, mask and permutation.
+            padding_value: as in the class.
+            first_step: as in the class.
+        """
         batch = object.__new__(cls)
-        batch.__dict__.update(
-            padded=padded,
-            lengths=lengths,
-            mask=mask,
-            permutation=permutation,
-            padding_value=padding_value,
-            first_step=first_step,
-        )
+        for name, part in zip(("padded", "lengths", "mask", "permutation"), parts, strict=True):
+            object.__setattr__(batch, name, part)
+        object.__setattr__(batch, "padding_value", padding_value)
+        object.__setattr__(batch, "first_step", first_step)
+        if not torch.compiler.is_compiling():
+            keep_lengths(batch)
         return batch
 
     # --- what it holds
@@ -195,12 +207,16 @@ class LengthTrackedBatch:
         return self.padded.shape[0]
 
     def __repr__(self) -> str:
+        if not isinstance(self.padded, Tensor) or not isinstance(self.lengths, Tensor):
+            # A pytree of something else.
+            return f"LengthTrackedBatch({self.padded!r}, {self.lengths!r}, {self.mask!r}, {self.permutation!r})"
         lengths = self.lengths.tolist()
         shown = str(lengths) if len(lengths) <= 8 else f"[{', '.join(map(str, lengths[:6]))}, ... {lengths[-1]}]"
         dtype = str(self.padded.dtype).removeprefix("torch.")
+        padding = 1 - sum(lengths) / (self.padded.shape[0] * self.padded.shape[1])
         return (
             f"LengthTrackedBatch({list(self.padded.shape)} {dtype} on {self.device}, lengths={shown}, "
-            f"padding {self.padding_fraction:.1%})"
+            f"padding {padding:.1%})"
         )
 
     @property
@@ -211,7 +227,7 @@ class LengthTrackedBatch:
     @property
     def num_tokens(self) -> int:
         """Real steps of all rows, a host integer."""
-        return int(self.lengths.sum())
+        return int(host_lengths(self).sum())
 
     @property
     def padding_fraction(self) -> float:
@@ -220,7 +236,7 @@ class LengthTrackedBatch:
 
     def sequences(self) -> list[Tensor]:
         """The rows without their padding, in batch order: B views `[L_i, *F]`."""
-        return [row[:length] for row, length in zip(self.padded, self.lengths.tolist(), strict=True)]
+        return [row[:length] for row, length in zip(self.padded, host_lengths(self).tolist(), strict=True)]
 
     def flat(self) -> Tensor:
         """The real steps of all rows, row after row: `[M, *F]`; gradients flow back to those steps only."""
@@ -236,6 +252,7 @@ class LengthTrackedBatch:
             TypeError: Lengths or permutation are not integers, or the mask is not bool.
             ValueError: The permutation is none.
         """
+        host_lengths(self)
         check_lengths(self.lengths, len(self), self.padded.shape[1])
         check_permutation(self.permutation, len(self))
         check_mask(self.mask, self.lengths, self.padded)
@@ -289,7 +306,7 @@ class LengthTrackedBatch:
         Raises:
             LengthError: It was packed from other lengths or another order.
         """
-        if not self.lengths.numpy().any():
+        if not host_lengths(self).any():
             raise LengthError("a packed batch cannot come from rows that are all empty: these are not its lengths")
         padded = self._layout(packed.data.device).unpack(packed)
         return self._changed(padded=padded, padding_value=0)
@@ -355,6 +372,8 @@ class LengthTrackedBatch:
         value = values.pop() if len(values) == 1 else None
         width = max(b.padded.shape[1] for b in batches)
         padded = torch.cat([_widened(b.padded, width, 0 if value is None else value) for b in batches])
+        for batch in batches:
+            check_unwritten(batch)
         lengths = torch.cat([b.lengths for b in batches])
         places, first_step = _joined_places(batches), batches[0].first_step
         return cls.trusted(padded, lengths, None, places, padding_value=value, first_step=first_step)
@@ -419,6 +438,18 @@ class LengthTrackedBatch:
     def __reduce__(self) -> tuple[object, ...]:
         return reduce(self)
 
+    def __copy__(self) -> Self:
+        check_unwritten(self)
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        check_unwritten(self)
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__.update({name: deepcopy(part, memo) for name, part in self.__dict__.items()})
+        return copied
+
     # --- for attention and for trainers
 
     @property
@@ -433,7 +464,7 @@ class LengthTrackedBatch:
     def cu_seqlens(self) -> Tensor:
         """Bounds int32 `[B + 1]` on the block's device: where each row starts and ends in `flat()`."""
         ends = np.zeros(len(self) + 1, np.int32)
-        np.cumsum(self.lengths.numpy(), out=ends[1:])
+        np.cumsum(host_lengths(self), out=ends[1:])
         return to_device(torch.from_numpy(ends), self.device)
 
     @property
@@ -443,7 +474,7 @@ class LengthTrackedBatch:
 
     def nested(self) -> Tensor:
         """The rows as a jagged nested tensor `[B, j, *F]`; gradients flow."""
-        lengths = self.lengths.numpy()
+        lengths = host_lengths(self)
         offsets = self.cu_seqlens.to(torch.int64)
         return torch.nested.nested_tensor_from_jagged(
             self.flat(), offsets, min_seqlen=int(lengths.min()), max_seqlen=max(int(lengths.max()), 1)
@@ -458,6 +489,7 @@ class LengthTrackedBatch:
         Raises:
             ValueError: There is no such attribute.
         """
+        check_unwritten(self)
         known = ("padded", "lengths", "mask", "permutation", "key_padding_mask", "cu_seqlens", "position_ids")
         for key, attribute in names.items():
             if attribute not in known:
@@ -467,12 +499,11 @@ class LengthTrackedBatch:
     # --- shared by the methods above
 
     def _flat_places(self) -> Tensor:
-        return flat_places(cast(Int64Array, self.lengths.numpy()), self.padded.shape[1], self.device)
+        return flat_places(host_lengths(self), self.padded.shape[1], self.device)
 
     def _layout(self, device: torch.device) -> Layout:
         refuse_capture(device)
-        rows, width = self.padded.shape[:2]
-        lengths = cast(Int64Array, check_lengths(self.lengths, rows, width).numpy())
+        lengths, width = host_lengths(self), self.padded.shape[1]
         known: Layout | None = self.__dict__.get("_known_layout")
         if known is None or not known.is_of(lengths, device):
             # What packs is mostly unpacked too; a frozen dataclass is written to through its dictionary.
@@ -481,6 +512,7 @@ class LengthTrackedBatch:
 
     def _changed(self, **parts: Any) -> Self:
         """The batch with some parts replaced, unread; the mask is made anew where the block went elsewhere."""
+        check_unwritten(self)
         known = {part.name: getattr(self, part.name) for part in fields(self)}
         if parts["padded"].device != self.device:
             known["mask"] = None
@@ -505,6 +537,11 @@ def _pad(rows: Rows, order: Int64Array, real: Mask, value: Number) -> Tensor:
     if steps.requires_grad or not steps.is_cpu:
         return scatter_steps(steps, to_device(np.flatnonzero(real), steps.device), real.shape, value)
     return place_steps(steps, real, rows.dtype, value)
+
+
+def _own(checked: Tensor, given: object) -> Tensor:
+    """What was checked, in memory of its own: as it is where checking made it anew."""
+    return checked.clone() if checked is given else checked
 
 
 def _block_shape(padded: Tensor) -> tuple[int, int]:

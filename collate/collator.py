@@ -20,6 +20,7 @@ from collate.padding import (
     check_widths,
     padded_width,
     read_rows,
+    refuse_masked,
 )
 from collate.structure import Columns, assemble, columns_of
 from collate.transport import try_to_send
@@ -116,7 +117,7 @@ class PadCollator:
         read = {name: self._read(name, values) for name, values in columns.items()}
         variable = {name: column for name, column in read.items() if isinstance(column, Rows)}
         self._check_names(columns, variable)
-        self._check_lengths(variable, columns, samples)
+        self._check_lengths(variable, read, samples)
         rows = {name: self._cut(name, column) for name, column in variable.items()}
         order = self._order(rows, len(samples))
         shape = self._shapes_of(rows, len(samples))
@@ -154,12 +155,14 @@ class PadCollator:
                     "name each of them"
                 )
 
-    def _check_lengths(self, variable: Mapping[str, Rows], columns: Columns, samples: Sequence[object]) -> None:
+    def _check_lengths(
+        self, variable: Mapping[str, Rows], read: Mapping[str, Column], samples: Sequence[object]
+    ) -> None:
         for name, declared in self._declared(variable).items():
-            if name not in variable or declared not in columns:
+            if name not in variable or declared not in read:
                 raise ValueError(f"length_field says that {declared!r} is the length of {name!r}: no such field")
-            values = [int(v) if isinstance(v, (Tensor, np.generic, np.ndarray)) else v for v in columns[declared]]
-            check_declared(cast("list[int]", values), variable[name].lengths, _called(name), _keys(samples))
+            numbers = _declared_numbers(read[declared], _called(name))
+            check_declared(numbers, variable[name].lengths, _called(name), _keys(samples))
         if self.on_empty == "error":
             for name, rows in variable.items():
                 if not rows.lengths.all():
@@ -260,6 +263,20 @@ def _check_shapes(shapes: Sequence[Shape]) -> list[Shape]:
     return sorted(shapes, key=lambda shape: shape[0] * int(np.sum(shape[1])))
 
 
+def _declared_numbers(column: Column, name: str) -> Tensor:
+    """One number for each sample, of whatever dtype they are: `[B]`.
+
+    Raises:
+        TypeError: The samples hold something else.
+    """
+    if isinstance(column, Rows) and not column.features and (column.lengths == 1).all():
+        return column.join(list(column.items), len(column.items))
+    if isinstance(column, Tensor):
+        return column.flatten() if column.numel() == len(column) else column
+    kind = "LengthTrackedBatch" if isinstance(column, Rows) else "list"
+    raise TypeError(f"declared lengths of {name} must be integers, got {kind}: one whole number for each sample")
+
+
 def _numbers(name: str, values: list[object], kinds: set[type]) -> Tensor:
     if len(kinds) > 1:
         raise TypeError(f"{_called(name)} must be numbers of one kind, got {sorted(kind.__name__ for kind in kinds)}")
@@ -267,6 +284,7 @@ def _numbers(name: str, values: list[object], kinds: set[type]) -> Tensor:
 
 
 def _stacked(name: str, values: list[object]) -> Tensor:
+    refuse_masked(values, _called(name))
     rows = [value if isinstance(value, Tensor) else np.asarray(value) for value in values]
     like = rows[0]
     for place, row in enumerate(rows):

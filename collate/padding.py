@@ -263,6 +263,8 @@ def _holds(value: Number, dtype: torch.dtype) -> bool:
 
 def _of_one_kind(values: Sequence[object], name: str) -> list[Tensor] | list[Array]:
     kinds = set(map(type, values))
+    if any(issubclass(kind, np.ma.MaskedArray) for kind in kinds):
+        refuse_masked(values, name)
     if all(issubclass(kind, Tensor) for kind in kinds):
         return cast("list[Tensor]", values)
     if all(issubclass(kind, np.ndarray) for kind in kinds):
@@ -270,6 +272,20 @@ def _of_one_kind(values: Sequence[object], name: str) -> list[Tensor] | list[Arr
     if all(issubclass(kind, list) for kind in kinds):
         return _arrays_of_lists(cast("Sequence[list[Number]]", values), name)
     return [_array_of(value, place, name) for place, value in enumerate(values)]
+
+
+def refuse_masked(values: Sequence[object], name: str) -> None:
+    """Refuse masked arrays: torch knows no mask, so that masked values would become real ones.
+
+    Raises:
+        TypeError: There is one; the message names the first.
+    """
+    for place, value in enumerate(values):
+        if isinstance(value, np.ma.MaskedArray):
+            raise TypeError(
+                f"{name}: sample {place} is a masked array, whose masked values would become real steps: drop them "
+                "with .compressed(), or replace them with .filled(value)"
+            )
 
 
 def _array_of(value: object, place: int, name: str) -> Array:

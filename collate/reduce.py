@@ -1,8 +1,9 @@
 """Losses, means and last steps that see real steps only."""
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias, cast, get_args
+from typing import Literal, TypeAlias, get_args
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -10,8 +11,8 @@ from torch import Tensor
 from collate.agreement import aligned
 from collate.batch import LengthTrackedBatch
 from collate.errors import LengthError
+from collate.host import host_lengths
 from collate.packing import flat_places, gather_steps, scatter_steps
-from collate.padding import Int64Array
 
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Reduction: TypeAlias = Literal["token", "sequence", "sum"]
@@ -42,7 +43,8 @@ def sequence_loss(
         there is no real step.
 
     Raises:
-        LengthError: Output and target differ in their lengths or in their rows' order (not looked at in compiled code).
+        LengthError: Output and target differ in their lengths, in their rows' order or in the chunk that they are of
+            (not looked at in compiled code); or lengths were written to.
         ValueError: `loss_fn` does not give one loss per step, weights are not `[B, T]`, or the reduction is unknown.
     """
     if reduction not in get_args(Reduction):
@@ -69,9 +71,11 @@ def masked_mean(batch: LengthTrackedBatch) -> Tensor:
     """
     if not batch.padded.is_floating_point() and not batch.padded.is_complex():
         raise TypeError(f"masked_mean needs floating-point values, got {batch.padded.dtype}: convert with .to(dtype)")
-    total = torch.where(aligned(batch.mask, batch.padded), batch.padded, 0).sum(1)
-    counts = batch.mask.sum(1).clamp(min=1).to(total.dtype)
-    return total / aligned(counts, total)
+    # In half precision a sum overflows beyond 65,504, and so does a count.
+    wide = torch.promote_types(batch.padded.dtype, torch.float32)
+    total = torch.where(aligned(batch.mask, batch.padded), batch.padded, 0).sum(1, dtype=wide)
+    counts = batch.mask.sum(1).clamp(min=1).to(wide)
+    return (total / aligned(counts, total)).to(batch.padded.dtype)
 
 
 def last_step(batch: LengthTrackedBatch) -> Tensor:
@@ -111,13 +115,18 @@ def token_scale(num_tokens: int, group: dist.ProcessGroup | None = None) -> Tens
 
 
 def _check_pair(output: LengthTrackedBatch, target: LengthTrackedBatch) -> None:
-    if torch.equal(output.lengths, target.lengths) and torch.equal(output.permutation, target.permutation):
-        return
-    if not torch.equal(output.lengths, target.lengths):
+    if output.first_step != target.first_step:
+        raise LengthError(
+            f"output begins at step {output.first_step} of its sequences, target at step {target.first_step}: give "
+            "both the same chunk of split_steps"
+        )
+    if not np.array_equal(host_lengths(output), host_lengths(target)):
         raise LengthError(
             f"output has lengths {output.lengths.tolist()}, target has {target.lengths.tolist()}: they must be of the "
             "same steps of the same rows"
         )
+    if torch.equal(output.permutation, target.permutation):
+        return
     raise LengthError(
         f"output's rows are samples {output.permutation.tolist()}, target's are {target.permutation.tolist()}: "
         "collate both fields together, or unsort both"
@@ -140,7 +149,7 @@ def _flat_losses(
     """Each real step's loss and weight, `[M]`, or put back `[B, T]` with 0 in the padding: the loss sees no other."""
     _check_pair(output, target)
     shape = (output.padded.shape[0], output.padded.shape[1])
-    places = flat_places(cast("Int64Array", output.lengths.numpy()), shape[1], output.device)
+    places = flat_places(host_lengths(output), shape[1], output.device)
     # Fields of one width, as they come from a collator, lie alike.
     alike = target.padded.shape[1] == shape[1] and target.device == output.device
     labels = gather_steps(target.padded, places) if alike else target.flat()

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from collate.agreement import check_lengths
 from collate.batch import LengthTrackedBatch
 from collate.blocks import each_part, is_faster_in_blocks, run_blocks
 from collate.errors import LengthError
+from collate.host import host_lengths
 from collate.packing import Layout
-from collate.padding import Int64Array
 from collate.recurrent import State, check_fit, is_plain
 from collate.sending import to_device
 
@@ -49,7 +48,7 @@ def apply_rnn(rnn: nn.Module, batch: LengthTrackedBatch, hx: State | None = None
         )
     hx = tuple(hx) if isinstance(hx, list) else hx
     _check_state(hx, len(batch))
-    lengths = cast(Int64Array, check_lengths(batch.lengths, *batch.padded.shape[:2]).numpy())
+    lengths = host_lengths(batch)
     if not lengths.any():
         return _run_nothing(rnn, batch, hx)
     layout = Layout.of(lengths, batch.padded.shape[1], batch.device)

@@ -1,6 +1,6 @@
 """How a batch travels: through pickle, between processes, through weights-only loading, and pytrees."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Final, Protocol, Self, TypeVar, cast
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from collate.host import host_lengths
 from collate.padding import Number
 
 # Bytes of a block that is sent to another process through the pipe itself. To share memory and hand over its descriptor
@@ -56,6 +57,10 @@ class Traveller(Protocol):
     ) -> Self:
         """Make a batch whose parts are known to agree."""
 
+    @classmethod
+    def rebuilt(cls, parts: Sequence[Any], padding_value: Number | None, first_step: int) -> Self:
+        """Make a batch of parts that nobody looks at."""
+
 
 Batch = TypeVar("Batch", bound=Traveller)
 
@@ -64,9 +69,7 @@ def travels(cls: type[Batch]) -> type[Batch]:
     """Make a class of batches known to pytrees and to `torch.load` at its weights-only default."""
 
     def unflatten(parts: Iterable[object], context: tuple[Number | None, int]) -> Batch:
-        padded, lengths, mask, permutation = cast("Iterable[Tensor]", parts)
-        value, first_step = context
-        return cls.trusted(padded, lengths, mask, permutation, padding_value=value, first_step=first_step)
+        return cls.rebuilt(tuple(parts), *context)
 
     pytree.register_pytree_node(
         cls,
@@ -91,7 +94,7 @@ def reduce(batch: Batch) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     # A view would ship the whole storage it looks into.
     if padded.untyped_storage().nbytes() != padded.nbytes:
         padded = padded.clone(memory_format=torch.contiguous_format)
-    lengths, places = batch.lengths.numpy().tobytes(), batch.permutation.numpy().tobytes()
+    lengths, places = host_lengths(batch).tobytes(), batch.permutation.numpy().tobytes()
     return unreduce, (type(batch), padded, lengths, places, batch.padding_value, batch.first_step)
 
 

@@ -228,6 +228,46 @@ def test_the_collator_can_be_pickled():
     assert torch.equal(again(sample)["x"].padded, collate(sample)["x"].padded)
 
 
+@pytest.mark.parametrize("kind", [torch.tensor, np.int32, np.array, int, np.uint8, lambda n: torch.tensor([n])])
+def test_a_declared_length_may_be_any_kind_of_integer(kind):
+    samples = [{"x": [1, 2], "n": kind(2)}, {"x": [3], "n": kind(1)}]
+    assert PadCollator(length_field={"x": "n"})(samples)["x"].lengths.tolist() == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("length", "got"),
+    [
+        (torch.tensor(5.7), "torch.float32"),
+        (torch.tensor(5.0), "torch.float32"),
+        (np.float32(5.7), "torch.float32"),
+        (np.array(5.7), "torch.float64"),
+        (5.7, "torch.float32"),
+        (torch.tensor(True), "torch.bool"),
+        (np.bool_(True), "torch.bool"),
+        (True, "torch.bool"),
+        (torch.tensor([5.7]), "torch.float32"),
+        ("5", "list"),
+        (None, "list"),
+        ([5, 5], "LengthTrackedBatch"),
+    ],
+)
+def test_a_declared_length_that_is_no_integer_is_refused_and_not_cut(length, got):
+    """Red before: tensors and NumPy's numbers were cut to an integer, and a bool was 1."""
+    steps = 1 if isinstance(length, bool | np.bool_) or length is True else 5
+    samples = [{"x": [0] * steps, "n": length}] * 2
+    with pytest.raises(TypeError, match=f"declared lengths of field 'x' must be integers, got {got}"):
+        PadCollator(length_field={"x": "n"})(samples)
+
+
+@pytest.mark.parametrize("stack", [(), ("x",)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_masked_arrays_are_refused(masked, stack):
+    """Red before: what was masked became real steps."""
+    samples = [{"x": np.ma.masked_array([1, 2, 3], [0, masked, 0])}, {"x": np.arange(3)}]
+    with pytest.raises(TypeError, match=r"field 'x': sample 0 is a masked array, .* \.compressed\(\)"):
+        PadCollator(stack=stack)(samples)
+
+
 SAMPLES = [{"x": [1, 2], "n": 2, "y": [1]}, {"x": [3], "n": 1, "y": [2]}]
 
 
