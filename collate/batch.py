@@ -26,6 +26,7 @@ from collate.agreement import (
     row_order,
 )
 from collate.errors import LengthError
+from collate.graphs import outside_graphs
 from collate.host import check_unwritten, host_lengths, keep_lengths
 from collate.packing import Layout, flat_places, gather_steps, scatter_steps
 from collate.padding import (
@@ -112,6 +113,7 @@ class LengthTrackedBatch:
             object.__setattr__(self, "permutation", torch.arange(rows))
 
     @classmethod
+    @outside_graphs
     def from_sequences(
         cls,
         sequences: Sequence[object],
@@ -225,23 +227,28 @@ class LengthTrackedBatch:
         return self.padded.device
 
     @property
+    @outside_graphs
     def num_tokens(self) -> int:
         """Real steps of all rows, a host integer."""
         return int(host_lengths(self).sum())
 
     @property
+    @outside_graphs
     def padding_fraction(self) -> float:
         """Share of the block's B x T steps that are padding."""
         return 1 - self.num_tokens / self.mask.numel()
 
+    @outside_graphs
     def sequences(self) -> list[Tensor]:
         """The rows without their padding, in batch order: B views `[L_i, *F]`."""
         return [row[:length] for row, length in zip(self.padded, host_lengths(self).tolist(), strict=True)]
 
+    @outside_graphs
     def flat(self) -> Tensor:
         """The real steps of all rows, row after row: `[M, *F]`; gradients flow back to those steps only."""
         return gather_steps(self.padded, self._flat_places())
 
+    @outside_graphs
     def verify(self) -> None:
         """Hold lengths, mask, permutation and padding against each other, the data included.
 
@@ -289,6 +296,7 @@ class LengthTrackedBatch:
         """
         return self.with_padded(module(self.padded))
 
+    @outside_graphs
     def pack(self) -> PackedSequence:
         """The rows that are not empty as a `PackedSequence`; lengths are never copied back from a device.
 
@@ -297,6 +305,7 @@ class LengthTrackedBatch:
         """
         return self._layout(self.device).pack(self.padded)
 
+    @outside_graphs
     def unpack(self, packed: PackedSequence) -> Self:
         """A packed result as a batch of this one's rows, order and width; empty rows come back, padding is 0.
 
@@ -348,6 +357,7 @@ class LengthTrackedBatch:
         return [self._rows(part) for part in torch.arange(len(self)).split(rows)]
 
     @classmethod
+    @outside_graphs
     def concat(cls, batches: Sequence["LengthTrackedBatch"]) -> Self:
         """One batch of all rows, in the order given, as wide as the widest.
 
@@ -463,15 +473,19 @@ class LengthTrackedBatch:
     @property
     def cu_seqlens(self) -> Tensor:
         """Bounds int32 `[B + 1]` on the block's device: where each row starts and ends in `flat()`."""
+        if torch.compiler.is_compiling():
+            return torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0)).to(self.device, torch.int32)
         ends = np.zeros(len(self) + 1, np.int32)
         np.cumsum(host_lengths(self), out=ends[1:])
         return to_device(torch.from_numpy(ends), self.device)
 
     @property
+    @outside_graphs
     def position_ids(self) -> Tensor:
         """Places int64 `[M]` on the block's device: each real step's in its sequence, in the order of `flat()`."""
         return self._flat_places() % self.padded.shape[1] + self.first_step
 
+    @outside_graphs
     def nested(self) -> Tensor:
         """The rows as a jagged nested tensor `[B, j, *F]`; gradients flow."""
         lengths = host_lengths(self)

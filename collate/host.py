@@ -8,6 +8,7 @@ from torch import Tensor
 
 from collate.agreement import check_lengths
 from collate.errors import LengthError
+from collate.graphs import refuse_export
 from collate.padding import Int64Array
 
 _COPY: Final = "_lengths_on_host"
@@ -36,8 +37,9 @@ def host_lengths(batch: Tracked) -> Int64Array:
 
     Raises:
         LengthError: The batch's lengths were written to since, so that its mask no longer agrees; or, where it was made
-            in compiled code or from a pytree's leaves, they do not fit the block.
+            in compiled code or from a pytree's leaves, they do not fit the block; or a program is being exported.
     """
+    refuse_export()
     kept: Int64Array | None = vars(batch).get(_COPY)
     if kept is None:
         # Compiled code and pytrees check nothing when they make a batch.

@@ -11,12 +11,14 @@ from torch.nn.utils.rnn import PackedSequence
 from collate.batch import LengthTrackedBatch
 from collate.blocks import each_part, is_faster_in_blocks, run_blocks
 from collate.errors import LengthError
+from collate.graphs import outside_graphs
 from collate.host import host_lengths
 from collate.packing import Layout
 from collate.recurrent import State, check_fit, is_plain
 from collate.sending import to_device
 
 
+@outside_graphs
 def apply_rnn(rnn: nn.Module, batch: LengthTrackedBatch, hx: State | None = None) -> tuple[LengthTrackedBatch, State]:
     """Run `nn.RNN`, `nn.GRU`, `nn.LSTM`, or a module of one's own around them, over the real steps of every row.
 
