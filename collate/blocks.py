@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from collate.padding import Int64Array
 from collate.recurrent import State
 
 _KERNELS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
@@ -76,7 +77,7 @@ def each_part(state: State | None, change: Callable[[Tensor], Tensor]) -> Any:
 
 def _run_directions(rnn: nn.RNNBase, data: Tensor, sizes: Tensor, state: State) -> tuple[Tensor, State]:
     """Run layer by layer: a layer reads both directions of the one before."""
-    reverse = _reversed_steps(sizes.numpy())
+    reverse = reversed_steps(cast(Int64Array, sizes.numpy()))
     finals = []
     for layer in range(rnn.num_layers):
         if layer and rnn.dropout:
@@ -129,12 +130,21 @@ def _kernel(rnn: nn.RNNBase, places: Sequence[int]) -> Callable[[Tensor, State],
     return call
 
 
-def _reversed_steps(sizes: "np.ndarray[Any, np.dtype[np.int64]]") -> Tensor:
-    """Where each row's steps lie when each row is read from its end: int64 `[M]`, its own inverse."""
-    rows, starts = np.arange(sizes[0]), np.cumsum(sizes) - sizes
-    running = sizes[:, None] > rows
-    mirrored = running.sum(0) - 1 - np.arange(len(sizes))[:, None]
-    return torch.from_numpy((starts[mirrored] + rows)[running])
+def reversed_steps(sizes: Int64Array) -> Tensor:
+    """Where each row's steps lie when each row is read from its end: int64 `[M]`, its own inverse.
+
+    Args:
+        sizes: int64 `[max L]`, rows still running at each step.
+    """
+    total = np.arange(int(sizes.sum()))
+    if sizes[-1] == sizes[0]:
+        return torch.from_numpy(total.reshape(len(sizes), -1)[::-1].ravel())
+    starts = np.cumsum(sizes) - sizes
+    ranks = total - np.repeat(starts, sizes)
+    # A row runs for as many steps as have more rows than its rank.
+    lengths = len(sizes) - np.searchsorted(sizes[::-1], np.arange(sizes[0]), side="right")
+    mirrored = lengths[ranks] - 1 - np.repeat(np.arange(len(sizes)), sizes)
+    return torch.from_numpy(starts[mirrored] + ranks)
 
 
 def _zeros(rnn: nn.RNNBase, packed: PackedSequence) -> State:

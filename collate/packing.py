@@ -83,7 +83,7 @@ class Layout:
             places, sizes = _places_and_sizes(lengths[rows], rows * width)
             indices = [torch.from_numpy(part) for part in both]
         else:
-            sizes = len(rows) - np.cumsum(np.bincount(lengths[rows]))[:-1]
+            sizes = rows_running(lengths[rows])
             parts = [rows * width, sizes, np.cumsum(sizes) - sizes, *both]
             firsts, counts, starts, *indices = to_device(np.concatenate(parts), device).split(list(map(len, parts)))
             places = spread_steps(firsts, counts, starts, total=int(sizes.sum()))
@@ -131,9 +131,26 @@ class Layout:
 
 
 def _places_and_sizes(lengths: Int64Array, firsts: Int64Array) -> tuple[Tensor, Int64Array]:
-    """What `spread_steps` gives, and the sizes, where memory is close: for rows that are sorted, longest first."""
-    running = np.arange(lengths[0])[:, None] < lengths
-    return torch.from_numpy((firsts + np.arange(len(running))[:, None])[running]), running.sum(1)
+    """What `spread_steps` gives, and the sizes, where memory is close: for rows that are sorted, longest first.
+
+    Nothing here is as large as rows x steps: one long row among many short ones costs no more than its steps.
+    """
+    sizes, steps = rows_running(lengths), np.arange(lengths[0])
+    if lengths[-1] == lengths[0]:
+        return torch.from_numpy((firsts + steps[:, None]).ravel()), sizes
+    starts = np.cumsum(sizes) - sizes
+    # A packed step's place is its row's first place and its step, its row is its number less those of earlier steps.
+    ranks = np.arange(int(sizes.sum())) - np.repeat(starts, sizes)
+    return torch.from_numpy(firsts[ranks] + np.repeat(steps, sizes)), sizes
+
+
+def rows_running(lengths: Int64Array) -> Int64Array:
+    """Rows that are longer than each step: int64 `[max L]`.
+
+    >>> rows_running(np.array([3, 1]))
+    array([2, 1, 1])
+    """
+    return len(lengths) - np.cumsum(np.bincount(lengths))[:-1]
 
 
 def spread_steps(firsts: Tensor, sizes: Tensor, starts: Tensor, *, total: int) -> Tensor:
