@@ -5,14 +5,14 @@ lies in the padding (`check_untouched`) only when somebody asks.
 """
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, cast
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from collate.errors import LengthError
-from collate.padding import Array, Int64Array, Number, real_places
+from collate.padding import Array, Int64Array, Number, real_places, to_array
 from collate.sending import to_device
 
 Integers: TypeAlias = Tensor | Array | Sequence[int]
@@ -31,7 +31,7 @@ def check_lengths(lengths: Integers, rows: int, width: int) -> Tensor:
     counts = as_int64(lengths, "lengths")
     if counts.shape != (rows,):
         raise LengthError(f"lengths must be one per row, [{rows}], got shape {list(counts.shape)}")
-    values = counts.numpy()
+    values = to_array(counts)
     outside = np.flatnonzero((values < 0) | (values > width))
     if len(outside):
         row = int(outside[0])
@@ -54,7 +54,7 @@ def check_permutation(permutation: Integers, rows: int) -> Tensor:
     places = as_int64(permutation.cpu() if isinstance(permutation, Tensor) else permutation, "permutation")
     if places.shape != (rows,):
         raise ValueError(f"permutation must be one place per row, [{rows}], got shape {list(places.shape)}")
-    ordered = np.sort(places.numpy())
+    ordered = np.sort(to_array(places))
     if (ordered[0] < 0) or (ordered[1:] == ordered[:-1]).any():
         raise ValueError(f"permutation must hold distinct places from 0, got {places.tolist()}")
     return places
@@ -130,7 +130,7 @@ def row_order(lengths: Int64Array, order: Order) -> Int64Array:
         if order == "given":
             return np.arange(len(lengths))
         raise ValueError(f"order must be 'longest', 'given' or a permutation, got {order!r}")
-    places = cast(Int64Array, as_int64(order, "order").numpy())
+    places = to_array(as_int64(order, "order"))
     if not np.array_equal(np.sort(places), np.arange(len(lengths))):
         raise ValueError(f"order must be a permutation of the {len(lengths)} rows, got {places.tolist()}")
     return places
@@ -151,7 +151,7 @@ def check_declared(
         LengthError: They differ; the message names the first sample and both numbers.
         TypeError: The declared lengths are not integers.
     """
-    given = as_int64(declared, f"declared lengths of {name}").numpy()
+    given = to_array(as_int64(declared, f"declared lengths of {name}"))
     if given.shape != lengths.shape:
         raise LengthError(f"{name}: {len(lengths)} samples came with declared lengths of shape {list(given.shape)}")
     wrong = np.flatnonzero(given != lengths)
@@ -169,7 +169,7 @@ def real_steps(lengths: Tensor, width: int, device: torch.device | None = None) 
     """The mask that lengths int64 `[B]` make: bool `[B, width]` on `device`, True where a step is real."""
     device = device or lengths.device
     if device.type == "cpu" and not torch.compiler.is_compiling():
-        return torch.from_numpy(real_places(cast(Int64Array, lengths.numpy()), width))
+        return torch.from_numpy(real_places(to_array(lengths), width))
     sent = lengths.to(device, non_blocking=True) if torch.compiler.is_compiling() else to_device(lengths, device)
     return torch.arange(width, device=device) < sent[:, None]
 

@@ -11,6 +11,7 @@ from typing import Any, Self, cast, overload
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn.utils.rnn import PackedSequence
 
 from collate.agreement import (
@@ -42,6 +43,8 @@ from collate.padding import (
     place_steps,
     read_rows,
     real_places,
+    shares_memory,
+    to_array,
 )
 from collate.sending import refuse_capture, to_device
 from collate.transport import reduce, travels
@@ -548,9 +551,14 @@ def _pad(rows: Rows, order: Int64Array, real: Mask, value: Number) -> Tensor:
     if not rows.are_short:
         return join_rows(rows, order, real.shape, value)
     steps = rows.join(rows.in_order(order), int(rows.lengths.sum()))
-    if steps.requires_grad or not steps.is_cpu:
+    if _is_differentiated(steps) or not steps.is_cpu:
         return scatter_steps(steps, to_device(np.flatnonzero(real), steps.device), real.shape, value)
     return place_steps(steps, real, rows.dtype, value)
+
+
+def _is_differentiated(steps: Tensor) -> bool:
+    """Whether something must flow through what is done to a tensor, which NumPy would keep back."""
+    return steps.requires_grad or not shares_memory(steps) or unpack_dual(steps).tangent is not None
 
 
 def _own(checked: Tensor, given: object) -> Tensor:
@@ -573,8 +581,8 @@ def _widened(padded: Tensor, width: int, value: Number) -> Tensor:
 
 def _joined_places(batches: Sequence[LengthTrackedBatch]) -> Tensor:
     places = torch.cat([batch.permutation for batch in batches])
-    if np.array_equal(np.sort(places.numpy()), np.arange(len(places))):
+    if np.array_equal(np.sort(to_array(places)), np.arange(len(places))):
         return places
     starts = np.cumsum([0, *map(len, batches)])
-    ranks = [np.argsort(np.argsort(batch.permutation.numpy())) for batch in batches]
+    ranks = [np.argsort(np.argsort(to_array(batch.permutation))) for batch in batches]
     return torch.from_numpy(np.concatenate([rank + start for rank, start in zip(ranks, starts, strict=False)]))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from collate.padding import Int64Array
+from collate.padding import Int64Array, to_array
 from collate.recurrent import State
 
 _KERNELS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
@@ -77,7 +77,7 @@ def each_part(state: State | None, change: Callable[[Tensor], Tensor]) -> Any:
 
 def _run_directions(rnn: nn.RNNBase, data: Tensor, sizes: Tensor, state: State) -> tuple[Tensor, State]:
     """Run layer by layer: a layer reads both directions of the one before."""
-    reverse = reversed_steps(cast(Int64Array, sizes.numpy()))
+    reverse = reversed_steps(to_array(sizes))
     finals = []
     for layer in range(rnn.num_layers):
         if layer and rnn.dropout:

@@ -1,7 +1,7 @@
 """PadCollator: a list of samples -> batches, every field in one row order."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, TypeVar, cast
+from typing import Any, Literal, Protocol, Self, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -33,6 +33,18 @@ _NUMBERS: dict[type, torch.dtype | None] = {bool: torch.bool, int: torch.int64, 
 _SCALARS = (int, float, np.number, np.bool_)
 # What needs no trial to know that it can travel between processes.
 _PLAIN = (str, bytes, int, float, bool, type(None))
+
+
+class PlansLengths(Protocol):
+    """What a sampler says of the lengths that it has planned."""
+
+    @property
+    def max_length(self) -> Any:
+        """Steps that longer sequences are cut to; None cuts nothing."""
+
+    @property
+    def widths(self) -> Any:
+        """What padded widths are rounded up to, as `padded_width` takes it."""
 
 
 class PadCollator:
@@ -91,6 +103,8 @@ class PadCollator:
             raise ValueError(f"on_empty must be 'keep' or 'error', got {on_empty!r}")
         if isinstance(stack, str):
             raise TypeError(f"stack must be a collection of field names, got the string {stack!r}: write ({stack!r},)")
+        if isinstance(sort_by, bool) and sort_by:
+            raise TypeError("sort_by must be a field's name, None or False, got True: None sorts by the first field")
         if shapes is not None and widths is not None:
             raise ValueError("shapes name the padded widths already: leave widths out")
         self.padding_value = padding_value
@@ -101,6 +115,48 @@ class PadCollator:
         self.max_length = _each(max_length, _check_max_length)
         self.length_field = length_field
         self.on_empty = on_empty
+
+    @classmethod
+    def for_sampler(
+        cls, sampler: PlansLengths, padding_value: Number | Mapping[str, Number] = 0, **options: Any
+    ) -> Self:
+        """Make a collator that cuts and pads as a sampler has planned, so that batches keep to its budget.
+
+        Args:
+            sampler: its `max_length` and `widths` are taken, each None, or as the option of that name.
+            padding_value: as in the class.
+            **options: all others, as in the class; `shapes` stand for the sampler's `widths`.
+
+        Raises:
+            TypeError: The sampler lacks one of the two, or an option has the wrong type.
+            ValueError: `max_length` or `widths` is given again, and differs; or an option has a value that means
+                nothing.
+
+        Example:
+            >>> from types import SimpleNamespace
+            >>> sampler = SimpleNamespace(max_length=4, widths=8)
+            >>> PadCollator.for_sampler(sampler)([[1] * 9, [2]]).padded.shape, sampler.max_length
+            (torch.Size([2, 8]), 4)
+        """
+        missing = [name for name in ("max_length", "widths") if not hasattr(sampler, name)]
+        if missing:
+            raise TypeError(
+                f"a {type(sampler).__name__} has no {' and no '.join(missing)}: give a length-bucketing sampler, or "
+                "make the collator with PadCollator(...)"
+            )
+        planned = {"max_length": sampler.max_length, "widths": sampler.widths}
+        if options.get("shapes") is not None:
+            # They are the sampler's widths already.
+            del planned["widths"]
+        collate = cls(padding_value, **(options | planned))
+        for name in planned.keys() & options.keys():
+            again = getattr(cls(padding_value, **{name: options[name]}), name)
+            if again != getattr(collate, name):
+                raise ValueError(
+                    f"{name}={options[name]!r} differs from the sampler's {planned[name]!r}, by which batches are "
+                    "planned: leave it out, or give it to the sampler"
+                )
+        return collate
 
     def __call__(self, samples: Sequence[object]) -> Any:
         """Collate B >= 1 samples of one structure; see the class for what becomes of each field.
@@ -197,6 +253,11 @@ class PadCollator:
         if self.shapes is None:
             return size, {name: padded_width(most, _of(self.widths, name)) for name, most in longest.items()}
         for count, width in self.shapes:
+            if isinstance(width, tuple) and len(width) != len(longest):
+                raise ValueError(
+                    f"the shape {(count, width)} has {len(width)} widths, the variable-length fields are "
+                    f"{sorted(longest)}: give one width for each, or one for all"
+                )
             widths = width if isinstance(width, tuple) else (width,) * len(longest)
             if count >= size and all(w >= most for w, most in zip(widths, longest.values(), strict=True)):
                 return count, dict(zip(longest, widths, strict=True))
@@ -248,19 +309,34 @@ def _each(option: Option | Mapping[str, Option], check: Callable[[Option], Optio
 
 
 def _check_max_length(steps: int | None) -> int | None:
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+    if steps is None:
+        return None
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
         raise ValueError(f"max_length must be an int of at least 1, got {steps!r}")
-    return steps
+    return int(steps)
 
 
 def _check_shapes(shapes: Sequence[Shape]) -> list[Shape]:
-    # Smallest block first, so that the first that holds a batch wastes least.
-    for rows, width in shapes:
-        if rows < 1 or int(np.min(width)) < 1:
-            raise ValueError(f"shapes must be pairs (rows, width) of at least 1, got {(rows, width)!r}")
-    if not shapes:
+    if len(shapes) == 0:
         raise ValueError("shapes must name at least one (rows, width), got none; None pads to the longest row")
-    return sorted(shapes, key=lambda shape: shape[0] * int(np.sum(shape[1])))
+    # Smallest block first, so that the first that holds a batch wastes least.
+    return sorted(map(_check_shape, shapes), key=lambda shape: shape[0] * int(np.sum(shape[1])))
+
+
+def _check_shape(shape: Shape) -> Shape:
+    """A pair of Python's own ints, also where it comes from JSON, which has lists for tuples.
+
+    Raises:
+        ValueError: It is no pair of whole numbers of at least one.
+    """
+    if not isinstance(shape, (tuple, list)) or len(shape) != 2:
+        raise ValueError(f"shapes must be pairs (rows, width), got {shape!r}")
+    rows, width = shape
+    numbers = [rows, *(width if isinstance(width, (tuple, list)) else [width])]
+    whole = all(isinstance(number, (int, np.integer)) and not isinstance(number, bool) for number in numbers)
+    if not whole or min(numbers) < 1:
+        raise ValueError(f"shapes must be pairs (rows, width) of ints of at least 1, got {(rows, width)!r}")
+    return int(rows), tuple(map(int, width)) if isinstance(width, (tuple, list)) else int(width)
 
 
 def _declared_numbers(column: Column, name: str) -> Tensor:

@@ -1,6 +1,6 @@
 """The lengths that a batch was made with, on the host: a copy stays with the batch, so that a write is noticed."""
 
-from typing import Any, Final, Protocol, cast
+from typing import Final, Protocol
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from collate.agreement import check_lengths
 from collate.errors import LengthError
 from collate.graphs import refuse_export
-from collate.padding import Int64Array
+from collate.padding import Int64Array, to_array
 
 _COPY: Final = "_lengths_on_host"
 
@@ -61,12 +61,3 @@ def check_unwritten(batch: Tracked) -> None:
     """
     if not torch.compiler.is_compiling():
         host_lengths(batch)
-
-
-def to_array(integers: Tensor) -> Int64Array:
-    """An int64 tensor on the host as an array; one that `torch.func` has wrapped has no memory to share."""
-    try:
-        return cast(Int64Array, integers.numpy())
-    except RuntimeError:
-        values: Any = integers.tolist()
-        return np.array(values, np.int64)

@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch.autograd import Function
 from torch.nn.utils.rnn import PackedSequence
 
 from collate.errors import LengthError
-from collate.padding import Int64Array, Number
+from collate.padding import Int64Array, Number, shares_memory, to_array
 from collate.sending import to_device
 
 # Steps of so many bytes together are copied as records, on the host.
@@ -108,7 +109,7 @@ class Layout:
         return scatter_steps(packed.data, self.places, self.shape)
 
     def _check(self, packed: PackedSequence) -> None:
-        if not np.array_equal(packed.batch_sizes.numpy(), self.sizes):
+        if not np.array_equal(to_array(packed.batch_sizes), self.sizes):
             raise LengthError(
                 f"the packed batch holds {packed.batch_sizes.tolist()} rows at each step, these lengths make "
                 f"{self.sizes.tolist()}: unpack with the batch that was packed"
@@ -122,7 +123,7 @@ class Layout:
         indices = packed.sorted_indices
         if indices is not None and not indices.is_cpu:
             return
-        order = np.arange(len(self.order)) if indices is None else indices.numpy()
+        order = np.arange(len(self.order)) if indices is None else to_array(indices)
         if not np.array_equal(order, self.order):
             raise LengthError(
                 f"the packed batch's rows come as {order.tolist()}, these lengths order them as "
@@ -195,36 +196,65 @@ def scatter_steps(steps: Tensor, index: Tensor, shape: tuple[int, int], padding_
     Returns:
         `[rows, width, *F]`. Gradients flow back from the written places only.
     """
-    return _scatter(steps, index, shape, padding_value)
+    return _scatter(steps, index, *shape, padding_value)
 
 
 class _Gather(Function):
+    # Each of the two is linear, so that its change is itself, and torch can map it over further axes.
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, padded: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.shape = padded.shape[:2]
+    def forward(padded: Tensor, index: Tensor) -> Tensor:
         return padded.flatten(0, 1).index_select(0, index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        padded, index = inputs
+        ctx.save_for_backward(index)
+        ctx.save_for_forward(index)
+        ctx.shape = padded.shape[:2]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
         return scatter_steps(grad, index, ctx.shape), None
 
+    @staticmethod
+    def jvp(ctx: Any, change: Tensor, index: None) -> Tensor:
+        (places,) = ctx.saved_tensors
+        return gather_steps(change, places)
+
 
 class _Scatter(Function):
-    @staticmethod
-    def forward(ctx: Any, steps: Tensor, index: Tensor, shape: tuple[int, int], padding_value: Number) -> Tensor:
-        ctx.save_for_backward(index)
-        size = (shape[0] * shape[1], *steps.shape[1:])
-        if steps.nbytes >= MANY_BYTES and _has_records(steps):
-            return _write_records(steps, index.numpy(), size, padding_value).view(*shape, *steps.shape[1:])
-        block = steps.new_full(size, padding_value)
-        return block.index_copy_(0, index, steps).view(*shape, *steps.shape[1:])
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def forward(steps: Tensor, index: Tensor, rows: int, width: int, padding_value: Number) -> Tensor:
+        size = (rows * width, *steps.shape[1:])
+        if steps.nbytes >= MANY_BYTES and _has_records(steps):
+            block = _write_records(steps, index.numpy(), size, padding_value)
+        else:
+            block = steps.new_full(size, padding_value)
+            # In place it takes half the memory, but torch cannot map that over further axes.
+            block = (block.index_copy if is_batchedtensor(steps) else block.index_copy_)(0, index, steps)
+        return block.view(rows, width, *steps.shape[1:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, int, Number], output: Tensor) -> None:
+        _, index, *shape, _ = inputs
+        ctx.save_for_backward(index)
+        ctx.save_for_forward(index)
+        ctx.shape = tuple(shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (index,) = ctx.saved_tensors
-        return gather_steps(grad, index), None, None, None
+        return gather_steps(grad, index), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, change: Tensor, *others: None) -> Tensor:
+        (index,) = ctx.saved_tensors
+        return scatter_steps(change, index, ctx.shape)
 
 
 def _has_records(steps: Tensor) -> bool:
@@ -232,7 +262,7 @@ def _has_records(steps: Tensor) -> bool:
     plain = (
         type(steps) is Tensor and steps.is_cpu and steps.layout == torch.strided and not torch.compiler.is_compiling()
     )
-    return plain and not steps.is_conj() and not steps.is_neg()
+    return plain and not steps.is_conj() and not steps.is_neg() and shares_memory(steps)
 
 
 def _write_records(steps: Tensor, index: Int64Array, size: tuple[int, ...], padding_value: Number) -> Tensor:

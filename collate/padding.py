@@ -223,6 +223,10 @@ def check_widths(widths: Widths) -> Widths:
     """
     if widths is None:
         return None
+    if isinstance(widths, np.integer):
+        return check_widths(int(widths))
+    if not isinstance(widths, (int, Sequence, np.ndarray, set, frozenset, range)) or isinstance(widths, str):
+        raise TypeError(f"widths must be None, an int or a sequence of ints, got {widths!r}")
     given = [widths] if isinstance(widths, int) else list(widths)
     for width in given:
         if isinstance(width, bool) or not isinstance(width, (int, np.integer)):
@@ -368,6 +372,26 @@ def _torch_dtype(row: Tensor | Array, name: str) -> torch.dtype:
         raise TypeError(
             f"{name}: torch has no dtype for arrays of {row.dtype}: convert them before collating"
         ) from None
+
+
+def to_array(integers: Tensor) -> Int64Array:
+    """An int64 tensor on the host as an array that shares its memory.
+
+    Within `torch.func` nothing shares memory, and a copy is made.
+    """
+    try:
+        return cast(Int64Array, integers.numpy())
+    except RuntimeError:
+        return np.array(cast("list[int]", integers.tolist()), np.int64)
+
+
+def shares_memory(tensor: Tensor) -> bool:
+    """Whether NumPy can look into the memory of a tensor on the host: not within `torch.func`."""
+    try:
+        tensor.detach().flatten()[:0].view(torch.uint8).numpy()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _native(dtype: np.dtype[np.generic]) -> np.dtype[np.generic]:

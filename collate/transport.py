@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from collate.host import host_lengths
-from collate.padding import Number
+from collate.padding import Number, to_array
 
 # Bytes of a block that is sent to another process through the pipe itself. To share memory and hand over its descriptor
 # takes half a millisecond, in which a pipe carries more than this.
@@ -94,7 +94,7 @@ def reduce(batch: Batch) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     # A view would ship the whole storage it looks into.
     if padded.untyped_storage().nbytes() != padded.nbytes:
         padded = padded.clone(memory_format=torch.contiguous_format)
-    lengths, places = host_lengths(batch).tobytes(), batch.permutation.numpy().tobytes()
+    lengths, places = host_lengths(batch).tobytes(), to_array(batch.permutation).tobytes()
     return unreduce, (type(batch), padded, lengths, places, batch.padding_value, batch.first_step)
 
 
