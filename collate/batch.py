@@ -6,7 +6,7 @@ Axes, here and in the whole package: B rows, T steps, F feature axes, M real ste
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields
-from typing import Any, Self, cast, overload
+from typing import TYPE_CHECKING, Any, Self, cast, overload
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ from collate.padding import (
     place_steps,
     read_rows,
     real_places,
+    same_nan,
     shares_memory,
     to_array,
 )
@@ -59,7 +60,8 @@ class LengthTrackedBatch:
     """A padded block of variable-length rows with their lengths, mask and permutation.
 
     Real steps come first in each row, padding after. Rows stand in batch order; `unsort` leads back to source order.
-    Lengths and permutation stay on the host wherever the block goes.
+    Lengths and permutation stay on the host wherever the block goes. Lengths are not to be written to, which is noticed
+    where they are used. A subclass may add methods, but no fields.
 
     Attributes:
         padded: `[B, T, *F]`, T >= 1, any dtype and device.
@@ -72,9 +74,9 @@ class LengthTrackedBatch:
 
     Raises:
         LengthError: Lengths or mask do not agree with the block, or lengths are not on the host.
-        TypeError: Lengths or permutation are not integers, or the mask is not bool.
+        TypeError: The block is no tensor, lengths or permutation are not integers, or the mask is not bool.
         ValueError: The block has fewer than two axes, no row or no step; or the permutation is none; or the dtype
-            cannot hold the padding value.
+            cannot hold the padding value; or `first_step` is negative.
 
     Example:
         >>> import torch
@@ -100,6 +102,7 @@ class LengthTrackedBatch:
     def __post_init__(self) -> None:
         rows, width = _block_shape(self.padded)
         if not torch.compiler.is_compiling():
+            _check_first_step(self.first_step)
             # What the caller keeps and writes to is not the batch's.
             object.__setattr__(self, "lengths", _own(check_lengths(self.lengths, rows, width), self.lengths))
             keep_lengths(self)
@@ -204,7 +207,24 @@ class LengthTrackedBatch:
         object.__setattr__(batch, "first_step", first_step)
         if not torch.compiler.is_compiling():
             keep_lengths(batch)
+            if padding_value is not None:
+                object.__setattr__(batch, "padding_value", same_nan(padding_value))
         return batch
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        travels(cls)
+
+    if not TYPE_CHECKING:
+        # Type checkers would take it for a promise that every attribute is there.
+        def __getattr__(self, name: str) -> Any:
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if hasattr(Tensor, name):
+                message += (
+                    ": a batch is no tensor. A recurrent module runs on it by apply_rnn(rnn, batch), a module that "
+                    "works on every step alone by batch.map(module); .padded is its block"
+                )
+            raise AttributeError(message)
 
     # --- what it holds
 
@@ -365,7 +385,8 @@ class LengthTrackedBatch:
         """One batch of all rows, in the order given, as wide as the widest.
 
         The pieces of a split batch keep their places, so that the whole has its permutation again; otherwise source
-        orders follow each other: the first batch's samples, then the second's.
+        orders follow each other: the first batch's samples, then the second's. Only places tell pieces: what together
+        holds each place from 0 once is taken for one whole, also where the pieces are of different batches.
 
         Args:
             batches: at least one, of one dtype, device, feature shape and `first_step`.
@@ -432,7 +453,7 @@ class LengthTrackedBatch:
             return self
         value = self.padding_value
         if value is not None and padded.dtype != self.padded.dtype:
-            value = torch.tensor(value, dtype=self.padded.dtype).to(padded.dtype).item()
+            value = same_nan(torch.tensor(value, dtype=self.padded.dtype).to(padded.dtype).item())
         return self._changed(padded=padded, padding_value=value)
 
     def pin_memory(self) -> Self:
@@ -566,7 +587,16 @@ def _own(checked: Tensor, given: object) -> Tensor:
     return checked.clone() if checked is given else checked
 
 
+def _check_first_step(steps: object) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"first_step must be an int, got {steps!r}")
+    if steps < 0:
+        raise ValueError(f"first_step must not be negative, got {steps}")
+
+
 def _block_shape(padded: Tensor) -> tuple[int, int]:
+    if not isinstance(padded, Tensor):
+        raise TypeError(f"padded must be a tensor [B, T, ...], got {type(padded).__name__}: torch.as_tensor makes one")
     if padded.dim() < 2 or padded.shape[0] < 1 or padded.shape[1] < 1:
         raise ValueError(f"padded must be [B, T, ...] with at least one row and one step, got {list(padded.shape)}")
     return padded.shape[0], padded.shape[1]

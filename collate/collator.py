@@ -55,6 +55,10 @@ class PadCollator:
     `LengthTrackedBatch`; fields named in `stack`, numbers and 0-d arrays become one tensor `[B, ...]`; everything else
     becomes a list. All fields come in one row order. No sample is ever dropped, no buffer used twice.
 
+    A Python list has no type of its own, so there a batch decides: where all lists are empty, they are taken for
+    integers; a list of strings among them makes the field a list; lists of ints beside lists of floats are refused. Make
+    arrays or tensors of what may be empty or mixed, and the type is the same in every batch.
+
     Fields are named by their keys or positions, nested ones by dotted paths (`"audio.frames"`, `"0"`); a sample that is
     a single tensor is the field `""`. Where an option is given per field, every variable-length field must be in it.
 

@@ -5,6 +5,7 @@ from typing import Final, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from collate.agreement import check_lengths
 from collate.errors import LengthError
@@ -54,10 +55,24 @@ def host_lengths(batch: Tracked) -> Int64Array:
 
 
 def check_unwritten(batch: Tracked) -> None:
-    """Check that a batch's lengths are those that it was made with; compiled code does not look.
+    """Check that a batch's lengths are those that it was made with; compiled code and fake tensors are not looked at.
 
     Raises:
         LengthError: They were written to.
     """
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and type(batch.lengths) is Tensor:
         host_lengths(batch)
+
+
+def check_tracked(name: str, *batches: object) -> None:
+    """Check that a function is not given tensors in place of batches.
+
+    Raises:
+        TypeError: It is.
+    """
+    for batch in batches:
+        if isinstance(batch, (Tensor, PackedSequence)):
+            raise TypeError(
+                f"{name} takes a LengthTrackedBatch, got a {type(batch).__name__}: wrap it, "
+                "LengthTrackedBatch(padded, lengths) with a block [B, T, *F] and the steps of each row"
+            )

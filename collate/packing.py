@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.nn.utils.rnn import PackedSequence
 
 from collate.errors import LengthError
-from collate.padding import Int64Array, Number, shares_memory, to_array
+from collate.padding import CARRIERS, Int64Array, Number, shares_memory, to_array
 from collate.sending import to_device
 
 # Steps of so many bytes together are copied as records, on the host.
@@ -205,7 +205,10 @@ class _Gather(Function):
 
     @staticmethod
     def forward(padded: Tensor, index: Tensor) -> Tensor:
-        return padded.flatten(0, 1).index_select(0, index)
+        steps = padded.flatten(0, 1)
+        if _lacks_index(steps.dtype):
+            return steps.view(CARRIERS[steps.dtype.itemsize]).index_select(0, index).view(steps.dtype)
+        return steps.index_select(0, index)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -234,9 +237,7 @@ class _Scatter(Function):
         if steps.nbytes >= MANY_BYTES and _has_records(steps):
             block = _write_records(steps, index.numpy(), size, padding_value)
         else:
-            block = steps.new_full(size, padding_value)
-            # In place it takes half the memory, but torch cannot map that over further axes.
-            block = (block.index_copy if is_batchedtensor(steps) else block.index_copy_)(0, index, steps)
+            block = _copy_steps(steps.new_full(size, padding_value), index, steps)
         return block.view(rows, width, *steps.shape[1:])
 
     @staticmethod
@@ -255,6 +256,19 @@ class _Scatter(Function):
     def jvp(ctx: Any, change: Tensor, *others: None) -> Tensor:
         (index,) = ctx.saved_tensors
         return scatter_steps(change, index, ctx.shape)
+
+
+def _copy_steps(block: Tensor, index: Tensor, steps: Tensor) -> Tensor:
+    if _lacks_index(steps.dtype):
+        carrier = CARRIERS[steps.dtype.itemsize]
+        return _copy_steps(block.view(carrier), index, steps.contiguous().view(carrier)).view(steps.dtype)
+    # In place it takes half the memory, but torch cannot map that over further axes.
+    return (block.index_copy if is_batchedtensor(steps) else block.index_copy_)(0, index, steps)
+
+
+def _lacks_index(dtype: torch.dtype) -> bool:
+    # torch moves bits of these types, but for few operations.
+    return dtype in (torch.uint16, torch.uint32, torch.uint64) or (dtype.is_floating_point and dtype.itemsize == 1)
 
 
 def _has_records(steps: Tensor) -> bool:

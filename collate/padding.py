@@ -4,11 +4,12 @@ Short rows are joined once and scattered once; long rows are written into an uni
 padding between them, in one pass.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, TypeAlias, cast
+from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +28,11 @@ Widths: TypeAlias = int | Sequence[int] | None
 # 400 about the same. Steps with feature axes are scattered six times as slowly; torch's pieces cost twice NumPy's.
 SHORT_STEPS, SHORT_STEPS_WITH_FEATURES = 400, 12
 
+# From this width on steps do not fit int16, and filling a mask row by row takes a sixth of comparing int64.
+WIDE: Final = 1 << 15
+
 # NumPy has no name for bfloat16 and its like: their bits cross it as integers of the same size.
-_CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+CARRIERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,9 +189,13 @@ def join_rows(rows: Rows, order: Int64Array, shape: tuple[int, int], padding_val
 
 def real_places(lengths: Int64Array, width: int) -> Mask:
     """The mask that lengths int64 `[B]`, each at most `width`, make on the host: bool `[B, width]`."""
+    if width >= WIDE:
+        mask = np.zeros((len(lengths), width), np.bool_)
+        for row, length in zip(mask, lengths.tolist(), strict=True):
+            row[:length] = True
+        return mask
     # Comparing small integers takes a quarter of the time.
-    dtype = np.int16 if width < 2**15 else np.int64
-    return cast(Mask, np.less(np.arange(width, dtype=dtype), lengths.astype(dtype)[:, None]))
+    return cast(Mask, np.less(np.arange(width, dtype=np.int16), lengths.astype(np.int16)[:, None]))
 
 
 def padded_width(longest: int, widths: Widths) -> int:
@@ -248,10 +256,15 @@ def check_padding_value(value: Number, dtype: torch.dtype) -> Number:
     """
     if not isinstance(value, (int, float, np.integer, np.floating, np.bool_)):
         raise TypeError(f"padding_value must be a number, got {value!r} of type {type(value).__name__}")
-    value = value.item() if isinstance(value, np.generic) else value
+    value = same_nan(value.item() if isinstance(value, np.generic) else value)
     if not _holds(value, dtype):
         raise ValueError(f"padding_value {value!r} cannot be held by {dtype}: choose one that can, or a wider dtype")
     return value
+
+
+def same_nan(value: Number) -> Number:
+    """The value, and for every NaN one object, so that values that contain it are equal."""
+    return math.nan if value != value else value
 
 
 def _holds(value: Number, dtype: torch.dtype) -> bool:
@@ -294,6 +307,11 @@ def refuse_masked(values: Sequence[object], name: str) -> None:
 
 def _array_of(value: object, place: int, name: str) -> Array:
     if isinstance(value, Tensor):
+        if value.requires_grad:
+            raise TypeError(
+                f"{name}: sample {place} requires gradients, which would end here: make tensors of the arrays among "
+                "the samples, or detach it"
+            )
         return cast(Array, value.numpy(force=True))
     if isinstance(value, np.ndarray):
         return value
@@ -359,7 +377,8 @@ def check_shapes(items: Sequence[Tensor] | Sequence[Array], name: str) -> None:
         if shape[1:] != shapes[0][1:]:
             raise ValueError(
                 f"{name}: all samples must have one feature shape, got {list(shapes[0])} in sample 0 and "
-                f"{list(shape)} in sample {place}: only the first axis may differ"
+                f"{list(shape)} in sample {place}: only the first axis may differ, and it is time; where time comes "
+                "last, transpose each sample to [T, F]"
             )
 
 
@@ -403,4 +422,4 @@ def _bits(tensor: Tensor) -> Array:
     try:
         return cast(Array, tensor.numpy())
     except TypeError:
-        return cast(Array, tensor.view(_CARRIERS[tensor.dtype.itemsize]).numpy())
+        return cast(Array, tensor.view(CARRIERS[tensor.dtype.itemsize]).numpy())

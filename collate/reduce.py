@@ -11,7 +11,7 @@ from torch import Tensor
 from collate.agreement import aligned
 from collate.batch import LengthTrackedBatch
 from collate.errors import LengthError
-from collate.host import host_lengths
+from collate.host import check_tracked, host_lengths
 from collate.packing import flat_places, gather_steps, scatter_steps
 
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -45,8 +45,10 @@ def sequence_loss(
     Raises:
         LengthError: Output and target differ in their lengths, in their rows' order or in the chunk that they are of
             (not looked at in compiled code); or lengths were written to.
+        TypeError: Output or target is a tensor.
         ValueError: `loss_fn` does not give one loss per step, weights are not `[B, T]`, or the reduction is unknown.
     """
+    check_tracked("sequence_loss", output, target)
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be 'token', 'sequence' or 'sum', got {reduction!r}")
     if weights is not None and weights.shape != output.mask.shape:
@@ -67,8 +69,9 @@ def masked_mean(batch: LengthTrackedBatch) -> Tensor:
     """Each row's mean over its real steps: `[B, *F]`, in batch order; 0 for an empty row.
 
     Raises:
-        TypeError: The values are not floating-point.
+        TypeError: The values are not floating-point, or it is given a tensor.
     """
+    check_tracked("masked_mean", batch)
     if not batch.padded.is_floating_point() and not batch.padded.is_complex():
         raise TypeError(f"masked_mean needs floating-point values, got {batch.padded.dtype}: convert with .to(dtype)")
     # In half precision a sum overflows beyond 65,504, and so does a count.
@@ -79,7 +82,12 @@ def masked_mean(batch: LengthTrackedBatch) -> Tensor:
 
 
 def last_step(batch: LengthTrackedBatch) -> Tensor:
-    """Each row's value at its last real step: `[B, *F]`, in batch order; 0 for an empty row."""
+    """Each row's value at its last real step: `[B, *F]`, in batch order; 0 for an empty row.
+
+    Raises:
+        TypeError: It is given a tensor.
+    """
+    check_tracked("last_step", batch)
     last = (batch.mask.sum(1) - 1).clamp(min=0)
     values = batch.padded[torch.arange(len(batch), device=batch.device), last]
     return torch.where(aligned(batch.mask[:, 0], values), values, 0)

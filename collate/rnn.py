@@ -12,7 +12,7 @@ from collate.batch import LengthTrackedBatch
 from collate.blocks import each_part, is_faster_in_blocks, run_blocks
 from collate.errors import LengthError
 from collate.graphs import outside_graphs
-from collate.host import host_lengths
+from collate.host import check_tracked, host_lengths
 from collate.packing import Layout
 from collate.recurrent import State, check_fit, is_plain
 from collate.sending import to_device
@@ -39,10 +39,11 @@ def apply_rnn(rnn: nn.Module, batch: LengthTrackedBatch, hx: State | None = None
     Raises:
         LengthError: A backward direction is to go on from the state of an earlier chunk: it has yet to see later steps.
         RuntimeError: Features, states or weights are of another size, or on another device, than the module takes.
-        TypeError: A module of one's own does not return a `PackedSequence` and a state, or `hx` is not a pair for an
-            LSTM and a tensor for another torch module.
+        TypeError: It is given a tensor, a module of one's own does not return a `PackedSequence` and a state, or `hx`
+            is not a pair for an LSTM and a tensor for another torch module.
         ValueError: `hx` does not hold one state per row, or dtypes differ.
     """
+    check_tracked("apply_rnn", batch)
     if getattr(rnn, "bidirectional", False) and hx is not None and batch.first_step:
         raise LengthError(
             f"a bidirectional module cannot be carried over chunks: the chunk at step {batch.first_step} would start "

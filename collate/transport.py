@@ -64,6 +64,8 @@ class Traveller(Protocol):
 
 Batch = TypeVar("Batch", bound=Traveller)
 
+_PACKAGE: Final = __name__.split(".")[0]
+
 
 def travels(cls: type[Batch]) -> type[Batch]:
     """Make a class of batches known to pytrees and to `torch.load` at its weights-only default."""
@@ -75,7 +77,7 @@ def travels(cls: type[Batch]) -> type[Batch]:
         cls,
         _flatten,
         unflatten,
-        serialized_type_name=f"lengthtrack.{cls.__name__}",
+        serialized_type_name=_type_name(cls),
         to_dumpable_context=list,
         from_dumpable_context=tuple,
         flatten_with_keys_fn=_flatten_with_keys,
@@ -83,6 +85,13 @@ def travels(cls: type[Batch]) -> type[Batch]:
     torch.serialization.add_safe_globals([cls, unreduce])
     ForkingPickler.register(cls, send)
     return cls
+
+
+def _type_name(cls: type) -> str | None:
+    """What an exported program calls the class; one made in a function has no name that is its own."""
+    if cls.__module__.split(".")[0] == _PACKAGE:
+        return f"lengthtrack.{cls.__name__}"
+    return None if "<locals>" in cls.__qualname__ else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def reduce(batch: Batch) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -14,10 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import DTYPES, ORDERS, fill, lengths, order_of, sequences
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 from torch.utils import _pytree as pytree
 
 from collate import LengthError, LengthTrackedBatch, apply_rnn, last_step, masked_mean, sequence_loss
+from collate.padding import real_places
 from collate.transport import THROUGH_PIPE, send
 
 
@@ -390,6 +392,7 @@ def test_two_steps_of_a_pinned_batch_need_an_accelerator():
 
 
 BLOCK = torch.zeros(2, 3)
+TRACKED = LengthTrackedBatch(torch.zeros(2, 3, 4), [3, 1])
 
 
 @pytest.mark.parametrize(
@@ -445,6 +448,44 @@ BLOCK = torch.zeros(2, 3)
             ValueError,
             "padding_value -100 cannot be held by torch.uint8",
         ),
+        (lambda: LengthTrackedBatch(BLOCK.numpy(), [3, 1]), TypeError, "padded must be a tensor .* got ndarray"),
+        (lambda: LengthTrackedBatch(np.ma.masked_array([1]), [1]), TypeError, "padded must be a tensor"),
+        (
+            lambda: LengthTrackedBatch(BLOCK, [3, 1], mask=[[True] * 3] * 2),
+            TypeError,
+            "mask must be a bool tensor, .* list",
+        ),
+        (
+            lambda: LengthTrackedBatch(BLOCK, [3, 1], first_step=-1),
+            ValueError,
+            "first_step must not be negative, got -1",
+        ),
+        (lambda: LengthTrackedBatch(BLOCK, [3, 1], first_step=1.5), TypeError, "first_step must be an int, got 1.5"),
+        (
+            lambda: LengthTrackedBatch(BLOCK, np.ma.masked_array([3, 1])),
+            TypeError,
+            "lengths must be integers, got a masked",
+        ),
+        (
+            lambda: LengthTrackedBatch.from_sequences([torch.ones(2, requires_grad=True), np.ones(2, np.float32)]),
+            TypeError,
+            "sample 0 requires gradients, which would end here: make tensors of the arrays among the samples",
+        ),
+        (
+            lambda: LengthTrackedBatch.from_sequences([torch.ones(80, 5), torch.ones(80, 7)]),
+            ValueError,
+            r"only the first axis may differ.* where time comes last, transpose each sample to \[T, F\]",
+        ),
+        (lambda: apply_rnn(nn.LSTM(4, 2), TRACKED.padded), TypeError, "apply_rnn takes .* Tensor: wrap it, Length"),
+        (lambda: apply_rnn(nn.LSTM(4, 2), TRACKED.pack()), TypeError, "apply_rnn takes .* PackedSequence: wrap it"),
+        (lambda: last_step(TRACKED.padded), TypeError, "last_step takes a LengthTrackedBatch, got a Tensor"),
+        (lambda: masked_mean(TRACKED.padded), TypeError, "masked_mean takes a LengthTrackedBatch, got a Tensor"),
+        (lambda: sequence_loss(None, TRACKED, BLOCK), TypeError, "sequence_loss takes a LengthTrackedBatch, got a Ten"),
+        (lambda: sequence_loss(None, BLOCK, TRACKED), TypeError, "sequence_loss takes a LengthTrackedBatch, got a Ten"),
+        (lambda: nn.LSTM(4, 2)(TRACKED), AttributeError, r"no attribute 'dim'.*apply_rnn\(rnn, batch\).*\.padded"),
+        (lambda: nn.Linear(4, 2)(TRACKED), TypeError, "must be Tensor, not LengthTrackedBatch"),
+        (lambda: TRACKED.shape, AttributeError, r"a batch is no tensor"),
+        (lambda: TRACKED.nonsense, AttributeError, "'LengthTrackedBatch' object has no attribute 'nonsense'$"),
         (lambda: LengthTrackedBatch(BLOCK, [3, 1]).with_padded(BLOCK[:, :2]), LengthError, "pass lengths="),
         (lambda: LengthTrackedBatch(BLOCK, [3, 1]).with_padded(BLOCK[:1], [3]), LengthError, "keep all rows"),
         (lambda: LengthTrackedBatch(BLOCK, [3, 1]).unsort(BLOCK, dim=1), ValueError, "axis 1 must hold .* 2 rows"),
@@ -617,3 +658,52 @@ def test_a_pytree_node_takes_any_leaves():
         assert pytree.tree_structure(pytree.tree_map(lambda _: 0, batch)) == pytree.tree_structure(batch)
     assert pytree.tree_leaves(pytree.tree_map(lambda part: part.dtype, batch)) == [leaf.dtype for leaf in leaves]
     assert same(pytree.tree_unflatten(leaves, spec)["x"], batch)
+
+
+def test_a_subclass_keeps_its_kind_through_everything():
+    """Red before: a subclass was a leaf to pytrees, and weights-only loading refused it."""
+
+    class Frames(LengthTrackedBatch):
+        @property
+        def seconds(self):
+            return self.num_tokens / 100
+
+    batch = Frames.from_sequences([[1, 2], [3]])
+    assert len(pytree.tree_leaves(batch)) == 4
+    doubled = pytree.tree_map(lambda part: part.clone(), batch)
+    for kept in (doubled, copy.copy(batch), copy.deepcopy(batch), batch.map(lambda x: x * 2), batch.to(torch.float32)):
+        assert type(kept) is Frames
+        assert kept.seconds == 0.03
+    assert pytree.tree_structure(batch) != pytree.tree_structure(LengthTrackedBatch.from_sequences([[1, 2], [3]]))
+
+
+class Spectrum(LengthTrackedBatch):
+    """A subclass that can be found by its name."""
+
+
+def test_a_subclass_loads_under_weights_only(tmp_path):
+    torch.save(Spectrum.from_sequences([[1, 2], [3]]), tmp_path / "batch.pt")
+    assert type(torch.load(tmp_path / "batch.pt")) is Spectrum
+
+
+def test_joined_batches_that_are_padded_with_nan_keep_their_padding_value():
+    rows = [torch.ones(2), torch.ones(1)]
+    parts = [LengthTrackedBatch.from_sequences(rows, padding_value=float("nan")).to(torch.float64) for _ in range(2)]
+    joined = LengthTrackedBatch.concat([parts[0], pickle.loads(pickle.dumps(parts[1]))])
+    assert joined.padding_value != joined.padding_value
+    joined.verify()
+    assert pytree.tree_structure(parts[0]) == pytree.tree_structure(pickle.loads(pickle.dumps(parts[1])))
+
+
+def test_a_batch_of_fake_tensors_is_made_without_reading_them():
+    with FakeTensorMode():
+        batch = LengthTrackedBatch(torch.zeros(2, 3, 4), torch.tensor([3, 1]), permutation=torch.tensor([1, 0]))
+        assert batch.mask.shape == (2, 3)
+        assert masked_mean(batch).shape == (2, 4)
+        assert batch.map(torch.exp).unsort().padded.shape == (2, 3, 4)
+
+
+@pytest.mark.parametrize("width", [2**15 - 1, 2**15, 2**15 + 1, 70_000])
+def test_masks_of_wide_blocks_are_those_of_narrow_ones(width):
+    counts = np.array([width, 0, 1, width - 1, 2**15 - 1, 2**14])
+    assert np.array_equal(real_places(counts, width), np.arange(width) < counts[:, None])

@@ -248,3 +248,23 @@ def test_one_long_row_among_many_costs_memory_for_its_steps_alone(make):
         tracemalloc.stop()
     # A few arrays of int64.
     assert peak < 10 * 8 * counts.sum()
+
+
+# --- dtypes that torch copies by no index
+
+UNCOMMON = [
+    *(torch.uint16, torch.uint32, torch.uint64),
+    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
+]
+
+
+@pytest.mark.parametrize("dtype", UNCOMMON, ids=str)
+@pytest.mark.parametrize("features", [(), (2,), (2, 20_000)], ids=str)
+def test_dtypes_that_torch_copies_by_no_index_come_back_too(dtype, features):
+    """Red before for small batches: "index_copy_cpu" not implemented."""
+    bits = torch.randint(0, 100, (3, 4, *features), generator=torch.Generator().manual_seed(0))
+    batch = LengthTrackedBatch(bits.to(torch.float32).to(dtype), [4, 2, 3])
+    again = batch.unpack(batch.pack())
+    _, block = by_torch(batch.padded, batch.lengths, 4)
+    assert again.padded.dtype == dtype
+    assert torch.equal(again.padded.view(torch.uint8), block.view(torch.uint8))
