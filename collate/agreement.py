@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from collate.bits import Array, Int64Array, to_array
 from collate.errors import LengthError
-from collate.padding import Array, Int64Array, Number, real_places, to_array
+from collate.options import Number
+from collate.padding import real_places
 from collate.sending import to_device
 
 Integers: TypeAlias = Tensor | Array | Sequence[int]

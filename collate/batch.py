@@ -26,27 +26,13 @@ from collate.agreement import (
     real_steps,
     row_order,
 )
+from collate.bits import Int64Array, shares_memory, to_array
 from collate.errors import LengthError
 from collate.graphs import outside_graphs
 from collate.host import check_unwritten, host_lengths, keep_lengths
+from collate.options import Number, Widths, check_padding_value, check_widths, same_nan
 from collate.packing import Layout, flat_places, gather_steps, scatter_steps
-from collate.padding import (
-    Int64Array,
-    Mask,
-    Number,
-    Rows,
-    Widths,
-    check_padding_value,
-    check_widths,
-    join_rows,
-    padded_width,
-    place_steps,
-    read_rows,
-    real_places,
-    same_nan,
-    shares_memory,
-    to_array,
-)
+from collate.padding import Mask, Rows, join_rows, padded_width, place_steps, read_rows, real_places
 from collate.sending import refuse_capture, to_device
 from collate.transport import reduce, travels
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from collate.padding import Int64Array, to_array
+from collate.bits import Int64Array, to_array
 from collate.recurrent import State
 
 _KERNELS: dict[str, Callable[..., tuple[Tensor, ...]]] = {

@@ -1,7 +1,7 @@
 """PadCollator: a list of samples -> batches, every field in one row order."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol, Self, TypeAlias, TypeVar, cast
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol, Self, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -10,24 +10,24 @@ from torch.utils.data import get_worker_info
 
 from collate.agreement import check_declared, row_order
 from collate.batch import LengthTrackedBatch
+from collate.bits import Int64Array
 from collate.errors import LengthError
-from collate.padding import (
-    Int64Array,
+from collate.options import (
     Number,
-    Rows,
+    Shape,
     Widths,
+    check_max_length,
     check_padding_value,
+    check_shape_list,
     check_widths,
-    padded_width,
-    read_rows,
-    refuse_masked,
+    each_checked,
+    option_of,
 )
+from collate.padding import Rows, padded_width, read_rows, refuse_masked
 from collate.structure import Columns, assemble, columns_of
 from collate.transport import try_to_send
 
-Shape: TypeAlias = tuple[int, int | tuple[int, ...]]
 Column: TypeAlias = Rows | Tensor | list[object]
-Option = TypeVar("Option")
 
 _NUMBERS: dict[type, torch.dtype | None] = {bool: torch.bool, int: torch.int64, float: None}
 _SCALARS = (int, float, np.number, np.bool_)
@@ -56,8 +56,8 @@ class PadCollator:
     becomes a list. All fields come in one row order. No sample is ever dropped, no buffer used twice.
 
     A Python list has no type of its own, so there a batch decides: where all lists are empty, they are taken for
-    integers; a list of strings among them makes the field a list; lists of ints beside lists of floats are refused. Make
-    arrays or tensors of what may be empty or mixed, and the type is the same in every batch.
+    integers; a list of strings among them makes the field a list; lists of ints beside lists of floats are refused.
+    Make arrays or tensors of what may be empty or mixed, and the type is the same in every batch.
 
     Fields are named by their keys or positions, nested ones by dotted paths (`"audio.frames"`, `"0"`); a sample that is
     a single tensor is the field `""`. Where an option is given per field, every variable-length field must be in it.
@@ -114,9 +114,9 @@ class PadCollator:
         self.padding_value = padding_value
         self.sort_by = sort_by
         self.stack = frozenset(stack)
-        self.widths = _each(widths, check_widths)
-        self.shapes = None if shapes is None else _check_shapes(shapes)
-        self.max_length = _each(max_length, _check_max_length)
+        self.widths = each_checked(widths, check_widths)
+        self.shapes = None if shapes is None else check_shape_list(shapes)
+        self.max_length = each_checked(max_length, check_max_length)
         self.length_field = length_field
         self.on_empty = on_empty
 
@@ -243,7 +243,7 @@ class PadCollator:
         return {next(iter(variable)): self.length_field}
 
     def _cut(self, name: str, rows: Rows) -> Rows:
-        most = _of(self.max_length, name)
+        most = option_of(self.max_length, name)
         return rows if most is None else rows.clipped(most)
 
     def _order(self, rows: Mapping[str, Rows], size: int) -> Int64Array:
@@ -255,7 +255,7 @@ class PadCollator:
         # The rows of the batch, and the width of each variable-length field.
         longest = {name: int(column.lengths.max()) for name, column in rows.items()}
         if self.shapes is None:
-            return size, {name: padded_width(most, _of(self.widths, name)) for name, most in longest.items()}
+            return size, {name: padded_width(most, option_of(self.widths, name)) for name, most in longest.items()}
         for count, width in self.shapes:
             if isinstance(width, tuple) and len(width) != len(longest):
                 raise ValueError(
@@ -280,7 +280,7 @@ class PadCollator:
         rows, widths = shape
         missing = rows - len(order)
         if isinstance(column, Rows):
-            value = cast(Number, _of(self.padding_value, name))
+            value = cast(Number, option_of(self.padding_value, name))
             try:
                 check_padding_value(value, column.dtype)
             except ValueError as error:
@@ -299,48 +299,6 @@ def _called(name: str) -> str:
 def _keys(samples: Sequence[object]) -> list[object]:
     """The samples' keys, where they have any (webdataset's `__key__`), for errors to name."""
     return [sample.get("__key__") if isinstance(sample, Mapping) else None for sample in samples]
-
-
-def _of(option: Option | Mapping[str, Option], name: str) -> Option:
-    return option[name] if isinstance(option, Mapping) else option
-
-
-def _each(option: Option | Mapping[str, Option], check: Callable[[Option], Option]) -> Option | Mapping[str, Option]:
-    """Check an option, or each field's."""
-    if isinstance(option, Mapping):
-        return {name: check(value) for name, value in option.items()}
-    return check(option)
-
-
-def _check_max_length(steps: int | None) -> int | None:
-    if steps is None:
-        return None
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
-        raise ValueError(f"max_length must be an int of at least 1, got {steps!r}")
-    return int(steps)
-
-
-def _check_shapes(shapes: Sequence[Shape]) -> list[Shape]:
-    if len(shapes) == 0:
-        raise ValueError("shapes must name at least one (rows, width), got none; None pads to the longest row")
-    # Smallest block first, so that the first that holds a batch wastes least.
-    return sorted(map(_check_shape, shapes), key=lambda shape: shape[0] * int(np.sum(shape[1])))
-
-
-def _check_shape(shape: Shape) -> Shape:
-    """A pair of Python's own ints, also where it comes from JSON, which has lists for tuples.
-
-    Raises:
-        ValueError: It is no pair of whole numbers of at least one.
-    """
-    if not isinstance(shape, (tuple, list)) or len(shape) != 2:
-        raise ValueError(f"shapes must be pairs (rows, width), got {shape!r}")
-    rows, width = shape
-    numbers = [rows, *(width if isinstance(width, (tuple, list)) else [width])]
-    whole = all(isinstance(number, (int, np.integer)) and not isinstance(number, bool) for number in numbers)
-    if not whole or min(numbers) < 1:
-        raise ValueError(f"shapes must be pairs (rows, width) of ints of at least 1, got {(rows, width)!r}")
-    return int(rows), tuple(map(int, width)) if isinstance(width, (tuple, list)) else int(width)
 
 
 def _declared_numbers(column: Column, name: str) -> Tensor:

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from collate.agreement import check_lengths
+from collate.bits import Int64Array, to_array
 from collate.errors import LengthError
 from collate.graphs import refuse_export
-from collate.padding import Int64Array, to_array
 
 _COPY: Final = "_lengths_on_host"
 

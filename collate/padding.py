@@ -1,38 +1,36 @@
 """A list of variable-length rows -> one padded block.
 
 Short rows are joined once and scattered once; long rows are written into an uninitialised block with their tails of
-padding between them, in one pass.
+padding between them, in one pass, and very long ones one by one.
 """
 
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
+from collate.bits import Array, Int64Array, bits_of
 from collate.errors import LengthError
+from collate.options import Number, Widths
 
-Array: TypeAlias = npt.NDArray[np.generic]
-Int64Array: TypeAlias = npt.NDArray[np.int64]
-Number: TypeAlias = int | float | bool
 Mask: TypeAlias = npt.NDArray[np.bool_]
-Widths: TypeAlias = int | Sequence[int] | None
 
 # Below this mean length one scatter of all steps beats a piece per row: 256 rows of 30 int64 take half the time, of
 # 400 about the same. Steps with feature axes are scattered six times as slowly; torch's pieces cost twice NumPy's.
 SHORT_STEPS, SHORT_STEPS_WITH_FEATURES = 400, 12
 
+# Bytes of a row, on average, from which on a call for each row costs less than what joining does besides.
+HUGE_ROW: Final = 1 << 16
+
 # From this width on steps do not fit int16, and filling a mask row by row takes a sixth of comparing int64.
 WIDE: Final = 1 << 15
-
-# NumPy has no name for bfloat16 and its like: their bits cross it as integers of the same size.
-CARRIERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +57,12 @@ class Rows:
         limit = SHORT_STEPS_WITH_FEATURES if self.features else SHORT_STEPS
         of_tensors = isinstance(self.items[0], Tensor)
         return int(self.lengths.sum()) < (2 * limit if of_tensors else limit) * len(self.items)
+
+    @property
+    def are_huge(self) -> bool:
+        """Whether writing row by row is faster than joining, which makes another row of padding and slices of it."""
+        steps = int(self.lengths.sum()) * math.prod(self.features)
+        return steps * self.dtype.itemsize >= HUGE_ROW * len(self.items)
 
     def clipped(self, max_length: int) -> "Rows":
         """The same rows, cut to their first `max_length` steps.
@@ -146,7 +150,7 @@ def place_steps(steps: Tensor, real: Mask, dtype: torch.dtype, padding_value: Nu
         `[rows, T, *F]` on the CPU, memory of its own.
     """
     block = torch.full((*real.shape, *steps.shape[1:]), padding_value, dtype=dtype)
-    _bits(block)[real] = _bits(steps)
+    bits_of(block)[real] = bits_of(steps)
     return block
 
 
@@ -168,6 +172,9 @@ def join_rows(rows: Rows, order: Int64Array, shape: tuple[int, int], padding_val
     if not rows.lengths.all():
         # An empty row is left out below, so that joining does not compare its shape with the others'.
         check_shapes(rows.items, rows.name)
+    filled = _fill_rows(rows, order, shape, padding_value) if rows.are_huge else None
+    if filled is not None:
+        return filled
     lengths = rows.lengths[order].tolist()
     like = rows.items[0]
     device = like.device if isinstance(like, Tensor) else None
@@ -185,6 +192,29 @@ def join_rows(rows: Rows, order: Int64Array, shape: tuple[int, int], padding_val
             pieces.append(tail_of[length])
     pieces += [tails] * (shape[0] - len(order))
     return rows.join(pieces, shape[0] * shape[1]).view(*shape, *rows.features)
+
+
+def _fill_rows(rows: Rows, order: Int64Array, shape: tuple[int, int], padding_value: Number) -> Tensor | None:
+    """Write rows and tails into a new block through NumPy; None where gradients flow or nothing shares its memory."""
+    if any(isinstance(row, Tensor) and _must_stay_in_torch(row) for row in rows.items):
+        return None
+    check_shapes(rows.items, rows.name)
+    block = torch.empty((*shape, *rows.features), dtype=rows.dtype)
+    cells, padding = bits_of(block), bits_of(torch.full((1,), padding_value, dtype=rows.dtype))[0]
+    try:
+        for cell, place in zip(cells, order.tolist(), strict=False):
+            row, length = rows.items[place], int(rows.lengths[place])
+            cell[:length] = bits_of(row) if isinstance(row, Tensor) else row
+            cell[length:] = padding
+    except RuntimeError:
+        # torch lets nobody look into what it has conjugated lazily, or wrapped for torch.func.
+        return None
+    cells[len(order) :] = padding
+    return block
+
+
+def _must_stay_in_torch(row: Tensor) -> bool:
+    return not row.is_cpu or row.requires_grad or type(row) is not Tensor or unpack_dual(row).tangent is not None
 
 
 def real_places(lengths: Int64Array, width: int) -> Mask:
@@ -220,62 +250,6 @@ def padded_width(longest: int, widths: Widths) -> int:
             "add a width, or cut rows with max_length"
         )
     return widths[place]
-
-
-def check_widths(widths: Widths) -> Widths:
-    """Check a `widths` option; ascending tuples are what `padded_width` searches.
-
-    Raises:
-        TypeError: A width is not an int.
-        ValueError: A width is below one, or there is none.
-    """
-    if widths is None:
-        return None
-    if isinstance(widths, np.integer):
-        return check_widths(int(widths))
-    if not isinstance(widths, (int, Sequence, np.ndarray, set, frozenset, range)) or isinstance(widths, str):
-        raise TypeError(f"widths must be None, an int or a sequence of ints, got {widths!r}")
-    given = [widths] if isinstance(widths, int) else list(widths)
-    for width in given:
-        if isinstance(width, bool) or not isinstance(width, (int, np.integer)):
-            raise TypeError(f"widths must be ints, got {width!r} of type {type(width).__name__}")
-        if width < 1:
-            raise ValueError(f"widths must be at least 1, got {width}")
-    if not given:
-        raise ValueError("widths must name at least one width, got an empty sequence; None pads to the longest row")
-    return int(widths) if isinstance(widths, int) else tuple(sorted({int(width) for width in given}))
-
-
-@lru_cache(maxsize=512, typed=True)
-def check_padding_value(value: Number, dtype: torch.dtype) -> Number:
-    """Check that `dtype` can hold the padding value (a float may be rounded, an integer must be exact).
-
-    Raises:
-        TypeError: The value is not a number.
-        ValueError: The dtype cannot hold it.
-    """
-    if not isinstance(value, (int, float, np.integer, np.floating, np.bool_)):
-        raise TypeError(f"padding_value must be a number, got {value!r} of type {type(value).__name__}")
-    value = same_nan(value.item() if isinstance(value, np.generic) else value)
-    if not _holds(value, dtype):
-        raise ValueError(f"padding_value {value!r} cannot be held by {dtype}: choose one that can, or a wider dtype")
-    return value
-
-
-def same_nan(value: Number) -> Number:
-    """The value, and for every NaN one object, so that values that contain it are equal."""
-    return math.nan if value != value else value
-
-
-def _holds(value: Number, dtype: torch.dtype) -> bool:
-    if dtype.is_complex or not np.isfinite(value):
-        return dtype.is_floating_point or dtype.is_complex
-    if dtype.is_floating_point:
-        return abs(value) <= torch.finfo(dtype).max
-    if dtype == torch.bool:
-        return value in (0, 1)
-    bounds = torch.iinfo(dtype)
-    return value == int(value) and bounds.min <= value <= bounds.max
 
 
 def _of_one_kind(values: Sequence[object], name: str) -> list[Tensor] | list[Array]:
@@ -393,33 +367,5 @@ def _torch_dtype(row: Tensor | Array, name: str) -> torch.dtype:
         ) from None
 
 
-def to_array(integers: Tensor) -> Int64Array:
-    """An int64 tensor on the host as an array that shares its memory.
-
-    Within `torch.func` nothing shares memory, and a copy is made.
-    """
-    try:
-        return cast(Int64Array, integers.numpy())
-    except RuntimeError:
-        return np.array(cast("list[int]", integers.tolist()), np.int64)
-
-
-def shares_memory(tensor: Tensor) -> bool:
-    """Whether NumPy can look into the memory of a tensor on the host: not within `torch.func`."""
-    try:
-        tensor.detach().flatten()[:0].view(torch.uint8).numpy()
-    except RuntimeError:
-        return False
-    return True
-
-
 def _native(dtype: np.dtype[np.generic]) -> np.dtype[np.generic]:
     return dtype.newbyteorder("=")
-
-
-def _bits(tensor: Tensor) -> Array:
-    """A contiguous CPU tensor's memory as an array; dtypes NumPy lacks appear as integers of their size."""
-    try:
-        return cast(Array, tensor.numpy())
-    except TypeError:
-        return cast(Array, tensor.view(CARRIERS[tensor.dtype.itemsize]).numpy())

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from collate.bits import to_array
 from collate.host import host_lengths
-from collate.padding import Number, to_array
+from collate.options import Number
 
 # Bytes of a block that is sent to another process through the pipe itself. To share memory and hand over its descriptor
 # takes half a millisecond, in which a pipe carries more than this.

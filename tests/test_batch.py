@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from strategies import DTYPES, ORDERS, fill, lengths, order_of, sequences
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 from torch.utils import _pytree as pytree
 
@@ -707,3 +708,34 @@ def test_a_batch_of_fake_tensors_is_made_without_reading_them():
 def test_masks_of_wide_blocks_are_those_of_narrow_ones(width):
     counts = np.array([width, 0, 1, width - 1, 2**15 - 1, 2**14])
     assert np.array_equal(real_places(counts, width), np.arange(width) < counts[:, None])
+
+
+LONG = {
+    "conjugate": lambda row: torch.complex(row, row).conj(),
+    "negative": lambda row: torch.complex(row, row).conj().imag,
+    "strided": lambda row: torch.stack([row, row], -1)[..., 0],
+    "a parameter": lambda row: nn.Parameter(row, requires_grad=False),
+    "bfloat16": lambda row: row.to(torch.bfloat16),
+    "expanded": lambda row: row[:1].expand(len(row), *row.shape[1:]),
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+@pytest.mark.parametrize("features", [(), (3,)])
+def test_long_rows_of_any_memory_are_padded_as_torch_pads_them(kind, features):
+    rows = [LONG[kind](torch.randn(n, *features)) for n in (40_000, 1, 80_000)]
+    batch = LengthTrackedBatch.from_sequences(rows, padding_value=3, order="given")
+    assert torch.equal(batch.padded, pad_sequence([row.resolve_conj() for row in rows], True, 3))
+    batch.padded.zero_()
+    assert all(row.any() for row in rows)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_changes_flow_through_long_rows_in_forward_mode():
+    with forward_ad.dual_level():
+        change = torch.randn(40_000)
+        rows = [forward_ad.make_dual(torch.randn(40_000), change), torch.randn(80_000)]
+        padded = LengthTrackedBatch.from_sequences(rows, order="given").padded
+        tangent = forward_ad.unpack_dual(padded).tangent
+    assert torch.equal(tangent[0, :40_000], change)
+    assert not tangent[1].any()
