@@ -5,14 +5,16 @@ lies in the padding (`check_untouched`) only when somebody asks.
 """
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, cast
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from collate.bits import Array, Int64Array, to_array
 from collate.errors import LengthError
-from collate.padding import Array, Int64Array, Number, real_places
+from collate.options import Number
+from collate.padding import real_places
 from collate.sending import to_device
 
 Integers: TypeAlias = Tensor | Array | Sequence[int]
@@ -31,7 +33,10 @@ def check_lengths(lengths: Integers, rows: int, width: int) -> Tensor:
     counts = as_int64(lengths, "lengths")
     if counts.shape != (rows,):
         raise LengthError(f"lengths must be one per row, [{rows}], got shape {list(counts.shape)}")
-    values = counts.numpy()
+    if type(counts) is not Tensor:
+        # A fake tensor has a shape and no values.
+        return counts
+    values = to_array(counts)
     outside = np.flatnonzero((values < 0) | (values > width))
     if len(outside):
         row = int(outside[0])
@@ -54,7 +59,9 @@ def check_permutation(permutation: Integers, rows: int) -> Tensor:
     places = as_int64(permutation.cpu() if isinstance(permutation, Tensor) else permutation, "permutation")
     if places.shape != (rows,):
         raise ValueError(f"permutation must be one place per row, [{rows}], got shape {list(places.shape)}")
-    ordered = np.sort(places.numpy())
+    if type(places) is not Tensor:
+        return places
+    ordered = np.sort(to_array(places))
     if (ordered[0] < 0) or (ordered[1:] == ordered[:-1]).any():
         raise ValueError(f"permutation must hold distinct places from 0, got {places.tolist()}")
     return places
@@ -64,17 +71,19 @@ def check_mask(mask: Tensor, lengths: Tensor, padded: Tensor) -> Tensor:
     """Check a given mask: bool `[B, T]` on the padded block's device; its values are read where that needs no wait.
 
     Raises:
-        TypeError: It is not bool.
+        TypeError: It is no tensor, or not bool.
         ValueError: It has another shape or device.
         LengthError: It says otherwise than the lengths.
     """
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a bool tensor, True where a step is real, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool, True where a step is real, got {mask.dtype}")
     if mask.shape != padded.shape[:2] or mask.device != padded.device:
         raise ValueError(
             f"mask must be {list(padded.shape[:2])} on {padded.device}, got {list(mask.shape)} on {mask.device}"
         )
-    if mask.is_cpu:
+    if mask.is_cpu and type(mask) is Tensor:
         check_mask_values(mask, lengths)
     return mask
 
@@ -130,7 +139,7 @@ def row_order(lengths: Int64Array, order: Order) -> Int64Array:
         if order == "given":
             return np.arange(len(lengths))
         raise ValueError(f"order must be 'longest', 'given' or a permutation, got {order!r}")
-    places = cast(Int64Array, as_int64(order, "order").numpy())
+    places = to_array(as_int64(order, "order"))
     if not np.array_equal(np.sort(places), np.arange(len(lengths))):
         raise ValueError(f"order must be a permutation of the {len(lengths)} rows, got {places.tolist()}")
     return places
@@ -151,7 +160,7 @@ def check_declared(
         LengthError: They differ; the message names the first sample and both numbers.
         TypeError: The declared lengths are not integers.
     """
-    given = as_int64(declared, f"declared lengths of {name}").numpy()
+    given = to_array(as_int64(declared, f"declared lengths of {name}"))
     if given.shape != lengths.shape:
         raise LengthError(f"{name}: {len(lengths)} samples came with declared lengths of shape {list(given.shape)}")
     wrong = np.flatnonzero(given != lengths)
@@ -168,8 +177,8 @@ def check_declared(
 def real_steps(lengths: Tensor, width: int, device: torch.device | None = None) -> Tensor:
     """The mask that lengths int64 `[B]` make: bool `[B, width]` on `device`, True where a step is real."""
     device = device or lengths.device
-    if device.type == "cpu" and not torch.compiler.is_compiling():
-        return torch.from_numpy(real_places(cast(Int64Array, lengths.numpy()), width))
+    if device.type == "cpu" and type(lengths) is Tensor and not torch.compiler.is_compiling():
+        return torch.from_numpy(real_places(to_array(lengths), width))
     sent = lengths.to(device, non_blocking=True) if torch.compiler.is_compiling() else to_device(lengths, device)
     return torch.arange(width, device=device) < sent[:, None]
 
@@ -190,6 +199,8 @@ def as_int64(values: Integers, name: str) -> Tensor:
             return values
         integral = not (values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool)
         kind: object = values.dtype
+    elif isinstance(values, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be integers, got a masked array: masked values would count as well")
     else:
         values = np.asarray(values)
         # An empty list has no integers in it, and NumPy calls it float64.

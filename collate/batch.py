@@ -4,12 +4,14 @@ Axes, here and in the whole package: B rows, T steps, F feature axes, M real ste
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, fields
-from typing import Any, Self, cast, overload
+from typing import TYPE_CHECKING, Any, Self, cast, overload
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn.utils.rnn import PackedSequence
 
 from collate.agreement import (
@@ -24,22 +26,13 @@ from collate.agreement import (
     real_steps,
     row_order,
 )
+from collate.bits import Int64Array, shares_memory, to_array
 from collate.errors import LengthError
+from collate.graphs import outside_graphs
+from collate.host import check_unwritten, host_lengths, keep_lengths
+from collate.options import Number, Widths, check_padding_value, check_widths, same_nan
 from collate.packing import Layout, flat_places, gather_steps, scatter_steps
-from collate.padding import (
-    Int64Array,
-    Mask,
-    Number,
-    Rows,
-    Widths,
-    check_padding_value,
-    check_widths,
-    join_rows,
-    padded_width,
-    place_steps,
-    read_rows,
-    real_places,
-)
+from collate.padding import Mask, Rows, join_rows, padded_width, place_steps, read_rows, real_places
 from collate.sending import refuse_capture, to_device
 from collate.transport import reduce, travels
 
@@ -53,7 +46,8 @@ class LengthTrackedBatch:
     """A padded block of variable-length rows with their lengths, mask and permutation.
 
     Real steps come first in each row, padding after. Rows stand in batch order; `unsort` leads back to source order.
-    Lengths and permutation stay on the host wherever the block goes.
+    Lengths and permutation stay on the host wherever the block goes. Lengths are not to be written to, which is noticed
+    where they are used. A subclass may add methods, but no fields.
 
     Attributes:
         padded: `[B, T, *F]`, T >= 1, any dtype and device.
@@ -66,9 +60,9 @@ class LengthTrackedBatch:
 
     Raises:
         LengthError: Lengths or mask do not agree with the block, or lengths are not on the host.
-        TypeError: Lengths or permutation are not integers, or the mask is not bool.
+        TypeError: The block is no tensor, lengths or permutation are not integers, or the mask is not bool.
         ValueError: The block has fewer than two axes, no row or no step; or the permutation is none; or the dtype
-            cannot hold the padding value.
+            cannot hold the padding value; or `first_step` is negative.
 
     Example:
         >>> import torch
@@ -94,11 +88,15 @@ class LengthTrackedBatch:
     def __post_init__(self) -> None:
         rows, width = _block_shape(self.padded)
         if not torch.compiler.is_compiling():
-            object.__setattr__(self, "lengths", check_lengths(self.lengths, rows, width))
+            _check_first_step(self.first_step)
+            # What the caller keeps and writes to is not the batch's.
+            object.__setattr__(self, "lengths", _own(check_lengths(self.lengths, rows, width), self.lengths))
+            keep_lengths(self)
             if self.mask is not None:
                 check_mask(self.mask, self.lengths, self.padded)
             if self.permutation is not None:
-                object.__setattr__(self, "permutation", check_permutation(self.permutation, rows))
+                places = _own(check_permutation(self.permutation, rows), self.permutation)
+                object.__setattr__(self, "permutation", places)
             if self.padding_value is not None:
                 object.__setattr__(self, "padding_value", check_padding_value(self.padding_value, self.padded.dtype))
         if self.mask is None:
@@ -107,6 +105,7 @@ class LengthTrackedBatch:
             object.__setattr__(self, "permutation", torch.arange(rows))
 
     @classmethod
+    @outside_graphs
     def from_sequences(
         cls,
         sequences: Sequence[object],
@@ -176,18 +175,42 @@ class LengthTrackedBatch:
         """Make a batch whose parts are known to agree, without reading them again; the parts as in the class."""
         if mask is None:
             mask = real_steps(lengths, padded.shape[1], padded.device)
-        if torch.compiler.is_compiling():
-            return cls(padded, lengths, mask, permutation, padding_value, first_step)
+        return cls.rebuilt((padded, lengths, mask, permutation), padding_value, first_step)
+
+    @classmethod
+    def rebuilt(cls, parts: Sequence[Any], padding_value: Number | None, first_step: int) -> Self:
+        """Make a batch of parts that nobody looks at, which may be anything: what a pytree is put together from.
+
+        Args:
+            parts: padded, lengths, mask and permutation.
+            padding_value: as in the class.
+            first_step: as in the class.
+        """
         batch = object.__new__(cls)
-        batch.__dict__.update(
-            padded=padded,
-            lengths=lengths,
-            mask=mask,
-            permutation=permutation,
-            padding_value=padding_value,
-            first_step=first_step,
-        )
+        for name, part in zip(("padded", "lengths", "mask", "permutation"), parts, strict=True):
+            object.__setattr__(batch, name, part)
+        object.__setattr__(batch, "padding_value", padding_value)
+        object.__setattr__(batch, "first_step", first_step)
+        if not torch.compiler.is_compiling():
+            keep_lengths(batch)
+            if padding_value is not None:
+                object.__setattr__(batch, "padding_value", same_nan(padding_value))
         return batch
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        travels(cls)
+
+    if not TYPE_CHECKING:
+        # Type checkers would take it for a promise that every attribute is there.
+        def __getattr__(self, name: str) -> Any:
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if hasattr(Tensor, name):
+                message += (
+                    ": a batch is no tensor. A recurrent module runs on it by apply_rnn(rnn, batch), a module that "
+                    "works on every step alone by batch.map(module); .padded is its block"
+                )
+            raise AttributeError(message)
 
     # --- what it holds
 
@@ -195,12 +218,16 @@ class LengthTrackedBatch:
         return self.padded.shape[0]
 
     def __repr__(self) -> str:
+        if not isinstance(self.padded, Tensor) or not isinstance(self.lengths, Tensor):
+            # A pytree of something else.
+            return f"LengthTrackedBatch({self.padded!r}, {self.lengths!r}, {self.mask!r}, {self.permutation!r})"
         lengths = self.lengths.tolist()
         shown = str(lengths) if len(lengths) <= 8 else f"[{', '.join(map(str, lengths[:6]))}, ... {lengths[-1]}]"
         dtype = str(self.padded.dtype).removeprefix("torch.")
+        padding = 1 - sum(lengths) / (self.padded.shape[0] * self.padded.shape[1])
         return (
             f"LengthTrackedBatch({list(self.padded.shape)} {dtype} on {self.device}, lengths={shown}, "
-            f"padding {self.padding_fraction:.1%})"
+            f"padding {padding:.1%})"
         )
 
     @property
@@ -209,23 +236,28 @@ class LengthTrackedBatch:
         return self.padded.device
 
     @property
+    @outside_graphs
     def num_tokens(self) -> int:
         """Real steps of all rows, a host integer."""
-        return int(self.lengths.sum())
+        return int(host_lengths(self).sum())
 
     @property
+    @outside_graphs
     def padding_fraction(self) -> float:
         """Share of the block's B x T steps that are padding."""
         return 1 - self.num_tokens / self.mask.numel()
 
+    @outside_graphs
     def sequences(self) -> list[Tensor]:
         """The rows without their padding, in batch order: B views `[L_i, *F]`."""
-        return [row[:length] for row, length in zip(self.padded, self.lengths.tolist(), strict=True)]
+        return [row[:length] for row, length in zip(self.padded, host_lengths(self).tolist(), strict=True)]
 
+    @outside_graphs
     def flat(self) -> Tensor:
         """The real steps of all rows, row after row: `[M, *F]`; gradients flow back to those steps only."""
         return gather_steps(self.padded, self._flat_places())
 
+    @outside_graphs
     def verify(self) -> None:
         """Hold lengths, mask, permutation and padding against each other, the data included.
 
@@ -236,6 +268,7 @@ class LengthTrackedBatch:
             TypeError: Lengths or permutation are not integers, or the mask is not bool.
             ValueError: The permutation is none.
         """
+        host_lengths(self)
         check_lengths(self.lengths, len(self), self.padded.shape[1])
         check_permutation(self.permutation, len(self))
         check_mask(self.mask, self.lengths, self.padded)
@@ -272,6 +305,7 @@ class LengthTrackedBatch:
         """
         return self.with_padded(module(self.padded))
 
+    @outside_graphs
     def pack(self) -> PackedSequence:
         """The rows that are not empty as a `PackedSequence`; lengths are never copied back from a device.
 
@@ -280,6 +314,7 @@ class LengthTrackedBatch:
         """
         return self._layout(self.device).pack(self.padded)
 
+    @outside_graphs
     def unpack(self, packed: PackedSequence) -> Self:
         """A packed result as a batch of this one's rows, order and width; empty rows come back, padding is 0.
 
@@ -289,7 +324,7 @@ class LengthTrackedBatch:
         Raises:
             LengthError: It was packed from other lengths or another order.
         """
-        if not self.lengths.numpy().any():
+        if not host_lengths(self).any():
             raise LengthError("a packed batch cannot come from rows that are all empty: these are not its lengths")
         padded = self._layout(packed.data.device).unpack(packed)
         return self._changed(padded=padded, padding_value=0)
@@ -331,11 +366,13 @@ class LengthTrackedBatch:
         return [self._rows(part) for part in torch.arange(len(self)).split(rows)]
 
     @classmethod
+    @outside_graphs
     def concat(cls, batches: Sequence["LengthTrackedBatch"]) -> Self:
         """One batch of all rows, in the order given, as wide as the widest.
 
         The pieces of a split batch keep their places, so that the whole has its permutation again; otherwise source
-        orders follow each other: the first batch's samples, then the second's.
+        orders follow each other: the first batch's samples, then the second's. Only places tell pieces: what together
+        holds each place from 0 once is taken for one whole, also where the pieces are of different batches.
 
         Args:
             batches: at least one, of one dtype, device, feature shape and `first_step`.
@@ -355,6 +392,8 @@ class LengthTrackedBatch:
         value = values.pop() if len(values) == 1 else None
         width = max(b.padded.shape[1] for b in batches)
         padded = torch.cat([_widened(b.padded, width, 0 if value is None else value) for b in batches])
+        for batch in batches:
+            check_unwritten(batch)
         lengths = torch.cat([b.lengths for b in batches])
         places, first_step = _joined_places(batches), batches[0].first_step
         return cls.trusted(padded, lengths, None, places, padding_value=value, first_step=first_step)
@@ -400,7 +439,7 @@ class LengthTrackedBatch:
             return self
         value = self.padding_value
         if value is not None and padded.dtype != self.padded.dtype:
-            value = torch.tensor(value, dtype=self.padded.dtype).to(padded.dtype).item()
+            value = same_nan(torch.tensor(value, dtype=self.padded.dtype).to(padded.dtype).item())
         return self._changed(padded=padded, padding_value=value)
 
     def pin_memory(self) -> Self:
@@ -419,6 +458,18 @@ class LengthTrackedBatch:
     def __reduce__(self) -> tuple[object, ...]:
         return reduce(self)
 
+    def __copy__(self) -> Self:
+        check_unwritten(self)
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        check_unwritten(self)
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__.update({name: deepcopy(part, memo) for name, part in self.__dict__.items()})
+        return copied
+
     # --- for attention and for trainers
 
     @property
@@ -432,18 +483,22 @@ class LengthTrackedBatch:
     @property
     def cu_seqlens(self) -> Tensor:
         """Bounds int32 `[B + 1]` on the block's device: where each row starts and ends in `flat()`."""
+        if torch.compiler.is_compiling():
+            return torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0)).to(self.device, torch.int32)
         ends = np.zeros(len(self) + 1, np.int32)
-        np.cumsum(self.lengths.numpy(), out=ends[1:])
+        np.cumsum(host_lengths(self), out=ends[1:])
         return to_device(torch.from_numpy(ends), self.device)
 
     @property
+    @outside_graphs
     def position_ids(self) -> Tensor:
         """Places int64 `[M]` on the block's device: each real step's in its sequence, in the order of `flat()`."""
         return self._flat_places() % self.padded.shape[1] + self.first_step
 
+    @outside_graphs
     def nested(self) -> Tensor:
         """The rows as a jagged nested tensor `[B, j, *F]`; gradients flow."""
-        lengths = self.lengths.numpy()
+        lengths = host_lengths(self)
         offsets = self.cu_seqlens.to(torch.int64)
         return torch.nested.nested_tensor_from_jagged(
             self.flat(), offsets, min_seqlen=int(lengths.min()), max_seqlen=max(int(lengths.max()), 1)
@@ -458,6 +513,7 @@ class LengthTrackedBatch:
         Raises:
             ValueError: There is no such attribute.
         """
+        check_unwritten(self)
         known = ("padded", "lengths", "mask", "permutation", "key_padding_mask", "cu_seqlens", "position_ids")
         for key, attribute in names.items():
             if attribute not in known:
@@ -467,12 +523,11 @@ class LengthTrackedBatch:
     # --- shared by the methods above
 
     def _flat_places(self) -> Tensor:
-        return flat_places(cast(Int64Array, self.lengths.numpy()), self.padded.shape[1], self.device)
+        return flat_places(host_lengths(self), self.padded.shape[1], self.device)
 
     def _layout(self, device: torch.device) -> Layout:
         refuse_capture(device)
-        rows, width = self.padded.shape[:2]
-        lengths = cast(Int64Array, check_lengths(self.lengths, rows, width).numpy())
+        lengths, width = host_lengths(self), self.padded.shape[1]
         known: Layout | None = self.__dict__.get("_known_layout")
         if known is None or not known.is_of(lengths, device):
             # What packs is mostly unpacked too; a frozen dataclass is written to through its dictionary.
@@ -481,6 +536,7 @@ class LengthTrackedBatch:
 
     def _changed(self, **parts: Any) -> Self:
         """The batch with some parts replaced, unread; the mask is made anew where the block went elsewhere."""
+        check_unwritten(self)
         known = {part.name: getattr(self, part.name) for part in fields(self)}
         if parts["padded"].device != self.device:
             known["mask"] = None
@@ -502,12 +558,31 @@ def _pad(rows: Rows, order: Int64Array, real: Mask, value: Number) -> Tensor:
     if not rows.are_short:
         return join_rows(rows, order, real.shape, value)
     steps = rows.join(rows.in_order(order), int(rows.lengths.sum()))
-    if steps.requires_grad or not steps.is_cpu:
+    if _is_differentiated(steps) or not steps.is_cpu:
         return scatter_steps(steps, to_device(np.flatnonzero(real), steps.device), real.shape, value)
     return place_steps(steps, real, rows.dtype, value)
 
 
+def _is_differentiated(steps: Tensor) -> bool:
+    """Whether something must flow through what is done to a tensor, which NumPy would keep back."""
+    return steps.requires_grad or not shares_memory(steps) or unpack_dual(steps).tangent is not None
+
+
+def _own(checked: Tensor, given: object) -> Tensor:
+    """What was checked, in memory of its own: as it is where checking made it anew."""
+    return checked.clone() if checked is given else checked
+
+
+def _check_first_step(steps: object) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"first_step must be an int, got {steps!r}")
+    if steps < 0:
+        raise ValueError(f"first_step must not be negative, got {steps}")
+
+
 def _block_shape(padded: Tensor) -> tuple[int, int]:
+    if not isinstance(padded, Tensor):
+        raise TypeError(f"padded must be a tensor [B, T, ...], got {type(padded).__name__}: torch.as_tensor makes one")
     if padded.dim() < 2 or padded.shape[0] < 1 or padded.shape[1] < 1:
         raise ValueError(f"padded must be [B, T, ...] with at least one row and one step, got {list(padded.shape)}")
     return padded.shape[0], padded.shape[1]
@@ -522,8 +597,8 @@ def _widened(padded: Tensor, width: int, value: Number) -> Tensor:
 
 def _joined_places(batches: Sequence[LengthTrackedBatch]) -> Tensor:
     places = torch.cat([batch.permutation for batch in batches])
-    if np.array_equal(np.sort(places.numpy()), np.arange(len(places))):
+    if np.array_equal(np.sort(to_array(places)), np.arange(len(places))):
         return places
     starts = np.cumsum([0, *map(len, batches)])
-    ranks = [np.argsort(np.argsort(batch.permutation.numpy())) for batch in batches]
+    ranks = [np.argsort(np.argsort(to_array(batch.permutation))) for batch in batches]
     return torch.from_numpy(np.concatenate([rank + start for rank, start in zip(ranks, starts, strict=False)]))

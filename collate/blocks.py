@@ -7,7 +7,7 @@ backward direction is the same over steps that are reversed row by row.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-State: TypeAlias = Tensor | tuple[Tensor, ...]
+from collate.bits import Int64Array, to_array
+from collate.recurrent import State
 
 _KERNELS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "RNN_TANH": torch.rnn_tanh,
@@ -25,19 +26,26 @@ _KERNELS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 }
 
 
-def is_faster_in_blocks(rnn: nn.Module, packed: PackedSequence) -> bool:
-    """Whether blocks are the fastest exact way for this module, on this device, with or without gradients.
+# What autocast makes one dtype of; it leaves float64 as it is.
+_CAST = {torch.float32, torch.bfloat16}
+
+
+def is_faster_in_blocks(rnn: nn.RNNBase, packed: PackedSequence, hx: State | None) -> bool:
+    """Whether blocks are the fastest exact way for a plain module, on this device, with or without gradients.
 
     The CPU's packed kernels slice all steps once per step, and differentiating that is quadratic in T: blocks train
     1.7 to 3.1 times (GRU) and 3.2 to 12 times (LSTM) as fast (`benchmarks/rnn.py`). Without gradients only the LSTM
-    gains, through oneDNN. cuDNN takes packed batches well. A module with hooks, or of a class of the user's own, is
-    called as it is; so is one in float16 under autocast, which torch can join no blocks in.
+    gains, through oneDNN. cuDNN takes packed batches well. Mixed dtypes that torch cannot join blocks in, under
+    autocast, are left to the module.
     """
-    hooked = any(vars(rnn)[name] for name in ("_forward_hooks", "_forward_pre_hooks"))
-    if type(rnn) not in (nn.RNN, nn.GRU, nn.LSTM) or hooked or not packed.data.is_cpu:
+    if not packed.data.is_cpu or not (isinstance(rnn, nn.LSTM) or torch.is_grad_enabled()):
         return False
-    joins = packed.data.dtype != torch.float16 or not torch.is_autocast_enabled("cpu")
-    return joins and (isinstance(rnn, nn.LSTM) or torch.is_grad_enabled())
+    if not torch.is_autocast_enabled("cpu"):
+        return packed.data.is_floating_point()
+    states = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
+    weights = (weight for layer in rnn.all_weights for weight in layer)
+    dtypes = {tensor.dtype for tensor in (packed.data, *states, *weights)}
+    return dtypes <= _CAST or dtypes == {torch.float64}
 
 
 def run_blocks(rnn: nn.RNNBase, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
@@ -45,7 +53,7 @@ def run_blocks(rnn: nn.RNNBase, packed: PackedSequence, hx: State | None) -> tup
 
     Args:
         rnn: any number of layers and directions.
-        packed: data `[M, input_size]`.
+        packed: data `[M, input_size]`. It and `hx` fit the module, as `check_fit` finds out: the kernels check nothing.
         hx: `[layers * directions, B, H]`, for an LSTM a pair; None starts from zeros.
 
     Returns:
@@ -69,7 +77,7 @@ def each_part(state: State | None, change: Callable[[Tensor], Tensor]) -> Any:
 
 def _run_directions(rnn: nn.RNNBase, data: Tensor, sizes: Tensor, state: State) -> tuple[Tensor, State]:
     """Run layer by layer: a layer reads both directions of the one before."""
-    reverse = _reversed_steps(sizes.numpy())
+    reverse = reversed_steps(to_array(sizes))
     finals = []
     for layer in range(rnn.num_layers):
         if layer and rnn.dropout:
@@ -122,12 +130,21 @@ def _kernel(rnn: nn.RNNBase, places: Sequence[int]) -> Callable[[Tensor, State],
     return call
 
 
-def _reversed_steps(sizes: "np.ndarray[Any, np.dtype[np.int64]]") -> Tensor:
-    """Where each row's steps lie when each row is read from its end: int64 `[M]`, its own inverse."""
-    rows, starts = np.arange(sizes[0]), np.cumsum(sizes) - sizes
-    running = sizes[:, None] > rows
-    mirrored = running.sum(0) - 1 - np.arange(len(sizes))[:, None]
-    return torch.from_numpy((starts[mirrored] + rows)[running])
+def reversed_steps(sizes: Int64Array) -> Tensor:
+    """Where each row's steps lie when each row is read from its end: int64 `[M]`, its own inverse.
+
+    Args:
+        sizes: int64 `[max L]`, rows still running at each step.
+    """
+    total = np.arange(int(sizes.sum()))
+    if sizes[-1] == sizes[0]:
+        return torch.from_numpy(total.reshape(len(sizes), -1)[::-1].ravel())
+    starts = np.cumsum(sizes) - sizes
+    ranks = total - np.repeat(starts, sizes)
+    # A row runs for as many steps as have more rows than its rank.
+    lengths = len(sizes) - np.searchsorted(sizes[::-1], np.arange(sizes[0]), side="right")
+    mirrored = lengths[ranks] - 1 - np.repeat(np.arange(len(sizes)), sizes)
+    return torch.from_numpy(starts[mirrored] + ranks)
 
 
 def _zeros(rnn: nn.RNNBase, packed: PackedSequence) -> State:

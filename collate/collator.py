@@ -1,7 +1,7 @@
 """PadCollator: a list of samples -> batches, every field in one row order."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, TypeVar, cast
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol, Self, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -10,28 +10,41 @@ from torch.utils.data import get_worker_info
 
 from collate.agreement import check_declared, row_order
 from collate.batch import LengthTrackedBatch
+from collate.bits import Int64Array
 from collate.errors import LengthError
-from collate.padding import (
-    Int64Array,
+from collate.options import (
     Number,
-    Rows,
+    Shape,
     Widths,
+    check_max_length,
     check_padding_value,
+    check_shape_list,
     check_widths,
-    padded_width,
-    read_rows,
+    each_checked,
+    option_of,
 )
+from collate.padding import Rows, padded_width, read_rows, refuse_masked
 from collate.structure import Columns, assemble, columns_of
 from collate.transport import try_to_send
 
-Shape: TypeAlias = tuple[int, int | tuple[int, ...]]
 Column: TypeAlias = Rows | Tensor | list[object]
-Option = TypeVar("Option")
 
 _NUMBERS: dict[type, torch.dtype | None] = {bool: torch.bool, int: torch.int64, float: None}
 _SCALARS = (int, float, np.number, np.bool_)
 # What needs no trial to know that it can travel between processes.
 _PLAIN = (str, bytes, int, float, bool, type(None))
+
+
+class PlansLengths(Protocol):
+    """What a sampler says of the lengths that it has planned."""
+
+    @property
+    def max_length(self) -> Any:
+        """Steps that longer sequences are cut to; None cuts nothing."""
+
+    @property
+    def widths(self) -> Any:
+        """What padded widths are rounded up to, as `padded_width` takes it."""
 
 
 class PadCollator:
@@ -41,6 +54,10 @@ class PadCollator:
     field becomes depends on its type alone: tensors, arrays and lists of numbers with an axis or more become a
     `LengthTrackedBatch`; fields named in `stack`, numbers and 0-d arrays become one tensor `[B, ...]`; everything else
     becomes a list. All fields come in one row order. No sample is ever dropped, no buffer used twice.
+
+    A Python list has no type of its own, so there a batch decides: where all lists are empty, they are taken for
+    integers; a list of strings among them makes the field a list; lists of ints beside lists of floats are refused.
+    Make arrays or tensors of what may be empty or mixed, and the type is the same in every batch.
 
     Fields are named by their keys or positions, nested ones by dotted paths (`"audio.frames"`, `"0"`); a sample that is
     a single tensor is the field `""`. Where an option is given per field, every variable-length field must be in it.
@@ -90,16 +107,60 @@ class PadCollator:
             raise ValueError(f"on_empty must be 'keep' or 'error', got {on_empty!r}")
         if isinstance(stack, str):
             raise TypeError(f"stack must be a collection of field names, got the string {stack!r}: write ({stack!r},)")
+        if isinstance(sort_by, bool) and sort_by:
+            raise TypeError("sort_by must be a field's name, None or False, got True: None sorts by the first field")
         if shapes is not None and widths is not None:
             raise ValueError("shapes name the padded widths already: leave widths out")
         self.padding_value = padding_value
         self.sort_by = sort_by
         self.stack = frozenset(stack)
-        self.widths = _each(widths, check_widths)
-        self.shapes = None if shapes is None else _check_shapes(shapes)
-        self.max_length = _each(max_length, _check_max_length)
+        self.widths = each_checked(widths, check_widths)
+        self.shapes = None if shapes is None else check_shape_list(shapes)
+        self.max_length = each_checked(max_length, check_max_length)
         self.length_field = length_field
         self.on_empty = on_empty
+
+    @classmethod
+    def for_sampler(
+        cls, sampler: PlansLengths, padding_value: Number | Mapping[str, Number] = 0, **options: Any
+    ) -> Self:
+        """Make a collator that cuts and pads as a sampler has planned, so that batches keep to its budget.
+
+        Args:
+            sampler: its `max_length` and `widths` are taken, each None, or as the option of that name.
+            padding_value: as in the class.
+            **options: all others, as in the class; `shapes` stand for the sampler's `widths`.
+
+        Raises:
+            TypeError: The sampler lacks one of the two, or an option has the wrong type.
+            ValueError: `max_length` or `widths` is given again, and differs; or an option has a value that means
+                nothing.
+
+        Example:
+            >>> from types import SimpleNamespace
+            >>> sampler = SimpleNamespace(max_length=4, widths=8)
+            >>> PadCollator.for_sampler(sampler)([[1] * 9, [2]]).padded.shape, sampler.max_length
+            (torch.Size([2, 8]), 4)
+        """
+        missing = [name for name in ("max_length", "widths") if not hasattr(sampler, name)]
+        if missing:
+            raise TypeError(
+                f"a {type(sampler).__name__} has no {' and no '.join(missing)}: give a length-bucketing sampler, or "
+                "make the collator with PadCollator(...)"
+            )
+        planned = {"max_length": sampler.max_length, "widths": sampler.widths}
+        if options.get("shapes") is not None:
+            # They are the sampler's widths already.
+            del planned["widths"]
+        collate = cls(padding_value, **(options | planned))
+        for name in planned.keys() & options.keys():
+            again = getattr(cls(padding_value, **{name: options[name]}), name)
+            if again != getattr(collate, name):
+                raise ValueError(
+                    f"{name}={options[name]!r} differs from the sampler's {planned[name]!r}, by which batches are "
+                    "planned: leave it out, or give it to the sampler"
+                )
+        return collate
 
     def __call__(self, samples: Sequence[object]) -> Any:
         """Collate B >= 1 samples of one structure; see the class for what becomes of each field.
@@ -116,7 +177,7 @@ class PadCollator:
         read = {name: self._read(name, values) for name, values in columns.items()}
         variable = {name: column for name, column in read.items() if isinstance(column, Rows)}
         self._check_names(columns, variable)
-        self._check_lengths(variable, columns, samples)
+        self._check_lengths(variable, read, samples)
         rows = {name: self._cut(name, column) for name, column in variable.items()}
         order = self._order(rows, len(samples))
         shape = self._shapes_of(rows, len(samples))
@@ -154,12 +215,14 @@ class PadCollator:
                     "name each of them"
                 )
 
-    def _check_lengths(self, variable: Mapping[str, Rows], columns: Columns, samples: Sequence[object]) -> None:
+    def _check_lengths(
+        self, variable: Mapping[str, Rows], read: Mapping[str, Column], samples: Sequence[object]
+    ) -> None:
         for name, declared in self._declared(variable).items():
-            if name not in variable or declared not in columns:
+            if name not in variable or declared not in read:
                 raise ValueError(f"length_field says that {declared!r} is the length of {name!r}: no such field")
-            values = [int(v) if isinstance(v, (Tensor, np.generic, np.ndarray)) else v for v in columns[declared]]
-            check_declared(cast("list[int]", values), variable[name].lengths, _called(name), _keys(samples))
+            numbers = _declared_numbers(read[declared], _called(name))
+            check_declared(numbers, variable[name].lengths, _called(name), _keys(samples))
         if self.on_empty == "error":
             for name, rows in variable.items():
                 if not rows.lengths.all():
@@ -180,7 +243,7 @@ class PadCollator:
         return {next(iter(variable)): self.length_field}
 
     def _cut(self, name: str, rows: Rows) -> Rows:
-        most = _of(self.max_length, name)
+        most = option_of(self.max_length, name)
         return rows if most is None else rows.clipped(most)
 
     def _order(self, rows: Mapping[str, Rows], size: int) -> Int64Array:
@@ -192,8 +255,13 @@ class PadCollator:
         # The rows of the batch, and the width of each variable-length field.
         longest = {name: int(column.lengths.max()) for name, column in rows.items()}
         if self.shapes is None:
-            return size, {name: padded_width(most, _of(self.widths, name)) for name, most in longest.items()}
+            return size, {name: padded_width(most, option_of(self.widths, name)) for name, most in longest.items()}
         for count, width in self.shapes:
+            if isinstance(width, tuple) and len(width) != len(longest):
+                raise ValueError(
+                    f"the shape {(count, width)} has {len(width)} widths, the variable-length fields are "
+                    f"{sorted(longest)}: give one width for each, or one for all"
+                )
             widths = width if isinstance(width, tuple) else (width,) * len(longest)
             if count >= size and all(w >= most for w, most in zip(widths, longest.values(), strict=True)):
                 return count, dict(zip(longest, widths, strict=True))
@@ -212,7 +280,7 @@ class PadCollator:
         rows, widths = shape
         missing = rows - len(order)
         if isinstance(column, Rows):
-            value = cast(Number, _of(self.padding_value, name))
+            value = cast(Number, option_of(self.padding_value, name))
             try:
                 check_padding_value(value, column.dtype)
             except ValueError as error:
@@ -233,31 +301,18 @@ def _keys(samples: Sequence[object]) -> list[object]:
     return [sample.get("__key__") if isinstance(sample, Mapping) else None for sample in samples]
 
 
-def _of(option: Option | Mapping[str, Option], name: str) -> Option:
-    return option[name] if isinstance(option, Mapping) else option
+def _declared_numbers(column: Column, name: str) -> Tensor:
+    """One number for each sample, of whatever dtype they are: `[B]`.
 
-
-def _each(option: Option | Mapping[str, Option], check: Callable[[Option], Option]) -> Option | Mapping[str, Option]:
-    """Check an option, or each field's."""
-    if isinstance(option, Mapping):
-        return {name: check(value) for name, value in option.items()}
-    return check(option)
-
-
-def _check_max_length(steps: int | None) -> int | None:
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise ValueError(f"max_length must be an int of at least 1, got {steps!r}")
-    return steps
-
-
-def _check_shapes(shapes: Sequence[Shape]) -> list[Shape]:
-    # Smallest block first, so that the first that holds a batch wastes least.
-    for rows, width in shapes:
-        if rows < 1 or int(np.min(width)) < 1:
-            raise ValueError(f"shapes must be pairs (rows, width) of at least 1, got {(rows, width)!r}")
-    if not shapes:
-        raise ValueError("shapes must name at least one (rows, width), got none; None pads to the longest row")
-    return sorted(shapes, key=lambda shape: shape[0] * int(np.sum(shape[1])))
+    Raises:
+        TypeError: The samples hold something else.
+    """
+    if isinstance(column, Rows) and not column.features and (column.lengths == 1).all():
+        return column.join(list(column.items), len(column.items))
+    if isinstance(column, Tensor):
+        return column.flatten() if column.numel() == len(column) else column
+    kind = "LengthTrackedBatch" if isinstance(column, Rows) else "list"
+    raise TypeError(f"declared lengths of {name} must be integers, got {kind}: one whole number for each sample")
 
 
 def _numbers(name: str, values: list[object], kinds: set[type]) -> Tensor:
@@ -267,6 +322,7 @@ def _numbers(name: str, values: list[object], kinds: set[type]) -> Tensor:
 
 
 def _stacked(name: str, values: list[object]) -> Tensor:
+    refuse_masked(values, _called(name))
     rows = [value if isinstance(value, Tensor) else np.asarray(value) for value in values]
     like = rows[0]
     for place, row in enumerate(rows):

@@ -14,11 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch.autograd import Function
 from torch.nn.utils.rnn import PackedSequence
 
+from collate.bits import CARRIERS, Int64Array, shares_memory, to_array
 from collate.errors import LengthError
-from collate.padding import Int64Array, Number
+from collate.options import Number
 from collate.sending import to_device
 
 # Steps of so many bytes together are copied as records, on the host.
@@ -83,7 +85,7 @@ class Layout:
             places, sizes = _places_and_sizes(lengths[rows], rows * width)
             indices = [torch.from_numpy(part) for part in both]
         else:
-            sizes = len(rows) - np.cumsum(np.bincount(lengths[rows]))[:-1]
+            sizes = rows_running(lengths[rows])
             parts = [rows * width, sizes, np.cumsum(sizes) - sizes, *both]
             firsts, counts, starts, *indices = to_device(np.concatenate(parts), device).split(list(map(len, parts)))
             places = spread_steps(firsts, counts, starts, total=int(sizes.sum()))
@@ -108,7 +110,7 @@ class Layout:
         return scatter_steps(packed.data, self.places, self.shape)
 
     def _check(self, packed: PackedSequence) -> None:
-        if not np.array_equal(packed.batch_sizes.numpy(), self.sizes):
+        if not np.array_equal(to_array(packed.batch_sizes), self.sizes):
             raise LengthError(
                 f"the packed batch holds {packed.batch_sizes.tolist()} rows at each step, these lengths make "
                 f"{self.sizes.tolist()}: unpack with the batch that was packed"
@@ -122,7 +124,7 @@ class Layout:
         indices = packed.sorted_indices
         if indices is not None and not indices.is_cpu:
             return
-        order = np.arange(len(self.order)) if indices is None else indices.numpy()
+        order = np.arange(len(self.order)) if indices is None else to_array(indices)
         if not np.array_equal(order, self.order):
             raise LengthError(
                 f"the packed batch's rows come as {order.tolist()}, these lengths order them as "
@@ -131,9 +133,26 @@ class Layout:
 
 
 def _places_and_sizes(lengths: Int64Array, firsts: Int64Array) -> tuple[Tensor, Int64Array]:
-    """What `spread_steps` gives, and the sizes, where memory is close: for rows that are sorted, longest first."""
-    running = np.arange(lengths[0])[:, None] < lengths
-    return torch.from_numpy((firsts + np.arange(len(running))[:, None])[running]), running.sum(1)
+    """What `spread_steps` gives, and the sizes, where memory is close: for rows that are sorted, longest first.
+
+    Nothing here is as large as rows x steps: one long row among many short ones costs no more than its steps.
+    """
+    sizes, steps = rows_running(lengths), np.arange(lengths[0])
+    if lengths[-1] == lengths[0]:
+        return torch.from_numpy((firsts + steps[:, None]).ravel()), sizes
+    starts = np.cumsum(sizes) - sizes
+    # A packed step's place is its row's first place and its step, its row is its number less those of earlier steps.
+    ranks = np.arange(int(sizes.sum())) - np.repeat(starts, sizes)
+    return torch.from_numpy(firsts[ranks] + np.repeat(steps, sizes)), sizes
+
+
+def rows_running(lengths: Int64Array) -> Int64Array:
+    """Rows that are longer than each step: int64 `[max L]`.
+
+    >>> rows_running(np.array([3, 1]))
+    array([2, 1, 1])
+    """
+    return len(lengths) - np.cumsum(np.bincount(lengths))[:-1]
 
 
 def spread_steps(firsts: Tensor, sizes: Tensor, starts: Tensor, *, total: int) -> Tensor:
@@ -178,36 +197,79 @@ def scatter_steps(steps: Tensor, index: Tensor, shape: tuple[int, int], padding_
     Returns:
         `[rows, width, *F]`. Gradients flow back from the written places only.
     """
-    return _scatter(steps, index, shape, padding_value)
+    return _scatter(steps, index, *shape, padding_value)
 
 
 class _Gather(Function):
+    # Each of the two is linear, so that its change is itself, and torch can map it over further axes.
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, padded: Tensor, index: Tensor) -> Tensor:
+    def forward(padded: Tensor, index: Tensor) -> Tensor:
+        steps = padded.flatten(0, 1)
+        if _lacks_index(steps.dtype):
+            return steps.view(CARRIERS[steps.dtype.itemsize]).index_select(0, index).view(steps.dtype)
+        return steps.index_select(0, index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        padded, index = inputs
         ctx.save_for_backward(index)
+        ctx.save_for_forward(index)
         ctx.shape = padded.shape[:2]
-        return padded.flatten(0, 1).index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
         return scatter_steps(grad, index, ctx.shape), None
 
+    @staticmethod
+    def jvp(ctx: Any, change: Tensor, index: None) -> Tensor:
+        (places,) = ctx.saved_tensors
+        return gather_steps(change, places)
+
 
 class _Scatter(Function):
-    @staticmethod
-    def forward(ctx: Any, steps: Tensor, index: Tensor, shape: tuple[int, int], padding_value: Number) -> Tensor:
-        ctx.save_for_backward(index)
-        size = (shape[0] * shape[1], *steps.shape[1:])
-        if steps.nbytes >= MANY_BYTES and _has_records(steps):
-            return _write_records(steps, index.numpy(), size, padding_value).view(*shape, *steps.shape[1:])
-        block = steps.new_full(size, padding_value)
-        return block.index_copy_(0, index, steps).view(*shape, *steps.shape[1:])
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def forward(steps: Tensor, index: Tensor, rows: int, width: int, padding_value: Number) -> Tensor:
+        size = (rows * width, *steps.shape[1:])
+        if steps.nbytes >= MANY_BYTES and _has_records(steps):
+            block = _write_records(steps, index.numpy(), size, padding_value)
+        else:
+            block = _copy_steps(steps.new_full(size, padding_value), index, steps)
+        return block.view(rows, width, *steps.shape[1:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, int, Number], output: Tensor) -> None:
+        _, index, *shape, _ = inputs
+        ctx.save_for_backward(index)
+        ctx.save_for_forward(index)
+        ctx.shape = tuple(shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (index,) = ctx.saved_tensors
-        return gather_steps(grad, index), None, None, None
+        return gather_steps(grad, index), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, change: Tensor, *others: None) -> Tensor:
+        (index,) = ctx.saved_tensors
+        return scatter_steps(change, index, ctx.shape)
+
+
+def _copy_steps(block: Tensor, index: Tensor, steps: Tensor) -> Tensor:
+    if _lacks_index(steps.dtype):
+        carrier = CARRIERS[steps.dtype.itemsize]
+        return _copy_steps(block.view(carrier), index, steps.contiguous().view(carrier)).view(steps.dtype)
+    # In place it takes half the memory, but torch cannot map that over further axes.
+    return (block.index_copy if is_batchedtensor(steps) else block.index_copy_)(0, index, steps)
+
+
+def _lacks_index(dtype: torch.dtype) -> bool:
+    # torch moves bits of these types, but for few operations.
+    return dtype in (torch.uint16, torch.uint32, torch.uint64) or (dtype.is_floating_point and dtype.itemsize == 1)
 
 
 def _has_records(steps: Tensor) -> bool:
@@ -215,7 +277,7 @@ def _has_records(steps: Tensor) -> bool:
     plain = (
         type(steps) is Tensor and steps.is_cpu and steps.layout == torch.strided and not torch.compiler.is_compiling()
     )
-    return plain and not steps.is_conj() and not steps.is_neg()
+    return plain and not steps.is_conj() and not steps.is_neg() and shares_memory(steps)
 
 
 def _write_records(steps: Tensor, index: Int64Array, size: tuple[int, ...], padding_value: Number) -> Tensor:

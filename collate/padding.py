@@ -1,34 +1,36 @@
 """A list of variable-length rows -> one padded block.
 
 Short rows are joined once and scattered once; long rows are written into an uninitialised block with their tails of
-padding between them, in one pass.
+padding between them, in one pass, and very long ones one by one.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, TypeAlias, cast
+from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
+from collate.bits import Array, Int64Array, bits_of
 from collate.errors import LengthError
+from collate.options import Number, Widths
 
-Array: TypeAlias = npt.NDArray[np.generic]
-Int64Array: TypeAlias = npt.NDArray[np.int64]
-Number: TypeAlias = int | float | bool
 Mask: TypeAlias = npt.NDArray[np.bool_]
-Widths: TypeAlias = int | Sequence[int] | None
 
 # Below this mean length one scatter of all steps beats a piece per row: 256 rows of 30 int64 take half the time, of
 # 400 about the same. Steps with feature axes are scattered six times as slowly; torch's pieces cost twice NumPy's.
 SHORT_STEPS, SHORT_STEPS_WITH_FEATURES = 400, 12
 
-# NumPy has no name for bfloat16 and its like: their bits cross it as integers of the same size.
-_CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Bytes of a row, on average, from which on a call for each row costs less than what joining does besides.
+HUGE_ROW: Final = 1 << 16
+
+# From this width on steps do not fit int16, and filling a mask row by row takes a sixth of comparing int64.
+WIDE: Final = 1 << 15
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +57,12 @@ class Rows:
         limit = SHORT_STEPS_WITH_FEATURES if self.features else SHORT_STEPS
         of_tensors = isinstance(self.items[0], Tensor)
         return int(self.lengths.sum()) < (2 * limit if of_tensors else limit) * len(self.items)
+
+    @property
+    def are_huge(self) -> bool:
+        """Whether writing row by row is faster than joining, which makes another row of padding and slices of it."""
+        steps = int(self.lengths.sum()) * math.prod(self.features)
+        return steps * self.dtype.itemsize >= HUGE_ROW * len(self.items)
 
     def clipped(self, max_length: int) -> "Rows":
         """The same rows, cut to their first `max_length` steps.
@@ -142,7 +150,7 @@ def place_steps(steps: Tensor, real: Mask, dtype: torch.dtype, padding_value: Nu
         `[rows, T, *F]` on the CPU, memory of its own.
     """
     block = torch.full((*real.shape, *steps.shape[1:]), padding_value, dtype=dtype)
-    _bits(block)[real] = _bits(steps)
+    bits_of(block)[real] = bits_of(steps)
     return block
 
 
@@ -164,6 +172,9 @@ def join_rows(rows: Rows, order: Int64Array, shape: tuple[int, int], padding_val
     if not rows.lengths.all():
         # An empty row is left out below, so that joining does not compare its shape with the others'.
         check_shapes(rows.items, rows.name)
+    filled = _fill_rows(rows, order, shape, padding_value) if rows.are_huge else None
+    if filled is not None:
+        return filled
     lengths = rows.lengths[order].tolist()
     like = rows.items[0]
     device = like.device if isinstance(like, Tensor) else None
@@ -183,11 +194,38 @@ def join_rows(rows: Rows, order: Int64Array, shape: tuple[int, int], padding_val
     return rows.join(pieces, shape[0] * shape[1]).view(*shape, *rows.features)
 
 
+def _fill_rows(rows: Rows, order: Int64Array, shape: tuple[int, int], padding_value: Number) -> Tensor | None:
+    """Write rows and tails into a new block through NumPy; None where gradients flow or nothing shares its memory."""
+    if any(isinstance(row, Tensor) and _must_stay_in_torch(row) for row in rows.items):
+        return None
+    check_shapes(rows.items, rows.name)
+    block = torch.empty((*shape, *rows.features), dtype=rows.dtype)
+    cells, padding = bits_of(block), bits_of(torch.full((1,), padding_value, dtype=rows.dtype))[0]
+    try:
+        for cell, place in zip(cells, order.tolist(), strict=False):
+            row, length = rows.items[place], int(rows.lengths[place])
+            cell[:length] = bits_of(row) if isinstance(row, Tensor) else row
+            cell[length:] = padding
+    except RuntimeError:
+        # torch lets nobody look into what it has conjugated lazily, or wrapped for torch.func.
+        return None
+    cells[len(order) :] = padding
+    return block
+
+
+def _must_stay_in_torch(row: Tensor) -> bool:
+    return not row.is_cpu or row.requires_grad or type(row) is not Tensor or unpack_dual(row).tangent is not None
+
+
 def real_places(lengths: Int64Array, width: int) -> Mask:
     """The mask that lengths int64 `[B]`, each at most `width`, make on the host: bool `[B, width]`."""
+    if width >= WIDE:
+        mask = np.zeros((len(lengths), width), np.bool_)
+        for row, length in zip(mask, lengths.tolist(), strict=True):
+            row[:length] = True
+        return mask
     # Comparing small integers takes a quarter of the time.
-    dtype = np.int16 if width < 2**15 else np.int64
-    return cast(Mask, np.less(np.arange(width, dtype=dtype), lengths.astype(dtype)[:, None]))
+    return cast(Mask, np.less(np.arange(width, dtype=np.int16), lengths.astype(np.int16)[:, None]))
 
 
 def padded_width(longest: int, widths: Widths) -> int:
@@ -214,55 +252,10 @@ def padded_width(longest: int, widths: Widths) -> int:
     return widths[place]
 
 
-def check_widths(widths: Widths) -> Widths:
-    """Check a `widths` option; ascending tuples are what `padded_width` searches.
-
-    Raises:
-        TypeError: A width is not an int.
-        ValueError: A width is below one, or there is none.
-    """
-    if widths is None:
-        return None
-    given = [widths] if isinstance(widths, int) else list(widths)
-    for width in given:
-        if isinstance(width, bool) or not isinstance(width, (int, np.integer)):
-            raise TypeError(f"widths must be ints, got {width!r} of type {type(width).__name__}")
-        if width < 1:
-            raise ValueError(f"widths must be at least 1, got {width}")
-    if not given:
-        raise ValueError("widths must name at least one width, got an empty sequence; None pads to the longest row")
-    return int(widths) if isinstance(widths, int) else tuple(sorted({int(width) for width in given}))
-
-
-@lru_cache(maxsize=512, typed=True)
-def check_padding_value(value: Number, dtype: torch.dtype) -> Number:
-    """Check that `dtype` can hold the padding value (a float may be rounded, an integer must be exact).
-
-    Raises:
-        TypeError: The value is not a number.
-        ValueError: The dtype cannot hold it.
-    """
-    if not isinstance(value, (int, float, np.integer, np.floating, np.bool_)):
-        raise TypeError(f"padding_value must be a number, got {value!r} of type {type(value).__name__}")
-    value = value.item() if isinstance(value, np.generic) else value
-    if not _holds(value, dtype):
-        raise ValueError(f"padding_value {value!r} cannot be held by {dtype}: choose one that can, or a wider dtype")
-    return value
-
-
-def _holds(value: Number, dtype: torch.dtype) -> bool:
-    if dtype.is_complex or not np.isfinite(value):
-        return dtype.is_floating_point or dtype.is_complex
-    if dtype.is_floating_point:
-        return abs(value) <= torch.finfo(dtype).max
-    if dtype == torch.bool:
-        return value in (0, 1)
-    bounds = torch.iinfo(dtype)
-    return value == int(value) and bounds.min <= value <= bounds.max
-
-
 def _of_one_kind(values: Sequence[object], name: str) -> list[Tensor] | list[Array]:
     kinds = set(map(type, values))
+    if any(issubclass(kind, np.ma.MaskedArray) for kind in kinds):
+        refuse_masked(values, name)
     if all(issubclass(kind, Tensor) for kind in kinds):
         return cast("list[Tensor]", values)
     if all(issubclass(kind, np.ndarray) for kind in kinds):
@@ -272,8 +265,27 @@ def _of_one_kind(values: Sequence[object], name: str) -> list[Tensor] | list[Arr
     return [_array_of(value, place, name) for place, value in enumerate(values)]
 
 
+def refuse_masked(values: Sequence[object], name: str) -> None:
+    """Refuse masked arrays: torch knows no mask, so that masked values would become real ones.
+
+    Raises:
+        TypeError: There is one; the message names the first.
+    """
+    for place, value in enumerate(values):
+        if isinstance(value, np.ma.MaskedArray):
+            raise TypeError(
+                f"{name}: sample {place} is a masked array, whose masked values would become real steps: drop them "
+                "with .compressed(), or replace them with .filled(value)"
+            )
+
+
 def _array_of(value: object, place: int, name: str) -> Array:
     if isinstance(value, Tensor):
+        if value.requires_grad:
+            raise TypeError(
+                f"{name}: sample {place} requires gradients, which would end here: make tensors of the arrays among "
+                "the samples, or detach it"
+            )
         return cast(Array, value.numpy(force=True))
     if isinstance(value, np.ndarray):
         return value
@@ -339,7 +351,8 @@ def check_shapes(items: Sequence[Tensor] | Sequence[Array], name: str) -> None:
         if shape[1:] != shapes[0][1:]:
             raise ValueError(
                 f"{name}: all samples must have one feature shape, got {list(shapes[0])} in sample 0 and "
-                f"{list(shape)} in sample {place}: only the first axis may differ"
+                f"{list(shape)} in sample {place}: only the first axis may differ, and it is time; where time comes "
+                "last, transpose each sample to [T, F]"
             )
 
 
@@ -356,11 +369,3 @@ def _torch_dtype(row: Tensor | Array, name: str) -> torch.dtype:
 
 def _native(dtype: np.dtype[np.generic]) -> np.dtype[np.generic]:
     return dtype.newbyteorder("=")
-
-
-def _bits(tensor: Tensor) -> Array:
-    """A contiguous CPU tensor's memory as an array; dtypes NumPy lacks appear as integers of their size."""
-    try:
-        return cast(Array, tensor.numpy())
-    except TypeError:
-        return cast(Array, tensor.view(_CARRIERS[tensor.dtype.itemsize]).numpy())

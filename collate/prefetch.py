@@ -23,7 +23,8 @@ class DevicePrefetcher(Generic[Batch]):
     On the CPU batches pass straight through. On an accelerator each batch is pinned if the loader did not, copied on a
     stream of its own up to `depth` batches ahead, and handed over with an event for the current stream to wait on. What
     a loader calls `sampler`, `batch_sampler` or `dataset` stays reachable, so that a trainer's `set_epoch` finds it.
-    An error of the loader comes after the batches before it, as it does without the prefetcher.
+    An error of the loader comes after the batches before it, as it does without the prefetcher. One pass runs at a
+    time: when another begins, the earlier one raises a `RuntimeError` where it is asked for more.
 
     Batches are tensors, objects that have `to(device, non_blocking=...)` (`LengthTrackedBatch`, `PackedSequence`),
     mappings, tuples, named tuples and lists of these; anything else passes untouched.
@@ -52,8 +53,10 @@ class DevicePrefetcher(Generic[Batch]):
         self._running: ref[Pass[Batch]] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
-        """One epoch, which begins at its first batch; a pass that is still running is closed."""
-        self.close()
+        """One epoch, which begins at its first batch; a pass that is still running is closed, and raises if asked."""
+        earlier = None if self._running is None else self._running()
+        if earlier is not None:
+            earlier.give_way()
         if self.device.type == "cpu":
             running = Pass[Batch](self.loader, self._bookmark, None, 0)
         else:
@@ -109,6 +112,8 @@ class DevicePrefetcher(Generic[Batch]):
 class Pass(Iterator[Batch]):
     """One pass over a loader: batches are taken ahead and handed over in order.
 
+    It raises what the loader raises, and a `RuntimeError` where another pass has taken its place.
+
     Args:
         loader: whose batches; it is opened for the first one.
         bookmark: told where the loader stands whenever a batch is handed over.
@@ -126,16 +131,30 @@ class Pass(Iterator[Batch]):
         self._waiting: deque[tuple[Batch, Any, Any]] = deque()
         self._error: Exception | None = None
         self._over = False
+        self._gave_way = False
+        self._handed_over = 0
 
     def __next__(self) -> Batch:
+        if self._gave_way:
+            raise RuntimeError(
+                f"this pass ended after {self._handed_over} batches, because another pass over the same prefetcher "
+                "began, and one runs at a time: wrap the loader once for each loop, or keep what is needed twice in a "
+                "list"
+            )
         self._fill()
         if not self._waiting:
             self._end()
         batch, arrived, state = self._waiting.popleft()
+        self._handed_over += 1
         if self._transfer is not None:
             self._transfer.receive(batch, arrived)
         self._bookmark.state = state
         return batch
+
+    def give_way(self) -> None:
+        """End the pass here, for another: who asks it for more raises, unless it has given all."""
+        self._gave_way = not self._over or bool(self._waiting) or self._error is not None
+        self.close()
 
     def close(self) -> None:
         """End the pass here; batches on the way are dropped."""

@@ -1,8 +1,9 @@
 """Losses, means and last steps that see real steps only."""
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias, cast, get_args
+from typing import Literal, TypeAlias, get_args
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -10,8 +11,8 @@ from torch import Tensor
 from collate.agreement import aligned
 from collate.batch import LengthTrackedBatch
 from collate.errors import LengthError
+from collate.host import check_tracked, host_lengths
 from collate.packing import flat_places, gather_steps, scatter_steps
-from collate.padding import Int64Array
 
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Reduction: TypeAlias = Literal["token", "sequence", "sum"]
@@ -42,9 +43,12 @@ def sequence_loss(
         there is no real step.
 
     Raises:
-        LengthError: Output and target differ in their lengths or in their rows' order (not looked at in compiled code).
+        LengthError: Output and target differ in their lengths, in their rows' order or in the chunk that they are of
+            (not looked at in compiled code); or lengths were written to.
+        TypeError: Output or target is a tensor.
         ValueError: `loss_fn` does not give one loss per step, weights are not `[B, T]`, or the reduction is unknown.
     """
+    check_tracked("sequence_loss", output, target)
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be 'token', 'sequence' or 'sum', got {reduction!r}")
     if weights is not None and weights.shape != output.mask.shape:
@@ -65,17 +69,25 @@ def masked_mean(batch: LengthTrackedBatch) -> Tensor:
     """Each row's mean over its real steps: `[B, *F]`, in batch order; 0 for an empty row.
 
     Raises:
-        TypeError: The values are not floating-point.
+        TypeError: The values are not floating-point, or it is given a tensor.
     """
+    check_tracked("masked_mean", batch)
     if not batch.padded.is_floating_point() and not batch.padded.is_complex():
         raise TypeError(f"masked_mean needs floating-point values, got {batch.padded.dtype}: convert with .to(dtype)")
-    total = torch.where(aligned(batch.mask, batch.padded), batch.padded, 0).sum(1)
-    counts = batch.mask.sum(1).clamp(min=1).to(total.dtype)
-    return total / aligned(counts, total)
+    # In half precision a sum overflows beyond 65,504, and so does a count.
+    wide = torch.promote_types(batch.padded.dtype, torch.float32)
+    total = torch.where(aligned(batch.mask, batch.padded), batch.padded, 0).sum(1, dtype=wide)
+    counts = batch.mask.sum(1).clamp(min=1).to(wide)
+    return (total / aligned(counts, total)).to(batch.padded.dtype)
 
 
 def last_step(batch: LengthTrackedBatch) -> Tensor:
-    """Each row's value at its last real step: `[B, *F]`, in batch order; 0 for an empty row."""
+    """Each row's value at its last real step: `[B, *F]`, in batch order; 0 for an empty row.
+
+    Raises:
+        TypeError: It is given a tensor.
+    """
+    check_tracked("last_step", batch)
     last = (batch.mask.sum(1) - 1).clamp(min=0)
     values = batch.padded[torch.arange(len(batch), device=batch.device), last]
     return torch.where(aligned(batch.mask[:, 0], values), values, 0)
@@ -103,21 +115,25 @@ def token_scale(num_tokens: int, group: dist.ProcessGroup | None = None) -> Tens
     if not dist.is_available() or not dist.is_initialized():
         return torch.tensor(1 / num_tokens if num_tokens else 0.0, dtype=torch.float64)
     on_host = "cpu" in dist.get_backend_config(group)
-    total = torch.tensor(
-        num_tokens, dtype=torch.int64, device=None if on_host else torch.accelerator.current_accelerator()
-    )
+    device = None if on_host else torch.accelerator.current_accelerator(check_available=True)
+    total = torch.tensor(num_tokens, dtype=torch.int64, device=device)
     dist.all_reduce(total, group=group)
     return torch.where(total > 0, dist.get_world_size(group) / total.to(torch.float64).clamp(min=1), 0)
 
 
 def _check_pair(output: LengthTrackedBatch, target: LengthTrackedBatch) -> None:
-    if torch.equal(output.lengths, target.lengths) and torch.equal(output.permutation, target.permutation):
-        return
-    if not torch.equal(output.lengths, target.lengths):
+    if output.first_step != target.first_step:
+        raise LengthError(
+            f"output begins at step {output.first_step} of its sequences, target at step {target.first_step}: give "
+            "both the same chunk of split_steps"
+        )
+    if not np.array_equal(host_lengths(output), host_lengths(target)):
         raise LengthError(
             f"output has lengths {output.lengths.tolist()}, target has {target.lengths.tolist()}: they must be of the "
             "same steps of the same rows"
         )
+    if torch.equal(output.permutation, target.permutation):
+        return
     raise LengthError(
         f"output's rows are samples {output.permutation.tolist()}, target's are {target.permutation.tolist()}: "
         "collate both fields together, or unsort both"
@@ -140,7 +156,7 @@ def _flat_losses(
     """Each real step's loss and weight, `[M]`, or put back `[B, T]` with 0 in the padding: the loss sees no other."""
     _check_pair(output, target)
     shape = (output.padded.shape[0], output.padded.shape[1])
-    places = flat_places(cast("Int64Array", output.lengths.numpy()), shape[1], output.device)
+    places = flat_places(host_lengths(output), shape[1], output.device)
     # Fields of one width, as they come from a collator, lie alike.
     alike = target.padded.shape[1] == shape[1] and target.device == output.device
     labels = gather_steps(target.padded, places) if alike else target.flat()

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from collate.agreement import check_lengths
 from collate.batch import LengthTrackedBatch
-from collate.blocks import State, each_part, is_faster_in_blocks, run_blocks
+from collate.blocks import each_part, is_faster_in_blocks, run_blocks
 from collate.errors import LengthError
+from collate.graphs import outside_graphs
+from collate.host import check_tracked, host_lengths
 from collate.packing import Layout
-from collate.padding import Int64Array
+from collate.recurrent import State, check_fit, is_plain
 from collate.sending import to_device
 
 
+@outside_graphs
 def apply_rnn(rnn: nn.Module, batch: LengthTrackedBatch, hx: State | None = None) -> tuple[LengthTrackedBatch, State]:
     """Run `nn.RNN`, `nn.GRU`, `nn.LSTM`, or a module of one's own around them, over the real steps of every row.
 
@@ -36,16 +38,20 @@ def apply_rnn(rnn: nn.Module, batch: LengthTrackedBatch, hx: State | None = None
 
     Raises:
         LengthError: A backward direction is to go on from the state of an earlier chunk: it has yet to see later steps.
-        TypeError: A module of one's own does not return a `PackedSequence` and a state.
-        ValueError: `hx` does not hold one state per row.
+        RuntimeError: Features, states or weights are of another size, or on another device, than the module takes.
+        TypeError: It is given a tensor, a module of one's own does not return a `PackedSequence` and a state, or `hx`
+            is not a pair for an LSTM and a tensor for another torch module.
+        ValueError: `hx` does not hold one state per row, or dtypes differ.
     """
+    check_tracked("apply_rnn", batch)
     if getattr(rnn, "bidirectional", False) and hx is not None and batch.first_step:
         raise LengthError(
             f"a bidirectional module cannot be carried over chunks: the chunk at step {batch.first_step} would start "
             "its backward direction from a state that has not seen the steps after it. Run the whole batch at once"
         )
+    hx = tuple(hx) if isinstance(hx, list) else hx
     _check_state(hx, len(batch))
-    lengths = cast(Int64Array, check_lengths(batch.lengths, *batch.padded.shape[:2]).numpy())
+    lengths = host_lengths(batch)
     if not lengths.any():
         return _run_nothing(rnn, batch, hx)
     layout = Layout.of(lengths, batch.padded.shape[1], batch.device)
@@ -58,8 +64,11 @@ def apply_rnn(rnn: nn.Module, batch: LengthTrackedBatch, hx: State | None = None
 
 
 def _run(rnn: nn.Module, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
-    if is_faster_in_blocks(rnn, packed):
-        return run_blocks(cast(nn.RNNBase, rnn), packed, hx)
+    if is_plain(rnn):
+        known = cast(nn.RNNBase, rnn)
+        check_fit(known, packed, hx)
+        if is_faster_in_blocks(known, packed, hx):
+            return run_blocks(known, packed, hx)
     result = rnn(packed) if hx is None else rnn(packed, hx)
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], PackedSequence)):
         raise TypeError(

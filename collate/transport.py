@@ -1,6 +1,6 @@
 """How a batch travels: through pickle, between processes, through weights-only loading, and pytrees."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Final, Protocol, Self, TypeVar, cast
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from collate.padding import Number
+from collate.bits import to_array
+from collate.host import host_lengths
+from collate.options import Number
 
 # Bytes of a block that is sent to another process through the pipe itself. To share memory and hand over its descriptor
 # takes half a millisecond, in which a pipe carries more than this.
@@ -56,23 +58,27 @@ class Traveller(Protocol):
     ) -> Self:
         """Make a batch whose parts are known to agree."""
 
+    @classmethod
+    def rebuilt(cls, parts: Sequence[Any], padding_value: Number | None, first_step: int) -> Self:
+        """Make a batch of parts that nobody looks at."""
+
 
 Batch = TypeVar("Batch", bound=Traveller)
+
+_PACKAGE: Final = __name__.split(".")[0]
 
 
 def travels(cls: type[Batch]) -> type[Batch]:
     """Make a class of batches known to pytrees and to `torch.load` at its weights-only default."""
 
     def unflatten(parts: Iterable[object], context: tuple[Number | None, int]) -> Batch:
-        padded, lengths, mask, permutation = cast("Iterable[Tensor]", parts)
-        value, first_step = context
-        return cls.trusted(padded, lengths, mask, permutation, padding_value=value, first_step=first_step)
+        return cls.rebuilt(tuple(parts), *context)
 
     pytree.register_pytree_node(
         cls,
         _flatten,
         unflatten,
-        serialized_type_name=f"lengthtrack.{cls.__name__}",
+        serialized_type_name=_type_name(cls),
         to_dumpable_context=list,
         from_dumpable_context=tuple,
         flatten_with_keys_fn=_flatten_with_keys,
@@ -80,6 +86,13 @@ def travels(cls: type[Batch]) -> type[Batch]:
     torch.serialization.add_safe_globals([cls, unreduce])
     ForkingPickler.register(cls, send)
     return cls
+
+
+def _type_name(cls: type) -> str | None:
+    """What an exported program calls the class; one made in a function has no name that is its own."""
+    if cls.__module__.split(".")[0] == _PACKAGE:
+        return f"lengthtrack.{cls.__name__}"
+    return None if "<locals>" in cls.__qualname__ else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def reduce(batch: Batch) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -91,7 +104,7 @@ def reduce(batch: Batch) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     # A view would ship the whole storage it looks into.
     if padded.untyped_storage().nbytes() != padded.nbytes:
         padded = padded.clone(memory_format=torch.contiguous_format)
-    lengths, places = batch.lengths.numpy().tobytes(), batch.permutation.numpy().tobytes()
+    lengths, places = host_lengths(batch).tobytes(), to_array(batch.permutation).tobytes()
     return unreduce, (type(batch), padded, lengths, places, batch.padding_value, batch.first_step)
 
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+import itertools
 import pickle
 from multiprocessing.reduction import ForkingPickler
 
@@ -13,10 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import DTYPES, ORDERS, fill, lengths, order_of, sequences
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 from torch.utils import _pytree as pytree
 
-from collate import LengthError, LengthTrackedBatch, last_step, masked_mean
+from collate import LengthError, LengthTrackedBatch, apply_rnn, last_step, masked_mean, sequence_loss
+from collate.padding import real_places
 from collate.transport import THROUGH_PIPE, send
 
 
@@ -389,6 +393,7 @@ def test_two_steps_of_a_pinned_batch_need_an_accelerator():
 
 
 BLOCK = torch.zeros(2, 3)
+TRACKED = LengthTrackedBatch(torch.zeros(2, 3, 4), [3, 1])
 
 
 @pytest.mark.parametrize(
@@ -444,6 +449,44 @@ BLOCK = torch.zeros(2, 3)
             ValueError,
             "padding_value -100 cannot be held by torch.uint8",
         ),
+        (lambda: LengthTrackedBatch(BLOCK.numpy(), [3, 1]), TypeError, "padded must be a tensor .* got ndarray"),
+        (lambda: LengthTrackedBatch(np.ma.masked_array([1]), [1]), TypeError, "padded must be a tensor"),
+        (
+            lambda: LengthTrackedBatch(BLOCK, [3, 1], mask=[[True] * 3] * 2),
+            TypeError,
+            "mask must be a bool tensor, .* list",
+        ),
+        (
+            lambda: LengthTrackedBatch(BLOCK, [3, 1], first_step=-1),
+            ValueError,
+            "first_step must not be negative, got -1",
+        ),
+        (lambda: LengthTrackedBatch(BLOCK, [3, 1], first_step=1.5), TypeError, "first_step must be an int, got 1.5"),
+        (
+            lambda: LengthTrackedBatch(BLOCK, np.ma.masked_array([3, 1])),
+            TypeError,
+            "lengths must be integers, got a masked",
+        ),
+        (
+            lambda: LengthTrackedBatch.from_sequences([torch.ones(2, requires_grad=True), np.ones(2, np.float32)]),
+            TypeError,
+            "sample 0 requires gradients, which would end here: make tensors of the arrays among the samples",
+        ),
+        (
+            lambda: LengthTrackedBatch.from_sequences([torch.ones(80, 5), torch.ones(80, 7)]),
+            ValueError,
+            r"only the first axis may differ.* where time comes last, transpose each sample to \[T, F\]",
+        ),
+        (lambda: apply_rnn(nn.LSTM(4, 2), TRACKED.padded), TypeError, "apply_rnn takes .* Tensor: wrap it, Length"),
+        (lambda: apply_rnn(nn.LSTM(4, 2), TRACKED.pack()), TypeError, "apply_rnn takes .* PackedSequence: wrap it"),
+        (lambda: last_step(TRACKED.padded), TypeError, "last_step takes a LengthTrackedBatch, got a Tensor"),
+        (lambda: masked_mean(TRACKED.padded), TypeError, "masked_mean takes a LengthTrackedBatch, got a Tensor"),
+        (lambda: sequence_loss(None, TRACKED, BLOCK), TypeError, "sequence_loss takes a LengthTrackedBatch, got a Ten"),
+        (lambda: sequence_loss(None, BLOCK, TRACKED), TypeError, "sequence_loss takes a LengthTrackedBatch, got a Ten"),
+        (lambda: nn.LSTM(4, 2)(TRACKED), AttributeError, r"no attribute 'dim'.*apply_rnn\(rnn, batch\).*\.padded"),
+        (lambda: nn.Linear(4, 2)(TRACKED), TypeError, "must be Tensor, not LengthTrackedBatch"),
+        (lambda: TRACKED.shape, AttributeError, r"a batch is no tensor"),
+        (lambda: TRACKED.nonsense, AttributeError, "'LengthTrackedBatch' object has no attribute 'nonsense'$"),
         (lambda: LengthTrackedBatch(BLOCK, [3, 1]).with_padded(BLOCK[:, :2]), LengthError, "pass lengths="),
         (lambda: LengthTrackedBatch(BLOCK, [3, 1]).with_padded(BLOCK[:1], [3]), LengthError, "keep all rows"),
         (lambda: LengthTrackedBatch(BLOCK, [3, 1]).unsort(BLOCK, dim=1), ValueError, "axis 1 must hold .* 2 rows"),
@@ -479,8 +522,220 @@ def test_bad_input_is_refused_with_what_where_and_the_way_out(make, kind, messag
         make()
 
 
-def test_lengths_changed_in_place_after_making_are_caught_when_packing():
-    batch = LengthTrackedBatch.from_sequences([[1, 2, 3], [4]])
-    batch.lengths[1] = 9
-    with pytest.raises(LengthError, match="length of row 1 is 9"):
+# --- lengths that are written to after the batch was made
+
+BATCHES = {
+    "made": lambda: LengthTrackedBatch(torch.randn(3, 6, 2), torch.tensor([6, 4, 2])),
+    "collated": lambda: LengthTrackedBatch.from_sequences([torch.randn(n, 2) for n in (6, 4, 2)]),
+    "mapped": lambda: BATCHES["made"]().map(torch.exp),
+    "moved": lambda: BATCHES["made"]().to(torch.float64),
+    "unsorted": lambda: BATCHES["made"]().unsort(),
+    "a piece": lambda: BATCHES["made"]().split(3)[0],
+    "a chunk": lambda: BATCHES["made"]().split_steps(6)[0],
+    "joined": lambda: LengthTrackedBatch.concat([BATCHES["made"]()]),
+    "unpacked": lambda: BATCHES["made"]().unpack(BATCHES["made"]().pack()),
+    "pickled": lambda: pickle.loads(pickle.dumps(BATCHES["made"]())),
+    "copied": lambda: copy.copy(BATCHES["made"]()),
+    "deeply copied": lambda: copy.deepcopy(BATCHES["made"]()),
+    "replaced": lambda: dataclasses.replace(BATCHES["made"]()),
+    "a pytree": lambda: pytree.tree_map(torch.clone, BATCHES["made"]()),
+    "an output": lambda: apply_rnn(nn.GRU(2, 2), BATCHES["made"]())[0],
+}
+USES = {
+    "pack": LengthTrackedBatch.pack,
+    "unpack": lambda batch: batch.unpack(BATCHES["made"]().pack()),
+    "flat": LengthTrackedBatch.flat,
+    "sequences": LengthTrackedBatch.sequences,
+    "num_tokens": lambda batch: batch.num_tokens,
+    "padding_fraction": lambda batch: batch.padding_fraction,
+    "verify": LengthTrackedBatch.verify,
+    "unsort": LengthTrackedBatch.unsort,
+    "split": lambda batch: batch.split(2),
+    "split_steps": lambda batch: batch.split_steps(2),
+    "concat": lambda batch: LengthTrackedBatch.concat([batch, batch]),
+    "cu_seqlens": lambda batch: batch.cu_seqlens,
+    "position_ids": lambda batch: batch.position_ids,
+    "nested": LengthTrackedBatch.nested,
+    "as_dict": lambda batch: batch.as_dict({"n": "lengths"}),
+    "to": lambda batch: batch.to("meta"),
+    "map": lambda batch: batch.map(torch.exp),
+    "with_padded": lambda batch: batch.with_padded(batch.padded),
+    "pickle": pickle.dumps,
+    "send": send,
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "apply_rnn": lambda batch: apply_rnn(nn.GRU(2, 2).to(batch.padded.dtype), batch),
+    "sequence_loss": lambda batch: sequence_loss(lambda x, y: (x - y).sum(-1), batch, batch),
+    "loss against it": lambda batch: sequence_loss(lambda x, y: (x - y).sum(-1), BATCHES["made"](), batch),
+}
+WRITES = {
+    "in place": lambda lengths: lengths.sub_(1),
+    "through NumPy": lambda lengths: lengths.numpy().__setitem__(1, 3),
+    "through data": lambda lengths: lengths.data.fill_(2),
+    "out of range": lambda lengths: lengths.__setitem__(1, 9),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("use", USES)
+@torch.no_grad()
+def test_lengths_that_were_written_to_are_noticed_wherever_they_are_used(use):
+    """Red before for all but lengths out of range in `pack`: mask and lengths parted without a word."""
+    for make, write in itertools.product(BATCHES.values(), WRITES.values()):
+        batch = make()
+        USES[use](batch)
+        before = batch.lengths.tolist()
+        write(batch.lengths)
+        with pytest.raises(LengthError, match=rf"made with lengths \[{before[0]}, .* were written to"):
+            USES[use](batch)
+
+
+@pytest.mark.parametrize("given_as", ["tensor", "array"])
+def test_the_lengths_and_places_that_the_caller_keeps_do_not_change_the_batch(given_as):
+    """Red before: the caller's tensors were kept."""
+    lengths, places = torch.tensor([6, 4, 2]), torch.tensor([2, 0, 1])
+    kept = (lengths, places) if given_as == "tensor" else (lengths.numpy(), places.numpy())
+    made = LengthTrackedBatch(torch.randn(3, 6), *kept[:1], permutation=kept[1])
+    shorter = made.with_padded(torch.randn(3, 6, 1), lengths=kept[0])
+    lengths.sub_(1)
+    places.zero_()
+    for batch in (made, shorter):
+        agrees(batch)
+        assert batch.lengths.tolist() == [6, 4, 2]
+        assert batch.permutation.tolist() == [2, 0, 1]
         batch.pack()
+
+
+def test_lengths_written_to_are_noticed_in_inference_mode():
+    with torch.inference_mode():
+        batch = BATCHES["made"]()
+        batch.lengths.sub_(1)
+        with pytest.raises(LengthError, match="were written to"):
+            batch.pack()
+
+
+def test_a_batch_whose_lengths_were_written_to_can_still_be_shown():
+    batch = BATCHES["made"]()
+    batch.lengths.sub_(1)
+    assert "lengths=[5, 3, 1]" in repr(batch)
+
+
+# --- copies and pytrees
+
+
+def test_a_copy_shares_its_parts_and_the_graph():
+    """Red before: a copy went the way of pickle, which detaches, and its mask was made anew."""
+    leaf = torch.randn(2, 3, requires_grad=True)
+    batch = LengthTrackedBatch(leaf * 2, [3, 1])
+    copied = copy.copy(batch)
+    assert all(getattr(copied, part) is getattr(batch, part) for part in ("padded", "lengths", "mask", "permutation"))
+    copied.padded.sum().backward()
+    assert leaf.grad is not None
+
+
+def test_a_deep_copy_has_memory_of_its_own_and_keeps_leaves_and_sharing():
+    leaf = LengthTrackedBatch(torch.randn(2, 3, requires_grad=True), [3, 1])
+    twice = copy.deepcopy([leaf, leaf, leaf.padded])
+    assert twice[0] is twice[1]
+    assert twice[0].padded is twice[2]
+    assert twice[2].requires_grad
+    assert same(twice[0], leaf)
+    for part in ("padded", "lengths", "mask", "permutation"):
+        assert getattr(twice[0], part).data_ptr() != getattr(leaf, part).data_ptr()
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        # As torch says of a tensor that was computed.
+        copy.deepcopy(leaf.map(torch.exp))
+
+
+def test_a_pytree_node_takes_any_leaves():
+    """Red before: None in place of the mask raised."""
+    batch = LengthTrackedBatch.from_sequences([[1, 2, 3], [4]], padding_value=7)
+    leaves, spec = pytree.tree_flatten({"x": batch})
+    for others in ([None] * 4, [object() for _ in leaves], [[leaf.shape] for leaf in leaves]):
+        rebuilt = pytree.tree_unflatten(others, spec)
+        assert type(rebuilt["x"]) is LengthTrackedBatch
+        assert rebuilt["x"].padding_value == 7
+        repr(rebuilt)
+        assert pytree.tree_structure(pytree.tree_map(lambda _: 0, batch)) == pytree.tree_structure(batch)
+    assert pytree.tree_leaves(pytree.tree_map(lambda part: part.dtype, batch)) == [leaf.dtype for leaf in leaves]
+    assert same(pytree.tree_unflatten(leaves, spec)["x"], batch)
+
+
+def test_a_subclass_keeps_its_kind_through_everything():
+    """Red before: a subclass was a leaf to pytrees, and weights-only loading refused it."""
+
+    class Frames(LengthTrackedBatch):
+        @property
+        def seconds(self):
+            return self.num_tokens / 100
+
+    batch = Frames.from_sequences([[1, 2], [3]])
+    assert len(pytree.tree_leaves(batch)) == 4
+    doubled = pytree.tree_map(lambda part: part.clone(), batch)
+    for kept in (doubled, copy.copy(batch), copy.deepcopy(batch), batch.map(lambda x: x * 2), batch.to(torch.float32)):
+        assert type(kept) is Frames
+        assert kept.seconds == 0.03
+    assert pytree.tree_structure(batch) != pytree.tree_structure(LengthTrackedBatch.from_sequences([[1, 2], [3]]))
+
+
+class Spectrum(LengthTrackedBatch):
+    """A subclass that can be found by its name."""
+
+
+def test_a_subclass_loads_under_weights_only(tmp_path):
+    torch.save(Spectrum.from_sequences([[1, 2], [3]]), tmp_path / "batch.pt")
+    assert type(torch.load(tmp_path / "batch.pt")) is Spectrum
+
+
+def test_joined_batches_that_are_padded_with_nan_keep_their_padding_value():
+    rows = [torch.ones(2), torch.ones(1)]
+    parts = [LengthTrackedBatch.from_sequences(rows, padding_value=float("nan")).to(torch.float64) for _ in range(2)]
+    joined = LengthTrackedBatch.concat([parts[0], pickle.loads(pickle.dumps(parts[1]))])
+    assert joined.padding_value != joined.padding_value
+    joined.verify()
+    assert pytree.tree_structure(parts[0]) == pytree.tree_structure(pickle.loads(pickle.dumps(parts[1])))
+
+
+def test_a_batch_of_fake_tensors_is_made_without_reading_them():
+    with FakeTensorMode():
+        batch = LengthTrackedBatch(torch.zeros(2, 3, 4), torch.tensor([3, 1]), permutation=torch.tensor([1, 0]))
+        assert batch.mask.shape == (2, 3)
+        assert masked_mean(batch).shape == (2, 4)
+        assert batch.map(torch.exp).unsort().padded.shape == (2, 3, 4)
+
+
+@pytest.mark.parametrize("width", [2**15 - 1, 2**15, 2**15 + 1, 70_000])
+def test_masks_of_wide_blocks_are_those_of_narrow_ones(width):
+    counts = np.array([width, 0, 1, width - 1, 2**15 - 1, 2**14])
+    assert np.array_equal(real_places(counts, width), np.arange(width) < counts[:, None])
+
+
+LONG = {
+    "conjugate": lambda row: torch.complex(row, row).conj(),
+    "negative": lambda row: torch.complex(row, row).conj().imag,
+    "strided": lambda row: torch.stack([row, row], -1)[..., 0],
+    "a parameter": lambda row: nn.Parameter(row, requires_grad=False),
+    "bfloat16": lambda row: row.to(torch.bfloat16),
+    "expanded": lambda row: row[:1].expand(len(row), *row.shape[1:]),
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+@pytest.mark.parametrize("features", [(), (3,)])
+def test_long_rows_of_any_memory_are_padded_as_torch_pads_them(kind, features):
+    rows = [LONG[kind](torch.randn(n, *features)) for n in (40_000, 1, 80_000)]
+    batch = LengthTrackedBatch.from_sequences(rows, padding_value=3, order="given")
+    assert torch.equal(batch.padded, pad_sequence([row.resolve_conj() for row in rows], True, 3))
+    batch.padded.zero_()
+    assert all(row.any() for row in rows)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_changes_flow_through_long_rows_in_forward_mode():
+    with forward_ad.dual_level():
+        change = torch.randn(40_000)
+        rows = [forward_ad.make_dual(torch.randn(40_000), change), torch.randn(80_000)]
+        padded = LengthTrackedBatch.from_sequences(rows, order="given").padded
+        tangent = forward_ad.unpack_dual(padded).tangent
+    assert torch.equal(tangent[0, :40_000], change)
+    assert not tangent[1].any()

@@ -1,8 +1,10 @@
 """PadCollator: what becomes of each field, in one row order, through real loaders."""
 
+import json
 import pickle
 import threading
 from collections import namedtuple
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -228,6 +230,46 @@ def test_the_collator_can_be_pickled():
     assert torch.equal(again(sample)["x"].padded, collate(sample)["x"].padded)
 
 
+@pytest.mark.parametrize("kind", [torch.tensor, np.int32, np.array, int, np.uint8, lambda n: torch.tensor([n])])
+def test_a_declared_length_may_be_any_kind_of_integer(kind):
+    samples = [{"x": [1, 2], "n": kind(2)}, {"x": [3], "n": kind(1)}]
+    assert PadCollator(length_field={"x": "n"})(samples)["x"].lengths.tolist() == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("length", "got"),
+    [
+        (torch.tensor(5.7), "torch.float32"),
+        (torch.tensor(5.0), "torch.float32"),
+        (np.float32(5.7), "torch.float32"),
+        (np.array(5.7), "torch.float64"),
+        (5.7, "torch.float32"),
+        (torch.tensor(True), "torch.bool"),
+        (np.bool_(True), "torch.bool"),
+        (True, "torch.bool"),
+        (torch.tensor([5.7]), "torch.float32"),
+        ("5", "list"),
+        (None, "list"),
+        ([5, 5], "LengthTrackedBatch"),
+    ],
+)
+def test_a_declared_length_that_is_no_integer_is_refused_and_not_cut(length, got):
+    """Red before: tensors and NumPy's numbers were cut to an integer, and a bool was 1."""
+    steps = 1 if isinstance(length, bool | np.bool_) or length is True else 5
+    samples = [{"x": [0] * steps, "n": length}] * 2
+    with pytest.raises(TypeError, match=f"declared lengths of field 'x' must be integers, got {got}"):
+        PadCollator(length_field={"x": "n"})(samples)
+
+
+@pytest.mark.parametrize("stack", [(), ("x",)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_masked_arrays_are_refused(masked, stack):
+    """Red before: what was masked became real steps."""
+    samples = [{"x": np.ma.masked_array([1, 2, 3], [0, masked, 0])}, {"x": np.arange(3)}]
+    with pytest.raises(TypeError, match=r"field 'x': sample 0 is a masked array, .* \.compressed\(\)"):
+        PadCollator(stack=stack)(samples)
+
+
 SAMPLES = [{"x": [1, 2], "n": 2, "y": [1]}, {"x": [3], "n": 1, "y": [2]}]
 
 
@@ -275,7 +317,14 @@ SAMPLES = [{"x": [1, 2], "n": 2, "y": [1]}, {"x": [3], "n": 1, "y": [2]}]
         ({"max_length": 0}, SAMPLES, ValueError, "max_length must be an int of at least 1, got 0"),
         ({"shapes": [(1, 8)]}, SAMPLES, LengthError, "no shape holds 2 rows of {'x': 2, 'y': 1} steps"),
         ({"shapes": []}, SAMPLES, ValueError, "shapes must name at least one"),
-        ({"shapes": [(0, 1)]}, SAMPLES, ValueError, r"pairs \(rows, width\) of at least 1, got \(0, 1\)"),
+        ({"shapes": [(0, 1)]}, SAMPLES, ValueError, r"pairs \(rows, width\) of ints of at least 1, got \(0, 1\)"),
+        ({"shapes": [(2, 1.5)]}, SAMPLES, ValueError, r"of ints of at least 1, got \(2, 1.5\)"),
+        ({"shapes": [(2, True)]}, SAMPLES, ValueError, r"of ints of at least 1, got \(2, True\)"),
+        ({"shapes": [5]}, SAMPLES, ValueError, r"shapes must be pairs \(rows, width\), got 5"),
+        ({"shapes": [(2, (2, 2, 2))]}, SAMPLES, ValueError, r"has 3 widths, the variable-length fields are .'x', 'y'."),
+        ({"sort_by": True}, SAMPLES, TypeError, "sort_by must be a field's name, None or False, got True"),
+        ({"widths": 1.5}, SAMPLES, TypeError, "widths must be None, an int or a sequence of ints, got 1.5"),
+        ({"max_length": 2.0}, SAMPLES, ValueError, "max_length must be an int of at least 1, got 2.0"),
         ({"shapes": [(2, 2)], "widths": 2}, SAMPLES, ValueError, "leave widths out"),
         (
             {"length_field": {"y": "n"}},
@@ -299,3 +348,63 @@ SAMPLES = [{"x": [1, 2], "n": 2, "y": [1]}, {"x": [3], "n": 1, "y": [2]}]
 def test_bad_samples_and_options_are_refused_by_name(options, samples, kind, message):
     with pytest.raises(kind, match=message):
         PadCollator(**options)(samples)
+
+
+def test_options_may_be_numpy_s_integers_and_shapes_come_from_json():
+    """Red before: "not iterable", refused, and an error of comparing lists."""
+    sample = {"x": [1] * 9, "y": [1] * 3}
+    cut = PadCollator(widths=np.int64(8), max_length=np.int64(7))([sample])
+    assert (cut["x"].padded.shape, cut["x"].lengths.tolist()) == ((1, 8), [7])
+    shapes = json.loads("[[4, [9, 8]], [2, [9, 3]], [2, [9, 2]]]")
+    assert PadCollator(shapes=shapes)([sample])["y"].padded.shape == (2, 3)
+    json.dumps(PadCollator(shapes=[(np.int64(2), (np.int64(9), np.int64(8)))]).shapes)
+
+
+# --- a collator for a sampler
+
+
+@dataclass
+class Planned:
+    """What of a sampler is read."""
+
+    max_length: object = None
+    widths: object = None
+
+
+def of(collate):
+    return collate.max_length, collate.widths, collate.padding_value, collate.sort_by
+
+
+@pytest.mark.parametrize(
+    ("sampler", "same", "other"),
+    [
+        (Planned(4, 8), {"max_length": 4, "widths": np.int64(8)}, {"max_length": 5}),
+        (Planned(4, [16, 8]), {"widths": (8, 16)}, {"widths": 8}),
+        (Planned(), {"max_length": None, "widths": None}, {"max_length": 3}),
+        (Planned(np.int64(4)), {"max_length": 4}, {"widths": 3}),
+        (Planned({"x": 4}, {"x": 8}), {"max_length": {"x": 4}}, {"max_length": 4}),
+    ],
+)
+def test_a_collator_for_a_sampler_has_its_widths_and_its_greatest_length(sampler, same, other):
+    plain = PadCollator(-1, sort_by=False, max_length=sampler.max_length, widths=sampler.widths)
+    for again in ({}, same):
+        assert of(PadCollator.for_sampler(sampler, -1, sort_by=False, **again)) == of(plain)
+    with pytest.raises(ValueError, match=f"{next(iter(other))}=.* differs from the sampler's"):
+        PadCollator.for_sampler(sampler, **other)
+
+
+def test_a_collator_is_made_for_nothing_but_a_sampler_of_lengths():
+    with pytest.raises(TypeError, match="a list has no max_length and no widths"):
+        PadCollator.for_sampler([[0, 1]])
+
+
+def test_shapes_of_a_sampler_stand_for_its_widths():
+    collate = PadCollator.for_sampler(Planned(4, 8), shapes=[(2, 8), (1, 16)])
+    assert collate([[1] * 9]).padded.shape == (2, 8)
+
+
+def test_a_subclass_makes_its_own_kind_for_a_sampler():
+    class Mine(PadCollator):
+        pass
+
+    assert type(Mine.for_sampler(Planned())) is Mine

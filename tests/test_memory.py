@@ -1,5 +1,9 @@
 """find_max_tokens: real allocations, a real limit, and nothing left changed."""
 
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -68,6 +72,11 @@ def test_weights_gradients_buffers_optimizer_and_random_state_are_given_back():
         ([8], {}, ValueError, "limit must be given on cpu"),
         ([8], {"limit": 1, "share": 0}, ValueError, "share must be above 0"),
         ([8], {"limit": 1}, MemoryError, "not even one row of 8 steps fits in 0 bytes"),
+        ([(2, 8), (1, 16)], {"limit": 1 << 40, "most": 15}, ValueError, "most must hold one row of 16 steps, got 15"),
+        ([(8, (16, 32))], {"limit": 1 << 40, "most": 47}, ValueError, r"one row of \(16, 32\) steps, got 47"),
+        ([8, (2, (4, 4))], {"limit": 1}, ValueError, "widths of one number of fields"),
+        ([(2, (4, 4)), (2, (4, 4, 4))], {"limit": 1}, ValueError, "widths of one number of fields"),
+        ([(2, (0, 4))], {"limit": 1}, ValueError, "shapes must name widths of at least 1"),
     ],
 )
 def test_what_cannot_be_answered_is_refused(shapes, options, kind, message):
@@ -80,3 +89,101 @@ def test_every_library_s_words_for_lack_of_memory_are_known(words):
     assert _is_out_of_memory(RuntimeError(words))
     assert _is_out_of_memory(torch.OutOfMemoryError())
     assert not _is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_shapes_of_several_fields_are_tried_with_all_their_widths():
+    """Red before: a TypeError. Tokens are those of all fields, as the sampler counts them."""
+    tried = set()
+
+    def step(rows, widths):
+        tried.add((rows, widths))
+
+    shapes = [(8, (16, 32)), (4, (32, 64)), (16, (8, 8))]
+    assert find_max_tokens(step, shapes, device="cpu", limit=1 << 40, most=960) == 960
+    assert {widths for _, widths in tried} == {(16, 32), (32, 64), (8, 8)}
+    assert max(rows * sum(widths) for rows, widths in tried) == 960
+
+
+def test_widths_of_numpy_s_integers_count_as_integers():
+    shapes = [(4, np.int64(10)), np.int64(10)]
+    assert find_max_tokens(allocate(1), shapes, device="cpu", limit=1 << 40, most=1000) == 1000
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+    ],
+    ids=["Python", "torch"],
+)
+def test_an_allocation_that_the_host_refuses_does_not_fit(error):
+    """Red before: the error came through."""
+
+    def step(rows, width):
+        if rows * width > 3000:
+            raise error
+
+    assert 2800 <= find_max_tokens(step, [10], device="cpu", limit=1 << 40) <= 3000
+
+
+def test_a_real_allocation_beyond_the_address_space_does_not_fit():
+    def step(rows, width):
+        if rows * width > 3000:
+            torch.empty(1 << 61, dtype=torch.uint8)
+
+    assert 2800 <= find_max_tokens(step, [10], device="cpu", limit=1 << 40) <= 3000
+
+
+def test_a_cuda_build_without_a_gpu_takes_the_cpu(monkeypatch):
+    """Red before: it asked for the accelerator that the build is for, whether or not there is one."""
+    asked = []
+
+    def current_accelerator(check_available=False):
+        asked.append(check_available)
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current_accelerator)
+    assert find_max_tokens(allocate(1), [10], limit=1 << 40, most=1000) == 1000
+    assert asked[0]
+
+
+WITHOUT_UNIX = """
+import builtins, pathlib, sys
+import torch
+real = builtins.__import__
+def refuse(name, *rest, **options):
+    if name in ("resource", "fcntl"):
+        raise ImportError(name)
+    return real(name, *rest, **options)
+def closed(run):
+    def call(self, *inputs, **options):
+        if str(self).startswith("/proc"):
+            raise FileNotFoundError(str(self))
+        return run(self, *inputs, **options)
+    return call
+for name in ("resource", "fcntl"):
+    sys.modules.pop(name, None)
+builtins.__import__ = refuse
+for name in ("open", "read_text", "write_text"):
+    setattr(pathlib.Path, name, closed(getattr(pathlib.Path, name)))
+pathlib.Path.exists = lambda self, **options: not str(self).startswith("/proc") and pathlib.os.path.exists(self)
+import collate
+batch = collate.PadCollator()([[1, 2], [3]])
+print(batch.lengths.tolist())
+try:
+    collate.find_max_tokens(lambda rows, width: None, [8], device="cpu", limit=1 << 30)
+except OSError as error:
+    print(error)
+"""
+
+
+def test_the_package_needs_no_module_or_folder_of_unix():
+    """Red before: importing it imported `resource`."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_UNIX], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lengths, error = done.stdout.splitlines()
+    assert lengths == "[2, 1]"
+    assert "the memory of a process cannot be measured on this system" in error

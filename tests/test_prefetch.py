@@ -227,11 +227,32 @@ def test_a_closed_pass_gives_nothing_more(device, recorders):
         running = iter(batches)
         next(running)
     assert list(running) == []
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("taken", [0, 1, 5])
+def test_a_pass_that_another_one_closes_raises_and_does_not_just_end(device, taken, recorders):
+    """Red before: a `zip` of a prefetcher with itself gave nothing, a loop within a loop ended both, without a word."""
+    batches = DevicePrefetcher(loader(), device)
     earlier = iter(batches)
+    assert len(take(earlier, taken)) == taken
     later = iter(batches)
-    assert list(earlier) == []
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=rf"ended after {taken} batches, because another pass .* began"):
+            next(earlier)
     assert len(list(later)) == 6
     assert list(later) == []
+    with pytest.raises(RuntimeError, match="another pass"):
+        list(zip(batches, batches, strict=True))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_pass_that_has_given_all_stays_at_its_end_when_another_begins(device, recorders):
+    batches = DevicePrefetcher(loader(), device)
+    first = iter(batches)
+    assert len(list(first)) == 6
+    assert len(list(batches)) == 6
+    assert list(first) == []
 
 
 class Failing:

@@ -129,6 +129,26 @@ def test_half_precision_losses_of_many_steps_are_summed_in_single_precision():
     assert sequence_loss(nn.MSELoss(reduction="none"), output, zeros, reduction="sum") == count
 
 
+@pytest.mark.parametrize(("steps", "value"), [(100, 1000.0), (70_000, 1.0)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_means_are_summed_in_single_precision(dtype, steps, value):
+    """Red before: a sum beyond 65,504 was inf, and a count beyond it made the mean NaN."""
+    batch = LengthTrackedBatch.from_sequences([torch.full((steps,), value, dtype=dtype), torch.ones(2, dtype=dtype)])
+    mean = masked_mean(batch)
+    assert mean.dtype == dtype
+    assert mean.tolist() == [value, 1]
+
+
+def test_the_loss_of_one_chunk_against_another_s_targets_is_refused():
+    """Red before: chunks of equal lengths were taken for the same steps."""
+    _, _, output, target = pair([4, 4])
+    loss_fn = nn.CrossEntropyLoss(reduction="none")
+    for chunk, labels in zip(output.split_steps(2), target.split_steps(2), strict=True):
+        sequence_loss(loss_fn, chunk, labels)
+    with pytest.raises(LengthError, match="output begins at step 0 of its sequences, target at step 2"):
+        sequence_loss(loss_fn, output.split_steps(2)[0], target.split_steps(2)[1])
+
+
 @pytest.mark.parametrize(
     ("change", "options", "kind", "message"),
     [

@@ -302,3 +302,207 @@ def test_hooks_of_a_module_are_called():
     rnn.register_forward_hook(lambda module, inputs, result: seen.append(type(inputs[0])))
     apply_rnn(rnn, LengthTrackedBatch.from_sequences([torch.zeros(2, 3)]))
     assert seen == [PackedSequence]
+
+
+# --- what torch's module refuses is refused, and what was put in front of it is called
+
+
+def shapes_of_states(rnn, rows):
+    """The shapes of a state that fits."""
+    layers = rnn.num_layers * (2 if rnn.bidirectional else 1)
+    h = (layers, rows, rnn.proj_size or rnn.hidden_size)
+    return (h, (layers, rows, rnn.hidden_size)) if rnn.mode == "LSTM" else (h,)
+
+
+DTYPES = st.sampled_from([torch.float32] * 3 + [torch.float64, torch.bfloat16, torch.float16, torch.int64])
+
+
+@st.composite
+def awkward_runs(draw):
+    """A module, a batch and a state, each of which may be a little wrong."""
+    kind = draw(st.sampled_from([nn.RNN, nn.GRU, nn.LSTM]))
+    options = {"num_layers": draw(st.integers(1, 2)), "bidirectional": draw(st.booleans()), "bias": draw(st.booleans())}
+    options |= {"proj_size": draw(st.sampled_from([0, 2]))} if kind is nn.LSTM else {}
+    rnn = kind(3, 4, batch_first=draw(st.booleans()), **options).to(
+        draw(st.sampled_from([torch.float32, torch.float64]))
+    )
+    counts = draw(st.lists(st.integers(0, 4), min_size=1, max_size=4).filter(any))
+    features = draw(st.sampled_from([(3,), (3,), (3,), (2,), (5,), (300,), (), (1, 3), (3, 1)]))
+    batch = LengthTrackedBatch(torch.randn(len(counts), 4, *features).to(draw(DTYPES)), counts)
+    return rnn, batch, draw(awkward_states(rnn, len(counts)))
+
+
+@st.composite
+def awkward_states(draw, rnn, rows):
+    if draw(st.booleans()):
+        return None
+    shapes = [list(shape) for shape in shapes_of_states(rnn, rows)]
+    for shape in shapes:
+        axis, change = draw(st.integers(0, 2)), draw(st.sampled_from([0, 0, 0, 1, -1]))
+        shape[axis] = max(shape[axis] + change, 0)
+    shapes = draw(st.sampled_from([shapes, shapes, shapes, shapes[:1], [*shapes, shapes[0]]]))
+    device = draw(st.sampled_from(["cpu", "cpu", "cpu", "meta"]))
+    state = tuple(torch.zeros(shape, dtype=draw(DTYPES), device=device) for shape in shapes)
+    return state if rnn.mode == "LSTM" and draw(st.integers(0, 3)) else draw(st.sampled_from([state[0], state]))
+
+
+def outcome(run):
+    """What a run gives, or the error that it raises."""
+    try:
+        result, state = run()
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
+        return error
+    return result, state
+
+
+@settings(max_examples=300)
+@given(awkward_runs(), st.booleans())
+def test_a_run_is_refused_exactly_where_torch_s_module_refuses_it(case, with_gradients):
+    """Red before: kernels were called with inputs and states of any size, and wrote beyond their memory."""
+    rnn, batch, hx = case
+    filled = batch.lengths.nonzero()[:, 0]
+
+    def by_torch():
+        for part in () if hx is None else parts(hx):
+            # One state per row, empty ones too, is what we ask for ourselves.
+            if part.dim() != 3 or part.shape[1] != len(batch):
+                raise ValueError(part.shape)
+            # oneDNN takes another dtype's memory for its own.
+            assert part.dtype == batch.padded.dtype
+        # Packed sequences of one length are not checked by torch's LSTM, padded blocks are.
+        rnn(batch.padded if rnn.batch_first else batch.padded.transpose(0, 1), hx)
+        state = hx if hx is None or len(filled) == len(batch) else tuple(part[:, filled] for part in parts(hx))
+        return rnn(batch.pack(), state if state is hx or isinstance(hx, tuple) else state[0])
+
+    with torch.set_grad_enabled(with_gradients):
+        ours, theirs = outcome(lambda: apply_rnn(rnn, batch, hx)), outcome(by_torch)
+    assert isinstance(ours, Exception) == isinstance(theirs, Exception), (ours, theirs)
+    if not isinstance(ours, Exception):
+        torch.testing.assert_close(ours[0].pack().data, theirs[0].data, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_an_all_empty_batch_of_other_features_is_refused_too(kind, with_gradients):
+    batch = LengthTrackedBatch(torch.zeros(2, 3, 5), [0, 0])
+    with torch.set_grad_enabled(with_gradients), pytest.raises(RuntimeError, match="Expected 3, got 5"):
+        apply_rnn(kind(3, 4), batch)
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_weights_that_were_replaced_by_others_of_another_size_are_refused(kind):
+    rnn = kind(3, 4)
+    rnn.weight_ih_l0 = nn.Parameter(torch.zeros_like(rnn.weight_ih_l0)[:, :2].contiguous())
+    with pytest.raises(RuntimeError):
+        apply_rnn(rnn, LengthTrackedBatch.from_sequences([torch.randn(3, 3)]))
+
+
+def wrapped(rnn, calls):
+    """As accelerate's hooks and many tracers do: another `forward` on the instance."""
+    run = rnn.forward
+    rnn.forward = lambda *inputs: calls.append("instance") or run(*inputs)
+    return lambda: None
+
+
+def with_patched_class(rnn, calls):
+    run = type(rnn).forward
+    type(rnn).forward = lambda self, *inputs: calls.append("class") or run(self, *inputs)
+    return lambda: setattr(type(rnn), "forward", run)
+
+
+def with_patched_call(rnn, calls):
+    run = rnn._call_impl
+    rnn._call_impl = lambda *inputs: calls.append("call") or run(*inputs)
+    return lambda: None
+
+
+def with_compiled_call(rnn, calls):
+    run = rnn._call_impl
+    rnn._compiled_call_impl = lambda *inputs: calls.append("compiled") or run(*inputs)
+    return lambda: None
+
+
+def with_hook(name):
+    def register(rnn, calls):
+        return getattr(rnn, name)(lambda *inputs: calls.append(name) and None).remove
+
+    return register
+
+
+def with_global_hook(name):
+    def register(rnn, calls):
+        return getattr(nn.modules.module, name)(lambda *inputs: calls.append(name) and None).remove
+
+    return register
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+@pytest.mark.parametrize(
+    "intercept",
+    [
+        pytest.param(wrapped, id="forward"),
+        pytest.param(with_patched_class, id="class"),
+        pytest.param(with_patched_call, id="call"),
+        pytest.param(with_compiled_call, id="compiled"),
+        *[pytest.param(with_hook(name), id=name) for name in ("register_forward_hook", "register_forward_pre_hook")],
+        *[
+            pytest.param(with_global_hook(name), id=name)
+            for name in ("register_module_forward_hook", "register_module_forward_pre_hook")
+        ],
+    ],
+)
+def test_whatever_was_put_in_front_of_a_module_is_called(kind, intercept):
+    """Red before for all but the instance's own hooks: kernels were run with the module's weights."""
+    rnn, calls = kind(3, 4), []
+    batch = LengthTrackedBatch.from_sequences([torch.randn(n, 3) for n in (3, 2)])
+    expected = apply_rnn(rnn, batch)[0].padded
+    undo = intercept(rnn, calls)
+    try:
+        output, _ = apply_rnn(rnn, batch)
+    finally:
+        undo()
+    assert len(calls) == 1
+    torch.testing.assert_close(output.padded, expected)
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_a_subclass_with_a_forward_of_its_own_is_called(kind):
+    class Negated(kind):
+        def forward(self, packed, hx=None):
+            packed, state = super().forward(packed, hx)
+            return packed._replace(data=-packed.data), state
+
+    rnn, batch = Negated(3, 4), LengthTrackedBatch.from_sequences([torch.randn(n, 3) for n in (3, 2)])
+    plain = kind(3, 4)
+    plain.load_state_dict(rnn.state_dict())
+    torch.testing.assert_close(apply_rnn(rnn, batch)[0].padded, -apply_rnn(plain, batch)[0].padded)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("name", ["full_backward_hook", "full_backward_pre_hook"])
+def test_backward_hooks_are_called_where_torch_calls_them(name, whole):
+    def run(call):
+        rnn, calls = nn.GRU(3, 4), []
+
+        def hook(*_):
+            calls.append(name)
+
+        handle = (
+            getattr(nn.modules.module, f"register_module_{name}")(hook)
+            if whole
+            else getattr(rnn, f"register_{name}")(hook)
+        )
+        try:
+            call(rnn).sum().backward()
+        finally:
+            handle.remove()
+        return len(calls)
+
+    batch = LengthTrackedBatch.from_sequences([torch.randn(n, 3) for n in (3, 2)])
+    assert run(lambda rnn: apply_rnn(rnn, batch)[0].padded) == run(lambda rnn: rnn(batch.pack())[0].data)
+
+
+def test_a_state_may_be_a_list_as_in_torch():
+    rnn, batch = nn.LSTM(3, 4), LengthTrackedBatch.from_sequences([torch.randn(n, 3) for n in (3, 0)])
+    hx = [torch.randn(1, 2, 4), torch.randn(1, 2, 4)]
+    torch.testing.assert_close(apply_rnn(rnn, batch, hx)[1], apply_rnn(rnn, batch, tuple(hx))[1])

@@ -1,0 +1,42 @@
+"""The memory of tensors on the host, as NumPy sees it."""
+
+from typing import Final, TypeAlias, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Array: TypeAlias = npt.NDArray[np.generic]
+Int64Array: TypeAlias = npt.NDArray[np.int64]
+
+# NumPy has no name for bfloat16 and its like: their bits cross it as integers of the same size.
+CARRIERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def to_array(integers: Tensor) -> Int64Array:
+    """An int64 tensor on the host as an array that shares its memory.
+
+    Within `torch.func` nothing shares memory, and a copy is made.
+    """
+    try:
+        return cast(Int64Array, integers.numpy())
+    except RuntimeError:
+        return np.array(cast("list[int]", integers.tolist()), np.int64)
+
+
+def shares_memory(tensor: Tensor) -> bool:
+    """Whether NumPy can look into the memory of a tensor on the host: not within `torch.func`."""
+    try:
+        tensor.detach().flatten()[:0].view(torch.uint8).numpy()
+    except RuntimeError:
+        return False
+    return True
+
+
+def bits_of(tensor: Tensor) -> Array:
+    """A contiguous CPU tensor's memory as an array; dtypes NumPy lacks appear as integers of their size."""
+    try:
+        return cast(Array, tensor.numpy())
+    except TypeError:
+        return cast(Array, tensor.view(CARRIERS[tensor.dtype.itemsize]).numpy())
