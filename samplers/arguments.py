@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from samplers.corpus import Lengths, check_lengths
-from samplers.shards.files import expand_shards
 from samplers.shards.index import LengthIndex
 from samplers.shards.indexfile import SUFFIX
+from samplers.shards.names import expand_shards
 from samplers.widths import Widths, optimal_widths
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -172,8 +172,8 @@ def open_index(sources: Sequence[str]) -> LengthIndex:
         FileNotFoundError: There is none.
         ValueError: It is damaged, or there are several.
     """
-    indexes = [LengthIndex.open(path) for path in find_index(sources)]
-    return indexes[0] if len(indexes) == 1 else LengthIndex.concat(indexes)
+    indexes = find_index(sources)
+    return LengthIndex.open(indexes[0]) if len(indexes) == 1 else LengthIndex.open_all(indexes)
 
 
 def open_lengths(sources: Sequence[str]) -> Lengths:

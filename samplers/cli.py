@@ -34,10 +34,10 @@ from samplers.corpus import Lengths
 from samplers.extras import load_extra
 from samplers.plan import BatchPlan, plan_epoch
 from samplers.shards.dataset import ShardDataset
-from samplers.shards.files import expand_shards
 from samplers.shards.format import Sample
 from samplers.shards.index import LengthIndex
 from samplers.shards.indexfile import SUFFIX, read_index
+from samplers.shards.names import expand_shards
 from samplers.shards.tables import Field
 from samplers.shards.verify import find_errors
 from samplers.shards.writer import ShardWriter

@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from samplers.extras import load_extra
 from samplers.shards.dataset import ShardDataset
-from samplers.shards.files import expand_shards
 from samplers.shards.index import LengthIndex
 from samplers.shards.indexfile import SUFFIX
+from samplers.shards.names import expand_shards
 
 Rows: TypeAlias = Iterator[tuple[str, dict[str, Any]]]
 

@@ -12,9 +12,11 @@ from typing import Any, Final, Self, overload
 import numpy as np
 
 from collate.errors import LengthError
-from samplers.shards.files import Shards, expand_shards, open_file
-from samplers.shards.indexfile import REBUILD, longest_first, read_index, write_index
+from samplers.shards.files import Shards, open_file
+from samplers.shards.indexfile import REBUILD, longest_first, read_index, read_part, write_index
 from samplers.shards.kept import Scan
+from samplers.shards.names import expand_shards, refuse_twice
+from samplers.shards.newfile import local_path
 from samplers.shards.parallel import run
 from samplers.shards.scan import LengthOf, scan_shard
 from samplers.shards.tables import Array, Shard, Tables, join_tables
@@ -96,7 +98,7 @@ class LengthIndex:
         """
         if isinstance(fields, str):
             raise TypeError(f"fields must be a list of names, got the string {fields!r}")
-        keep = resume if isinstance(resume, bool) else Path(resume)
+        keep = resume if isinstance(resume, bool) else local_path(resume, "resume")
         if isinstance(keep, Path):
             keep.mkdir(parents=True, exist_ok=True)
         paths = expand_shards(shards)
@@ -126,17 +128,34 @@ class LengthIndex:
         """The samples of several indexes, in their order.
 
         Raises:
-            ValueError: There are none, or their shards differ in layout, fields or checksums.
+            ValueError: There are none, one shard is in two, or their shards differ in layout, fields or checksums.
         """
+        refuse_twice((shard, name) for index in indexes for name in [repr(index)] for shard in index.shards)
         return cls(join_tables([index.tables for index in indexes]))
+
+    @classmethod
+    def open_all(cls, paths: Sequence[str]) -> Self:
+        """The samples of several index files, in their order; no file stays open, and each may be a URL.
+
+        Raises:
+            FileNotFoundError: One of them is absent.
+            ValueError: One is damaged, one shard is in two, or their shards differ in layout, fields or checksums.
+        """
+        parts = [read_part(path) for path in paths]
+        refuse_twice((shard.path, path) for part, path in zip(parts, paths, strict=True) for shard in part.shards)
+        return cls(join_tables(parts))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the index to a local file, whole or not at all.
 
         Args:
             path: best beside the shards, which are then named relative to it, so that their folder can be moved.
+
+        Raises:
+            FileExistsError: Another process writes the file.
+            ValueError: It is a URL.
         """
-        write_index(Path(path), [self.tables])
+        write_index(local_path(path, "path"), [self.tables])
 
     def __len__(self) -> int:
         return len(self.tables.keys)

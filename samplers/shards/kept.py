@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 
-from samplers.shards.files import TEMPORARY, open_file, remove_leftover
+from samplers.shards.files import open_file
 from samplers.shards.indexfile import SUFFIX, read_index, write_index
+from samplers.shards.newfile import TEMPORARY, remove_leftover
 from samplers.shards.scan import LengthOf, scan_shard
 from samplers.shards.tables import Tables
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -41,12 +42,12 @@ def cut_shard(index: LengthIndex, number: int) -> Tables:
     """What the index holds of one shard, as an index of that shard alone would."""
     tables = index.tables
     first, last = index.starts[number : number + 2].tolist()
-    arrays = {name: array[first:last] for name, array in tables.arrays.items() if name != "blocks"}
+    arrays: dict[str, Any] = {name: array[first:last] for name, array in tables.arrays.items() if name != "blocks"}
     if tables.blocks is not None:
         start, end = np.searchsorted(tables.blocks[:, 0], [first, last])
         arrays["blocks"] = tables.blocks[start:end].copy()
         arrays["blocks"][:, 0] -= first
-    return Tables(tables.layout, tables.fields, (tables.shards[number],), **arrays)
+    return Tables(tables.layout, tables.fields, (tables.shards[number],), **arrays, length_id=tables.length_id)
 
 
 def _find_error(tables: Tables, *, payload: bool) -> str | None:
