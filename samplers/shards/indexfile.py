@@ -109,18 +109,19 @@ def read_part(path: str, shard: str | None = None) -> Part:
     return FilePart(path, prefix, tables.layout, tables.fields, tables.shards, tables.length_id, tables.shapes)
 
 
-def read_index(path: str, checked_up_to: int | None = _CHECKED_UP_TO) -> tuple[Tables, Array]:
+def read_index(path: str, checked_up_to: int | None = _CHECKED_UP_TO, *, mapped: bool = True) -> tuple[Tables, Array]:
     """The tables in an index file, and the order of its samples by length.
 
     Args:
         path: of the file.
         checked_up_to: size in bytes up to which the checksum of the arrays is computed; None for all.
+        mapped: map a large file, which holds a descriptor, instead of reading it.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is foreign, of another version, truncated or damaged.
     """
-    content = _load(path)
+    content = _load(path, mapped=mapped)
     header, start = _read_header(content, path)
     checked = checked_up_to is None or len(content) <= checked_up_to
     if checked:
@@ -295,13 +296,13 @@ def _check_values(tables: Tables, order: Array) -> None:
             raise ValueError(f"{name} holds {array.min()} to {array.max()}")
 
 
-def _load(path: str) -> Array:
+def _load(path: str, *, mapped: bool = True) -> Array:
     # Mapped if it is local and large.
     try:
         file = open_file(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"no index {path}: build it with LengthIndex.build(shards).save(path)") from None
-    if file.size < _MAPPED_FROM or isinstance(file, RemoteFile):
+    if not mapped or file.size < _MAPPED_FROM or isinstance(file, RemoteFile):
         return np.frombuffer(file.read(0, file.size), np.uint8)
     return np.memmap(path, np.uint8, "r")
 

@@ -8,15 +8,19 @@ from typing import Any
 import numpy as np
 
 from samplers.shards.index import LengthIndex
+from samplers.shards.measuring import Measure
 from samplers.shards.tables import Tables
 
 
-def find_errors(index: LengthIndex, *, payload: bool, workers: int = 0) -> Iterator[str | None]:
+def find_errors(
+    index: LengthIndex, *, payload: bool, measure: Measure | None = None, workers: int = 0
+) -> Iterator[str | None]:
     """Hold every shard against the index.
 
     Args:
         index: of the shards.
         payload: read every sample too, and hold it against its crc32.
+        measure: how lengths are measured that no header tells; picklable, where there are workers.
         workers: processes; 0 stays in this one.
 
     Yields:
@@ -27,7 +31,7 @@ def find_errors(index: LengthIndex, *, payload: bool, workers: int = 0) -> Itera
     """
     if payload and index.tables.crcs is None:
         raise ValueError("the index holds no checksums of payloads: build it with checksums=True")
-    check = partial(_find_error, payload=payload)
+    check = partial(_find_error, payload=payload, measure=measure or Measure(None, {}))
     parts = (cut_shard(index, number) for number in range(len(index.shards)))
     if not workers:
         yield from map(check, parts)
@@ -50,13 +54,14 @@ def cut_shard(index: LengthIndex, number: int) -> Tables:
     return Tables(tables.layout, tables.fields, (tables.shards[number],), **arrays, length_id=tables.length_id)
 
 
-def _find_error(tables: Tables, *, payload: bool) -> str | None:
+def _find_error(tables: Tables, *, payload: bool, measure: Measure) -> str | None:
     try:
-        LengthIndex(tables).verify(payload=payload)
+        LengthIndex(tables).verify(payload=payload, length=measure.length, decode=measure.decode)
     except FileNotFoundError:
         return f"{tables.shards[0].path}: the index lists this shard, but there is no such file"
-    except (ValueError, OSError) as error:
-        return str(error)
+    except (ValueError, OSError, RuntimeError) as error:
+        # A decoder does not know what it was given: a note does.
+        return ": ".join([*getattr(error, "__notes__", ()), str(error)])
     return None
 
 
