@@ -1,11 +1,15 @@
 """The packages work where `resource`, `fcntl` and /proc do not exist, as on Windows."""
 
+import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from samplers.shards import locks
 
 ROOT = Path(__file__).parents[1]
 BARE = """
@@ -64,24 +68,21 @@ def test_shards_are_written_and_read_without_the_modules_of_unix(tmp_path):
     assert run(code, ["resource", "fcntl", "msvcrt"], tmp_path, ROOT) == "None"
 
 
-def test_where_windows_locks_bytes_a_file_is_locked_far_behind_its_end(tmp_path):
-    code = """
-    import types
+def test_where_windows_locks_bytes_a_file_is_locked_far_behind_its_end(tmp_path, monkeypatch):
     held = {}
+
     def locking(descriptor, mode, count):
         place = (os.fstat(descriptor).st_ino, os.lseek(descriptor, 0, os.SEEK_CUR))
         if held.setdefault(place, descriptor) != descriptor:
             raise OSError("locked")
-    sys.modules["msvcrt"] = types.SimpleNamespace(locking=locking, LK_NBLCK=2)
-    sys.modules["collate"] = package = types.ModuleType("collate")
-    package.__path__ = [str(Path(sys.argv[2]) / "collate")]
-    from samplers.shards.locks import lock
-    path = Path(sys.argv[1]) / "a"
-    with open(path, "wb") as one, open(path, "r+b") as other:
+
+    monkeypatch.setattr(locks, "_FCNTL", None)
+    monkeypatch.setattr(locks, "_MSVCRT", SimpleNamespace(locking=locking, LK_NBLCK=2))
+    path = tmp_path / "a"
+    with path.open("wb") as one, path.open("wb") as other:
         one.write(b"x" * 100)
-        print(lock(one), lock(other), one.tell(), *[place > 1 << 30 for _, place in held])
-    """
-    assert run(code, ["fcntl"], tmp_path, ROOT) == "True False 100 True"
+        assert (locks.lock(one), locks.lock(other), one.tell()) == (True, False, 100)
+    assert [place > 1 << 30 for _, place in held] == [True]
 
 
 @pytest.mark.parametrize("package", ["samplers"])
