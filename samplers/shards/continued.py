@@ -23,6 +23,20 @@ def find_shards(folder: Path, prefix: str) -> dict[Number, Path]:
     return dict(sorted(numbered))
 
 
+def refuse_shards(folder: Path, prefix: str) -> None:
+    """Refuse a folder that holds shards of a prefix, or what a writer has left of them.
+
+    Raises:
+        FileExistsError: There are some.
+    """
+    found = sorted([*folder.glob(f"{prefix}-*.tar*"), *folder.glob(f"{prefix}{SUFFIX}*")])
+    if found:
+        raise FileExistsError(
+            f"{folder} already holds {found[0].name}: write to another folder, give another prefix=, go on behind it "
+            f"with append=True, or delete {prefix}-*.tar* and {prefix}{SUFFIX}*"
+        )
+
+
 def remove_leftovers(folder: Path, prefix: str) -> None:
     """Remove what killed writers of a prefix have not finished.
 

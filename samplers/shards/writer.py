@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypedDict, TypeVar, Unpack
 
-from samplers.shards.continued import find_shards, read_corpus, remove_leftovers, take_over
+from samplers.shards.continued import find_shards, read_corpus, refuse_shards, remove_leftovers, take_over
 from samplers.shards.dataset import Decoder
 from samplers.shards.files import Shards
 from samplers.shards.index import LengthIndex, decode_key
@@ -104,7 +104,7 @@ class ShardWriter:
         if append:
             self._take_over()
         else:
-            _refuse_shards(self._folder, prefix)
+            refuse_shards(self._folder, prefix)
 
     def __enter__(self) -> Self:
         self._entered = True
@@ -205,7 +205,7 @@ class ShardWriter:
         if append:
             remove_leftovers(folder, prefix)
         else:
-            _refuse_shards(folder, prefix)
+            refuse_shards(folder, prefix)
         open_writer = _Opener(cls, folder, options)
         write_part = PartWriter(open_writer, samples, folder, prefix, finished_parts(folder, prefix))
         try:
@@ -375,15 +375,6 @@ class _Opener:
 
     def __call__(self, prefix: str) -> ShardWriter:
         return self.writer(self.folder, append=True, **self.options | {"prefix": prefix})
-
-
-def _refuse_shards(folder: Path, prefix: str) -> None:
-    found = sorted([*folder.glob(f"{prefix}-*.tar*"), *folder.glob(f"{prefix}{SUFFIX}*")])
-    if found:
-        raise FileExistsError(
-            f"{folder} already holds {found[0].name}: write to another folder, give another prefix=, go on behind it "
-            f"with append=True, or delete {prefix}-*.tar* and {prefix}{SUFFIX}*"
-        )
 
 
 def _check_options(layout: str, prefix: str, stack: Collection[str], **counts: int) -> None:
