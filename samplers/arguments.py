@@ -1,7 +1,9 @@
 """What commands are given: lists, widths, indexes and shards; and errors as one line with a way out."""
 
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -10,9 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from samplers.corpus import Lengths, check_lengths
-from samplers.shards.files import expand_shards
 from samplers.shards.index import LengthIndex
 from samplers.shards.indexfile import SUFFIX
+from samplers.shards.measuring import Decoder, Measure
+from samplers.shards.names import expand_shards
+from samplers.shards.newfile import local_path
+from samplers.shards.parallel import ProcessKilledError
 from samplers.widths import Widths, optimal_widths
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -27,8 +32,29 @@ _IN_PYTHON: Final = {
         "set --max-length, or choose --overlong drop or --overlong alone"
     ),
     "build it with checksums=True": "make it with lengthtrack index --checksums",
+    "give length=, a function (field, bytes) -> steps": (
+        "give --length MODULE:FUNCTION, a function (field, bytes) -> steps, or --decode FIELD=MODULE:FUNCTION"
+    ),
+    "name the fields whose lengths count, and give length= to measure other encodings": (
+        "name the fields whose lengths count with --fields, and give --length MODULE:FUNCTION to measure others"
+    ),
 }
-_USERS_ERRORS: Final = (ValueError, TypeError, IndexError, OSError, ImportError, BrokenExecutor)
+_USERS_ERRORS: Final = (
+    *(ValueError, TypeError, IndexError, OSError, ImportError, EOFError, BrokenExecutor, ProcessKilledError),
+)
+
+
+class WrittenPath(click.Path):
+    """A path that is to be written: on this machine."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path, or an error of the command line where it is a URL."""
+        if value != "-":
+            try:
+                value = str(local_path(value, "it"))
+            except ValueError as error:
+                self.fail(str(error), param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class OneLineErrors(click.Group):
@@ -124,6 +150,58 @@ def parse_dtypes(texts: Sequence[str]) -> dict[str, np.dtype[Any]]:
     return dtypes
 
 
+def load_function(text: str, option: str) -> Callable[..., Any]:
+    """The function that `MODULE:NAME` is, of a module that can be imported from here or from the working directory.
+
+    Raises:
+        BadParameter: There is no such module or function.
+    """
+    module, colon, name = text.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found: Any = import_module(module) if module and colon and name else None
+        for part in name.split("."):
+            found = getattr(found, part, None)
+    except ImportError as error:
+        raise click.BadParameter(f"{text!r}: {error}", param_hint=option) from error
+    if not callable(found):
+        raise click.BadParameter(f"{text!r} must be MODULE:FUNCTION, and name a function", param_hint=option)
+    function: Callable[..., Any] = found
+    return function
+
+
+def load_measure(length: str | None, decode: Sequence[str]) -> Measure:
+    """How to measure lengths that no header tells.
+
+    Raises:
+        BadParameter: There is no such function, or a field is named twice.
+    """
+    decoders: dict[str, Decoder] = {
+        name: load_function(text, "--decode") for name, text in parse_pairs("--decode", decode).items()
+    }
+    return Measure(load_function(length, "--length") if length else None, decoders)
+
+
+def measuring_options(command: Command) -> Command:
+    """Add the options that say how lengths are measured that no header tells."""
+    options = [
+        click.option(
+            "--length", metavar="MODULE:FUNCTION", help="Measures fields that are no arrays: (field, bytes) -> steps."
+        ),
+        click.option(
+            "--decode",
+            metavar="FIELD=MODULE:FUNCTION",
+            multiple=True,
+            help="Decodes such a field, bytes to a sequence, whose length counts.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def parse_widths(text: str | None, lengths: Lengths) -> Widths:
     """`8` for multiples of eight, `128,256` for a list, `best:6` for the six widths that waste least.
 
@@ -172,8 +250,8 @@ def open_index(sources: Sequence[str]) -> LengthIndex:
         FileNotFoundError: There is none.
         ValueError: It is damaged, or there are several.
     """
-    indexes = [LengthIndex.open(path) for path in find_index(sources)]
-    return indexes[0] if len(indexes) == 1 else LengthIndex.concat(indexes)
+    indexes = find_index(sources)
+    return LengthIndex.open(indexes[0]) if len(indexes) == 1 else LengthIndex.open_all(indexes)
 
 
 def open_lengths(sources: Sequence[str]) -> Lengths:

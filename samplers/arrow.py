@@ -27,15 +27,13 @@ def read_parquet(paths: Sequence[str], columns: Sequence[str] | None) -> Iterato
         Where a row stands, and its values by column: arrays `[L, *F]`, NumPy scalars and text.
 
     Raises:
-        ValueError: A column is not there, or its kind has no fixed dtype and shape.
+        ValueError: A file is damaged, a column is not there, or its kind has no fixed dtype and shape.
     """
     for path in paths:
-        with pq.ParquetFile(path) as file:
-            _check_columns(file.schema_arrow.names, columns, path)
-            first = 0
-            for batch in file.iter_batches(ROWS, columns=columns):
-                yield from _rows(batch, path, first)
-                first += len(batch)
+        try:
+            yield from _read_file(path, columns)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: damaged, or no Parquet file: {error}") from error
 
 
 def read_dataset(path: str, columns: Sequence[str] | None, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -61,6 +59,15 @@ def read_dataset(path: str, columns: Sequence[str] | None, split: str | None) ->
     chosen = dataset if columns is None else dataset.select_columns(list(columns))
     for number, table in enumerate(chosen.with_format("arrow").iter(ROWS)):
         yield from _rows(table.combine_chunks().to_batches()[0], path, number * ROWS)
+
+
+def _read_file(path: str, columns: Sequence[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    with pq.ParquetFile(path) as file:
+        _check_columns(file.schema_arrow.names, columns, path)
+        first = 0
+        for batch in file.iter_batches(ROWS, columns=columns):
+            yield from _rows(batch, path, first)
+            first += len(batch)
 
 
 def _check_columns(found: Sequence[str], columns: Sequence[str] | None, path: str) -> None:

@@ -1,6 +1,7 @@
 """Plans side by side, before any is trained on: what each costs, as figures, as JSON and as a table."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Final, Self
@@ -131,7 +132,10 @@ def compare_plans(
 
 
 def trace_windows(lengths: Lengths, candidates: Iterable[Candidate]) -> list[Curve]:
-    """The padding of each budget among the candidates, over windows of a half of the corpus and ever shorter ones."""
+    """The padding of each budget among the candidates, over windows of a half of the corpus and ever shorter ones.
+
+    A window of which no plan can be made, as where the last step has too few rows for all replicas, is left out.
+    """
     budgets = {candidate.name: candidate.plan for candidate in candidates}
     return [_trace(name, lengths, plan) for name, plan in budgets.items()]
 
@@ -174,16 +178,17 @@ def _trace(name: str, lengths: Lengths, plan: BatchPlan) -> Curve:
     given, samples = plan.layout.options, len(plan.layout.corpus)
     kept: PlanOptions = {name: getattr(given, name) for name in PlanOptions.__annotations__}  # type: ignore[assignment]
     most = max(2, len(plan.batches) // FEWEST_BATCHES)
-    windows = [samples // count for count in COUNTS[::-1] if count <= most]
-    reports = [
-        plan_epoch(lengths, num_replicas=plan.num_replicas, epoch=plan.epoch, **kept | {"window": window}).report()
-        for window in windows
-    ]
+    reports = {}
+    for window in [samples // count for count in COUNTS[::-1] if count <= most]:
+        # The plan that was asked for is made: what is refused is this window.
+        with suppress(ValueError):
+            other = plan_epoch(lengths, num_replicas=plan.num_replicas, epoch=plan.epoch, **kept | {"window": window})
+            reports[window] = other.report()
     return Curve(
         name=name,
-        windows=windows,
-        padding=[report.padding for report in reports],
-        meeting_again=[report.meeting_again for report in reports],
+        windows=list(reports),
+        padding=[report.padding for report in reports.values()],
+        meeting_again=[report.meeting_again for report in reports.values()],
     )
 
 

@@ -2,24 +2,29 @@
 
 import gzip
 import json
+import re
+import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Final, TypeAlias
+from typing import Any, BinaryIO, Final, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from samplers.exact import as_numbers, cast_exactly
 from samplers.extras import load_extra
 from samplers.shards.dataset import ShardDataset
-from samplers.shards.files import expand_shards
 from samplers.shards.index import LengthIndex
 from samplers.shards.indexfile import SUFFIX
+from samplers.shards.names import expand_shards
 
 Rows: TypeAlias = Iterator[tuple[str, dict[str, Any]]]
 
 # Samples that are read together from a shard.
 CHUNK: Final = 500
+# A number that may be too great for a float: by its exponent or by its digits.
+_GREAT: Final = re.compile(r"\d[eE]\+?\d{3}|\d{300}")
 _JSON: Final = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 _KINDS: Final = "a folder or pattern of .tar shards, .jsonl or .parquet files, or a folder written by save_to_disk"
 
@@ -33,12 +38,14 @@ class Choice:
         key: the column that names samples; None takes `__key__`, or else the number of the row.
         text: names of fields that are text, stored as UTF-8 bytes, uint8 `[L]`.
         dtypes: of fields, by name.
+        rounded: names of fields whose numbers may be rounded to the floats that they are stored as.
     """
 
     fields: Mapping[str, str] | None = None
     key: str | None = None
     text: Collection[str] = ()
     dtypes: Mapping[str, np.dtype[Any]] = field(default_factory=dict)
+    rounded: Collection[str] = ()
 
     @property
     def columns(self) -> list[str] | None:
@@ -132,7 +139,7 @@ class SampleMaker:
 
     def _value(self, where: str, name: str, value: Any) -> Any:
         if isinstance(value, str) and name in self._choice.text:
-            return np.frombuffer(value.encode(), np.uint8)
+            return np.frombuffer(_encode(where, value), np.uint8)
         if not isinstance(value, (bool, int, float, list, np.ndarray, np.generic)):
             kind = "text" if isinstance(value, str) else type(value).__name__
             raise ValueError(
@@ -141,9 +148,13 @@ class SampleMaker:
             )
         if isinstance(value, list) and not value:
             return self._empty(where, name)
-        array = _as_array(where, value)
-        array = _cast(where, array, self._choice.dtypes[name]) if name in self._choice.dtypes else array
+        array = as_numbers(value, where)
+        array = self._cast(where, name, array, self._choice.dtypes.get(name, array.dtype))
         return self._like_before(where, name, array)
+
+    def _cast(self, where: str, name: str, array: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        hint = f": choose another --dtype{f', or --round {name} to let it be rounded' * (dtype.kind == 'f')}"
+        return cast_exactly(array, dtype, where, rounds=name in self._choice.rounded, hint=hint)
 
     def _empty(self, where: str, name: str) -> npt.NDArray[Any]:
         # An empty list says neither its dtype nor the shape of a step.
@@ -164,34 +175,15 @@ class SampleMaker:
                 raise ValueError(
                     f"{where}: holds {array.dtype}, and {known.dtype} before: choose one with --dtype {name}=float32"
                 )
-            return array.astype(known.dtype)
+            return self._cast(where, name, array, known.dtype)
         return array
 
 
-def _as_array(where: str, value: Any) -> npt.NDArray[Any]:
+def _encode(where: str, text: str) -> bytes:
     try:
-        array = np.asarray(value)
-    except (ValueError, OverflowError):
-        raise ValueError(f"{where}: is a list of lists of different lengths: steps must be alike in shape") from None
-    if array.dtype.kind not in "biuf":
-        raise ValueError(f"{where}: holds values that are not numbers: choose fields with --fields")
-    return array
-
-
-def _cast(where: str, array: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """The same numbers in another dtype; only floats may be rounded.
-
-    Raises:
-        ValueError: A number does not fit.
-    """
-    if array.size == 0:
-        return array.astype(dtype)
-    with np.errstate(all="ignore"):
-        cast = array.astype(dtype)
-    lost = cast != array if dtype.kind != "f" else np.isinf(cast) & np.isfinite(array)
-    if lost.any():
-        raise ValueError(f"{where}: {array[lost].flat[0]} does not fit {dtype}: choose another --dtype")
-    return cast
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: half a character, which UTF-8 cannot hold: {error}") from None
 
 
 def _read_files(given: str, choice: Choice) -> Rows:
@@ -207,22 +199,40 @@ def _read_files(given: str, choice: Choice) -> Rows:
 
 
 def _read_json(path: str) -> Rows:
-    with _open_text(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where}: not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: must be an object, got {type(row).__name__}")
-            yield where, row
+    for number, data in enumerate(_read_lines(path), start=1):
+        where = f"{path}, line {number}"
+        if not data.strip():
+            continue
+        try:
+            line = data.decode()
+            # Python reads what is too great for a float as infinity.
+            row = json.loads(line, parse_float=_parse_float) if _GREAT.search(line) else json.loads(line)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: not UTF-8: {error}: convert the file to it") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: must be an object, got {type(row).__name__}")
+        yield where, row
 
 
-def _open_text(path: str) -> IO[str]:
-    return gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else Path(path).open(encoding="utf-8")
+def _read_lines(path: str) -> Iterator[bytes]:
+    with Path(path).open("rb") as file:
+        lines = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if path.endswith(".gz") else file
+        number = 0
+        try:
+            for line in lines:
+                number += 1
+                yield line
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}: damaged or cut short behind line {number}: {error}") from None
+
+
+def _parse_float(text: str) -> float:
+    number = float(text)
+    if number in {float("inf"), float("-inf")}:
+        raise ValueError(f"{text} is greater than any float64")
+    return number
 
 
 def _read_shards(given: str, columns: list[str] | None) -> Rows:

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import termios
 import tomllib
 from dataclasses import asdict, replace
@@ -52,6 +53,12 @@ def finished(tmp_path_factory):
     pq.write_table(pa.Table.from_pylist(ROWS), folder / "data.parquet")
     dataset = datasets.Dataset.from_list([{"__key__": row["id"], "tokens": row["tokens"]} for row in ROWS])
     datasets.DatasetDict({"train": dataset}).save_to_disk(folder / "dataset")
+    (folder / "sounds.py").write_text("def read_wav(data):\n    return data\n")
+    (folder / "wavs").mkdir()
+    with tarfile.open(folder / "wavs" / "a.tar", "w") as tar:
+        tar.add(folder / "sounds.py", "a.wav")
+    index = LengthIndex.build(folder / "wavs", ["wav"], lambda field, data: len(data))
+    index.save(folder / "wavs" / "corpus.ltx")
     return folder
 
 

@@ -33,7 +33,8 @@ class Index:
         assert crc32(content[24 : 24 + size]) == header_crc
         assert crc32(content[start:]) == arrays_crc
         header = json.loads(content[24 : 24 + size])
-        assert set(header) == {"layout", "fields", "shards", "arrays"}
+        assert set(header) - {"length_id"} == {"layout", "fields", "shards", "arrays"}
+        self.length_id = header.get("length_id")
         self.layout, self.fields, self.shards = header["layout"], header["fields"], header["shards"]
         self.arrays = {name: _view(content, start, entry) for name, entry in header["arrays"].items()}
         self.paths = [path.parent / shard["path"] for shard in self.shards]
@@ -191,6 +192,18 @@ def test_digests_fingerprints_order_and_blocks_are_what_the_page_says(tmp_path, 
     corpus = blake2b(text.encode(), digest_size=8).hexdigest()
     assert corpus == LengthIndex.open(tmp_path / "shard.ltx").fingerprint
     assert ("sizes" in index.arrays, "blocks" in index.arrays) == (layout == "plain", layout == "blocks")
+
+
+def test_an_index_says_which_function_measured_its_lengths_if_one_did(tmp_path):
+    write(tmp_path, tokens([3, 0]), layout="plain")
+    assert Index(tmp_path / "shard.ltx").length_id is None
+    # A number as text, which has no axis.
+    shard = tmp_path / "shard-000000.tar"
+    for options, expected in (({}, r"<lambda>:[0-9a-f]{16}"), ({"length_id": "digits"}, "digits")):
+        LengthIndex.build(shard, ["label"], lambda field, data: len(data), **options).save(tmp_path / "digits.ltx")
+        index = Index(tmp_path / "digits.ltx")
+        assert re.fullmatch(expected, index.length_id)
+        assert index.arrays["lengths"].tolist() == [[1], [1]]
 
 
 def test_the_rows_of_blocks_lead_to_the_arrays_of_each_block(tmp_path):

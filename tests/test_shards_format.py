@@ -15,7 +15,7 @@ from webdataset import autodecode, filters
 from webdataset.tariterators import base_plus_ext
 
 from collate.errors import LengthError
-from samplers.shards.files import LocalFile, expand_shards
+from samplers.shards.files import LocalFile
 from samplers.shards.format import DTYPES, array_header, decode_array, decode_groups, field_of, read_array_header
 from samplers.shards.tar import read_members, split_name, tar_header
 
@@ -274,13 +274,3 @@ def test_webdatasets_own_decoder_reads_blocks_too(tmp_path, capsys):
 def test_suffixes_name_fields():
     assert field_of("left.audio.wav") == ("left.audio", "wav")
     assert field_of("cls") == ("cls", "cls")
-
-
-def test_patterns_are_spelt_out_in_order(tmp_path):
-    assert expand_shards("s3://b/{a,b}-{9..11}.tar") == [f"s3://b/{c}-{n}.tar" for c in "ab" for n in (9, 10, 11)]
-    assert expand_shards(["x.tar", "y-{00..01}.tar"]) == ["x.tar", "y-00.tar", "y-01.tar"]
-    for name in ("b.tar", "a.tar", "odd[1].tar", "a.tar.ltx"):
-        (tmp_path / name).touch()
-    assert expand_shards(tmp_path / "[ab].tar") == [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
-    assert expand_shards(tmp_path / "odd[1].tar") == [str(tmp_path / "odd[1].tar")]
-    assert expand_shards(tmp_path) == [str(tmp_path / name) for name in ("a.tar", "b.tar", "odd[1].tar")]

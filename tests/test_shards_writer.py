@@ -1,5 +1,6 @@
 """ShardWriter: what is written reads back, by any reader; shards appear whole or not at all."""
 
+import fcntl
 import io
 import json
 import os
@@ -338,9 +339,10 @@ def test_a_leftover_of_a_killed_writer_is_named(tmp_path):
     with pytest.raises(FileExistsError, match="already holds shard-000000.tar.tmp"):
         ShardWriter(tmp_path)
     writer = ShardWriter(tmp_path, prefix="x").__enter__()
-    (tmp_path / "x-000000.tar.tmp").touch()
-    with pytest.raises(FileExistsError, match="another writer is at work, or was killed"):
-        writer.write(GOOD)
+    with (tmp_path / "x-000000.tar.tmp").open("wb") as another:
+        fcntl.flock(another, fcntl.LOCK_EX)
+        with pytest.raises(FileExistsError, match="another writer is at work, or was killed"):
+            writer.write(GOOD)
 
 
 def test_nothing_on_disk_can_be_a_pickle(tmp_path):

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from samplers.shards.files import TEMPORARY, remove_leftover
-from samplers.shards.indexfile import REBUILD, SUFFIX, read_index, write_index
+from samplers.shards.indexfile import REBUILD, SUFFIX, read_index, read_part, write_index
 from samplers.shards.kinds import Kind, read_kinds
+from samplers.shards.newfile import TEMPORARY, remove_leftover
 from samplers.shards.scan import scan_shard
-from samplers.shards.tables import Layout, Tables, check_alike
+from samplers.shards.tables import Layout, Part, Tables, check_alike
 
 # PREFIX-000000.tar by a writer, PREFIX-000000-000000.tar by one that writes a part.
 Number = tuple[int, ...]
@@ -21,6 +21,20 @@ def find_shards(folder: Path, prefix: str) -> dict[Number, Path]:
     found = [(name.fullmatch(path.name), path) for path in folder.iterdir()]
     numbered = [(tuple(int(n) for n in match.groups() if n), path) for match, path in found if match]
     return dict(sorted(numbered))
+
+
+def refuse_shards(folder: Path, prefix: str) -> None:
+    """Refuse a folder that holds shards of a prefix, or what a writer has left of them.
+
+    Raises:
+        FileExistsError: There are some.
+    """
+    found = sorted([*folder.glob(f"{prefix}-*.tar*"), *folder.glob(f"{prefix}{SUFFIX}*")])
+    if found:
+        raise FileExistsError(
+            f"{folder} already holds {found[0].name}: write to another folder, give another prefix=, go on behind it "
+            f"with append=True, or delete {prefix}-*.tar* and {prefix}{SUFFIX}*"
+        )
 
 
 def remove_leftovers(folder: Path, prefix: str) -> None:
@@ -56,7 +70,7 @@ def read_corpus(folder: Path, prefix: str, shards: Sequence[Path]) -> frozenset[
     return frozenset(Path(shard.path).name for shard in tables.shards)
 
 
-def take_over(shards: Sequence[Path], layout: Layout, stack: frozenset[str]) -> list[Tables]:
+def take_over(shards: Sequence[Path], layout: Layout, stack: frozenset[str]) -> list[Part]:
     """What is known of shards that a writer has finished; one that was killed before it could index gets its index.
 
     Args:
@@ -67,41 +81,44 @@ def take_over(shards: Sequence[Path], layout: Layout, stack: frozenset[str]) -> 
     Raises:
         ValueError: A shard has another layout or other kinds of fields, or has changed since it was indexed.
     """
-    parts: list[Tables | None] = [_read(shard) for shard in shards]
+    parts: list[Part | None] = [_read(shard) for shard in shards]
     known = next((part for part in parts if part is not None), None)
-    whole = [part or _index(shard, known, stack) for shard, part in zip(shards, parts, strict=True)]
+    whole = [_index(shard, known, stack) if part is None else part for shard, part in zip(shards, parts, strict=True)]
     for part in whole:
         if part.layout != layout:
             raise ValueError(f'{part.shards[0].path} is in layout="{part.layout}": go on in it, got "{layout}"')
-        if part.crcs is None:
+        if "crcs" not in part.shapes:
             raise ValueError(
                 f"{part.shards[0].path} is indexed without checksums: delete {part.shards[0].path}{SUFFIX}, and it is "
                 "made with them"
             )
     if whole:
         check_alike(whole)
-        _check_stack(whole[0], read_kinds(whole[0]), stack)
+        tables, _ = read_index(f"{shards[0]}{SUFFIX}")
+        tables = replace(tables, shards=whole[0].shards)
+        _check_stack(tables, read_kinds(tables), stack)
     return whole
 
 
-def _read(shard: Path) -> Tables | None:
+def _read(shard: Path) -> Part | None:
     index = shard.with_name(shard.name + SUFFIX)
     if not index.exists():
         return None
-    tables, _ = read_index(str(index))
+    part = read_part(str(index), str(shard))
     size = shard.stat().st_size
-    if len(tables.shards) != 1 or tables.shards[0].size != size:
-        sizes = [each.size for each in tables.shards]
+    if len(part.shards) != 1 or part.shards[0].size != size:
+        sizes = [each.size for each in part.shards]
         raise ValueError(f"{shard}: changed since it was indexed: {size} bytes, {index} says {sizes}; {REBUILD}")
-    return replace(tables, shards=(replace(tables.shards[0], path=str(shard)),))
+    return part
 
 
-def _index(shard: Path, known: Tables | None, stack: frozenset[str]) -> Tables:
+def _index(shard: Path, known: Part | None, stack: frozenset[str]) -> Part:
     # In the plain layout an array of fixed size looks like a sequence: other shards tell, or `stack`.
-    names = [field.name for field in (known or scan_shard(str(shard))).variable if known or field.name not in stack]
-    tables = scan_shard(str(shard), names, checksums=True)
-    write_index(shard.with_name(shard.name + SUFFIX), [tables])
-    return tables
+    fields = scan_shard(str(shard)).fields if known is None else known.fields
+    names = [field.name for field in fields if field.variable and (known is not None or field.name not in stack)]
+    index = shard.with_name(shard.name + SUFFIX)
+    write_index(index, [scan_shard(str(shard), names, checksums=True)])
+    return read_part(str(index), str(shard))
 
 
 def _check_stack(tables: Tables, kinds: dict[str, Kind], stack: frozenset[str]) -> None:

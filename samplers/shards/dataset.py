@@ -3,7 +3,9 @@
 import operator
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from errno import EMFILE, ENFILE
 from functools import lru_cache, partial
+from importlib import import_module
 from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeAlias
@@ -13,16 +15,18 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from collate.errors import LengthError
-from samplers.shards.files import RandomAccess, Shards, expand_shards, open_file
+from samplers.shards.files import RandomAccess, Shards, open_file
 from samplers.shards.format import Sample, decode_member, field_of, read_array_header
 from samplers.shards.index import LengthIndex, decode_key
 from samplers.shards.indexfile import REBUILD, SUFFIX
+from samplers.shards.names import expand_shards
 from samplers.shards.tables import Array, Field, Tables
 
 Decoder: TypeAlias = Callable[[bytes], Any]
 
-# Shards that a process keeps open.
+# Shards that a process keeps open, and the share of all files it may open: the program has others.
 HANDLES: Final = 128
+_SHARE: Final = 8
 # A longer header of an array would be a hoax.
 _LONGEST_HEADER: Final = 1 << 16
 
@@ -114,7 +118,7 @@ class ShardDataset(Dataset[Sample]):
     def _forget(self) -> None:
         # What belongs to a process: open files, and which blocks it has held against the index.
         self._process = os.getpid()
-        self._files = lru_cache(maxsize=HANDLES)(open_file)
+        self._files = lru_cache(maxsize=_count_handles())(open_file)
         blocks = self._tables.blocks
         self._checked = np.zeros(0 if blocks is None else len(blocks), np.bool_)
 
@@ -134,6 +138,16 @@ class ShardDataset(Dataset[Sample]):
             self._forget()
         shards = np.searchsorted(self._ends, rows, side="right")
         edges = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(rows)]
+        at_once = self._files.cache_parameters()["maxsize"]
+        samples: list[Sample] = []
+        # No more shards than are kept open: a batch of short samples may be of a thousand.
+        for first in range(0, len(edges) - 1, at_once):
+            some = edges[first : first + at_once + 1]
+            part = rows[some[0] : some[-1]]
+            samples += self._read_shards(part, shards[some[0] : some[-1]], [edge - some[0] for edge in some])
+        return samples
+
+    def _read_shards(self, rows: Array, shards: Array, edges: list[int]) -> list[Sample]:
         files = [(self._file(int(shards[first])), slice(first, last)) for first, last in pairwise(edges)]
         samples: list[Sample] = [
             {"__key__": key.decode("utf-8", "surrogateescape")} for key in self._tables.keys[rows].tolist()
@@ -148,7 +162,7 @@ class ShardDataset(Dataset[Sample]):
     def _file(self, shard: int) -> RandomAccess:
         known = self._tables.shards[shard]
         try:
-            file = self._files(known.path)
+            file = self._open(known.path)
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"no shard {known.path}, which the index lists: give shards= where they are now, or {REBUILD}"
@@ -158,6 +172,16 @@ class ShardDataset(Dataset[Sample]):
                 f"{known.path}: {file.size} bytes, the index says {known.size}: changed since it was indexed; {REBUILD}"
             )
         return file
+
+    def _open(self, path: str) -> RandomAccess:
+        try:
+            return self._files(path)
+        except OSError as error:
+            if error.errno not in {EMFILE, ENFILE}:
+                raise
+            # The rest of the program has more files open than was thought: those that only wait are closed.
+            self._files.cache_clear()
+            return self._files(path)
 
     def _read_blocks(self, files: Files, rows: Array, samples: list[Sample]) -> None:
         steps = self._tables.lengths[rows]
@@ -227,6 +251,15 @@ class ShardDataset(Dataset[Sample]):
     def _where(self, row: int, field: Field) -> str:
         shard = self._tables.shards[int(np.searchsorted(self._ends, row, side="right"))]
         return f"{shard.path}: sample {self.index.keys[row]!r}, field {field.name!r}"
+
+
+def _count_handles() -> int:
+    try:
+        # Windows has no such limit.
+        most = import_module("resource").getrlimit(import_module("resource").RLIMIT_NOFILE)[0]
+    except ImportError:
+        return HANDLES
+    return HANDLES if most < 0 else max(1, min(HANDLES, most // _SHARE))
 
 
 def _ask(decode: Decoder, data: bytes, where: Callable[[], str]) -> Any:
@@ -321,7 +354,9 @@ def _open_index(shards: Shards, index: LengthIndex | str | os.PathLike[str] | No
             raise ValueError(f"{path} holds several corpora: give one of {sorted(map(str, corpora))}")
         if corpora:
             return LengthIndex.open(corpora[0])
-    return LengthIndex.concat([LengthIndex.open(f"{shard}{SUFFIX}") for shard in expand_shards(shards)])
+    indexes = [f"{shard}{SUFFIX}" for shard in expand_shards(shards)]
+    # Absolute, for workers may stand in another folder.
+    return LengthIndex.open_all([index if "://" in index else str(Path(index).absolute()) for index in indexes])
 
 
 def _choose(fields: Sequence[Field], chosen: Collection[str] | None, decode: Collection[str]) -> Columns:

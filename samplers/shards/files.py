@@ -1,26 +1,17 @@
-"""Files: what shards are called, bytes at any place of them, and new files that appear whole or not at all."""
+"""Files of this machine and of others: bytes at any place of them."""
 
-import io
 import os
-import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import pairwise, repeat
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 import fsspec
 import fsspec.implementations.local
 import numpy as np
 import numpy.typing as npt
-
-if sys.platform != "win32":
-    import fcntl
-
-# Ends the name of a file that is being written.
-TEMPORARY: Final = ".tmp"
 
 Shards: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -41,10 +32,6 @@ _LONGEST_RUN: Final = 500
 _LEAST_AHEAD: Final = 1 << 16
 _MOST_AHEAD: Final = 1 << 22
 _NEAR: Final = 1 << 19
-
-_BRACES: Final = re.compile(r"\{([^{}]*)\}")
-_COUNT: Final = re.compile(r"(\d+)\.\.(\d+)")
-_WILD: Final = re.compile(r"[*?\[]")
 
 
 class RandomAccess(Protocol):
@@ -237,123 +224,6 @@ def open_file(path: str) -> RandomAccess:
     return LocalFile(name) if hasattr(os, "preadv") else RemoteFile(Path(name).absolute().as_uri())
 
 
-def expand_shards(shards: Shards) -> list[str]:
-    """The paths and URLs that are meant: braces are spelt out, wildcards looked up and sorted.
-
-    Args:
-        shards: a path, a URL, a folder of `.tar` files, a pattern such as `train-{000..017}.tar` or `train-*.tar`, or
-            an iterable of these.
-
-    Raises:
-        FileNotFoundError: A wildcard matches nothing.
-        ValueError: No shard is named.
-
-    >>> expand_shards("train-{08..10}.tar")
-    ['train-08.tar', 'train-09.tar', 'train-10.tar']
-    """
-    if not isinstance(shards, (str, os.PathLike)):
-        paths = [path for pattern in shards for path in expand_shards(pattern)]
-    else:
-        paths = [path for pattern in _spell_out(os.fspath(shards)) for path in _look_up(pattern)]
-    if not paths:
-        raise ValueError("shards must name at least one shard, got none")
-    return paths
-
-
-class NewFile:
-    """A file that is written beside its final name and appears under it complete, or not at all.
-
-    While it is written it is locked, so that what a killed process left can be told from another's work.
-
-    Attributes:
-        path: the final name.
-        stream: what to write to.
-    """
-
-    def __init__(self, path: Path, *, replace: bool = True) -> None:
-        """Create the temporary file.
-
-        Args:
-            path: the final name.
-            replace: take the place of a file of that name.
-
-        Raises:
-            FileExistsError: The temporary file exists: somebody else writes it, or was killed. Or the file itself does
-                and is not to be replaced.
-        """
-        self.path = path
-        self._temporary = path.with_name(path.name + TEMPORARY)
-        try:
-            self.stream = io.BufferedWriter(_NamedFile(self._temporary, "xb"))
-        except FileExistsError:
-            raise FileExistsError(
-                f"{self._temporary} exists: another writer is at work, or was killed: delete it, or write elsewhere"
-            ) from None
-        _lock(self.stream)
-        # Only who holds the temporary file gives the name away: from here on nobody else does.
-        if not replace and path.exists():
-            self.discard()
-            raise FileExistsError(f"{path} exists: another writer is at work in this folder: write to another one")
-
-    def commit(self) -> None:
-        """Send everything to the disk, then give the file its final name."""
-        self.stream.flush()
-        os.fsync(self.stream.fileno())
-        self.stream.close()
-        self._temporary.replace(self.path)
-        # A name is safe only when its folder is.
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-    def discard(self) -> None:
-        """Remove what has been written."""
-        # What is still in the buffer does not fit a full disk either.
-        with suppress(OSError):
-            self.stream.close()
-        self._temporary.unlink(missing_ok=True)
-
-
-def remove_leftover(temporary: Path) -> None:
-    """Remove the temporary file of a killed process; nothing happens if there is none.
-
-    Raises:
-        FileExistsError: The process that writes it is alive.
-    """
-    try:
-        stream = temporary.open("r+b")
-    except FileNotFoundError:
-        return
-    with stream:
-        if not _lock(stream):
-            raise FileExistsError(f"{temporary} is being written: wait for the other writer, or write elsewhere")
-        temporary.unlink(missing_ok=True)
-
-
-def _lock(stream: BinaryIO) -> bool:
-    # The system takes the lock back when the process ends, however it does. A file system without locks has no say.
-    if sys.platform != "win32":
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-    return True
-
-
-class _NamedFile(io.FileIO):
-    """A file that names itself when the disk is full."""
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.name)) from None
-
-
 def _runs(arrays: Sequence[npt.NDArray[Any]], offsets: Sequence[int]) -> Iterable[tuple[int, int]]:
     """First and last of those that are read with one call."""
     starts = np.asarray(offsets)
@@ -361,41 +231,6 @@ def _runs(arrays: Sequence[npt.NDArray[Any]], offsets: Sequence[int]) -> Iterabl
     apart = (gaps < 0) | (gaps > _GAP)
     apart[_LONGEST_RUN - 1 :: _LONGEST_RUN] = True
     return pairwise([0, *(np.flatnonzero(apart) + 1).tolist(), len(arrays)])
-
-
-def _spell_out(pattern: str) -> list[str]:
-    found = _BRACES.search(pattern)
-    if found is None:
-        return [pattern]
-    before, after = pattern[: found.start()], pattern[found.end() :]
-    count = _COUNT.fullmatch(found[1])
-    if count is None:
-        parts = found[1].split(",")
-    else:
-        width = len(count[1]) if count[1].startswith("0") else 0
-        parts = [f"{number:0{width}}" for number in range(int(count[1]), int(count[2]) + 1)]
-    return [whole for part in parts for whole in _spell_out(before + part + after)]
-
-
-def _look_up(pattern: str) -> list[str]:
-    if "://" not in pattern and Path(pattern).is_dir():
-        pattern = str(Path(pattern, "*.tar"))
-    if not _WILD.search(pattern):
-        return [pattern]
-    if "://" in pattern:
-        system, name = file_system(pattern)
-        found = [system.unstrip_protocol(path) for path in system.glob(name)]
-    else:
-        # A file may have brackets in its name.
-        found = [pattern] if Path(pattern).exists() else _glob(pattern)
-    if not found:
-        raise FileNotFoundError(f"no file matches {pattern}")
-    return sorted(found)
-
-
-def _glob(pattern: str) -> list[str]:
-    root = Path(pattern).anchor
-    return [str(path) for path in Path(root).glob(pattern.removeprefix(root))]
 
 
 def _ended(path: str, size: int, offset: int, wanted: int) -> str:

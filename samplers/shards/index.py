@@ -1,7 +1,7 @@
 """The index of a corpus: every sample's length, place and checksum, in a small file beside the shards."""
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
@@ -12,9 +12,12 @@ from typing import Any, Final, Self, overload
 import numpy as np
 
 from collate.errors import LengthError
-from samplers.shards.files import Shards, expand_shards, open_file
-from samplers.shards.indexfile import REBUILD, longest_first, read_index, write_index
+from samplers.shards.files import Shards, open_file
+from samplers.shards.indexfile import REBUILD, longest_first, read_index, read_part, write_index
 from samplers.shards.kept import Scan
+from samplers.shards.measuring import Decoder, Measure, identify
+from samplers.shards.names import expand_shards, refuse_twice
+from samplers.shards.newfile import local_path
 from samplers.shards.parallel import run
 from samplers.shards.scan import LengthOf, scan_shard
 from samplers.shards.tables import Array, Shard, Tables, join_tables
@@ -67,6 +70,7 @@ class LengthIndex:
         workers: int = 0,
         checksums: bool = False,
         resume: bool | str | os.PathLike[str] = False,
+        length_id: str | None = None,
         progress: bool = False,
     ) -> Self:
         """Index shards, reading their headers and seeking over their payloads.
@@ -83,6 +87,9 @@ class LengthIndex:
             checksums: read payloads too, and keep a crc32 of every sample and field.
             resume: keep an index of each shard beside it, or in a local folder, which suits shards that are remote or
                 read-only; take those that are there. Where `fields` is None, it is then theirs.
+            length_id: a name for `length`, which the index records, so that no index by another function is taken. None
+                makes one of its source without comments and of the constants and functions of its module that it uses,
+                not of what it calls elsewhere: change the name when that changes.
             progress: show a bar.
 
         Raises:
@@ -90,17 +97,21 @@ class LengthIndex:
             FileNotFoundError: A shard is absent.
             LengthError: A block's lengths do not fit what it holds, or `length` gives no length.
             RuntimeError: A process was killed; the shard at which it worked is named.
-            TypeError: `fields` is a single string.
-            ValueError: A shard is damaged or empty or holds a pickle, or samples differ in kind; the index that is kept
-                of one is of other fields; or `resume=True` with a remote shard.
+            TypeError: `fields` is a single string, or `length_id` is no text.
+            ValueError: A shard is named twice, is damaged or empty or holds a pickle, or samples differ in kind; the
+                index that is kept of one is of other fields or by another function, or nobody can tell by which; or
+                `resume=True` with a remote shard.
         """
         if isinstance(fields, str):
             raise TypeError(f"fields must be a list of names, got the string {fields!r}")
-        keep = resume if isinstance(resume, bool) else Path(resume)
+        if length_id is not None and (not isinstance(length_id, str) or not length_id):
+            raise TypeError(f"length_id must be a name, got {length_id!r}")
+        keep = resume if isinstance(resume, bool) else local_path(resume, "resume")
         if isinstance(keep, Path):
             keep.mkdir(parents=True, exist_ok=True)
         paths = expand_shards(shards)
-        scan = Scan(fields, length, checksums, keep).with_fields_of(paths)
+        length_id = identify(length) if length_id is None and length is not None else length_id
+        scan = Scan(fields, length, checksums, keep, length_id).with_fields_of(paths)
         with closing(run(scan, paths, workers, unit="shard", progress=progress)) as scanned:
             parts = dict(scanned)
         return cls(join_tables([parts[place] for place in range(len(paths))]))
@@ -126,17 +137,34 @@ class LengthIndex:
         """The samples of several indexes, in their order.
 
         Raises:
-            ValueError: There are none, or their shards differ in layout, fields or checksums.
+            ValueError: There are none, one shard is in two, or their shards differ in layout, fields or checksums.
         """
+        refuse_twice((shard, name) for index in indexes for name in [repr(index)] for shard in index.shards)
         return cls(join_tables([index.tables for index in indexes]))
+
+    @classmethod
+    def open_all(cls, paths: Sequence[str]) -> Self:
+        """The samples of several index files, in their order; no file stays open, and each may be a URL.
+
+        Raises:
+            FileNotFoundError: One of them is absent.
+            ValueError: One is damaged, one shard is in two, or their shards differ in layout, fields or checksums.
+        """
+        parts = [read_part(path) for path in paths]
+        refuse_twice((shard.path, path) for part, path in zip(parts, paths, strict=True) for shard in part.shards)
+        return cls(join_tables(parts))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the index to a local file, whole or not at all.
 
         Args:
             path: best beside the shards, which are then named relative to it, so that their folder can be moved.
+
+        Raises:
+            FileExistsError: Another process writes the file.
+            ValueError: It is a URL.
         """
-        write_index(Path(path), [self.tables])
+        write_index(local_path(path, "path"), [self.tables])
 
     def __len__(self) -> int:
         return len(self.tables.keys)
@@ -153,6 +181,11 @@ class LengthIndex:
     def fields(self) -> tuple[str, ...]:
         """The variable-length fields that `lengths` tells of, in its order."""
         return tuple(field.name for field in self.tables.variable if field.tracked)
+
+    @property
+    def length_id(self) -> str | None:
+        """Which function measured the lengths of fields that are no arrays; None where none did, or nobody knows."""
+        return self.tables.length_id
 
     @property
     def keys(self) -> Keys:
@@ -180,24 +213,44 @@ class LengthIndex:
         parts = [*self.fields, *(shard.fingerprint for shard in self.tables.shards)]
         return blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
 
-    def verify(self, *, payload: bool = False) -> None:
+    def verify(
+        self,
+        *,
+        payload: bool = False,
+        length: LengthOf | None = None,
+        decode: Mapping[str, Decoder] | None = None,
+    ) -> tuple[str, ...]:
         """Hold the index against its shards, and its own file against its checksum.
+
+        The lengths of fields that are no arrays are measured again, if you say how; without, only their headers speak
+        for them.
 
         Args:
             payload: read every sample too, and hold it against its crc32.
+            length: `(field, bytes) -> steps`, as for `build`.
+            decode: functions from bytes to a sequence, by field; where there is one, its length counts.
+
+        Returns:
+            The fields whose lengths were not measured; none if all agree.
 
         Raises:
             FileNotFoundError: A shard is absent.
             LengthError: A sample's length differs; shard, key, field and both numbers are named.
-            ValueError: A shard has changed since it was indexed or is damaged, or there are no checksums to hold a
-                payload against.
+            ValueError: A shard has changed since it was indexed or is damaged, there are no checksums to hold a
+                payload against, or `decode` names a field whose length needs no measuring.
         """
+        measured, decode = self.tables.measured, dict(decode or {})
+        unknown = sorted(decode.keys() - set(measured))
+        if unknown:
+            raise ValueError(f"decode names {unknown[0]!r}, and a function measures the lengths of {measured} alone")
+        measure = Measure(length, decode)
         if payload and self.tables.crcs is None:
             raise ValueError("the index holds no checksums of payloads: build it with checksums=True")
         if self._path is not None:
             read_index(self._path, checked_up_to=None)
         for shard, first, last in zip(self.tables.shards, self.starts[:-1], self.starts[1:], strict=True):
-            _verify_shard(self, shard, slice(first, last), payload=payload)
+            _verify_shard(self, shard, slice(first, last), measure, payload=payload)
+        return tuple(name for name in measured if not measure.measures(name))
 
     def moved_to(self, shards: Shards) -> "LengthIndex":
         """The same index for the same shards in another place.
@@ -227,30 +280,30 @@ def decode_key(key: bytes) -> str:
     return key.decode("utf-8", "surrogateescape")
 
 
-def _verify_shard(index: LengthIndex, shard: Shard, rows: slice, *, payload: bool) -> None:
+def _verify_shard(index: LengthIndex, shard: Shard, rows: slice, measure: Measure, *, payload: bool) -> None:
     size = open_file(shard.path).size
     changed = f"{shard.path}: changed since it was indexed"
     if size != shard.size:
         raise ValueError(f"{changed}: {size} bytes, the index says {shard.size}; {REBUILD}")
-    # Lengths in other encodings are behind the user's function; the digest speaks for their members.
-    fresh = scan_shard(shard.path, index.fields, lambda name, data: 0, checksums=payload)
+    fresh = scan_shard(shard.path, index.fields, measure, checksums=payload)
     if (fresh.layout, fresh.fields, fresh.keys.tolist()) != (
         index.tables.layout,
         index.tables.fields,
         index.tables.keys[rows].tolist(),
     ):
         raise ValueError(f"{changed}: its layout, fields or keys are others; {REBUILD}")
-    _compare_lengths(index, fresh, rows)
+    _compare_lengths(index, fresh, rows, measure)
     if fresh.crcs is not None and index.tables.crcs is not None:
         _compare_crcs(fresh, index.tables.crcs[rows])
     if fresh.shards[0].digest != shard.digest:
         raise ValueError(f"{changed}: its headers are others; {REBUILD}")
 
 
-def _compare_lengths(index: LengthIndex, fresh: Tables, rows: slice) -> None:
+def _compare_lengths(index: LengthIndex, fresh: Tables, rows: slice, measure: Measure) -> None:
     known = index.tables.lengths[rows]
     for column, field in enumerate(fresh.variable):
-        odd = np.flatnonzero(known[:, column] != fresh.lengths[:, column]) if field.dtype else _NONE
+        told = field.is_array or measure.measures(field.name)
+        odd = np.flatnonzero(known[:, column] != fresh.lengths[:, column]) if told else _NONE
         if len(odd):
             raise LengthError(
                 f"{fresh.shards[0].path}: sample {decode_key(fresh.keys[odd[0]])!r}, field {field.name!r}: the index "

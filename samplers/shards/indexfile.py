@@ -21,7 +21,8 @@ The header is an object with
 - `arrays`: name to `{dtype, shape, offset}`, offsets counted from a, each a multiple of 64. There are `lengths` int32
   `[N, K]`, `keys` bytes `[N]` padded with zeros, `places` int64 `[N, M]`, `order` (samples by the sum of their tracked
   lengths, longest first, stable) int32 or int64 `[N]`, in the plain layout `sizes` int64 `[N, M]`, in blocks `blocks`
-  int64 `[G, 1 + M + K]`, and `crcs` uint32 `[N, M]` where payloads were read (see `Tables`).
+  int64 `[G, 1 + M + K]`, and `crcs` uint32 `[N, M]` where payloads were read (see `Tables`);
+- `length_id`, where it is known: which function measured the lengths of fields that are no arrays.
 """
 
 import json
@@ -29,17 +30,18 @@ import math
 import os
 import re
 import struct
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 from zlib import crc32
 
 import numpy as np
 
-from samplers.shards.files import NewFile, RemoteFile, open_file
+from samplers.shards.files import RemoteFile, open_file
 from samplers.shards.format import DTYPES, field_of
-from samplers.shards.tables import ARRAYS, Array, Field, Shard, Tables, check_alike, joined
+from samplers.shards.newfile import NewFile
+from samplers.shards.tables import ARRAYS, Array, Field, Layout, Part, Shard, Tables, check_alike, joined, key_width
 
 SUFFIX: Final = ".ltx"
 VERSION: Final = 1
@@ -56,18 +58,70 @@ _MAPPED_FROM: Final = 1 << 20
 _CHECKED_UP_TO: Final = 1 << 28
 
 
-def read_index(path: str, checked_up_to: int | None = _CHECKED_UP_TO) -> tuple[Tables, Array]:
-    """The tables in an index file, and the order of its samples by length.
+@dataclass(frozen=True, eq=False)
+class FilePart:
+    """An index file whose arrays are read when they are asked for: a map of it would hold a descriptor all the time.
+
+    Attributes:
+        path: of the file.
+        prefix: its first bytes, which hold the checksums of all others.
+        layout, fields, shards, length_id, shapes: what it says, as of `Tables`.
+    """
+
+    path: str
+    prefix: bytes
+    layout: Layout
+    fields: tuple[Field, ...]
+    shards: tuple[Shard, ...]
+    length_id: str | None
+    shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
+
+    def array(self, name: str) -> Array:
+        """One of the arrays, mapped.
+
+        Raises:
+            ValueError: The file was replaced since it was opened.
+        """
+        content = _load(self.path)
+        _check(self.path, "it was replaced while it was read", holds=content[: _PREFIX.size].tobytes() == self.prefix)
+        header, start = _read_header(content, self.path)
+        return _view(content, start, name, header["arrays"][name])
+
+
+def read_part(path: str, shard: str | None = None) -> Part:
+    """An index to be joined with others: a large local file is not kept open.
 
     Args:
         path: of the file.
-        checked_up_to: size in bytes up to which the checksum of the arrays is computed; None for all.
+        shard: where its shard is, if it is of one alone; None for what the file says.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is foreign, of another version, truncated or damaged.
     """
-    content = _load(path)
+    tables, _ = read_index(path)
+    if shard is not None and len(tables.shards) == 1:
+        tables = replace(tables, shards=(replace(tables.shards[0], path=shard),))
+    if "://" in path or Path(path).stat().st_size < _MAPPED_FROM:
+        return tables
+    with Path(path).open("rb") as file:
+        prefix = file.read(_PREFIX.size)
+    return FilePart(path, prefix, tables.layout, tables.fields, tables.shards, tables.length_id, tables.shapes)
+
+
+def read_index(path: str, checked_up_to: int | None = _CHECKED_UP_TO, *, mapped: bool = True) -> tuple[Tables, Array]:
+    """The tables in an index file, and the order of its samples by length.
+
+    Args:
+        path: of the file.
+        checked_up_to: size in bytes up to which the checksum of the arrays is computed; None for all.
+        mapped: map a large file, which holds a descriptor, instead of reading it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is foreign, of another version, truncated or damaged.
+    """
+    content = _load(path, mapped=mapped)
     header, start = _read_header(content, path)
     checked = checked_up_to is None or len(content) <= checked_up_to
     if checked:
@@ -86,19 +140,24 @@ def read_index(path: str, checked_up_to: int | None = _CHECKED_UP_TO) -> tuple[T
     return tables, order
 
 
-def write_index(path: Path, parts: Sequence[Tables]) -> None:
+def write_index(path: Path, parts: Sequence[Part] | Callable[[], Sequence[Part]]) -> None:
     """Write an index file of the shards of all parts, part by part, whole or not at all.
 
+    Args:
+        path: of the file.
+        parts: at least one, or what finds them: it is called when nobody else can finish a file of this name.
+
     Raises:
-        FileExistsError: Its temporary file exists.
+        FileExistsError: Another process writes the file.
         ValueError: The parts cannot be joined.
     """
-    check_alike(parts)
-    order = longest_first(parts)
-    layout = _lay_out(parts, order)
-    header, start = _encode_header(parts, layout, path.absolute().parent)
     file = NewFile(path)
     try:
+        parts = parts() if callable(parts) else parts
+        length_id = check_alike(parts)
+        order = longest_first(parts)
+        layout = _lay_out(parts, order)
+        header, start = _encode_header(parts, layout, path.absolute().parent, length_id)
         content = _Summed(file.stream, start)
         for name, entry in layout.items():
             content.pad_to(entry["offset"])
@@ -112,10 +171,10 @@ def write_index(path: Path, parts: Sequence[Tables]) -> None:
         raise
 
 
-def longest_first(parts: Sequence[Tables]) -> Array:
+def longest_first(parts: Sequence[Part]) -> Array:
     """Samples by the sum of their tracked lengths, longest first, stable: int32 `[N]`, int64 for very many."""
-    tracked = np.flatnonzero([field.tracked for field in parts[0].variable])
-    totals = np.concatenate([part.lengths[:, tracked].sum(1, dtype=np.int64) for part in parts])
+    tracked = np.flatnonzero([field.tracked for field in parts[0].fields if field.variable])
+    totals = np.concatenate([part.array("lengths")[:, tracked].sum(1, dtype=np.int64) for part in parts])
     order = np.argsort(-totals, kind="stable")
     return order.astype("<i4" if len(order) <= np.iinfo(np.int32).max else "<i8")
 
@@ -137,26 +196,29 @@ class _Summed:
         self.write(bytes(offset - self.size))
 
 
-def _lay_out(parts: Sequence[Tables], order: Array) -> dict[str, dict[str, Any]]:
+def _lay_out(parts: Sequence[Part], order: Array) -> dict[str, dict[str, Any]]:
     """Dtype, shape and offset of each array in the file."""
-    width = max(part.keys.dtype.itemsize for part in parts)
     layout, offset = {}, 0
-    for name, array in (parts[0].arrays | {"order": order}).items():
-        rows = len(order) if name == "order" else sum(len(part.arrays[name]) for part in parts)
-        dtype = {"keys": f"|S{width}", "order": order.dtype.str}.get(name) or ARRAYS[name]
-        layout[name] = {"dtype": dtype, "shape": [rows, *array.shape[1:]], "offset": offset}
-        offset += _aligned(math.prod([rows, *array.shape[1:]]) * np.dtype(dtype).itemsize)
+    for name, (_, shape) in (parts[0].shapes | {"order": (order.dtype, order.shape)}).items():
+        rows = len(order) if name == "order" else sum(part.shapes[name][1][0] for part in parts)
+        dtype = {"keys": f"|S{key_width(parts)}", "order": order.dtype.str}.get(name) or ARRAYS[name]
+        layout[name] = {"dtype": dtype, "shape": [rows, *shape[1:]], "offset": offset}
+        offset += _aligned(math.prod([rows, *shape[1:]]) * np.dtype(dtype).itemsize)
     return layout
 
 
-def _encode_header(parts: Sequence[Tables], layout: dict[str, dict[str, Any]], folder: Path) -> tuple[bytes, int]:
+def _encode_header(
+    parts: Sequence[Part], layout: dict[str, dict[str, Any]], folder: Path, length_id: str | None
+) -> tuple[bytes, int]:
     """The header, and where the arrays begin."""
-    header = {
+    header: dict[str, Any] = {
         "layout": parts[0].layout,
         "fields": [asdict(field) for field in parts[0].fields],
         "shards": [asdict(shard) | {"path": _relate(shard.path, folder)} for part in parts for shard in part.shards],
         "arrays": layout,
     }
+    if length_id is not None:
+        header["length_id"] = length_id
     text = json.dumps(header, separators=(",", ":")).encode()
     return text, _aligned(_PREFIX.size + len(text))
 
@@ -192,8 +254,10 @@ def _build_tables(header: dict[str, Any], content: Array, start: int, path: str)
             raise ValueError(f"{name} is {list(array.shape)}, with {samples} samples")
     if ("blocks" in arrays, "sizes" in arrays) != (header["layout"] == "blocks", header["layout"] == "plain"):
         raise ValueError(f"{header['layout']} with {sorted(arrays)}")
-    order = arrays.pop("order")
-    return Tables(header["layout"], fields, shards, **arrays), order
+    order, length_id = arrays.pop("order"), header.get("length_id")
+    if not isinstance(length_id, str | None):
+        raise ValueError(f"length_id is {length_id!r}")
+    return Tables(header["layout"], fields, shards, **arrays, length_id=length_id), order
 
 
 def _read_field(entry: dict[str, Any], layout: str) -> Field:
@@ -232,13 +296,13 @@ def _check_values(tables: Tables, order: Array) -> None:
             raise ValueError(f"{name} holds {array.min()} to {array.max()}")
 
 
-def _load(path: str) -> Array:
+def _load(path: str, *, mapped: bool = True) -> Array:
     # Mapped if it is local and large.
     try:
         file = open_file(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"no index {path}: build it with LengthIndex.build(shards).save(path)") from None
-    if file.size < _MAPPED_FROM or isinstance(file, RemoteFile):
+    if not mapped or file.size < _MAPPED_FROM or isinstance(file, RemoteFile):
         return np.frombuffer(file.read(0, file.size), np.uint8)
     return np.memmap(path, np.uint8, "r")
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 
-from samplers.shards.files import TEMPORARY, open_file, remove_leftover
+from samplers.shards.files import open_file
 from samplers.shards.indexfile import SUFFIX, read_index, write_index
+from samplers.shards.newfile import TEMPORARY, remove_leftover
 from samplers.shards.scan import LengthOf, scan_shard
 from samplers.shards.tables import Tables
 
@@ -20,26 +21,33 @@ class Scan:
         length: `(field, bytes) -> steps` for fields that are not arrays.
         checksums: read the payload too.
         keep: where each shard's index is kept: True for beside it, or a local folder; False for nowhere.
+        length_id: which function `length` is; None where none is given, or none knows.
     """
 
     fields: Collection[str] | None
     length: LengthOf | None
     checksums: bool
     keep: bool | Path = False
+    length_id: str | None = None
 
     def __call__(self, shard: str) -> Tables:
         """The tables of a shard, from its kept index if that fits, else from its headers.
 
         Raises:
             FileExistsError: Another process writes the index.
-            ValueError: The kept index is of other fields, or the shard cannot be scanned.
+            ValueError: The kept index is of other fields or of another function, nobody can tell which function
+                measures lengths that are to be kept, or the shard cannot be scanned.
         """
         kept = self.find(shard)
         if kept is not None:
             self._check_fields(kept, shard)
+            self._check_length_id(kept, shard)
             return kept if self.checksums else replace(kept, crcs=None)
         tables = scan_shard(shard, self.fields, self.length, checksums=self.checksums)
+        if tables.measured:
+            tables = replace(tables, length_id=self.length_id)
         if self.keep is not False:
+            self._check_named(tables, shard)
             place = self.place(shard)
             remove_leftover(place.with_name(place.name + TEMPORARY))
             write_index(place, [tables])
@@ -66,12 +74,15 @@ class Scan:
         if self.keep is False or not (place := self.place(shard)).exists():
             return None
         try:
-            tables, _ = read_index(str(place), checked_up_to=None)
+            tables, _ = read_index(str(place), checked_up_to=None, mapped=False)
         except ValueError:
             return None
         if len(tables.shards) != 1 or tables.shards[0].size != _size_since(shard, place):
             return None
         if self.checksums and tables.crcs is None:
+            return None
+        # An index from before functions were recorded, or by one of which nobody knows.
+        if tables.measured and self._measures and tables.length_id is None:
             return None
         return replace(tables, shards=(replace(tables.shards[0], path=shard),))
 
@@ -87,6 +98,25 @@ class Scan:
             raise ValueError(
                 f"{self.place(shard)} tells the lengths of {_tracked(kept)}, asked for are {sorted(self.fields)}: ask "
                 "for the same fields, delete it, or give resume= another folder"
+            )
+
+    @property
+    def _measures(self) -> bool:
+        return self.length is not None or self.length_id is not None
+
+    def _check_length_id(self, kept: Tables, shard: str) -> None:
+        if kept.measured and self._measures and kept.length_id != self.length_id:
+            raise ValueError(
+                f"{self.place(shard)}: its lengths of {', '.join(kept.measured)} were measured by {kept.length_id!r}, "
+                f"length= is now {self.length_id!r}: delete it to measure anew, give resume= another folder, or "
+                f"length_id={kept.length_id!r} if both give the same lengths"
+            )
+
+    def _check_named(self, tables: Tables, shard: str) -> None:
+        if tables.measured and self.length_id is None:
+            raise ValueError(
+                f"{shard}: the lengths of {', '.join(tables.measured)} are to be kept, and nobody can tell later which "
+                f"function has measured them, for {self.length!r} holds objects: give it a name with length_id="
             )
 
 

@@ -15,6 +15,11 @@ from typing import Any, Final, Generic, Self, TypeVar
 
 from tqdm import tqdm
 
+
+class ProcessKilledError(RuntimeError):
+    """A process ended in the midst of its work, as where memory runs out."""
+
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -95,13 +100,13 @@ class _Worker(Generic[T, R]):
         """Wait for what came of the item, and give its place and the value.
 
         Raises:
-            RuntimeError: The process was killed.
+            ProcessKilledError: The process was killed.
         """
         try:
             value, error = self.connection.recv()
         except (EOFError, OSError):
             self._process.join()
-            raise RuntimeError(
+            raise ProcessKilledError(
                 f"{cut(self._item)}: its process {_describe(self._process.exitcode)}; memory may have run out: give "
                 "fewer workers"
             ) from None

@@ -9,10 +9,10 @@ from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from samplers.shards.continued import find_shards, read_corpus
-from samplers.shards.indexfile import SUFFIX, read_index, write_index
+from samplers.shards.indexfile import SUFFIX, read_index, read_part, write_index
 from samplers.shards.kinds import Kind, read_kinds
 from samplers.shards.parallel import cut, run
-from samplers.shards.tables import Tables, check_alike
+from samplers.shards.tables import Part, Tables, check_alike
 
 T = TypeVar("T")
 
@@ -159,7 +159,7 @@ class _Corpus:
     """Shards that are alike and have no key twice; they may come in any order."""
 
     def __init__(self) -> None:
-        self._parts: dict[Path, Tables] = {}
+        self._parts: dict[Path, Part] = {}
         self._kinds: dict[str, Kind] = {}
         self._owners: dict[bytes, int] = {}
 
@@ -176,7 +176,7 @@ class _Corpus:
                     "one kind"
                 )
         self._own(tables)
-        self._parts[shard] = tables
+        self._parts[shard] = read_part(f"{shard}{SUFFIX}")
 
     def write(self, path: Path, shards: Iterable[Path]) -> None:
         """Write the corpus file, in the order of these shards.

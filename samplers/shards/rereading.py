@@ -10,10 +10,11 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import numpy as np
 
 from samplers.shards.dataset import Decoder, ShardDataset
-from samplers.shards.files import Shards, expand_shards
+from samplers.shards.files import Shards
 from samplers.shards.format import KEYS, Sample, decode_groups, field_of
 from samplers.shards.index import LengthIndex
 from samplers.shards.indexfile import SUFFIX
+from samplers.shards.names import expand_shards
 from samplers.shards.scan import read_groups
 from samplers.shards.tables import Array, Tables
 

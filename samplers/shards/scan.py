@@ -144,7 +144,7 @@ class _Source:
             ValueError: They would; the shard is named.
         """
         width = max(sizes)
-        if width * count > self.file.size * _TABLE + (1 << 20):
+        if not fits_table(width, count, self.file.size):
             raise ValueError(f"{self.file.path}: a key of {width} bytes among {count} samples: shorten the key")
 
     def shard(self, lengths: Array, keys: Array) -> Shard:
@@ -391,6 +391,17 @@ class _PlainScan:
         if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 0:
             raise LengthError(f"{where}: length= must give a non-negative int, got {steps!r}")
         return check_longest(int(steps), where)
+
+
+def fits_table(width: int, count: int, size: int) -> bool:
+    """Whether the keys of a shard of so many bytes make no table that is far greater.
+
+    Args:
+        width: bytes of the longest key.
+        count: samples.
+        size: bytes of the shard.
+    """
+    return width * count <= size * _TABLE + (1 << 20)
 
 
 def header_of(head: bytes) -> bytes:

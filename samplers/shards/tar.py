@@ -100,7 +100,11 @@ def tar_header(name: str, size: int) -> bytes:
     """
     info = tarfile.TarInfo(name)
     info.size = size
-    return info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
+    block = info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
+    # A long name is divided at a slash, and one that begins with it may lose it.
+    if _name(block) != name:
+        raise ValueError(f"it would read as {_name(block)!r}")
+    return block
 
 
 def tar_padding(size: int) -> bytes:
@@ -172,8 +176,12 @@ def _read_header(block: bytes, file: RandomAccess, offset: int) -> tuple[str, in
         intact, size = False, 0
     if not intact or size < 0:
         raise ValueError(_damage(file, offset, "not a tar header: damaged, or not a tar file"))
+    return _name(block), size, block[156]
+
+
+def _name(block: bytes) -> str:
     name = _text(block[:100])
-    return f"{_text(block[345:500])}/{name}" if block[345] else name, size, block[156]
+    return f"{_text(block[345:500])}/{name}" if block[345] else name
 
 
 # Sums and sizes recur from member to member, and parsing them is a third of the work on a header.

@@ -3,19 +3,24 @@
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from samplers.shards.index import LengthIndex
+from samplers.shards.measuring import Measure
 from samplers.shards.tables import Tables
 
 
-def find_errors(index: LengthIndex, *, payload: bool, workers: int = 0) -> Iterator[str | None]:
+def find_errors(
+    index: LengthIndex, *, payload: bool, measure: Measure | None = None, workers: int = 0
+) -> Iterator[str | None]:
     """Hold every shard against the index.
 
     Args:
         index: of the shards.
         payload: read every sample too, and hold it against its crc32.
+        measure: how lengths are measured that no header tells; picklable, where there are workers.
         workers: processes; 0 stays in this one.
 
     Yields:
@@ -26,7 +31,7 @@ def find_errors(index: LengthIndex, *, payload: bool, workers: int = 0) -> Itera
     """
     if payload and index.tables.crcs is None:
         raise ValueError("the index holds no checksums of payloads: build it with checksums=True")
-    check = partial(_find_error, payload=payload)
+    check = partial(_find_error, payload=payload, measure=measure or Measure(None, {}))
     parts = (cut_shard(index, number) for number in range(len(index.shards)))
     if not workers:
         yield from map(check, parts)
@@ -41,21 +46,22 @@ def cut_shard(index: LengthIndex, number: int) -> Tables:
     """What the index holds of one shard, as an index of that shard alone would."""
     tables = index.tables
     first, last = index.starts[number : number + 2].tolist()
-    arrays = {name: array[first:last] for name, array in tables.arrays.items() if name != "blocks"}
+    arrays: dict[str, Any] = {name: array[first:last] for name, array in tables.arrays.items() if name != "blocks"}
     if tables.blocks is not None:
         start, end = np.searchsorted(tables.blocks[:, 0], [first, last])
         arrays["blocks"] = tables.blocks[start:end].copy()
         arrays["blocks"][:, 0] -= first
-    return Tables(tables.layout, tables.fields, (tables.shards[number],), **arrays)
+    return Tables(tables.layout, tables.fields, (tables.shards[number],), **arrays, length_id=tables.length_id)
 
 
-def _find_error(tables: Tables, *, payload: bool) -> str | None:
+def _find_error(tables: Tables, *, payload: bool, measure: Measure) -> str | None:
     try:
-        LengthIndex(tables).verify(payload=payload)
+        LengthIndex(tables).verify(payload=payload, length=measure.length, decode=measure.decode)
     except FileNotFoundError:
         return f"{tables.shards[0].path}: the index lists this shard, but there is no such file"
-    except (ValueError, OSError) as error:
-        return str(error)
+    except (ValueError, OSError, RuntimeError) as error:
+        # A decoder does not know what it was given: a note does.
+        return ": ".join([*getattr(error, "__notes__", ()), str(error)])
     return None
 
 

@@ -1,24 +1,25 @@
 """Samples to shards: in blocks or one by one, from one process or many, each shard whole or not at all."""
 
 import os
-from collections.abc import Callable, Collection, Iterable, KeysView, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, KeysView, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypedDict, TypeVar, Unpack
 
-from samplers.shards.continued import find_shards, read_corpus, remove_leftovers, take_over
+from samplers.shards.continued import find_shards, read_corpus, refuse_shards, remove_leftovers, take_over
 from samplers.shards.dataset import Decoder
 from samplers.shards.files import Shards
 from samplers.shards.index import LengthIndex, decode_key
-from samplers.shards.indexfile import SUFFIX, read_index, write_index
+from samplers.shards.indexfile import SUFFIX, read_index, read_part, write_index
 from samplers.shards.kinds import Kind, as_array, check_kinds, first_kinds, read_kinds
+from samplers.shards.newfile import local_path
 from samplers.shards.newshard import BlockShard, NewShard, PlainShard
 from samplers.shards.parts import PartWriter, finished_parts, write_all
 from samplers.shards.rereading import Rename, read_shards
-from samplers.shards.tables import Layout
+from samplers.shards.tables import Array, Layout, Part
 from samplers.shards.tar import split_name
 
 T = TypeVar("T")
@@ -66,7 +67,7 @@ class ShardWriter:
         """Prepare to write; the folder is made if it is absent.
 
         Args:
-            folder: a local folder.
+            folder: a local folder; URLs are refused.
             layout: `"blocks"`, read fast; `"plain"`, one tar group a sample.
             max_samples: most samples in a shard.
             max_bytes: most bytes of samples in a shard, headers apart; a greater sample has a shard of its own.
@@ -80,11 +81,12 @@ class ShardWriter:
             FileExistsError: The folder holds shards of that prefix; with `append`, another writer is at work on them.
             FileNotFoundError: The corpus file lists a shard that is gone.
             TypeError: `stack` is a single string.
-            ValueError: An option is out of range, or a shard that is there is in another layout, of another kind, or
-                has changed since it was indexed.
+            ValueError: `folder` is a URL, an option is out of range, or a shard that is there is in another layout, of
+                another kind, or has changed since it was indexed.
         """
         _check_options(layout, prefix, stack, max_samples=max_samples, max_bytes=max_bytes, block_size=block_size)
-        self._folder, self._prefix = Path(folder), prefix
+        self._folder, self._prefix = local_path(folder, "folder"), prefix
+        self._kind_of_shard: type[NewShard] = BlockShard if layout == "blocks" else PlainShard
         self._new_shard = partial(BlockShard, block_size=block_size) if layout == "blocks" else PlainShard
         self._layout: Layout = layout
         self._max_samples, self._max_bytes = max_samples, max_bytes
@@ -96,12 +98,13 @@ class ShardWriter:
         self._number = 0
         self._open: NewShard | None = None
         self._entered = False
+        self._failure: str | None = None
         self.shards: list[Path] = []
         self._folder.mkdir(parents=True, exist_ok=True)
         if append:
             self._take_over()
         else:
-            _refuse_shards(self._folder, prefix)
+            refuse_shards(self._folder, prefix)
 
     def __enter__(self) -> Self:
         self._entered = True
@@ -121,7 +124,8 @@ class ShardWriter:
 
         Raises:
             FileExistsError: Another writer is at work in the folder.
-            RuntimeError: The writer is not, or no longer, in its `with` block.
+            OSError: The disk is full, or fails. The writer takes no more samples then.
+            RuntimeError: The writer is not, or no longer, in its `with` block, or has failed before.
             TypeError: A value is not an array of plain numbers, or of another dtype than in earlier samples.
             ValueError: The key is a duplicate or not fit for the layout, a field is missing or new, or its feature
                 shape differs from earlier samples'.
@@ -130,20 +134,20 @@ class ShardWriter:
             raise RuntimeError("write within the with block: with ShardWriter(folder) as writer: writer.write(...)")
         if not isinstance(sample, Mapping):
             raise TypeError(f'a sample must be {{"__key__": str, field: array, ...}}, got {type(sample).__name__}')
+        self._refuse_failed()
         key = self._check_key(sample.get("__key__"))
         arrays = {
             name: as_array(value, f"sample {key!r}, field {name!r}")
             for name, value in sample.items()
             if name != "__key__"
         }
-        self._kinds = self._kinds or first_kinds(arrays, self._stack, key)
-        check_kinds(arrays, self._kinds, key, self._like)
-        size = sum(array.nbytes for array in arrays.values())
-        if self._open is not None and not self._open.has_room(size, self._max_samples, self._max_bytes):
-            self._finish()
-        if self._open is None:
-            self._open = self._new_shard(self._folder / f"{self._prefix}-{self._number:06}.tar", self._kinds)
-        self._open.add(key, arrays)
+        kinds = self._kinds or first_kinds(arrays, self._stack, key)
+        check_kinds(arrays, kinds, key, self._like)
+        if not self._kinds:
+            self._kind_of_shard.check_kinds_fit(kinds)
+        self._kind_of_shard.check_fits(key, arrays, kinds)
+        self._add(key, arrays, kinds)
+        self._kinds = kinds
         self._keys[key] = None
 
     def __exit__(
@@ -153,11 +157,9 @@ class ShardWriter:
         if kind is not None:
             self._discard()
             return
+        self._refuse_failed()
         self._finish()
-        if not self.shards:
-            raise ValueError(f"nothing was written to {self._folder}: a corpus needs a sample")
-        parts = [read_index(f"{shard}{SUFFIX}")[0] for shard in self.shards]
-        write_index(self._folder / f"{self._prefix}{SUFFIX}", parts)
+        write_index(self._folder / f"{self._prefix}{SUFFIX}", self._list_parts)
 
     @classmethod
     def write_parts(
@@ -177,7 +179,7 @@ class ShardWriter:
         After an error or a kill the finished ones stay, and a call with `append=True` writes the rest.
 
         Args:
-            folder: a local folder.
+            folder: a local folder; URLs are refused.
             samples: gives the samples of a part, the same ones every time; picklable where processes are not forked.
             parts: names of files, numbers or whatever else `samples` takes; picklable.
             workers: processes; 0 stays in this one.
@@ -193,16 +195,17 @@ class ShardWriter:
             FileExistsError: The folder holds shards of that prefix; with `append`, another writer is at work on them.
             RuntimeError: `samples` or the writing of its samples failed, or a process was killed; the part is named.
             TypeError: `stack` is a single string, or a part cannot be sent to a process.
-            ValueError: An option is out of range, a key is in two parts, parts differ in kind, or there is no sample.
+            ValueError: `folder` is a URL, an option is out of range, a key is in two parts, parts differ in kind, or
+                there is no sample.
         """
         tasks = list(parts)
         _check_options(**{"layout": "blocks", "prefix": "shard", "stack": ()} | options)
-        folder, prefix = Path(folder), options.get("prefix", "shard")
+        folder, prefix = local_path(folder, "folder"), options.get("prefix", "shard")
         folder.mkdir(parents=True, exist_ok=True)
         if append:
             remove_leftovers(folder, prefix)
         else:
-            _refuse_shards(folder, prefix)
+            refuse_shards(folder, prefix)
         open_writer = _Opener(cls, folder, options)
         write_part = PartWriter(open_writer, samples, folder, prefix, finished_parts(folder, prefix))
         try:
@@ -231,7 +234,7 @@ class ShardWriter:
         """Write a corpus of the samples of other shards, as of plain ones in blocks; each shard is a part.
 
         Args:
-            folder: a local folder.
+            folder: a local folder; URLs are refused.
             shards: paths, brace patterns, wildcards, folders or URLs, or the `.ltx` file of a corpus.
             index: of these shards, in their order, or its file; None for the files beside them, where there are any. It
                 tells the lengths and, where it has them, the checksums that what is read must have.
@@ -252,12 +255,13 @@ class ShardWriter:
             RuntimeError: A shard could not be read or written, is not what the index says, or a process was killed; it
                 is named.
             TypeError: `stack` or `fields` is a single string.
-            ValueError: An option is out of range, the index does not fit, a key is in two shards, shards differ in
-                kind, or a shard is among those to be written.
+            ValueError: `folder` is a URL, an option is out of range, the index does not fit, a key is in two shards,
+                shards differ in kind, or a shard is among those to be written.
         """
+        folder = local_path(folder, "folder")
         reader, pieces = read_shards(shards, index, fields, decode, rename)
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        own = {path.absolute() for path in find_shards(Path(folder), options.get("prefix", "shard")).values()}
+        folder.mkdir(parents=True, exist_ok=True)
+        own = {path.absolute() for path in find_shards(folder, options.get("prefix", "shard")).values()}
         for piece in pieces:
             if Path(piece.shard).absolute() in own:
                 raise ValueError(f"{piece.shard} would be read, and others of its prefix written: give another prefix=")
@@ -276,9 +280,10 @@ class ShardWriter:
         parts = take_over(list(found.values()), self._layout, self._stack)
         self.shards = list(found.values())
         self._number = max((number[0] + 1 for number in found), default=0)
-        self._keys = dict.fromkeys(decode_key(key) for part in parts for key in part.keys.tolist())
+        self._keys = dict.fromkeys(decode_key(key) for part in parts for key in part.array("keys").tolist())
         if parts:
-            self._kinds, self._like = read_kinds(parts[0]), f"in {self.shards[0]}"
+            first, _ = read_index(f"{self.shards[0]}{SUFFIX}")
+            self._kinds, self._like = read_kinds(first), f"in {self.shards[0]}"
 
     def _check_key(self, key: object) -> str:
         if not isinstance(key, str):
@@ -293,6 +298,16 @@ class ShardWriter:
                 'rename it, or choose layout="blocks", which takes any text'
             )
         return key
+
+    def _add(self, key: str, arrays: Mapping[str, Array], kinds: dict[str, Kind]) -> None:
+        size = sum(array.nbytes for array in arrays.values())
+        if self._open is not None and not self._open.has_room(key, size, self._max_samples, self._max_bytes):
+            with self._failing():
+                self._finish()
+        if self._open is None:
+            self._open = self._new_shard(self._folder / f"{self._prefix}-{self._number:06}.tar", kinds)
+        with self._failing():
+            self._open.add(key, arrays)
 
     def _finish(self) -> None:
         if self._open is None:
@@ -310,8 +325,44 @@ class ShardWriter:
 
     def _discard(self) -> None:
         if self._open is not None:
+            for _ in range(min(self._open.samples, len(self._keys))):
+                self._keys.popitem()
             self._open.file.discard()
             self._open = None
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            # Half a block may be written, and writing it again would write its samples twice.
+            self._discard()
+            self._failure = f"{type(error).__name__}: {error}"
+            raise
+
+    def _refuse_failed(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError(
+                f"{self._folder}: writing failed before ({self._failure}), and the samples behind the last finished "
+                "shard are lost: go on with a new writer, append=True, and the samples that are not in its keys"
+            )
+
+    def _list_parts(self) -> list[Part]:
+        # Listed anew: another writer may have gone on behind the shards that this one found, and the shards of a part
+        # count only when all parts are written.
+        found = find_shards(self._folder, self._prefix)
+        listed = {shard.name for shard in self.shards} | read_corpus(self._folder, self._prefix, list(found.values()))
+        shards = [shard for number, shard in found.items() if len(number) == 1 or shard.name in listed]
+        indexes = [Path(f"{shard}{SUFFIX}") for shard in shards]
+        # One without an index is another writer's, who lists it when it is finished.
+        parts = [
+            read_part(str(index), str(shard))
+            for shard, index in zip(shards, indexes, strict=True)
+            if shard in self.shards or index.exists()
+        ]
+        if not parts:
+            raise ValueError(f"nothing was written to {self._folder}: a corpus needs a sample")
+        return parts
 
 
 @dataclass(frozen=True)
@@ -324,15 +375,6 @@ class _Opener:
 
     def __call__(self, prefix: str) -> ShardWriter:
         return self.writer(self.folder, append=True, **self.options | {"prefix": prefix})
-
-
-def _refuse_shards(folder: Path, prefix: str) -> None:
-    found = sorted([*folder.glob(f"{prefix}-*.tar*"), *folder.glob(f"{prefix}{SUFFIX}*")])
-    if found:
-        raise FileExistsError(
-            f"{folder} already holds {found[0].name}: write to another folder, give another prefix=, go on behind it "
-            f"with append=True, or delete {prefix}-*.tar* and {prefix}{SUFFIX}*"
-        )
 
 
 def _check_options(layout: str, prefix: str, stack: Collection[str], **counts: int) -> None:
