@@ -184,7 +184,7 @@ def bucket_book() -> Book:
 
 @cache
 def epochs_book() -> Book:
-    return Book(lambda epoch, replicas: list(make_stage(1, 0)(order_of(epoch))))
+    return Book(lambda epoch, replicas: list(make_stage(1, 0)(order_of(epoch))), even=False)
 
 
 RAISING = MOVES | {"source raises"}

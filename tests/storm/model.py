@@ -31,16 +31,21 @@ class Book:
     Args:
         write: gives an epoch's batches, in order, on so many replicas; it is asked once for each.
         alike: whether epochs may be alike.
+        even: whether all have as many batches.
     """
 
-    def __init__(self, write: Callable[[int, int], list[Batch]], *, alike: bool = False) -> None:
+    def __init__(
+        self, write: Callable[[int, int], list[Batch]], *, alike: bool = False, even: bool = True
+    ) -> None:
         self._write = write
-        self._alike = alike
+        self._alike, self._even = alike, even
         self._pages: dict[tuple[int, int], list[Batch]] = {}
         self.samples = sorted(sample for batch in self.page(0, 1) for sample in batch)
         assert len(set(self.samples)) == len(self.samples)
-        # One replica splits no step.
-        self.total = len(self.page(0, 1))
+
+    def total(self, epoch: int) -> int:
+        """Batches of an epoch's sequence: one replica splits no step."""
+        return len(self.page(0 if self._even else epoch, 1))
 
     def page(self, epoch: int, replicas: int) -> list[Batch]:
         """An epoch's batches, `replicas` in each step."""
@@ -48,28 +53,28 @@ class Book:
             batches = self._write(epoch, replicas)
             if self._pages:
                 assert sorted(sample for batch in batches for sample in batch) == self.samples
-                assert len(batches) == replicas * self.steps(replicas)
+                assert not self._even or len(batches) == replicas * self.steps(Place(epoch, replicas), replicas)
             others = [page for (other, count), page in self._pages.items() if count == replicas and other != epoch]
             assert self._alike or batches not in others, f"epoch {epoch} is like another"
             self._pages[epoch, replicas] = batches
         return self._pages[epoch, replicas]
 
-    def steps(self, replicas: int, taken: int = 0) -> int:
+    def steps(self, place: Place, replicas: int) -> int:
         """Steps in which so many replicas take what is left."""
-        return -(-(self.total - taken) // replicas)
+        return -(-(self.total(place.epoch) - place.taken) // replicas)
 
     def rest(self, place: Place, replicas: int) -> tuple[list[Step], set[int]]:
         """The steps that are left, and their samples."""
-        page = self.page(place.epoch, place.laid)
-        if place.taken >= self.total:
+        page, total = self.page(place.epoch, place.laid), self.total(place.epoch)
+        if place.taken >= total:
             return [], set()
         if place.laid == replicas and place.taken % replicas == 0:
             flat: list[Batch | None] = list(page[place.taken :])
         else:
-            known = page[: self.total - self.total % place.laid]
-            whole = self.total - (self.total - place.taken) % replicas
+            known = page[: total - total % place.laid]
+            whole = total - (total - place.taken) % replicas
             flat = [known[at] if at < len(known) else None for at in range(place.taken, whole)]
-            flat += [None] * (replicas * self.steps(replicas, place.taken) - len(flat))
+            flat += [None] * (replicas * self.steps(place, replicas) - len(flat))
         before = {sample for batch in page[: place.taken] for sample in batch}
         steps = [flat[at : at + replicas] for at in range(0, len(flat), replicas)]
         if place.within:
@@ -179,7 +184,7 @@ class Model:
         """A pass begins where one was to come; the next epoch comes after it."""
         start = self.coming
         steps, left = self.book.rest(start, self.replicas)
-        self.present = self.last = Pass(start, self.replicas, steps, left, self.book.total)
+        self.present = self.last = Pass(start, self.replicas, steps, left, self.book.total(start.epoch))
         self.is_open = True
         self.coming = Place(start.epoch + (not self.repeats), self.replicas)
         return self.last
@@ -199,6 +204,6 @@ class Model:
 
     def seek(self, place: Place, *, skip_end: bool = False) -> None:
         """The next pass begins at a place, or in the next epoch where the place is an epoch's end that is skipped."""
-        at_end = place.taken >= self.book.total
+        at_end = place.taken >= self.book.total(place.epoch)
         self.coming = Place(place.epoch + 1, self.replicas) if at_end and skip_end else replace(place)
         self.present, self.is_open = None, False

@@ -456,6 +456,12 @@ class Node(Rig):
 class NodeInLoader(Noded):
     """A node as the root of a `torchdata.nodes.Loader`."""
 
+    def load_states(self, states: list[Any]) -> None:
+        super().load_states(states)
+        for loader in self.loaders:
+            # A loader reads a state when it is iterated, or asked for one.
+            loader.state_dict()
+
     def node(self, target: Any) -> nodes.BaseNode[Any]:
         return target
 
