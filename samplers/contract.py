@@ -22,7 +22,8 @@ def check_node(make: Make, *, every: int = 1) -> int:
     An epoch is the same from every new node, and ends for good; `reset()` begins another. A state that was saved after
     any item leads another node to the items behind it, and so does a state that this one saves; no state changes when
     the node that gave it, or one that took it, goes on. The same is tried in the second epoch, after a whole one and
-    after one that was broken off, and under a `Prefetcher`, which saves in a thread of its own, ahead of what was taken.
+    after one that was broken off, and under a `Prefetcher`, which saves in a thread of its own, ahead of what was
+    taken.
 
     Args:
         make: gives a new node each time, of a source that gives the same each time. Tensors and arrays in items are

@@ -64,8 +64,8 @@ class Position:
         version = _read_number(state, "version", least=1)
         if version not in {_FIRST_VERSION, VERSION}:
             raise ValueError(
-                f"a position must be of version {VERSION}, got version {version}: go on with the release that saved it, "
-                "or start the epoch again with set_epoch"
+                f"a position must be of version {VERSION}, got version {version}: go on with the release that saved "
+                "it, or start the epoch again with set_epoch"
             )
         position = cls(
             _read_number(state, "epoch", least=0),
@@ -220,20 +220,25 @@ def refuse_iterator_state(state: Mapping[str, Any]) -> None:
     # Each tells of a part only, and the rest of it would be overlooked.
     parts = {"dealt", "taken"} & set(state) if isinstance(state, Mapping) else ()
     if parts:
+        names = ", ".join(map(repr, sorted(parts)))
         raise ValueError(
-            f"a position must be what position() gives, got an iterator's state with {', '.join(map(repr, sorted(parts)))}"
-            ": give it to load_state_dict of an iterator as the one that saved it"
+            f"a position must be what position() gives, got an iterator's state with {names}: give it to "
+            "load_state_dict of an iterator as the one that saved it"
         )
 
 
 def _refuse_first_version(position: Position, saved: str, present: str, batches: int) -> None:
-    """Refuse a position of another plan, unless nothing of its epoch is left."""
+    """Refuse a position of another plan, unless nothing of its epoch is left.
+
+    Raises:
+        ValueError: Something is left.
+    """
     changed = _changed_parts(saved, present)
     if position.batches != batches or not {"lengths", "seed"}.isdisjoint(changed):
         raise ValueError(
-            f"a position must be of version {VERSION}, got version {_FIRST_VERSION}, after batch {position.batches} of epoch "
-            f"{position.epoch}: epochs have other batches since. Finish the epoch with the release that saved it, or start "
-            f"it again with set_epoch({position.epoch})"
+            f"a position must be of version {VERSION}, got version {_FIRST_VERSION}, after batch {position.batches} of "
+            f"epoch {position.epoch}: epochs have other batches since. Finish the epoch with the release that saved "
+            f"it, or start it again with set_epoch({position.epoch})"
         )
 
 

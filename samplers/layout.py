@@ -86,7 +86,7 @@ class Layout:
     def digest(self) -> str:
         """Sixteen hexadecimal digits that change when an edge or the choice of samples does."""
         chosen = b"" if self.options.indices is None else np.sort(self.corpus.order).astype("<i8").tobytes()
-        odd = self.odd and self.odd.edges
+        odd = None if self.odd is None else self.odd.edges
         decided = repr((self.edges, odd, self.options.shuffle, self.options.drop_last)).encode()
         return blake2b(decided + chosen, digest_size=8).hexdigest()
 

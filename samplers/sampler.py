@@ -115,9 +115,8 @@ class LengthBucketBatchSampler(Sampler[list[int]]):
 
     def __copy__(self) -> "LengthBucketBatchSampler":
         new = self.__class__.__new__(self.__class__)
-        new.__dict__.update(self.__dict__)
         # What a copy takes is none of the other's business.
-        new._cursor = copy(self._cursor)  # noqa: SLF001 - it is of this class
+        new.__dict__.update(self.__dict__, _cursor=copy(self._cursor))
         return new
 
     @property
@@ -234,8 +233,7 @@ class BatchIterator(Iterator[list[int]]):
 
     def __copy__(self) -> "BatchIterator":
         new = self.__class__.__new__(self.__class__)
-        new.__dict__.update(self.__dict__)
-        new._ready = self._ready.copy()
+        new.__dict__.update(self.__dict__, _ready=self._ready.copy())
         return new
 
     def state_dict(self) -> PositionDict:
@@ -262,7 +260,11 @@ class BatchIterator(Iterator[list[int]]):
         self._begun, self._taken, self._ready = False, dealt, []
 
     def _read_dealt(self, state: Mapping[str, Any]) -> int:
-        """Batches of the step that comes that were given before."""
+        """Batches of the step that comes that were given before.
+
+        Raises:
+            ValueError: It was a step of other replicas.
+        """
         if "dealt" not in state:
             refuse_iterator_state(state)
             return 0
@@ -270,8 +272,8 @@ class BatchIterator(Iterator[list[int]]):
         if state.get("num_replicas") != self._share or dealt >= self._share:
             raise ValueError(
                 f"a state within a step ({dealt} batches of {state.get('num_replicas')} dealt out) must be given to an "
-                f'iterator of rank="all" and as many replicas, got one that gives {self._share} of each step: save when '
-                "all replicas have had theirs"
+                f'iterator of rank="all" and as many replicas, got one that gives {self._share} of each step: save '
+                "when all replicas have had theirs"
             )
         return dealt
 
@@ -279,7 +281,9 @@ class BatchIterator(Iterator[list[int]]):
         """The next batches, last first: few at the start of an epoch, so that the first comes soon, and more later."""
         step, dealt = divmod(self._taken, self._share)
         ahead = min(2 * step + 1, 1 + chunk_steps(course.epoch.layout) // self._share)
-        numbers = np.arange(step, min(step + ahead, course.steps))[:, None] * course.replicas + np.arange(self._first, self._first + self._share)
+        numbers = np.arange(step, min(step + ahead, course.steps))[:, None] * course.replicas + np.arange(
+            self._first, self._first + self._share
+        )
         return course.lists_of(numbers.ravel()[dealt:])[::-1] if len(numbers) else []
 
 

@@ -42,10 +42,12 @@ class ShardStream(IterableDataset[Any]):
     the same on every replica, known before the first sample is read. Each replica reads windows of its own but for the
     few that lie across a border.
 
-    Give it to a loader with `batch_size=None`; worker w of n takes every n-th step. An epoch advances by itself at its
-    first batch, so that the pass after an early break is the next epoch; `set_epoch` overrides, also with persistent workers. Its iterators have
+    Give it to a loader with `batch_size=None`; worker w of n takes every n-th step. The epoch advances by itself at its
+    first batch, so that the pass after an early break is the next epoch; `set_epoch` overrides, also with persistent
+    workers. A copy, and a pickle, stands where the original stood and then goes its own way. Its iterators have
     `state_dict` and `load_state_dict` for a `StatefulDataLoader` of as many workers and replicas; for any other loader,
-    and other numbers of either, there are `position` and `seek`.
+    and other numbers of either, there are `position` and `seek`. In `torchdata.nodes` it goes into a `SamplerWrapper`:
+    an `IterableWrapper` asks no iterator for its state, and resumes in the first epoch whatever epoch was saved.
 
     Args:
         shards: as in `ShardDataset`.
@@ -116,9 +118,8 @@ class ShardStream(IterableDataset[Any]):
 
     def __copy__(self) -> "ShardStream":
         new = self.__class__.__new__(self.__class__)
-        new.__dict__.update(self.__dict__)
         # What a copy takes is none of the other's business.
-        new._cursor = copy(self._cursor)
+        new.__dict__.update(self.__dict__, _cursor=copy(self._cursor))
         return new
 
     @property

@@ -2,6 +2,7 @@
 
 import os
 from multiprocessing.reduction import ForkingPickler
+from time import sleep
 from typing import Any, Final, NamedTuple
 from zlib import crc32
 
@@ -17,6 +18,7 @@ WORKERS: Final = 1024
 _SET, _SET_AGAIN, _SEEK, _BEGUN, _BEGUN_SOUGHT = range(1, 6)
 # A reader that finds a record half written looks again; a writer may have died amid it.
 _LOOKS: Final = 1000
+_PAUSE: Final = 1e-3
 _NO_SEED: Final = -1
 
 
@@ -25,12 +27,12 @@ class Token(NamedTuple):
 
     Attributes:
         seed: that the loader drew for its workers; -1 in the main process, where an iterator is alone.
-        count: iterations that this process has begun.
+        turn: how many iterations this process has begun.
         process: its number.
     """
 
     seed: int
-    count: int
+    turn: int
     process: int
 
 
@@ -44,7 +46,7 @@ class Record(NamedTuple):
         replicas: part of that position.
         batches: part of that position.
         seed: of the loader's iteration, the same for its workers.
-        count: iterations that this worker has begun.
+        turn: how many iterations this worker has begun.
         process: the writer's.
         loaded: batches of the iteration that the writer's iterator was told, by a state, to have given already.
     """
@@ -55,14 +57,14 @@ class Record(NamedTuple):
     replicas: int
     batches: int
     seed: int = _NO_SEED
-    count: int = 0
+    turn: int = 0
     process: int = 0
     loaded: int = 0
 
     @property
     def token(self) -> Token:
         """What tells its iteration."""
-        return Token(self.seed, self.count, self.process)
+        return Token(self.seed, self.turn, self.process)
 
     @property
     def start(self) -> Position:
@@ -91,33 +93,33 @@ class SharedCursor:
 
     A loader's workers never meet, may live on or be made anew for each epoch, and one may have ended its part of an
     iteration before another has begun it. So each writes down, in a place of its own, which iterations it has begun.
-    It knows those that others of its loader have begun by the seed that the loader draws for each set of workers, and by
-    how many it has begun itself, and takes up the same epoch. If nobody has, it begins what comes after the last thing
-    that happened; two that find so at the same time come to the same.
+    It knows those that others of its loader have begun by the seed that the loader draws for each set of workers, and
+    by how many it has begun itself, and takes up the same epoch. If nobody has, it begins what comes after the last
+    thing that happened; two that find so at the same time come to the same.
 
     A copy stands where the original stood, and then goes its own way. What `torch.multiprocessing` sends to another
     process is no copy: a worker must share.
 
     Args:
         replicas: for which an epoch is laid out that begins at its first batch.
+        cells: memory that is shared already; None for new memory.
     """
 
-    def __init__(self, replicas: int) -> None:
+    def __init__(self, replicas: int, cells: torch.Tensor | None = None) -> None:
         # By writer: what began last and before in the main process, what was set or sought last, and the same as the
         # first of each worker.
-        self._share(replicas, torch.zeros(_FIRST_WORKER + WORKERS, 2, _TAKEN + 1, dtype=torch.int64).share_memory_())
-
-    def _share(self, replicas: int, cells: torch.Tensor) -> None:
+        if cells is None:
+            cells = torch.zeros(_FIRST_WORKER + WORKERS, 2, _TAKEN + 1, dtype=torch.int64).share_memory_()
         self._replicas = replicas
         self._cells = cells
         self._table = cells.numpy()
-        self._count = 0
+        self._begun = 0
 
     def __getstate__(self) -> dict[str, Any]:
         records = self._records()
         began, told = _began(records), _told(records)
         loaded = sum(record.loaded for record in records if record.number == began.number)
-        kept = [record._replace(seed=_NO_SEED, count=0, process=0, loaded=loaded) for record in (began, told)]
+        kept = [record._replace(seed=_NO_SEED, turn=0, process=0, loaded=loaded) for record in (began, told)]
         return {"replicas": self._replicas, "records": [tuple(record) for record in kept if record.number]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -127,14 +129,7 @@ class SharedCursor:
 
     def to_process(self) -> tuple[Any, ...]:
         """How it is sent to another process, which then shares it."""
-        return SharedCursor.in_process, (self._replicas, self._cells)
-
-    @classmethod
-    def in_process(cls, replicas: int, cells: torch.Tensor) -> "SharedCursor":
-        """What came from another process."""
-        cursor = cls.__new__(cls)
-        cursor._share(replicas, cells)
-        return cursor
+        return SharedCursor, (self._replicas, self._cells)
 
     @property
     def coming(self) -> Position:
@@ -157,7 +152,7 @@ class SharedCursor:
     def peek(self) -> Position:
         """Where an iterator of this process would begin."""
         records = self._records()
-        same = _same(records, self._new_token(self._count + 1))
+        same = _same(records, self._new_token(self._begun + 1))
         return self._after(_newest(records)) if same is None else same.start
 
     def set_epoch(self, epoch: int) -> None:
@@ -181,14 +176,14 @@ class SharedCursor:
             loaded: from `load`, which has noted it; since then another epoch may have been set.
         """
         if loaded is None:
-            self._count += 1
-            return self._enter(None, self._new_token(self._count), 0)
+            self._begun += 1
+            return self._enter(None, self._new_token(self._begun), 0)
         return self._enter(loaded.record.start, loaded.record.token, loaded.record.loaded)
 
     def load(self, start: Position, taken: int) -> "Run":
         """Note that an iterator goes on with an iteration that began elsewhere, of which it has taken some batches."""
-        self._count += 1
-        return self._enter(start, self._new_token(self._count), taken)
+        self._begun += 1
+        return self._enter(start, self._new_token(self._begun), taken)
 
     def note(self, run: "Run", taken: int) -> None:
         """Note how many batches an iterator has taken."""
@@ -226,9 +221,9 @@ class SharedCursor:
         self.note(run, loaded)
         return run
 
-    def _new_token(self, count: int) -> Token:
+    def _new_token(self, turn: int) -> Token:
         info = get_worker_info()
-        return Token(_NO_SEED if info is None else info.seed - info.id, count, os.getpid())
+        return Token(_NO_SEED if info is None else info.seed - info.id, turn, os.getpid())
 
     def _after(self, newest: Record) -> Position:
         if newest.number == 0:
@@ -237,13 +232,17 @@ class SharedCursor:
 
     def _records(self) -> list[Record]:
         """All that was written, as of one moment: what is half written is read again."""
-        for _ in range(_LOOKS):
+        for look in range(_LOOKS):
+            if look:
+                sleep(_PAUSE)
             table = self._table.copy()
             written = table[table[..., 0] > 0]
             torn = [cells for cells in written if cells[_CHECK] != crc32(cells[:_CHECK].tobytes())]
             if not torn:
                 break
-        return [Record(*cells[:_CHECK].tolist()) for cells in written if cells[_CHECK] == crc32(cells[:_CHECK].tobytes())]
+        return [
+            Record(*cells[:_CHECK].tolist()) for cells in written if cells[_CHECK] == crc32(cells[:_CHECK].tobytes())
+        ]
 
     def _write(self, writer: int, slot: int, record: Record) -> None:
         numbers = np.array(record)

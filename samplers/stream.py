@@ -7,6 +7,7 @@ from copy import deepcopy
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from torchdata.nodes import BaseNode, IterableWrapper, SamplerWrapper
+from torchdata.nodes.types import Stateful
 
 from samplers.bucketer import Bucketer
 from samplers.budget import Budget, Cost
@@ -128,7 +129,7 @@ class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
     Its state holds no sample, but the source's state a little before the oldest sample that waits, and which samples
     since then are out: restored, it reads these again. The source must give the same samples in the same order. A
     stateful iterable that is written as a generator cannot tell that an epoch has begun before it has given a sample: a
-    state that is saved before the first batch of any epoch but the first is refused. A `Prefetcher` stands behind this
+    state that was saved before the first batch of any epoch but the first is refused. A `Prefetcher` stands behind this
     node, not before it.
 
     Args:
@@ -149,8 +150,8 @@ class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
         self._bucketer = self._stage.new_bucketer()
         # The source's state before it gave anything; None where this node's life began with a state.
         self._at_first: Any = _UNKNOWN
-        # Whether the source's state right after `reset` is still that of where the epoch before stopped.
-        self._is_stale = False
+        # What in the source's state, right after `reset`, still tells where the epoch before stopped.
+        self._stale: dict[tuple[Any, ...], Any] = {}
 
     @property
     def dropped(self) -> int:
@@ -176,7 +177,7 @@ class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
         else:
             _refuse_stale(initial_state)
             self._at_first = None if self._at_first is _UNKNOWN else self._at_first
-            self._is_stale = False
+            self._stale = {}
             self._bucketer = self._stage.new_bucketer()
             self._bucketer.load_state_dict(initial_state["bucketer"])
             first, source = initial_state["source_arrival"], deepcopy(initial_state["source"])
@@ -187,16 +188,17 @@ class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
 
     def _begin_source(self) -> dict[str, Any]:
         """Let the source begin an epoch, and note whether its state tells so."""
-        before = None if self._at_first is _UNKNOWN else deepcopy(self.source.state_dict())
+        before = [] if self._at_first is _UNKNOWN else [deepcopy(state) for state in _states_below(self.source)]
         self.source.reset()
         state = deepcopy(self.source.state_dict())
-        if before is None:
+        if self._at_first is _UNKNOWN:
             self._at_first = state
-        else:
-            parts = _iterable_states(state), _iterable_states(before), _iterable_states(self._at_first)
-            new, old, first = parts
-            stopped = [path for path, part in new.items() if path in old and same_items(part, old[path])]
-            self._is_stale = any(path not in first or not same_items(new[path], first[path]) for path in stopped)
+        first, new = _iterable_states(self._at_first), _iterable_states(state)
+        self._stale = {
+            path: part
+            for path, part in new.items()
+            if any(same_items(part, old) for old in before) and not (path in first and same_items(part, first[path]))
+        }
         return state
 
     def next(self) -> list[Sample]:
@@ -217,10 +219,11 @@ class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
 
     def get_state(self) -> dict[str, Any]:
         """Where the epoch stands; primitive but for what the source's own state holds."""
+        self._keep_snapshot()
         self._forget_snapshots()
         arrival, source = self._snapshots[0]
         state = {"source_arrival": arrival, "source": deepcopy(source), "bucketer": self._bucketer.state_dict()}
-        return state | ({_STALE: True} if self._is_stale and arrival == 0 else {})
+        return state | ({_STALE: True} if self._stale and arrival == 0 else {})
 
     def _take_one(self) -> None:
         self._keep_snapshot()
@@ -248,11 +251,18 @@ class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
                 ) from None
 
     def _keep_snapshot(self) -> None:
-        arrivals = self._bucketer.arrivals
-        last = self._snapshots[-1][0]
-        if arrivals - last >= SNAPSHOT_EVERY or (self._is_stale and last == 0 and arrivals == 1):
-            self._snapshots.append((arrivals, deepcopy(self.source.state_dict())))
-            self._forget_snapshots()
+        arrivals, last = self._bucketer.arrivals, self._snapshots[-1][0]
+        # The state at the start leads nowhere: the first one that tells of this epoch is wanted at once.
+        wanted = bool(self._stale) and last == 0 < arrivals
+        if not wanted and arrivals - last < SNAPSHOT_EVERY:
+            return
+        state = deepcopy(self.source.state_dict())
+        if wanted:
+            now = _iterable_states(state)
+            if any(path in now and same_items(part, now[path]) for path, part in self._stale.items()):
+                return
+        self._snapshots.append((arrivals, state))
+        self._forget_snapshots()
 
     def _forget_snapshots(self) -> None:
         """Drop the snapshots that a later one makes needless: the last one before the oldest sample is enough."""
@@ -263,10 +273,34 @@ class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
 def _refuse_stale(state: Mapping[str, Any]) -> None:
     if state.get(_STALE):
         raise ValueError(
-            "the state was saved before the first batch of an epoch that the source had not begun: a stateful iterable "
-            "written as a generator tells, until its first sample is taken, where the epoch before stopped. Save after the "
-            "first batch, or before the loader's second epoch, or let the iterable's __iter__ set its state back at once"
+            "the state was saved at the start of an epoch that the source had not begun: a stateful iterable written "
+            "as a generator tells, until its first sample is taken, where the epoch before stopped. Save after some "
+            "batches, or let the iterable's __iter__ set its state back at once, and give the samples from a generator "
+            "of its own"
         )
+
+
+def _states_below(source: BaseNode[Any]) -> Iterator[Any]:
+    """What the iterables and samplers below a node tell of themselves, whatever the nodes between remember.
+
+    Yields:
+        A state.
+    """
+    ahead: list[Any] = [source]
+    seen: set[int] = set()
+    while ahead:
+        node = ahead.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        wrapped = getattr(node, "iterable", getattr(node, "sampler", None))
+        if isinstance(node, (IterableWrapper, SamplerWrapper)) and isinstance(wrapped, Stateful):
+            yield wrapped.state_dict()
+        for value in vars(node).values():
+            parts = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+            )
+            ahead += [part for part in parts if isinstance(part, BaseNode)]
 
 
 def _iterable_states(state: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:

@@ -199,7 +199,7 @@ def test_a_position_of_the_first_release_is_refused_but_at_an_epochs_edge(kind, 
     sampler = new()
     sampler.set_epoch(4)
     middle, end = sampler.position(3) | FIRST, sampler.position(len(sampler)) | FIRST
-    says = r"version 2, got version 1, after batch 3 of epoch 4: .* Finish .* release .* or start it again with set_epoch\(4\)"
+    says = r"version 2, got version 1, after batch 3 of epoch 4: .* Finish .* or start it again with set_epoch\(4\)"
     for refuse in (sampler.seek, iter(sampler).load_state_dict):
         with pytest.raises(ValueError, match=says):
             refuse(middle)

@@ -50,7 +50,9 @@ def loader(data: ShardStream, workers: int = 0, kind: Any = DataLoader, **option
     return kind(data, batch_size=None, num_workers=workers, **options)
 
 
-LOADERS = pytest.mark.parametrize(("workers", "options"), [(0, {}), (2, {}), (2, {"persistent_workers": True}), (3, {})])
+LOADERS = pytest.mark.parametrize(
+    ("workers", "options"), [(0, {}), (2, {}), (2, {"persistent_workers": True}), (3, {})]
+)
 
 
 @copies

@@ -1,7 +1,8 @@
 """`make storm`: the state machine over all adapters, round after round, with fresh seeds.
 
-Usage: `python -m storm [NAME ...]` from the folder of the tests; the names are parts of adapters' names. `STORM_MINUTES`
-is how long (10), `STORM_SEED` the first seed (from the clock), `STORM_STEPS` the rules in an example (20).
+Usage: `python -m storm [NAME ...]` from the folder of the tests; the names are those of adapters, or parts of them.
+`STORM_MINUTES` is how long (10), `STORM_SEED` the first seed (from the clock), `STORM_STEPS` the rules in an example
+(20).
 """
 
 import io
@@ -13,8 +14,9 @@ import warnings
 from collections import Counter
 from contextlib import redirect_stdout
 
-from hypothesis import HealthCheck, seed, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
+
 from storm.adapters import ADAPTERS, Adapter
 from storm.machine import RUN, machine_for
 
@@ -31,6 +33,7 @@ def run(adapter: Adapter, number: int) -> str:
         database=None,
         print_blob=False,
         report_multiple_bugs=False,
+        phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
     out = io.StringIO()
@@ -61,7 +64,11 @@ def table(failures: Counter[str]) -> str:
 def main(*names: str) -> int:
     """Run until the time is over; the exit status."""
     warnings.filterwarnings("ignore", message=".*set_vital.*|.*fork.*")
-    chosen = [adapter for adapter in ADAPTERS.values() if not names or adapter.name in names or any(name in adapter.name for name in names if name not in ADAPTERS)]
+    chosen = [
+        adapter
+        for adapter in ADAPTERS.values()
+        if not names or adapter.name in names or any(name in adapter.name for name in names if name not in ADAPTERS)
+    ]
     end = time.monotonic() + 60 * float(os.environ.get("STORM_MINUTES", "10"))
     first = int(os.environ.get("STORM_SEED", str(time.time_ns() // 1000 % 10**9)))
     failures: Counter[str] = Counter()
@@ -74,7 +81,9 @@ def main(*names: str) -> int:
                 failures[adapter.name] += bool(example)
                 if example:
                     sys.stdout.write(f"\n--- {adapter.name}, seed {first + rounds}\n{example}\n")
-        sys.stdout.write(f"round {rounds}: seed {first + rounds}, {RUN.total() - before} rules, {failures.total()} failures\n")
+        sys.stdout.write(
+            f"round {rounds}: seed {first + rounds}, {RUN.total() - before} rules, {failures.total()} failures\n"
+        )
         sys.stdout.flush()
         rounds += 1
     sys.stdout.write(f"\n{table(failures)}\n")

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from storm.adapters import Adapter
 from storm.model import Model, Place, Save
 from storm.rigs import COPIES, Rig, SourceError

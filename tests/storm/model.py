@@ -34,9 +34,7 @@ class Book:
         even: whether all have as many batches.
     """
 
-    def __init__(
-        self, write: Callable[[int, int], list[Batch]], *, alike: bool = False, even: bool = True
-    ) -> None:
+    def __init__(self, write: Callable[[int, int], list[Batch]], *, alike: bool = False, even: bool = True) -> None:
         self._write = write
         self._alike, self._even = alike, even
         self._pages: dict[tuple[int, int], list[Batch]] = {}

@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.data_loader import prepare_data_loader
-from storm.model import Batch, Place, Save
 from torch.utils.data import DataLoader, Dataset
 from torchdata import nodes
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from collate import DevicePrefetcher
 from collate import prefetch as prefetch_module
+from storm.model import Batch, Place, Save
 
 COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda value: pickle.loads(pickle.dumps(value))}
 _END: Any = object()
