@@ -189,7 +189,8 @@ class Bookmark:
     """Where a loader stands after the batches that were handed over, and not after those that it has given.
 
     Args:
-        loader: it has a state of its own, or a batch sampler or dataset with `position` and `seek`, or neither.
+        loader: it has a state of its own, or a batch sampler or dataset with `position`, `next_position` and `seek`, or
+            neither.
 
     Attributes:
         state: after the last batch that was handed over; None where the loader itself knows. Of a position also where
@@ -202,7 +203,7 @@ class Bookmark:
         self._loader = loader
         self._stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
         parts = [loader, *(getattr(loader, name, None) for name in ("batch_sampler", "sampler", "dataset"))]
-        self._placed: Any = next((part for part in parts if hasattr(part, "position") and hasattr(part, "seek")), None)
+        self._placed: Any = next((part for part in parts if hasattr(part, "next_position")), None)
 
     def after(self, taken: int, *, ahead: bool) -> Any:
         """The state after the batch that the loader has just given, its `taken`-th of this pass."""
@@ -231,9 +232,8 @@ class Bookmark:
             state = self._loader.state_dict() if self.state is None else deepcopy(self.state)
         else:
             # Where another epoch was set or a position sought since, the next pass does not begin behind the last.
-            state = self._placed.position(0)
-            if self.state is not None and self.state[1] == state:
-                state = dict(self.state[0])
+            goes_on = self.state is not None and self.state[1] == self._placed.position(0)
+            state = dict(self.state[0]) if goes_on else self._placed.next_position
         return cast("dict[str, Any]", state)
 
     def load(self, state: Mapping[str, Any]) -> None:

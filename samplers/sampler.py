@@ -147,6 +147,11 @@ class LengthBucketBatchSampler(Sampler[list[int]]):
         """Batches that the next iterator will give: `len`, or fewer after `seek`."""
         return self._cursor.coming.steps * self._share
 
+    @property
+    def next_position(self) -> PositionDict:
+        """Where the next iterator will begin: a position, as `position` gives those of the present iteration."""
+        return self._cursor.save(self._cursor.coming, 0)
+
     def plan(self, epoch: int) -> BatchPlan:
         """All batches of an epoch, over all replicas.
 

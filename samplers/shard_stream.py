@@ -137,6 +137,11 @@ class ShardStream(IterableDataset[Any]):
         """Batches that the next iteration will give: `len`, or fewer after `seek`."""
         return self.course_from(self._cursor.coming).steps
 
+    @property
+    def next_position(self) -> PositionDict:
+        """Where the next iteration will begin: a position, as `position` gives those of the present one."""
+        return self._cursor.coming.as_dict(self.fingerprint)
+
     @cached_property
     def fingerprint(self) -> str:
         """Short digests of the lengths, the options and the seed, which a position carries."""

@@ -512,3 +512,14 @@ def test_a_prefetcher_that_has_begun_can_be_copied(how):
     assert copied.state_dict() == batches.state_dict()
     assert sum(map(len, ids(copied))) == len(SAMPLES)
     assert len(list(running)) == len(batches) - 1
+
+
+def test_a_new_prefetcher_of_a_sampler_that_was_used_tells_of_what_comes():
+    # Red: it told of the start of the pass that another loader had taken.
+    running = planned_loader()
+    ids(running)
+    second = DevicePrefetcher(planned_loader(), "cpu")
+    second.batch_sampler.set_epoch(1)
+    restored = DevicePrefetcher(planned_loader(), "cpu")
+    restored.load_state_dict(DevicePrefetcher(running, "cpu").state_dict())
+    assert ids(restored) == ids(second)

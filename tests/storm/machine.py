@@ -14,6 +14,8 @@ from storm.rigs import COPIES, Rig, SourceError
 
 # Rules that ran, by adapter and rule.
 RUN: Counter[tuple[str, str]] = Counter()
+# What saves a position.
+POSITIONS = {"present", "handed"}
 NUMBER = st.integers(0, 10**6)
 
 
@@ -124,7 +126,9 @@ class Storm(RuleBasedStateMachine):
     @property
     def place(self) -> Place:
         """Where the epoch stands that a state now tells of."""
-        last = {"present": self.model.present, "last": self.model.last}.get(
+        model = self.model
+        handed = None if model.last is None else model.present
+        last = {"present": model.present, "handed": handed, "last": model.last}.get(
             self.rig.saves, self.model.last if self.rig.iterators is not None else None
         )
         return self.model.coming if last is None else last.place
@@ -132,12 +136,12 @@ class Storm(RuleBasedStateMachine):
     def may_save(self) -> bool:
         if "save" not in self.adapter.rules or (self.model.last is None and not self.rig.saves_early):
             return False
-        return self.rig.saves != "present" or self.place.within == 0
+        return self.rig.saves not in POSITIONS or self.place.within == 0
 
     def save_now(self) -> Save:
         place, last = self.place, self.model.last
         present = self.model.present
-        if self.rig.saves == "present":
+        if self.rig.saves in POSITIONS:
             self.rig.steps = 0 if present is None else (present.given - present.start.within) // self.model.replicas
         if self.rig.holds and last is None:
             self.held = True
@@ -170,7 +174,7 @@ class Storm(RuleBasedStateMachine):
         self.rig.close()
         self.rig, self.model = restored
         self.held = not self.rig.saves_early
-        self.is_loaded = loaded and self.rig.saves != "present"
+        self.is_loaded = loaded and self.rig.saves not in POSITIONS
 
     @rule(save=saves, workers=NUMBER)
     def restore(self, save: Save, workers: int) -> None:

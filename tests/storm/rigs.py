@@ -60,7 +60,8 @@ class Rig:
 
     # Whether a state after an epoch's last batch leads at once to the next epoch: never, once its end was seen, always.
     skips_end: ClassVar[str] = "never"
-    # Whose place is saved: the iterator's, that of the present pass, or that of the last pass.
+    # Whose place is saved: the iterator's, that of the present pass, the same if this loader gave it, or that of the
+    # last pass.
     saves: ClassVar[str] = "last"
     repeats: ClassVar[bool] = False
     sets_epochs: ClassVar[bool] = True
@@ -372,6 +373,7 @@ class DealtStateful(Dealt, AcceleratedStateful):
 class Prefetched(Plain):
     """A `DevicePrefetcher` around a `DataLoader`."""
 
+    saves = "handed"
     device: ClassVar[str] = "cpu"
     states = Rig.states
     load_states = Rig.load_states
