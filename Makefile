@@ -7,13 +7,14 @@ READY := .venv/ready
 # The other files of the folder are what these share.
 BENCHMARKS := collation packing transport rnn language_model planning scale shards bucketing
 
-.PHONY: help demo test check format lint types coverage frameworks fuzz bench gpu docs clean
+.PHONY: help demo test check format lint types coverage frameworks fuzz storm bench gpu docs clean
 
 help:
 	@echo "make demo        environment, install, and the main job: a byte-level language model on Python's own library"
 	@echo "make test        environment, install, and all tests, doctests among them"
 	@echo "make check       format, lint, types, all tests with branch coverage"
 	@echo "make fuzz        20,000 mutated shards and indexes: the right data, or an error that names the file"
+	@echo "make storm       for STORM_MINUTES (10): everything that has state, in any order of saves, copies, breaks and restores"
 	@echo "make frameworks  the examples of frameworks (Lightning, accelerate, transformers, datasets, Ray), each run by a test"
 	@echo "make bench       the benchmarks, their tables on the terminal and as JSON in benchmarks/results"
 	@echo "make gpu         all tests and measurements that need a GPU, in some minutes; without one it says so"
@@ -51,6 +52,9 @@ check: format lint types test coverage
 
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz.py
+
+storm: $(READY)
+	cd tests && ../$(BIN)/python -m storm
 
 frameworks: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,frameworks]'

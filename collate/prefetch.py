@@ -81,6 +81,10 @@ class DevicePrefetcher(Generic[Batch]):
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A pass that is under way stays with the original, and so does its stream.
+        return self.__dict__ | {"_running": None, "_transfer": None}
+
     def close(self) -> None:
         """Drop what is on the way, and the loader's iterator with it."""
         running = None if self._running is None else self._running()
@@ -204,25 +208,32 @@ class Bookmark:
     """Where a loader stands after the batches that were handed over, and not after those that it has given.
 
     Args:
-        loader: it has a state of its own, or a batch sampler or dataset with `position` and `seek`, or neither.
+        loader: it has a state of its own, or a batch sampler or dataset with `position`, `next_position` and `seek`, or
+            neither.
 
     Attributes:
-        state: after the last batch that was handed over; None where the loader itself knows.
+        state: after the last batch that was handed over; None where the loader itself knows. Of a position also where
+            its pass began.
     """
 
     def __init__(self, loader: Any) -> None:
         self.state: Any = None
+        self._start: Any = None
         self._loader = loader
         self._stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
         parts = [loader, *(getattr(loader, name, None) for name in ("batch_sampler", "sampler", "dataset"))]
-        self._placed: Any = next((part for part in parts if hasattr(part, "position") and hasattr(part, "seek")), None)
+        self._placed: Any = next((part for part in parts if hasattr(part, "next_position")), None)
 
     def after(self, taken: int, *, ahead: bool) -> Any:
         """The state after the batch that the loader has just given, its `taken`-th of this pass."""
         if self._stateful:
             # A loader without workers may give out what its dataset goes on to change.
             return deepcopy(self._loader.state_dict()) if ahead else None
-        return None if self._placed is None else self._placed.position(taken)
+        if self._placed is None:
+            return None
+        if taken == 1:
+            self._start = self._placed.position(0)
+        return self._placed.position(taken), self._start
 
     def finish(self) -> None:
         """Note that all batches were handed over: a loader with a state of its own knows what comes then."""
@@ -236,9 +247,13 @@ class Bookmark:
             TypeError: There is none.
         """
         self._check()
-        if self.state is not None:
-            return cast("dict[str, Any]", self.state)
-        return cast("dict[str, Any]", self._loader.state_dict() if self._stateful else self._placed.position(0))
+        if self._stateful:
+            state = self._loader.state_dict() if self.state is None else deepcopy(self.state)
+        else:
+            # Where another epoch was set or a position sought since, the next pass does not begin behind the last.
+            goes_on = self.state is not None and self.state[1] == self._placed.position(0)
+            state = dict(self.state[0]) if goes_on else self._placed.next_position
+        return cast("dict[str, Any]", state)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Let the loader go on from a state.

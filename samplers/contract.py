@@ -17,17 +17,18 @@ Make = Callable[[], BaseNode[Any]]
 
 
 def check_node(make: Make, *, every: int = 1) -> int:
-    """Hold a node to the contract of `torchdata.nodes`, one of its epochs long.
+    """Hold a node to the contract of `torchdata.nodes`, two of its epochs long.
 
     An epoch is the same from every new node, and ends for good; `reset()` begins another. A state that was saved after
     any item leads another node to the items behind it, and so does a state that this one saves; no state changes when
-    the node that gave it, or one that took it, goes on. The same is tried under a `Prefetcher`, which saves in a thread
-    of its own, ahead of what was taken.
+    the node that gave it, or one that took it, goes on. The same is tried in the second epoch, after a whole one and
+    after one that was broken off, and under a `Prefetcher`, which saves in a thread of its own, ahead of what was
+    taken.
 
     Args:
         make: gives a new node each time, of a source that gives the same each time. Tensors and arrays in items are
             compared by dtype, shape and value, everything else by `==`.
-        every: save after each so many items; an epoch of n items costs n * n / every.
+        every: save after each so many items; an epoch of n items costs some n * n / every.
 
     Returns:
         How many items an epoch has.
@@ -45,8 +46,10 @@ def check_node(make: Make, *, every: int = 1) -> int:
         raise ValueError(f"every must be at least 1, got {every}")
     items = list(_rest_of(_started(make)))
     _check_epochs(make, items)
-    _check_states(make, items, every, "")
-    _check_states(lambda: Prefetcher(make(), prefetch_factor=2), items, every, "under a Prefetcher, ")
+    for under, kind in (("", make), ("under a Prefetcher, ", lambda: Prefetcher(make(), prefetch_factor=2))):
+        _check_states(kind, items, every, 0, under)
+        _check_states(kind, items, every, len(items), f"{under}in the epoch after a whole one, ")
+        _check_states(kind, items, every, len(items) // 2, f"{under}in the epoch after one that was broken off, ")
     return len(items)
 
 
@@ -62,8 +65,12 @@ def _check_epochs(make: Make, items: list[Any]) -> None:
     _compare(_rest_of(node), items, "the epoch after reset() in the midst of one is not the same")
 
 
-def _check_states(make: Make, items: list[Any], every: int, under: str) -> None:
+def _check_states(make: Make, items: list[Any], every: int, before: int, under: str) -> None:
+    """Save everywhere in an epoch, the first if no items were taken before, and restore from each state."""
     node, states = _started(make), []
+    if before:
+        list(islice(node, before))
+        node.reset()
     for place in range(len(items) + 1):
         # The state after the last item is the one that an epoch's end saves.
         if place % every == 0 or place == len(items):
@@ -72,13 +79,13 @@ def _check_states(make: Make, items: list[Any], every: int, under: str) -> None:
     # Only now is any restored: a state that is alive has gone on with the node.
     for place, state in states:
         where = f"{under}restored from the state after {place} items"
-        second = _started(make, state)
+        second = _restored(make, state, where)
         taken = [item for _, item in zip(range(_BETWEEN), _rest_of(second), strict=False)]
         again = second.state_dict()
         _compare([*taken, *_rest_of(second)], items[place:], where)
         then = f"{where}, and from that of {_BETWEEN} items more"
-        _compare(_rest_of(_started(make, again)), items[place + len(taken) :], then)
-        _compare(_rest_of(_started(make, state)), items[place:], f"{where} a second time")
+        _compare(_rest_of(_restored(make, again, then)), items[place + len(taken) :], then)
+        _compare(_rest_of(_restored(make, state, where)), items[place:], f"{where} a second time")
         second.reset()
         _compare(_rest_of(second), items, f"{where}, ended and reset()")
 
@@ -89,6 +96,13 @@ def _started(make: Make, state: dict[str, Any] | None = None) -> BaseNode[Any]:
     return node
 
 
+def _restored(make: Make, state: dict[str, Any], where: str) -> BaseNode[Any]:
+    try:
+        return _started(make, state)
+    except Exception as error:
+        raise AssertionError(f"{where}: {type(error).__name__}: {error}") from error
+
+
 def _rest_of(node: BaseNode[Any]) -> Iterator[Any]:
     # A node is its own iterator, and must not be started anew by asking for one.
     while (item := next(node, _NOTHING)) is not _NOTHING:
@@ -97,11 +111,12 @@ def _rest_of(node: BaseNode[Any]) -> Iterator[Any]:
 
 def _compare(found: Any, expected: list[Any], where: str) -> None:
     for place, (ours, theirs) in enumerate(zip_longest(found, expected, fillvalue=_NOTHING)):
-        if not _same(ours, theirs):
+        if not same_items(ours, theirs):
             raise AssertionError(f"{where}: item {place} is {_text(ours)}, expected {_text(theirs)}")
 
 
-def _same(one: Any, other: Any) -> bool:
+def same_items(one: Any, other: Any) -> bool:
+    """Whether two items, or states, are equal in all that they hold; tensors and arrays by dtype, shape and value."""
     leaves, shape = pytree.tree_flatten(one)
     others, another = pytree.tree_flatten(other)
     return shape == another and all(map(_same_leaf, leaves, others))

@@ -101,8 +101,9 @@ class Course:
                 f"{self.partial} batches: set drop_last=True, use fewer replicas, or allow batches of more rows"
             )
 
-    def __len__(self) -> int:
-        """Batches of the course, over all replicas."""
+    @property
+    def batches(self) -> int:
+        """Batches of the course, over all replicas. No `__len__`: a course with nothing left would be false."""
         return self.steps * self.replicas
 
     @property
@@ -133,7 +134,7 @@ class Course:
         """The samples of these batches of the course, one batch after the other, and how many each has.
 
         Args:
-            numbers: int64 `[n]`, ascending, each in `range(len(course))`.
+            numbers: int64 `[n]`, ascending, each in `range(course.batches)`.
         """
         whole = self.whole * self.replicas
         positions = self.taken + numbers[numbers < whole]
@@ -149,11 +150,6 @@ class Course:
         flat, ends = samples.tolist(), np.cumsum(rows).tolist()
         return [flat[end - count : end] for end, count in zip(ends, rows.tolist(), strict=True)]
 
-    def steps_of(self, rank: int, first: int, last: int) -> list[list[int]]:
-        """The batches of one replica in the steps from `first` to before `last`."""
-        numbers = np.arange(first, min(last, self.steps)) * self.replicas + rank
-        return self.lists_of(numbers) if len(numbers) else []
-
     def chunks(self) -> Iterator[Integers]:
         """All batches, as many at a time as are well computed together.
 
@@ -161,8 +157,8 @@ class Course:
             Numbers of batches, int64 `[n]`.
         """
         size = chunk_steps(self.epoch.layout)
-        for first in range(0, len(self), size):
-            yield np.arange(first, min(first + size, len(self)))
+        for first in range(0, self.batches, size):
+            yield np.arange(first, min(first + size, self.batches))
 
     @property
     def _drops(self) -> bool:

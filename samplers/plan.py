@@ -192,7 +192,7 @@ class PlannedBatches(Sequence[list[int]]):
         self._course = course
 
     def __len__(self) -> int:
-        return len(self._course)
+        return self._course.batches
 
     @overload
     def __getitem__(self, place: int) -> list[int]: ...

@@ -3,9 +3,11 @@
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from copy import copy
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch.distributed as dist
 from torch.utils.data import Sampler
 
@@ -13,7 +15,7 @@ from samplers.batches import lay_out
 from samplers.budget import Cost, Count, check_count
 from samplers.corpus import Lengths
 from samplers.course import Course, chunk_steps
-from samplers.cursor import Cursor, PositionDict, check_epoch, make_fingerprint
+from samplers.cursor import Cursor, Pass, PositionDict, check_epoch, make_fingerprint, refuse_iterator_state
 from samplers.layout import Shape
 from samplers.options import Indices, Options, Overlong
 from samplers.plan import BatchPlan
@@ -110,17 +112,13 @@ class LengthBucketBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """An iterator over one epoch's batches; which epoch is decided when it takes its first."""
-        return self._whole_steps() if self.rank == "all" else BatchIterator(self._cursor, self.rank)
+        return BatchIterator(self._cursor, self.rank)
 
-    def _whole_steps(self) -> Iterator[list[int]]:
-        """The batches of all replicas, step by step; who deals them out alone knows how far an epoch is.
-
-        Yields:
-            Samples of a batch.
-        """
-        course = self._cursor.begin(None)
-        for numbers in course.chunks():
-            yield from course.lists_of(numbers)
+    def __copy__(self) -> "LengthBucketBatchSampler":
+        new = self.__class__.__new__(self.__class__)
+        # What a copy takes is none of the other's business.
+        new.__dict__.update(self.__dict__, _cursor=copy(self._cursor))
+        return new
 
     @property
     def _share(self) -> int:
@@ -149,6 +147,11 @@ class LengthBucketBatchSampler(Sampler[list[int]]):
     def remaining(self) -> int:
         """Batches that the next iterator will give: `len`, or fewer after `seek`."""
         return self._cursor.coming.steps * self._share
+
+    @property
+    def next_position(self) -> PositionDict:
+        """Where the next iterator will begin: a position, as `position` gives those of the present iteration."""
+        return self._cursor.save(self._cursor.coming, 0)
 
     def plan(self, epoch: int) -> BatchPlan:
         """All batches of an epoch, over all replicas.
@@ -211,46 +214,83 @@ class BatchIterator(Iterator[list[int]]):
 
     Args:
         cursor: shared with the sampler and its other iterators.
-        rank: whose batches to give.
+        rank: whose batches to give; `"all"` for those of all replicas, step by step.
     """
 
-    def __init__(self, cursor: Cursor, rank: int) -> None:
+    def __init__(self, cursor: Cursor, rank: int | Literal["all"]) -> None:
         self._cursor = cursor
-        self._rank = rank
-        self._course: Course | None = None
+        # Batches of a step that are given here: from the first on, so many.
+        self._first, self._share = (0, cursor.num_replicas) if rank == "all" else (rank, 1)
+        self._pass: Pass | None = None
         self._begun = False
         self._taken = 0
         self._ready: list[list[int]] = []
 
     def __next__(self) -> list[int]:
-        if self._course is None or not self._begun:
-            self._course, self._begun = self._cursor.begin(self._course), True
+        if self._pass is None or not self._begun:
+            self._pass, self._begun = self._cursor.begin(self._pass), True
         if not self._ready:
-            self._ready = self._next_batches(self._course)
+            self._ready = self._next_batches(self._pass.course)
         if not self._ready:
             raise StopIteration
         self._taken += 1
+        self._pass.taken = self._taken // self._share
         return self._ready.pop()
 
+    def __copy__(self) -> "BatchIterator":
+        new = self.__class__.__new__(self.__class__)
+        new.__dict__.update(self.__dict__, _ready=self._ready.copy())
+        return new
+
     def state_dict(self) -> PositionDict:
-        """Where the epoch stands, in fresh primitive values, as `LengthBucketBatchSampler.position` gives it."""
-        return self._cursor.save(self._course or self._cursor.coming, self._taken)
+        """Where the epoch stands, in fresh primitive values, as `LengthBucketBatchSampler.position` gives it.
+
+        Within a step, of which some replicas have their batch and others not, the state of `rank="all"` has two values
+        more: how many batches of the step are `dealt`, to how many replicas (`num_replicas`).
+        """
+        steps, dealt = divmod(self._taken, self._share)
+        state = self._cursor.save(self._cursor.coming if self._pass is None else self._pass.course, steps)
+        return state | {"dealt": dealt, "num_replicas": self._share} if dealt else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a position; the sampler's next iterator begins the epoch after it.
 
         Raises:
             TypeError: The position is not a mapping, or one of its values has the wrong type.
-            ValueError: It is of other lengths, options, seed or version, or the rest of its epoch cannot be shared by
-                this number of replicas.
+            ValueError: It is of other lengths, options, seed or version, the rest of its epoch cannot be shared by
+                this number of replicas, or it lies within a step of other replicas.
         """
-        self._course = self._cursor.begin(self._cursor.read(state))
-        self._begun, self._taken, self._ready = False, 0, []
+        course = self._cursor.read(state)
+        dealt = self._read_dealt(state)
+        self._pass = self._cursor.begin(Pass(course, sought=True))
+        self._begun, self._taken, self._ready = False, dealt, []
+
+    def _read_dealt(self, state: Mapping[str, Any]) -> int:
+        """Batches of the step that comes that were given before.
+
+        Raises:
+            ValueError: It was a step of other replicas.
+        """
+        if "dealt" not in state:
+            refuse_iterator_state(state)
+            return 0
+        dealt = check_count("dealt", state["dealt"], least=1, hint="it is part of a state within a step")
+        if state.get("num_replicas") != self._share or dealt >= self._share:
+            raise ValueError(
+                f"a state within a step ({dealt} batches of {state.get('num_replicas')} dealt out) must be given to an "
+                f'iterator of rank="all" and as many replicas, got one that gives {self._share} of each step: save '
+                "when all replicas have had theirs"
+            )
+        return dealt
 
     def _next_batches(self, course: Course) -> list[list[int]]:
         """The next batches, last first: few at the start of an epoch, so that the first comes soon, and more later."""
-        ahead = min(2 * self._taken + 1, chunk_steps(course.epoch.layout))
-        return course.steps_of(self._rank, self._taken, self._taken + ahead)[::-1]
+        step, dealt = divmod(self._taken, self._share)
+        ahead = min(2 * step + 1, 1 + chunk_steps(course.epoch.layout) // self._share)
+        numbers = np.arange(step, min(step + ahead, course.steps))[:, None] * course.replicas + np.arange(
+            self._first, self._first + self._share
+        )
+        return course.lists_of(numbers.ravel()[dealt:])[::-1] if len(numbers) else []
 
 
 def find_replica(num_replicas: int | None, rank: int | None) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
+from copy import copy
 from functools import cached_property
 from typing import Any, Final, Unpack
 
@@ -9,7 +10,14 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from samplers.budget import check_count
-from samplers.cursor import Position, PositionDict, check_epoch, make_fingerprint
+from samplers.cursor import (
+    Position,
+    PositionDict,
+    check_epoch,
+    make_fingerprint,
+    refuse_iterator_state,
+    warn_of_drop,
+)
 from samplers.layout import Shape
 from samplers.options import Options, PlanOptions
 from samplers.plan import BatchPlan
@@ -18,7 +26,7 @@ from samplers.sampler import find_replica
 from samplers.shards.dataset import Decoder
 from samplers.shards.files import Shards
 from samplers.shards.index import LengthIndex
-from samplers.shared import WORKERS, SharedCursor
+from samplers.shared import WORKERS, Run, SharedCursor
 from samplers.windows import WindowCourse, WindowEpoch, WindowLayout, lay_out_windows
 
 # As large as the corpus has samples, and told again by the index.
@@ -34,10 +42,12 @@ class ShardStream(IterableDataset[Any]):
     the same on every replica, known before the first sample is read. Each replica reads windows of its own but for the
     few that lie across a border.
 
-    Give it to a loader with `batch_size=None`; worker w of n takes every n-th step. An epoch comes again until all its
-    batches were read, then the next; `set_epoch` overrides, also with persistent workers. Its iterators have
+    Give it to a loader with `batch_size=None`; worker w of n takes every n-th step. The epoch advances by itself at its
+    first batch, so that the pass after an early break is the next epoch; `set_epoch` overrides, also with persistent
+    workers. A copy, and a pickle, stands where the original stood and then goes its own way. Its iterators have
     `state_dict` and `load_state_dict` for a `StatefulDataLoader` of as many workers and replicas; for any other loader,
-    and other numbers of either, there are `position` and `seek`.
+    and other numbers of either, there are `position` and `seek`. In `torchdata.nodes` it goes into a `SamplerWrapper`:
+    an `IterableWrapper` asks no iterator for its state, and resumes in the first epoch whatever epoch was saved.
 
     Args:
         shards: as in `ShardDataset`.
@@ -106,6 +116,12 @@ class ShardStream(IterableDataset[Any]):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != _LEFT_BEHIND}
 
+    def __copy__(self) -> "ShardStream":
+        new = self.__class__.__new__(self.__class__)
+        # What a copy takes is none of the other's business.
+        new.__dict__.update(self.__dict__, _cursor=copy(self._cursor))
+        return new
+
     @property
     def epoch(self) -> int:
         """The epoch that the next iteration begins or goes on with."""
@@ -120,6 +136,11 @@ class ShardStream(IterableDataset[Any]):
     def remaining(self) -> int:
         """Batches that the next iteration will give: `len`, or fewer after `seek`."""
         return self.course_from(self._cursor.coming).steps
+
+    @property
+    def next_position(self) -> PositionDict:
+        """Where the next iteration will begin: a position, as `position` gives those of the present one."""
+        return self._cursor.coming.as_dict(self.fingerprint)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -159,12 +180,12 @@ class ShardStream(IterableDataset[Any]):
             TypeError: `steps` is not an int.
             ValueError: The iteration has fewer batches.
         """
-        start = self._cursor.present
+        start, before = self._cursor.present
         course = self.course_from(start)
         steps = check_count("steps", steps, least=0, hint="count the batches used since the iteration began")
-        if steps > course.steps:
-            raise ValueError(f"steps must be at most {course.steps}, the iteration's batches, got {steps}")
-        return Position(start.epoch, start.replicas, course.taken_after(steps)).as_dict(self.fingerprint)
+        if before + steps > course.steps:
+            raise ValueError(f"steps must be at most {course.steps - before}, the iteration's batches, got {steps}")
+        return Position(start.epoch, start.replicas, course.taken_after(before + steps)).as_dict(self.fingerprint)
 
     def seek(self, position: Mapping[str, Any]) -> None:
         """Let the next iteration go on from a position; the one after it begins the next epoch.
@@ -174,9 +195,15 @@ class ShardStream(IterableDataset[Any]):
             ValueError: It is of other lengths, options, seed or version, or the rest of its epoch cannot be shared by
                 this number of replicas.
         """
-        sought = Position.from_dict(position, self.fingerprint)
-        self.course_from(sought)
+        refuse_iterator_state(position)
+        sought = self.read(position)
         self._cursor.seek(sought)
+
+    def read(self, state: Mapping[str, Any]) -> Position:
+        """A saved position; the errors are those of `seek`."""
+        position = Position.from_dict(state, self.fingerprint, len(self._layout))
+        self.course_from(position)
+        return position
 
     def course_from(self, start: Position) -> WindowCourse:
         """What is left of an epoch from a position on, as the replicas take it."""
@@ -225,28 +252,24 @@ class StreamIterator(Iterator[Any]):
         self._worker, self._workers = (info.id, info.num_workers) if info else (0, 1)
         if self._workers > WORKERS:
             raise ValueError(f"a loader must have at most {WORKERS} workers, got {self._workers}: use fewer")
-        self._start: Position | None = None
-        self._taken = 0
+        self._run: Run | None = None
         self._reader: StepReader | None = None
 
     def __next__(self) -> Any:
-        if self._start is None:
-            self._start = self._cursor.begin()
-        if self._reader is None:
-            self._reader = self._open(self._start)
-        samples = self._reader.take() if len(self._reader) else []
+        if self._run is None or self._reader is None:
+            self._run = self._cursor.begin(self._run)
+            self._warn_of_drop(self._run)
+            self._reader = self._open(self._run)
         if len(self._reader) == 0:
-            # With the last batch, not after it: many trainers take no more than `len`.
-            self._cursor.end(self._start, self._worker, self._workers)
-        if not samples:
             raise StopIteration
-        self._taken += 1
+        samples = self._reader.take()
+        self._cursor.note(self._run, self._run.taken + 1)
         return self._stream.collate_fn(samples)
 
     def state_dict(self) -> dict[str, int | str]:
         """Where the epoch stands for this worker, in fresh primitive values, under 1 kB."""
-        start = self._start or self._cursor.coming
-        return start.as_dict(self._stream.fingerprint) | self._place | {"taken": self._taken}
+        start, taken = (self._cursor.peek(), 0) if self._run is None else (self._run.record.start, self._run.taken)
+        return start.as_dict(self._stream.fingerprint) | self._place | {"taken": taken}
 
     @property
     def _place(self) -> dict[str, int]:
@@ -259,18 +282,23 @@ class StreamIterator(Iterator[Any]):
             TypeError: The state is not a mapping, or one of its values has the wrong type.
             ValueError: It is of other lengths, options, seed, version, workers or replicas.
         """
-        start = Position.from_dict(state, self._stream.fingerprint)
+        start = self._stream.read(state)
         saved = {name: state.get(name) for name in self._place}
         if saved != self._place:
             raise ValueError(
                 f"a state must be of the same worker, and of as many workers and replicas, got {saved}, this is "
                 f"{self._place}: keep these numbers, or use position and seek, which need not"
             )
-        self._taken = check_count("taken", state.get("taken"), least=0, hint="it is part of every state")
-        self._start, self._reader = start, None
-        self._cursor.resume(start, self._worker, self._workers)
+        taken = check_count("taken", state.get("taken"), least=0, hint="it is part of every state")
+        self._run, self._reader = self._cursor.load(start, taken), None
 
-    def _open(self, start: Position) -> StepReader:
-        course = self._stream.course_from(start)
-        steps = np.arange(self._worker + self._taken * self._workers, course.steps, self._workers)
+    def _open(self, run: Run) -> StepReader:
+        course = self._stream.course_from(run.record.start)
+        steps = np.arange(self._worker + run.taken * self._workers, course.steps, self._workers)
         return StepReader(self._stream.data, course, self._stream.rank, steps)
+
+    def _warn_of_drop(self, run: Run) -> None:
+        dropped = self._cursor.dropped_before(run) if self._worker == 0 else None
+        if dropped is not None:
+            start, before, taken = dropped
+            warn_of_drop(start.epoch, taken, self._stream.course_from(start).steps - before)

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from copy import deepcopy
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
-from torchdata.nodes import BaseNode
+from torchdata.nodes import BaseNode, IterableWrapper, SamplerWrapper
+from torchdata.nodes.types import Stateful
 
 from samplers.bucketer import Bucketer
 from samplers.budget import Budget, Cost
+from samplers.contract import same_items
 from samplers.options import Overlong
 
 Sample = TypeVar("Sample")
@@ -17,6 +19,12 @@ Length: TypeAlias = Callable[[Any], int] | str | int
 
 # Of a source's state nothing is known but that it may be large: it is taken once in so many arrivals.
 SNAPSHOT_EVERY: Final = 64
+
+# Under these a wrapper of torchdata keeps the state of what it wraps.
+_OF_ITERABLES: Final = frozenset({IterableWrapper.ITERABLE_KEY, SamplerWrapper.SAMPLER_KEY})
+# In a state from which the epoch cannot be gone on with.
+_STALE: Final = "source_had_not_begun"
+_UNKNOWN: Final = object()
 
 _logger = logging.getLogger(__name__)
 
@@ -119,7 +127,10 @@ class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
     """The same as a node of torchdata: batches alike in length from a node of samples.
 
     Its state holds no sample, but the source's state a little before the oldest sample that waits, and which samples
-    since then are out: restored, it reads these again. The source must give the same samples in the same order.
+    since then are out: restored, it reads these again. The source must give the same samples in the same order. A
+    stateful iterable that is written as a generator cannot tell that an epoch has begun before it has given a sample: a
+    state that was saved before the first batch of any epoch but the first is refused. A `Prefetcher` stands behind this
+    node, not before it.
 
     Args:
         source: a node of samples.
@@ -137,6 +148,10 @@ class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
         self.source = source
         self._stage: BucketStage[Sample] = bucket_by_length(length, **options)
         self._bucketer = self._stage.new_bucketer()
+        # The source's state before it gave anything; None where this node's life began with a state.
+        self._at_first: Any = _UNKNOWN
+        # What in the source's state, right after `reset`, still tells where the epoch before stopped.
+        self._stale: dict[tuple[Any, ...], Any] = {}
 
     @property
     def dropped(self) -> int:
@@ -152,20 +167,39 @@ class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
         """Begin a new epoch, or go on from a state.
 
         Raises:
-            ValueError: The state is of another version or damaged, or of a longer source.
+            ValueError: The state is of another version or damaged, of a longer source, or was saved when the source
+                could not tell that it had begun the epoch.
         """
         super().reset(initial_state)
-        self._bucketer = self._stage.new_bucketer()
         if initial_state is None:
-            self.source.reset()
-            first, source = 0, deepcopy(self.source.state_dict())
+            first, source = 0, self._begin_source()
+            self._bucketer = self._stage.new_bucketer()
         else:
+            _refuse_stale(initial_state)
+            self._at_first = None if self._at_first is _UNKNOWN else self._at_first
+            self._stale = {}
+            self._bucketer = self._stage.new_bucketer()
             self._bucketer.load_state_dict(initial_state["bucketer"])
             first, source = initial_state["source_arrival"], deepcopy(initial_state["source"])
             # A copy of its own, since a source may go on writing in what it is given.
             self.source.reset(deepcopy(source))
             self._pass_over(self._bucketer.oldest - first)
         self._snapshots: deque[tuple[int, dict[str, Any]]] = deque([(first, source)])
+
+    def _begin_source(self) -> dict[str, Any]:
+        """Let the source begin an epoch, and note whether its state tells so."""
+        before = [] if self._at_first is _UNKNOWN else [deepcopy(state) for state in _states_below(self.source)]
+        self.source.reset()
+        state = deepcopy(self.source.state_dict())
+        if self._at_first is _UNKNOWN:
+            self._at_first = state
+        first, new = _iterable_states(self._at_first), _iterable_states(state)
+        self._stale = {
+            path: part
+            for path, part in new.items()
+            if any(same_items(part, old) for old in before) and not (path in first and same_items(part, first[path]))
+        }
+        return state
 
     def next(self) -> list[Sample]:
         """The next batch, shortest sample first.
@@ -185,9 +219,11 @@ class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
 
     def get_state(self) -> dict[str, Any]:
         """Where the epoch stands; primitive but for what the source's own state holds."""
+        self._keep_snapshot()
         self._forget_snapshots()
         arrival, source = self._snapshots[0]
-        return {"source_arrival": arrival, "source": deepcopy(source), "bucketer": self._bucketer.state_dict()}
+        state = {"source_arrival": arrival, "source": deepcopy(source), "bucketer": self._bucketer.state_dict()}
+        return state | ({_STALE: True} if self._stale and arrival == 0 else {})
 
     def _take_one(self) -> None:
         self._keep_snapshot()
@@ -215,15 +251,68 @@ class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
                 ) from None
 
     def _keep_snapshot(self) -> None:
-        arrivals = self._bucketer.arrivals
-        if arrivals - self._snapshots[-1][0] >= SNAPSHOT_EVERY:
-            self._snapshots.append((arrivals, deepcopy(self.source.state_dict())))
-            self._forget_snapshots()
+        arrivals, last = self._bucketer.arrivals, self._snapshots[-1][0]
+        # The state at the start leads nowhere: the first one that tells of this epoch is wanted at once.
+        wanted = bool(self._stale) and last == 0 < arrivals
+        if not wanted and arrivals - last < SNAPSHOT_EVERY:
+            return
+        state = deepcopy(self.source.state_dict())
+        if wanted:
+            now = _iterable_states(state)
+            if any(path in now and same_items(part, now[path]) for path, part in self._stale.items()):
+                return
+        self._snapshots.append((arrivals, state))
+        self._forget_snapshots()
 
     def _forget_snapshots(self) -> None:
         """Drop the snapshots that a later one makes needless: the last one before the oldest sample is enough."""
         while len(self._snapshots) > 1 and self._snapshots[1][0] <= self._bucketer.oldest:
             self._snapshots.popleft()
+
+
+def _refuse_stale(state: Mapping[str, Any]) -> None:
+    if state.get(_STALE):
+        raise ValueError(
+            "the state was saved at the start of an epoch that the source had not begun: a stateful iterable written "
+            "as a generator tells, until its first sample is taken, where the epoch before stopped. Save after some "
+            "batches, or let the iterable's __iter__ set its state back at once, and give the samples from a generator "
+            "of its own"
+        )
+
+
+def _states_below(source: BaseNode[Any]) -> Iterator[Any]:
+    """What the iterables and samplers below a node tell of themselves, whatever the nodes between remember.
+
+    Yields:
+        A state.
+    """
+    ahead: list[Any] = [source]
+    seen: set[int] = set()
+    while ahead:
+        node = ahead.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        wrapped = getattr(node, "iterable", getattr(node, "sampler", None))
+        if isinstance(node, (IterableWrapper, SamplerWrapper)) and isinstance(wrapped, Stateful):
+            yield wrapped.state_dict()
+        for value in vars(node).values():
+            parts = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+            )
+            ahead += [part for part in parts if isinstance(part, BaseNode)]
+
+
+def _iterable_states(state: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:
+    """What the iterables and samplers below a node tell of themselves, by where it stands in the node's state."""
+    found = {}
+    if isinstance(state, Mapping):
+        for key, value in state.items():
+            if key in _OF_ITERABLES:
+                found[*path, key] = value
+            else:
+                found |= _iterable_states(value, (*path, key))
+    return found
 
 
 def length_of(sample: Any, length: Length) -> int:

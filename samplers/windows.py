@@ -168,7 +168,7 @@ class WindowCourse(Course):
         """Which of these batches of the course are read together: numbers of visits, int64 `[n]`.
 
         Args:
-            numbers: int64 `[n]`, each in `range(len(course))`; those of a split step are a visit by themselves.
+            numbers: int64 `[n]`, each in `range(course.batches)`; those of a split step are a visit by themselves.
         """
         visits = np.full(len(numbers), SPLIT)
         whole = numbers < self.whole * self.replicas

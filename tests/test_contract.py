@@ -158,3 +158,48 @@ def test_items_are_compared_by_value_dtype_and_type():
 def test_every_is_at_least_one():
     with pytest.raises(ValueError, match="every must be at least 1, got 0"):
         check_node(Counter, every=0)
+
+
+class Late(Counter):
+    """Tells where the epoch before stopped until it has begun: as a stateful iterable that is a generator does."""
+
+    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
+        before = self.place
+        super().reset(initial_state)
+        self.told = self.place if initial_state else before
+
+    def next(self) -> int:
+        item = super().next()
+        self.told = self.place
+        return item
+
+    def get_state(self) -> dict[str, Any]:
+        return dict(self.told)
+
+
+class Once(Counter):
+    """Cannot be restored behind its first epoch, and says so."""
+
+    epoch = 0
+
+    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
+        if initial_state and initial_state["epoch"]:
+            raise ValueError("only once")
+        super().reset(initial_state)
+        self.epoch += initial_state is None
+
+    def get_state(self) -> dict[str, Any]:
+        return {**self.place, "epoch": max(0, self.epoch - 1)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Late, r"in the epoch after a whole one, restored from the state after 0 items: item 0 is missing, expected 1"),
+        (Once, r"in the epoch after a whole one, restored from the state after 0 items: ValueError: only once"),
+    ],
+)
+def test_a_node_that_is_wrong_from_its_second_epoch_on_is_told_how(kind, message):
+    # Red: the states of a first epoch alone were tried.
+    with pytest.raises(AssertionError, match=message):
+        check_node(kind)

@@ -1,7 +1,9 @@
 """DevicePrefetcher: nothing lost, nothing counted before it is handed over, streams in the right order."""
 
+import copy
 import gc
 import itertools
+import pickle
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 from weakref import ref
@@ -496,3 +498,49 @@ def test_what_is_on_the_host_is_pinned_and_what_is_on_a_device_is_not():
 def test_a_senseless_depth_is_refused(depth, kind):
     with pytest.raises(kind, match="depth must"):
         DevicePrefetcher([], "cpu", depth=depth)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_state_follows_an_epoch_that_was_set_or_a_position_that_was_sought(device, recorders):
+    # Red: it still told of the pass before.
+    batches = DevicePrefetcher(planned_loader(), device)
+    whole = ids(batches)
+    batches.batch_sampler.set_epoch(5)
+    restored = DevicePrefetcher(planned_loader(), device)
+    restored.load_state_dict(batches.state_dict())
+    assert ids(restored) == ids(batches)
+    batches.batch_sampler.seek(planned_loader().batch_sampler.position(2))
+    restored.load_state_dict(batches.state_dict())
+    assert ids(restored) == whole[2:]
+
+
+def test_each_state_is_a_new_one():
+    # Red: who changed one changed the next.
+    batches = DevicePrefetcher(planned_loader(), "cpu")
+    next(iter(batches))
+    state = batches.state_dict()
+    state.clear()
+    assert batches.state_dict()["batches"] == 1
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_a_prefetcher_that_has_begun_can_be_copied(how):
+    # Red: a pass that runs cannot be pickled.
+    batches = DevicePrefetcher(planned_loader(), "cpu")
+    running = iter(batches)
+    next(running)
+    copied = how(batches)
+    assert copied.state_dict() == batches.state_dict()
+    assert sum(map(len, ids(copied))) == len(SAMPLES)
+    assert len(list(running)) == len(batches) - 1
+
+
+def test_a_new_prefetcher_of_a_sampler_that_was_used_tells_of_what_comes():
+    # Red: it told of the start of the pass that another loader had taken.
+    running = planned_loader()
+    ids(running)
+    second = DevicePrefetcher(planned_loader(), "cpu")
+    second.batch_sampler.set_epoch(1)
+    restored = DevicePrefetcher(planned_loader(), "cpu")
+    restored.load_state_dict(DevicePrefetcher(running, "cpu").state_dict())
+    assert ids(restored) == ids(second)

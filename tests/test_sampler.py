@@ -297,7 +297,7 @@ def test_a_position_of_something_else_is_refused_by_name(options: dict[str, Any]
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        ({"version": 2}, ValueError, "version 1, got version 2"),
+        ({"version": 3}, ValueError, "version 2, got version 3"),
         ({"batches": -1}, ValueError, "batches must be at least 0"),
         ({"batches": 10**6}, ValueError, "must lie in an epoch of"),
         ({"replicas": 0}, ValueError, "replicas must be at least 1"),
