@@ -84,7 +84,7 @@ def plan_rows(results: Results) -> list[Cells]:
             "sampler": plan["contender"],
             "batches": f"{plan['batches']:,}",
             "padding": f"{plan['padding']:.2%}",
-            "pairs that meet again": f"{plan['meeting']:.1%}",
+            "pairs that meet again, lag 1 / 2 / 5": " / ".join(f"{share:.1%}" for share in plan["meeting"].values()),
             "batches over budget": f"{plan['over']:.1%}",
             "worst, in budgets": f"{plan['worst']:.2f}",
             "lag-1": "" if plan["lag_one"] is None else f"{plan['lag_one']:+.3f}",
@@ -102,8 +102,23 @@ def corpus_rows(results: Results) -> list[Cells]:
     for plan in results["plans"]:
         if plan["contender"] in shown:
             row = found.setdefault(plan["corpus"], {"corpus": plan["corpus"]})
-            row[plan["contender"]] = f"{plan['padding']:.2%} / {plan['meeting']:.1%}"
+            meeting = sum(plan["meeting"].values()) / len(plan["meeting"])
+            row[plan["contender"]] = f"{plan['padding']:.2%} / {meeting:.1%}"
     return list(found.values())
+
+
+def small_rows(results: Results) -> list[Cells]:
+    """Small corpora: our default beside sorted chunks at an equal share of pairs that meet again."""
+    return [
+        {
+            "corpus": f"{one['corpus']}, {one['samples']:,} samples",
+            "batches": f"{one['batches']}",
+            "padding": f"{one['padding']:.2%}",
+            "pairs that meet again, lag 1 / 2 / 5": " / ".join(f"{share:.1%}" for share in one["meeting"].values()),
+            "padding of chunks that mix as much": f"{one['chunks']:.2%}",
+        }
+        for one in results["small"]
+    ]
 
 
 def window_rows(results: Results) -> list[Cells]:
@@ -203,6 +218,7 @@ TABLES: Final[dict[str, tuple[str, Callable[[Results], list[Cells]]]]] = {
     "plans": ("planning", plan_rows),
     "corpora": ("planning", corpus_rows),
     "windows": ("planning", window_rows),
+    "small": ("planning", small_rows),
     "planning-bars": ("planning", bar_rows),
     "scale": ("scale", scale_rows),
     "bucketing-buffers": ("bucketing", buffer_rows),

@@ -45,6 +45,12 @@ from samplers import LengthBucketBatchSampler
 
 PICTURE: Final = Path(__file__).parents[1] / "docs" / "pictures" / "planning.svg"
 WINDOWS: Final = (500, 1_000, 2_000, 4_000, 7_000, 10_000, 20_000)
+# Epochs later in which pairs of a batch are looked for, and the first epochs over which the shares are averaged.
+LAGS: Final = (1, 2, 5)
+STARTS: Final = 4
+# Small corpora: samples, and rows of a batch on average.
+SMALL: Final = ((60, 8), (240, 60), (240, 16), (700, 32), (2_000, 100), (2_000, 32), (6_000, 32))
+SMALL_EPOCHS: Final = 24
 # Below so many batches, the lag-1 autocorrelation of a random order is itself some hundredths.
 ENOUGH_BATCHES: Final = 500
 LARGE: Final = (1_000_000, 10_000_000)
@@ -59,7 +65,7 @@ class Figures:
         padding: share of padded tokens that are padding.
         over: share of batches over the budget, of those with two rows or more.
         worst: padded tokens of the worst of them, in budgets.
-        meeting: of the pairs that share a batch in epoch 0, the share that does in epoch 1.
+        meeting: of the pairs that share a batch, the share that does so epochs later, by how many, mean over epochs.
         lag_one: lag-1 autocorrelation of the batches' mean length, mean over seeds; None of too few batches.
         imbalance: for each W, the sum over steps of W x the greatest padded tokens / all padded tokens, and the
             greatest such ratio of a single step; None where there is no step. A last step with fewer batches than
@@ -72,14 +78,15 @@ class Figures:
     padding: float
     over: float
     worst: float
-    meeting: float
+    meeting: dict[int, float]
     lag_one: float | None
     imbalance: dict[int, tuple[float, float] | None]
 
 
 def measure(corpus: Corpus, name: str, contender: Contender) -> Figures:
     """All figures of one contender on one corpus."""
-    first, second = (contender(corpus, epoch, 0, 1) for epoch in (0, 1))
+    epochs = [contender(corpus, epoch, 0, 1) for epoch in range(STARTS + max(LAGS))]
+    first = epochs[0]
     padded = padded_tokens(corpus, first)
     several = padded[[len(batch) > 1 for batch in first]] / corpus.budget
     steady = len(first) >= ENOUGH_BATCHES
@@ -90,7 +97,7 @@ def measure(corpus: Corpus, name: str, contender: Contender) -> Figures:
         padding=1 - int(corpus.lengths[np.concatenate(first)].sum()) / int(padded.sum()),
         over=float(np.mean(several > 1)),
         worst=float(several.max()),
-        meeting=share_meeting(len(corpus.lengths), first, second),
+        meeting=mean_meeting(corpus, epochs),
         lag_one=mean_lag_one(corpus, contender) if steady else None,
         imbalance={replicas: imbalance(corpus, contender, replicas) for replicas in (8, 64)},
     )
@@ -112,6 +119,21 @@ def share_meeting(samples: int, first: Batches, second: Batches) -> float:
         met += int((together * (together - 1) // 2).sum())
         pairs += len(batch) * (len(batch) - 1) // 2
     return met / pairs
+
+
+def mean_meeting(corpus: Corpus, epochs: Sequence[Batches]) -> dict[int, float]:
+    """The share of pairs that meet again at each lag, mean over all but the last epochs."""
+    return {
+        lag: float(
+            np.mean(
+                [
+                    share_meeting(len(corpus.lengths), epochs[epoch], epochs[epoch + lag])
+                    for epoch in range(len(epochs) - max(LAGS))
+                ]
+            )
+        )
+        for lag in LAGS
+    }
 
 
 def mean_lag_one(corpus: Corpus, contender: Contender) -> float:
@@ -141,7 +163,7 @@ def as_row(figures: Figures) -> dict[str, str]:
         "sampler": figures.contender,
         "batches": f"{figures.batches:,}",
         "padding": f"{figures.padding:.2%}",
-        "meet again": f"{figures.meeting:.1%}",
+        **{f"meet again, lag {lag}": f"{share:.1%}" for lag, share in figures.meeting.items()},
         "over": f"{figures.over:.1%}",
         "worst": f"{figures.worst:.2f}x",
         "lag-1": "-" if figures.lag_one is None else f"{figures.lag_one:+.3f}",
@@ -156,7 +178,9 @@ BARS: Final = {
     "sampler": "(bar for ours)",
     "batches": "",
     "padding": "<= 1.60%",
-    "meet again": "<= 21%",
+    "meet again, lag 1": "<= 21%",
+    "meet again, lag 2": "",
+    "meet again, lag 5": "",
     "over": "0",
     "worst": "<= 1.00x",
     "lag-1": "< 0.050",
@@ -164,7 +188,7 @@ BARS: Final = {
     "W=64: imbalance (worst step)": "<= 1.030",
 }
 # Padding and meeting again have a bar on speech-like lengths only; lag-1 where there are batches enough.
-ANYWHERE: Final = BARS | {"padding": "", "meet again": ""}
+ANYWHERE: Final = BARS | {"padding": "", "meet again, lag 1": ""}
 
 
 def compare_plans(corpora: Sequence[Corpus]) -> list[Figures]:
@@ -186,10 +210,16 @@ def compare_windows(corpus: Corpus) -> dict[str, list[dict[str, float]]]:
     for (name, contender), option in zip(kinds.items(), ("window", "chunk"), strict=True):
         curves[name] = []
         for size in WINDOWS:
-            first, second = (contender(corpus, epoch, 0, 1, **{option: size}) for epoch in (0, 1))
-            padding = 1 - int(corpus.lengths.sum()) / int(padded_tokens(corpus, first).sum())
-            meeting = share_meeting(len(corpus.lengths), first, second)
-            curves[name].append({"samples": size, "padding": padding, "meeting": meeting})
+            epochs = [contender(corpus, epoch, 0, 1, **{option: size}) for epoch in range(STARTS + max(LAGS))]
+            shares = mean_meeting(corpus, epochs)
+            curves[name].append(
+                {
+                    "samples": size,
+                    "padding": mean_padding(corpus, epochs),
+                    "meeting": float(np.mean(list(shares.values()))),
+                    **{f"meeting at lag {lag}": share for lag, share in shares.items()},
+                }
+            )
     rows = []
     for place, size in enumerate(WINDOWS):
         row = {"samples sorted together": f"{size:,}"}
@@ -200,6 +230,51 @@ def compare_windows(corpus: Corpus) -> dict[str, list[dict[str, float]]]:
     return curves
 
 
+def mean_padding(corpus: Corpus, epochs: Sequence[Batches]) -> float:
+    """Share of padded tokens that are padding, mean over epochs."""
+    real = int(corpus.lengths.sum())
+    return float(np.mean([1 - real / int(padded_tokens(corpus, batches).sum()) for batches in epochs]))
+
+
+def compare_small(corpora: Sequence[Corpus]) -> list[dict[str, Any]]:
+    """Small corpora: our default beside chunks of as many windows as let as many pairs meet again."""
+    found = []
+    for whole in corpora:
+        for samples, rows in SMALL:
+            lengths = whole.lengths[:samples]
+            corpus = Corpus(whole.name, lengths, int(rows * lengths.mean()))
+            epochs = [ours(corpus, epoch, 0, 1) for epoch in range(SMALL_EPOCHS + max(LAGS))]
+            shares = mean_meeting(corpus, epochs)
+            curve = []
+            for chunks in range(1, min(9, 1 + len(epochs[0]))):
+                drawn = [in_chunks(corpus, epoch, 0, 1, chunk=-(-samples // chunks)) for epoch in range(len(epochs))]
+                curve.append((float(np.mean(list(mean_meeting(corpus, drawn).values()))), mean_padding(corpus, drawn)))
+            curve.sort()
+            found.append(
+                {
+                    "corpus": corpus.name,
+                    "samples": samples,
+                    "batches": len(epochs[0]),
+                    "padding": mean_padding(corpus, epochs),
+                    "meeting": shares,
+                    "chunks": float(np.interp(np.mean(list(shares.values())), *map(list, zip(*curve, strict=True)))),
+                }
+            )
+    rows = [
+        {
+            "corpus": f"{one['corpus']}, {one['samples']:,}",
+            "batches": f"{one['batches']}",
+            "padding": f"{one['padding']:.2%}",
+            **{f"meet again, lag {lag}": f"{share:.1%}" for lag, share in one["meeting"].items()},
+            "chunks that mix as much": f"{one['chunks']:.2%}",
+            "points more": f"{100 * (one['padding'] - one['chunks']):+.2f}",
+        }
+        for one in found
+    ]
+    show("small corpora: padding beside sorted chunks at an equal share of pairs that meet again", rows)
+    return found
+
+
 def draw_plans(figures: Sequence[Figures], curves: dict[str, list[dict[str, float]]]) -> None:
     """Padding over meeting again, all contenders on speech-like lengths."""
     # Text stays text and ids do not change, so that a picture of the same figures is the same file.
@@ -208,18 +283,34 @@ def draw_plans(figures: Sequence[Figures], curves: dict[str, list[dict[str, floa
     for place, one in enumerate(figures):
         colour, curve = f"C{place}", curves.get(one.contender, [])
         axes.plot([p["meeting"] for p in curve], [p["padding"] for p in curve], marker=".", linewidth=1, color=colour)
-        axes.scatter([one.meeting], [one.padding], s=45 if one.contender == "ours" else 22, color=colour, zorder=3)
+        axes.scatter(
+            [np.mean(list(one.meeting.values()))],
+            [one.padding],
+            s=45 if one.contender == "ours" else 22,
+            color=colour,
+            zorder=3,
+        )
         # Labels stand away from the curves and from one another.
         above = one.contender not in ("sort in chunks, by hand", "ours", "lhotse bucketing")
         offset = (5, 4) if above else (-4, -12)
         align = "left" if above else "right"
         axes.annotate(
-            one.contender, (one.meeting, one.padding), offset, textcoords="offset points", ha=align, color=colour
+            one.contender,
+            (float(np.mean(list(one.meeting.values()))), one.padding),
+            offset,
+            textcoords="offset points",
+            ha=align,
+            color=colour,
         )
     for point in curves["ours"]:
         label = f"{point['samples']:,}"
         axes.annotate(label, (point["meeting"], point["padding"]), (4, 4), textcoords="offset points", fontsize=7)
-    axes.set(xscale="log", yscale="log", xlabel="pairs of a batch that meet again in the next epoch", ylabel="padding")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="pairs of a batch that meet again, mean of 1, 2 and 5 epochs later",
+        ylabel="padding",
+    )
     axes.set_title(f"{SAMPLES:,} speech-like lengths; curves over samples sorted together", fontsize=10)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
@@ -352,7 +443,10 @@ def bars_of_plans(figures: Sequence[Figures]) -> list[Bar]:
     lag = max(abs(one.lag_one) for one in own if one.lag_one is not None)
     bars = [
         ("padding, speech-like", "<= 1.6 %", f"{speech.padding:.2%}", speech.padding <= 0.016),
-        ("pairs that meet again, speech-like", "<= 21 %", f"{speech.meeting:.1%}", speech.meeting <= 0.21),
+        *(
+            (f"pairs that meet again at lag {lag}, speech-like", "<= 21 %", f"{share:.1%}", share <= 0.21)
+            for lag, share in speech.meeting.items()
+        ),
         ("batches over budget, every corpus", "0", f"{over:.1%}", over == 0),
         ("lag-1, the worst corpus", "< 0.05", f"{lag:.3f}", lag < 0.05),
     ]
@@ -399,18 +493,24 @@ def main() -> None:
     torch.set_num_threads(1)
     corpora = make_corpora(options.lengths)
     figures = compare_plans(corpora)
-    curves = compare_windows(corpora[0])
+    curves, small = compare_windows(corpora[0]), compare_small(corpora[:3])
     draw_plans(figures[: len(CONTENDERS)], curves)
     epochs = {SAMPLES: time_epochs(corpora[0], 15, list(PEERS))}
     steps, resumed, saved = time_steps(corpora[0]), time_resume(corpora[0]), states(corpora[0])
     print(f"\nstate in bytes: lhotse {len(saved[0])}, ours {len(saved[1])}")
     for samples in LARGE if options.large else ():
         epochs[samples] = time_epochs(Corpus("speech-like", speech_like(samples), BUDGET), 5, [])
-    bars = bars_of_plans(figures) + bars_of_epochs(epochs) + bars_of_resume(resumed, saved[1])
+    most = max(small, key=lambda one: one["padding"] - one["chunks"])
+    points = 100 * (most["padding"] - most["chunks"])
+    bars = [
+        ("small corpora, points of padding above chunks that mix as much", "<= 0.5", f"{points:+.2f}", points <= 0.5)
+    ]
+    bars += bars_of_plans(figures) + bars_of_epochs(epochs) + bars_of_resume(resumed, saved[1])
     show_bars(bars)
     results = {
         "plans": [asdict(one) for one in figures],
         "windows": curves,
+        "small": small,
         "epochs": [asdict(row) for row in epochs.values()],
         "us a step": steps,
         "resume": [asdict(row) for row in resumed],

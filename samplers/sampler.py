@@ -286,7 +286,7 @@ class BatchIterator(Iterator[list[int]]):
     def _next_batches(self, course: Course) -> list[list[int]]:
         """The next batches, last first: few at the start of an epoch, so that the first comes soon, and more later."""
         step, dealt = divmod(self._taken, self._share)
-        ahead = min(2 * step + 1, 1 + chunk_steps(course.epoch.layout) // self._share)
+        ahead = min(8 * step + 1, 1 + chunk_steps(course.epoch.layout) // self._share)
         numbers = np.arange(step, min(step + ahead, course.steps))[:, None] * course.replicas + np.arange(
             self._first, self._first + self._share
         )

@@ -166,26 +166,22 @@ def _sides(sizes: Integers) -> tuple[Words, Words]:
 
 def _feistel(places: Words, a: Words, b: Words, keys: Words, rounds: int) -> Words:
     right, left = np.divmod(places, a if len(a) > 1 else a[0])
+    # Arrays for what is computed on the way: new ones in each round would cost as much as the arithmetic.
+    mixed, spare = np.empty_like(left), np.empty_like(left)
     for turn in range(rounds):
-        round_keys = keys ^ np.uint64((turn * _GAMMA) & _MASK)
-        if turn % 2:
-            _shift(right, left, b, round_keys)
-        else:
-            _shift(left, right, a, round_keys)
+        half, other, size = (right, left, b) if turn % 2 else (left, right, a)
+        np.add(other, keys, out=mixed)
+        mixed ^= np.uint64((turn * _GAMMA) & _MASK)
+        mixed *= np.uint64(_MIX_1)
+        mixed ^= np.right_shift(mixed, np.uint64(32), out=spare)
+        mixed *= np.uint64(_MIX_2)
+        # A hash of the other half is added, modulo the side's size. Below zero wraps to a huge number, so that the
+        # smaller of the two is the remainder.
+        half += _scale(mixed, size)
+        np.minimum(half, np.subtract(half, size, out=spare), out=half)
     right *= a
     right += left
     return right
-
-
-def _shift(half: Words, other: Words, size: Words, keys: Words) -> None:
-    """Add to `half`, modulo `size`, a hash of the other half; in place."""
-    mixed = other + keys
-    mixed *= np.uint64(_MIX_1)
-    mixed ^= mixed >> np.uint64(32)
-    mixed *= np.uint64(_MIX_2)
-    half += _scale(mixed, size)
-    # Below zero wraps to a huge number, so that the smaller of the two is the remainder.
-    np.minimum(half, half - size, out=half)
 
 
 def _scale(words: Words, size: int | Words) -> Words:

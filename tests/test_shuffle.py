@@ -14,7 +14,7 @@ KEYS = st.integers(0, 2**64 - 1)
 
 GOLDEN_KEYS = [6791897765849424158, 4798784977976973041]
 GOLDEN_STREAM = [13168350753275463132, 7134611160154358618, 13877614986023876344]
-GOLDEN_SHUFFLE = [8, 1, 6, 3, 7, 4, 9, 2, 5, 0]
+GOLDEN_SHUFFLE = [1, 2, 4, 6, 8, 3, 5, 7, 9, 0]
 GOLDEN_DRAW = [50, 68, 75, 26, 78, 26, 11, 64]
 
 
@@ -36,7 +36,7 @@ def slow_permute(place: int, size: int, key: int) -> int:
         halves, sizes = [place % a, place // a], [a, b]
         for turn in range(16 if size < 64 else 8):
             side = turn % 2
-            word = ((halves[1 - side] + (key ^ (turn * GAMMA & MASK))) * MIX_1) & MASK
+            word = ((((halves[1 - side] + key) & MASK) ^ (turn * GAMMA & MASK)) * MIX_1) & MASK
             word = ((word ^ (word >> 32)) * MIX_2) & MASK
             halves[side] = (halves[side] + ((word >> 32) * sizes[side] >> 32)) % sizes[side]
         place = halves[0] + a * halves[1]
