@@ -127,7 +127,8 @@ class Storm(RuleBasedStateMachine):
     def place(self) -> Place:
         """Where the epoch stands that a state now tells of."""
         model = self.model
-        handed = model.present if model.is_handed else None
+        # A pass without batches leaves no state behind: the next one comes.
+        handed = model.present if model.is_handed and model.last.given > model.last.start.within else None
         last = {"present": model.present, "handed": handed, "last": model.last}.get(
             self.rig.saves, self.model.last if self.rig.iterators is not None else None
         )
