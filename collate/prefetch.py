@@ -232,7 +232,7 @@ class Bookmark:
         if self._placed is None:
             return None
         if taken == 1:
-            self._start = self._placed.position(0)
+            self._start = self._mark()
         return self._placed.position(taken), self._start
 
     def finish(self) -> None:
@@ -251,7 +251,7 @@ class Bookmark:
             state = self._loader.state_dict() if self.state is None else deepcopy(self.state)
         else:
             # Where another epoch was set or a position sought since, the next pass does not begin behind the last.
-            goes_on = self.state is not None and self.state[1] == self._placed.position(0)
+            goes_on = self.state is not None and self.state[1] == self._mark()
             state = dict(self.state[0]) if goes_on else self._placed.next_position
         return cast("dict[str, Any]", state)
 
@@ -267,6 +267,10 @@ class Bookmark:
             self._loader.load_state_dict(state)
         else:
             self._placed.seek(state)
+
+    def _mark(self) -> tuple[Any, Any]:
+        """Where the present pass began and where the next will: another once an epoch is set or a position sought."""
+        return self._placed.position(0), self._placed.next_position
 
     def _check(self) -> None:
         if not self._stateful and self._placed is None:

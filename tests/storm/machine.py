@@ -127,7 +127,8 @@ class Storm(RuleBasedStateMachine):
     def place(self) -> Place:
         """Where the epoch stands that a state now tells of."""
         model = self.model
-        handed = None if model.last is None else model.present
+        # A pass without batches leaves no state behind: the next one comes.
+        handed = model.present if model.is_handed and model.last.given > model.last.start.within else None
         last = {"present": model.present, "handed": handed, "last": model.last}.get(
             self.rig.saves, self.model.last if self.rig.iterators is not None else None
         )
@@ -286,7 +287,8 @@ class Storm(RuleBasedStateMachine):
             self.rig.set_epoch(9)
         before, self.rig = self.rig, rig
         coming, present = self._copied_from
-        self.model.coming, self.model.present, self.model.last, self.model.is_open = coming, present, None, False
+        self.model.coming, self.model.present, self.model.last = coming, present, None
+        self.model.is_open = self.model.is_handed = False
         before.close()
 
     def ran(self, name: str) -> None:

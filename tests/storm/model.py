@@ -167,6 +167,7 @@ class Model:
         present: the last pass that began, unless a seek or another epoch was asked for since.
         last: the last pass that began.
         is_open: whether it can be gone on with.
+        is_handed: whether the last pass began after all that was set or sought.
         repeats: whether a pass that is broken off comes again, as where a trainer counts whole passes.
     """
 
@@ -177,13 +178,14 @@ class Model:
     present: Pass | None = field(default=None)
     last: Pass | None = field(default=None)
     is_open: bool = False
+    is_handed: bool = False
 
     def begin(self) -> Pass:
         """A pass begins where one was to come; the next epoch comes after it."""
         start = self.coming
         steps, left = self.book.rest(start, self.replicas)
         self.present = self.last = Pass(start, self.replicas, steps, left, self.book.total(start.epoch))
-        self.is_open = True
+        self.is_open = self.is_handed = True
         self.coming = Place(start.epoch + (not self.repeats), self.replicas)
         return self.last
 
@@ -196,7 +198,7 @@ class Model:
     def set_epoch(self, epoch: int) -> None:
         """Another epoch comes next."""
         if self.coming.epoch != epoch:
-            self.coming = Place(epoch, self.replicas)
+            self.coming, self.is_handed = Place(epoch, self.replicas), False
         if self.present is not None and self.present.start.epoch != epoch:
             self.present = None
 
@@ -204,4 +206,4 @@ class Model:
         """The next pass begins at a place, or in the next epoch where the place is an epoch's end that is skipped."""
         at_end = place.taken >= self.book.total(place.epoch)
         self.coming = Place(place.epoch + 1, self.replicas) if at_end and skip_end else replace(place)
-        self.present, self.is_open = None, False
+        self.present, self.is_open, self.is_handed = None, False, False
