@@ -73,7 +73,8 @@ def test_classes_in_corpus_order_mix_as_at_random_in_every_epoch(lengths_of: Any
     one = lengths_of(samples)
     two = np.stack([one, one], 1)
     lengths = {"one": one, "two": two, "an index's": Index(two)}[fields]
-    options = {"batch_size": 16 if samples == 2_000 else 32} if lengths_of is equal_lengths else {"max_tokens": 4_096}
+    rows = 16 if samples == 2_000 else 32
+    options = {"batch_size": rows} if lengths_of is equal_lengths else {"max_tokens": rows * int(one.mean())}
     spreads = [
         spread_of_classes(list(plan_epoch(lengths, epoch=epoch, **options).batches), samples)  # type: ignore[arg-type]
         for epoch in range(EPOCHS)
