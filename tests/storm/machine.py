@@ -137,7 +137,10 @@ class Storm(RuleBasedStateMachine):
     def may_save(self) -> bool:
         if "save" not in self.adapter.rules or (self.model.last is None and not self.rig.saves_early):
             return False
-        return self.rig.saves not in POSITIONS or self.place.within == 0
+        place = self.place
+        if not self.rig.saves_ends and place.taken >= self.book.total(place.epoch):
+            return False
+        return self.rig.saves not in POSITIONS or place.within == 0
 
     def save_now(self) -> Save:
         place, last = self.place, self.model.last

@@ -69,6 +69,8 @@ class Rig:
     # Whether a state is true before a pass has begun, and whether asking for one makes the next pass begin.
     saves_early: ClassVar[bool] = True
     holds: ClassVar[bool] = False
+    # Whether a state of an epoch's end leads to the next epoch.
+    saves_ends: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -364,6 +366,8 @@ class Dealt(Accelerated):
 class DealtStateful(Dealt, AcceleratedStateful):
     """The same with `use_stateful_dataloader`."""
 
+    # The loader skips batches of a pass that has ended, and with workers begins another epoch by that.
+    saves_ends = False
     states = Rig.states
     load_states = Rig.load_states
     kind = StatefulDataLoader
