@@ -26,6 +26,8 @@ MANY_SAMPLES: Final = 1 << 15
 # Draws that tell how many batches an epoch shall have, and those that an epoch makes to have no more.
 SAMPLED: Final = 8
 TRIED: Final = 32
+# By so many times more draws than the first epochs do the others look for a last step that replicas can share.
+PATIENCE: Final = 32
 # What a key is for, beside the purposes of `samplers.layout`.
 CHUNKS: Final = 30
 
@@ -62,12 +64,12 @@ class ChunkLayout(Layout):
         """Batches in an epoch, before any is split among replicas."""
         return self.batches
 
-    def of_epoch(self, epoch: int) -> Self:
-        """The layout of an epoch."""
-        found = self._epochs.get(epoch)
+    def of_epoch(self, epoch: int, replicas: int) -> Self:
+        """The layout of an epoch that so many replicas begin."""
+        found = self._epochs.get((epoch, replicas))
         if found is None:
-            found = replace(self, drawn=self._draw(epoch))
-            self._epochs[epoch] = found
+            found = replace(self, drawn=self._draw(epoch, replicas))
+            self._epochs[epoch, replicas] = found
             while len(self._epochs) > 2:
                 del self._epochs[next(iter(self._epochs))]
         return found
@@ -119,10 +121,10 @@ class ChunkLayout(Layout):
 
     @property
     def _present(self) -> Draw:
-        return self._draw(0) if self.drawn is None else self.drawn
+        return self._draw(0, 1) if self.drawn is None else self.drawn
 
     @cached_property
-    def _epochs(self) -> dict[int, Self]:
+    def _epochs(self) -> dict[tuple[int, int], Self]:
         return {}
 
     @cached_property
@@ -141,15 +143,25 @@ class ChunkLayout(Layout):
         size = self.options.batch_size
         return size if size is not None and self.options.budget.max_rows(int(self._widths[0])) == size else 0
 
-    def _draw(self, epoch: int) -> Draw:
-        seed = self.options.seed
-        for turn in range(TRIED):
+    def _draw(self, epoch: int, replicas: int) -> Draw:
+        """The first draw of few enough batches whose last step the replicas can share."""
+        seed, first = self.options.seed, None
+        most = self.options.budget.max_rows(int(self._widths[-1]))
+        hopeless = not self.shares(np.full(self.batches, most), replicas)
+        # What passes the trials is so likely that later epochs find it.
+        for turn in range(TRIED if epoch in self.trials else PATIENCE * TRIED):
+            if turn >= TRIED and first is None:
+                break
             deal = self._deal(derive_key(seed, epoch, CHUNKS, turn))
             if self._count(deal) <= self.batches:
-                break
-        else:
-            deal = min((self._deal(derive_key(CHUNKS, draw)) for draw in range(SAMPLED)), key=self._count)
-        return self._finish(deal)
+                draw = self._finish(deal)
+                if hopeless or self.shares(draw.rows, replicas):
+                    return draw
+                first = draw if first is None else first
+        if first is None:
+            few = min((self._deal(derive_key(CHUNKS, number)) for number in range(SAMPLED)), key=self._count)
+            first = self._finish(few)
+        return first
 
     def usual_batches(self) -> int:
         """How many batches draws have on average, rounded up; the same for every seed."""

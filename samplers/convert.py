@@ -206,7 +206,8 @@ def _read_json(path: str) -> Rows:
         try:
             line = data.decode()
             # Python reads what is too great for a float as infinity.
-            row = json.loads(line, parse_float=_parse_float) if _GREAT.search(line) else json.loads(line)
+            parse_float = _parse_float if _GREAT.search(line) else None
+            row = json.loads(line, parse_float=parse_float, object_pairs_hook=_refuse_twice)
         except UnicodeDecodeError as error:
             raise ValueError(f"{where}: not UTF-8: {error}: convert the file to it") from None
         except (ValueError, RecursionError) as error:
@@ -226,6 +227,15 @@ def _read_lines(path: str) -> Iterator[bytes]:
                 yield line
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path}: damaged or cut short behind line {number}: {error}") from None
+
+
+def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Python takes the last, and says nothing of the others.
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} comes twice in one object")
+    return values
 
 
 def _parse_float(text: str) -> float:

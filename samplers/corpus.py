@@ -284,7 +284,7 @@ def _by_field(rows: Integers) -> Integers:
 
 def _clip(lengths: npt.NDArray[Any], max_length: int | None) -> Integers:
     rows = (lengths[:, None] if lengths.ndim == 1 else lengths).astype(np.int64)
-    return rows if max_length is None else np.minimum(rows, max_length)
+    return rows if max_length is None else np.minimum(rows, min(max_length, _LONGEST))
 
 
 def _first_odd(array: npt.NDArray[Any]) -> str:

@@ -171,7 +171,7 @@ class Cursor:
         return position.as_dict(self.fingerprint)
 
     def _course(self, position: Position) -> Course:
-        epoch = Epoch(self._layout.of_epoch(position.epoch), position.epoch, position.replicas)
+        epoch = Epoch(self._layout.of_epoch(position.epoch, position.replicas), position.epoch, position.replicas)
         return Course(epoch, position.batches, self.num_replicas)
 
 

@@ -1,6 +1,6 @@
 """The batches of any epoch, by number: what is in a batch changes with the epoch, their number and shapes do not."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -80,14 +80,26 @@ class Layout:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in _FOUND_AGAIN}
 
-    def of_epoch(self, epoch: int) -> Self:
-        """The layout of an epoch: this one or another of as many batches."""
+    def of_epoch(self, epoch: int, replicas: int) -> Self:
+        """The layout of an epoch that so many replicas begin: this one or another of as many batches."""
+        del replicas
         turn = turn_of(epoch, 1 + len(self.turns), self.options.seed)
         return cast(Self, self.turns[turn - 1]) if turn else self
 
     def __len__(self) -> int:
         """Batches in an epoch, before any is split among replicas."""
         return int(self._table.ends[-1])
+
+    @property
+    def trials(self) -> Iterable[int]:
+        """Epochs that show whether replicas can share the last step of every epoch."""
+        # All turns have come by then, and a turn ends with the same number of rows each time.
+        return range(max(2, 1 + len(self.turns)))
+
+    def shares(self, rows: Integers, replicas: int) -> bool:
+        """Whether the last step can be shared, if these batches `[n]` of so many rows are the last of an epoch."""
+        partial = len(self) % replicas
+        return partial == 0 or self.options.drop_last or int(rows[-partial:].sum()) >= replicas
 
     @property
     def shapes(self) -> list[Shape]:

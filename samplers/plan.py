@@ -64,7 +64,7 @@ class BatchPlan:
         self.layout = layout
         self.epoch = epoch
         self.num_replicas = num_replicas
-        self.course = Course(Epoch(layout.of_epoch(epoch), epoch, num_replicas), 0, num_replicas)
+        self.course = Course(Epoch(layout.of_epoch(epoch, num_replicas), epoch, num_replicas), 0, num_replicas)
         if self.course.steps == 0:
             raise ValueError(
                 f"an epoch must have a batch for each of {num_replicas} replicas, got {len(layout)} batches in all and "

@@ -103,8 +103,8 @@ class LengthBucketBatchSampler(Sampler[list[int]]):
         layout = lay_out(lengths, options)
         self._layout = layout
         self._cursor = Cursor(layout, self.num_replicas, partial(make_fingerprint, lengths, layout))
-        # Odd epochs are cut elsewhere: what cannot be shared is refused now, and not in the second epoch.
-        self._steps = min(self.plan(epoch).steps for epoch in (0, 1))
+        # Other epochs are cut elsewhere: what cannot be shared is refused now, and not in one of them.
+        self._steps = min(self.plan(epoch).steps for epoch in layout.trials)
 
     def __len__(self) -> int:
         """Batches of this replica in a whole epoch: the same in each, and on every replica."""

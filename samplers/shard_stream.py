@@ -97,8 +97,8 @@ class ShardStream(IterableDataset[Any]):
         self.num_replicas, self.rank = find_replica(num_replicas, rank)
         self.data = ShardsInTurn(shards, index, fields, decode=decode)
         self._cursor = SharedCursor(self.num_replicas)
-        # Odd epochs are cut elsewhere: what cannot be shared is refused now, and not in the second epoch.
-        self._steps = min(self.plan(epoch).steps for epoch in (0, 1))
+        # Other epochs are cut elsewhere: what cannot be shared is refused now, and not in one of them.
+        self._steps = min(self.plan(epoch).steps for epoch in self._layout.trials)
         if self._steps == 0:
             raise ValueError(
                 f"an epoch must have a batch for each of {self.num_replicas} replicas, got {len(self._layout)} batches "
@@ -207,7 +207,7 @@ class ShardStream(IterableDataset[Any]):
 
     def course_from(self, start: Position) -> WindowCourse:
         """What is left of an epoch from a position on, as the replicas take it."""
-        epoch = WindowEpoch(self._layout.of_epoch(start.epoch), start.epoch, start.replicas)
+        epoch = WindowEpoch(self._layout.of_epoch(start.epoch, start.replicas), start.epoch, start.replicas)
         return WindowCourse(epoch, start.batches, self.num_replicas)
 
     @cached_property
@@ -232,7 +232,9 @@ class WindowPlan(BatchPlan):
         self.layout = layout
         self.epoch = epoch
         self.num_replicas = num_replicas
-        self.course = WindowCourse(WindowEpoch(layout.of_epoch(epoch), epoch, num_replicas), 0, num_replicas)
+        self.course = WindowCourse(
+            WindowEpoch(layout.of_epoch(epoch, num_replicas), epoch, num_replicas), 0, num_replicas
+        )
 
 
 class StreamIterator(Iterator[Any]):

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,22 +12,32 @@ from samplers.budget import Integers, check_count
 
 Widths: TypeAlias = int | Sequence[int] | None
 
+_WIDEST: Final = 1 << 62
+_LONGEST: Final = (1 << 63) - 1
+
 
 def check_widths(widths: Widths) -> int | tuple[int, ...] | None:
     """Check a `widths` option: None, a multiple, or the allowed widths, which come back in ascending order.
 
     Raises:
         TypeError: A width is not an int.
-        ValueError: A width is below one, or the sequence is empty.
+        ValueError: A width is below one or above 2**62, or the sequence is empty.
     """
     hint = "give a multiple (an int), the allowed widths (ints), or None to pad to the longest row"
     if widths is None:
         return None
     if not isinstance(widths, (Sequence, np.ndarray)) or isinstance(widths, str):
-        return check_count("widths", widths, least=1, hint=hint)
+        return _check_width(widths, hint)
     if len(widths) == 0:
         raise ValueError(f"widths must name at least one width, got an empty sequence: {hint}")
-    return tuple(sorted({check_count("widths", width, least=1, hint=hint) for width in widths}))
+    return tuple(sorted({_check_width(width, hint) for width in widths}))
+
+
+def _check_width(width: object, hint: str) -> int:
+    width = check_count("widths", width, least=1, hint=hint)
+    if width > _WIDEST:
+        raise ValueError(f"widths must be at most 2**62, got {width}: {hint}")
+    return width
 
 
 def round_up(lengths: Integers, widths: int | tuple[int, ...] | None) -> Integers:
@@ -91,6 +101,8 @@ def _check_lengths(lengths: npt.ArrayLike) -> Integers:
         raise ValueError(f"lengths must be [N] with N >= 1, got {list(array.shape)}: give one field at a time")
     if array.dtype.kind not in "iu":
         raise TypeError(f"lengths must be integers, got {array.dtype}: count whole steps")
+    if array.dtype == np.uint64 and array.max() > _LONGEST:
+        raise LengthError(f"lengths must be from 0 to 2**63 - 1, got {array.max()} at sample {array.argmax()}")
     if array.min() < 0:
         raise LengthError(f"lengths must not be negative, got {array.min()} at sample {array.argmin()}")
     return array.astype(np.int64)

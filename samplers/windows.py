@@ -7,6 +7,7 @@ window, then the next.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Final, NamedTuple, Self, cast
@@ -28,6 +29,8 @@ WINDOW: Final = 10_000
 GROUPINGS: Final = 16
 COUNTED: Final = 4
 TRIED: Final = 32
+# By so many times more draws than the first epochs do the others look for a last step that replicas can share.
+PATIENCE: Final = 32
 # What a key is for, beside the purposes of `samplers.course`: shards among windows, windows and batches in an epoch.
 SHARDS, WINDOWS, SLOTS = range(10, 13)
 # The visit of a batch that was split among replicas.
@@ -69,18 +72,32 @@ class WindowLayout(Layout):
     groupings: "Groupings | None" = field(default=None, kw_only=True)
     number: int = field(default=0, kw_only=True)
 
-    def of_epoch(self, epoch: int) -> Self:
-        """The layout of an epoch: these windows or others of as many batches."""
+    def of_epoch(self, epoch: int, replicas: int) -> Self:
+        """The layout of an epoch that so many replicas begin: these windows or others of as many batches."""
         if self.groupings is None:
             return self
         number = turn_of(epoch, GROUPINGS, self.options.seed)
         found = self if number == self.number else self.groupings.layout_of(number, len(self))
-        return self if found is None else cast(Self, found)
+        return cast(Self, found) if found is not None and found.is_shared(epoch, replicas) else self
+
+    @property
+    def trials(self) -> Iterable[int]:
+        """Epochs that show whether replicas can share the last step of every epoch."""
+        # Those of the first grouping among them, which stands in for others.
+        own = [turn_of(epoch, GROUPINGS, self.options.seed) for epoch in range(GROUPINGS)].index(self.number)
+        return {0, 1, own}
+
+    def is_shared(self, epoch: int, replicas: int) -> bool:
+        """Whether an epoch of these windows ends with a row for each of so many replicas."""
+        if len(self) % replicas == 0 or self.options.drop_last:
+            return True
+        last = WindowEpoch(self, epoch, replicas).batches_at(np.arange(len(self))[-replicas:])
+        return self.shares(self.rows_of(last), replicas)
 
     @cached_property
     def shapes(self) -> list[Shape]:
         """The closed list of (rows, width) that batches have at most, in any epoch, without repetition."""
-        epochs = {turn_of(epoch, GROUPINGS, self.options.seed): self.of_epoch(epoch) for epoch in range(GROUPINGS)}
+        epochs = {turn_of(epoch, GROUPINGS, self.options.seed): self.of_epoch(epoch, 1) for epoch in range(GROUPINGS)}
         return list(dict.fromkeys(shape for layout in (self, *epochs.values()) for shape in layout.own_shapes))
 
     @property
@@ -114,8 +131,21 @@ class WindowEpoch(Epoch):
 
     @cached_property
     def _sequence(self) -> _Sequence:
+        """The first draw whose last step the replicas can share."""
+        layout, first = self.layout, self._draw(0)
+        # The windows that stand in for others have passed the trials: one of more draws is all but sure to do.
+        stands_in = layout.groupings is not None and self.epoch not in layout.trials
+        for turn in range(PATIENCE * TRIED if stands_in else TRIED):
+            drawn = first if turn == 0 else self._draw(turn)
+            if not layout.options.shuffle or layout.shares(
+                layout.rows_of(drawn.numbers[-self.replicas :]), self.replicas
+            ):
+                return drawn
+        return first
+
+    def _draw(self, turn: int) -> _Sequence:
         layout, total = self.layout, len(self.layout)
-        order = self._order()
+        order = self._order(turn)
         sizes = layout.sizes[order]
         # In the order of reading: the window of each batch, and the batches of each window as the layout has them.
         window = np.repeat(np.arange(len(order)), sizes)
@@ -123,7 +153,7 @@ class WindowEpoch(Epoch):
         numbers: Integers = np.arange(total) + np.repeat(first - (sizes.cumsum() - sizes), sizes)
         lane, position = self._deal(total)
         if layout.options.shuffle:
-            drawn = stream_keys(self._key(SLOTS), position // self.replicas)
+            drawn = stream_keys(self._turn_key(SLOTS, turn), position // self.replicas)
             slots = np.lexsort((drawn, window))
             numbers[slots] = numbers.copy()
             self._put_last(numbers)
@@ -132,14 +162,17 @@ class WindowEpoch(Epoch):
         where[position] = np.arange(total)
         return _Sequence(numbers[where], visits[where])
 
-    def _order(self) -> Integers:
+    def _turn_key(self, purpose: int, turn: int) -> int:
+        return derive_key(self._key(purpose), turn) if turn else self._key(purpose)
+
+    def _order(self, turn: int) -> Integers:
         """The order of windows; the one that holds the batch of most rows comes last, where steps are split."""
         options, count = self.layout.options, len(self.layout.sizes)
         if not options.shuffle:
             return np.arange(count)
         shuffled = count if options.drop_last else count - 1
         order = np.arange(count)
-        order[:shuffled] = permute(order[:shuffled], shuffled, self._key(WINDOWS))
+        order[:shuffled] = permute(order[:shuffled], shuffled, self._turn_key(WINDOWS, turn))
         return order
 
     def _deal(self, total: int) -> tuple[Integers, Integers]:

@@ -108,7 +108,7 @@ def test_every_epoch_has_as_many_batches_within_the_closed_list(
         return
     shapes = layout.shapes
     for epoch in range(6):
-        present = layout.of_epoch(epoch)
+        present = layout.of_epoch(epoch, 1)
         samples, rows = present.samples_of(np.arange(len(layout)), key=epoch)
         assert len(rows) == len(layout) == len(present)
         assert (rows > 0).all()
@@ -124,9 +124,12 @@ def test_a_draw_does_not_depend_on_what_was_drawn_before() -> None:
     first, second = lay_out(lengths, options), lay_out(lengths, options)
     assert isinstance(first, ChunkLayout)
     for epoch in (5, 0, 5, 3, 2, 1):
-        first.of_epoch(epoch)
+        first.of_epoch(epoch, 1)
     numbers = np.arange(len(first))
-    assert first.of_epoch(1).samples_of(numbers, 0)[0].tolist() == second.of_epoch(1).samples_of(numbers, 9)[0].tolist()
+    assert (
+        first.of_epoch(1, 1).samples_of(numbers, 0)[0].tolist()
+        == second.of_epoch(1, 1).samples_of(numbers, 9)[0].tolist()
+    )
 
 
 def test_the_number_of_batches_does_not_depend_on_the_seed() -> None:

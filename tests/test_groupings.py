@@ -38,7 +38,7 @@ def test_sources_stored_shard_by_shard_meet_as_often_as_with_random_groups(budge
     rng = np.random.default_rng(0)
     for seed in range(20):
         layout = lay_out(window=1_600, seed=seed, **budget)
-        met.append(len(set.union(*(pairs_in(layout.of_epoch(epoch).windows) for epoch in range(10)))))
+        met.append(len(set.union(*(pairs_in(layout.of_epoch(epoch, 1).windows) for epoch in range(10)))))
         groups = [np.array_split(rng.permutation(SHARDS), SHARDS // 2) for _ in range(10)]
         expected.append(len(set.union(*(pairs_in(group) for group in groups))))
     assert np.mean(met) >= 0.95 * np.mean(expected)
@@ -64,7 +64,7 @@ def test_every_epoch_has_every_sample_once_in_as_many_batches(
     starts = np.array([0, 90, 200, 230, 500, 640, 700, 900, 1_000])
     first = lay_out_windows(Index(lengths), starts, Options(**options), interleave)
     for epoch in range(4):
-        layout = first.of_epoch(epoch)
+        layout = first.of_epoch(epoch, 1)
         assert len(layout) == len(first)
         course = WindowCourse(WindowEpoch(layout, epoch, replicas), 0, replicas)
         samples = [sample for numbers in course.chunks() for batch in course.lists_of(numbers) for sample in batch]
@@ -76,7 +76,7 @@ def test_the_closed_list_of_shapes_holds_for_every_grouping() -> None:
     layout = lay_out(window=1_600, max_tokens=3_000, widths=16)
     shapes = layout.shapes
     for epoch in range(20):
-        present = layout.of_epoch(epoch)
+        present = layout.of_epoch(epoch, 1)
         sizes = present.sizes_of(*present.samples_of(np.arange(len(layout)), key=epoch))
         for rows, width in set(zip(sizes.rows.tolist(), sizes.widths[:, 0].tolist(), strict=True)):
             assert any(rows <= most and width <= widest for most, widest in shapes)  # type: ignore[operator]
@@ -85,6 +85,6 @@ def test_the_closed_list_of_shapes_holds_for_every_grouping() -> None:
 def test_which_windows_an_epoch_has_does_not_depend_on_those_before() -> None:
     first, second = lay_out(window=1_600, max_tokens=3_000), lay_out(window=1_600, max_tokens=3_000)
     for epoch in (9, 2, 5, 9, 0):
-        first.of_epoch(epoch)
-    assert [first.of_epoch(e).windows for e in (7, 3)] == [second.of_epoch(e).windows for e in (7, 3)]
-    assert len({first.of_epoch(epoch).windows for epoch in range(10)}) > 7
+        first.of_epoch(epoch, 1)
+    assert [first.of_epoch(e, 1).windows for e in (7, 3)] == [second.of_epoch(e, 1).windows for e in (7, 3)]
+    assert len({first.of_epoch(epoch, 1).windows for epoch in range(10)}) > 7

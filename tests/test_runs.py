@@ -131,7 +131,7 @@ def test_in_a_stream_samples_stay_in_the_window_that_is_read_at_once(options: di
     lengths, starts = np.arange(5_000) * 7 % 4 + 1, np.arange(0, 5_001, 100)
     first = lay_out_windows(Index(lengths), starts, Options(window=500, **options))
     for epoch in range(4):
-        layout = first.of_epoch(epoch)
+        layout = first.of_epoch(epoch, 1)
         for number in range(0, len(layout), 3):
             samples, _ = layout.samples_of(np.array([number]), key=7)
             window = np.searchsorted(layout.sizes.cumsum(), number, side="right")

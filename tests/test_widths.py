@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collate.errors import LengthError
+from samplers.plan import plan_epoch
 from samplers.widths import check_widths, optimal_widths, round_up
 
 
@@ -85,3 +86,22 @@ def test_widths_that_make_no_sense_are_refused(widths: Any, error: type[Exceptio
 def test_lengths_that_make_no_sense_have_no_widths(lengths: Any, k: int, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         optimal_widths(lengths, k)
+
+
+def test_lengths_below_zero_in_unsigned_integers_have_no_widths() -> None:
+    # Red: -3, carried to 2**64 - 3, became a width of 1.
+    with pytest.raises(LengthError, match=r"2\*\*63 - 1, got 18446744073709551613 at sample 1"):
+        optimal_widths(np.array([5, 5], np.uint64) - np.array([1, 8], np.uint64), 2)
+
+
+@pytest.mark.parametrize("widths", [2**63, [8, 2**70]])
+def test_a_width_that_no_length_has_is_refused_by_name(widths: Any) -> None:
+    # Red: an OverflowError that named nothing.
+    with pytest.raises(ValueError, match="widths must be at most"):
+        plan_epoch([3, 9], max_tokens=20, overlong="alone", widths=widths)
+
+
+@pytest.mark.parametrize("max_length", [2**63, 2**70])
+def test_a_limit_that_no_length_reaches_is_no_limit(max_length: int) -> None:
+    # Red: an OverflowError that named nothing.
+    assert list(plan_epoch([3, 9], max_tokens=20, max_length=max_length).batches) == [[1, 0]]
