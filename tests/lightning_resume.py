@@ -77,7 +77,7 @@ def main(folder: str, workers: int) -> None:
     edge = ModelCheckpoint(folder, filename="edge")
     _, first = fit(workers, None, edge, max_epochs=2)
     exact["edge"] = first + fit(workers, edge.best_model_path, max_epochs=3)[1] == whole
-    print(json.dumps(exact))
+    sys.stdout.write(json.dumps(exact) + "\n")
 
 
 if __name__ == "__main__":

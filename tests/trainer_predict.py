@@ -37,4 +37,4 @@ def predict(folder: str, **options: Any) -> list[float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"False": predict(sys.argv[1], sort_by=False), "None": predict(sys.argv[1])}))
+    sys.stdout.write(json.dumps({"False": predict(sys.argv[1], sort_by=False), "None": predict(sys.argv[1])}) + "\n")
