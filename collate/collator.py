@@ -127,7 +127,8 @@ class PadCollator:
         """Make a collator that cuts and pads as a sampler has planned, so that batches keep to its budget.
 
         Args:
-            sampler: its `max_length` and `widths` are taken, each None, or as the option of that name.
+            sampler: its `max_length` and `widths` are taken, each None, or as the option of that name. If it has a
+                method `acknowledge_max_length`, that is called: samples will be cut, and no warning is needed.
             padding_value: as in the class.
             **options: all others, as in the class; `shapes` stand for the sampler's `widths`.
 
@@ -160,6 +161,8 @@ class PadCollator:
                     f"{name}={options[name]!r} differs from the sampler's {planned[name]!r}, by which batches are "
                     "planned: leave it out, or give it to the sampler"
                 )
+        if hasattr(sampler, "acknowledge_max_length"):
+            sampler.acknowledge_max_length()
         return collate
 
     def __call__(self, samples: Sequence[object]) -> Any:

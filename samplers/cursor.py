@@ -8,6 +8,7 @@ from hashlib import blake2b
 from typing import Any, Final, TypeAlias
 
 from samplers.budget import check_count
+from samplers.clipping import warn_of_longer
 from samplers.corpus import IndexedLengths, Lengths
 from samplers.course import Course, Epoch
 from samplers.layout import Layout
@@ -118,6 +119,7 @@ class Cursor:
         self._sought: Position | None = None
         self._began: Course | None = None
         self._last: Pass | None = None
+        self._knows_who_cuts = layout.options.max_length is None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -137,6 +139,9 @@ class Cursor:
     def begin(self, loaded: Pass | None) -> Pass:
         """Note that an iterator begins what was loaded, or what comes, and that the next epoch comes after it."""
         begun = Pass(self.coming, self._sought is not None) if loaded is None else loaded
+        if not self._knows_who_cuts:
+            warn_of_longer(self._layout.corpus)
+            self._knows_who_cuts = True
         last = self._last
         if last is not None and last.sought and not begun.sought:
             warn_of_drop(last.course.epoch.epoch, last.taken, last.course.steps)
@@ -144,6 +149,10 @@ class Cursor:
         self._sought = None
         self.epoch = begun.course.epoch.epoch + 1
         return begun
+
+    def acknowledge_max_length(self) -> None:
+        """Log no warning of samples that are planned as cut."""
+        self._knows_who_cuts = True
 
     def set_epoch(self, epoch: int) -> None:
         """Let another epoch come next, unless a seek leads into this one."""

@@ -42,12 +42,15 @@ class LengthBucketBatchSampler(Sampler[list[int]]):
         shuffle: False for batches in the order of length, longest first, the same each epoch.
         seed: of the shuffles, 0 to 2**64 - 1.
         min_length: shorter samples are left out and counted.
-        max_length: longer ones count as this long; the collator's `max_length` cuts them.
+        max_length: longer ones count as this long; the collator's `max_length` cuts them. Make the collator with
+            `PadCollator.for_sampler(sampler)`, and both have the same; otherwise the first iteration logs a warning
+            with the number of longer samples.
         overlong: what happens to a sample that alone exceeds the budget: `"error"`, `"drop"` (left out and counted) or
             `"alone"` (a batch of one, counted).
         drop_last: drop the last, partial step, and the batch that `batch_size` leaves short, instead of splitting the
             rows of that step among the replicas.
-        widths: padded widths, as the collator's: a multiple, or the allowed ones; None pads to the longest row.
+        widths: padded widths, as the collator's: a multiple, or the allowed ones; None pads to the longest row. The
+            collator must have the same, as one of `PadCollator.for_sampler(sampler)` has.
         indices: plan these samples only; None plans all.
         num_replicas: W; None takes the initialised process group's size, or 1.
         rank: of this process; None takes the process group's, or 0. `"all"` gives the batches of all replicas, step by
@@ -136,6 +139,16 @@ class LengthBucketBatchSampler(Sampler[list[int]]):
         return self._cursor.epoch
 
     @property
+    def max_length(self) -> int | None:
+        """The steps that longer samples are planned with, as given; `PadCollator.for_sampler` cuts to them."""
+        return self._layout.options.max_length
+
+    @property
+    def widths(self) -> Widths:
+        """The padded widths that batches are planned with, as given; `PadCollator.for_sampler` pads to them."""
+        return self._layout.options.widths
+
+    @property
     def shapes(self) -> list[Shape]:
         """The closed list of (rows, width) that batches have at most, in any epoch; width is a tuple for K fields.
 
@@ -161,6 +174,13 @@ class LengthBucketBatchSampler(Sampler[list[int]]):
             ValueError: The epoch is negative.
         """
         return BatchPlan(self._layout, check_epoch(epoch), self.num_replicas)
+
+    def acknowledge_max_length(self) -> None:
+        """Say that longer samples are cut to `max_length`, so that no warning is logged.
+
+        `PadCollator.for_sampler` calls it; call it where a function of your own cuts them.
+        """
+        self._cursor.acknowledge_max_length()
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iterator begin this epoch; a position that was sought in another epoch is forgotten.

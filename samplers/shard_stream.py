@@ -10,6 +10,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from samplers.budget import check_count
+from samplers.clipping import check_collator
 from samplers.cursor import (
     Position,
     PositionDict,
@@ -27,6 +28,7 @@ from samplers.shards.dataset import Decoder
 from samplers.shards.files import Shards
 from samplers.shards.index import LengthIndex
 from samplers.shared import WORKERS, Run, SharedCursor
+from samplers.widths import Widths
 from samplers.windows import WindowCourse, WindowEpoch, WindowLayout, lay_out_windows
 
 # As large as the corpus has samples, and told again by the index.
@@ -52,7 +54,9 @@ class ShardStream(IterableDataset[Any]):
     Args:
         shards: as in `ShardDataset`.
         index: of these shards, in their order, or its file; None for the files beside them.
-        collate_fn: from a list of samples to a batch; it runs in the worker.
+        collate_fn: from a list of samples to a batch; it runs in the worker. A `PadCollator` must have the stream's
+            `max_length` and `widths`. Of a function that has no attribute `max_length`, a warning is logged where
+            samples are planned as cut.
         fields: what samples hold beside their key; the others are not read. None for all.
         decode: functions from bytes for fields in other encodings, as in `ShardDataset`.
         interleave: windows that a replica reads side by side, batch by batch in turn. Where shards are remote, give the
@@ -70,8 +74,8 @@ class ShardStream(IterableDataset[Any]):
         FileNotFoundError: There is no index.
         TypeError: An option is unknown or has the wrong type.
         LengthError: A length is negative, above every allowed width, or over the budget with `overlong="error"`.
-        ValueError: An option is out of its range, no budget is given, no batch is left to plan, or the last step has
-            fewer rows than replicas.
+        ValueError: An option is out of its range, no budget is given, no batch is left to plan, the last step has
+            fewer rows than replicas, or `collate_fn` cuts or pads samples otherwise than they are planned.
         RuntimeError: A launcher started several processes, and their process group is not initialised.
     """
 
@@ -96,6 +100,7 @@ class ShardStream(IterableDataset[Any]):
         self.interleave = check_count("interleave", interleave, least=1, hint="1 reads a window after the other")
         self.num_replicas, self.rank = find_replica(num_replicas, rank)
         self.data = ShardsInTurn(shards, index, fields, decode=decode)
+        check_collator(collate_fn, self._layout.corpus, self.options, self.data.index.fields)
         self._cursor = SharedCursor(self.num_replicas)
         # Other epochs are cut elsewhere: what cannot be shared is refused now, and not in one of them.
         self._steps = min(self.plan(epoch).steps for epoch in self._layout.trials)
@@ -126,6 +131,16 @@ class ShardStream(IterableDataset[Any]):
     def epoch(self) -> int:
         """The epoch that the next iteration begins or goes on with."""
         return self._cursor.coming.epoch
+
+    @property
+    def max_length(self) -> int | None:
+        """The steps that longer samples are planned with, as given; the collator's must be the same."""
+        return self.options.max_length
+
+    @property
+    def widths(self) -> Widths:
+        """The padded widths that batches are planned with, as given; the collator's must be the same."""
+        return self.options.widths
 
     @property
     def shapes(self) -> list[Shape]:

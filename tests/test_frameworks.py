@@ -1,6 +1,7 @@
 """The examples of frameworks are programs, and run: on as many processes as each case needs."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -99,6 +100,35 @@ def test_every_epoch_holds_each_sample_once_and_the_loss_falls(name, processes, 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_trainer_that_resumes_amid_an_epoch_holds_each_sample_once(processes, tmp_path):
     check_epochs(epochs_of(run(processes, "huggingface_trainer.py", tmp_path)), 3, processes)
+
+
+def facts_of(program: str, *arguments: object) -> dict:
+    """What one of the programs beside this test prints as JSON, in its last line."""
+    command = [sys.executable, str(ROOT / "tests" / program), *map(str, arguments)]
+    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **settings}, timeout=PATIENCE, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@needs("transformers")
+@needs("accelerate")
+def test_predictions_of_a_trainer_are_in_dataset_order_without_sorting(tmp_path):
+    predictions = facts_of("trainer_predict.py", tmp_path)
+    of_rows = [place * (1 + place * 7 % 5) for place in range(24)]
+    assert predictions["False"] == of_rows
+    # What the page warns of.
+    assert predictions["None"] != of_rows
+    assert sorted(predictions["None"]) == sorted(of_rows)
+
+
+@needs("lightning")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_lightning_resumes_exactly_from_what_was_saved_during_fit(workers, tmp_path):
+    exact = facts_of("lightning_resume.py", tmp_path, workers)
+    assert exact == {"steps": True, "last": True, "edge": True, "epochs": False, "after": False}
 
 
 def test_ddp_goes_on_with_another_number_of_processes(tmp_path):

@@ -148,7 +148,7 @@ def test_batches_are_collated_where_they_are_read(corpus):
 
 
 def test_the_shapes_are_known_before_the_first_batch(corpus):
-    data = stream(corpus, collate_fn=PadCollator(), widths=8)
+    data = stream(corpus, collate_fn=PadCollator(widths=8), widths=8)
     shapes = data.shapes
     for batch in data:
         rows, width = batch["x"].padded.shape

@@ -62,7 +62,7 @@ def train(folder: str, checkpoint: str | None = None, **options: Any) -> None:
     """Train a tiny model of fresh weights, or of a checkpoint."""
     set_seed(0)
     config = BertConfig(vocab_size=3, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-    args = TrainingArguments(folder, learning_rate=3e-3, report_to="none", disable_tqdm=True, use_cpu=True, **options)
+    args = TrainingArguments(folder, learning_rate=1e-2, report_to="none", disable_tqdm=True, use_cpu=True, **options)
     ours = {"data_collator": collate, "compute_loss_func": token_loss, "callbacks": [Announcer()]}
     BucketTrainer(BertForTokenClassification(config), args, **ours).train(resume_from_checkpoint=checkpoint)
 

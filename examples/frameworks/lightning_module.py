@@ -35,6 +35,7 @@ class Module(LightningModule):
     def train_dataloader(self) -> StatefulDataLoader:
         """Made in this hook, when there is a process group; its state goes into the checkpoints by itself."""
         sampler = LengthBucketBatchSampler(DATA.lengths, max_tokens=MAX_TOKENS)
+        sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
         return StatefulDataLoader(DATA, batch_sampler=sampler, collate_fn=COLLATE)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
