@@ -229,6 +229,22 @@ def test_under_autocast_rows_run_as_they_do_alone(kind, dtype):
     assert all(weight.grad.dtype == dtype for weight in rnn.parameters())
 
 
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_under_autocast_to_float16_it_gives_what_the_module_gives(kind):
+    """Red before with an LSTM, where the processor has no float16: oneDNN could not create its primitive."""
+    rnn, batch = kind(3, 4), LengthTrackedBatch.from_sequences([torch.randn(count, 3) for count in (4, 2)])
+    with torch.autocast("cpu", torch.float16):
+        torch.testing.assert_close(apply_rnn(rnn, batch)[0].pack().data, rnn(batch.pack())[0].data)
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_it_runs_on_the_meta_device(kind):
+    """Red before: torch does not say whether autocast is on there."""
+    rnn = kind(3, 4).to("meta")
+    batch = LengthTrackedBatch.from_sequences([torch.randn(count, 3) for count in (4, 0, 2)]).to("meta")
+    assert apply_rnn(rnn, batch)[0].padded.shape == (3, 4, 4)
+
+
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
 def test_a_run_can_be_differentiated_twice(kind, both):
