@@ -522,3 +522,16 @@ def test_a_state_may_be_a_list_as_in_torch():
     rnn, batch = nn.LSTM(3, 4), LengthTrackedBatch.from_sequences([torch.randn(n, 3) for n in (3, 0)])
     hx = [torch.randn(1, 2, 4), torch.randn(1, 2, 4)]
     torch.testing.assert_close(apply_rnn(rnn, batch, hx)[1], apply_rnn(rnn, batch, tuple(hx))[1])
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_empty_rows_stay_connected_to_what_made_inputs_and_states(kind):
+    """Red before: an embedding got no gradient from a batch without a step, for which DDP waits forever."""
+    words, rnn, begin = nn.Embedding(5, 3), kind(3, 4), nn.Parameter(torch.randn(1, 1, 4))
+    batch = LengthTrackedBatch.from_sequences([torch.zeros(0, dtype=torch.int64)] * 2)
+    hx = begin.expand(1, 2, 4)
+    output, _ = apply_rnn(rnn, batch.map(words), (hx, hx) if kind is nn.LSTM else hx)
+    output.padded.sum().backward()
+    for parameter in (*words.parameters(), *rnn.parameters(), begin):
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
