@@ -29,7 +29,7 @@ from collate.agreement import (
 from collate.bits import Int64Array, shares_memory, to_array
 from collate.errors import LengthError
 from collate.graphs import outside_graphs
-from collate.host import check_unwritten, host_lengths, keep_lengths
+from collate.host import check_unwritten, host_lengths, keep_lengths, keep_lengths_that_fit
 from collate.options import Number, Widths, check_padding_value, check_widths, same_nan
 from collate.packing import Layout, flat_places, gather_steps, scatter_steps
 from collate.padding import Mask, Rows, join_rows, padded_width, place_steps, read_rows, real_places
@@ -175,7 +175,10 @@ class LengthTrackedBatch:
         """Make a batch whose parts are known to agree, without reading them again; the parts as in the class."""
         if mask is None:
             mask = real_steps(lengths, padded.shape[1], padded.device)
-        return cls.rebuilt((padded, lengths, mask, permutation), padding_value, first_step)
+        batch = cls._of_parts((padded, lengths, mask, permutation), padding_value, first_step)
+        if not torch.compiler.is_compiling():
+            keep_lengths(batch)
+        return batch
 
     @classmethod
     def rebuilt(cls, parts: Sequence[Any], padding_value: Number | None, first_step: int) -> Self:
@@ -186,15 +189,20 @@ class LengthTrackedBatch:
             padding_value: as in the class.
             first_step: as in the class.
         """
+        batch = cls._of_parts(parts, padding_value, first_step)
+        if not torch.compiler.is_compiling():
+            keep_lengths_that_fit(batch)
+        return batch
+
+    @classmethod
+    def _of_parts(cls, parts: Sequence[Any], padding_value: Number | None, first_step: int) -> Self:
         batch = object.__new__(cls)
         for name, part in zip(("padded", "lengths", "mask", "permutation"), parts, strict=True):
             object.__setattr__(batch, name, part)
         object.__setattr__(batch, "padding_value", padding_value)
         object.__setattr__(batch, "first_step", first_step)
-        if not torch.compiler.is_compiling():
-            keep_lengths(batch)
-            if padding_value is not None:
-                object.__setattr__(batch, "padding_value", same_nan(padding_value))
+        if padding_value is not None and not torch.compiler.is_compiling():
+            object.__setattr__(batch, "padding_value", same_nan(padding_value))
         return batch
 
     def __init_subclass__(cls, **options: Any) -> None:

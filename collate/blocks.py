@@ -42,6 +42,9 @@ def is_faster_in_blocks(rnn: nn.RNNBase, packed: PackedSequence, hx: State | Non
         return False
     if not torch.is_autocast_enabled("cpu"):
         return packed.data.is_floating_point()
+    if isinstance(rnn, nn.LSTM) and torch.get_autocast_dtype("cpu") not in _CAST:
+        # oneDNN's LSTM has no float16 on most processors.
+        return False
     states = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
     weights = (weight for layer in rnn.all_weights for weight in layer)
     dtypes = {tensor.dtype for tensor in (packed.data, *states, *weights)}

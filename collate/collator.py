@@ -107,8 +107,11 @@ class PadCollator:
             raise ValueError(f"on_empty must be 'keep' or 'error', got {on_empty!r}")
         if isinstance(stack, str):
             raise TypeError(f"stack must be a collection of field names, got the string {stack!r}: write ({stack!r},)")
-        if isinstance(sort_by, bool) and sort_by:
-            raise TypeError("sort_by must be a field's name, None or False, got True: None sorts by the first field")
+        if sort_by is not None and sort_by is not False and not isinstance(sort_by, str):
+            raise TypeError(
+                f"sort_by must be a field's name, None or False, got {sort_by!r}: None sorts by the first field, and "
+                'tuples have the names "0", "1" and so on'
+            )
         if shapes is not None and widths is not None:
             raise ValueError("shapes name the padded widths already: leave widths out")
         self.padding_value = padding_value
@@ -252,7 +255,8 @@ class PadCollator:
     def _order(self, rows: Mapping[str, Rows], size: int) -> Int64Array:
         if self.sort_by is False or not rows:
             return np.arange(size)
-        return row_order(rows[self.sort_by or next(iter(rows))].lengths, "longest")
+        by = next(iter(rows)) if self.sort_by is None else self.sort_by
+        return row_order(rows[by].lengths, "longest")
 
     def _shapes_of(self, rows: Mapping[str, Rows], size: int) -> tuple[int, dict[str, int]]:
         # The rows of the batch, and the width of each variable-length field.

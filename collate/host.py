@@ -33,6 +33,22 @@ def keep_lengths(batch: Tracked) -> None:
         vars(batch)[_COPY] = to_array(batch.lengths).copy()
 
 
+def keep_lengths_that_fit(batch: Tracked) -> None:
+    """Copy a batch's lengths if they fit its block; all else, which may be anything, is left for later.
+
+    What does not fit is refused where lengths are used, and not here: a pytree is put together from any leaves.
+    """
+    padded, lengths = batch.padded, batch.lengths
+    if type(lengths) is not Tensor or not isinstance(padded, Tensor) or padded.dim() < 2 or not lengths.is_cpu:
+        return
+    try:
+        check_lengths(lengths, padded.shape[0], padded.shape[1])
+    except (LengthError, TypeError, RuntimeError):
+        # torch does not say what numbers are in a tensor that vmap maps over.
+        return
+    keep_lengths(batch)
+
+
 def host_lengths(batch: Tracked) -> Int64Array:
     """The lengths that a batch was made with: int64 `[B]`, not to be written to.
 

@@ -52,11 +52,16 @@ def check_fit(rnn: nn.RNNBase, packed: PackedSequence, hx: State | None) -> None
         raise RuntimeError(f"the module was made with weights of {weight_shapes(rnn)}, they now are {shapes}")
     states = _states(rnn, packed, hx)
     _check_devices(packed.data, [*states, *weights])
-    if not torch.is_autocast_enabled(packed.data.device.type):
+    if not _is_autocast(packed.data.device.type):
         for name, parts in (("hx", states), ("a weight", weights)):
             for part in parts:
                 if part.dtype != packed.data.dtype:
                     raise ValueError(f"{name} has dtype {part.dtype}, the input has {packed.data.dtype}: convert one")
+
+
+def _is_autocast(device_type: str) -> bool:
+    # Of some devices, such as meta, torch does not let one ask.
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _states(rnn: nn.RNNBase, packed: PackedSequence, hx: State | None) -> Sequence[Tensor]:

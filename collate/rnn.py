@@ -108,8 +108,11 @@ def _run_nothing(rnn: nn.Module, batch: LengthTrackedBatch, hx: State | None) ->
     step = PackedSequence(batch.padded.new_zeros(1, *batch.padded.shape[2:]), torch.tensor([1]))
     with torch.no_grad():
         packed, state = _run(rnn, step, each_part(hx, partial(torch.narrow, dim=1, start=0, length=1)))
-    # Zero, but a zero that has every weight in its graph; no value is read, so that NaN weights do not matter.
-    anchor = sum((weight.flatten()[:0].sum() for weight in rnn.parameters()), torch.zeros((), device=batch.device))
+    # Zero, but a zero that has every weight in its graph, and whatever made inputs and states, such as an embedding; no
+    # value is read, so that NaN weights do not matter.
+    states = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
+    sources = (*rnn.parameters(), batch.padded, *states)
+    anchor = sum((source.flatten()[:0].sum() for source in sources), torch.zeros((), device=batch.device))
 
     def zeros(like: Tensor, *shape: int) -> Tensor:
         return anchor.to(like.dtype).expand(shape).clone()

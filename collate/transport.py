@@ -101,6 +101,8 @@ def reduce(batch: Batch) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     A graph cannot travel, so a block that is a result of other tensors is sent without its history.
     """
     padded = batch.padded if batch.padded.is_leaf else batch.padded.detach()
+    # torch's queues between processes forget what is conjugated or negated lazily.
+    padded = padded.resolve_conj().resolve_neg()
     # A view would ship the whole storage it looks into.
     if padded.untyped_storage().nbytes() != padded.nbytes:
         padded = padded.clone(memory_format=torch.contiguous_format)

@@ -236,6 +236,15 @@ def test_small_blocks_go_through_the_pipe_and_large_ones_through_shared_memory(d
         kept.padded.zero_()
 
 
+@pytest.mark.parametrize("rows", [2, THROUGH_PIPE // 8])
+def test_what_is_conjugated_lazily_comes_through_a_queue(rows):
+    """Red before: torch's queues forget that it is, and so did a batch's."""
+    values = torch.randn(rows, 2, dtype=torch.complex64)
+    for padded in (values.conj(), values.conj().imag):
+        sent = ForkingPickler.loads(ForkingPickler.dumps(LengthTrackedBatch(padded, [2] * rows)))
+        assert torch.equal(sent.padded, padded)
+
+
 def test_a_block_that_requires_gradients_still_does_on_the_other_side():
     leaf = LengthTrackedBatch.from_sequences([torch.ones(3), torch.ones(1)])
     leaf = leaf.with_padded(leaf.padded.requires_grad_())
@@ -645,6 +654,31 @@ def test_a_deep_copy_has_memory_of_its_own_and_keeps_leaves_and_sharing():
     with pytest.raises(RuntimeError, match="deepcopy"):
         # As torch says of a tensor that was computed.
         copy.deepcopy(leaf.map(torch.exp))
+
+
+@pytest.mark.parametrize("use", ["pack", "flat", "sequences", "num_tokens", "position_ids"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda part: part * 2 if part.dtype == torch.int64 else part,
+        lambda part: -part if part.dtype == torch.int64 else part,
+        lambda part: part[:, :2] if part.dim() > 1 else part,
+        lambda part: part.float(),
+    ],
+    ids=["doubled", "negated", "cut in time", "floats"],
+)
+def test_lengths_that_a_pytree_made_unfit_are_refused(change, use):
+    """Red before: steps of other rows were read, without a word."""
+    batch = pytree.tree_map(change, LengthTrackedBatch.from_sequences([torch.arange(1.0, n + 1) for n in (6, 3, 1)]))
+    with pytest.raises((LengthError, TypeError), match="length"):
+        result = getattr(batch, use)
+        result()
+
+
+def test_vmap_maps_over_the_rows_of_a_batch():
+    """Red before: putting the pytree together raised."""
+    batch = LengthTrackedBatch.from_sequences([torch.arange(1.0, n + 1) for n in (3, 1)])
+    assert torch.equal(torch.vmap(lambda row: row.padded.sum())(batch), torch.tensor([6.0, 1.0]))
 
 
 def test_a_pytree_node_takes_any_leaves():

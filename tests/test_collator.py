@@ -323,6 +323,9 @@ SAMPLES = [{"x": [1, 2], "n": 2, "y": [1]}, {"x": [3], "n": 1, "y": [2]}]
         ({"shapes": [5]}, SAMPLES, ValueError, r"shapes must be pairs \(rows, width\), got 5"),
         ({"shapes": [(2, (2, 2, 2))]}, SAMPLES, ValueError, r"has 3 widths, the variable-length fields are .'x', 'y'."),
         ({"sort_by": True}, SAMPLES, TypeError, "sort_by must be a field's name, None or False, got True"),
+        # Red before: 0 sorted by the first field.
+        ({"sort_by": 0}, SAMPLES, TypeError, "sort_by must be a field's name, None or False, got 0"),
+        ({"sort_by": np.False_}, SAMPLES, TypeError, "sort_by must be a field's name, None or False, got np.False_"),
         ({"widths": 1.5}, SAMPLES, TypeError, "widths must be None, an int or a sequence of ints, got 1.5"),
         ({"max_length": 2.0}, SAMPLES, ValueError, "max_length must be an int of at least 1, got 2.0"),
         ({"shapes": [(2, 2)], "widths": 2}, SAMPLES, ValueError, "leave widths out"),

@@ -229,6 +229,22 @@ def test_under_autocast_rows_run_as_they_do_alone(kind, dtype):
     assert all(weight.grad.dtype == dtype for weight in rnn.parameters())
 
 
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_under_autocast_to_float16_it_gives_what_the_module_gives(kind):
+    """Red before with an LSTM, where the processor has no float16: oneDNN could not create its primitive."""
+    rnn, batch = kind(3, 4), LengthTrackedBatch.from_sequences([torch.randn(count, 3) for count in (4, 2)])
+    with torch.autocast("cpu", torch.float16):
+        torch.testing.assert_close(apply_rnn(rnn, batch)[0].pack().data, rnn(batch.pack())[0].data)
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_it_runs_on_the_meta_device(kind):
+    """Red before: torch does not say whether autocast is on there."""
+    rnn = kind(3, 4).to("meta")
+    batch = LengthTrackedBatch.from_sequences([torch.randn(count, 3) for count in (4, 0, 2)]).to("meta")
+    assert apply_rnn(rnn, batch)[0].padded.shape == (3, 4, 4)
+
+
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
 def test_a_run_can_be_differentiated_twice(kind, both):
@@ -506,3 +522,16 @@ def test_a_state_may_be_a_list_as_in_torch():
     rnn, batch = nn.LSTM(3, 4), LengthTrackedBatch.from_sequences([torch.randn(n, 3) for n in (3, 0)])
     hx = [torch.randn(1, 2, 4), torch.randn(1, 2, 4)]
     torch.testing.assert_close(apply_rnn(rnn, batch, hx)[1], apply_rnn(rnn, batch, tuple(hx))[1])
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_empty_rows_stay_connected_to_what_made_inputs_and_states(kind):
+    """Red before: an embedding got no gradient from a batch without a step, for which DDP waits forever."""
+    words, rnn, begin = nn.Embedding(5, 3), kind(3, 4), nn.Parameter(torch.randn(1, 1, 4))
+    batch = LengthTrackedBatch.from_sequences([torch.zeros(0, dtype=torch.int64)] * 2)
+    hx = begin.expand(1, 2, 4)
+    output, _ = apply_rnn(rnn, batch.map(words), (hx, hx) if kind is nn.LSTM else hx)
+    output.padded.sum().backward()
+    for parameter in (*words.parameters(), *rnn.parameters(), begin):
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
