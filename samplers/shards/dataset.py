@@ -20,6 +20,7 @@ from samplers.shards.format import Sample, decode_member, field_of, read_array_h
 from samplers.shards.index import LengthIndex, decode_key
 from samplers.shards.indexfile import REBUILD, SUFFIX
 from samplers.shards.names import expand_shards
+from samplers.shards.skipping import Failed, Handler, is_damage, make_skipping, read_apart
 from samplers.shards.tables import Array, Field, Tables
 
 Decoder: TypeAlias = Callable[[bytes], Any]
@@ -56,6 +57,8 @@ class ShardDataset(Dataset[Sample]):
         *,
         decode: Mapping[str, Decoder] | None = None,
         check: bool = True,
+        handler: Handler | None = None,
+        max_failed: float | None = None,
     ) -> None:
         """Open the index; shards are opened, and held against it, when they are first read.
 
@@ -66,11 +69,14 @@ class ShardDataset(Dataset[Sample]):
             decode: functions from bytes for fields in other encodings than npy, cls, txt and json, which stay bytes
                 without; what they give must have the length in the index.
             check: hold what is read against its crc32, where the index has one.
+            handler: what becomes of a sample of a batch that cannot be read: a function from the error to True to skip
+                it, or False to raise, as `webdataset.warn_and_continue`; None raises.
+            max_failed: the share of samples that may be skipped, 0 to 1; None is a tenth, but no fewer than 99.
 
         Raises:
             FileNotFoundError: There is no index.
-            TypeError: `fields` is a single string.
-            ValueError: The index is damaged or of other shards, or a field is not there.
+            TypeError: `fields` is a single string, `handler` no function, or `max_failed` no number.
+            ValueError: The index is damaged or of other shards, a field is not there, or `max_failed` is no share.
         """
         if isinstance(fields, str):
             raise TypeError(f"fields must be a list of names, got the string {fields!r}")
@@ -80,28 +86,46 @@ class ShardDataset(Dataset[Sample]):
         self._decode = dict(decode or {})
         self._columns = _choose(self._tables.fields, fields, self._decode)
         self._ends = self.index.starts[1:]
+        self._skipping = make_skipping(handler, max_failed, len(self.index))
         self._forget()
+
+    @property
+    def skipped(self) -> dict[str, dict[str, int]]:
+        """Samples that were skipped so far, in all workers: `{shard: {reason: count}}`.
+
+        The reasons are `length`, `missing` (a shard), `unreadable`, `field` (missing) and `damaged`.
+        """
+        return {} if self._skipping is None else self._skipping.counts
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, place: int) -> Sample:
-        """The sample at one place."""
-        return self.__getitems__([operator.index(place)])[0]
+        """The sample at one place; an error is raised, whatever the handler. The errors are those of a batch."""
+        return self._read(self._check_places([operator.index(place)]))[0]
 
     def __getitems__(self, places: Sequence[int]) -> list[Sample]:
         """The samples at these places, read in the order of the files, given in the order asked for.
+
+        With a handler those that it skips are missing.
 
         Raises:
             FileNotFoundError: A shard is absent.
             IndexError: A place is not in the corpus.
             LengthError: The length of a sample is not that in the index; shard, key, field and both numbers are named.
+            RuntimeError: All samples of the batch were skipped, or too many in all; those that failed are listed.
             TypeError: Places are not integers.
             ValueError: A shard has changed since it was indexed, or is damaged.
         """
+        found = self._find(places)
+        return found if self._skipping is None else self._skipping.sift(found)
+
+    def _find(self, places: Sequence[int]) -> list[Any]:
+        """Samples in the order asked for; with a handler, `Failed` in place of those that cannot be read."""
         wanted = self._check_places(places)
         order = np.argsort(wanted, kind="stable")
-        samples = self._read(wanted[order]) if len(wanted) else []
+        read = self._read if self._skipping is None else self._read_whole
+        samples = read(wanted[order]) if len(wanted) else []
         given: list[Any] = [None] * len(samples)
         for place, sample in zip(order.tolist(), samples, strict=True):
             given[place] = sample
@@ -132,6 +156,31 @@ class ShardDataset(Dataset[Sample]):
         if len(odd):
             raise IndexError(f"place {places[odd[0]]} is not among the {total} samples of the corpus")
         return wanted
+
+    def _read_whole(self, rows: Array) -> list[Any]:
+        try:
+            return self._read(rows)
+        except Exception as error:
+            if not is_damage(error):
+                raise
+        shards = np.searchsorted(self._ends, rows, side="right")
+        found = []
+        for shard in np.unique(shards).tolist():
+            try:
+                self._file(shard)
+            except Exception as error:
+                if not is_damage(error):
+                    raise
+                # None of its samples can be read: one attempt tells.
+                found += [self._fail(error, row) for row in rows[shards == shard].tolist()]
+            else:
+                found += read_apart(self._read, rows[shards == shard], self._fail)
+        return found
+
+    def _fail(self, error: Exception, row: int) -> Failed:
+        # A traceback would keep all that was being read in memory.
+        shard = self._tables.shards[int(np.searchsorted(self._ends, row, side="right"))]
+        return Failed(error.with_traceback(None), self.index.keys[row], shard.path)
 
     def _read(self, rows: Array) -> list[Sample]:
         if self._process != os.getpid():
