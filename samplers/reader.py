@@ -12,6 +12,7 @@ from samplers.corpus import Places
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.files import LocalFile, RandomAccess, file_system, naming
 from samplers.shards.format import Sample
+from samplers.shards.skipping import Failed
 from samplers.windows import WindowCourse
 
 
@@ -96,6 +97,14 @@ class ShardsInTurn(ShardDataset):
     def _forget(self) -> None:
         super()._forget()
         self._let_go()
+
+    def _fail(self, error: Exception, row: int) -> Failed:
+        # A window waits for its steps, and tracebacks would keep in memory whatever was being read.
+        each: BaseException | None = error
+        while each is not None:
+            each.__traceback__ = None
+            each = each.__context__
+        return super()._fail(error, row)
 
     def _let_go(self) -> None:
         self._fetched: FetchedFile | None = None

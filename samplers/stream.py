@@ -2,9 +2,9 @@
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
-from typing import Any, Final, Generic, TypeAlias, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from torchdata.nodes import BaseNode, IterableWrapper, SamplerWrapper
 from torchdata.nodes.types import Stateful
@@ -13,10 +13,10 @@ from samplers.bucketer import Bucketer
 from samplers.budget import Budget, Cost
 from samplers.contract import same_items
 from samplers.options import Overlong
-from samplers.shards.skipping import Failed, Handler, MissingFieldError, make_skipping
+from samplers.sample_length import Length, length_of
+from samplers.shards.skipping import Failed, Handler, make_skipping
 
 Sample = TypeVar("Sample")
-Length: TypeAlias = Callable[[Any], int] | str | int
 
 # Of a source's state nothing is known but that it may be large: it is taken once in so many arrivals.
 SNAPSHOT_EVERY: Final = 64
@@ -380,24 +380,6 @@ def _iterable_states(state: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, 
             else:
                 found |= _iterable_states(value, (*path, key))
     return found
-
-
-def length_of(sample: Any, length: Length) -> int:
-    """A sample's steps, by a function or by the field that holds its sequence or its length.
-
-    Raises:
-        MissingFieldError: The sample has no such field: a `KeyError`.
-    """
-    if callable(length):
-        return length(sample)
-    try:
-        value = sample[length]
-    except (KeyError, IndexError):
-        known = list(sample) if isinstance(sample, Mapping) else f"0 to {len(sample) - 1}"
-        raise MissingFieldError(f"length names the field {length!r}, the sample has {known}") from None
-    # Whether a number is one of steps is for the bucketer to say; a 0-d array has a length that raises.
-    value = value.item() if getattr(value, "ndim", None) == 0 else value
-    return len(value) if isinstance(value, Sized) else value
 
 
 def _report(bucketer: Bucketer[Any]) -> None:

@@ -15,28 +15,24 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from collate.errors import LengthError
+from samplers.shards.blocks import Columns, check_block
 from samplers.shards.files import RandomAccess, Shards, open_file
-from samplers.shards.format import Sample, decode_member, field_of, read_array_header
-from samplers.shards.index import LengthIndex, decode_key
+from samplers.shards.format import Sample, decode_member, field_of
+from samplers.shards.index import LengthIndex
 from samplers.shards.indexfile import REBUILD, SUFFIX
 from samplers.shards.names import expand_shards
 from samplers.shards.skipping import Failed, Handler, is_damage, make_skipping, read_apart
-from samplers.shards.tables import Array, Field, Tables
+from samplers.shards.tables import Array, Field
 
 Decoder: TypeAlias = Callable[[bytes], Any]
 
 # Shards that a process keeps open, and the share of all files it may open: the program has others.
 HANDLES: Final = 128
 _SHARE: Final = 8
-# A longer header of an array would be a hoax.
-_LONGEST_HEADER: Final = 1 << 16
-
-
 _OF_A_PROCESS: Final = frozenset(["_tables", "_files", "_checked", "_process"])
 
-# Open shards, and the part of a batch that is read from each; fields to read, by column and column of lengths.
+# Open shards, and the part of a batch that is read from each.
 Files: TypeAlias = list[tuple[RandomAccess, slice]]
-Columns: TypeAlias = list[tuple[int, Field, int]]
 
 
 class ShardDataset(Dataset[Sample]):
@@ -178,9 +174,8 @@ class ShardDataset(Dataset[Sample]):
         return found
 
     def _fail(self, error: Exception, row: int) -> Failed:
-        # A traceback would keep all that was being read in memory.
         shard = self._tables.shards[int(np.searchsorted(self._ends, row, side="right"))]
-        return Failed(error.with_traceback(None), self.index.keys[row], shard.path)
+        return Failed(error, self.index.keys[row], shard.path)
 
     def _read(self, rows: Array) -> list[Sample]:
         if self._process != os.getpid():
@@ -294,7 +289,7 @@ class ShardDataset(Dataset[Sample]):
             for block in np.unique(blocks[part][~self._checked[blocks[part]]]).tolist():
                 first, *members = starts[block].tolist()
                 last = int(starts[block + 1, 0]) if block + 1 < len(starts) else len(self)
-                _check_block(file, self._tables, members, slice(first, last), self._columns)
+                check_block(file, self._tables, members, slice(first, last), self._columns)
                 self._checked[block] = True
 
     def _where(self, row: int, field: Field) -> str:
@@ -336,58 +331,6 @@ def _hold_steps(value: Any, expected: int, where: Callable[[], str]) -> None:
         ) from None
     if steps != expected:
         raise LengthError(f"{where()}: the index says {expected} steps, the shard {steps}: {REBUILD}")
-
-
-def _check_block(file: RandomAccess, tables: Tables, members: list[int], rows: slice, columns: Columns) -> None:
-    """Hold what a block says of itself against the index.
-
-    Args:
-        file: the shard.
-        tables: of the corpus.
-        members: offsets of the block's fields, then of their lengths.
-        rows: the block's samples.
-        columns: the fields that are read.
-
-    Raises:
-        LengthError: The length of a sample differs.
-        ValueError: A dtype, feature shape or place differs.
-    """
-    if max(members) > file.size:
-        raise ValueError(f"{file.path}: the index says that a member is not within the shard: {REBUILD}")
-    for column, field, measure in columns:
-        steps = np.ones(rows.stop - rows.start, np.int64)
-        if field.variable:
-            steps = tables.lengths[rows, measure].astype(np.int64)
-            _hold_lengths(file, members[len(tables.fields) + measure], steps, tables.keys[rows], field)
-        where = f"{file.path}: block of sample {decode_key(tables.keys[rows.start])!r}, field {field.name!r}"
-        header = read_array_header(file.read(members[column], _LONGEST_HEADER), where)
-        starts = members[column] + header.size + (np.cumsum(steps) - steps) * field.row_bytes
-        moved = " at another" if (starts != tables.places[rows, column]).any() else ""
-        expected = (field.dtype, (int(steps.sum()), *field.shape), False)
-        if moved or (header.dtype.str, header.shape, header.fortran) != expected:
-            raise ValueError(
-                f"{where}: holds {header.dtype.str} {list(header.shape)} at offset {members[column]}, the index says "
-                f"{expected[0]} {list(expected[1])}{moved}: {REBUILD}"
-            )
-        # Before room is made for it.
-        end = members[column] + header.size + header.nbytes
-        if end > file.size:
-            raise ValueError(f"{where}: should end at byte {end}, the file has {file.size}: truncated")
-
-
-def _hold_lengths(file: RandomAccess, offset: int, steps: Array, keys: Array, field: Field) -> None:
-    where = f"{file.path}: block of sample {decode_key(keys[0])!r}, field {field.name!r}"
-    content = file.read(offset, _LONGEST_HEADER + steps.nbytes)
-    header = read_array_header(content, where)
-    if header.shape != steps.shape or header.dtype.kind not in "iu" or len(content) < header.size + header.nbytes:
-        raise ValueError(f"{where}: the index says {len(steps)} samples, the block has lengths {header}: {REBUILD}")
-    stored: Array = np.ndarray(header.shape, header.dtype, content, header.size)
-    odd = np.flatnonzero(stored != steps)
-    if len(odd):
-        raise LengthError(
-            f"{file.path}: sample {decode_key(keys[odd[0]])!r}, field {field.name!r}: the index says {steps[odd[0]]} "
-            f"steps, the shard {stored[odd[0]]}: {REBUILD}"
-        )
 
 
 def _open_index(shards: Shards, index: LengthIndex | str | os.PathLike[str] | None) -> LengthIndex:

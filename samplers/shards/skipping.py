@@ -79,13 +79,9 @@ class Skipping:
                 f"handler must be a function from an error to True or False, got {handler!r}: give "
                 "webdataset.warn_and_continue, or None to raise"
             )
+        self._max_failed = _check_share(max_failed)
         self._spared = IN_A_ROW - 1 if max_failed is None else 0
-        max_failed = MAX_FAILED if max_failed is None else max_failed
-        if isinstance(max_failed, bool) or not isinstance(max_failed, (int, float, np.integer, np.floating)):
-            raise TypeError(f"max_failed must be a number, got {max_failed!r}: give a share of samples, 0 to 1")
-        if not 0 <= max_failed <= 1:
-            raise ValueError(f"max_failed must be a share of samples, 0 to 1, got {max_failed}")
-        self._handler, self._max_failed, self._least = handler, float(max_failed), max(1, min(least, LEAST))
+        self._handler, self._least = handler, max(1, min(least, LEAST))
         self._tally = Tally(REASONS)
         self._in_a_row = 0
         # The last failures of this process, in words.
@@ -106,13 +102,14 @@ class Skipping:
             Exception: The handler did not skip an error; it is raised.
             RuntimeError: No sample is left, or too many have failed.
         """
+        self._tally.take(len(found))
         samples = []
         for each in found:
             if isinstance(each, Failed):
-                self.skip(each)
+                self._skip(each)
             else:
-                self.take()
                 samples.append(each)
+                self._in_a_row = 0
         if found and not samples:
             lost = [str(each) for each in found]
             raise RuntimeError(
@@ -133,6 +130,10 @@ class Skipping:
             Exception: It must not be skipped, or the handler did not skip it; it is raised.
             RuntimeError: Too many have failed.
         """
+        self._tally.take(1)
+        self._skip(failed)
+
+    def _skip(self, failed: Failed) -> None:
         if not is_damage(failed.error):
             raise failed.error
         answer = self._handler(failed.error)
@@ -140,7 +141,6 @@ class Skipping:
             raise answer
         if not answer:
             raise failed.error
-        self._tally.take(1)
         self._tally.skip(failed.shard, find_reason(failed.error))
         self._last.append(str(failed))
         self._in_a_row += 1
@@ -180,7 +180,19 @@ class Skipping:
 
 def make_skipping(handler: Handler | None, max_failed: float | None, least: int = LEAST) -> Skipping | None:
     """The rule for a handler; None where errors are raised. The errors are those of `Skipping`."""
+    # A wrong share is an error also while the handler is left out.
+    _check_share(max_failed)
     return None if handler is None else Skipping(handler, max_failed, least)
+
+
+def _check_share(max_failed: float | None) -> float:
+    if max_failed is None:
+        return MAX_FAILED
+    if isinstance(max_failed, bool) or not isinstance(max_failed, (int, float, np.integer, np.floating)):
+        raise TypeError(f"max_failed must be a number, got {max_failed!r}: give a share of samples, 0 to 1")
+    if not 0 <= max_failed <= 1:
+        raise ValueError(f"max_failed must be a share of samples, 0 to 1, got {max_failed}")
+    return float(max_failed)
 
 
 def is_damage(error: Exception) -> bool:
