@@ -272,7 +272,7 @@ def number(text: str) -> int:
 
 def test_a_corrupt_sample_is_found_without_fetching_its_shard_again(tmp_path):
     folder = write(tmp_path, samples(), max_samples=20, block_size=10)
-    place = int(LengthIndex.open(folder / "shard.ltx").lengths.argmax())
+    place = int(LengthIndex.open(folder / "shard.ltx").lengths[:40].argmax())
     shard = folder / f"shard-{place // 20:06}.tar"
     content = bytearray(shard.read_bytes())
     content[LengthIndex.open(folder / "shard.ltx").tables.places[place, 0]] ^= 1
