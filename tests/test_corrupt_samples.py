@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset as wds
-from corpora import LAYOUTS, write
+from corpora import LAYOUTS, assert_same, write
+from faults import cut, flip_bits, splice
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -264,6 +265,26 @@ def test_of_a_small_corpus_any_share_below_a_hundred_samples_is_spared(intact):
         data.__getitems__([153, 154])
 
 
+def test_whatever_a_shard_has_become_the_rest_is_read_as_it_was_written(corpus):
+    shard = shard_of(corpus, 2)
+    content = shard.read_bytes()
+    lost_in_all = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        shard.write_bytes([flip_bits, cut, splice][seed % 3](rng, content))
+        data = ShardDataset(corpus, handler=SKIP, max_failed=1)
+        lost = set(range(COUNT))
+        for first in range(0, COUNT, 60):
+            for read in data.__getitems__(range(first, first + 60)):
+                assert_same(read, sample(int(read["__key__"])))
+                lost.remove(int(read["__key__"]))
+        assert lost <= set(SECOND)
+        assert sum(sum(reasons.values()) for reasons in data.skipped.values()) == len(lost)
+        assert data.skipped.keys() <= {str(shard)}
+        lost_in_all += len(lost)
+    assert lost_in_all > 100
+
+
 # --- what may be skipped
 
 
@@ -391,10 +412,10 @@ def test_a_stateful_loader_resumes_among_corrupt_samples_exactly(corpus, damage,
     whole = list(stream(corpus, handler=None))
     lost, _ = spoil(corpus, damage)
     expected = without(whole, lost)
-    for cut in (1, len(whole) // 2, len(whole) - 1):
+    for steps in (1, len(whole) // 2, len(whole) - 1):
         loaders = [StatefulDataLoader(stream(corpus), batch_size=None, num_workers=workers) for _ in range(2)]
         running = iter(loaders[0])
-        taken = [next(running) for _ in range(cut)]
+        taken = [next(running) for _ in range(steps)]
         loaders[1].load_state_dict(loaders[0].state_dict())
         assert taken + list(loaders[1]) == expected
 
