@@ -104,6 +104,12 @@ class Bucketer(Generic[Sample]):
             return True
         return self.max_bytes is not None and self._held > self.max_bytes
 
+    @property
+    def is_repeated(self) -> bool:
+        """Whether the next sample to come was out before the state was saved: it need only be skipped."""
+        place = self.arrivals - self._oldest
+        return place < len(self._out) and bool(self._out[place])
+
     def push(self, length: int, sample: Sample) -> None:
         """Take in a sample of `length` steps; after an error it has not come.
 

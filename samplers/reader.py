@@ -12,6 +12,7 @@ from samplers.corpus import Places
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.files import LocalFile, RandomAccess, file_system, naming
 from samplers.shards.format import Sample
+from samplers.shards.skipping import Failed
 from samplers.windows import WindowCourse
 
 
@@ -30,7 +31,7 @@ class StepReader:
         self._numbers = steps * course.replicas + rank
         self._visits = course.visits_of(self._numbers)
         self._next = 0
-        self._ready: dict[int, list[Sample]] = {}
+        self._ready: dict[int, list[Any]] = {}
 
     def __len__(self) -> int:
         """Steps that are left."""
@@ -39,14 +40,18 @@ class StepReader:
     def take(self) -> list[Sample]:
         """The next step's samples, those of one field longest first.
 
+        With a handler those that it skips are missing: it is asked when their step is taken.
+
         Raises:
             IndexError: All steps are taken.
+            RuntimeError: All samples of the step were skipped, or too many in all.
         """
         if not len(self):
             raise IndexError("all steps are taken")
         if self._next not in self._ready:
             self._read(self._visits[self._next])
-        samples = self._ready.pop(self._next)
+        samples = self._data.sift(self._ready[self._next])
+        del self._ready[self._next]
         self._next += 1
         return samples
 
@@ -61,11 +66,22 @@ class StepReader:
 class ShardsInTurn(ShardDataset):
     """Samples of a shard at a time: of a local one by place, a remote one is fetched whole, since most are wanted."""
 
-    def read_in_turn(self, places: Places) -> list[Sample]:
+    def sift(self, found: list[Any]) -> list[Sample]:
+        """The samples of a batch without those that could not be read; the errors are those of `__getitems__`.
+
+        Args:
+            found: part of what `read_in_turn` gives.
+        """
+        return found if self._skipping is None else self._skipping.sift(found)
+
+    def read_in_turn(self, places: Places) -> list[Any]:
         """The samples at these places, read shard after shard, given in the order asked for.
 
         Args:
             places: integers `[n]`; the errors are those of `__getitems__`.
+
+        Returns:
+            Samples; with a handler, `Failed` in place of those that could not be read.
         """
         order = np.argsort(places, kind="stable")
         shards = np.searchsorted(self.index.starts, places[order], side="right")
@@ -73,13 +89,34 @@ class ShardsInTurn(ShardDataset):
         given: list[Any] = [None] * len(places)
         for first, last in pairwise(edges):
             part = order[first:last]
-            for place, sample in zip(part.tolist(), self.__getitems__(places[part].tolist()), strict=True):
+            for place, sample in zip(part.tolist(), self._find(places[part].tolist()), strict=True):
                 given[place] = sample
+            self._let_go()
         return given
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._let_go()
+
+    def _fail(self, error: Exception, row: int) -> Failed:
+        # A window waits for its steps, and tracebacks would keep in memory whatever was being read.
+        each: BaseException | None = error
+        while each is not None:
+            each.__traceback__ = None
+            each = each.__context__
+        return super()._fail(error, row)
+
+    def _let_go(self) -> None:
+        self._fetched: FetchedFile | None = None
 
     def _file(self, shard: int) -> RandomAccess:
         file = super()._file(shard)
-        return file if isinstance(file, LocalFile) else FetchedFile(file)
+        if isinstance(file, LocalFile):
+            return file
+        # To find the samples that fail, a shard is read again and again, but fetched once.
+        if self._fetched is None or self._fetched.path != file.path:
+            self._fetched = FetchedFile(file)
+        return self._fetched
 
 
 class FetchedFile:

@@ -27,6 +27,7 @@ from samplers.sampler import find_replica
 from samplers.shards.dataset import Decoder
 from samplers.shards.files import Shards
 from samplers.shards.index import LengthIndex
+from samplers.shards.skipping import Handler
 from samplers.shared import WORKERS, Run, SharedCursor
 from samplers.widths import Widths
 from samplers.windows import WindowCourse, WindowEpoch, WindowLayout, lay_out_windows
@@ -59,6 +60,9 @@ class ShardStream(IterableDataset[Any]):
             samples are planned as cut.
         fields: what samples hold beside their key; the others are not read. None for all.
         decode: functions from bytes for fields in other encodings, as in `ShardDataset`.
+        handler: what becomes of a sample that cannot be read, as in `ShardDataset`: True of the error skips it, so that
+            its batch has a row fewer. `len`, positions and the plan are the same with it and without.
+        max_failed: the share of samples that may be skipped, 0 to 1; None is a tenth, but no fewer than 99.
         interleave: windows that a replica reads side by side, batch by batch in turn. Where shards are remote, give the
             number of workers, so that each fetches windows of its own; local shards need none of it.
         num_replicas: W; None takes the initialised process group's size, or 1.
@@ -87,6 +91,8 @@ class ShardStream(IterableDataset[Any]):
         collate_fn: Callable[[list[Any]], Any],
         fields: Collection[str] | None = None,
         decode: Mapping[str, Decoder] | None = None,
+        handler: Handler | None = None,
+        max_failed: float | None = None,
         interleave: int = 1,
         num_replicas: int | None = None,
         rank: int | None = None,
@@ -99,7 +105,7 @@ class ShardStream(IterableDataset[Any]):
         self.options = Options(**options)
         self.interleave = check_count("interleave", interleave, least=1, hint="1 reads a window after the other")
         self.num_replicas, self.rank = find_replica(num_replicas, rank)
-        self.data = ShardsInTurn(shards, index, fields, decode=decode)
+        self.data = ShardsInTurn(shards, index, fields, decode=decode, handler=handler, max_failed=max_failed)
         check_collator(collate_fn, self._layout.corpus, self.options, self.data.index.fields)
         self._cursor = SharedCursor(self.num_replicas)
         # Other epochs are cut elsewhere: what cannot be shared is refused now, and not in one of them.
@@ -141,6 +147,11 @@ class ShardStream(IterableDataset[Any]):
     def widths(self) -> Widths:
         """The padded widths that batches are planned with, as given; the collator's must be the same."""
         return self.options.widths
+
+    @property
+    def skipped(self) -> dict[str, dict[str, int]]:
+        """Samples that were skipped so far, in all workers: `{shard: {reason: count}}`, as in `ShardDataset`."""
+        return self.data.skipped
 
     @property
     def shapes(self) -> list[Shape]:

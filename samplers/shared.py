@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from samplers.cursor import Position
+from samplers.shards.tally import is_alive
 
 # Workers that a loader may have at most; what they share is 160 kB.
 WORKERS: Final = 1024
@@ -286,22 +287,10 @@ def _is_present(records: list[Record]) -> bool:
 def _same(records: list[Record], token: Token) -> Record | None:
     """The record of this iterator, or of another worker's in its iteration."""
     same = [record for record in records if record.is_begun and record.token == token]
-    if not same and token.seed != _NO_SEED:
-        same = [record for record in records if record.token[:2] == token[:2] and _is_alive(record.process)]
-    return max(same, default=None)
-
-
-def _is_alive(process: int) -> bool:
     # A loader may draw a seed a second time, after torch.manual_seed; the workers before are gone then.
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    if not same and token.seed != _NO_SEED:
+        same = [record for record in records if record.token[:2] == token[:2] and is_alive(record.process)]
+    return max(same, default=None)
 
 
 # For processes that are started, and queues between them: there a tensor in shared memory is sent as a handle.

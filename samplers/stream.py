@@ -2,9 +2,9 @@
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
-from typing import Any, Final, Generic, TypeAlias, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from torchdata.nodes import BaseNode, IterableWrapper, SamplerWrapper
 from torchdata.nodes.types import Stateful
@@ -13,9 +13,10 @@ from samplers.bucketer import Bucketer
 from samplers.budget import Budget, Cost
 from samplers.contract import same_items
 from samplers.options import Overlong
+from samplers.sample_length import Length, length_of
+from samplers.shards.skipping import Failed, Handler, make_skipping
 
 Sample = TypeVar("Sample")
-Length: TypeAlias = Callable[[Any], int] | str | int
 
 # Of a source's state nothing is known but that it may be large: it is taken once in so many arrivals.
 SNAPSHOT_EVERY: Final = 64
@@ -39,6 +40,8 @@ def bucket_by_length(
     max_wait: int | None = None,
     max_bytes: int | None = None,
     overlong: Overlong = "error",
+    handler: Handler | None = None,
+    max_failed: float | None = None,
 ) -> "BucketStage[Any]":
     """Make a stage that turns a stream of samples into batches alike in length.
 
@@ -56,12 +59,16 @@ def bucket_by_length(
             mappings, lists, tuples, sets and dataclasses hold. None counts nothing.
         overlong: what becomes of a sample that alone exceeds the budget: `"error"`, `"drop"` or `"alone"` (a batch of
             one); how many is logged when the stream ends.
+        handler: what becomes of a sample without a length, or over the budget with `overlong="error"`: a function from
+            the error to True to skip it, or False to raise, as `webdataset.warn_and_continue`; None raises. Errors of
+            the source are raised in any case: the stages before take handlers of their own.
+        max_failed: the share of samples that may be skipped, 0 to 1; None is a tenth, but no fewer than 99.
 
     Returns:
         For `wds.DataPipeline` and `.compose`: called with an iterable of samples it gives an iterator of lists, each
-        shortest first. It can be pickled, and keeps nothing between runs. Every sample comes out once, the rest of the
-        buffer at the end; `with_epoch` of the same pipeline counts batches and cuts that off, wherever it is called; of
-        a pipeline that comes before it, it counts samples.
+        shortest first. It can be pickled, and keeps nothing between runs but `skipped`. Every sample comes out once,
+        the rest of the buffer at the end; `with_epoch` of the same pipeline counts batches and cuts that off, wherever
+        it is called; of a pipeline that comes before it, it counts samples.
 
     Raises:
         TypeError: An option has the wrong type.
@@ -73,9 +80,8 @@ def bucket_by_length(
         [['a', 'cc'], ['bbb', 'ddd'], ['e']]
     """
     budget = Budget(max_tokens=max_tokens, batch_size=batch_size, cost=cost)
-    return BucketStage(
-        length, budget, buffer_size=buffer_size, max_wait=max_wait, max_bytes=max_bytes, overlong=overlong
-    )
+    options = {"buffer_size": buffer_size, "max_wait": max_wait, "max_bytes": max_bytes, "overlong": overlong}
+    return BucketStage(length, budget, handler=handler, max_failed=max_failed, **options)
 
 
 class BucketStage(Generic[Sample]):
@@ -84,6 +90,8 @@ class BucketStage(Generic[Sample]):
     Args:
         length: a sample's steps, as there.
         budget: what a batch may cost.
+        handler: what becomes of a sample without a length.
+        max_failed: the share of samples that may be skipped.
         options: those of `Bucketer`.
 
     Raises:
@@ -91,10 +99,19 @@ class BucketStage(Generic[Sample]):
         ValueError: An option is out of its range.
     """
 
-    def __init__(self, length: Length, budget: Budget, **options: Any) -> None:
+    def __init__(
+        self,
+        length: Length,
+        budget: Budget,
+        *,
+        handler: Handler | None = None,
+        max_failed: float | None = None,
+        **options: Any,
+    ) -> None:
         if isinstance(length, bool) or not (callable(length) or isinstance(length, (str, int))):
             raise TypeError(f"length must be a function or the name or number of a field, got {length!r}")
         self.length, self.budget, self.options = length, budget, options
+        self._skipping = make_skipping(handler, max_failed)
         # A wrong option is an error here, not in a worker.
         self.new_bucketer()
 
@@ -109,18 +126,64 @@ class BucketStage(Generic[Sample]):
             TypeError: A length is not an int.
             ValueError: A length is negative.
             LengthError: A sample alone exceeds the budget, and `overlong` is `"error"`.
+            RuntimeError: Too many samples were skipped; they are listed.
         """
         bucketer = self.new_bucketer()
         try:
-            yield from bucketer.batches_of((length_of(sample, self.length), sample) for sample in source)
+            if self._skipping is None:
+                yield from bucketer.batches_of((length_of(sample, self.length), sample) for sample in source)
+            else:
+                yield from self._sift(bucketer, source)
         finally:
             _report(bucketer)
             if len(bucketer):
                 _logger.info("the stream was closed with %d samples in the buffer, which no batch held", len(bucketer))
 
+    @property
+    def skipped(self) -> dict[str, dict[str, int]]:
+        """Samples that were skipped so far, in all workers: `{shard: {reason: count}}`, as in `ShardDataset`.
+
+        The shard is a sample's `__url__`, or "".
+        """
+        return {} if self._skipping is None else self._skipping.counts
+
     def new_bucketer(self) -> Bucketer[Sample]:
         """An empty buffer with these options."""
         return Bucketer(self.budget, **self.options)
+
+    def push(self, bucketer: Bucketer[Sample], sample: Sample) -> None:
+        """Put a sample into a buffer, or skip it; it has come in any case. The errors are those of a stream."""
+        try:
+            bucketer.push(length_of(sample, self.length), sample)
+        except Exception as error:
+            # The source has gone on; whoever goes on after the error must count with it.
+            bucketer.skip()
+            if self._skipping is None:
+                raise
+            about = sample if isinstance(sample, Mapping) else {}
+            self._skipping.skip(Failed(error, str(about.get("__key__", "")), str(about.get("__url__", ""))))
+        else:
+            if self._skipping is not None:
+                self._skipping.take()
+
+    def end(self, bucketer: Bucketer[Sample]) -> None:
+        """Tell a buffer that its source has ended.
+
+        Raises:
+            RuntimeError: Too many samples were skipped; they are listed.
+        """
+        bucketer.end()
+        if self._skipping is not None:
+            self._skipping.finish()
+
+    def _sift(self, bucketer: Bucketer[Sample], source: Iterable[Sample]) -> Iterator[list[Sample]]:
+        for sample in source:
+            self.push(bucketer, sample)
+            while bucketer.is_due:
+                yield bucketer.pop()
+        self.end(bucketer)
+        while len(bucketer):
+            yield bucketer.pop()
 
 
 class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
@@ -136,7 +199,7 @@ class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
         source: a node of samples.
         length: as in `bucket_by_length`, and all options as there.
         options: `max_tokens`, `batch_size`, `cost`, `buffer_size`, `max_wait`, `max_bytes`,
-            `overlong`.
+            `overlong`, `handler`, `max_failed`.
 
     Raises:
         TypeError: An option is unknown or has the wrong type.
@@ -157,6 +220,11 @@ class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
     def dropped(self) -> int:
         """Over-long samples that this epoch has left out so far."""
         return self._bucketer.dropped
+
+    @property
+    def skipped(self) -> dict[str, dict[str, int]]:
+        """Samples that were skipped so far, in all epochs: `{shard: {reason: count}}`."""
+        return self._stage.skipped
 
     @property
     def alone(self) -> int:
@@ -210,6 +278,7 @@ class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
             TypeError: A length is not an int.
             ValueError: A length is negative.
             LengthError: A sample alone exceeds the budget, and `overlong` is `"error"`.
+            RuntimeError: Too many samples were skipped; they are listed.
         """
         while not self._bucketer.ended and not self._bucketer.is_due:
             self._take_one()
@@ -230,15 +299,13 @@ class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
         try:
             sample = next(self.source)
         except StopIteration:
-            self._bucketer.end()
             _report(self._bucketer)
+            self._stage.end(self._bucketer)
             return
-        try:
-            self._bucketer.push(length_of(sample, self._stage.length), sample)
-        except Exception:
-            # The source has gone on; whoever goes on after the error must count with it.
+        if self._bucketer.is_repeated:
             self._bucketer.skip()
-            raise
+        else:
+            self._stage.push(self._bucketer, sample)
 
     def _pass_over(self, count: int) -> None:
         for passed in range(count):
@@ -313,24 +380,6 @@ def _iterable_states(state: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, 
             else:
                 found |= _iterable_states(value, (*path, key))
     return found
-
-
-def length_of(sample: Any, length: Length) -> int:
-    """A sample's steps, by a function or by the field that holds its sequence or its length.
-
-    Raises:
-        KeyError: The sample has no such field.
-    """
-    if callable(length):
-        return length(sample)
-    try:
-        value = sample[length]
-    except (KeyError, IndexError):
-        known = list(sample) if isinstance(sample, Mapping) else f"0 to {len(sample) - 1}"
-        raise KeyError(f"length names the field {length!r}, the sample has {known}") from None
-    # Whether a number is one of steps is for the bucketer to say; a 0-d array has a length that raises.
-    value = value.item() if getattr(value, "ndim", None) == 0 else value
-    return len(value) if isinstance(value, Sized) else value
 
 
 def _report(bucketer: Bucketer[Any]) -> None:

@@ -15,27 +15,24 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from collate.errors import LengthError
+from samplers.shards.blocks import Columns, check_block
 from samplers.shards.files import RandomAccess, Shards, open_file
-from samplers.shards.format import Sample, decode_member, field_of, read_array_header
-from samplers.shards.index import LengthIndex, decode_key
+from samplers.shards.format import Sample, decode_member, field_of
+from samplers.shards.index import LengthIndex
 from samplers.shards.indexfile import REBUILD, SUFFIX
 from samplers.shards.names import expand_shards
-from samplers.shards.tables import Array, Field, Tables
+from samplers.shards.skipping import Failed, Handler, is_damage, make_skipping, read_apart
+from samplers.shards.tables import Array, Field
 
 Decoder: TypeAlias = Callable[[bytes], Any]
 
 # Shards that a process keeps open, and the share of all files it may open: the program has others.
 HANDLES: Final = 128
 _SHARE: Final = 8
-# A longer header of an array would be a hoax.
-_LONGEST_HEADER: Final = 1 << 16
-
-
 _OF_A_PROCESS: Final = frozenset(["_tables", "_files", "_checked", "_process"])
 
-# Open shards, and the part of a batch that is read from each; fields to read, by column and column of lengths.
+# Open shards, and the part of a batch that is read from each.
 Files: TypeAlias = list[tuple[RandomAccess, slice]]
-Columns: TypeAlias = list[tuple[int, Field, int]]
 
 
 class ShardDataset(Dataset[Sample]):
@@ -56,6 +53,8 @@ class ShardDataset(Dataset[Sample]):
         *,
         decode: Mapping[str, Decoder] | None = None,
         check: bool = True,
+        handler: Handler | None = None,
+        max_failed: float | None = None,
     ) -> None:
         """Open the index; shards are opened, and held against it, when they are first read.
 
@@ -66,11 +65,14 @@ class ShardDataset(Dataset[Sample]):
             decode: functions from bytes for fields in other encodings than npy, cls, txt and json, which stay bytes
                 without; what they give must have the length in the index.
             check: hold what is read against its crc32, where the index has one.
+            handler: what becomes of a sample of a batch that cannot be read: a function from the error to True to skip
+                it, or False to raise, as `webdataset.warn_and_continue`; None raises.
+            max_failed: the share of samples that may be skipped, 0 to 1; None is a tenth, but no fewer than 99.
 
         Raises:
             FileNotFoundError: There is no index.
-            TypeError: `fields` is a single string.
-            ValueError: The index is damaged or of other shards, or a field is not there.
+            TypeError: `fields` is a single string, `handler` no function, or `max_failed` no number.
+            ValueError: The index is damaged or of other shards, a field is not there, or `max_failed` is no share.
         """
         if isinstance(fields, str):
             raise TypeError(f"fields must be a list of names, got the string {fields!r}")
@@ -80,28 +82,46 @@ class ShardDataset(Dataset[Sample]):
         self._decode = dict(decode or {})
         self._columns = _choose(self._tables.fields, fields, self._decode)
         self._ends = self.index.starts[1:]
+        self._skipping = make_skipping(handler, max_failed, len(self.index))
         self._forget()
+
+    @property
+    def skipped(self) -> dict[str, dict[str, int]]:
+        """Samples that were skipped so far, in all workers: `{shard: {reason: count}}`.
+
+        The reasons are `length`, `missing` (a shard), `unreadable`, `field` (missing) and `damaged`.
+        """
+        return {} if self._skipping is None else self._skipping.counts
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, place: int) -> Sample:
-        """The sample at one place."""
-        return self.__getitems__([operator.index(place)])[0]
+        """The sample at one place; an error is raised, whatever the handler. The errors are those of a batch."""
+        return self._read(self._check_places([operator.index(place)]))[0]
 
     def __getitems__(self, places: Sequence[int]) -> list[Sample]:
         """The samples at these places, read in the order of the files, given in the order asked for.
+
+        With a handler those that it skips are missing.
 
         Raises:
             FileNotFoundError: A shard is absent.
             IndexError: A place is not in the corpus.
             LengthError: The length of a sample is not that in the index; shard, key, field and both numbers are named.
+            RuntimeError: All samples of the batch were skipped, or too many in all; those that failed are listed.
             TypeError: Places are not integers.
             ValueError: A shard has changed since it was indexed, or is damaged.
         """
+        found = self._find(places)
+        return found if self._skipping is None else self._skipping.sift(found)
+
+    def _find(self, places: Sequence[int]) -> list[Any]:
+        """Samples in the order asked for; with a handler, `Failed` in place of those that cannot be read."""
         wanted = self._check_places(places)
         order = np.argsort(wanted, kind="stable")
-        samples = self._read(wanted[order]) if len(wanted) else []
+        read = self._read if self._skipping is None else self._read_whole
+        samples = read(wanted[order]) if len(wanted) else []
         given: list[Any] = [None] * len(samples)
         for place, sample in zip(order.tolist(), samples, strict=True):
             given[place] = sample
@@ -132,6 +152,30 @@ class ShardDataset(Dataset[Sample]):
         if len(odd):
             raise IndexError(f"place {places[odd[0]]} is not among the {total} samples of the corpus")
         return wanted
+
+    def _read_whole(self, rows: Array) -> list[Any]:
+        try:
+            return self._read(rows)
+        except Exception as error:
+            if not is_damage(error):
+                raise
+        shards = np.searchsorted(self._ends, rows, side="right")
+        found = []
+        for shard in np.unique(shards).tolist():
+            try:
+                self._file(shard)
+            except Exception as error:
+                if not is_damage(error):
+                    raise
+                # None of its samples can be read: one attempt tells.
+                found += [self._fail(error, row) for row in rows[shards == shard].tolist()]
+            else:
+                found += read_apart(self._read, rows[shards == shard], self._fail)
+        return found
+
+    def _fail(self, error: Exception, row: int) -> Failed:
+        shard = self._tables.shards[int(np.searchsorted(self._ends, row, side="right"))]
+        return Failed(error, self.index.keys[row], shard.path)
 
     def _read(self, rows: Array) -> list[Sample]:
         if self._process != os.getpid():
@@ -245,7 +289,7 @@ class ShardDataset(Dataset[Sample]):
             for block in np.unique(blocks[part][~self._checked[blocks[part]]]).tolist():
                 first, *members = starts[block].tolist()
                 last = int(starts[block + 1, 0]) if block + 1 < len(starts) else len(self)
-                _check_block(file, self._tables, members, slice(first, last), self._columns)
+                check_block(file, self._tables, members, slice(first, last), self._columns)
                 self._checked[block] = True
 
     def _where(self, row: int, field: Field) -> str:
@@ -287,58 +331,6 @@ def _hold_steps(value: Any, expected: int, where: Callable[[], str]) -> None:
         ) from None
     if steps != expected:
         raise LengthError(f"{where()}: the index says {expected} steps, the shard {steps}: {REBUILD}")
-
-
-def _check_block(file: RandomAccess, tables: Tables, members: list[int], rows: slice, columns: Columns) -> None:
-    """Hold what a block says of itself against the index.
-
-    Args:
-        file: the shard.
-        tables: of the corpus.
-        members: offsets of the block's fields, then of their lengths.
-        rows: the block's samples.
-        columns: the fields that are read.
-
-    Raises:
-        LengthError: The length of a sample differs.
-        ValueError: A dtype, feature shape or place differs.
-    """
-    if max(members) > file.size:
-        raise ValueError(f"{file.path}: the index says that a member is not within the shard: {REBUILD}")
-    for column, field, measure in columns:
-        steps = np.ones(rows.stop - rows.start, np.int64)
-        if field.variable:
-            steps = tables.lengths[rows, measure].astype(np.int64)
-            _hold_lengths(file, members[len(tables.fields) + measure], steps, tables.keys[rows], field)
-        where = f"{file.path}: block of sample {decode_key(tables.keys[rows.start])!r}, field {field.name!r}"
-        header = read_array_header(file.read(members[column], _LONGEST_HEADER), where)
-        starts = members[column] + header.size + (np.cumsum(steps) - steps) * field.row_bytes
-        moved = " at another" if (starts != tables.places[rows, column]).any() else ""
-        expected = (field.dtype, (int(steps.sum()), *field.shape), False)
-        if moved or (header.dtype.str, header.shape, header.fortran) != expected:
-            raise ValueError(
-                f"{where}: holds {header.dtype.str} {list(header.shape)} at offset {members[column]}, the index says "
-                f"{expected[0]} {list(expected[1])}{moved}: {REBUILD}"
-            )
-        # Before room is made for it.
-        end = members[column] + header.size + header.nbytes
-        if end > file.size:
-            raise ValueError(f"{where}: should end at byte {end}, the file has {file.size}: truncated")
-
-
-def _hold_lengths(file: RandomAccess, offset: int, steps: Array, keys: Array, field: Field) -> None:
-    where = f"{file.path}: block of sample {decode_key(keys[0])!r}, field {field.name!r}"
-    content = file.read(offset, _LONGEST_HEADER + steps.nbytes)
-    header = read_array_header(content, where)
-    if header.shape != steps.shape or header.dtype.kind not in "iu" or len(content) < header.size + header.nbytes:
-        raise ValueError(f"{where}: the index says {len(steps)} samples, the block has lengths {header}: {REBUILD}")
-    stored: Array = np.ndarray(header.shape, header.dtype, content, header.size)
-    odd = np.flatnonzero(stored != steps)
-    if len(odd):
-        raise LengthError(
-            f"{file.path}: sample {decode_key(keys[odd[0]])!r}, field {field.name!r}: the index says {steps[odd[0]]} "
-            f"steps, the shard {stored[odd[0]]}: {REBUILD}"
-        )
 
 
 def _open_index(shards: Shards, index: LengthIndex | str | os.PathLike[str] | None) -> LengthIndex:
