@@ -671,8 +671,7 @@ def test_lengths_that_a_pytree_made_unfit_are_refused(change, use):
     """Red before: steps of other rows were read, without a word."""
     batch = pytree.tree_map(change, LengthTrackedBatch.from_sequences([torch.arange(1.0, n + 1) for n in (6, 3, 1)]))
     with pytest.raises((LengthError, TypeError), match="length"):
-        result = getattr(batch, use)
-        result()
+        getattr(batch, use)()
 
 
 def test_vmap_maps_over_the_rows_of_a_batch():

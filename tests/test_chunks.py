@@ -68,7 +68,7 @@ def meeting(first: Batches, second: Batches) -> float:
 def test_default_pads_hardly_more_than_chunks_that_mix_as_much(name: str, samples: int, rows: int, kind: str) -> None:
     lengths = corpus(name, samples)
     options = {kind: rows if kind == "batch_size" else int(rows * lengths.mean())}
-    epochs = 60 if samples < 1_000 else 12
+    epochs = 120 if samples < 1_000 else 12
     plans = [list(plan_epoch(lengths, epoch=epoch, **options).batches) for epoch in range(epochs + 5)]  # type: ignore[arg-type]
     ours = np.mean([padding(lengths, batches) for batches in plans])
     shares = [np.mean([meeting(plans[e], plans[e + lag]) for e in range(epochs)]) for lag in (1, 2, 5)]

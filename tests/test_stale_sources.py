@@ -72,15 +72,16 @@ def test_a_state_of_any_epoch_gives_the_rest_or_an_error(wrap: str, before: list
     def new() -> LengthBucketNode[int]:
         return make(wrap=WRAPS[wrap], buffer_size=buffer)
 
-    node = new()
+    node, stops = new(), []
     for taken in before:
         node.reset()
         for _ in zip(range(taken), node, strict=False):
             pass
+        stops.append(node.source.state_dict())
     node.reset()
     for _ in zip(range(cut), node, strict=False):
         pass
-    state = node.state_dict()
+    state, here = node.state_dict(), node.source.state_dict()
     rest = list(node)
     restored = new()
     if cut == 0 and any(before):
@@ -92,8 +93,10 @@ def test_a_state_of_any_epoch_gives_the_rest_or_an_error(wrap: str, before: list
     try:
         restored.reset(state)
     except ValueError as error:
-        # An Unbatcher remembers the state before its present batch.
-        if wrap == "batched and unbatched" and "had not begun" in str(error):
+        # An Unbatcher remembers the state before its present batch. And where an epoch stopped after as many samples as
+        # this one has taken, its state cannot be told from this one's: one batch on, it can.
+        ambiguous = wrap == "batched and unbatched" or here in stops
+        if ambiguous and "had not begun" in str(error):
             return
         raise
     assert list(restored) == rest
