@@ -483,6 +483,7 @@ class LengthTrackedBatch:
     @property
     def key_padding_mask(self) -> Tensor:
         """Mask bool `[B, T]`, True = padding, as `nn.MultiheadAttention` wants; an empty row's first step is open."""
+        check_unwritten(self)
         hidden = ~self.mask
         # A row that may attend to nothing gives NaN.
         hidden[:, 0] = False

@@ -17,6 +17,7 @@ from collate.errors import LengthError
 from collate.findings import LIKELY, Finding, StepReport
 from collate.probes import BatchProbes, Probes
 from collate.rerun import RAISED, Runner, Step, undisturbed
+from collate.structure import fresh
 from collate.variants import BatchVariants, check_fields
 
 
@@ -88,7 +89,7 @@ def _report_of_batch(runner: Runner, variants: BatchVariants, tolerance: float) 
 
 def _report_of_samples(inner: Runner, samples: Sequence[Any], collate: Collate, tolerance: float) -> StepReport:
     generator = torch.Generator().manual_seed(inner.seed)
-    variants = SampleVariants(samples, collate, generator)
+    variants = SampleVariants(samples, lambda chosen: collate(fresh(chosen)), generator)
     if variants.rows < 2 or (variants.lengths and all(len(set(each)) < 2 for each in variants.lengths.values())):
         raise LengthError(
             f"samples must be two or more of different lengths, got {variants.rows} with the lengths {variants.lengths}"
@@ -106,7 +107,7 @@ def _report_of_samples(inner: Runner, samples: Sequence[Any], collate: Collate, 
     else:
         tried = [probes.dead_step(), probes.order(), probes.company()]
         found = _explained([finding for finding in tried if finding], variants)
-    batch = BatchVariants(collate(variants.whole), generator)
+    batch = BatchVariants(variants.collate(variants.whole), generator)
     if not batch.fields or not batch.has_padding:
         return StepReport(_loss(runner), tuple(found), tuple(probes.skipped))
     report = _report_of_batch(inner, batch, tolerance)

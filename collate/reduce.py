@@ -11,7 +11,7 @@ from torch import Tensor
 from collate.agreement import aligned
 from collate.batch import LengthTrackedBatch
 from collate.errors import LengthError
-from collate.host import check_tracked, host_lengths
+from collate.host import check_tracked, check_unwritten, host_lengths
 from collate.packing import flat_places, gather_steps, scatter_steps
 
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -69,9 +69,11 @@ def masked_mean(batch: LengthTrackedBatch) -> Tensor:
     """Each row's mean over its real steps: `[B, *F]`, in batch order; 0 for an empty row.
 
     Raises:
+        LengthError: Lengths were written to, which the mask does not follow.
         TypeError: The values are not floating-point, or it is given a tensor.
     """
     check_tracked("masked_mean", batch)
+    check_unwritten(batch)
     if not batch.padded.is_floating_point() and not batch.padded.is_complex():
         raise TypeError(f"masked_mean needs floating-point values, got {batch.padded.dtype}: convert with .to(dtype)")
     # In half precision a sum overflows beyond 65,504, and so does a count.
@@ -85,9 +87,11 @@ def last_step(batch: LengthTrackedBatch) -> Tensor:
     """Each row's value at its last real step: `[B, *F]`, in batch order; 0 for an empty row.
 
     Raises:
+        LengthError: Lengths were written to, which the mask does not follow.
         TypeError: It is given a tensor.
     """
     check_tracked("last_step", batch)
+    check_unwritten(batch)
     last = (batch.mask.sum(1) - 1).clamp(min=0)
     values = batch.padded[torch.arange(len(batch), device=batch.device), last]
     return torch.where(aligned(batch.mask[:, 0], values), values, 0)

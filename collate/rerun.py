@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from collate.errors import LengthError
-from collate.structure import map_parts
+from collate.structure import fresh
 from collate.tracing import Buffers, WithoutDropout, gradients_of, leaves_of
 
 Step: TypeAlias = Callable[[Any], Tensor | Mapping[str, Tensor]]
@@ -121,7 +121,7 @@ class Runner:
         """
         self.buffers.give_back()
         _seed(self.seed if seed is None else seed)
-        terms = _terms(self.step(_fresh(batch)))
+        terms = _terms(self.step(fresh(batch)))
         self.names = self.names or list(terms)
         if list(terms) != self.names:
             raise LengthError(f"a step must always give the same terms, got {list(terms)} instead of {self.names}")
@@ -183,11 +183,6 @@ def undisturbed(module: nn.Module | None) -> Iterator[Buffers]:
             buffers.give_back()
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002
-
-
-def _fresh(batch: Any) -> Any:
-    """The batch in containers of its own: steps pop their labels, and collate functions sort their samples in place."""
-    return map_parts(batch, _fresh)
 
 
 def _seed(seed: int) -> None:

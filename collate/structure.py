@@ -66,6 +66,11 @@ def map_parts(batch: Any, change: Callable[[Any], Any]) -> Any:
     return batch
 
 
+def fresh(batch: Any) -> Any:
+    """The batch in containers of its own: steps pop their labels, and collate functions sort their samples in place."""
+    return map_parts(batch, fresh)
+
+
 def _keys(sample: object) -> dict[object, str] | None:
     """What to look fields up by, and what they are called; None where a sample is a field itself."""
     if isinstance(sample, Mapping):

@@ -554,6 +554,9 @@ USES = {
     "pack": LengthTrackedBatch.pack,
     "unpack": lambda batch: batch.unpack(BATCHES["made"]().pack()),
     "flat": LengthTrackedBatch.flat,
+    "masked_mean": masked_mean,
+    "last_step": last_step,
+    "key_padding_mask": lambda batch: batch.key_padding_mask,
     "sequences": LengthTrackedBatch.sequences,
     "num_tokens": lambda batch: batch.num_tokens,
     "padding_fraction": lambda batch: batch.padding_fraction,
@@ -671,7 +674,7 @@ def test_lengths_that_a_pytree_made_unfit_are_refused(change, use):
     """Red before: steps of other rows were read, without a word."""
     batch = pytree.tree_map(change, LengthTrackedBatch.from_sequences([torch.arange(1.0, n + 1) for n in (6, 3, 1)]))
     with pytest.raises((LengthError, TypeError), match="length"):
-        getattr(batch, use)()
+        USES[use](batch)
 
 
 def test_vmap_maps_over_the_rows_of_a_batch():

@@ -330,3 +330,19 @@ def test_texts_are_checked_as_far_as_they_can_be():
     assert texts == ["tapir", "ox", "lemur", "elephant"]
     wrong = check_step(lambda b: model.gru(b["x"])[0].mean(1).square().sum(), samples=texts, collate=spelled)
     assert "company" in {finding.probe for finding in wrong.findings}
+
+
+def test_a_collate_function_may_take_its_samples_apart():
+    """Red before: it was given the samples that an earlier call had taken apart, and a list that one had sorted."""
+
+    def apart(samples):
+        samples.sort(key=lambda sample: -len(sample["x"]))
+        labels = torch.tensor([sample.pop("label") for sample in samples])
+        x = pad_sequence([sample.pop("x") for sample in samples], batch_first=True)
+        return {"x": x, "lengths": (x != 0).any(-1).sum(1), "label": labels}
+
+    model, samples = Tagger(), samples_of()
+    assert check_step(model.label, samples=samples, collate=apart).ok
+    broken = check_step(model.label, samples=samples, collate=lambda s: apart(s) | {"label": torch.arange(len(s))})
+    assert "company" in {finding.probe for finding in broken.findings}
+    assert [len(sample["x"]) for sample in samples] == [3, 7, 2, 5]
