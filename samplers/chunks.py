@@ -3,13 +3,14 @@
 Edges that stay, or take turns, leave a corpus of a few batches little to mix: half of it may be one edge. Such a corpus
 is small enough to be dealt out anew in each epoch: its samples go to as many chunks as there are windows, at random,
 each chunk is sorted by length, and cut into batches as full as the budget lets them be. How many batches come out
-depends on the draw; an epoch takes the first draw that has no more than all epochs shall have, and splits its largest
-batches until it has as many.
+depends on the draw; an epoch takes the first draw that has no more than all epochs shall have. Replicas would wait for
+each other where batches are short: for them, the draw is cut again into batches of even shares of the budget.
 """
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from heapq import heapify, heapreplace
+from itertools import pairwise
 from typing import Final, NamedTuple, Self
 
 import numpy as np
@@ -26,6 +27,11 @@ MANY_SAMPLES: Final = 1 << 15
 # Draws that tell how many batches an epoch shall have, and those that an epoch makes to have no more.
 SAMPLED: Final = 8
 TRIED: Final = 32
+# Shares of the budget are even to about a thousandth; so many shares on either side are tried.
+UNITS: Final = 1 << 10
+NEAR: Final = 12
+# Batches at the end of each chunk that are cut again together with those of the others.
+TAIL: Final = 3
 # By so many times more draws than the first epochs do the others look for a last step that replicas can share.
 PATIENCE: Final = 32
 # What a key is for, beside the purposes of `samplers.layout`.
@@ -40,9 +46,16 @@ class Draw(NamedTuple):
 
 
 class Deal(NamedTuple):
-    """Places in the order of lengths, chunk after chunk and longest first, and where batches and the last one end."""
+    """An order of samples, and its parts.
+
+    Attributes:
+        places: in the order of lengths, chunk after chunk and longest first.
+        ends: where each chunk ends.
+        bounds: where each batch begins, and the end of the last.
+    """
 
     places: Integers
+    ends: list[int]
     bounds: list[int]
 
 
@@ -154,13 +167,13 @@ class ChunkLayout(Layout):
                 break
             deal = self._deal(derive_key(seed, epoch, CHUNKS, turn))
             if self._count(deal) <= self.batches:
-                draw = self._finish(deal)
+                draw = self._finish(deal, replicas)
                 if hopeless or self.shares(draw.rows, replicas):
                     return draw
                 first = draw if first is None else first
         if first is None:
             few = min((self._deal(derive_key(CHUNKS, number)) for number in range(SAMPLED)), key=self._count)
-            first = self._finish(few)
+            first = self._finish(few, replicas)
         return first
 
     def usual_batches(self) -> int:
@@ -185,13 +198,68 @@ class ChunkLayout(Layout):
         places = np.lexsort([slots, -self._counts, np.searchsorted(ends, slots, side="right")])[:kept]
         widths, bounds = self._widths[places], [0]
         for end in ends.tolist():
-            while bounds[-1] < end:
-                rows = max(1, self.options.budget.max_rows(int(widths[bounds[-1]])))
-                bounds.append(min(end, bounds[-1] + rows))
-        return Deal(places, bounds)
+            bounds += self._cut(widths, bounds[-1], end, UNITS)
+        return Deal(places, ends.tolist(), bounds)
 
-    def _finish(self, deal: Deal) -> Draw:
+    def _cut(self, widths: Integers, first: int, end: int, share: int) -> list[int]:
+        """Where batches end that are cut from `first` to `end`, each of a share of the rows that fit, in units."""
+        bounds, carry = [], 0
+        while first < end:
+            # Fractions of a row are carried on, so that a little more share is a few rows more in all.
+            carry += self.options.budget.max_rows(int(widths[first])) * share
+            rows = max(1, carry // UNITS)
+            carry = max(0, carry - rows * UNITS)
+            first = min(end, first + rows)
+            bounds.append(first)
+        return bounds
+
+    def _even(self, deal: Deal) -> Deal:
+        """Cut the chunks again into as many batches, and those that the epoch lacks, of even shares of the budget.
+
+        The last batch of a chunk is short else, and the replicas of its step would wait for those with a full one. The
+        last batches of all chunks are cut again together, so that one of the epoch is short at most, and hardly.
+        """
+        widths, cuts, first = self._widths[deal.places], [], 0
+        counts = np.diff(np.searchsorted(deal.bounds, [0, *deal.ends])).tolist()
+        lacking = self.batches - self._count(deal)
+        for number, (end, count) in enumerate(zip(deal.ends, counts, strict=True)):
+            cuts.append([first, *self._cut_into(widths, first, end, count + (lacking + number) // self.chunks)])
+            first = end
+        kept = [cut[: max(1, len(cut) - TAIL)] for cut in cuts]
+        tails = [np.arange(keep[-1], end) for keep, end in zip(kept, deal.ends, strict=True)]
+        heads = [np.arange(start, keep[-1]) for start, keep in zip([0, *deal.ends], kept, strict=False)]
+        tail = np.concatenate(tails)
+        tail = tail[np.argsort(-self._counts[deal.places[tail]], kind="stable")]
+        places = deal.places[np.concatenate([*heads, tail])]
+        sizes = [size for keep in kept for size in np.diff(keep).tolist()]
+        most = sum(map(len, cuts)) - sum(map(len, kept))
+        begin = len(places) - len(tail)
+        ends = self._cut_into(self._widths[places], begin, len(places), most)
+        return Deal(places, deal.ends, [*np.cumsum([0, *sizes]).tolist(), *ends])
+
+    def _cut_into(self, widths: Integers, first: int, end: int, most: int) -> list[int]:
+        """Where batches end that are cut from `first` to `end`, as many as `most` if that can be, of an even share."""
+        low, high = 0, UNITS
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = len(self._cut(widths, first, end, middle)) <= most
+            low, high = (low, middle) if fits else (middle, high)
+        # Of the shares nearby, one whose last batch is as full as the others.
+        near = range(max(1, high - NEAR), min(UNITS, high + NEAR) + 1)
+        cuts = [self._cut(widths, first, end, share) for share in near]
+        fitting = [cut for cut in cuts if len(cut) <= most]
+        return max(fitting, key=lambda cut: self._least_use(widths, [first, *cut]))
+
+    def _least_use(self, widths: Integers, bounds: list[int]) -> float:
+        """The smallest share of the rows that fit in one of these batches."""
+        return min(
+            (end - first) / max(1, self.options.budget.max_rows(int(widths[first]))) for first, end in pairwise(bounds)
+        )
+
+    def _finish(self, deal: Deal, replicas: int) -> Draw:
         """Split the largest batches until there are enough, and sort them by rows; those alone come first."""
+        if replicas > 1 and not self.full_rows:
+            deal = self._even(deal)
         sizes = np.diff(deal.bounds).tolist()
         parts = [1] * len(sizes)
         largest = [(-float(size), number) for number, size in enumerate(sizes)]
@@ -202,8 +270,9 @@ class ChunkLayout(Layout):
             heapreplace(largest, (-sizes[number] / parts[number], number))
         split = [np.array_split(np.arange(size), part) for size, part in zip(sizes, parts, strict=True)]
         rows: Integers = np.array([len(piece) for pieces in split for piece in pieces])
-        order = np.argsort(rows, kind="stable")
-        starts = (rows.cumsum() - rows)[order]
+        starts = rows.cumsum() - rows
+        order = np.lexsort([-self._widths[deal.places[starts]], rows])
+        starts = starts[order]
         rows = rows[order]
         within: Integers = np.arange(rows.sum()) - np.repeat(rows.cumsum() - rows, rows)
         samples: Places = self.corpus.order[self.corpus.alone + deal.places[np.repeat(starts, rows) + within]]
