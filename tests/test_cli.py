@@ -210,7 +210,7 @@ def test_report_gives_the_numbers_of_the_plan(work):
         for window in windows
     ]
     assert [entry["report"] for entry in figures["plans"]] == [asdict(plan.report()) for plan in plans]
-    assert [entry["shapes"] for entry in figures["plans"]] == [list(map(list, plan.shapes)) for plan in plans]
+    assert [entry["shapes"] for entry in figures["plans"]] == [list(map(list, plan.batch_shapes)) for plan in plans]
     assert [(e["options"]["max_tokens"], e["options"]["window"]) for e in figures["plans"]] == [
         (budget, window) for budget in budgets for window in windows
     ]

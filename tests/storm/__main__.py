@@ -6,6 +6,7 @@ Usage: `python -m storm [NAME ...]` from the folder of the tests; the names are 
 """
 
 import io
+import logging
 import os
 import sys
 import time
@@ -64,6 +65,8 @@ def table(failures: Counter[str]) -> str:
 def main(*names: str) -> int:
     """Run until the time is over; the exit status."""
     warnings.filterwarnings("ignore", message=".*set_vital.*|.*fork.*")
+    # Positions are dropped on purpose, again and again.
+    logging.getLogger("samplers").setLevel(logging.ERROR)
     chosen = [
         adapter
         for adapter in ADAPTERS.values()

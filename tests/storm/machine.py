@@ -1,6 +1,5 @@
 """The state machine: rules act on a rig and on the model, and the two must agree."""
 
-import logging
 import re
 from collections import Counter
 from typing import Any, ClassVar
@@ -25,7 +24,6 @@ def counts(name: str) -> Any:
 
 
 # Each pass that is dropped on purpose is logged.
-logging.getLogger("samplers").setLevel(logging.ERROR)
 
 
 class Storm(RuleBasedStateMachine):
