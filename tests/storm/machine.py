@@ -23,9 +23,6 @@ def counts(name: str) -> Any:
     return precondition(lambda self: name in self.adapter.rules)
 
 
-# Each pass that is dropped on purpose is logged.
-
-
 class Storm(RuleBasedStateMachine):
     """Any order of rules on one kind of object under one kind of loader."""
 
