@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from samplers.cursor import Position
-from samplers.shards.tally import is_alive
+from samplers.shards.tally import is_alive, shared_zeros
 
 # Workers that a loader may have at most; what they share is 160 kB.
 WORKERS: Final = 1024
@@ -110,7 +110,7 @@ class SharedCursor:
         # By writer: what began last and before in the main process, what was set or sought last, and the same as the
         # first of each worker.
         if cells is None:
-            cells = torch.zeros(_FIRST_WORKER + WORKERS, 2, _TAKEN + 1, dtype=torch.int64).share_memory_()
+            cells = shared_zeros((_FIRST_WORKER + WORKERS, 2, _TAKEN + 1), torch.int64)
         self._replicas = replicas
         self._cells = cells
         self._table = cells.numpy()

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from samplers import LengthBucketBatchSampler, ShardStream, ShardWriter
+from samplers.shards.tally import shared_zeros
 
 COUNT = 200
 # More workers than cores, on purpose.
@@ -188,3 +189,14 @@ def test_forked_children_of_the_default_method_share(shards):
     process.start()
     process.join()
     assert data.epoch == 1
+
+
+def test_shared_memory_is_made_in_a_forked_process_whose_parent_used_threads():
+    """Red before: `share_memory_` copied with threads that a fork does not have, and hung."""
+    torch.zeros(10_000_000).add_(1)
+    process = torch.multiprocessing.get_context("fork").Process(target=shared_zeros, args=((5_000, 23), torch.int64))
+    process.start()
+    process.join(60)
+    code = process.exitcode
+    process.kill()
+    assert code == 0

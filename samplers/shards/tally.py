@@ -1,5 +1,6 @@
 """Counts by shard and reason, in memory that a loader's workers share."""
 
+import math
 import os
 import threading
 from collections import Counter
@@ -25,6 +26,17 @@ _OWNER, _TAKEN, _SKIPPED, _FIRST = range(4)
 _HALF: Final = 32
 _END: Final = b"\n"
 _PAUSE: Final = 1e-3
+
+
+def shared_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in memory that processes share.
+
+    `share_memory_` copies with the threads of OpenMP, which hang in a process that was forked from one that has used
+    them; new shared memory needs no copy, and the system fills it with zeros.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    storage = torch.UntypedStorage._new_shared(size, device="cpu")  # noqa: SLF001
+    return torch.empty(0, dtype=dtype).set_(storage).reshape(shape)
 
 
 class Totals(NamedTuple):
@@ -54,8 +66,8 @@ class Tally:
         self._reasons = tuple(reasons)
         if cells is None or names is None:
             width = _FIRST + ENTRIES + len(self._reasons)
-            cells = torch.zeros(ROWS, width, dtype=torch.int64).share_memory_()
-            names = torch.zeros(ROWS, NAME_BYTES, dtype=torch.uint8).share_memory_()
+            cells = shared_zeros((ROWS, width), torch.int64)
+            names = shared_zeros((ROWS, NAME_BYTES), torch.uint8)
         self._cells, self._names = cells, names
         self._table, self._text = cells.numpy(), names.numpy()
         self._forget()
