@@ -1,7 +1,7 @@
 """The batches of a small corpus: every epoch sorts chunks of its own, and has as many batches as any other.
 
 Edges that stay, or take turns, leave a corpus of a few batches little to mix: half of it may be one edge. Such a corpus
-is small enough to be dealt out anew in each epoch: its samples go to as many chunks as there are windows, at random,
+is small enough to be dealt out again in each epoch: its samples go to as many chunks as there are windows, at random,
 each chunk is sorted by length, and cut into batches as full as the budget lets them be. How many batches come out
 depends on the draw; an epoch takes the first draw that has no more than all epochs shall have. Replicas would wait for
 each other where batches are short: for them, the draw is cut again into batches of even shares of the budget.
