@@ -170,7 +170,7 @@ def test_ray_indexes_a_corpus_and_two_workers_train_on_it():
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_an_example_is_short_and_says_how_to_run_it(path):
     text = path.read_text()
-    assert len(text.splitlines()) < 80
+    assert len(text.splitlines()) < 90
     if "__main__" in text:
         assert f"examples/frameworks/{path.name}" in ast.get_docstring(ast.parse(text))
 

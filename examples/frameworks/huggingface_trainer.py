@@ -6,6 +6,7 @@ python, or torchrun --nproc-per-node 2, examples/frameworks/huggingface_trainer.
 import sys
 from typing import Any
 
+from accelerate import PartialState
 from parity import MAX_TOKENS, Parity
 from tally import Tally, show
 from torch import Tensor
@@ -77,3 +78,5 @@ def main(folder: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    # Threads of a process group that is left to the interpreter's exit can abort the process there.
+    PartialState().destroy_process_group()
