@@ -20,8 +20,8 @@ from lhotse.cut import MonoCut
 from lhotse.dataset.sampling.dynamic_bucketing import DynamicBucketingSampler
 
 from samplers import bucket_by_length
-from samplers.bucketer import Bucketer
-from samplers.budget import Budget
+from samplers.dynamic.bucketer import Bucketer
+from samplers.planning.budget import Budget
 
 BUFFERS: Final = (500, 1_000, 2_000, 5_000, 10_000, 20_000)
 # For other corpora and orders than the first.

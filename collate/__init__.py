@@ -1,13 +1,13 @@
 """Padded batches that carry their lengths, and what runs on them."""
 
 from collate.batch import LengthTrackedBatch
-from collate.check import check_step
 from collate.collator import PadCollator
 from collate.errors import LengthError
-from collate.memory import find_max_tokens
-from collate.prefetch import DevicePrefetcher
-from collate.reduce import last_step, masked_mean, sequence_loss, token_scale
-from collate.rnn import apply_rnn
+from collate.training.checking.check_step import check_step
+from collate.training.losses import last_step, masked_mean, sequence_loss, token_scale
+from collate.training.max_tokens import find_max_tokens
+from collate.training.prefetch import DevicePrefetcher
+from collate.training.rnn import apply_rnn
 
 __all__ = [
     "DevicePrefetcher",

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn.utils.rnn import PackedSequence
 
-from collate.agreement import (
+from collate.errors import LengthError
+from collate.lengths.tracking import check_unwritten, host_lengths, keep_lengths, keep_lengths_that_fit
+from collate.lengths.validation import (
     Integers,
     Order,
     check_declared,
@@ -26,15 +28,13 @@ from collate.agreement import (
     real_steps,
     row_order,
 )
-from collate.bits import Int64Array, shares_memory, to_array
-from collate.errors import LengthError
-from collate.graphs import outside_graphs
-from collate.host import check_unwritten, host_lengths, keep_lengths, keep_lengths_that_fit
 from collate.options import Number, Widths, check_padding_value, check_widths, same_nan
 from collate.packing import Layout, flat_places, gather_steps, scatter_steps
 from collate.padding import Mask, Rows, join_rows, padded_width, place_steps, read_rows, real_places
-from collate.sending import refuse_capture, to_device
-from collate.transport import reduce, travels
+from collate.serialization import reduce, travels
+from collate.tensors.graphs import outside_graphs
+from collate.tensors.numpy_view import Int64Array, shares_memory, to_array
+from collate.tensors.to_device import refuse_capture, to_device
 
 # What a field that is derived from the others is before it is: the annotation says what it is after.
 _DERIVED = cast(Tensor, None)

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from collate.agreement import check_declared, row_order
 from collate.batch import LengthTrackedBatch
-from collate.bits import Int64Array
 from collate.errors import LengthError
+from collate.lengths.validation import check_declared, row_order
 from collate.options import (
     Number,
     Shape,
@@ -24,8 +23,9 @@ from collate.options import (
     option_of,
 )
 from collate.padding import Rows, padded_width, read_rows, refuse_masked
-from collate.structure import Columns, assemble, columns_of
-from collate.transport import try_to_send
+from collate.serialization import try_to_send
+from collate.tensors.nested import Columns, assemble, columns_of
+from collate.tensors.numpy_view import Int64Array
 
 Column: TypeAlias = Rows | Tensor | list[object]
 

@@ -18,10 +18,10 @@ from torch._C._functorch import is_batchedtensor
 from torch.autograd import Function
 from torch.nn.utils.rnn import PackedSequence
 
-from collate.bits import CARRIERS, Int64Array, shares_memory, to_array
 from collate.errors import LengthError
 from collate.options import Number
-from collate.sending import to_device
+from collate.tensors.numpy_view import CARRIERS, Int64Array, shares_memory, to_array
+from collate.tensors.to_device import to_device
 
 # Steps of so many bytes together are copied as records, on the host.
 MANY_BYTES: Final = 1 << 17

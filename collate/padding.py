@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from collate.bits import Array, Int64Array, bits_of
 from collate.errors import LengthError
 from collate.options import Number, Widths
+from collate.tensors.numpy_view import Array, Int64Array, bits_of
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
 

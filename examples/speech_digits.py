@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from collate import LengthTrackedBatch, PadCollator, apply_rnn
 from samplers import LengthBucketBatchSampler, LengthIndex, ShardDataset
-from samplers.report import random_padding
+from samplers.planning.random_batches import random_padding
 
 WINDOW, HOP, BANDS = 256, 128, 40
 # One sample in so many is never trained on.

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from collate import DevicePrefetcher, LengthTrackedBatch, PadCollator, apply_rnn, check_step, sequence_loss
 from samplers import LengthBucketBatchSampler
-from samplers.report import random_padding
+from samplers.planning.random_batches import random_padding
 
 PADDING = {"input": 0, "target": -100}
 # One function in so many is never trained on.

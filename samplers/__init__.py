@@ -1,13 +1,13 @@
 """Length-bucketed plans, samplers, shards and streams."""
 
-from samplers.plan import BatchPlan, plan_epoch
-from samplers.sampler import LengthBucketBatchSampler
+from samplers.batch_sampler import LengthBucketBatchSampler
+from samplers.dynamic.streams import LengthBucketNode, bucket_by_length
+from samplers.planning.optimal_widths import optimal_widths
+from samplers.planning.plan import BatchPlan, plan_epoch
 from samplers.shard_stream import ShardStream
 from samplers.shards.dataset import ShardDataset
-from samplers.shards.index import LengthIndex
-from samplers.shards.writer import ShardWriter
-from samplers.stream import LengthBucketNode, bucket_by_length
-from samplers.widths import optimal_widths
+from samplers.shards.indexing.index import LengthIndex
+from samplers.shards.writing.writer import ShardWriter
 
 __all__ = [
     "BatchPlan",

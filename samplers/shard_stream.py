@@ -9,9 +9,15 @@ from typing import Any, Final, Unpack
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from samplers.budget import check_count
-from samplers.clipping import check_collator
-from samplers.cursor import (
+from samplers.batch_sampler import find_replica
+from samplers.planning.batch_table import Shape
+from samplers.planning.budget import check_count
+from samplers.planning.clipping import check_collator
+from samplers.planning.optimal_widths import Widths
+from samplers.planning.options import Options, PlanOptions
+from samplers.planning.plan import BatchPlan
+from samplers.planning.window_table import WindowCourse, WindowEpoch, WindowLayout, lay_out_windows
+from samplers.progress.position import (
     Position,
     PositionDict,
     check_epoch,
@@ -19,18 +25,12 @@ from samplers.cursor import (
     refuse_iterator_state,
     warn_of_drop,
 )
-from samplers.layout import Shape
-from samplers.options import Options, PlanOptions
-from samplers.plan import BatchPlan
-from samplers.reader import ShardsInTurn, StepReader
-from samplers.sampler import find_replica
+from samplers.progress.shared_epochs import WORKERS, Run, SharedCursor
 from samplers.shards.dataset import Decoder
-from samplers.shards.files import Shards
-from samplers.shards.index import LengthIndex
+from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.skipping import Handler
-from samplers.shared import WORKERS, Run, SharedCursor
-from samplers.widths import Widths
-from samplers.windows import WindowCourse, WindowEpoch, WindowLayout, lay_out_windows
+from samplers.shards.storage.reading import Shards
+from samplers.window_reader import ShardsInTurn, StepReader
 
 # As large as the corpus has samples, and told again by the index.
 _LEFT_BEHIND: Final = "_layout"

@@ -10,8 +10,8 @@ import webdataset
 from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from samplers.shards.format import DTYPES
-from samplers.shards.writer import ShardWriter
+from samplers.shards.format.samples import DTYPES
+from samplers.shards.writing.writer import ShardWriter
 
 LAYOUTS = ["blocks", "plain"]
 

@@ -34,10 +34,10 @@ from numpy.random import Generator
 
 from samplers.shard_stream import ShardStream
 from samplers.shards.dataset import ShardDataset
-from samplers.shards.format import KEYS, decode_groups, field_of
-from samplers.shards.index import LengthIndex
-from samplers.shards.tar import split_name
-from samplers.shards.writer import ShardWriter
+from samplers.shards.format.samples import KEYS, decode_groups, field_of
+from samplers.shards.format.tar import split_name
+from samplers.shards.indexing.index import LengthIndex
+from samplers.shards.writing.writer import ShardWriter
 
 COUNT = 20_000
 CHUNK = 250

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from samplers.shards import locks
+from samplers.shards.storage import locks
 
 ROOT = Path(__file__).parents[1]
 BARE = """
@@ -50,7 +50,7 @@ def test_shards_are_written_and_read_without_the_modules_of_unix(tmp_path):
     import numpy as np
     import samplers
     from samplers import LengthIndex, ShardDataset, ShardWriter
-    from samplers.shards.locks import lock
+    from samplers.shards.storage.locks import lock
 
     folder = Path(sys.argv[1])
     with ShardWriter(folder, max_samples=2) as writer:

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from collate import LengthError, LengthTrackedBatch, apply_rnn, last_step, masked_mean, sequence_loss
 from collate.padding import real_places
-from collate.transport import THROUGH_PIPE, send
+from collate.serialization import THROUGH_PIPE, send
 
 
 def agrees(batch: LengthTrackedBatch) -> None:

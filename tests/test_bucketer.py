@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collate.errors import LengthError
-from samplers.bucketer import Bucketer, bytes_of
-from samplers.budget import Budget
+from samplers.dynamic.bucketer import Bucketer, bytes_of
+from samplers.planning.budget import Budget
 
 Item = tuple[int, int]
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samplers.budget import Budget
+from samplers.planning.budget import Budget
 
 Array = npt.NDArray[np.int64]
 LIMITS = st.fixed_dictionaries(

@@ -24,13 +24,13 @@ import pytest
 from click.testing import CliRunner, Result
 from corpora import assert_same, tokens, write
 
-from samplers.arguments import find_index
-from samplers.cli import main
-from samplers.extras import load_extra
-from samplers.plan import plan_epoch
+from samplers.cli.arguments import find_index
+from samplers.cli.commands import main
+from samplers.cli.extras import load_extra
+from samplers.planning.plan import plan_epoch
 from samplers.shards.dataset import ShardDataset
-from samplers.shards.index import LengthIndex
-from samplers.shards.verify import cut_shard
+from samplers.shards.indexing.index import LengthIndex
+from samplers.shards.indexing.verify import cut_shard
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = sorted(main.commands)

@@ -89,7 +89,7 @@ def test_the_warning_counts_every_planned_sample_that_is_longer(rows, fields, mo
             counted.append(record.args[:2])
 
     counted, rows = [], np.array(rows)[:, :fields]
-    logger, handler = logging.getLogger("samplers.clipping"), Counted()
+    logger, handler = logging.getLogger("samplers.planning.clipping"), Counted()
     options = {"max_tokens": 20, "overlong": "alone"} if alone else {"max_tokens": 60}
     logger.addHandler(handler)
     try:

@@ -8,7 +8,7 @@ import torch
 from torchdata import nodes
 
 from samplers import LengthBucketNode
-from samplers.contract import check_node
+from samplers.testing import check_node
 
 LENGTHS = np.random.default_rng(0).integers(1, 30, 60).tolist()
 

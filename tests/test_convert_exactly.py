@@ -14,11 +14,11 @@ from corpora import tokens, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samplers.cli import main
-from samplers.exact import cast_exactly
+from samplers.cli.commands import main
+from samplers.cli.exact_numbers import cast_exactly
 from samplers.shards.dataset import ShardDataset
-from samplers.shards.index import LengthIndex
-from samplers.shards.parallel import ProcessKilledError
+from samplers.shards.indexing.index import LengthIndex
+from samplers.shards.storage.process_pool import ProcessKilledError
 
 DTYPES = ["?", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8"]
 EDGES = st.sampled_from([2**power + step for power in (11, 24, 53, 63) for step in (-1, 0, 1)])

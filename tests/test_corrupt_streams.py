@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from samplers import LengthBucketNode, bucket_by_length
-from samplers.contract import check_node
 from samplers.shards.skipping import IN_A_ROW
+from samplers.testing import check_node
 
 SKIP = wds.ignore_and_continue
 

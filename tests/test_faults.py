@@ -44,8 +44,8 @@ from webdataset import autodecode
 
 from collate.errors import LengthError
 from samplers import LengthBucketBatchSampler, LengthIndex, ShardDataset, ShardStream, ShardWriter
-from samplers.shards.format import decode_groups, split_block
-from samplers.shards.newfile import NewFile
+from samplers.shards.format.samples import decode_groups, split_block
+from samplers.shards.storage.atomic import NewFile
 
 SHARD = "shard-000000.tar"
 SAMPLES = tokens([3, 20, 1, 7])

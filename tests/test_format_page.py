@@ -15,7 +15,7 @@ import pytest
 from corpora import LAYOUTS, corpora, tokens, write
 from hypothesis import given
 
-from samplers.shards.index import LengthIndex
+from samplers.shards.indexing.index import LengthIndex
 
 Sample = dict[str, Any]
 

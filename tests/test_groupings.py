@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samplers.options import Options
-from samplers.windows import WindowCourse, WindowEpoch, WindowLayout, lay_out_windows
+from samplers.planning.options import Options
+from samplers.planning.window_table import WindowCourse, WindowEpoch, WindowLayout, lay_out_windows
 
 SHARDS = 10
 

@@ -1,4 +1,4 @@
-"""The house: imports point down the map, the public surface is what it says, the changelog knows the version."""
+"""The house: imports point down the layers, the public surface is what it says, the changelog knows the version."""
 
 import ast
 import re
@@ -16,25 +16,48 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def read_map() -> dict[str, list[list[str]]]:
-    """The layers of each package, top first, as the README draws them: one line is one layer."""
-    layers: dict[str, list[list[str]]] = {}
-    for block in re.findall(r"```text\n((?:collate|samplers)/.*?)```", README, re.DOTALL):
-        head, *lines = block.splitlines()
-        package = head.split("/")[0]
-        layers[package] = [
-            [name.removesuffix(".py").replace("/", ".") for name in re.findall(r"[\w/]+\.py", line)] for line in lines
-        ]
-    return layers
-
-
-LAYERS = read_map()
+# Each package from top to bottom: an entry may import what stands in a line below its own, and its own room.
+LAYERS = {
+    "samplers": [
+        ["cli"],
+        ["shard_stream"],
+        ["batch_sampler", "window_reader"],
+        ["progress", "dynamic"],
+        ["planning", "shards"],
+        ["testing"],
+    ],
+    "samplers.shards": [
+        ["writing"],
+        ["dataset"],
+        ["block_check", "skipping"],
+        ["indexing", "skip_counts"],
+        ["format"],
+        ["storage"],
+    ],
+    "collate": [
+        ["training"],
+        ["collator"],
+        ["batch"],
+        ["serialization"],
+        ["lengths"],
+        ["packing", "padding"],
+        ["options"],
+        ["tensors"],
+        ["errors"],
+    ],
+}
+# What `samplers` may take from `collate`.
+SHARED = {"collate.errors", "collate.widths"}
 
 
 def modules(package: str) -> dict[str, Path]:
-    files = (ROOT / package).rglob("*.py")
-    named = {path.relative_to(ROOT / package).with_suffix("").as_posix().replace("/", "."): path for path in files}
-    return {name: path for name, path in named.items() if not name.endswith("__init__")}
+    """The files of a package or room by dotted name, without the faces of folders."""
+    folder = ROOT.joinpath(*package.split("."))
+    return {
+        f"{package}.{path.relative_to(folder).with_suffix('').as_posix().replace('/', '.')}": path
+        for path in folder.rglob("*.py")
+        if path.name not in {"__init__.py", "__main__.py"}
+    }
 
 
 def imports_of(path: Path) -> list[str]:
@@ -46,27 +69,43 @@ def imports_of(path: Path) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
             found.append(node.module)
-    return [name for name in found if name.split(".")[0] in LAYERS]
+    return [name for name in found if name.split(".")[0] in {"collate", "samplers"}]
 
 
-@pytest.mark.parametrize("package", ["collate", "samplers"])
-def test_every_module_stands_on_the_map_and_the_map_names_no_other(package):
-    mapped = [name for layer in LAYERS[package] for name in layer]
-    assert sorted(mapped) == sorted(modules(package))
+def entry_of(package: str, module: str) -> str:
+    """The file or folder of a room in which a module stands."""
+    return module.removeprefix(f"{package}.").split(".")[0]
 
 
-@pytest.mark.parametrize(
-    ("package", "name"), [(package, name) for package in ("collate", "samplers") for name in sorted(modules(package))]
-)
-def test_imports_point_down_the_map_and_never_at_a_package_root(package, name):
-    level = {module: depth for depth, layer in enumerate(LAYERS[package]) for module in layer}
-    for imported in imports_of(modules(package)[name]):
-        owner, _, module = imported.partition(".")
-        assert module, f"{name} imports the root of {owner}"
-        if owner != package:
-            assert (package, imported) == ("samplers", "collate.errors")
-        else:
-            assert level[module] > level[name], f"{name} imports {module}, which is not below it"
+@pytest.mark.parametrize("package", LAYERS)
+def test_the_layers_name_every_entry_of_a_room_and_no_other(package):
+    named = [entry for layer in LAYERS[package] for entry in layer]
+    assert sorted(named) == sorted({entry_of(package, module) for module in modules(package)})
+    assert len(named) <= 12
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_imports_point_down_and_never_at_a_package_root(package):
+    level = {entry: depth for depth, layer in enumerate(LAYERS[package]) for entry in layer}
+    for module, path in modules(package).items():
+        here = entry_of(package, module)
+        for imported in imports_of(path):
+            assert "." in imported, f"{module} imports the root of {imported}"
+            if imported.split(".")[0] != package.split(".")[0]:
+                assert imported in SHARED, f"{module} imports {imported}"
+            elif imported.startswith(f"{package}.") and entry_of(package, imported) != here:
+                there = entry_of(package, imported)
+                assert level[there] > level[here], f"{module} imports {imported}, which is not below it"
+
+
+def test_no_module_imports_itself_through_others():
+    graph = {
+        name: set(imports_of(path)) for package in ("collate", "samplers") for name, path in modules(package).items()
+    }
+    while leaves := [name for name, targets in graph.items() if not targets & graph.keys()]:
+        for name in leaves:
+            del graph[name]
+    assert not graph
 
 
 @pytest.mark.parametrize("package", [collate, samplers])

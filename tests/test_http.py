@@ -14,7 +14,7 @@ from served import Served, serving
 from torch.utils.data import DataLoader
 
 from samplers import LengthBucketBatchSampler, LengthIndex, ShardDataset, ShardStream, ShardWriter
-from samplers.shards.files import open_file
+from samplers.shards.storage.reading import open_file
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 COUNT = 60

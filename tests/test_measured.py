@@ -15,9 +15,9 @@ import pytest
 from click.testing import CliRunner
 
 from collate.errors import LengthError
-from samplers.cli import main
-from samplers.shards.index import LengthIndex
-from samplers.shards.measuring import Measure, identify
+from samplers.cli.commands import main
+from samplers.shards.indexing.index import LengthIndex
+from samplers.shards.indexing.measuring import Measure, identify
 
 HOP = 2
 
@@ -191,7 +191,7 @@ def names_of(tmp_path, source, expressions=NAMES):
     )
     code = f"""
     import functions
-    from samplers.shards.measuring import identify
+    from samplers.shards.indexing.measuring import identify
     print(*[identify(getattr(functions, f"f{{n}}")) for n in range({len(expressions)})], sep="\\n")
     """
     command = [sys.executable, "-B", "-c", textwrap.dedent(code)]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from collate import find_max_tokens
-from collate.memory import _is_out_of_memory, peak_resident
+from collate.training.max_tokens import _is_out_of_memory, peak_resident
 
 MEGABYTE = 1 << 20
 

@@ -14,8 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from collate import LengthError, LengthTrackedBatch, packing
-from collate.blocks import reversed_steps
 from collate.packing import MANY_BYTES, Layout, flat_places, gather_steps, scatter_steps
+from collate.training.cpu_rnn import reversed_steps
 
 HOST = torch.device("cpu")
 FILLED = lengths().filter(any)

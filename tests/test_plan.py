@@ -12,11 +12,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from collate.errors import LengthError
-from samplers.corpus import longest_first
-from samplers.course import split_each
-from samplers.options import Options
-from samplers.plan import BatchPlan, plan_epoch
-from samplers.report import random_padding
+from samplers.planning.options import Options
+from samplers.planning.plan import BatchPlan, plan_epoch
+from samplers.planning.random_batches import random_padding
+from samplers.planning.schedule import split_each
+from samplers.planning.sorting import longest_first
 
 Array = npt.NDArray[np.int64]
 # By epoch and number of replicas.

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from collate import DevicePrefetcher, LengthTrackedBatch, PadCollator
-from collate import prefetch as module
+from collate.training import prefetch as module
 from samplers import LengthBucketBatchSampler
 
 SAMPLES = [{"x": torch.full((n % 5,), n), "n": n} for n in range(23)]

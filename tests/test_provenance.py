@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from collate.errors import LengthError
 from samplers.shards.dataset import ShardDataset
-from samplers.shards.format import decode_groups
-from samplers.shards.index import LengthIndex
-from samplers.shards.indexfile import write_index
+from samplers.shards.format.samples import decode_groups
+from samplers.shards.indexing.index import LengthIndex
+from samplers.shards.indexing.index_file import write_index
 
 
 def lengths_on_disk(folder, field):

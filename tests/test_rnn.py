@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from collate import LengthError, LengthTrackedBatch, apply_rnn
-from collate.blocks import run_blocks
+from collate.training.cpu_rnn import run_blocks
 
 # torch says once that its fastest LSTM has no projections.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")

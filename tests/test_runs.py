@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samplers.options import Options
-from samplers.plan import plan_epoch
-from samplers.runs import Extents
-from samplers.shards.index import LengthIndex
-from samplers.shards.writer import ShardWriter
-from samplers.windows import lay_out_windows
+from samplers.planning.equal_lengths import Extents
+from samplers.planning.options import Options
+from samplers.planning.plan import plan_epoch
+from samplers.planning.window_table import lay_out_windows
+from samplers.shards.indexing.index import LengthIndex
+from samplers.shards.writing.writer import ShardWriter
 
 Array = npt.NDArray[Any]
 CLASSES = 10

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.stateful import Stateful
 
-from samplers.sampler import LengthBucketBatchSampler
+from samplers.batch_sampler import LengthBucketBatchSampler
 
 LENGTHS = (np.arange(260) * 37 % 61 + 1).tolist()
 WORLDS = st.integers(1, 6)

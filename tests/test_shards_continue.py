@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from samplers.shards.dataset import ShardDataset
-from samplers.shards.index import LengthIndex
-from samplers.shards.writer import ShardWriter
+from samplers.shards.indexing.index import LengthIndex
+from samplers.shards.writing.writer import ShardWriter
 
 
 def files(folder):
@@ -25,7 +25,7 @@ WRITING = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from samplers.shards.writer import ShardWriter
+from samplers.shards.writing.writer import ShardWriter
 
 def samples(count=120):
     for place in range(count):

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 from collate.errors import LengthError
 from samplers.shards import dataset as dataset_module
 from samplers.shards.dataset import ShardDataset
-from samplers.shards.files import LocalFile
-from samplers.shards.index import LengthIndex
+from samplers.shards.indexing.index import LengthIndex
+from samplers.shards.storage.reading import LocalFile
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

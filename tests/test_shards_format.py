@@ -15,9 +15,16 @@ from webdataset import autodecode, filters
 from webdataset.tariterators import base_plus_ext
 
 from collate.errors import LengthError
-from samplers.shards.files import LocalFile
-from samplers.shards.format import DTYPES, array_header, decode_array, decode_groups, field_of, read_array_header
-from samplers.shards.tar import read_members, split_name, tar_header
+from samplers.shards.format.samples import (
+    DTYPES,
+    array_header,
+    decode_array,
+    decode_groups,
+    field_of,
+    read_array_header,
+)
+from samplers.shards.format.tar import read_members, split_name, tar_header
+from samplers.shards.storage.reading import LocalFile
 
 PARTS = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/"), min_size=1, max_size=60)
 

@@ -12,7 +12,7 @@ from corpora import LAYOUTS, corpora, tokens, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samplers.shards.index import LengthIndex
+from samplers.shards.indexing.index import LengthIndex
 
 
 def sequences_of(samples, stack):

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from samplers.shards.dataset import ShardDataset
-from samplers.shards.index import LengthIndex
-from samplers.shards.names import expand_braces, expand_shards
-from samplers.shards.writer import ShardWriter
+from samplers.shards.indexing.index import LengthIndex
+from samplers.shards.storage.paths import expand_braces, expand_shards
+from samplers.shards.writing.writer import ShardWriter
 
 RANGES = st.sampled_from(
     [

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from samplers.shards.dataset import ShardDataset
-from samplers.shards.format import decode_groups
-from samplers.shards.index import LengthIndex
-from samplers.shards.parallel import run
-from samplers.shards.writer import ShardWriter
+from samplers.shards.format.samples import decode_groups
+from samplers.shards.indexing.index import LengthIndex
+from samplers.shards.storage.process_pool import run
+from samplers.shards.writing.writer import ShardWriter
 
 
 def files(folder):
@@ -253,7 +253,7 @@ SLOW = """
 import os, sys, time
 from pathlib import Path
 import numpy as np
-from samplers.shards.writer import ShardWriter
+from samplers.shards.writing.writer import ShardWriter
 
 folder = Path(sys.argv[1])
 

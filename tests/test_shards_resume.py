@@ -13,8 +13,8 @@ from corpora import LAYOUTS, tokens, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samplers.shards import kept
-from samplers.shards.index import LengthIndex
+from samplers.shards.indexing import cache as kept
+from samplers.shards.indexing.index import LengthIndex
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ def names(*numbers):
 
 BUILD = """
 import os, signal, sys
-from samplers.shards import kept
-from samplers.shards.index import LengthIndex
+from samplers.shards.indexing import cache as kept
+from samplers.shards.indexing.index import LengthIndex
 
 scan = kept.scan_shard
 

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collate.errors import LengthError
-from samplers.shards import rereading
 from samplers.shards.dataset import ShardDataset
-from samplers.shards.index import LengthIndex
-from samplers.shards.writer import ShardWriter
+from samplers.shards.indexing.index import LengthIndex
+from samplers.shards.writing import source as rereading
+from samplers.shards.writing.writer import ShardWriter
 
 
 def files(folder):

@@ -9,8 +9,8 @@ import pytest
 from corpora import LAYOUTS, tokens, write
 
 from collate.errors import LengthError
-from samplers.shards.index import LengthIndex
-from samplers.shards.tar import split_name
+from samplers.shards.format.tar import split_name
+from samplers.shards.indexing.index import LengthIndex
 
 
 def add(tar, name, data):

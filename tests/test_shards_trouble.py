@@ -13,11 +13,11 @@ from corpora import LAYOUTS, tokens, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samplers.shards import newfile
 from samplers.shards.dataset import ShardDataset
-from samplers.shards.index import LengthIndex
-from samplers.shards.newfile import NewFile, remove_leftover
-from samplers.shards.writer import ShardWriter
+from samplers.shards.indexing.index import LengthIndex
+from samplers.shards.storage import atomic as newfile
+from samplers.shards.storage.atomic import NewFile, remove_leftover
+from samplers.shards.writing.writer import ShardWriter
 
 
 def run(code, *arguments):
@@ -103,7 +103,7 @@ def test_a_batch_of_many_shards_lives_with_few_descriptors(tmp_path):
     code = """
     import os, resource, sys
     from samplers import ShardDataset
-    from samplers.reader import ShardsInTurn
+    from samplers.window_reader import ShardsInTurn
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
     data = ShardDataset(sys.argv[1])
     order = list(range(199, -1, -1))
@@ -234,7 +234,7 @@ def test_keys_that_begin_with_a_slash_are_read_as_written_or_refused(tmp_path_fa
 
 
 def test_a_shard_that_does_not_read_back_gets_no_name(tmp_path, monkeypatch):
-    monkeypatch.setattr("samplers.shards.newshard.END", b"damage" * 200)
+    monkeypatch.setattr("samplers.shards.writing.shard_file.END", b"damage" * 200)
     with pytest.raises(ValueError, match="offset"), ShardWriter(tmp_path) as writer:
         writer.write({"__key__": "a", "x": np.arange(3)})
     assert not list(tmp_path.iterdir())

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from webdataset import autodecode, filters
 
 from samplers.shards.dataset import ShardDataset
-from samplers.shards.format import decode_groups
-from samplers.shards.index import LengthIndex
-from samplers.shards.writer import ShardWriter
+from samplers.shards.format.samples import decode_groups
+from samplers.shards.indexing.index import LengthIndex
+from samplers.shards.writing.writer import ShardWriter
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -267,7 +267,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from samplers.shards.writer import ShardWriter
+from samplers.shards.writing.writer import ShardWriter
 
 sync, calls = os.fsync, 0
 

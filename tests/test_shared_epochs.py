@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from samplers import LengthBucketBatchSampler, ShardStream, ShardWriter
-from samplers.shards.tally import shared_zeros
+from samplers.shards.skip_counts import shared_zeros
 
 COUNT = 200
 # More workers than cores, on purpose.

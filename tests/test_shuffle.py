@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samplers.shuffle import Domains, derive_key, draw, permute, permute_one, stream_keys
+from samplers.planning.keyed_shuffle import Domains, derive_key, draw, permute, permute_one, stream_keys
 
 KEYS = st.integers(0, 2**64 - 1)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torchdata import nodes
 
 from samplers import LengthBucketNode
-from samplers.contract import check_node
+from samplers.testing import check_node
 
 COUNT = 90
 

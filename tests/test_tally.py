@@ -12,8 +12,8 @@ import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samplers.shards import tally as module
-from samplers.shards.tally import FURTHER, ROWS, Tally
+from samplers.shards import skip_counts as module
+from samplers.shards.skip_counts import FURTHER, ROWS, Tally
 
 REASONS = ("length", "damaged")
 

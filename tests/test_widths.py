@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collate.errors import LengthError
-from samplers.plan import plan_epoch
-from samplers.widths import check_widths, optimal_widths, round_up
+from samplers.planning.optimal_widths import check_widths, optimal_widths, round_up
+from samplers.planning.plan import plan_epoch
 
 
 def padding(lengths: list[int], widths: list[int]) -> int:

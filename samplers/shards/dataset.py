@@ -15,14 +15,14 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from collate.errors import LengthError
-from samplers.shards.blocks import Columns, check_block
-from samplers.shards.files import RandomAccess, Shards, open_file
-from samplers.shards.format import Sample, decode_member, field_of
-from samplers.shards.index import LengthIndex
-from samplers.shards.indexfile import REBUILD, SUFFIX
-from samplers.shards.names import expand_shards
+from samplers.shards.block_check import Columns, check_block
+from samplers.shards.format.samples import Sample, decode_member, field_of
+from samplers.shards.indexing.index import LengthIndex
+from samplers.shards.indexing.index_file import REBUILD, SUFFIX
+from samplers.shards.indexing.tables import Array, Field
 from samplers.shards.skipping import Failed, Handler, is_damage, make_skipping, read_apart
-from samplers.shards.tables import Array, Field
+from samplers.shards.storage.paths import expand_shards
+from samplers.shards.storage.reading import RandomAccess, Shards, open_file
 
 Decoder: TypeAlias = Callable[[bytes], Any]
 

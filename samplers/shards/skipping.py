@@ -18,7 +18,7 @@ import numpy.typing as npt
 from torch.utils.data import get_worker_info
 
 from collate.errors import LengthError
-from samplers.shards.tally import Tally
+from samplers.shards.skip_counts import Tally
 
 Handler: TypeAlias = Callable[[Exception], Any]
 Rows: TypeAlias = npt.NDArray[Any]

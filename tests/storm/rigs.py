@@ -15,7 +15,7 @@ from torchdata import nodes
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from collate import DevicePrefetcher
-from collate import prefetch as prefetch_module
+from collate.training import prefetch as prefetch_module
 from storm.model import Batch, Place, Save
 
 COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda value: pickle.loads(pickle.dumps(value))}

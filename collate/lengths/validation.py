@@ -1,0 +1,210 @@
+"""Law 1, checked: what must hold between the fields of a batch.
+
+Host facts (`check_lengths`, `check_permutation`, `check_mask` on the CPU) are read whenever a batch is made; what
+lies in the padding (`check_untouched`) only when somebody asks.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from collate.errors import LengthError
+from collate.options import Number
+from collate.padding import real_places
+from collate.tensors.numpy_view import Array, Int64Array, to_array
+from collate.tensors.to_device import to_device
+
+Integers: TypeAlias = Tensor | Array | Sequence[int]
+Order: TypeAlias = Literal["longest", "given"] | Integers
+
+
+def check_lengths(lengths: Integers, rows: int, width: int) -> Tensor:
+    """Take lengths as they should be: int64 `[rows]` on the host, each from 0 to `width`.
+
+    Raises:
+        TypeError: They are not integers.
+        LengthError: They are on a device, of the wrong number, negative, or beyond the padded width.
+    """
+    if isinstance(lengths, Tensor) and not lengths.is_cpu:
+        raise LengthError(f"lengths must stay on the host, got a tensor on {lengths.device}: keep them on the CPU")
+    counts = as_int64(lengths, "lengths")
+    if counts.shape != (rows,):
+        raise LengthError(f"lengths must be one per row, [{rows}], got shape {list(counts.shape)}")
+    if type(counts) is not Tensor:
+        # A fake tensor has a shape and no values.
+        return counts
+    values = to_array(counts)
+    outside = np.flatnonzero((values < 0) | (values > width))
+    if len(outside):
+        row = int(outside[0])
+        raise LengthError(
+            f"the length of row {row} is {values[row]}, it must be from 0 to the padded width {width}: "
+            "take lengths from the sequences themselves"
+        )
+    return counts
+
+
+def check_permutation(permutation: Integers, rows: int) -> Tensor:
+    """Take a permutation as it should be: int64 `[rows]` on the host, distinct places from 0.
+
+    In a batch as collated the places are exactly `range(rows)`; a piece of a batch keeps the places its rows had.
+
+    Raises:
+        TypeError: It does not hold integers.
+        ValueError: It has another number of places, a negative one, or one twice.
+    """
+    places = as_int64(permutation.cpu() if isinstance(permutation, Tensor) else permutation, "permutation")
+    if places.shape != (rows,):
+        raise ValueError(f"permutation must be one place per row, [{rows}], got shape {list(places.shape)}")
+    if type(places) is not Tensor:
+        return places
+    ordered = np.sort(to_array(places))
+    if (ordered[0] < 0) or (ordered[1:] == ordered[:-1]).any():
+        raise ValueError(f"permutation must hold distinct places from 0, got {places.tolist()}")
+    return places
+
+
+def check_mask(mask: Tensor, lengths: Tensor, padded: Tensor) -> Tensor:
+    """Check a given mask: bool `[B, T]` on the padded block's device; its values are read where that needs no wait.
+
+    Raises:
+        TypeError: It is no tensor, or not bool.
+        ValueError: It has another shape or device.
+        LengthError: It says otherwise than the lengths.
+    """
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a bool tensor, True where a step is real, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, True where a step is real, got {mask.dtype}")
+    if mask.shape != padded.shape[:2] or mask.device != padded.device:
+        raise ValueError(
+            f"mask must be {list(padded.shape[:2])} on {padded.device}, got {list(mask.shape)} on {mask.device}"
+        )
+    if mask.is_cpu and type(mask) is Tensor:
+        check_mask_values(mask, lengths)
+    return mask
+
+
+def check_mask_values(mask: Tensor, lengths: Tensor) -> None:
+    """Hold every value of a mask `[B, T]` against the lengths; on an accelerator this waits for the device.
+
+    Raises:
+        LengthError: They differ in a row; the message names the first one.
+    """
+    wrong = (mask.cpu() != real_steps(lengths, mask.shape[1])).any(1)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise LengthError(
+            f"the mask of row {row} marks {int(mask[row].sum())} steps, its length is {int(lengths[row])}: "
+            "a mask is the first `length` steps and nothing else; pass mask=None to derive it"
+        )
+
+
+def check_untouched(padded: Tensor, mask: Tensor, padding_value: Number) -> None:
+    """Check that all padding still holds `padding_value`; a real value there betrays a deflated length.
+
+    Raises:
+        LengthError: A padding step holds something else; the message names row, step and value.
+    """
+    same = padded.isnan() if padding_value != padding_value else padded == padding_value
+    # A trailing axis of one, so that there are feature axes to look over in any case.
+    touched = ~(same[..., None].flatten(2).all(2) | mask)
+    if touched.any():
+        row, step = touched.nonzero()[0].tolist()
+        values = padded[row, step].flatten()
+        value = values[~same[row, step].flatten()][0].item()
+        raise LengthError(
+            f"row {row} has {int(mask[row].sum())} steps, but its padding at step {step} holds {value!r} instead of "
+            f"padding_value {padding_value!r}: the length is too small, or the block was written to after padding"
+        )
+
+
+def row_order(lengths: Int64Array, order: Order) -> Int64Array:
+    """The sample that each row of a batch takes: int64 `[B]`.
+
+    Args:
+        lengths: int64 `[B]` in source order.
+        order: `"longest"`, `"given"` or a permutation.
+
+    Raises:
+        TypeError: The permutation is not made of integers.
+        ValueError: It is not a permutation of the rows, or no order of that name is known.
+    """
+    if isinstance(order, str):
+        if order == "longest":
+            return np.argsort(-lengths, kind="stable")
+        if order == "given":
+            return np.arange(len(lengths))
+        raise ValueError(f"order must be 'longest', 'given' or a permutation, got {order!r}")
+    places = to_array(as_int64(order, "order"))
+    if not np.array_equal(np.sort(places), np.arange(len(lengths))):
+        raise ValueError(f"order must be a permutation of the {len(lengths)} rows, got {places.tolist()}")
+    return places
+
+
+def check_declared(
+    declared: Integers, lengths: Int64Array, name: str = "sequences", keys: Sequence[object] = ()
+) -> None:
+    """Hold declared lengths `[B]` against the real ones, both in source order.
+
+    Args:
+        declared: what somebody says the lengths are.
+        lengths: what they are, int64 `[B]`.
+        name: what errors call the sequences.
+        keys: the samples' names, where they have any, for the error.
+
+    Raises:
+        LengthError: They differ; the message names the first sample and both numbers.
+        TypeError: The declared lengths are not integers.
+    """
+    given = to_array(as_int64(declared, f"declared lengths of {name}"))
+    if given.shape != lengths.shape:
+        raise LengthError(f"{name}: {len(lengths)} samples came with declared lengths of shape {list(given.shape)}")
+    wrong = np.flatnonzero(given != lengths)
+    if len(wrong):
+        place = int(wrong[0])
+        key = f" (key {keys[place]!r})" if keys and keys[place] is not None else ""
+        kind = "inflated" if given[place] > lengths[place] else "deflated"
+        raise LengthError(
+            f"{name}: sample {place}{key} has {lengths[place]} steps, its declared length is {given[place]} ({kind}; "
+            f"{len(wrong)} of {len(lengths)} samples differ): mend what wrote the lengths, or leave them out"
+        )
+
+
+def real_steps(lengths: Tensor, width: int, device: torch.device | None = None) -> Tensor:
+    """The mask that lengths int64 `[B]` make: bool `[B, width]` on `device`, True where a step is real."""
+    device = device or lengths.device
+    if device.type == "cpu" and type(lengths) is Tensor and not torch.compiler.is_compiling():
+        return torch.from_numpy(real_places(to_array(lengths), width))
+    sent = lengths.to(device, non_blocking=True) if torch.compiler.is_compiling() else to_device(lengths, device)
+    return torch.arange(width, device=device) < sent[:, None]
+
+
+def aligned(rows: Tensor, values: Tensor) -> Tensor:
+    """Give `rows` (`[B]` or `[B, T]`) as many trailing axes of one as `values` `[B, ..., *F]` has more."""
+    return rows.reshape(*rows.shape, *[1] * (values.dim() - rows.dim()))
+
+
+def as_int64(values: Integers, name: str) -> Tensor:
+    """Integers of any kind as an int64 tensor on the host; floats and bools are refused, not truncated.
+
+    Raises:
+        TypeError: They are not integers.
+    """
+    if isinstance(values, Tensor):
+        if values.dtype == torch.int64:
+            return values
+        integral = not (values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool)
+        kind: object = values.dtype
+    elif isinstance(values, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be integers, got a masked array: masked values would count as well")
+    else:
+        values = np.asarray(values)
+        # An empty list has no integers in it, and NumPy calls it float64.
+        integral, kind = values.dtype.kind in "iu" or values.size == 0, values.dtype
+    if not integral:
+        raise TypeError(f"{name} must be integers, got {kind}: a length or a place is a whole number")
+    return torch.as_tensor(values if isinstance(values, Tensor) else values.astype(np.int64)).to(torch.int64)

@@ -1,0 +1,178 @@
+"""Does a training step respect the lengths? A checker for users' own code.
+
+The step is run again and again on batches that must make no difference (other values in the padding, more padding, rows
+in another order, one row at a time) and on batches that must make one (another value at a row's last real step). A
+mistake with padding moves the loss by a per cent and gradients by half, and nothing raises: only a comparison finds it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from collate.errors import LengthError
+from collate.tensors.nested import fresh
+from collate.training.checking.probes import BatchProbes, Probes
+from collate.training.checking.report import LIKELY, Finding, StepReport
+from collate.training.checking.rerun import RAISED, Runner, Step, undisturbed
+from collate.training.checking.samples import Collate, SampleVariants
+from collate.training.checking.variants import BatchVariants, check_fields
+
+
+def check_step(
+    step: Step,
+    batch: Any = None,
+    *,
+    samples: Sequence[Any] | None = None,
+    collate: Collate | None = None,
+    module: nn.Module | None = None,
+    seed: int = 0,
+    tolerance: float = 1e-4,
+) -> StepReport:
+    """Run a training step on batches that must make no difference, and on some that must.
+
+    Before every run the random states of torch, Python and NumPy are those of `seed`, and buffers such as running means
+    are those of the beginning; all of that is given back after the check. All dropout of torch's is switched off
+    meanwhile. A step that draws random numbers nevertheless is tried only on what leaves them in place. Gradients of
+    all leaves that the loss depends on are compared.
+
+    Args:
+        step: takes a batch and returns a scalar loss, or a mapping of such losses, each of which is checked; it must
+            not call `backward` nor move an optimizer.
+        batch: a `LengthTrackedBatch`, or a mapping, tuple or list with at least one in it; tensors, arrays, lists and
+            tuples with an entry per row go with the rows. It should hold rows of different lengths, none of them empty.
+        samples: in place of a batch, B samples of different lengths, to be collated by `collate`.
+        collate: from a list of samples to a batch of any kind; what it does wrong is found with what the step does.
+        module: what the step trains. Buffers of modules that the step calls are found without it; those of a module
+            that is used but never called are given back if it is named here.
+        seed: of the values tried, and of the step's own random numbers.
+        tolerance: relative change of loss or gradients that counts as a difference.
+
+    Returns:
+        The report.
+
+    Raises:
+        LengthError: The batch holds no `LengthTrackedBatch`, or none with padding to try; samples are too few or all of
+            one length; a loss is not a scalar, or gradients cannot be taken.
+        TypeError: The step returns no tensor and no mapping of tensors; or neither a batch nor samples with their
+            collate function are given, or both.
+    """
+    _check_arguments(batch, samples, collate)
+    owner = module if module is not None else getattr(step, "__self__", None)
+    with undisturbed(owner if isinstance(owner, nn.Module) else None) as buffers:
+        if samples is None or collate is None:
+            variants = BatchVariants(batch, torch.Generator().manual_seed(seed))
+            check_fields(variants)
+            return _report_of_batch(Runner(step, seed, buffers), variants, tolerance)
+        return _report_of_samples(Runner(step, seed, buffers), samples, collate, tolerance)
+
+
+def _report_of_batch(runner: Runner, variants: BatchVariants, tolerance: float) -> StepReport:
+    runner.begin(variants.whole, [field.padded for field in variants.fields.values()])
+    if report := _unfit(runner, variants.whole, tolerance):
+        return report
+    probes = BatchProbes(runner, variants, tolerance)
+    found = [probes.padding(), probes.dead_step()]
+    if runner.is_random:
+        probes.skipped.append(
+            "width, order and company: the step draws random numbers, other ones for a batch of another shape"
+        )
+        # Random numbers may have moved a wider batch, but where nothing moves, padding is known by its number.
+        found += _of_marks(probes, known=bool(probes.marked) and probes.width() is not None)
+    else:
+        others = [probes.width(), probes.order(), probes.company()]
+        found += [*_of_marks(probes, known=any(others)), *map(_with_rows(variants), others)]
+    return StepReport(_loss(runner), tuple(finding for finding in found if finding), tuple(probes.skipped))
+
+
+def _report_of_samples(inner: Runner, samples: Sequence[Any], collate: Collate, tolerance: float) -> StepReport:
+    generator = torch.Generator().manual_seed(inner.seed)
+    variants = SampleVariants(samples, lambda chosen: collate(fresh(chosen)), generator)
+    if variants.rows < 2 or (variants.lengths and all(len(set(each)) < 2 for each in variants.lengths.values())):
+        raise LengthError(
+            f"samples must be two or more of different lengths, got {variants.rows} with the lengths {variants.lengths}"
+        )
+    runner = Runner(lambda chosen: inner.step(collate(chosen)), inner.seed, inner.buffers)
+    runner.begin(variants.whole)
+    if report := _unfit(runner, variants.whole, tolerance):
+        return report
+    probes = Probes(runner, variants, tolerance)
+    if not variants.lengths:
+        probes.note("dead step of samples: they have no field that is a tensor, an array or a list of numbers")
+    if runner.is_random:
+        probes.skipped.append("order, company and dead step of samples: the step or its collation draws random numbers")
+        found: list[Finding] = []
+    else:
+        tried = [probes.dead_step(), probes.order(), probes.company()]
+        found = _explained([finding for finding in tried if finding], variants)
+    batch = BatchVariants(variants.collate(variants.whole), generator)
+    if not batch.fields or not batch.has_padding:
+        return StepReport(_loss(runner), tuple(found), tuple(probes.skipped))
+    report = _report_of_batch(inner, batch, tolerance)
+    known = {finding.probe for finding in found}
+    rest = tuple(finding for finding in report.findings if finding.probe not in known)
+    return replace(report, findings=(*found, *rest), skipped=tuple(dict.fromkeys((*probes.skipped, *report.skipped))))
+
+
+def _unfit(runner: Runner, batch: Any, tolerance: float) -> StepReport | None:
+    """The report of a step that nothing can be compared with: it is nan, or not the same twice."""
+    for name, term in runner.base.items():
+        if not term.is_finite:
+            bad = sum(not bool(gradient.isfinite().all()) for gradient in term.gradients)
+            what = f"the {f'term {name!r}' if name else 'loss'} is {term.loss:.6g}"
+            what += f", {bad} of {len(term.gradients)} gradients are not finite: no other probe was made"
+            return StepReport(_loss(runner), (Finding("finite", what, float("inf"), LIKELY["finite"]),))
+    drift = runner.drift(runner.run(batch))
+    if drift.size <= tolerance:
+        return None
+    what = f"the step remembers: the same batch with the same seed moves {drift}; no other probe was made"
+    return StepReport(_loss(runner), (Finding("repeat", what, drift.size, LIKELY["repeat"]),))
+
+
+def _of_marks(probes: BatchProbes, *, known: bool) -> list[Finding]:
+    """Findings in padding that is marked by its number, where other findings say that the step does not know that."""
+    if known:
+        return [finding for _, finding in probes.marked[:1]]
+    for name, _ in probes.marked:
+        value = probes.variants.fields[name].padding_value
+        probes.skipped.append(
+            f"padding of {name}: the step knows it by its value {value}, which no real step of this batch holds: right "
+            "where none ever does"
+        )
+    return []
+
+
+def _with_rows(variants: BatchVariants) -> Callable[[Finding | None], Finding | None]:
+    taken = ", ".join(variants.taken_along())
+
+    def explained(finding: Finding | None) -> Finding | None:
+        if finding is None or not taken or finding.probe not in ("order", "company"):
+            return finding
+        return replace(finding, what=f"{finding.what}; {taken} went with the rows, having {variants.rows} entries")
+
+    return explained
+
+
+def _explained(findings: list[Finding], variants: SampleVariants) -> list[Finding]:
+    """The findings, the first of them with what the collate function does, where that can be seen."""
+    try:
+        seen = (variants.lost_step() or variants.disagreement()) if findings else None
+    except RAISED:
+        # A collate function may refuse values that it never met.
+        seen = None
+    if seen is None:
+        return findings
+    return [replace(findings[0], what=f"{findings[0].what}; {seen}"), *findings[1:]]
+
+
+def _loss(runner: Runner) -> float:
+    return sum(term.loss for term in runner.base.values())
+
+
+def _check_arguments(batch: Any, samples: Sequence[Any] | None, collate: Collate | None) -> None:
+    if (samples is None) != (collate is None):
+        raise TypeError("samples and collate go together: the samples, and the function that makes a batch of them")
+    if (batch is None) == (samples is None):
+        raise TypeError("give a batch, or samples= and collate=, and not both")

@@ -1,0 +1,377 @@
+"""The probes of `check_step`: what must make no difference to a step, and what must make one."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from collate.batch import LengthTrackedBatch
+from collate.training.checking.report import COLLATED, LAST_COLUMN, LIKELY, OWN_COUNT, Finding
+from collate.training.checking.rerun import RAISED, Drift, Outcome, Runner, Term, combined
+from collate.training.checking.variants import BatchVariants, Variants, mapped, shares_of, trimmed, widened
+
+# Rows whose last step is tried, and how often with values such as real steps hold, and then with wild ones: enough
+# for a dead ReLU or a maximum elsewhere to be ruled out.
+ROWS, TRIES = 8, 3
+# How often all values of the field, and the step's random numbers, are drawn again where that was not enough: the
+# maximum may have been elsewhere, or the step masked at random.
+REDRAWN, REDRAWN_AT_RANDOM = 3, 12
+# The share of the loss that another value at a real step must move, at least: rounding of a single sum.
+ROUNDING = 1e-9
+# Gradients of so many numbers are not solved for the weights of the rows.
+MANY = 10_000_000
+
+
+class Probes:
+    """Probes of rows, whether they are those of a batch or samples that are collated first.
+
+    Attributes:
+        skipped: probes that could not be made, and why.
+    """
+
+    def __init__(self, runner: Runner, variants: Variants, tolerance: float) -> None:
+        self.runner, self.variants, self.tolerance = runner, variants, tolerance
+        self.skipped: list[str] = []
+        self.collated = variants.kind == "sample"
+
+    # --- what must make no difference
+
+    def order(self) -> Finding | None:
+        """The same rows in other orders."""
+        try:
+            drift = self.largest(self.runner.run(self.variants.chosen(order)) for order in self.orders())
+        except RAISED as error:
+            # Not a mistake by itself: packing may rely on rows that are longest first.
+            self.skipped.append(f"order: on {self.variants.kind}s in another order the step raises {error}")
+            return None
+        return self.found("order", f"another order of the {self.variants.kind}s", drift)
+
+    def orders(self) -> list[list[int]]:
+        """Orders of the rows; the second and third are not their own inverse, nor is the third's square for 2 labels.
+
+        An order that is its own inverse hides rows that are sorted twice instead of being put back.
+        """
+        places = list(range(self.variants.rows))
+        random = torch.randperm(len(places), generator=torch.Generator().manual_seed(self.runner.seed)).tolist()
+        orders = [places[::-1], places[1:] + places[:1], [*places[1:3], *places[:1], *places[3:]], random]
+        return [list(order) for order in dict.fromkeys(map(tuple, orders))]
+
+    def company(self) -> Finding | None:
+        """One row at a time: their losses must make up the batch's, as a sum or as a mean over rows or steps."""
+        alone: list[Outcome] = []
+        full = [row for row in range(self.variants.rows) if all(each[row] for each in self.variants.lengths.values())]
+        for row in full:
+            try:
+                alone.append(self.runner.run(self.variants.alone(row)))
+            except RAISED as error:
+                what = f"{self.variants.kind} {row} alone makes the step raise {error}"
+                return self.finding("company", what, math.inf)
+        rows = self.variants.rows
+        shares = [[1.0] * len(full), [1 / max(len(full), 1)] * len(full), [1 / rows] * len(full)]
+        shares += shares_of([[each[row] for each in self.variants.lengths.values()] for row in full])
+        shares += shares_of([self.variants.counts(row) for row in full])
+        # Each term may have a mean of its own.
+        drifts = {name: self.apart(name, alone, shares) for name in self.runner.base}
+        name = max(drifts, key=drifts.__getitem__)
+        if drifts[name] <= self.tolerance:
+            return None
+        what = (
+            f"{self.variants.kind}s one at a time make up another {f'term {name!r}' if name else 'loss'} or gradient, "
+            f"as a sum or as any mean{f', off by {drifts[name]:.2%}' if math.isfinite(drifts[name]) else ''}"
+        )
+        if strange := [row for row, outcome in zip(full, alone, strict=True) if not outcome[name].is_finite]:
+            what += f"; {self.variants.kind} {strange[0]} alone gives {alone[full.index(strange[0])][name].loss:.6g}"
+        own_count = self.fits_other_shares([outcome[name] for outcome in alone], self.runner.base[name])
+        return self.finding("company", what, drifts[name], OWN_COUNT if own_count else None)
+
+    def apart(self, name: str, alone: Sequence[Outcome], shares: Sequence[Sequence[float]]) -> float:
+        """How far a term of the batch is from the weighted sums of the rows' terms, at least."""
+        terms, whole = [outcome[name] for outcome in alone], {name: self.runner.base[name]}
+        # Losses alone tell which weights it can be; gradients are many.
+        losses = [{name: Term(combined(terms, share, gradients=False).loss, whole[name].gradients)} for share in shares]
+        apart = [self.runner.drift(loss, whole).size for loss in losses]
+        able = [place for place, size in enumerate(apart) if size <= max(self.tolerance, min(apart))]
+        return min(self.runner.drift({name: combined(terms, shares[at])}, whole).size for at in able)
+
+    def fits_other_shares(self, alone: Sequence[Term], whole: Term) -> bool:
+        """Whether any other weights of the rows make up the batch: then no row knows another."""
+        numbers = len(alone) * sum(gradient.numel() for gradient in whole.gradients)
+        if not 0 < numbers < MANY or not all(term.is_finite for term in alone):
+            return False
+        rows = torch.stack([torch.cat([part.double().flatten() for part in term.gradients]) for term in alone], 1)
+        target = torch.cat([part.double().flatten() for part in whole.gradients])
+        weights = torch.linalg.lstsq(rows.cpu(), target.cpu()[:, None]).solution
+        apart = (rows.cpu() @ weights)[:, 0] - target.cpu()
+        return bool(apart.norm() <= max(self.tolerance, 1e-3) * target.cpu().norm()) and bool((weights > 0).all())
+
+    # --- what must make one
+
+    def dead_step(self) -> Finding | None:
+        """Another value at a row's last real step must move the loss."""
+        unread, names = [], list(self.variants.lengths)
+        for name in names:
+            rows = self.rows_to_try(name)
+            # A field that is not read at all is none of our business, and a model of the first step alone, such as one
+            # that reads a class token, means what it does.
+            if rows and not self.moves(self.variants, name, None, slice(None), tries=TRIES):
+                unread.append(name)
+                continue
+            dead = self.dead(name, rows)
+            if (
+                dead
+                and not (dead == rows and self.reads_first_only(name, rows))
+                and not self.is_meant(name, rows, dead)
+            ):
+                return self.dead_finding(name, rows, dead)
+        if names and unread == names:
+            return self.finding("dead step", f"no value of {', '.join(names)} moves the loss: nothing is read", 0.0)
+        return None
+
+    def rows_to_try(self, name: str) -> list[int]:
+        """Rows of a field that have a last step, some of them; none where there is no other value to try."""
+        if self.variants.is_alike(name):
+            self.note(f"dead step: {name} holds the same number everywhere")
+            return []
+        return [row for row, length in enumerate(self.variants.lengths[name]) if length][:ROWS]
+
+    def dead(self, name: str, rows: Sequence[int]) -> list[int]:
+        """The rows whose last step does not count."""
+        return [row for row in rows if not self.matters(name, row, self.variants.lengths[name][row] - 1)]
+
+    def dead_finding(self, name: str, rows: Sequence[int], dead: Sequence[int]) -> Finding:
+        """What is said of rows whose last steps do not count."""
+        lengths, row, kind = self.variants.lengths[name], dead[0], self.variants.kind
+        what = f"step {lengths[row] - 1} of {kind} {row} of {name}, its last, never counts"
+        longest = max(lengths)
+        only_longest = all((lengths[row] < longest) == (row in dead) for row in rows)
+        what += f" ({len(dead)} of {len(rows)} {kind}s tried{', all but the longest' if only_longest else ''})"
+        return self.finding("dead step", what, 0.0, LAST_COLUMN if only_longest else None)
+
+    def matters(self, name: str, row: int, step: int) -> bool:
+        """Whether another value at one step moves the loss."""
+        return self.counts(self.variants, name, row, slice(step, step + 1))
+
+    def counts(self, variants: Variants, name: str, row: int, steps: slice) -> bool:
+        """Whether other values at these steps move the loss, whatever the other steps hold and is drawn at random."""
+        if self.moves(variants, name, row, steps, tries=TRIES):
+            return True
+        for attempt in range(REDRAWN_AT_RANDOM if self.runner.is_random else REDRAWN):
+            redrawn = variants.of(variants.changed(name, None, slice(None), wild=False))
+            if self.moves(redrawn, name, row, steps, seed=self.runner.seed + attempt):
+                return True
+        return False
+
+    def moves(
+        self, variants: Variants, name: str, row: int | None, steps: slice, *, tries: int = 1, seed: int | None = None
+    ) -> bool:
+        """Whether other values at these steps move the loss; so they do where they make the step raise."""
+        try:
+            base = self.runner.values(variants.whole, seed)
+            for attempt in range(2 * tries if all(map(math.isfinite, base.values())) else 0):
+                values = self.runner.values(variants.changed(name, row, steps, wild=attempt >= tries), seed)
+                if not all(abs(values[term] - loss) <= ROUNDING * abs(loss) for term, loss in base.items()):
+                    return True
+        except RAISED as error:
+            self.note(f"dead step of {name}: with other values the step raises {error}")
+            return True
+        return False
+
+    # --- last steps that rightly do not count
+
+    def reads_first_only(self, name: str, rows: Sequence[int]) -> bool:
+        """Whether the first step of each row counts and the second does not."""
+        long = [row for row in rows if self.variants.lengths[name][row] > 1]
+        first = all(self.matters(name, row, 0) for row in long)
+        return bool(long) and first and not any(self.matters(name, row, 1) for row in long)
+
+    def is_meant(self, name: str, rows: Sequence[int], dead: Sequence[int]) -> bool:
+        """Whether last steps do not count because targets are shifted, or by a stride; the report says so."""
+        if other := self.shifted_against(name, rows, dead):
+            self.skipped.append(
+                f"dead step: the last step of {name} counts in no row, and the first of {other} neither: right where "
+                "targets are shifted by one"
+                if len(dead) == len(rows)
+                else f"dead step: rows of one step of {name} never count: right where targets are shifted by one"
+            )
+            return True
+        if self.is_stride(name, rows, dead):
+            self.skipped.append(
+                f"dead step: the last steps of {name} count in some rows only, by their length: right where a "
+                "convolution or a pooling with a stride leaves a rest over"
+            )
+            return True
+        return False
+
+    def shifted_against(self, name: str, rows: Sequence[int], dead: Sequence[int]) -> str | None:
+        """The field that this one is shifted against: inputs without the last step, targets without the first."""
+        lengths = self.variants.lengths[name]
+        long = [row for row in rows if lengths[row] > 1]
+        others = [other for other, found in self.variants.lengths.items() if found == lengths and other != name]
+        for other in others if long else ():
+            if set(long) <= set(dead):
+                inputs, targets = name, other
+            elif not set(long) & set(dead):
+                inputs, targets = other, name
+            else:
+                continue
+            # Targets are those of the next step: the last input never counts, nor does the first target.
+            read = [(inputs, row, lengths[row] - 2) for row in long] + [
+                (targets, row, lengths[row] - 1) for row in long
+            ]
+            left = [(inputs, row, lengths[row] - 1) for row in long] if inputs == other else []
+            left += [(targets, row, 0) for row in long]
+            if all(self.matters(*step) for step in read) and not any(self.matters(*step) for step in left):
+                return other
+        return None
+
+    def is_stride(self, name: str, rows: Sequence[int], dead: Sequence[int]) -> bool:
+        """Whether rows end in a rest that a stride leaves over, which is tried on rows that are cut.
+
+        A row without its rest is the same to the step, and one step less leaves another rest. Lengths that are too
+        small by one fail the first, rows that are cut to a width the second. Random numbers are others for rows that
+        are cut; the rests must then differ from row to row.
+        """
+        lengths = self.variants.lengths[name]
+        row = max(dead, key=lengths.__getitem__)
+        rest = self.rest(name, row)
+        last = lengths[row] - rest - 2
+        if last < 0:
+            return False
+        try:
+            fewer = self.variants.cut(name, row, rest + 1)
+            if self.counts(fewer, name, row, slice(last, last + 1)):
+                return False
+            if self.runner.is_random:
+                return len({self.rest(name, other) if other in dead else 0 for other in rows}) > 1
+            values = self.runner.values(self.variants.cut(name, row, rest).whole)
+        except RAISED:
+            return False
+        base = {term: outcome.loss for term, outcome in self.runner.base.items()}
+        return all(abs(values[term] - loss) <= self.tolerance * abs(loss) for term, loss in base.items())
+
+    def rest(self, name: str, row: int) -> int:
+        """How many steps at the end of a row do not count, found by halving."""
+        length = self.variants.lengths[name][row]
+        dead, alive = 1, length
+        while alive - dead > 1:
+            middle = (dead + alive) // 2
+            if self.counts(self.variants, name, row, slice(length - middle, length)):
+                alive = middle
+            else:
+                dead = middle
+        return dead
+
+    # --- shared by the probes
+
+    def note(self, reason: str) -> None:
+        """Add to `skipped`, once."""
+        self.skipped += [reason] if reason not in self.skipped else []
+
+    def largest(self, outcomes: Iterator[Outcome]) -> Drift:
+        """The largest drift of some runs."""
+        return max((self.runner.drift(outcome) for outcome in outcomes), key=lambda drift: drift.size)
+
+    def found(self, probe: str, changed: str, drift: Drift) -> Finding | None:
+        """A finding where a drift counts."""
+        if drift.size <= self.tolerance:
+            return None
+        return self.finding(probe, f"{changed} moves {drift}", drift.size)
+
+    def finding(self, probe: str, what: str, drift: float, likeliest: str | None = None) -> Finding:
+        """A finding with the mistakes that look like it, the likeliest first."""
+        likely = (*(COLLATED.get(probe, ()) if self.collated else ()), *LIKELY[probe])
+        if likeliest:
+            likely = (likeliest, *(mistake for mistake in likely if mistake != likeliest))
+        return Finding(probe, what, drift, likely)
+
+
+class BatchProbes(Probes):
+    """Probes of a batch, its padding among them."""
+
+    variants: BatchVariants
+
+    def __init__(self, runner: Runner, variants: BatchVariants, tolerance: float) -> None:
+        super().__init__(runner, variants, tolerance)
+        self.marked: list[tuple[str, Finding]] = []
+
+    def padding(self) -> Finding | None:
+        """Other values in the padding, one field at a time.
+
+        Where padding is a number that no real step holds, a step may know it by that: what is found goes to `marked`.
+        """
+        for name, field in self.variants.fields.items():
+            if bool(field.mask.all()) or _is_marked(field):
+                continue
+            found = self.padding_of(name, ~field.mask)
+            if found and _may_be_marked(field):
+                self.marked.append((name, found))
+            elif found:
+                return found
+        return None
+
+    def padding_of(self, name: str, where: Tensor) -> Finding | None:
+        """Other values at these steps of padding, first such as real steps hold, then wild ones."""
+        changed = f"the padding of {name}"
+        found = self.compare("padding", self.variants.with_values(name, where, wild=False), changed)
+        if found:
+            return found
+        try:
+            outcome = self.runner.run(self.variants.with_values(name, where, wild=True))
+        except RAISED:
+            # Values that no real step could hold may be refused, as a probability of 7 is.
+            return None
+        if not all(term.is_finite for term in outcome.values()):
+            return None
+        return self.found("padding", changed, self.runner.drift(outcome))
+
+    def width(self) -> Finding | None:
+        """A few more steps of padding on every field."""
+        try:
+            outcome = self.runner.run(mapped(self.variants.whole, widened))
+        except RAISED:
+            return self.width_of_a_row()
+        return self.found("width", "a wider batch", self.runner.drift(outcome))
+
+    def width_of_a_row(self) -> Finding | None:
+        """A row at the batch's width against the same row at its own, where a wider batch is too wide for the step.
+
+        A table of positions may be exactly as long as the batch.
+        """
+        name = next(name for name, field in self.variants.fields.items() if not bool(field.mask.all()))
+        row = min(range(self.variants.rows), key=self.variants.lengths[name].__getitem__)
+        wide = self.variants.chosen([row])
+        try:
+            narrow = self.runner.run(mapped(wide, trimmed))
+        except RAISED as error:
+            self.skipped.append(f"width: on a wider batch, and on one row, the step raises {error}")
+            return None
+        try:
+            drift = self.runner.drift(self.runner.run(wide), narrow)
+        except RAISED as error:
+            return self.finding("width", f"a batch wider than its rows makes the step raise {error}", math.inf)
+        return self.found("width", f"row {row} with padding", drift)
+
+    def compare(self, probe: str, batch: Any, changed: str) -> Finding | None:
+        """A finding where a batch that must make no difference makes one, or makes the step raise."""
+        try:
+            drift = self.runner.drift(self.runner.run(batch))
+        except RAISED as error:
+            return self.finding(probe, f"{changed} makes the step raise {error}", math.inf)
+        return self.found(probe, changed, drift)
+
+
+def _is_marked(field: LengthTrackedBatch) -> bool:
+    """Whether whole numbers are padded by a mark that says what is no target, as -100 does; real steps may hold it."""
+    value, real = field.padding_value, field.flat()
+    if real.is_floating_point() or real.is_complex() or value is None or value >= 0:
+        return False
+    return bool(((real >= 0) | (real == value)).all()) and bool((real != value).any())
+
+
+def _may_be_marked(field: LengthTrackedBatch) -> bool:
+    """Whether whole numbers are padded by one that no real step of this batch holds, such as a token for padding."""
+    if field.padded.is_floating_point() or field.padded.is_complex() or field.padding_value is None:
+        return False
+    return not bool((field.flat() == field.padding_value).any())

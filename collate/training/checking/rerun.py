@@ -1,0 +1,228 @@
+"""A step run again and again under equal conditions, and how far two of its runs are apart.
+
+A step gives one loss or several terms; each term is held against itself.
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from collate.errors import LengthError
+from collate.tensors.nested import fresh
+from collate.training.checking.autograd import Buffers, WithoutDropout, gradients_of, leaves_of
+
+Step: TypeAlias = Callable[[Any], Tensor | Mapping[str, Tensor]]
+
+# What a step or a module may raise on a batch that it was not written for.
+RAISED = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError)
+# A term or its gradient that is smaller than this share of the largest one is rounding, not a measure.
+SMALL = 1e-3
+
+# What the backward pass says, and what to do about it.
+_NO_GRADIENTS = {
+    "incompatible with": "Pass use_reentrant=False to checkpoint: the check needs the gradients of single tensors",
+    "a second time": "The step must not call backward itself: return the loss before that",
+}
+
+
+@dataclass(frozen=True)
+class Term:
+    """What a step gives for a batch: a loss, and its gradient for each leaf."""
+
+    loss: float
+    gradients: list[Tensor]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether there is no nan and no infinity in it."""
+        return math.isfinite(self.loss) and all(bool(gradient.isfinite().all()) for gradient in self.gradients)
+
+    @property
+    def size(self) -> float:
+        """The norm of the gradients."""
+        return math.sqrt(sum(float(gradient.abs().double().square().sum()) for gradient in self.gradients))
+
+    def distance(self, other: "Term") -> float:
+        """The norm of the difference of the gradients."""
+        pairs = zip(self.gradients, other.gradients, strict=True)
+        return math.sqrt(sum(float((a - b).abs().double().square().sum()) for a, b in pairs))
+
+
+# By the name of each term; a step that gives one loss gives the term "".
+Outcome: TypeAlias = dict[str, Term]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far a run is from the one it should equal.
+
+    Attributes:
+        size: the greatest relative change of a loss or of gradients, infinite where one is not a number.
+        term: which term that is.
+    """
+
+    size: float
+    term: str
+
+    def __str__(self) -> str:
+        what = f"the {f'term {self.term!r}' if self.term else 'loss'} or its gradients"
+        return f"{what} by {self.size:.2%}" if math.isfinite(self.size) else f"{what} to what is not a number"
+
+
+class Runner:
+    """A step, the seed of its random numbers, and what it gives for the batch as it is.
+
+    Attributes:
+        base: what the step gives for the whole batch.
+        is_random: whether its loss depends on the seed.
+    """
+
+    base: Outcome
+    is_random: bool
+
+    def __init__(self, step: Step, seed: int, buffers: Buffers) -> None:
+        self.step, self.seed, self.buffers = step, seed, buffers
+        self.leaves: list[Tensor] = []
+        self.names: list[str] = []
+
+    def begin(self, batch: Any, inputs: Sequence[Tensor] = ()) -> None:
+        """Learn what the step depends on, its inputs left out, and what it gives for the batch.
+
+        Raises:
+            LengthError: A loss is not a scalar, or gradients cannot be taken.
+            RuntimeError: The backward pass fails.
+            TypeError: The step returns no tensor and no mapping of tensors.
+        """
+        with self.buffers.of_all_that_run():
+            losses = self.losses(batch)
+        known = {id(tensor) for tensor in inputs}
+        self.leaves = [leaf for leaf in leaves_of(list(losses.values())) if id(leaf) not in known]
+        try:
+            self.base = self.run(batch)
+        except RuntimeError as error:
+            ways_out = [way_out for words, way_out in _NO_GRADIENTS.items() if words in str(error)]
+            if not ways_out:
+                raise
+            raise LengthError(f"gradients cannot be taken: {error}\n{ways_out[0]}") from error
+        self.is_random = self.values(batch, self.seed + 1) != {name: term.loss for name, term in self.base.items()}
+
+    def losses(self, batch: Any, seed: int | None = None) -> dict[str, Tensor]:
+        """The step's terms for a batch, with buffers and random numbers as at the beginning.
+
+        Raises:
+            LengthError: The step gives other terms than for the batch as it is.
+        """
+        self.buffers.give_back()
+        _seed(self.seed if seed is None else seed)
+        terms = _terms(self.step(fresh(batch)))
+        self.names = self.names or list(terms)
+        if list(terms) != self.names:
+            raise LengthError(f"a step must always give the same terms, got {list(terms)} instead of {self.names}")
+        return terms
+
+    def run(self, batch: Any) -> Outcome:
+        """The step's losses and gradients for a batch."""
+        losses = self.losses(batch)
+        last = len(losses) - 1
+        return {
+            name: Term(float(loss.detach()), gradients_of(loss, self.leaves, keep_graph=place < last))
+            for place, (name, loss) in enumerate(losses.items())
+        }
+
+    def values(self, batch: Any, seed: int | None = None) -> dict[str, float]:
+        """The step's losses alone."""
+        return {name: float(loss.detach()) for name, loss in self.losses(batch, seed).items()}
+
+    def drift(self, outcome: Outcome, other: Outcome | None = None) -> Drift:
+        """Relative distance of a run from another one, or from that of the batch as it is."""
+        base = self.base if other is None else other
+        losses = max(abs(term.loss) for term in base.values())
+        sizes = max(term.size for term in base.values())
+        drifts = []
+        for name, term in base.items():
+            loss = abs(outcome[name].loss - term.loss) / max(abs(term.loss), SMALL * losses, 1e-12)
+            gradients = outcome[name].distance(term) / max(term.size, SMALL * sizes, 1e-12)
+            parts = [part if part == part else math.inf for part in (loss, gradients)]
+            drifts.append(Drift(max(parts), name))
+        return max(drifts, key=lambda drift: drift.size)
+
+
+def combined(outcomes: Sequence[Term], shares: Sequence[float], *, gradients: bool = True) -> Term:
+    """The weighted sum of runs, of their losses alone if so; one without weight is left out, since it may be nan."""
+    used = [(share, outcome) for share, outcome in zip(shares, outcomes, strict=True) if share]
+    loss = sum(share * outcome.loss for share, outcome in used)
+    if not gradients:
+        return Term(loss, [])
+    columns = zip(*(outcome.gradients for _, outcome in used), strict=True)
+    scales = [share for share, _ in used]
+    return Term(loss, [sum((s * g for s, g in zip(scales, c, strict=True)), torch.zeros_like(c[0])) for c in columns])
+
+
+@contextmanager
+def undisturbed(module: nn.Module | None) -> Iterator[Buffers]:
+    """Switch dropout off, and give back random states and buffers, however the check ends.
+
+    Yields:
+        The buffers: those of `module`, to which those of other modules can be added.
+    """
+    buffers = Buffers()
+    for part in module.modules() if module is not None else ():
+        buffers.keep(part)
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's own state is what is kept
+    with torch.random.fork_rng(), WithoutDropout():
+        try:
+            yield buffers
+        finally:
+            buffers.give_back()
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+def _seed(seed: int) -> None:
+    # Without an accelerator `torch.manual_seed` keeps a traceback of every call, for the day that one is found.
+    (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - steps of others draw from it
+
+
+def _terms(result: object) -> dict[str, Tensor]:
+    if isinstance(result, Tensor):
+        return {"": _scalar(result, "the step")}
+    if not isinstance(result, Mapping):
+        kind = type(result).__name__
+        raise TypeError(
+            f"the step must return its loss as a tensor, or a mapping of losses, got {kind}: {_way_out(result)}"
+        )
+    if not result:
+        raise TypeError("the step must return its loss as a tensor, or a mapping of losses, got an empty mapping")
+    return {str(name): _scalar(loss, f"term {name!r} of the step") for name, loss in result.items()}
+
+
+def _scalar(loss: object, name: str) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{name} must return a scalar tensor, got {type(loss).__name__}: {_way_out(loss)}")
+    if loss.numel() != 1:
+        raise LengthError(
+            f"{name} must return a scalar loss, got shape {list(loss.shape)}: reduce it as in training, and of a "
+            "model's output return the loss alone (output.loss)"
+        )
+    if loss.is_complex():
+        raise TypeError(f"{name} must return a real loss, got {loss.dtype}")
+    return loss
+
+
+def _way_out(result: object) -> str:
+    if result is None:
+        return "add a return statement"
+    if isinstance(result, (int, float)):
+        return "return the tensor, without item()"
+    if isinstance(result, (tuple, list)):
+        return 'return the loss alone, or name the terms as in {"tags": loss, "label": other}'
+    return "return the loss alone"

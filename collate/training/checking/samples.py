@@ -1,0 +1,194 @@
+"""Samples and the collate function that makes a batch of them: variants for probes, and which row a sample went to."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from collate.batch import LengthTrackedBatch
+from collate.tensors.nested import columns_of, map_parts
+from collate.training.checking.variants import counts_of, drawn, holds_one_number, parts_of
+
+Collate: TypeAlias = Callable[[list[Any]], Any]
+
+
+class SampleVariants:
+    """Variants of a list of samples; a step takes the list, and collates it first."""
+
+    kind = "sample"
+
+    def __init__(self, samples: Sequence[Any], collate: Collate, generator: torch.Generator) -> None:
+        self.whole, self.collate, self.generator = list(samples), collate, generator
+        self.rows = len(self.whole)
+        columns = {name: [_as_tensor(value) for value in values] for name, values in columns_of(self.whole).items()}
+        known = {name: [v for v in values if v is not None] for name, values in columns.items()}
+        self.numbers = {name: values for name, values in known.items() if len(values) == self.rows}
+        self.fields = {name: values for name, values in self.numbers.items() if all(value.dim() for value in values)}
+        self.lengths = {name or "the samples": [len(value) for value in values] for name, values in self.fields.items()}
+
+    def of(self, whole: list[Any]) -> "SampleVariants":
+        """As in `Variants`."""
+        return SampleVariants(whole, self.collate, self.generator)
+
+    def chosen(self, rows: Sequence[int]) -> list[Any]:
+        """As in `Variants`."""
+        return [self.whole[row] for row in rows]
+
+    def alone(self, row: int) -> list[Any]:
+        """As in `Variants`; the width is what the collate function makes it."""
+        return self.chosen([row])
+
+    def counts(self, row: int) -> list[float]:
+        """As in `Variants`."""
+        sample = [count for values in self.fields.values() for count in counts_of(values[row][None])]
+        return [*sample, *counts_of(self.collate(self.alone(row)))]
+
+    def is_alike(self, name: str) -> bool:
+        """As in `Variants`."""
+        return holds_one_number(self._steps(name))
+
+    def changed(self, name: str, row: int | None, steps: slice, *, wild: bool) -> list[Any]:
+        """As in `Variants`."""
+        real = self._steps(name)
+        samples = list(self.whole)
+        for place in range(self.rows) if row is None else [row]:
+            value = self._values(name)[place].clone()
+            value[steps] = drawn(real, value[steps], self.generator, wild=wild)
+            samples[place] = _replaced(samples[place], name, value)
+        return samples
+
+    def cut(self, name: str, row: int, steps: int) -> "SampleVariants":
+        """As in `Variants`."""
+        samples = list(self.whole)
+        for other, lengths in self.lengths.items():
+            if lengths == self.lengths[name]:
+                samples[row] = _replaced(samples[row], other, self._values(other)[row][: lengths[row] - steps])
+        return self.of(samples)
+
+    def _values(self, name: str) -> list[Tensor]:
+        return self.fields[name] if name in self.fields else self.fields[""]
+
+    def _steps(self, name: str) -> Tensor:
+        return torch.cat(self._values(name))
+
+    # --- what the collate function did, for a finding to name
+
+    def disagreement(self) -> str | None:
+        """Two parts of the batch whose rows are in other orders, if that can be seen; None otherwise."""
+        places = {name: self._rows_of(name) for name in self.numbers}
+        known = {name: rows for name, rows in places.items() if rows is not None}
+        for name, rows in known.items():
+            first, order = next(iter(known.items()))
+            if rows != order:
+                return (
+                    f"the collate function puts the samples' {first} in rows {order}, but their {name} in rows {rows}"
+                )
+        for name, rows in known.items():
+            if name in self.fields and (other := self._other_lengths(name, rows)):
+                return other
+        return None
+
+    def lost_step(self) -> str | None:
+        """A sample's last step that never comes into the batch, though other steps of its field do."""
+        for name, lengths in self.lengths.items():
+            full = [row for row, length in enumerate(lengths) if length]
+            lost = [row for row in full if self._loses(name, row, slice(lengths[row] - 1, None))]
+            if lost and not all(self._loses(name, row, slice(None)) for row in full):
+                row = lost[0]
+                return f"the collate function leaves step {lengths[row] - 1} of sample {row} of {name} out of the batch"
+        return None
+
+    def _loses(self, name: str, row: int, steps: slice) -> bool:
+        base, wild = self._parts(self.whole), (False, False, True, True)
+        changed = (self.changed(name, row, steps, wild=each) for each in wild)
+        return not any(_rows_that_differ(base, self._parts(samples)) for samples in changed)
+
+    def _rows_of(self, name: str) -> list[int] | None:
+        """The row that each sample's field went to, seen by what changes with it."""
+        base, rows = self._parts(self.whole), []
+        real = torch.cat([value.reshape(-1, *value.shape[1:]) for value in self.numbers[name]])
+        for place, value in enumerate(self.numbers[name]):
+            other = drawn(real, value, self.generator, wild=False)
+            samples = [*self.whole[:place], _replaced(self.whole[place], name, other), *self.whole[place + 1 :]]
+            differ = _rows_that_differ(base, self._parts(samples))
+            if len(differ) != 1:
+                return None
+            rows += differ
+        return rows if len(set(rows)) == self.rows else None
+
+    def _other_lengths(self, name: str, rows: Sequence[int]) -> str | None:
+        lengths = [length for _, length in sorted(zip(rows, self.lengths[name], strict=True))]
+        for part, values in self._parts(self.whole).items():
+            found = [int(value) for value in values] if all(map(_is_integer, values)) else []
+            if sorted(found) == sorted(lengths) and found != lengths:
+                return (
+                    f"{part or 'a part'} of the batch holds the lengths {found}, but the rows of {name} have {lengths}"
+                )
+        return None
+
+    def _parts(self, samples: list[Any]) -> dict[str, list[Any]]:
+        return dict(_rows_of_parts(self.collate(samples), self.rows))
+
+
+def _as_tensor(value: object) -> Tensor | None:
+    """Numbers of any kind as a tensor on the host; None for what is no number."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        return None
+    return torch.from_numpy(np.array(array)) if array.dtype.kind in "biufc" else None
+
+
+def _as_before(like: object, value: Tensor) -> object:
+    if isinstance(like, Tensor):
+        return value.to(like.device)
+    if isinstance(like, (np.ndarray, np.generic)):
+        return value.numpy().astype(like.dtype)
+    return value.tolist()
+
+
+def _replaced(sample: Any, name: str, value: Tensor) -> Any:
+    """The sample with another value in a field of this dotted name."""
+    if not isinstance(sample, (dict, tuple)) and not hasattr(sample, "keys"):
+        return _as_before(sample, value)
+    labels = list(sample) if hasattr(sample, "keys") else getattr(sample, "_fields", range(len(sample)))
+    names = iter(map(str, labels))
+
+    def change(part: Any) -> Any:
+        label = next(names)
+        if name == label:
+            return _replaced(part, "", value)
+        return _replaced(part, name[len(label) + 1 :], value) if name.startswith(f"{label}.") else part
+
+    return map_parts(sample, change)
+
+
+def _rows_of_parts(batch: Any, rows: int) -> Iterator[tuple[str, list[Any]]]:
+    for name, part in parts_of(batch):
+        if isinstance(part, LengthTrackedBatch) and len(part) == rows:
+            yield name, list(part.padded)
+            yield f"{name}.lengths".lstrip("."), list(part.lengths)
+        elif isinstance(part, (Tensor, np.ndarray)) and part.ndim and len(part) == rows:
+            yield name, list(torch.as_tensor(part))
+        elif isinstance(part, (list, tuple)) and len(part) == rows:
+            yield name, list(part)
+
+
+def _rows_that_differ(base: dict[str, list[Any]], other: dict[str, list[Any]]) -> list[int]:
+    rows = set()
+    for name, values in base.items():
+        for row, (a, b) in enumerate(zip(values, other.get(name, values), strict=False)):
+            same = a.shape == b.shape and bool((a == b).all()) if isinstance(a, Tensor) else a == b
+            if not same:
+                rows.add(row)
+    return sorted(rows)
+
+
+def _is_integer(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not value.is_floating_point() and not value.is_complex()
+    return isinstance(value, (int, np.integer))

@@ -1,0 +1,317 @@
+"""A batch with other rows, other values or other lengths: what the probes of `check_step` give to a step."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, Self, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from collate.batch import LengthTrackedBatch
+from collate.errors import LengthError
+from collate.lengths.validation import aligned
+from collate.tensors.nested import map_parts
+
+
+class Variants(Protocol):
+    """What probes need of a batch, or of the samples that a batch is made of.
+
+    Attributes:
+        whole: what the step takes.
+        kind: what one entry is called, `"row"` or `"sample"`.
+        rows: B, how many there are.
+        lengths: the lengths `[B]` of each variable-length field.
+    """
+
+    whole: Any
+    kind: str
+    rows: int
+    lengths: dict[str, list[int]]
+
+    def of(self, whole: Any) -> Self:
+        """The variants of a changed whole."""
+
+    def chosen(self, rows: Sequence[int]) -> Any:
+        """The same with some rows only, in this order."""
+
+    def alone(self, row: int) -> Any:
+        """One row, no wider than it is long."""
+
+    def counts(self, row: int) -> list[float]:
+        """Whatever a mean over this row alone may divide by; nan where it is none."""
+
+    def is_alike(self, name: str) -> bool:
+        """Whether a field of whole numbers holds the same one everywhere, so that there is no other one to try."""
+
+    def changed(self, name: str, row: int | None, steps: slice, *, wild: bool) -> Any:
+        """Other values at some real steps of a row, or of all rows.
+
+        Args:
+            name: the field.
+            row: None for all.
+            steps: which of its real steps.
+            wild: far from what real steps hold; otherwise such as other real steps hold.
+        """
+
+    def cut(self, name: str, row: int, steps: int) -> Self:
+        """The same with a row that ends earlier, in this field and in those of the same length."""
+
+
+class BatchVariants:
+    """Variants of a batch that holds `LengthTrackedBatch`es."""
+
+    kind = "row"
+
+    def __init__(self, batch: Any, generator: torch.Generator) -> None:
+        self.whole, self.generator = batch, generator
+        self.fields = dict(fields_of(batch))
+        self.rows = len(next(iter(self.fields.values()))) if self.fields else 0
+        self.fields = {name: field for name, field in self.fields.items() if len(field) == self.rows}
+        self.lengths = {name: cast("list[int]", field.lengths.tolist()) for name, field in self.fields.items()}
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether any field has padding, so that there is something to try."""
+        return any(min(lengths) < self.fields[name].padded.shape[1] for name, lengths in self.lengths.items())
+
+    def of(self, whole: Any) -> "BatchVariants":
+        """As in `Variants`."""
+        return BatchVariants(whole, self.generator)
+
+    def chosen(self, rows: Sequence[int]) -> Any:
+        """As in `Variants`; whatever has an entry per row goes with the rows."""
+        return rows_of(self.whole, torch.tensor(rows), self.rows)
+
+    def alone(self, row: int) -> Any:
+        """As in `Variants`."""
+        return mapped(self.chosen([row]), trimmed)
+
+    def counts(self, row: int) -> list[float]:
+        """As in `Variants`."""
+        return counts_of(self.alone(row))
+
+    def is_alike(self, name: str) -> bool:
+        """As in `Variants`."""
+        return holds_one_number(self.fields[name].flat())
+
+    def changed(self, name: str, row: int | None, steps: slice, *, wild: bool) -> Any:
+        """As in `Variants`."""
+        field = self.fields[name]
+        where = torch.zeros_like(field.mask)
+        where[slice(None) if row is None else row, steps] = True
+        return self.with_values(name, where & field.mask, wild=wild)
+
+    def with_values(self, name: str, where: Tensor, *, wild: bool) -> Any:
+        """Other values at these steps `[B, T]` of a field, such as real steps could hold, or far from that."""
+        field = self.fields[name]
+        other = drawn(field.flat(), field.padded, self.generator, wild=wild)
+        return self.swapped({name: field.with_padded(torch.where(aligned(where, other), other, field.padded))})
+
+    def swapped(self, others: Mapping[str, LengthTrackedBatch]) -> Any:
+        """The batch with other fields of these names."""
+        known = {id(self.fields[name]): other for name, other in others.items()}
+        return mapped(self.whole, lambda part: known.get(id(part), part))
+
+    def cut(self, name: str, row: int, steps: int) -> "BatchVariants":
+        """As in `Variants`; what was real is left where it is."""
+        others = {}
+        for other, field in self.fields.items():
+            if self.lengths[other] == self.lengths[name]:
+                lengths = field.lengths.clone()
+                lengths[row] -= steps
+                others[other] = LengthTrackedBatch.trusted(
+                    field.padded, lengths, None, field.permutation, padding_value=None, first_step=field.first_step
+                )
+        return self.of(self.swapped(others))
+
+    def taken_along(self) -> list[str]:
+        """What went with the rows because it has an entry for each, though nothing says that these are the rows'."""
+        return [name for name, part in parts_of(self.whole) if isinstance(part, Tensor) and _is_column(part, self.rows)]
+
+
+def parts_of(batch: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The parts of a nested batch by their dotted names; lists without tensors are parts themselves.
+
+    Yields:
+        Pairs of a name and a part.
+    """
+    if isinstance(batch, Mapping):
+        for key, part in batch.items():
+            yield from parts_of(part, f"{name}.{key}" if name else str(key))
+    elif isinstance(batch, (tuple, list)) and any(map(_is_structure, batch)):
+        for place, part in enumerate(batch):
+            yield from parts_of(part, f"{name}.{place}" if name else str(place))
+    else:
+        yield name, batch
+
+
+def fields_of(batch: Any) -> Iterator[tuple[str, LengthTrackedBatch]]:
+    """The variable-length fields of a nested batch, by their dotted names.
+
+    Yields:
+        Pairs of a name and a field.
+    """
+    for name, part in parts_of(batch):
+        if isinstance(part, LengthTrackedBatch):
+            yield name or "the batch", part
+
+
+def mapped(batch: Any, change: Callable[[LengthTrackedBatch], LengthTrackedBatch]) -> Any:
+    """The batch with every `LengthTrackedBatch` in it changed."""
+    if isinstance(batch, LengthTrackedBatch):
+        return change(batch)
+    return map_parts(batch, lambda part: mapped(part, change))
+
+
+def rows_of(batch: Any, rows: Tensor, of: int) -> Any:
+    """Some rows int64 `[R]` of a batch of `of` rows: of its fields and of whatever else has an entry per row."""
+    if isinstance(batch, LengthTrackedBatch):
+        if len(batch) != of:
+            return batch
+        return LengthTrackedBatch.trusted(
+            batch.padded.index_select(0, rows.to(batch.device)),
+            batch.lengths[rows],
+            None,
+            batch.permutation[rows],
+            padding_value=batch.padding_value,
+            first_step=batch.first_step,
+        )
+    if not _is_column(batch, of):
+        return map_parts(batch, lambda part: rows_of(part, rows, of))
+    if isinstance(batch, Tensor):
+        return batch.index_select(0, rows.to(batch.device))
+    if isinstance(batch, np.ndarray):
+        return batch[rows.numpy()]
+    return type(batch)(batch[row] for row in rows.tolist())
+
+
+def widened(field: LengthTrackedBatch, steps: int = 3) -> LengthTrackedBatch:
+    """The same field with more steps of padding."""
+    value = 0 if field.padding_value is None else field.padding_value
+    more = field.padded.new_full((len(field), steps, *field.padded.shape[2:]), value)
+    return _as_wide(field, torch.cat([field.padded, more], 1))
+
+
+def trimmed(field: LengthTrackedBatch) -> LengthTrackedBatch:
+    """The same field, no wider than its longest row."""
+    return _as_wide(field, field.padded[:, : max(int(field.lengths.max()), 1)])
+
+
+def holds_one_number(steps: Tensor) -> bool:
+    """Whether whole numbers are all the same."""
+    return not _is_inexact(steps) and steps.dtype != torch.bool and len(torch.unique(steps)) < 2
+
+
+def drawn(real: Tensor, present: Tensor, generator: torch.Generator, *, wild: bool) -> Tensor:
+    """Other values than are present, such as real steps could hold.
+
+    Args:
+        real: `[M, *F]`, all real steps.
+        present: `[..., *F]`.
+        generator: of the random choice.
+        wild: normal numbers of four deviations instead of other steps' values; whole numbers are never wild.
+
+    Returns:
+        A tensor like `present`.
+    """
+    real, shape = real.detach().cpu(), tuple(present.shape)
+    if not len(real):
+        return present
+    if real.dtype == torch.bool:
+        return ~present
+    if not _is_inexact(real):
+        known: Tensor = torch.unique(real)
+        # Of two classes every second draw would be what is there already, and four in a row are no rarity.
+        places = torch.searchsorted(known.long(), present.detach().cpu().long().contiguous())
+        shift = torch.randint(1, max(len(known), 2), shape, generator=generator)
+        return known[(places + shift) % len(known)].to(present.device)
+    if not wild and bool((real != real[:1]).any()):
+        # Values of other steps, whole: probabilities stay probabilities, and unit vectors stay of length one.
+        steps = torch.randint(len(real), shape[: present.dim() - real.dim() + 1], generator=generator)
+        return real[steps].to(present.device)
+    exact = torch.complex128 if real.is_complex() else torch.float64
+    center = real.to(exact).mean()
+    spread = (real.to(exact) - center).abs().square().mean().sqrt() + 1
+    values: Tensor = center + 4 * spread * torch.randn(shape, generator=generator, dtype=exact)
+    return values.to(device=present.device, dtype=real.dtype)
+
+
+def counts_of(batch: Any) -> list[float]:
+    """Whatever a mean over a batch of one row may divide by: steps, one less, pairs of steps, targets, weights."""
+    counts: list[float] = []
+    for _, part in parts_of(batch):
+        if isinstance(part, LengthTrackedBatch):
+            # The square is that of scores between all pairs of steps.
+            counts += [float(part.num_tokens), float(part.num_tokens - 1), float(part.num_tokens**2)]
+            counts += _weights(part.flat())
+        elif isinstance(part, Tensor) and part.dim() and len(part) == 1:
+            counts += [float(part.numel()), float(part.numel() - 1), *_weights(part[0] if part.dim() > 1 else part)]
+            counts += [float(part)] if part.dim() == 1 and not part.is_complex() else []
+    return counts
+
+
+def shares_of(counts: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Weights `[B]` of the rows' means in the mean of a batch, for everything that is counted in each row."""
+    columns = {tuple(column) for column in zip(*counts, strict=True)}
+    return [
+        [count / sum(column) for count in column]
+        for column in sorted(columns)
+        if all(0 <= count < np.inf for count in column) and sum(column) > 0
+    ]
+
+
+def _weights(steps: Tensor) -> list[float]:
+    """What steps `[M, *F]` may count as, all of them and without the first, as where targets are shifted."""
+    steps = steps.detach()
+    if steps.is_complex() or (steps.is_floating_point() and bool((steps < 0).any())):
+        return [np.nan, np.nan]
+    # A negative number marks what is no target, as -100 does.
+    weights = steps if steps.is_floating_point() or steps.dtype == torch.bool else steps >= 0
+    return [float(weights.double().sum()), float(weights[1:].double().sum())]
+
+
+def _as_wide(field: LengthTrackedBatch, padded: Tensor) -> LengthTrackedBatch:
+    return LengthTrackedBatch.trusted(
+        padded,
+        field.lengths,
+        None,
+        field.permutation,
+        padding_value=field.padding_value,
+        first_step=field.first_step,
+    )
+
+
+def _is_inexact(values: Tensor) -> bool:
+    return values.is_floating_point() or values.is_complex()
+
+
+def _is_structure(part: object) -> bool:
+    return isinstance(part, (LengthTrackedBatch, Tensor, np.ndarray, Mapping, tuple, list))
+
+
+def _is_column(part: object, rows: int) -> bool:
+    """Whether something has an entry per row: a tensor or an array, or a list or tuple of what is no field itself."""
+    if isinstance(part, (Tensor, np.ndarray)):
+        return part.ndim > 0 and len(part) == rows
+    if not isinstance(part, (list, tuple)) or hasattr(part, "_fields") or len(part) != rows:
+        return False
+    if any(isinstance(entry, (LengthTrackedBatch, Mapping)) for entry in part) and any(True for _ in fields_of(part)):
+        return False
+    # A pair of tensors of two rows each is a pair of columns, not a column of two entries.
+    columns = (Tensor, np.ndarray, list, tuple) if isinstance(part, tuple) else (Tensor, np.ndarray)
+    return not all(isinstance(entry, columns) and _is_column(entry, rows) for entry in part)
+
+
+def check_fields(variants: BatchVariants) -> None:
+    """Refuse a batch with nothing to check.
+
+    Raises:
+        LengthError: It holds no `LengthTrackedBatch`, or none with padding to try.
+    """
+    if not variants.fields:
+        raise LengthError(
+            "the batch holds no LengthTrackedBatch: collate it with PadCollator, or pass samples= and collate= to "
+            "check it together with a collate function of your own"
+        )
+    if not variants.has_padding:
+        raise LengthError("no field has padding: check with rows of different lengths")

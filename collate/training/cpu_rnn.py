@@ -1,0 +1,171 @@
+"""Run a packed batch in dense blocks, from row end to row end.
+
+Between two ends the number of rows is constant, so that the packed steps are a dense block `[steps, rows, F]` just as
+they lie. It is run by torch's dense kernel, the state is carried on, and the states of rows that end are set aside. A
+backward direction is the same over steps that are reversed row by row.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
+
+from collate.tensors.numpy_view import Int64Array, to_array
+from collate.training.rnn_modules import State
+
+_KERNELS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "RNN_TANH": torch.rnn_tanh,
+    "RNN_RELU": torch.rnn_relu,
+    "GRU": torch.gru,
+    "LSTM": torch.lstm,
+}
+
+
+# What autocast makes one dtype of; it leaves float64 as it is.
+_CAST = {torch.float32, torch.bfloat16}
+
+
+def is_faster_in_blocks(rnn: nn.RNNBase, packed: PackedSequence, hx: State | None) -> bool:
+    """Whether blocks are the fastest exact way for a plain module, on this device, with or without gradients.
+
+    The CPU's packed kernels slice all steps once per step, and differentiating that is quadratic in T: blocks train
+    1.7 to 3.1 times (GRU) and 3.2 to 12 times (LSTM) as fast (`benchmarks/rnn.py`). Without gradients only the LSTM
+    gains, through oneDNN. cuDNN takes packed batches well. Mixed dtypes that torch cannot join blocks in, under
+    autocast, are left to the module.
+    """
+    if not packed.data.is_cpu or not (isinstance(rnn, nn.LSTM) or torch.is_grad_enabled()):
+        return False
+    if not torch.is_autocast_enabled("cpu"):
+        return packed.data.is_floating_point()
+    if isinstance(rnn, nn.LSTM) and torch.get_autocast_dtype("cpu") not in _CAST:
+        # oneDNN's LSTM has no float16 on most processors.
+        return False
+    states = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
+    weights = (weight for layer in rnn.all_weights for weight in layer)
+    dtypes = {tensor.dtype for tensor in (packed.data, *states, *weights)}
+    return dtypes <= _CAST or dtypes == {torch.float64}
+
+
+def run_blocks(rnn: nn.RNNBase, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
+    """Do what `rnn(packed, hx)` does.
+
+    Args:
+        rnn: any number of layers and directions.
+        packed: data `[M, input_size]`. It and `hx` fit the module, as `check_fit` finds out: the kernels check nothing.
+        hx: `[layers * directions, B, H]`, for an LSTM a pair; None starts from zeros.
+
+    Returns:
+        The outputs, packed alike, and the final state of each row.
+    """
+    sizes = packed.batch_sizes
+    state = _reordered(_zeros(rnn, packed) if hx is None else hx, packed.sorted_indices)
+    if rnn.bidirectional:
+        data, final = _run_directions(rnn, packed.data, sizes, state)
+    else:
+        data, final = _run(_kernel(rnn, range(rnn.num_layers)), packed.data, sizes, state)
+    return packed._replace(data=data), _reordered(final, packed.unsorted_indices)
+
+
+def each_part(state: State | None, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change a state that may be absent, or a tuple of tensors."""
+    if isinstance(state, tuple):
+        return tuple(map(change, state))
+    return None if state is None else change(state)
+
+
+def _run_directions(rnn: nn.RNNBase, data: Tensor, sizes: Tensor, state: State) -> tuple[Tensor, State]:
+    """Run layer by layer: a layer reads both directions of the one before."""
+    reverse = reversed_steps(to_array(sizes))
+    finals = []
+    for layer in range(rnn.num_layers):
+        if layer and rnn.dropout:
+            data = F.dropout(data, rnn.dropout, rnn.training)
+        outputs = []
+        for place, order in ((2 * layer, None), (2 * layer + 1, reverse)):
+            start = each_part(state, partial(torch.narrow, dim=0, start=place, length=1))
+            steps = data if order is None else data.index_select(0, order)
+            output, final = _run(_kernel(rnn, [place]), steps, sizes, start)
+            outputs.append(output if order is None else output.index_select(0, order))
+            finals.append(final)
+        data = torch.cat(outputs, -1)
+    return data, _joined(finals, dim=0)
+
+
+def _run(
+    kernel: Callable[[Tensor, State], tuple[Tensor, State]], data: Tensor, sizes: Tensor, state: State
+) -> tuple[Tensor, State]:
+    """Run time-major steps `[M, F]` of `sizes[t]` rows at each step t, longest row first."""
+    counts, steps = torch.unique_consecutive(sizes, return_counts=True)
+    outputs: list[Tensor] = []
+    ended: list[State] = []
+    blocks = data.split((counts * steps).tolist())
+    for block, rows, length in zip(blocks, counts.tolist(), steps.tolist(), strict=True):
+        if outputs:
+            ended.append(each_part(state, partial(_rows, rows=slice(rows, None))))
+            state = each_part(state, partial(_rows, rows=slice(rows)))
+        output, state = kernel(block.view(length, rows, -1), state)
+        outputs.append(output.flatten(0, 1))
+    return torch.cat(outputs), _joined([state, *ended[::-1]], dim=1)
+
+
+def _kernel(rnn: nn.RNNBase, places: Sequence[int]) -> Callable[[Tensor, State], tuple[Tensor, State]]:
+    """Torch's dense kernel with the weights of some layers, or of one direction of one layer."""
+    weights = [weight for place in places for weight in rnn.all_weights[place]]
+
+    options = {
+        "has_biases": rnn.bias,
+        "num_layers": len(places),
+        "dropout": rnn.dropout,
+        "train": rnn.training,
+        "bidirectional": False,
+        "batch_first": False,
+    }
+
+    def call(block: Tensor, state: State) -> tuple[Tensor, State]:
+        output, *final = _KERNELS[rnn.mode](block, state, weights, **options)
+        return output, (final[0], final[1]) if len(final) == 2 else final[0]
+
+    return call
+
+
+def reversed_steps(sizes: Int64Array) -> Tensor:
+    """Where each row's steps lie when each row is read from its end: int64 `[M]`, its own inverse.
+
+    Args:
+        sizes: int64 `[max L]`, rows still running at each step.
+    """
+    total = np.arange(int(sizes.sum()))
+    if sizes[-1] == sizes[0]:
+        return torch.from_numpy(total.reshape(len(sizes), -1)[::-1].ravel())
+    starts = np.cumsum(sizes) - sizes
+    ranks = total - np.repeat(starts, sizes)
+    # A row runs for as many steps as have more rows than its rank.
+    lengths = len(sizes) - np.searchsorted(sizes[::-1], np.arange(sizes[0]), side="right")
+    mirrored = lengths[ranks] - 1 - np.repeat(np.arange(len(sizes)), sizes)
+    return torch.from_numpy(starts[mirrored] + ranks)
+
+
+def _zeros(rnn: nn.RNNBase, packed: PackedSequence) -> State:
+    layers, rows = rnn.num_layers * (2 if rnn.bidirectional else 1), int(packed.batch_sizes[0])
+    h = packed.data.new_zeros(layers, rows, rnn.proj_size or rnn.hidden_size)
+    return (h, packed.data.new_zeros(layers, rows, rnn.hidden_size)) if rnn.mode == "LSTM" else h
+
+
+def _rows(part: Tensor, rows: slice) -> Tensor:
+    return part[:, rows]
+
+
+def _reordered(state: State, order: Tensor | None) -> State:
+    return state if order is None else cast(State, each_part(state, partial(torch.index_select, dim=1, index=order)))
+
+
+def _joined(states: Sequence[State], dim: int) -> State:
+    if isinstance(states[0], tuple):
+        h, c = zip(*cast("list[tuple[Tensor, Tensor]]", states), strict=True)
+        return torch.cat(h, dim), torch.cat(c, dim)
+    return torch.cat(cast("list[Tensor]", states), dim)

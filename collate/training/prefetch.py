@@ -1,0 +1,358 @@
+"""Host -> device, a few batches ahead of the step that uses them."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import fields, is_dataclass
+from typing import Any, Generic, Self, TypeVar, cast
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from collate.tensors.nested import map_parts
+
+Batch = TypeVar("Batch")
+
+_END: Any = object()
+
+
+class DevicePrefetcher(Generic[Batch]):
+    """Wrap a loader so that its batches arrive on the device while the step before is still running.
+
+    On the CPU batches pass straight through. On an accelerator each batch is pinned if the loader did not, copied on a
+    stream of its own up to `depth` batches ahead, and handed over with an event for the current stream to wait on. What
+    a loader calls `sampler`, `batch_sampler` or `dataset` stays reachable, so that a trainer's `set_epoch` finds it.
+    An error of the loader comes after the batches before it, as it does without the prefetcher. One pass runs at a
+    time: when another begins, the earlier one raises a `RuntimeError` where it is asked for more.
+
+    Batches are tensors, objects that have `to(device, non_blocking=...)` (`LengthTrackedBatch`, `PackedSequence`),
+    mappings, tuples, named tuples and lists of these; anything else passes untouched.
+
+    Args:
+        loader: any iterable of batches.
+        device: where to.
+        depth: batches on the way at most; 0 copies when asked.
+
+    Raises:
+        TypeError: `depth` is not an int.
+        ValueError: `depth` is negative.
+    """
+
+    def __init__(self, loader: Any, device: torch.device | str | int, *, depth: int = 2) -> None:
+        if isinstance(depth, bool) or not isinstance(depth, int):
+            raise TypeError(f"depth must be an int, got {depth!r} of type {type(depth).__name__}")
+        if depth < 0:
+            raise ValueError(f"depth must not be negative, got {depth}: 0 copies each batch when it is asked for")
+        self.loader = loader
+        self.device = torch.device(device)
+        self.depth = depth
+        self._bookmark = Bookmark(loader)
+        self._transfer: Transfer | None = None
+        # An iterator that its user has dropped, as after a break, takes what is on the way with it.
+        self._running: ref[Pass[Batch]] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One epoch, which begins at its first batch; a pass that is still running is closed, and raises if asked."""
+        earlier = None if self._running is None else self._running()
+        if earlier is not None:
+            earlier.give_way()
+        if self.device.type == "cpu":
+            running = Pass[Batch](self.loader, self._bookmark, None, 0)
+        else:
+            # One stream for all epochs: the allocator keeps memory for each stream that it has seen.
+            self._transfer = self._transfer or Transfer(self.device)
+            running = Pass[Batch](self.loader, self._bookmark, self._transfer, self.depth)
+        self._running = ref(running)
+        return running
+
+    def __len__(self) -> int:
+        """The loader's own length."""
+        return len(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("sampler", "batch_sampler", "dataset"):
+            return getattr(self.loader, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pass that is under way stays with the original, and so does its stream.
+        return self.__dict__ | {"_running": None, "_transfer": None}
+
+    def close(self) -> None:
+        """Drop what is on the way, and the loader's iterator with it."""
+        running = None if self._running is None else self._running()
+        if running is not None:
+            running.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader stands after the last batch that was handed over; batches on the way do not count.
+
+        It is the loader's own state, as of a `StatefulDataLoader`. For a plain loader it is the `position` of its batch
+        sampler or dataset, such as `LengthBucketBatchSampler` or `ShardStream`; after an epoch's last batch that leads
+        to an empty pass, and then to the next epoch.
+
+        Raises:
+            TypeError: The loader has neither.
+        """
+        return self._bookmark.read()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the loader go on from a state; what is on the way is dropped.
+
+        Raises:
+            TypeError: The loader cannot go on from a state.
+        """
+        self.close()
+        self._bookmark.load(state)
+
+
+class Pass(Iterator[Batch]):
+    """One pass over a loader: batches are taken ahead and handed over in order.
+
+    It raises what the loader raises, and a `RuntimeError` where another pass has taken its place.
+
+    Args:
+        loader: whose batches; it is opened for the first one.
+        bookmark: told where the loader stands whenever a batch is handed over.
+        transfer: sends batches to a device; None leaves them as they are.
+        depth: batches taken ahead.
+    """
+
+    def __init__(self, loader: Iterable[Batch], bookmark: "Bookmark", transfer: "Transfer | None", depth: int) -> None:
+        self._loader = loader
+        self._bookmark = bookmark
+        self._transfer = transfer
+        self._depth = depth
+        self._source: Iterator[Batch] | None = None
+        self._taken = 0
+        self._waiting: deque[tuple[Batch, Any, Any]] = deque()
+        self._error: Exception | None = None
+        self._over = False
+        self._gave_way = False
+        self._handed_over = 0
+
+    def __next__(self) -> Batch:
+        if self._gave_way:
+            raise RuntimeError(
+                f"this pass ended after {self._handed_over} batches, because another pass over the same prefetcher "
+                "began, and one runs at a time: wrap the loader once for each loop, or keep what is needed twice in a "
+                "list"
+            )
+        self._fill()
+        if not self._waiting:
+            self._end()
+        batch, arrived, state = self._waiting.popleft()
+        self._handed_over += 1
+        if self._transfer is not None:
+            self._transfer.receive(batch, arrived)
+        self._bookmark.state = state
+        return batch
+
+    def give_way(self) -> None:
+        """End the pass here, for another: who asks it for more raises, unless it has given all."""
+        self._gave_way = not self._over or bool(self._waiting) or self._error is not None
+        self.close()
+
+    def close(self) -> None:
+        """End the pass here; batches on the way are dropped."""
+        self._waiting.clear()
+        self._source = self._error = None
+        self._over = True
+
+    def _fill(self) -> None:
+        while not self._over and self._error is None and len(self._waiting) <= self._depth:
+            try:
+                self._take()
+            except Exception as error:
+                if not self._waiting:
+                    raise
+                self._error = error
+
+    def _take(self) -> None:
+        if self._source is None:
+            self._source = iter(self._loader)
+        batch = next(self._source, _END)
+        if batch is _END:
+            self._over = True
+            return
+        self._taken += 1
+        state = self._bookmark.after(self._taken, ahead=self._depth > 0)
+        arrived = None
+        if self._transfer is not None:
+            batch, arrived = self._transfer.send(batch)
+        self._waiting.append((batch, arrived, state))
+
+    def _end(self) -> None:
+        """Raise what comes after the last batch that was taken.
+
+        Raises:
+            StopIteration: The loader has given all.
+        """
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        if self._source is not None:
+            self._source = None
+            self._bookmark.finish()
+        raise StopIteration
+
+
+class Bookmark:
+    """Where a loader stands after the batches that were handed over, and not after those that it has given.
+
+    Args:
+        loader: it has a state of its own, or a batch sampler or dataset with `position`, `next_position` and `seek`, or
+            neither.
+
+    Attributes:
+        state: after the last batch that was handed over; None where the loader itself knows. Of a position also where
+            its pass began.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self.state: Any = None
+        self._start: Any = None
+        self._loader = loader
+        self._stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+        parts = [loader, *(getattr(loader, name, None) for name in ("batch_sampler", "sampler", "dataset"))]
+        self._placed: Any = next((part for part in parts if hasattr(part, "next_position")), None)
+
+    def after(self, taken: int, *, ahead: bool) -> Any:
+        """The state after the batch that the loader has just given, its `taken`-th of this pass."""
+        if self._stateful:
+            # A loader without workers may give out what its dataset goes on to change.
+            return deepcopy(self._loader.state_dict()) if ahead else None
+        if self._placed is None:
+            return None
+        if taken == 1:
+            self._start = self._mark()
+        return self._placed.position(taken), self._start
+
+    def finish(self) -> None:
+        """Note that all batches were handed over: a loader with a state of its own knows what comes then."""
+        if self._stateful:
+            self.state = None
+
+    def read(self) -> dict[str, Any]:
+        """The state after the last batch that was handed over.
+
+        Raises:
+            TypeError: There is none.
+        """
+        self._check()
+        if self._stateful:
+            state = self._loader.state_dict() if self.state is None else deepcopy(self.state)
+        else:
+            # Where another epoch was set or a position sought since, the next pass does not begin behind the last.
+            goes_on = self.state is not None and self.state[1] == self._mark()
+            state = dict(self.state[0]) if goes_on else self._placed.next_position
+        return cast("dict[str, Any]", state)
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Let the loader go on from a state.
+
+        Raises:
+            TypeError: It cannot.
+        """
+        self._check()
+        self.state = None
+        if self._stateful:
+            self._loader.load_state_dict(state)
+        else:
+            self._placed.seek(state)
+
+    def _mark(self) -> tuple[Any, Any]:
+        """Where the present pass began and where the next will: another once an epoch is set or a position sought."""
+        return self._placed.position(0), self._placed.next_position
+
+    def _check(self) -> None:
+        if not self._stateful and self._placed is None:
+            raise TypeError(
+                f"a {type(self._loader).__name__} has no state, nor has its batch sampler or dataset a position: use a "
+                "StatefulDataLoader, or a LengthBucketBatchSampler"
+            )
+
+
+class Transfer:
+    """Copies on a stream of their own: the only place that touches streams and events.
+
+    Args:
+        device: an accelerator.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.Stream(device)
+        # With its number, so that another current device changes nothing later.
+        self.device = self.stream.device
+
+    def send(self, batch: Any) -> tuple[Any, torch.Event]:
+        """Begin to copy a batch.
+
+        Returns:
+            The batch on the device, not to be read before the event.
+        """
+        with self.stream:
+            moved = moved_to(batch, self.device)
+        return moved, self.stream.record_event()
+
+    def receive(self, batch: Any, arrived: torch.Event) -> None:
+        """Let the current stream wait for the copy, and the allocator know that this stream uses the batch."""
+        current = torch.accelerator.current_stream(self.device)
+        # An accelerator with one stream for everything does all in order as it is.
+        if current != self.stream:
+            current.wait_event(arrived)
+            record_stream(batch, current)
+
+
+def moved_to(batch: Any, device: torch.device) -> Any:
+    """The batch on a device, copied without waiting; host tensors are pinned on the way."""
+    if hasattr(batch, "to"):
+        return (batch.pin_memory() if _can_be_pinned(batch, device) else batch).to(device, non_blocking=True)
+    return map_parts(batch, lambda part: moved_to(part, device))
+
+
+def record_stream(batch: Any, stream: torch.Stream) -> None:
+    """Tell the allocator that `stream` uses every tensor of a batch; what lies on the host needs none of it."""
+    if hasattr(batch, "record_stream") and not (isinstance(batch, Tensor) and batch.is_cpu):
+        batch.record_stream(stream)
+    else:
+        for part in _parts_of(batch):
+            record_stream(part, stream)
+
+
+def _can_be_pinned(batch: Any, device: torch.device) -> bool:
+    # Only an accelerator reads page-locked memory; what is pinned already is not copied again.
+    if device.type in ("cpu", "meta") or not hasattr(batch, "pin_memory"):
+        return False
+    first = next(_tensors_of(batch), None)
+    return first is not None and first.is_cpu
+
+
+def _tensors_of(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    else:
+        for part in _parts_of(batch):
+            yield from _tensors_of(part)
+
+
+def _parts_of(batch: Any) -> Iterable[Any]:
+    """What containers hold, and objects that can be moved; a tensor and anything else has no parts."""
+    if isinstance(batch, Tensor):
+        return ()
+    if isinstance(batch, Mapping):
+        return batch.values()
+    if isinstance(batch, (tuple, list)):
+        return batch
+    if not hasattr(batch, "to"):
+        return ()
+    if is_dataclass(batch):
+        return [getattr(batch, field.name) for field in fields(batch)]
+    return vars(batch).values() if hasattr(batch, "__dict__") else ()

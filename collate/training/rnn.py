@@ -1,0 +1,123 @@
+"""Run a recurrent module on a batch: each row as if it were alone."""
+
+from functools import partial
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from collate.batch import LengthTrackedBatch
+from collate.errors import LengthError
+from collate.lengths.tracking import check_tracked, host_lengths
+from collate.packing import Layout
+from collate.tensors.graphs import outside_graphs
+from collate.tensors.to_device import to_device
+from collate.training.cpu_rnn import each_part, is_faster_in_blocks, run_blocks
+from collate.training.rnn_modules import State, check_fit, is_plain
+
+
+@outside_graphs
+def apply_rnn(rnn: nn.Module, batch: LengthTrackedBatch, hx: State | None = None) -> tuple[LengthTrackedBatch, State]:
+    """Run `nn.RNN`, `nn.GRU`, `nn.LSTM`, or a module of one's own around them, over the real steps of every row.
+
+    Args:
+        rnn: the module, `batch_first` or not: batches are `[B, T, ...]` either way. A module of one's own takes a
+            `PackedSequence`, and a state where one is given, and returns a `PackedSequence` of as many steps and a
+            state: a tensor `[*, B, *]` or a tuple of them, or None.
+        batch: values `[B, T, input_size]`.
+        hx: initial states `[layers * directions, B, H]` in batch order (for an LSTM a pair of them), on the batch's
+            device; None starts from zeros.
+
+    Returns:
+        Outputs `[B, T, directions * H]`, tracked like the batch, with 0 in the padding; and the final state of each row
+        in batch order, taken at the row's own last step (backward directions: first step). An empty row has no outputs
+        and keeps its `hx`, so that the chunks of `split_steps`, chained by their states, equal the whole. Outputs stay
+        connected to the parameters even if every row is empty, so that distributed training does not hang.
+
+    Raises:
+        LengthError: A backward direction is to go on from the state of an earlier chunk: it has yet to see later steps.
+        RuntimeError: Features, states or weights are of another size, or on another device, than the module takes.
+        TypeError: It is given a tensor, a module of one's own does not return a `PackedSequence` and a state, or `hx`
+            is not a pair for an LSTM and a tensor for another torch module.
+        ValueError: `hx` does not hold one state per row, or dtypes differ.
+    """
+    check_tracked("apply_rnn", batch)
+    if getattr(rnn, "bidirectional", False) and hx is not None and batch.first_step:
+        raise LengthError(
+            f"a bidirectional module cannot be carried over chunks: the chunk at step {batch.first_step} would start "
+            "its backward direction from a state that has not seen the steps after it. Run the whole batch at once"
+        )
+    hx = tuple(hx) if isinstance(hx, list) else hx
+    _check_state(hx, len(batch))
+    lengths = host_lengths(batch)
+    if not lengths.any():
+        return _run_nothing(rnn, batch, hx)
+    layout = Layout.of(lengths, batch.padded.shape[1], batch.device)
+    # A packed batch holds the rows that are not empty, and wants a state for just these.
+    rows = None if lengths.all() else to_device(np.flatnonzero(lengths), batch.device)
+    start = hx if rows is None else each_part(hx, partial(torch.index_select, dim=1, index=rows))
+    packed, state = _run(rnn, layout.pack(batch.padded), start)
+    outputs = _tracked(batch, layout.unpack(packed))
+    return outputs, state if rows is None else _put(state, rows, hx, len(batch))
+
+
+def _run(rnn: nn.Module, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
+    if is_plain(rnn):
+        known = cast(nn.RNNBase, rnn)
+        check_fit(known, packed, hx)
+        if is_faster_in_blocks(known, packed, hx):
+            return run_blocks(known, packed, hx)
+    result = rnn(packed) if hx is None else rnn(packed, hx)
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], PackedSequence)):
+        raise TypeError(
+            f"{type(rnn).__name__} must take a PackedSequence and return a PackedSequence and a state, "
+            f"got {type(result).__name__}"
+        )
+    return result
+
+
+def _tracked(batch: LengthTrackedBatch, padded: Tensor) -> LengthTrackedBatch:
+    return batch.trusted(
+        padded, batch.lengths, batch.mask, batch.permutation, padding_value=0, first_step=batch.first_step
+    )
+
+
+def _check_state(hx: State | None, rows: int) -> None:
+    for part in () if hx is None else hx if isinstance(hx, tuple) else (hx,):
+        if part.dim() != 3 or part.shape[1] != rows:
+            raise ValueError(f"hx must be [layers * directions, {rows}, H], one state per row, got {list(part.shape)}")
+
+
+def _put(state: State, rows: Tensor, hx: State | None, size: int) -> State:
+    """Put the running rows' final states between the initial ones of the rows that are empty."""
+    if isinstance(state, tuple):
+        starts = hx if isinstance(hx, tuple) else [None] * len(state)
+        return tuple(_put_part(part, rows, start, size) for part, start in zip(state, starts, strict=True))
+    return state if state is None else _put_part(state, rows, cast("Tensor | None", hx), size)
+
+
+def _put_part(part: Tensor, rows: Tensor, hx: Tensor | None, size: int) -> Tensor:
+    kept = part.new_zeros(part.shape[0], size, *part.shape[2:]) if hx is None else hx.to(part.dtype)
+    return kept.index_copy(1, rows, part)
+
+
+def _run_nothing(rnn: nn.Module, batch: LengthTrackedBatch, hx: State | None) -> tuple[LengthTrackedBatch, State]:
+    # What one step of one row gives says how wide outputs and states are; its values go nowhere.
+    step = PackedSequence(batch.padded.new_zeros(1, *batch.padded.shape[2:]), torch.tensor([1]))
+    with torch.no_grad():
+        packed, state = _run(rnn, step, each_part(hx, partial(torch.narrow, dim=1, start=0, length=1)))
+    # Zero, but a zero that has every weight in its graph, and whatever made inputs and states, such as an embedding; no
+    # value is read, so that NaN weights do not matter.
+    states = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
+    sources = (*rnn.parameters(), batch.padded, *states)
+    anchor = sum((source.flatten()[:0].sum() for source in sources), torch.zeros((), device=batch.device))
+
+    def zeros(like: Tensor, *shape: int) -> Tensor:
+        return anchor.to(like.dtype).expand(shape).clone()
+
+    outputs = _tracked(batch, zeros(packed.data, *batch.padded.shape[:2], *packed.data.shape[1:]))
+    if hx is not None:
+        return outputs, hx
+    return outputs, each_part(state, lambda part: zeros(part, part.shape[0], len(batch), *part.shape[2:]))

@@ -1,0 +1,5 @@
+"""To be said."""
+
+from samplers.cli.commands import main
+
+__all__ = ["main"]

@@ -1,0 +1,5 @@
+"""`python -m samplers.cli`: the `lengthtrack` command."""
+
+from samplers.cli import main
+
+main()

@@ -1,0 +1,158 @@
+"""Lengths to padded widths: rounding up, and the few widths that waste least."""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from collate.errors import LengthError
+from samplers.planning.budget import Integers, check_count
+
+Widths: TypeAlias = int | Sequence[int] | None
+
+_WIDEST: Final = 1 << 62
+_LONGEST: Final = (1 << 63) - 1
+
+
+def check_widths(widths: Widths) -> int | tuple[int, ...] | None:
+    """Check a `widths` option: None, a multiple, or the allowed widths, which come back in ascending order.
+
+    Raises:
+        TypeError: A width is not an int.
+        ValueError: A width is below one or above 2**62, or the sequence is empty.
+    """
+    hint = "give a multiple (an int), the allowed widths (ints), or None to pad to the longest row"
+    if widths is None:
+        return None
+    if not isinstance(widths, (Sequence, np.ndarray)) or isinstance(widths, str):
+        return _check_width(widths, hint)
+    if len(widths) == 0:
+        raise ValueError(f"widths must name at least one width, got an empty sequence: {hint}")
+    return tuple(sorted({_check_width(width, hint) for width in widths}))
+
+
+def _check_width(width: object, hint: str) -> int:
+    width = check_count("widths", width, least=1, hint=hint)
+    if width > _WIDEST:
+        raise ValueError(f"widths must be at most 2**62, got {width}: {hint}")
+    return width
+
+
+def round_up(lengths: Integers, widths: int | tuple[int, ...] | None) -> Integers:
+    """The width that batches are padded to whose longest rows have these lengths; never less than one.
+
+    Args:
+        lengths: int64, any shape.
+        widths: from `check_widths`.
+
+    Returns:
+        int64, the shape of `lengths`.
+
+    Raises:
+        LengthError: A length is greater than every allowed width.
+    """
+    lengths = np.maximum(lengths, 1)
+    if widths is None:
+        return lengths
+    if isinstance(widths, int):
+        return -(-lengths // widths) * widths
+    allowed = np.array(widths, np.int64)
+    places = np.searchsorted(allowed, lengths)
+    if places.size and places.max() == len(allowed):
+        raise LengthError(
+            f"widths must reach the greatest length, {lengths.max()}, got at most {allowed[-1]}: "
+            "add a width, or cut samples with max_length"
+        )
+    return allowed[places]
+
+
+def optimal_widths(lengths: npt.ArrayLike, k: int) -> list[int]:
+    """The padded widths, at most `k`, that waste least: an exact partition of the lengths, not quantiles.
+
+    Every sample is padded up to the next width. The best last width of each shorter list is found on the lower
+    envelope of lines (the convex hull trick for one-dimensional partitions with a quadrangle inequality; Wu, 1991, and
+    Wang and Song, 2011, for optimal k-means on a line), in O(k D) steps for D distinct lengths.
+
+    Args:
+        lengths: of the corpus, in steps: integers `[N]`, or an index whose `.lengths` are.
+        k: how many widths at most.
+
+    Returns:
+        Ascending; the last is the greatest length, so that every sample has its width. A length of zero needs width 1.
+
+    Raises:
+        TypeError: Lengths or `k` are not integers.
+        ValueError: There are no lengths, a length is negative, they are not `[N]`, or `k` is below one.
+
+    Example:
+        >>> optimal_widths([3, 4, 4, 9, 10, 30], 3)
+        [4, 10, 30]
+    """
+    k = check_count("k", k, least=1, hint="say how many widths there may be")
+    values, counts = np.unique(np.maximum(_check_lengths(lengths), 1), return_counts=True)
+    return _best_partition(values.tolist(), np.cumsum(counts).tolist(), k)
+
+
+def _check_lengths(lengths: npt.ArrayLike) -> Integers:
+    array = np.asarray(getattr(lengths, "lengths", lengths))
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"lengths must be [N] with N >= 1, got {list(array.shape)}: give one field at a time")
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"lengths must be integers, got {array.dtype}: count whole steps")
+    if array.dtype == np.uint64 and array.max() > _LONGEST:
+        raise LengthError(f"lengths must be from 0 to 2**63 - 1, got {array.max()} at sample {array.argmax()}")
+    if array.min() < 0:
+        raise LengthError(f"lengths must not be negative, got {array.min()} at sample {array.argmin()}")
+    return array.astype(np.int64)
+
+
+def _best_partition(values: list[int], ends: list[int], k: int) -> list[int]:
+    """The exact partition of ascending `values` [D], of which `ends` [D] counts the samples up to each."""
+    if k >= len(values):
+        return values
+    # costs[j]: padded tokens of the first j values; with one width they are all padded to the last of them.
+    costs = [0, *(value * end for value, end in zip(values, ends, strict=True))]
+    layers = []
+    for _ in range(k - 1):
+        costs, origins = _one_width_more(costs, values, ends)
+        layers.append(origins)
+    cut = len(values)
+    chosen = []
+    for origins in reversed(layers):
+        chosen.append(values[cut - 1])
+        cut = int(origins[cut])
+    if cut:
+        chosen.append(values[cut - 1])
+    return chosen[::-1]
+
+
+def _one_width_more(costs: list[int], values: list[int], ends: list[int]) -> tuple[list[int], Integers]:
+    """The least padded tokens [D + 1] with one more width, and where its samples start [D + 1].
+
+    If the last width begins after value i, the first j values cost `costs[i] + values[j - 1] * (ends[j - 1] -
+    ends[i - 1])`: a line in `values[j - 1]` of slope `-ends[i - 1]`. Slopes fall and queries rise, so that the best
+    line only moves forward.
+    """
+    lines: deque[tuple[int, int, int]] = deque()
+    best, origins = [0], np.zeros(len(values) + 1, np.int64)
+    for j, (value, end) in enumerate(zip(values, ends, strict=True), start=1):
+        line = (-(ends[j - 2] if j > 1 else 0), costs[j - 1], j - 1)
+        while len(lines) > 1 and _is_hidden(lines[-1], lines[-2], line):
+            lines.pop()
+        lines.append(line)
+        while len(lines) > 1 and _height(lines[0], value) >= _height(lines[1], value):
+            lines.popleft()
+        best.append(value * end + _height(lines[0], value))
+        origins[j] = lines[0][2]
+    return best, origins
+
+
+def _height(line: tuple[int, int, int], value: int) -> int:
+    return line[0] * value + line[1]
+
+
+def _is_hidden(middle: tuple[int, int, int], before: tuple[int, int, int], after: tuple[int, int, int]) -> bool:
+    """Whether the middle line is nowhere below both of its neighbours."""
+    return (after[1] - before[1]) * (before[0] - middle[0]) <= (middle[1] - before[1]) * (before[0] - after[0])

@@ -1,0 +1,137 @@
+"""The planner's options: checked once, on creation, and then passed on as one value."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, Literal, TypeAlias, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from samplers.planning.budget import Budget, Cost, Count, check_count
+from samplers.planning.optimal_widths import Widths, check_widths
+
+Overlong: TypeAlias = Literal["error", "drop", "alone"]
+Indices: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
+
+LARGEST_SEED: Final = (1 << 64) - 1
+
+
+class PlanOptions(TypedDict, total=False):
+    """The keyword options that every planned loader takes; `Options` says what they mean."""
+
+    max_tokens: int | None
+    batch_size: int | None
+    cost: Cost | None
+    count: Count
+    window: int | None
+    shuffle: bool
+    seed: int
+    min_length: int
+    max_length: int | None
+    overlong: Overlong
+    drop_last: bool
+    widths: Widths
+    indices: Indices | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Options:
+    """What a plan is made by, apart from the lengths, the epoch and the number of replicas.
+
+    Args:
+        max_tokens: tokens in a batch, counted as `count` says.
+        batch_size: rows in a batch.
+        cost: a user's measure; `cost(rows, width) <= 1` fits, see `Budget`.
+        count: whether `max_tokens` counts padded or real tokens.
+        window: samples that are sorted by length together. More: less padding, and more pairs that meet again in the
+            next epoch. None: as many as keep both low, from the number of batches.
+        shuffle: False for batches in the order of length, longest first, the same each epoch.
+        seed: of the shuffles, 0 to 2**64 - 1.
+        min_length: shorter samples are left out and counted (with several fields: if any field is shorter).
+        max_length: longer ones count as this long; whoever makes the batches cuts them to it.
+        overlong: what happens to a sample that alone exceeds the budget: `"error"`, `"drop"` (left out and counted) or
+            `"alone"` (a batch of one, counted).
+        drop_last: drop the last, partial step, and the batch that `batch_size` leaves short; both are counted.
+        widths: padded widths: a multiple, or the allowed ones; None pads to the longest row.
+        indices: plan these samples only; None plans all.
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: An option is out of its range, or no budget is given.
+    """
+
+    max_tokens: int | None = None
+    batch_size: int | None = None
+    cost: Cost | None = None
+    count: Count = "padded"
+    window: int | None = None
+    shuffle: bool = True
+    seed: int = 0
+    min_length: int = 0
+    max_length: int | None = None
+    overlong: Overlong = "error"
+    drop_last: bool = False
+    widths: Widths = None
+    indices: Indices | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.budget
+        check_flag("shuffle", self.shuffle)
+        check_flag("drop_last", self.drop_last)
+        self._count("seed", 0, "give a number from 0 to 2**64 - 1")
+        if self.seed > LARGEST_SEED:
+            raise ValueError(f"seed must be at most 2**64 - 1, got {self.seed}: take it modulo 2**64")
+        self._count("min_length", 0, "0 keeps every sample")
+        if self.window is not None:
+            self._count("window", 1, "give a number of samples, or None for a default")
+        if self.max_length is not None:
+            self._count("max_length", 1, "give a number of steps, or None for no limit")
+        if self.overlong not in {"error", "drop", "alone"}:
+            raise ValueError(f"overlong must be 'error', 'drop' or 'alone', got {self.overlong!r}")
+        _ = self.allowed_widths
+
+    @cached_property
+    def budget(self) -> Budget:
+        """What a batch may cost."""
+        return Budget(max_tokens=self.max_tokens, batch_size=self.batch_size, cost=self.cost, count=self.count)
+
+    @cached_property
+    def allowed_widths(self) -> int | tuple[int, ...] | None:
+        """The checked `widths`, as `round_up` takes them."""
+        return check_widths(self.widths)
+
+    def _count(self, name: str, least: int, hint: str) -> None:
+        object.__setattr__(self, name, check_count(name, getattr(self, name), least=least, hint=hint))
+
+
+def check_flag(name: str, value: object) -> None:
+    """Check an option that is on or off.
+
+    Raises:
+        TypeError: It is not a bool.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+
+
+def check_indices(indices: Indices, samples: int) -> npt.NDArray[np.int64]:
+    """The chosen samples, ascending: int64 `[n]`.
+
+    Raises:
+        TypeError: They are not integers.
+        ValueError: One is out of range or named twice, or there is none.
+    """
+    array = np.asarray(indices)
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"indices must name at least one sample, got shape {list(array.shape)}: None plans all")
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"indices must be integers, got {array.dtype}: np.flatnonzero turns a mask into indices")
+    outside = (array < 0) | (array >= samples)
+    if outside.any():
+        place = int(outside.argmax())
+        raise ValueError(f"indices must be in range({samples}), got {array[place]} at place {place}")
+    times = np.bincount(array, minlength=samples)
+    if times.max() > 1:
+        raise ValueError(f"indices must differ, got sample {times.argmax()} {times.max()} times")
+    return np.flatnonzero(times)

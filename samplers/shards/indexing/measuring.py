@@ -1,0 +1,200 @@
+"""Lengths that a user's function measures: from a length function and decoders to one function, and which one it is.
+
+The name of a function is what tells, later and in another process, whether lengths were measured by the same one. It
+is made of its source without comments and blank lines, which is the same in every version of Python, and of what the
+source refers to: constants, arguments that were bound, and functions of the same module.
+"""
+
+import ast
+import inspect
+import io
+import sys
+import textwrap
+import tokenize
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from pathlib import PurePath
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from samplers.shards.indexing.scan import LengthOf
+
+Decoder = Callable[[bytes], Any]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Steps of a field, by its decoder if there is one, else by a function of all fields.
+
+    Attributes:
+        length: `(field, bytes) -> steps`.
+        decode: functions from bytes to a sequence, by field.
+    """
+
+    length: LengthOf | None
+    decode: Mapping[str, Decoder]
+
+    def __call__(self, field: str, data: bytes) -> int:
+        """Steps of a field; 0 where nothing measures it."""
+        if field in self.decode:
+            return len(self.decode[field](data))
+        return 0 if self.length is None else self.length(field, data)
+
+    def measures(self, field: str) -> bool:
+        """Whether this measures the field."""
+        return self.length is not None or field in self.decode
+
+
+def identify(function: Callable[..., Any]) -> str | None:
+    """A short name that changes when what a function does changes: `NAME:DIGEST`.
+
+    Where there is no source, as of a function that was typed into Python, it is made of the compiled code, and another
+    version of Python gives another.
+
+    Returns:
+        The name; None if the function holds objects of which no text tells what they are.
+    """
+    if isinstance(function, Measure):
+        parts = {"": function.length, **dict(sorted(function.decode.items()))}
+        names = {field: identify(part) for field, part in parts.items() if part is not None}
+        return None if None in names.values() else " ".join(f"{field}={name}" for field, name in names.items())
+    try:
+        text = "\n".join(_describe(function, _module_of(function), set()))
+    except _UnknownError:
+        return None
+    return f"{_name_of(function)}:{blake2b(text.encode('utf-8', 'surrogateescape'), digest_size=8).hexdigest()}"
+
+
+class _UnknownError(Exception):
+    """An object of which no text tells what it is."""
+
+
+def _describe(function: Any, module: str, seen: set[int]) -> Iterator[str]:
+    """What a function is.
+
+    Yields:
+        Lines of text.
+    """
+    if id(function) in seen:
+        return
+    seen.add(id(function))
+    if isinstance(function, partial):
+        yield from _describe(function.func, module, seen)
+        yield from _describe_value((function.args, dict(function.keywords)), module, seen)
+    elif isinstance(function, MethodType):
+        yield from _describe(function.__func__, module, seen)
+        yield from _describe_value(function.__self__, module, seen)
+    elif isinstance(function, FunctionType):
+        yield from _read_source(function) or _describe_code(function.__code__)
+        yield from _describe_value((function.__defaults__, function.__kwdefaults__), module, seen)
+        yield from _describe_names(function, module, seen)
+    elif inspect.isroutine(function) or isinstance(function, type):
+        yield f"{function.__module__}.{function.__qualname__}"
+    else:
+        yield from _describe(type(function).__call__, module, seen)
+        yield from _describe_value(function, module, seen)
+
+
+def _describe_names(function: FunctionType, module: str, seen: set[int]) -> Iterator[str]:
+    """What the names in a function stand for, as far as a text tells.
+
+    Yields:
+        Lines of text.
+    """
+    found = inspect.getclosurevars(function)
+    for name, value in sorted({**found.globals, **found.nonlocals}.items()):
+        yield name
+        if isinstance(value, ModuleType):
+            yield value.__name__
+            continue
+        try:
+            yield from list(_describe_value(value, module, seen))
+        except _UnknownError:
+            yield type(value).__qualname__
+
+
+def _describe_value(value: Any, module: str, seen: set[int]) -> Iterator[str]:
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, PurePath)):
+        yield repr(value)
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _describe_value(each, module, seen)
+    elif isinstance(value, (set, frozenset)):
+        yield from sorted(line for each in value for line in _describe_value(each, module, seen))
+    elif isinstance(value, Mapping):
+        for key, each in sorted(value.items(), key=repr):
+            yield from _describe_value(key, module, seen)
+            yield from _describe_value(each, module, seen)
+    elif isinstance(value, FunctionType) and value.__module__ == module:
+        yield from _describe(value, module, seen)
+    elif inspect.isroutine(value) or isinstance(value, type):
+        yield f"{value.__module__}.{value.__qualname__}"
+    elif hasattr(value, "__dict__") and type(value).__module__ == module:
+        yield type(value).__qualname__
+        yield from _describe_value(vars(value), module, seen)
+    else:
+        raise _UnknownError(type(value).__qualname__)
+
+
+def _read_source(function: FunctionType) -> list[str]:
+    """The source of a function without comments and blank lines; nothing where it cannot be found."""
+    try:
+        lines, _ = inspect.findsource(function)
+        nodes = list(_find_nodes(ast.parse("".join(lines)), function.__code__))
+        if len(nodes) != 1:
+            return []
+        text = textwrap.dedent("".join(lines[nodes[0].lineno - 1 : nodes[0].end_lineno]))
+        if isinstance(nodes[0], ast.Lambda):
+            # Alone in brackets, for what stands around it has no say.
+            text = f"({ast.get_source_segment(''.join(lines), nodes[0])})"
+        return _strip_comments(text)
+    except (OSError, TypeError, ValueError, SyntaxError, tokenize.TokenError):
+        return []
+
+
+def _find_nodes(tree: ast.Module, code: CodeType) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda]:
+    spans = {(first, last, start, end) for first, last, start, end in code.co_positions() if start is not None}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Lambda) and code.co_name == "<lambda>":
+            body = node.body
+            if (body.lineno, body.end_lineno, body.col_offset, body.end_col_offset) in spans:
+                yield node
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == code.co_name:
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            if first == code.co_firstlineno:
+                yield node
+
+
+def _strip_comments(text: str) -> list[str]:
+    lines = text.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+def _describe_code(code: CodeType) -> Iterator[str]:
+    # Without source: what this version of Python has made of it.
+    yield f"Python {sys.version_info.major}.{sys.version_info.minor}"
+    yield code.co_code.hex()
+    yield repr((code.co_names, code.co_varnames, code.co_freevars))
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _describe_code(constant)
+        else:
+            yield repr(constant)
+
+
+def _module_of(function: Any) -> str:
+    while isinstance(function, partial):
+        function = function.func
+    return str(getattr(function, "__module__", None) or type(function).__module__)
+
+
+def _name_of(function: Any) -> str:
+    while isinstance(function, partial):
+        function = function.func
+    return str(getattr(function, "__qualname__", None) or type(function).__qualname__).rpartition("<locals>.")[2]

@@ -1,0 +1,171 @@
+"""What every sample's array is like in a field: of a sample, and of shards that are there."""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from torch import Tensor, bfloat16, strided
+
+from samplers.shards.format.samples import DTYPES, read_array_header
+from samplers.shards.indexing.scan import LONGEST
+from samplers.shards.indexing.tables import Array, Field, Tables
+from samplers.shards.storage.reading import open_file
+
+# webdataset reads suffixes in lower case, cuts them at dots and keeps leading underscores for itself.
+_FIELD_NAME: Final = re.compile(r"[^./\\_][^./\\]*")
+# What Python's own numbers become.
+_NUMBERS: Final = ((bool, "?"), (int, "<i8"), (float, "<f8"), (complex, "<c16"))
+# A longer header of an array would be a hoax.
+_LONGEST_HEADER: Final = 1 << 16
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What every sample's array is like in one field.
+
+    Attributes:
+        dtype: as stored.
+        shape: `F`, the axes behind the steps; of a field of fixed size, all axes.
+        variable: True where samples differ in length.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    variable: bool
+
+    def __str__(self) -> str:
+        shape = ["L", *self.shape] if self.variable else list(self.shape)
+        return f"{np.dtype(self.dtype)} [{', '.join(map(str, shape))}]"
+
+
+# Class numbers, which webdataset knows as `.cls`.
+INTEGER: Final = Kind("<i8", (), variable=False)
+
+
+def first_kinds(arrays: Mapping[str, Array], stack: Collection[str], key: str) -> dict[str, Kind]:
+    """The kinds that a corpus's first sample sets.
+
+    Raises:
+        ValueError: A field cannot be named so, one that `stack` names is missing, or none is a sequence.
+    """
+    for name in arrays:
+        if not _FIELD_NAME.fullmatch(name) or name != name.lower() or not name.isprintable():
+            raise ValueError(
+                f"sample {key!r}: fields must be named in lower case without dots and slashes, and not with an "
+                f"underscore first, got {name!r}"
+            )
+    missing = sorted(set(stack) - arrays.keys())
+    if missing:
+        raise ValueError(f"stack names {missing}, the fields are {sorted(arrays)}")
+    kinds = {}
+    for name, array in arrays.items():
+        variable = array.ndim > 0 and name not in stack
+        kinds[name] = Kind(array.dtype.str, array.shape[variable:], variable)
+    if not any(kind.variable for kind in kinds.values()):
+        raise ValueError(f"sample {key!r}: at least one field must be a sequence [L, *F], got {sorted(arrays)}")
+    return kinds
+
+
+def check_kinds(arrays: Mapping[str, Array], kinds: Mapping[str, Kind], key: str, like: str) -> None:
+    """Hold a sample against the kinds.
+
+    Args:
+        arrays: of the sample.
+        kinds: of every field.
+        key: of the sample.
+        like: whose kinds these are, for messages.
+
+    Raises:
+        TypeError: A dtype differs.
+        ValueError: A field is missing or new, its feature shape differs, or it has too many steps.
+    """
+    for name in [*kinds, *arrays]:
+        if name not in arrays or name not in kinds:
+            state = "missing" if name in kinds else "new"
+            raise ValueError(
+                f"sample {key!r}: field {name!r} is {state}: every sample must have {sorted(kinds)} like {like}"
+            )
+    for name, array in arrays.items():
+        kind = kinds[name]
+        features = array.shape[1:] if kind.variable and array.ndim else array.shape
+        if array.dtype.str != kind.dtype or features != kind.shape or (kind.variable and not array.ndim):
+            wrong = TypeError if array.dtype.str != kind.dtype else ValueError
+            raise wrong(
+                f"sample {key!r}, field {name!r}: must be {kind} like {like}, got {array.dtype} {list(array.shape)}"
+            )
+        if kind.variable and len(array) > LONGEST:
+            raise ValueError(f"sample {key!r}, field {name!r}: {len(array)} steps, at most {LONGEST} are possible")
+
+
+def read_kinds(tables: Tables) -> dict[str, Kind]:
+    """The kinds of the fields of a shard.
+
+    Args:
+        tables: of one shard; where they do not tell, its first sample does.
+
+    Raises:
+        ValueError: A field is stored as no writer does.
+    """
+    kinds = {}
+    for column, field in enumerate(tables.fields):
+        if field.dtype:
+            kinds[field.name] = Kind(field.dtype, field.shape, field.variable)
+        else:
+            kinds[field.name] = _read_kind(tables, column, field)
+    return kinds
+
+
+def _read_kind(tables: Tables, column: int, field: Field) -> Kind:
+    path = tables.shards[0].path
+    if field.suffix == f"{field.name}.cls":
+        return INTEGER
+    if field.suffix != f"{field.name}.npy":
+        raise ValueError(f"{path}: field {field.name!r} is stored as {field.suffix!r}, to which no array can be added")
+    place = int(tables.places[np.flatnonzero(tables.places[:, column])[0], column])
+    header = read_array_header(open_file(path).read(place, _LONGEST_HEADER), f"{path}: field {field.name!r}")
+    return Kind(header.dtype.str, header.shape, variable=False)
+
+
+def as_array(value: object, where: str) -> Array:
+    """A value as it is stored: little-endian and C-contiguous, whatever was given.
+
+    Args:
+        value: array, tensor or number.
+        where: sample and field, for messages.
+
+    Raises:
+        OverflowError: An integer does not fit 64 bits.
+        TypeError: It is none of these, or of a dtype that cannot be stored.
+    """
+    if isinstance(value, Tensor):
+        value = _from_tensor(value, where)
+    elif isinstance(value, (bool, int, float, complex)) and not isinstance(value, np.generic):
+        # The first that fits: a bool is an int too.
+        value = np.asarray(value, next(stored for number, stored in _NUMBERS if isinstance(value, number)))
+    if not isinstance(value, (np.ndarray, np.generic)):
+        raise TypeError(
+            f"{where}: must be an array, a tensor or a number, got {type(value).__name__}: lists need a dtype, as in "
+            "np.asarray(values, np.float32); text can be np.frombuffer(text.encode(), np.uint8)"
+        )
+    dtype = value.dtype.newbyteorder("<")
+    if dtype.hasobject:
+        raise TypeError(f"{where}: holds Python objects, which could only be pickled: give it a plain dtype")
+    if dtype.str not in DTYPES:
+        raise TypeError(f"{where}: {value.dtype} cannot be stored, only {sorted(np.dtype(d).name for d in DTYPES)}")
+    return np.asarray(value, dtype, order="C")
+
+
+def _from_tensor(value: Tensor, where: str) -> Array:
+    if value.dtype == bfloat16:
+        raise TypeError(
+            f"{where}: NumPy has no bfloat16: store value.view(torch.int16) and view it as torch.bfloat16 when it is "
+            "read, or store value.float()"
+        )
+    if value.device.type != "cpu" or value.layout != strided:
+        raise TypeError(f"{where}: must be a dense tensor on the CPU, got {value.layout} on {value.device}: use .cpu()")
+    try:
+        return value.numpy(force=True)
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(f"{where}: {value.dtype} cannot be stored ({error})") from None

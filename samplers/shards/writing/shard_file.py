@@ -1,0 +1,235 @@
+"""Shards that are being written: in blocks or one by one, whole or not at all."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+from zlib import crc32
+
+import numpy as np
+
+from samplers.shards.format.samples import KEYS, array_header
+from samplers.shards.format.tar import END, tar_header, tar_padding
+from samplers.shards.indexing.scan import fits_table, scan_shard
+from samplers.shards.indexing.tables import Array, Tables
+from samplers.shards.storage.atomic import NewFile
+from samplers.shards.writing.schema import INTEGER, Kind
+
+# A block is held in memory until it is full, and read whole by streams.
+BLOCK_BYTES: Final = 1 << 26
+# A tar header tells sizes below this; a block holds a sample beside what it held before, and a header.
+_LARGEST_ARRAY: Final = 8**11 - 1 - BLOCK_BYTES - (1 << 16)
+# NumPy's limits: axes, and bytes of an array that counts axes of none as one.
+_MOST_AXES: Final = 64
+_MOST: Final = np.iinfo(np.int64).max
+
+
+class NewShard(ABC):
+    """A shard that is being written.
+
+    What it takes can be read back: `check_kinds_fit` and `check_fits` are asked before anything is begun for a sample.
+    """
+
+    def __init__(self, path: Path, kinds: Mapping[str, Kind]) -> None:
+        self.path, self.kinds = path, kinds
+        self.file = NewFile(path, replace=False)
+        self.samples = self.nbytes = 0
+        self.crcs: list[list[int]] = []
+        # Bytes of all keys, and of the longest.
+        self._key_bytes = self._key_width = 0
+
+    @staticmethod
+    @abstractmethod
+    def check_kinds_fit(kinds: Mapping[str, Kind]) -> None:
+        """Refuse fields that this layout cannot hold.
+
+        Raises:
+            ValueError: There is one; it is named.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def check_fits(key: str, arrays: Mapping[str, Array], kinds: Mapping[str, Kind]) -> None:
+        """Refuse a sample that this layout cannot hold.
+
+        Raises:
+            ValueError: Its key or a value does not fit.
+        """
+
+    def has_room(self, key: str, size: int, max_samples: int, max_bytes: int) -> bool:
+        """Whether a sample of `size` bytes may still be added."""
+        key_bytes = len(key.encode())
+        known = self.nbytes + size + self._key_bytes + key_bytes
+        # A shard whose one long key makes the table of keys too wide could not be read: it ends before.
+        narrow = fits_table(max(self._key_width, key_bytes), self.samples + 1, known)
+        return self.samples < max_samples and self.nbytes + size <= max_bytes and narrow
+
+    def add(self, key: str, arrays: Mapping[str, Array]) -> None:
+        """Take a sample."""
+        self.crcs.append(self._add(key, arrays))
+        self.samples += 1
+        self.nbytes += sum(array.nbytes for array in arrays.values())
+        size = len(key.encode())
+        self._key_bytes, self._key_width = self._key_bytes + size, max(self._key_width, size)
+
+    def finish(self) -> Tables:
+        """Read the shard back, then give it its name; what is in it, with the checksums of what was to be.
+
+        Raises:
+            ValueError: It does not read as what was taken.
+        """
+        self._flush()
+        self.file.stream.write(END)
+        self.file.stream.flush()
+        names = [name for name, kind in self.kinds.items() if kind.variable]
+        tables = scan_shard(str(self.file.temporary), names)
+        if len(tables.keys) != self.samples:
+            raise ValueError(f"{self.path}: {self.samples} samples were written, {len(tables.keys)} are read back")
+        self.file.commit()
+        shard = replace(tables.shards[0], path=str(self.path))
+        return replace(tables, crcs=np.array(self.crcs, "<u4"), shards=(shard,))
+
+    @abstractmethod
+    def _add(self, key: str, arrays: Mapping[str, Array]) -> list[int]:
+        """Take a sample; the crc32 of what is stored of each field."""
+
+    @abstractmethod
+    def _flush(self) -> None:
+        """Write what was taken."""
+
+    def _write(self, name: str, parts: list[bytes]) -> None:
+        size = sum(map(len, parts))
+        self.file.stream.writelines([tar_header(name, size), *parts, tar_padding(size)])
+
+
+class PlainShard(NewShard):
+    """One tar group a sample."""
+
+    @staticmethod
+    def check_kinds_fit(kinds: Mapping[str, Kind]) -> None:
+        """Names of fields are held against the tar header together with each key."""
+
+    @staticmethod
+    def check_fits(key: str, arrays: Mapping[str, Array], kinds: Mapping[str, Kind]) -> None:
+        """Refuse a key that is too long for a tar header, or values that are too large.
+
+        Raises:
+            ValueError: It is, or one is.
+        """
+        for name, kind in kinds.items():
+            _check_header(_member_name(key, name, kind), 'the key, or choose layout="blocks", which takes any')
+            _check_size(name, arrays[name].nbytes)
+
+    def _add(self, key: str, arrays: Mapping[str, Array]) -> list[int]:
+        members = {}
+        for name, kind in self.kinds.items():
+            array = arrays[name]
+            header = b"" if kind == INTEGER else array_header(kind.dtype, array.shape)
+            data = str(int(array)).encode() if kind == INTEGER else array.tobytes()
+            members[_member_name(key, name, kind)] = header + data
+        for name, data in members.items():
+            self._write(name, [data])
+        return [crc32(data) for data in members.values()]
+
+    def _flush(self) -> None:
+        pass
+
+
+class BlockShard(NewShard):
+    """One tar group for many samples."""
+
+    @staticmethod
+    def check_kinds_fit(kinds: Mapping[str, Kind]) -> None:
+        """Refuse names of fields that are too long for a tar header, and arrays with too many axes.
+
+        Raises:
+            ValueError: There are such fields.
+        """
+        for name, kind in kinds.items():
+            _check_header(f"block-000000000.{name}.lengths.npy", "the name of the field")
+            if len(kind.shape) + 1 > _MOST_AXES:
+                raise ValueError(
+                    f"field {name!r}: {len(kind.shape)} axes, and a block puts one before them, of {_MOST_AXES} at "
+                    'most: reshape it, or choose layout="plain"'
+                )
+
+    @staticmethod
+    def check_fits(key: str, arrays: Mapping[str, Array], kinds: Mapping[str, Kind]) -> None:
+        """Refuse values that are too large for a member of a tar.
+
+        Raises:
+            ValueError: There is one.
+        """
+        for name, array in arrays.items():
+            _check_size(name, array.nbytes)
+
+    def __init__(self, path: Path, kinds: Mapping[str, Kind], *, block_size: int) -> None:
+        super().__init__(path, kinds)
+        self._block_size, self._blocks = block_size, 0
+        self._size = self._width = 0
+        self._clear()
+
+    def _add(self, key: str, arrays: Mapping[str, Array]) -> list[int]:
+        if self._keys and not self._block_holds(arrays):
+            self._flush()
+        data = {name: arrays[name].tobytes() for name in self.kinds}
+        self._keys.append(key)
+        self._width = max(self._width, len(key))
+        for name, kind in self.kinds.items():
+            self._rows[name].append(data[name])
+            if kind.variable:
+                self._lengths[name].append(len(arrays[name]))
+        self._size += sum(map(len, data.values()))
+        full = self._size >= BLOCK_BYTES or 4 * self._width * len(self._keys) >= BLOCK_BYTES
+        if len(self._keys) >= self._block_size or full:
+            self._flush()
+        return [crc32(row) for row in data.values()]
+
+    def _block_holds(self, arrays: Mapping[str, Array]) -> bool:
+        # Arrays of no bytes may still have more steps together than any array has.
+        for name, kind in self.kinds.items():
+            if 0 in kind.shape:
+                rows = sum(self._lengths[name]) + len(arrays[name]) if kind.variable else len(self._keys) + 1
+                if math.prod(size or 1 for size in (rows, *kind.shape)) * np.dtype(kind.dtype).itemsize > _MOST:
+                    return False
+        return True
+
+    def _flush(self) -> None:
+        if not self._keys:
+            return
+        group = f"block-{self._blocks:06}"
+        keys = np.array(self._keys).astype("<U")
+        self._write(f"{group}.{KEYS}", [array_header(keys.dtype.str, keys.shape), keys.tobytes()])
+        for name, kind in self.kinds.items():
+            steps = len(keys)
+            if kind.variable:
+                lengths = np.array(self._lengths[name], "<i4")
+                steps = int(lengths.sum(dtype=np.int64))
+                self._write(f"{group}.{name}.lengths.npy", [array_header("<i4", lengths.shape), lengths.tobytes()])
+            self._write(f"{group}.{name}.npy", [array_header(kind.dtype, (steps, *kind.shape)), *self._rows[name]])
+        self._blocks += 1
+        self._clear()
+
+    def _clear(self) -> None:
+        self._keys: list[str] = []
+        self._size = self._width = 0
+        self._rows: dict[str, list[bytes]] = {name: [] for name in self.kinds}
+        self._lengths: dict[str, list[int]] = {name: [] for name in self.kinds}
+
+
+def _member_name(key: str, name: str, kind: Kind) -> str:
+    return f"{key}.{name}.{'cls' if kind == INTEGER else 'npy'}"
+
+
+def _check_header(name: str, way_out: str) -> None:
+    try:
+        tar_header(name, 0)
+    except ValueError as error:
+        raise ValueError(f"{name!r} does not fit a tar header ({error}): shorten {way_out}") from None
+
+
+def _check_size(name: str, nbytes: int) -> None:
+    if nbytes > _LARGEST_ARRAY:
+        raise ValueError(f"field {name!r}: {nbytes} bytes, a member of a tar holds {_LARGEST_ARRAY}: cut the sample")
