@@ -51,14 +51,14 @@ coverage: $(READY)
 check: format lint types test coverage
 
 fuzz: $(READY)
-	$(BIN)/python tests/fuzz.py
+	$(BIN)/python tests/support/fuzz.py
 
 storm: $(READY)
-	cd tests && ../$(BIN)/python -m storm
+	cd tests/support && ../../$(BIN)/python -m storm
 
 frameworks: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,frameworks]'
-	$(BIN)/python -m pytest tests/test_frameworks.py
+	$(BIN)/python -m pytest tests/docs/test_frameworks.py
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'

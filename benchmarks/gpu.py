@@ -108,7 +108,7 @@ def facts_of(device: torch.device) -> dict[str, object]:
 def run_marked_tests() -> dict[str, int]:
     """Run the tests that need a GPU; how many passed, failed and were skipped."""
     # Other files may need trainers that are not there.
-    files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.cuda" in path.read_text()]
+    files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.cuda" in path.read_text()]
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from collate import PadCollator
 from samplers import LengthBucketBatchSampler, optimal_widths
 
-EXAMPLE = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "fixed_shapes.py"))
+EXAMPLE = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "fixed_shapes.py"))
 cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 on_cuda = pytest.param("cuda", marks=cuda)
 

@@ -32,7 +32,7 @@ from samplers.shards.dataset import ShardDataset
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.indexing.verify import cut_shard
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMANDS = sorted(main.commands)
 RNG = np.random.default_rng(0)
 LENGTHS = RNG.integers(0, 600, 400).tolist()

@@ -11,7 +11,7 @@ import torch
 
 from samplers import ShardWriter
 
-PAGE = (Path(__file__).parents[1] / "docs" / "ranks.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "ranks.md").read_text()
 # What the page takes as given.
 BEFORE = """
 import sys

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from samplers import LengthBucketBatchSampler, LengthIndex, ShardDataset, ShardStream, ShardWriter
 from samplers.shards.storage.reading import open_file
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 COUNT = 60
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 

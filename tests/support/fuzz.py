@@ -1,8 +1,8 @@
 """Mutated shards and indexes, by the thousand: each gives the right data, or an error that names the file.
 
-`python tests/fuzz.py [COUNT] [SEED]` makes COUNT trials (20,000), the i-th from the seed SEED + i, in processes of
-their own, and prints how many were refused and how many served. At the first violation it prints the trial's seed,
-with which `python tests/fuzz.py 1 THAT` makes it again, and exits with 1.
+`python tests/support/fuzz.py [COUNT] [SEED]` makes COUNT trials (20,000), the i-th from the seed SEED + i, in
+processes of their own, and prints how many were refused and how many served. At the first violation it prints the trial's seed,
+with which `python tests/support/fuzz.py 1 THAT` makes it again, and exits with 1.
 
 The law: never a hang, a crash or another error than ValueError (LengthError is one) and OSError, never an allocation
 beyond a small multiple of the file's size, and, where checksums are stored, never other data.
@@ -436,7 +436,7 @@ def main(count: str = str(COUNT), seed: str = "0") -> int:
     try:
         text, status = report(fuzz(int(count), int(seed))), 0
     except ViolationError as error:
-        text, status = f"violation at {error}\nagain: python tests/fuzz.py 1 SEED", 1
+        text, status = f"violation at {error}\nagain: python tests/support/fuzz.py 1 SEED", 1
     sys.stdout.write(f"{text}\n")
     return status
 

@@ -93,8 +93,8 @@ if __name__ == "__main__":
 def test_processes_may_be_spawned(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(SPAWNED)
-    command = [sys.executable, str(program), str(Path(__file__).parent), str(tmp_path / "a")]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    command = [sys.executable, str(program), str(Path(__file__).parents[1] / "support"), str(tmp_path / "a")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert run.stdout == "10\n"
     ShardWriter.write_parts(tmp_path / "b", part_of, PARTS)
     assert files(tmp_path / "a") == files(tmp_path / "b")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "frameworks"
 PAGE = (ROOT / "docs" / "frameworks.md").read_text()
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -104,7 +104,7 @@ def test_the_trainer_that_resumes_amid_an_epoch_holds_each_sample_once(processes
 
 def facts_of(program: str, *arguments: object) -> dict:
     """What one of the programs beside this test prints as JSON, in its last line."""
-    command = [sys.executable, str(ROOT / "tests" / program), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "tests" / "support" / program), *map(str, arguments)]
     settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, **settings}, timeout=PATIENCE, check=False

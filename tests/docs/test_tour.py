@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from samplers.cli.commands import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "command-line.md"]
 # A file by its name, or commands behind a $ with what they print.
 BLOCK = re.compile(r'^```(python title="(?P<file>[\w.]+)"|console)\n(?P<body>.*?)^```$', re.MULTILINE | re.DOTALL)

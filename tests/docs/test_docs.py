@@ -9,7 +9,7 @@ import pytest
 import collate
 import samplers
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = runpy.run_path(str(ROOT / "benchmarks" / "pages.py"))
 pages = pytest.mark.parametrize("page", PAGES["pages"](), ids=lambda page: page.name)

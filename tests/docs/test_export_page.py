@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PAGE = (Path(__file__).parents[1] / "docs" / "export.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
 BLOCKS = dict(re.findall(r'```python title="(.*?)"\n(.*?)```', PAGE, re.DOTALL))
 
 

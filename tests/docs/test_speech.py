@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import webdataset as wds
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(*arguments: object) -> str:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from collate import LengthTrackedBatch
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
+FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")

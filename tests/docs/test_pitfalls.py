@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "pitfalls"
 PAGE = (ROOT / "docs" / "five-mistakes.md").read_text()
 ZERO = 1e-9
