@@ -28,13 +28,14 @@ from collate.lengths.validation import (
     real_steps,
     row_order,
 )
-from collate.options import Number, Widths, check_padding_value, check_widths, same_nan
+from collate.options import Number, check_padding_value, same_nan
 from collate.packing import Layout, flat_places, gather_steps, scatter_steps
-from collate.padding import Mask, Rows, join_rows, padded_width, place_steps, read_rows, real_places
+from collate.padding import Mask, Rows, join_rows, place_steps, read_rows, real_places
 from collate.serialization import reduce, travels
 from collate.tensors.graphs import outside_graphs
 from collate.tensors.numpy_view import Int64Array, shares_memory, to_array
 from collate.tensors.to_device import refuse_capture, to_device
+from collate.widths import Widths, check_widths, padded_width
 
 # What a field that is derived from the others is before it is: the annotation says what it is after.
 _DERIVED = cast(Tensor, None)

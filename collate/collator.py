@@ -14,18 +14,17 @@ from collate.lengths.validation import check_declared, row_order
 from collate.options import (
     Number,
     Shape,
-    Widths,
     check_max_length,
     check_padding_value,
     check_shape_list,
-    check_widths,
     each_checked,
     option_of,
 )
-from collate.padding import Rows, padded_width, read_rows, refuse_masked
+from collate.padding import Rows, read_rows, refuse_masked
 from collate.serialization import try_to_send
 from collate.tensors.nested import Columns, assemble, columns_of
 from collate.tensors.numpy_view import Int64Array
+from collate.widths import AllowedWidths, Widths, check_widths, padded_width
 
 Column: TypeAlias = Rows | Tensor | list[object]
 
@@ -117,7 +116,7 @@ class PadCollator:
         self.padding_value = padding_value
         self.sort_by = sort_by
         self.stack = frozenset(stack)
-        self.widths = each_checked(widths, check_widths)
+        self.widths: AllowedWidths | Mapping[str, AllowedWidths] = each_checked(widths, check_widths)
         self.shapes = None if shapes is None else check_shape_list(shapes)
         self.max_length = each_checked(max_length, check_max_length)
         self.length_field = length_field

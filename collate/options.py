@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 Number: TypeAlias = int | float | bool
-Widths: TypeAlias = int | Sequence[int] | None
 Shape: TypeAlias = tuple[int, int | tuple[int, ...]]
 Option = TypeVar("Option")
+Checked = TypeVar("Checked")
 
 
 def option_of(option: Option | Mapping[str, Option], name: str) -> Option:
@@ -20,8 +20,8 @@ def option_of(option: Option | Mapping[str, Option], name: str) -> Option:
 
 
 def each_checked(
-    option: Option | Mapping[str, Option], check: Callable[[Option], Option]
-) -> Option | Mapping[str, Option]:
+    option: Option | Mapping[str, Option], check: Callable[[Option], Checked]
+) -> Checked | Mapping[str, Checked]:
     """Check an option, or each field's."""
     if isinstance(option, Mapping):
         return {name: check(value) for name, value in option.items()}
@@ -67,30 +67,6 @@ def _check_shape(shape: Shape) -> Shape:
     if not whole or min(numbers) < 1:
         raise ValueError(f"shapes must be pairs (rows, width) of ints of at least 1, got {(rows, width)!r}")
     return int(rows), tuple(map(int, width)) if isinstance(width, (tuple, list)) else int(width)
-
-
-def check_widths(widths: Widths) -> Widths:
-    """Check a `widths` option; ascending tuples are what `padded_width` searches.
-
-    Raises:
-        TypeError: A width is not an int.
-        ValueError: A width is below one, or there is none.
-    """
-    if widths is None:
-        return None
-    if isinstance(widths, np.integer):
-        return check_widths(int(widths))
-    if not isinstance(widths, (int, Sequence, np.ndarray, set, frozenset, range)) or isinstance(widths, str):
-        raise TypeError(f"widths must be None, an int or a sequence of ints, got {widths!r}")
-    given = [widths] if isinstance(widths, int) else list(widths)
-    for width in given:
-        if isinstance(width, bool) or not isinstance(width, (int, np.integer)):
-            raise TypeError(f"widths must be ints, got {width!r} of type {type(width).__name__}")
-        if width < 1:
-            raise ValueError(f"widths must be at least 1, got {width}")
-    if not given:
-        raise ValueError("widths must name at least one width, got an empty sequence; None pads to the longest row")
-    return int(widths) if isinstance(widths, int) else tuple(sorted({int(width) for width in given}))
 
 
 @lru_cache(maxsize=512, typed=True)

@@ -5,7 +5,6 @@ padding between them, in one pass, and very long ones one by one.
 """
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias, cast
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from collate.errors import LengthError
-from collate.options import Number, Widths
+from collate.options import Number
 from collate.tensors.numpy_view import Array, Int64Array, bits_of
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
@@ -226,30 +225,6 @@ def real_places(lengths: Int64Array, width: int) -> Mask:
         return mask
     # Comparing small integers takes a quarter of the time.
     return cast(Mask, np.less(np.arange(width, dtype=np.int16), lengths.astype(np.int16)[:, None]))
-
-
-def padded_width(longest: int, widths: Widths) -> int:
-    """The steps a batch is padded to: the longest row's, rounded up by `widths`, and never less than one.
-
-    Args:
-        longest: steps of the longest row.
-        widths: None (no rounding), an int (the next multiple of it) or the allowed widths in ascending order.
-
-    Raises:
-        LengthError: The longest row is longer than every allowed width.
-    """
-    longest = max(longest, 1)
-    if widths is None:
-        return longest
-    if isinstance(widths, int):
-        return -(-longest // widths) * widths
-    place = bisect_left(widths, longest)
-    if place == len(widths):
-        raise LengthError(
-            f"a row of {longest} steps is longer than every allowed width (at most {widths[-1]}): "
-            "add a width, or cut rows with max_length"
-        )
-    return widths[place]
 
 
 def _of_one_kind(values: Sequence[object], name: str) -> list[Tensor] | list[Array]:

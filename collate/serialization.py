@@ -83,7 +83,8 @@ def travels(cls: type[Batch]) -> type[Batch]:
         from_dumpable_context=tuple,
         flatten_with_keys_fn=_flatten_with_keys,
     )
-    torch.serialization.add_safe_globals([cls, unreduce])
+    # Files of release 0.1 name the module that this one was.
+    torch.serialization.add_safe_globals([cls, unreduce, (unreduce, "collate.transport.unreduce")])
     ForkingPickler.register(cls, send)
     return cls
 

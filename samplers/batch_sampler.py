@@ -11,10 +11,10 @@ import numpy as np
 import torch.distributed as dist
 from torch.utils.data import Sampler
 
+from collate.widths import Widths, check_count
 from samplers.planning.batch_table import Shape
-from samplers.planning.budget import Cost, Count, check_count
+from samplers.planning.budget import Cost, Count
 from samplers.planning.choose_table import lay_out
-from samplers.planning.optimal_widths import Widths
 from samplers.planning.options import Indices, Options, Overlong
 from samplers.planning.plan import BatchPlan
 from samplers.planning.schedule import Course, chunk_steps

@@ -9,11 +9,10 @@ from typing import Any, Final, Unpack
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from collate.widths import Widths, check_count
 from samplers.batch_sampler import find_replica
 from samplers.planning.batch_table import Shape
-from samplers.planning.budget import check_count
 from samplers.planning.clipping import check_collator
-from samplers.planning.optimal_widths import Widths
 from samplers.planning.options import Options, PlanOptions
 from samplers.planning.plan import BatchPlan
 from samplers.planning.window_table import WindowCourse, WindowEpoch, WindowLayout, lay_out_windows

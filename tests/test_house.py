@@ -42,8 +42,9 @@ LAYERS = {
         ["lengths"],
         ["packing", "padding"],
         ["options"],
+        ["widths"],
         ["tensors"],
-        ["errors"],
+        ["errors", "moved"],
     ],
 }
 # What `samplers` may take from `collate`.

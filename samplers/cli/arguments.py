@@ -11,7 +11,8 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from samplers.planning.optimal_widths import Widths, optimal_widths
+from collate.widths import Widths
+from samplers.planning.optimal_widths import optimal_widths
 from samplers.planning.sorting import Lengths, check_lengths
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.indexing.index_file import SUFFIX

@@ -18,7 +18,8 @@ from typing import Any, Final, Generic, TypeVar
 import numpy as np
 
 from collate.errors import LengthError
-from samplers.planning.budget import Budget, check_count
+from collate.widths import check_count
+from samplers.planning.budget import Budget
 from samplers.planning.options import Overlong
 
 Sample = TypeVar("Sample")

@@ -9,11 +9,11 @@ from typing import Any, Final, NamedTuple, Self, TypeAlias, cast
 import numpy as np
 import numpy.typing as npt
 
+from collate.widths import padded_widths
 from samplers.planning.buckets import Edge
 from samplers.planning.budget import Floats, Integers
 from samplers.planning.equal_lengths import Extents, Runs
 from samplers.planning.keyed_shuffle import Domains, Words, derive_key, draw, permute, stream_keys
-from samplers.planning.optimal_widths import round_up
 from samplers.planning.options import Options
 from samplers.planning.sorting import Corpus, Places
 
@@ -179,7 +179,7 @@ class Layout:
         lengths, starts = self.corpus.lengths_of(samples), np.cumsum(rows) - rows
         longest = np.maximum.reduceat(lengths, starts)
         tokens = np.add.reduceat(lengths.sum(1), starts)
-        return Sizes(rows, round_up(longest, self.options.allowed_widths), tokens)
+        return Sizes(rows, padded_widths(longest, self.options.allowed_widths), tokens)
 
     def fill_of(self, sizes: Sizes) -> Floats:
         """Rows by the most rows of a shape as wide, float64 `[n]`: above 1 where no shape of the list holds a batch."""
@@ -272,7 +272,7 @@ class Layout:
     def _counted(self, lengths: Integers) -> Integers:
         """The padded widths that single samples have, or where widths are not rounded or real tokens count, lengths."""
         rounded = self.options.allowed_widths is not None and self.options.count == "padded"
-        return round_up(lengths, self.options.allowed_widths) if rounded else lengths
+        return padded_widths(lengths, self.options.allowed_widths) if rounded else lengths
 
     def _locate(self, numbers: Integers) -> tuple[Integers, Integers]:
         """Each batch's edge, and its place among the edge's batches."""

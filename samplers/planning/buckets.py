@@ -12,8 +12,8 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from collate.widths import padded_widths
 from samplers.planning.budget import Integers
-from samplers.planning.optimal_widths import round_up
 from samplers.planning.options import Options
 from samplers.planning.sorting import Corpus
 
@@ -169,7 +169,7 @@ class _Cutter:
         return self._known[longest]
 
     def _round_up(self, lengths: Integers) -> tuple[int, ...]:
-        return tuple(round_up(lengths.max(0), self.options.allowed_widths).tolist())
+        return tuple(padded_widths(lengths.max(0), self.options.allowed_widths).tolist())
 
 
 class _GrowingCutter(_Cutter):
@@ -204,7 +204,7 @@ class _GrowingCutter(_Cutter):
     def _fits(self, heads: Integers) -> npt.NDArray[np.bool_]:
         """Whether a batch of the first row, of the first two, and so on holds the budget: bool `[n]`."""
         rows = np.arange(1, len(heads) + 1)
-        widths = round_up(np.maximum.accumulate(heads), self.options.allowed_widths)
+        widths = padded_widths(np.maximum.accumulate(heads), self.options.allowed_widths)
         tokens = np.maximum(heads.sum(1), 1).cumsum()
         use = self.options.budget.use(rows, widths if self.corpus.fields > 1 else widths[:, 0], tokens)
         return np.less_equal(use, 1)

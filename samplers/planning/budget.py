@@ -8,6 +8,8 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from collate.widths import check_count
+
 Integers: TypeAlias = npt.NDArray[np.int64]
 Floats: TypeAlias = npt.NDArray[np.float64]
 Count: TypeAlias = Literal["padded", "real"]
@@ -15,26 +17,6 @@ Cost: TypeAlias = Callable[[Integers, Integers], Any]
 
 # More rows than any corpus holds, and few enough that rows x width stays within int64.
 MANY_ROWS: Final = 1 << 40
-
-
-def check_count(name: str, value: object, *, least: int, hint: str) -> int:
-    """Check an option that counts something, and give it as a Python int.
-
-    Args:
-        name: of the option, for the message.
-        value: what the user gave.
-        least: the smallest allowed.
-        hint: what to do instead, for the message.
-
-    Raises:
-        TypeError: It is not an integer (a bool is not one).
-        ValueError: It is below `least`.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}: {hint}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}: {hint}")
-    return int(value)
 
 
 @dataclass(frozen=True, kw_only=True)

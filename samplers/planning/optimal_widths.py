@@ -1,71 +1,16 @@
 """Lengths to padded widths: rounding up, and the few widths that waste least."""
 
 from collections import deque
-from collections.abc import Sequence
-from typing import Final, TypeAlias
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from collate.errors import LengthError
-from samplers.planning.budget import Integers, check_count
+from collate.widths import check_count
+from samplers.planning.budget import Integers
 
-Widths: TypeAlias = int | Sequence[int] | None
-
-_WIDEST: Final = 1 << 62
 _LONGEST: Final = (1 << 63) - 1
-
-
-def check_widths(widths: Widths) -> int | tuple[int, ...] | None:
-    """Check a `widths` option: None, a multiple, or the allowed widths, which come back in ascending order.
-
-    Raises:
-        TypeError: A width is not an int.
-        ValueError: A width is below one or above 2**62, or the sequence is empty.
-    """
-    hint = "give a multiple (an int), the allowed widths (ints), or None to pad to the longest row"
-    if widths is None:
-        return None
-    if not isinstance(widths, (Sequence, np.ndarray)) or isinstance(widths, str):
-        return _check_width(widths, hint)
-    if len(widths) == 0:
-        raise ValueError(f"widths must name at least one width, got an empty sequence: {hint}")
-    return tuple(sorted({_check_width(width, hint) for width in widths}))
-
-
-def _check_width(width: object, hint: str) -> int:
-    width = check_count("widths", width, least=1, hint=hint)
-    if width > _WIDEST:
-        raise ValueError(f"widths must be at most 2**62, got {width}: {hint}")
-    return width
-
-
-def round_up(lengths: Integers, widths: int | tuple[int, ...] | None) -> Integers:
-    """The width that batches are padded to whose longest rows have these lengths; never less than one.
-
-    Args:
-        lengths: int64, any shape.
-        widths: from `check_widths`.
-
-    Returns:
-        int64, the shape of `lengths`.
-
-    Raises:
-        LengthError: A length is greater than every allowed width.
-    """
-    lengths = np.maximum(lengths, 1)
-    if widths is None:
-        return lengths
-    if isinstance(widths, int):
-        return -(-lengths // widths) * widths
-    allowed = np.array(widths, np.int64)
-    places = np.searchsorted(allowed, lengths)
-    if places.size and places.max() == len(allowed):
-        raise LengthError(
-            f"widths must reach the greatest length, {lengths.max()}, got at most {allowed[-1]}: "
-            "add a width, or cut samples with max_length"
-        )
-    return allowed[places]
 
 
 def optimal_widths(lengths: npt.ArrayLike, k: int) -> list[int]:

@@ -8,8 +8,8 @@ from typing import Any, Final, Literal, TypeAlias, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from samplers.planning.budget import Budget, Cost, Count, check_count
-from samplers.planning.optimal_widths import Widths, check_widths
+from collate.widths import Widths, check_count, check_widths
+from samplers.planning.budget import Budget, Cost, Count
 
 Overlong: TypeAlias = Literal["error", "drop", "alone"]
 Indices: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
@@ -98,7 +98,7 @@ class Options:
 
     @cached_property
     def allowed_widths(self) -> int | tuple[int, ...] | None:
-        """The checked `widths`, as `round_up` takes them."""
+        """The checked `widths`, as `padded_widths` takes them."""
         return check_widths(self.widths)
 
     def _count(self, name: str, least: int, hint: str) -> None:

@@ -4,9 +4,9 @@ from typing import Final
 
 import numpy as np
 
+from collate.widths import padded_widths
 from samplers.planning.budget import Budget
 from samplers.planning.keyed_shuffle import derive_key, permute
-from samplers.planning.optimal_widths import round_up
 from samplers.planning.plan import BatchPlan
 
 # More than enough for three digits, and a second's work.
@@ -25,7 +25,7 @@ def random_padding(plan: BatchPlan) -> float:
     corpus, options = plan.layout.corpus, plan.layout.options
     places = permute(np.arange(min(len(corpus), SIMULATED)), len(corpus), derive_key(options.seed))
     lengths = corpus.lengths_of(corpus.order[places])
-    widths = round_up(lengths, options.allowed_widths)
+    widths = padded_widths(lengths, options.allowed_widths)
     padded = _fill(widths.tolist(), lengths.sum(1).tolist(), options.budget)
     return 1 - int(lengths.sum()) / padded
 

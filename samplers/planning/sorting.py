@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from collate.errors import LengthError
+from collate.widths import padded_widths
 from samplers.planning.budget import Integers
-from samplers.planning.optimal_widths import round_up
 from samplers.planning.options import Options, check_indices
 
 Places: TypeAlias = npt.NDArray[np.signedinteger[Any]]
@@ -194,7 +194,7 @@ def _sort_fields(array: npt.NDArray[Any], chosen: Places, options: Options) -> t
     worst, fitting = np.flatnonzero(over), np.flatnonzero(~over)
     worst = worst[np.argsort(-rows[worst].sum(1), kind="stable")]
     # What counts is the padded width; real tokens count as they are.
-    counted = rows if options.count == "real" else round_up(rows, options.allowed_widths)
+    counted = rows if options.count == "real" else padded_widths(rows, options.allowed_widths)
     fitting = fitting[near_in_all_fields(counted[fitting])]
     return chosen[np.concatenate([worst, fitting])], int(np.sum(~long_enough))
 
@@ -262,7 +262,7 @@ def _count_overlong(corpus: Corpus, options: Options) -> int:
 
 
 def _exceeds(rows: Integers, options: Options) -> npt.NDArray[np.bool_]:
-    widths = round_up(rows, options.allowed_widths)
+    widths = padded_widths(rows, options.allowed_widths)
     use = options.budget.use(np.ones(len(rows), np.int64), _by_field(widths), rows.sum(1))
     return np.greater(use, 1)
 

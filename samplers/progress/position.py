@@ -7,8 +7,8 @@ from functools import cached_property
 from hashlib import blake2b
 from typing import Any, Final, TypeAlias
 
+from collate.widths import check_count
 from samplers.planning.batch_table import Layout
-from samplers.planning.budget import check_count
 from samplers.planning.clipping import warn_of_longer
 from samplers.planning.schedule import Course, Epoch
 from samplers.planning.sorting import IndexedLengths, Lengths

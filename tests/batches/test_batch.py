@@ -436,10 +436,14 @@ TRACKED = LengthTrackedBatch(torch.zeros(2, 3, 4), [3, 1])
         (lambda: LengthTrackedBatch.from_sequences([[[1], [2, 3]]]), ValueError, "the list in sample 0 is ragged"),
         (lambda: LengthTrackedBatch.from_sequences([BLOCK, "ab"]), TypeError, "sample 1 must be a tensor or an array"),
         (lambda: LengthTrackedBatch.from_sequences([np.array(["a"])]), TypeError, "torch has no dtype for arrays"),
-        (lambda: LengthTrackedBatch.from_sequences([[1, 2, 3]], widths=[2]), LengthError, "longer than every allowed"),
+        (
+            lambda: LengthTrackedBatch.from_sequences([[1, 2, 3]], widths=[2]),
+            LengthError,
+            "widths must reach the longest sequence",
+        ),
         (lambda: LengthTrackedBatch.from_sequences([[1]], widths=0), ValueError, "widths must be at least 1, got 0"),
         (lambda: LengthTrackedBatch.from_sequences([[1]], widths=[]), ValueError, "at least one width"),
-        (lambda: LengthTrackedBatch.from_sequences([[1]], widths=True), TypeError, "widths must be ints, got True"),
+        (lambda: LengthTrackedBatch.from_sequences([[1]], widths=True), TypeError, "widths must be an int, got True"),
         (lambda: LengthTrackedBatch.from_sequences([[1]], order="short"), ValueError, "order must be 'longest'"),
         (lambda: LengthTrackedBatch.from_sequences([[1]], order=[1]), ValueError, "permutation of the 1 rows"),
         (

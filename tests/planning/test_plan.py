@@ -412,7 +412,7 @@ def test_a_sample_over_the_budget_is_an_error_that_names_how_many_and_the_worst(
         ([3], {"overlong": "skip"}, ValueError, "'error', 'drop' or 'alone', got 'skip'"),
         ([3], {"drop_last": None}, TypeError, "drop_last must be True or False"),
         ([3], {"widths": 0}, ValueError, "widths must be at least 1"),
-        ([9, 30], {"widths": [8, 16]}, LengthError, "greatest length, 30, got at most 16"),
+        ([9, 30], {"widths": [8, 16]}, LengthError, "longest sequence, 30 steps, got at most 16"),
         ([3], {"indices": [1]}, ValueError, r"in range\(1\), got 1"),
         ([3], {"indices": [0, 0]}, ValueError, "got sample 0 2 times"),
         ([3], {"indices": [True]}, TypeError, "np.flatnonzero"),

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collate.errors import LengthError
-from samplers.planning.optimal_widths import check_widths, optimal_widths, round_up
+from collate.widths import check_widths, padded_widths
+from samplers.planning.optimal_widths import optimal_widths
 from samplers.planning.plan import plan_epoch
 
 
@@ -44,7 +45,7 @@ def test_large_token_counts_stay_exact() -> None:
 
 @given(st.lists(st.integers(0, 60), min_size=1), st.integers(1, 9))
 def test_a_multiple_rounds_up_to_itself_and_never_to_zero(lengths: list[int], multiple: int) -> None:
-    rounded = round_up(np.array(lengths), multiple)
+    rounded = padded_widths(np.array(lengths), multiple)
     slow = [next(width for width in range(multiple, 100, multiple) if width >= length) for length in lengths]
     assert rounded.tolist() == slow
 
@@ -52,9 +53,9 @@ def test_a_multiple_rounds_up_to_itself_and_never_to_zero(lengths: list[int], mu
 def test_allowed_widths_round_up_to_the_next_and_must_reach_the_longest() -> None:
     widths = check_widths([16, 4, 8])
     assert widths == (4, 8, 16)
-    assert round_up(np.array([[0, 4], [5, 16]]), widths).tolist() == [[4, 4], [8, 16]]
-    with pytest.raises(LengthError, match=r"greatest length, 17, got at most 16: add a width"):
-        round_up(np.array([3, 17]), widths)
+    assert padded_widths(np.array([[0, 4], [5, 16]]), widths).tolist() == [[4, 4], [8, 16]]
+    with pytest.raises(LengthError, match=r"longest sequence, 17 steps, got at most 16: add a width"):
+        padded_widths(np.array([3, 17]), widths)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Mutated shards and indexes, by the thousand: each gives the right data, or an error that names the file.
 
 `python tests/support/fuzz.py [COUNT] [SEED]` makes COUNT trials (20,000), the i-th from the seed SEED + i, in
-processes of their own, and prints how many were refused and how many served. At the first violation it prints the trial's seed,
-with which `python tests/support/fuzz.py 1 THAT` makes it again, and exits with 1.
+processes of their own, and prints how many were refused and how many served. At the first violation it prints the
+trial's seed, with which `python tests/support/fuzz.py 1 THAT` makes it again, and exits with 1.
 
 The law: never a hang, a crash or another error than ValueError (LengthError is one) and OSError, never an allocation
 beyond a small multiple of the file's size, and, where checksums are stored, never other data.

@@ -1,0 +1,120 @@
+"""Former module names, which pickles of earlier releases name: each still gives what its module has become."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_loader
+from types import ModuleType
+from typing import Any, Final
+
+# Up to release 0.1 -> now. A former name that has become a folder's is not here: the folder resolves by itself.
+MOVED: Final = {
+    "collate.agreement": "collate.lengths.validation",
+    "collate.bits": "collate.tensors.numpy_view",
+    "collate.blocks": "collate.training.cpu_rnn",
+    "collate.check": "collate.training.checking.check_step",
+    "collate.collation": "collate.training.checking.samples",
+    "collate.findings": "collate.training.checking.report",
+    "collate.graphs": "collate.tensors.graphs",
+    "collate.host": "collate.lengths.tracking",
+    "collate.memory": "collate.training.max_tokens",
+    "collate.prefetch": "collate.training.prefetch",
+    "collate.probes": "collate.training.checking.probes",
+    "collate.recurrent": "collate.training.rnn_modules",
+    "collate.reduce": "collate.training.losses",
+    "collate.rerun": "collate.training.checking.rerun",
+    "collate.rnn": "collate.training.rnn",
+    "collate.sending": "collate.tensors.to_device",
+    "collate.structure": "collate.tensors.nested",
+    "collate.tracing": "collate.training.checking.autograd",
+    "collate.transport": "collate.serialization",
+    "collate.variants": "collate.training.checking.variants",
+    "samplers.arguments": "samplers.cli.arguments",
+    "samplers.arrow": "samplers.cli.arrow",
+    "samplers.batches": "samplers.planning.choose_table",
+    "samplers.bucketer": "samplers.dynamic.bucketer",
+    "samplers.budget": "samplers.planning.budget",
+    "samplers.chunks": "samplers.planning.chunk_table",
+    "samplers.clipping": "samplers.planning.clipping",
+    "samplers.comparison": "samplers.cli.comparison",
+    "samplers.contract": "samplers.testing",
+    "samplers.convert": "samplers.cli.convert",
+    "samplers.corpus": "samplers.planning.sorting",
+    "samplers.course": "samplers.planning.schedule",
+    "samplers.cursor": "samplers.progress.position",
+    "samplers.edges": "samplers.planning.buckets",
+    "samplers.exact": "samplers.cli.exact_numbers",
+    "samplers.extras": "samplers.cli.extras",
+    "samplers.layout": "samplers.planning.batch_table",
+    "samplers.measure": "samplers.planning.report",
+    "samplers.options": "samplers.planning.options",
+    "samplers.pictures": "samplers.cli.plots",
+    "samplers.plan": "samplers.planning.plan",
+    "samplers.printing": "samplers.cli.printing",
+    "samplers.reader": "samplers.window_reader",
+    "samplers.report": "samplers.planning.random_batches",
+    "samplers.runs": "samplers.planning.equal_lengths",
+    "samplers.sample_length": "samplers.dynamic.sample_length",
+    "samplers.sampler": "samplers.batch_sampler",
+    "samplers.shards.blocks": "samplers.shards.block_check",
+    "samplers.shards.continued": "samplers.shards.writing.existing",
+    "samplers.shards.files": "samplers.shards.storage.reading",
+    "samplers.shards.index": "samplers.shards.indexing.index",
+    "samplers.shards.indexfile": "samplers.shards.indexing.index_file",
+    "samplers.shards.kept": "samplers.shards.indexing.cache",
+    "samplers.shards.kinds": "samplers.shards.writing.schema",
+    "samplers.shards.locks": "samplers.shards.storage.locks",
+    "samplers.shards.measuring": "samplers.shards.indexing.measuring",
+    "samplers.shards.names": "samplers.shards.storage.paths",
+    "samplers.shards.newfile": "samplers.shards.storage.atomic",
+    "samplers.shards.newshard": "samplers.shards.writing.shard_file",
+    "samplers.shards.parallel": "samplers.shards.storage.process_pool",
+    "samplers.shards.parts": "samplers.shards.writing.parts",
+    "samplers.shards.rereading": "samplers.shards.writing.source",
+    "samplers.shards.scan": "samplers.shards.indexing.scan",
+    "samplers.shards.tables": "samplers.shards.indexing.tables",
+    "samplers.shards.tally": "samplers.shards.skip_counts",
+    "samplers.shards.tar": "samplers.shards.format.tar",
+    "samplers.shards.verify": "samplers.shards.indexing.verify",
+    "samplers.shards.writer": "samplers.shards.writing.writer",
+    "samplers.shared": "samplers.progress.shared_epochs",
+    "samplers.shuffle": "samplers.planning.keyed_shuffle",
+    "samplers.stream": "samplers.dynamic.streams",
+    "samplers.widths": "samplers.planning.optimal_widths",
+    "samplers.windows": "samplers.planning.window_table",
+}
+
+
+class FormerModules(MetaPathFinder):
+    """Finds modules by the names that they had."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """A stand-in for a former module; None for every other name."""
+        del path, target
+        return spec_from_loader(fullname, FormerModule(MOVED[fullname])) if fullname in MOVED else None
+
+
+class FormerModule(Loader):
+    """Makes a module whose every attribute is that of another, loaded when the first is asked for."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Hand on every attribute (PEP 562)."""
+
+        def from_present_module(name: str) -> Any:
+            return getattr(import_module(self.name), name)
+
+        # typeshed has no name for a module's own `__getattr__`.
+        vars(module)["__getattr__"] = from_present_module
+
+
+def find_former_modules() -> None:
+    """Make former names importable, once."""
+    if not any(isinstance(finder, FormerModules) for finder in sys.meta_path):
+        sys.meta_path.append(FormerModules())
