@@ -159,6 +159,7 @@ def test_a_writer_goes_on_behind_old_shards(release, layout, folders, tmp_path):
     with ShardWriter(folder, layout=layout, stack=["place"], append=True) as writer:
         for sample in corpora.samples_from(before, 3):
             writer.write(sample)
+    assert list(writer.shards) == sorted(folder.glob("*.tar"))
     data = ShardDataset(folder)
     assert plain.tell_samples(data)[:before] == told(release)[layout]["samples"]
     assert plain.tell_samples(data)[before:] == [plain.tell_batch(sample) for sample in added(before)]
@@ -215,6 +216,7 @@ def objects(*forms: str) -> list[Any]:
 @pytest.mark.parametrize(("release", "entry"), objects("pickle", "torch.save"))
 def test_what_was_saved_loads_as_it_was(release, entry, folders):
     value = load(entry["form"], decode(entry["data"]), folders[release])
+    assert [name for name in plain.READ.get(entry["kind"], []) if not hasattr(value, name)] == []
     result = json.loads(json.dumps(plain.tell(entry["kind"], value)))
     assert result == entry["result"]
 

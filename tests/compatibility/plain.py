@@ -82,7 +82,9 @@ def _tell_plan(plan: Any) -> Any:
 
 
 def _tell_report(report: Any) -> Any:
-    return {"values": asdict(report), "text": str(report)}
+    # Sums of floats may differ in their last bits between machines.
+    values = {name: round(value, 9) if isinstance(value, float) else value for name, value in asdict(report).items()}
+    return {"values": values, "text": str(report)}
 
 
 def _tell_index(index: Any) -> Any:
@@ -110,6 +112,16 @@ def _tell_step_report(report: Any) -> Any:
 def _tell_error(error: Any) -> Any:
     return {"class": type(error).__name__, "is_value_error": isinstance(error, ValueError), "args": list(error.args)}
 
+
+# What pages and examples read of an object, or what its class documents, beside what the class itself shows.
+READ: dict[str, list[str]] = {
+    "collator": ["padding_value", "sort_by", "stack", "widths", "shapes", "max_length", "length_field", "on_empty"],
+    "sampler": ["num_replicas", "rank"],
+    "stream": ["num_replicas", "rank", "data", "collate_fn", "interleave"],
+    "plan": ["epoch", "num_replicas"],
+    "dataset": ["index"],
+    "prefetcher": ["loader", "device", "depth"],
+}
 
 TOLD: dict[str, Callable[[Any], Any]] = {
     "batch": tell_batch,
