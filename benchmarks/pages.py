@@ -210,6 +210,12 @@ def window_rows(results: Results) -> list[Cells]:
     return list(found.values())
 
 
+def epoch_rows(results: Results) -> list[Cells]:
+    """Time to plan one epoch and take all its batches, for each sampler."""
+    [case] = results["epochs"]
+    return [{"sampler": name, case["case"]: f"{us / 1000:,.0f} ms"} for name, us in case["microseconds"].items()]
+
+
 def bar_rows(results: Results) -> list[Cells]:
     """The targets of a benchmark, the measured figures, and whether they meet the targets."""
     return [
@@ -308,6 +314,7 @@ TABLES: Final[dict[str, tuple[str, Callable[[Results], list[Cells]]]]] = {
     "packing-targets": ("packing", target_rows),
     "rnn-targets": ("rnn", target_rows),
     "transport-targets": ("transport", target_rows),
+    "epochs": ("planning", epoch_rows),
     "planning-targets": ("planning", bar_rows),
     "bucketing-targets": ("bucketing", bar_rows),
     "shards-targets": ("shards", bar_rows),
