@@ -137,8 +137,7 @@ def target_rows(results: Results) -> list[Cells]:
     """The cases of `harness.compare` that have a target: the target, and the speed-up over each peer."""
     peers = list(dict.fromkeys(peer for row in results for peer in row["times_as_fast"]))
     return [
-        {"case": row["case"], "target": row["bar"]}
-        | {peer: ratio(row["times_as_fast"].get(peer)) for peer in peers}
+        {"case": row["case"], "target": row["bar"]} | {peer: ratio(row["times_as_fast"].get(peer)) for peer in peers}
         for row in results
         if row["bar"]
     ]
