@@ -64,8 +64,8 @@ def training_line() -> str:
     bucketed, random = steps["bucketed"], steps["random"]
     times = bucketed["real tokens a second"] / random["real tokens a second"]
     return (
-        f"**Less padding.** The training step of `make demo` processes {times:.1f} times as many real tokens per second "
-        f"as with random batches of the same budget: {bucketed['padding']:.1%} padding instead of "
+        f"**Less padding.** The training step of `make demo` processes {times:.1f} times as many real tokens per "
+        f"second as with random batches of the same budget: {bucketed['padding']:.1%} padding instead of "
         f"{random['padding']:.1%}."
     )
 
@@ -86,8 +86,8 @@ def rnn_line() -> str:
     """Training of recurrent modules against torch's packed run."""
     low, high = zip(*(rnn_range(module) for module in ("LSTM", "GRU")), strict=True)
     return (
-        f"**Fast recurrent training.** On a CPU, `apply_rnn` trains an LSTM {low[0]:.1f} to {high[0]:.1f} times as fast "
-        f"as torch's packed run, a GRU {low[1]:.1f} to {high[1]:.1f} times."
+        f"**Fast recurrent training.** On a CPU, `apply_rnn` trains an LSTM {low[0]:.1f} to {high[0]:.1f} times as "
+        f"fast as torch's packed run, a GRU {low[1]:.1f} to {high[1]:.1f} times."
     )
 
 

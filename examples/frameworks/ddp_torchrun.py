@@ -34,7 +34,7 @@ class Run:
         self.tally = Tally(len(DATA))
 
     def step(self, batch: dict[str, Any]) -> None:
-        """One training step. With the factor, DDP's average is the gradient of the mean over the tokens of all processes."""
+        """One training step; its averaged gradient is that of the mean over the tokens of all processes."""
         loss = loss_of(self.model, batch, "sum") * token_scale(batch["bits"].num_tokens)
         self.optimizer.zero_grad()
         loss.backward()
