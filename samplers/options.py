@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from samplers.budget import Budget, Cost, Count, check_count
+from samplers.masked import refuse_masked
 from samplers.widths import Widths, check_widths
 
 Overlong: TypeAlias = Literal["error", "drop", "alone"]
@@ -119,9 +120,10 @@ def check_indices(indices: Indices, samples: int) -> npt.NDArray[np.int64]:
     """The chosen samples, ascending: int64 `[n]`.
 
     Raises:
-        TypeError: They are not integers.
+        TypeError: They are not integers, or masked.
         ValueError: One is out of range or named twice, or there is none.
     """
+    refuse_masked(indices, "indices", "leave them out with .compressed()")
     array = np.asarray(indices)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"indices must name at least one sample, got shape {list(array.shape)}: None plans all")

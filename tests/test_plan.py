@@ -433,6 +433,42 @@ def test_what_cannot_be_planned_is_refused_with_its_name_and_the_way_out(
         plan_epoch(lengths, **budget, **options)
 
 
+HOLES = np.ma.array([5, 7, 9, 3], mask=[False, True, False, True])
+
+
+# Red: the values beneath the mask were planned as lengths, and as indices.
+@pytest.mark.parametrize(
+    ("lengths", "options", "says"),
+    [
+        (HOLES, {}, r"lengths must be known, .* masks 2 of 4 \(at 1, 3\).* indices=np.flatnonzero"),
+        (np.ma.array([5, 7], mask=True), {}, r"lengths .* masks 2 of 2 \(at 0, 1\)"),
+        (np.ma.masked_equal(np.arange(9) % 2, 0), {}, r"lengths .* masks 5 of 9 \(at 0, 2, 4, 6, 8\)"),
+        (np.ma.masked_equal(np.zeros(9, int), 0), {}, r"lengths .* masks 9 of 9 \(at 0, 1, 2, 3, 4, ...\)"),
+        (np.ma.array([[5, 7], [9, 3]], mask=[[0, 0], [0, 1]]), {}, r"lengths .* masks 1 of 2 \(at 1\)"),
+        ([np.ma.array([9, 3], mask=[0, 1]), [5, 7]], {}, r"lengths .* masks 1 of 2 \(at 0\)"),
+        ([5, 7, 9, 3], {"indices": HOLES % 4}, r"indices must be known, .* masks 2 of 4 \(at 1, 3\).*compressed"),
+    ],
+)
+def test_masked_lengths_and_indices_are_refused_with_the_way_out(
+    lengths: Any, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(TypeError, match=says):
+        plan_epoch(lengths, max_tokens=100, **options)
+
+
+@pytest.mark.filterwarnings("ignore:Warning. converting a masked element to nan")
+def test_a_masked_number_in_a_list_of_lengths_is_named() -> None:
+    with pytest.raises(TypeError, match=r"lengths .* masks 2 of 4 \(at 1, 3\)"):
+        plan_epoch(list(HOLES), max_tokens=100)
+
+
+def test_the_way_out_of_masked_lengths_plans_the_others() -> None:
+    known = np.flatnonzero(~np.ma.getmaskarray(HOLES))
+    plan = plan_epoch(HOLES.filled(0), max_tokens=100, indices=known)
+    assert sorted(sample for batch in plan.batches for sample in batch) == [0, 2]
+    assert plan_epoch(np.ma.array([5, 7]), max_tokens=100).batches[0] == [1, 0]
+
+
 def test_options_are_checked_values() -> None:
     assert Options(max_tokens=np.int64(9)).budget.max_tokens == 9
     assert Options(max_tokens=9, widths=[8, 4]).allowed_widths == (4, 8)
