@@ -46,7 +46,7 @@ class Options:
         cost: a user's measure; `cost(rows, width) <= 1` fits, see `Budget`.
         count: whether `max_tokens` counts padded or real tokens.
         window: samples that are sorted by length together. More: less padding, and more pairs that meet again in the
-            next epoch. None: as many as keep both low, from the number of batches.
+            next epoch. There are two windows at least. None: as many as keep both low, from the number of batches.
         shuffle: False for batches in the order of length, longest first, the same each epoch.
         seed: of the shuffles, 0 to 2**64 - 1.
         min_length: shorter samples are left out and counted (with several fields: if any field is shorter).

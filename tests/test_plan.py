@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -222,6 +223,19 @@ def test_an_epoch_differs_in_what_batches_hold_and_in_their_order() -> None:
     shared = {frozenset(batch) for batch in first.batches} & {frozenset(batch) for batch in second.batches}
     assert len(shared) <= 2
     assert [len(batch) for batch in first.batches] != [len(batch) for batch in second.batches]
+
+
+@given(st.integers(24, 400), st.integers(1, 3), st.integers(1, 2_000), st.sampled_from([{}, {"num_replicas": 2}]))
+def test_no_window_is_so_large_that_epochs_have_the_same_batches(
+    samples: int, fields: int, window: int, options: dict[str, Any]
+) -> None:
+    # Red from two thirds of the samples on: with one window, batches of lengths that all differ never changed.
+    lengths = np.arange(samples * fields).reshape(fields, samples).T + 1
+    plans = [plan_epoch(lengths, batch_size=4, window=window, epoch=epoch, **options) for epoch in range(4)]
+    held = [{frozenset(batch) for batch in plan.batches} for plan in plans]
+    for first, second in combinations(range(4), 2):
+        assert 2 * len(held[first] & held[second]) < len(held[first])
+        assert [*plans[first].batches] != [*plans[second].batches]
 
 
 @pytest.mark.parametrize(("epoch", "replicas", "window"), GOLDEN)
