@@ -39,6 +39,9 @@ from collate.transport import reduce, travels
 # What a field that is derived from the others is before it is: the annotation says what it is after.
 _DERIVED = cast(Tensor, None)
 
+# What attention kernels take bounds of rows as is int32.
+_MOST_BOUND = 2**31 - 1
+
 
 @travels
 @dataclass(frozen=True, eq=False, repr=False)
@@ -286,24 +289,35 @@ class LengthTrackedBatch:
 
     # --- new values, same tracking
 
-    def with_padded(self, padded: Tensor, lengths: Integers | None = None) -> Self:
+    def with_padded(
+        self, padded: Tensor, lengths: Integers | None = None, *, first_step: int | None = None
+    ) -> Self:
         """The same rows with new values.
 
         Args:
             padded: `[B, T', *G]` on any device, row i computed from row i; what its padding holds is left unspecified.
             lengths: int64 `[B]`, for values of another width (a strided convolution); None keeps lengths and width.
+            first_step: steps that came before this block, where a stride makes it another number in a later chunk of
+                `split_steps`; None keeps the batch's.
 
         Raises:
             LengthError: Rows or width differ without new lengths, or the new lengths do not fit.
+            TypeError: Lengths or `first_step` are not integers.
+            ValueError: `first_step` is negative.
         """
+        if first_step is None:
+            first_step = self.first_step
+        elif not torch.compiler.is_compiling():
+            _check_first_step(first_step)
         if padded.shape[:2] != self.padded.shape[:2] and (lengths is None or len(padded) != len(self)):
             raise LengthError(
                 f"new values must be [{len(self)}, {self.padded.shape[1]}, ...] like the batch, got "
                 f"{list(padded.shape)}: pass lengths= where the number of steps changes, keep all rows"
             )
         if lengths is not None:
-            return type(self)(padded, cast(Tensor, lengths), permutation=self.permutation)
-        return self._changed(padded=padded, padding_value=None)
+            counts = cast(Tensor, lengths)
+            return type(self)(padded, counts, permutation=self.permutation, first_step=first_step)
+        return self._changed(padded=padded, padding_value=None, first_step=first_step)
 
     def map(self, module: Callable[[Tensor], Tensor]) -> Self:
         """The same rows after a module that works on every step alone, such as an embedding or a linear layer.
@@ -349,8 +363,12 @@ class LengthTrackedBatch:
             dim: the axis of the rows.
 
         Raises:
+            LengthError: The permutation, the lengths or the mask were written to.
+            TypeError: What is given is no tensor.
             ValueError: The axis does not hold one entry per row.
         """
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"unsort takes a tensor with one entry per row, got {_not_unsorted(tensor)}")
         back = self.permutation.argsort(stable=True)
         if tensor is not None:
             if tensor.shape[dim] != len(self):
@@ -491,12 +509,20 @@ class LengthTrackedBatch:
 
     @property
     def cu_seqlens(self) -> Tensor:
-        """Bounds int32 `[B + 1]` on the block's device: where each row starts and ends in `flat()`."""
+        """Bounds int32 `[B + 1]` on the block's device: where each row starts and ends in `flat()`.
+
+        Raises:
+            LengthError: The real steps are more than int32 can count (not looked at in compiled code).
+        """
         if torch.compiler.is_compiling():
             return torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0)).to(self.device, torch.int32)
-        ends = np.zeros(len(self) + 1, np.int32)
-        np.cumsum(host_lengths(self), out=ends[1:])
-        return to_device(torch.from_numpy(ends), self.device)
+        ends = _row_ends(host_lengths(self))
+        if ends[-1] > _MOST_BOUND:
+            raise LengthError(
+                f"cu_seqlens are int32, and the batch's {len(self)} rows have {ends[-1]} real steps, more than "
+                f"{_MOST_BOUND}: split(rows) makes smaller batches"
+            )
+        return to_device(ends.astype(np.int32), self.device)
 
     @property
     @outside_graphs
@@ -508,7 +534,7 @@ class LengthTrackedBatch:
     def nested(self) -> Tensor:
         """The rows as a jagged nested tensor `[B, j, *F]`; gradients flow."""
         lengths = host_lengths(self)
-        offsets = self.cu_seqlens.to(torch.int64)
+        offsets = to_device(_row_ends(lengths), self.device)
         return torch.nested.nested_tensor_from_jagged(
             self.flat(), offsets, min_seqlen=int(lengths.min()), max_seqlen=max(int(lengths.max()), 1)
         )
@@ -577,9 +603,26 @@ def _is_differentiated(steps: Tensor) -> bool:
     return steps.requires_grad or not shares_memory(steps) or unpack_dual(steps).tangent is not None
 
 
+def _row_ends(lengths: Int64Array) -> Int64Array:
+    """Where each row starts and ends when the real steps of all follow each other: int64 `[B + 1]`."""
+    ends = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=ends[1:])
+    return ends
+
+
 def _own(checked: Tensor, given: object) -> Tensor:
     """What was checked, in memory of its own: as it is where checking made it anew."""
     return checked.clone() if checked is given else checked
+
+
+def _not_unsorted(given: object) -> str:
+    """What was given in place of a tensor, and the way out."""
+    kind = type(given).__name__
+    if isinstance(given, LengthTrackedBatch):
+        return f"a {kind}: call its own unsort()"
+    if isinstance(given, (list, tuple)) and any(isinstance(part, Tensor) for part in given):
+        return f"a {kind} of tensors: unsort each of them, or torch.stack them first"
+    return f"a {kind}: make a tensor of it, or take [values[row] for row in batch.permutation.argsort().tolist()]"
 
 
 def _check_first_step(steps: object) -> None:

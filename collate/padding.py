@@ -123,12 +123,15 @@ def read_rows(values: Sequence[object], name: str = "sequences") -> Rows:
 
     Raises:
         LengthError: There is no row.
-        TypeError: A row is not a sequence of numbers, or dtypes differ.
+        TypeError: A row is not a sequence of numbers, or is sparse or nested; or dtypes differ.
         ValueError: Numbers of axes or feature shapes differ.
     """
     if len(values) == 0:
         raise LengthError(f"{name} must hold at least one row, got an empty list: leave the batch out instead")
     items = _of_one_kind(values, name)
+    # As with shapes below: what is not dense among dense rows of one dimension shows when they are joined.
+    if isinstance(items[0], Tensor):
+        refuse_layout(items[0], 0, name)
     _check_dtypes(items, name)
     dtype = _torch_dtype(items[0], name)
     # One-dimensional rows are many and small; what differs from them shows when they are joined.
@@ -214,7 +217,8 @@ def _fill_rows(rows: Rows, order: Int64Array, shape: tuple[int, int], padding_va
 
 
 def _must_stay_in_torch(row: Tensor) -> bool:
-    return not row.is_cpu or row.requires_grad or type(row) is not Tensor or unpack_dual(row).tangent is not None
+    plain = row.is_cpu and type(row) is Tensor and row.layout == torch.strided
+    return not plain or row.requires_grad or unpack_dual(row).tangent is not None
 
 
 def real_places(lengths: Int64Array, width: int) -> Mask:
@@ -279,8 +283,27 @@ def refuse_masked(values: Sequence[object], name: str) -> None:
             )
 
 
+def refuse_layout(value: Tensor, place: int, name: str) -> None:
+    """Refuse a sample that is a sparse or a nested tensor: neither can be joined with others to a dense block.
+
+    Raises:
+        TypeError: It is one; the message names it.
+    """
+    if value.is_nested:
+        raise TypeError(
+            f"{name}: sample {place} is a nested tensor, which holds several sequences: give each of them, as "
+            ".unbind() lists them, as a sample"
+        )
+    if value.layout != torch.strided:
+        raise TypeError(
+            f"{name}: sample {place} is a sparse tensor ({value.layout}): make it dense with .to_dense() before "
+            "collating"
+        )
+
+
 def _array_of(value: object, place: int, name: str) -> Array:
     if isinstance(value, Tensor):
+        refuse_layout(value, place, name)
         if value.requires_grad:
             raise TypeError(
                 f"{name}: sample {place} requires gradients, which would end here: make tensors of the arrays among "
@@ -337,11 +360,15 @@ def _check_dtypes(items: Sequence[Tensor] | Sequence[Array], name: str) -> None:
 
 
 def check_shapes(items: Sequence[Tensor] | Sequence[Array], name: str) -> None:
-    """Check that rows have an axis, and the feature shape of the first.
+    """Check that rows are dense, have an axis, and the feature shape of the first.
 
     Raises:
-        ValueError: One has not; the message names the first sample that differs.
+        TypeError: One is sparse or nested.
+        ValueError: One has another shape; the message names the first sample that differs.
     """
+    for place, row in enumerate(items):
+        if isinstance(row, Tensor):
+            refuse_layout(row, place, name)
     shapes = [tuple(row.shape) for row in items]
     if () not in shapes and len({shape[1:] for shape in shapes}) == 1:
         return

@@ -45,12 +45,15 @@ def sequence_loss(
     Raises:
         LengthError: Output and target differ in their lengths, in their rows' order or in the chunk that they are of
             (not looked at in compiled code); or lengths were written to.
-        TypeError: Output or target is a tensor.
+        TypeError: Output or target is a tensor, or weights are none.
         ValueError: `loss_fn` does not give one loss per step, weights are not `[B, T]`, or the reduction is unknown.
     """
     check_tracked("sequence_loss", output, target)
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be 'token', 'sequence' or 'sum', got {reduction!r}")
+    if weights is not None and not isinstance(weights, Tensor):
+        way_out = "pass its .padded" if isinstance(weights, LengthTrackedBatch) else "torch.as_tensor makes one"
+        raise TypeError(f"weights must be a tensor [B, T], got {type(weights).__name__}: {way_out}")
     if weights is not None and weights.shape != output.mask.shape:
         raise ValueError(f"weights must be [B, T] = {list(output.mask.shape)}, got {list(weights.shape)}")
     if _has_fixed_shapes(output):

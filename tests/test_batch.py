@@ -403,6 +403,7 @@ def test_two_steps_of_a_pinned_batch_need_an_accelerator():
 
 BLOCK = torch.zeros(2, 3)
 TRACKED = LengthTrackedBatch(torch.zeros(2, 3, 4), [3, 1])
+SPARSE = torch.ones(3).to_sparse()
 
 
 @pytest.mark.parametrize(
@@ -524,11 +525,94 @@ TRACKED = LengthTrackedBatch(torch.zeros(2, 3, 4), [3, 1])
             LengthError,
             "rows that are all empty",
         ),
+        # Red before, all of these: torch's words about storage and sizes, an AttributeError, or bounds that wrapped.
+        (
+            lambda: LengthTrackedBatch.from_sequences([torch.ones(3).to_sparse()] * 2),
+            TypeError,
+            r"sample 0 is a sparse tensor \(torch.sparse_coo\): make it dense with .to_dense",
+        ),
+        (lambda: LengthTrackedBatch.from_sequences([torch.ones(3), SPARSE]), TypeError, "sample 1 is a sparse tensor"),
+        (lambda: LengthTrackedBatch.from_sequences([np.ones(3), SPARSE]), TypeError, "sample 1 is a sparse tensor"),
+        (
+            lambda: LengthTrackedBatch.from_sequences([torch.ones(9**5), torch.ones(9**5).to_sparse()]),
+            TypeError,
+            "sample 1 is a sparse tensor",
+        ),
+        (
+            lambda: LengthTrackedBatch.from_sequences([torch.eye(3), torch.eye(3).to_sparse()]),
+            TypeError,
+            "sample 1 is a sparse tensor",
+        ),
+        (
+            lambda: LengthTrackedBatch.from_sequences([torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])]),
+            TypeError,
+            r"sample 0 is a nested tensor, .* \.unbind\(\)",
+        ),
+        (
+            lambda: LengthTrackedBatch.from_sequences([torch.eye(3), TRACKED.nested()]),
+            TypeError,
+            "sample 1 is a nested tensor",
+        ),
+        (lambda: TRACKED.unsort([torch.ones(1)] * 2), TypeError, "unsort takes a tensor .* list of tensors: unsort each"),
+        (lambda: TRACKED.unsort(["a", "b"]), TypeError, r"got a list: .* batch.permutation.argsort\(\)"),
+        (lambda: TRACKED.unsort(TRACKED), TypeError, r"got a LengthTrackedBatch: call its own unsort\(\)"),
+        (
+            lambda: sequence_loss(torch.sub, TRACKED, TRACKED, weights=TRACKED),
+            TypeError,
+            r"weights must be a tensor \[B, T\], got LengthTrackedBatch: pass its .padded",
+        ),
+        (
+            lambda: sequence_loss(torch.sub, TRACKED, TRACKED, weights=[[1.0] * 3] * 2),
+            TypeError,
+            "got list: torch.as_tensor",
+        ),
+        (
+            lambda: LengthTrackedBatch(torch.empty(2, 2**30, device="meta"), [2**30] * 2).cu_seqlens,
+            LengthError,
+            r"int32, .* 2 rows have 2147483648 real steps, .* split\(rows\)",
+        ),
     ],
 )
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse CSR")
 def test_bad_input_is_refused_with_what_where_and_the_way_out(make, kind, message):
     with pytest.raises(kind, match=message):
         make()
+
+
+BYTES = {
+    torch.float8_e4m3fn: ({0, -1.0, 448, float("nan")}, {float("inf"), -float("inf"), 449}),
+    torch.float8_e5m2: ({0, -1.0, float("inf"), -float("inf")}, {1e5}),
+    torch.float8_e4m3fnuz: ({0, -1.0, float("nan")}, {float("inf"), 241}),
+    torch.float8_e5m2fnuz: ({0, -1.0}, {float("inf"), -float("inf")}),
+    torch.float8_e8m0fnu: ({1, 0.5}, {0, -1.0, float("inf")}),
+}
+
+
+@pytest.mark.parametrize("dtype", BYTES, ids=str)
+def test_a_float_of_eight_bits_is_padded_by_what_it_can_hold(dtype):
+    """Red before: infinity was taken for each of them, and became nan in four; so was 0 where there is none."""
+    held, others = BYTES[dtype]
+    rows = [torch.ones(n).to(dtype) for n in (3, 1)]
+    for value in held:
+        padded = LengthTrackedBatch.from_sequences(rows, padding_value=value).padded.to(torch.float64)
+        assert torch.equal(padded[1, 1:], torch.full((2,), value, dtype=torch.float64)) or value != value
+        assert bool(padded.isnan().any()) == (value != value)
+    for value in others:
+        with pytest.raises(ValueError, match="cannot be held by torch.float8"):
+            LengthTrackedBatch.from_sequences(rows, padding_value=value)
+
+
+def test_new_values_of_a_later_chunk_keep_its_first_step():
+    """Red before: with new lengths, the chunk was taken for one from the beginning."""
+    chunk = LengthTrackedBatch.from_sequences([torch.arange(6.0), torch.arange(5.0)]).split_steps(4)[1]
+    shorter = chunk.with_padded(chunk.padded[:, :1], lengths=chunk.lengths.clamp(max=1))
+    assert shorter.first_step == chunk.first_step == 4
+    assert shorter.position_ids.tolist() == [4, 4]
+    assert chunk.with_padded(chunk.padded).first_step == 4
+    strided = chunk.with_padded(chunk.padded[:, ::2], lengths=[1, 1], first_step=2)
+    assert strided.position_ids.tolist() == [2, 2]
+    with pytest.raises(ValueError, match="first_step must not be negative, got -1"):
+        chunk.with_padded(chunk.padded, first_step=-1)
 
 
 # --- lengths that are written to after the batch was made
