@@ -105,7 +105,7 @@ class LengthTrackedBatch:
         if self.mask is None:
             object.__setattr__(self, "mask", real_steps(self.lengths, width, self.padded.device))
         if self.permutation is None:
-            object.__setattr__(self, "permutation", torch.arange(rows))
+            object.__setattr__(self, "permutation", torch.arange(rows, device="cpu"))
 
     @classmethod
     @outside_graphs
@@ -389,7 +389,7 @@ class LengthTrackedBatch:
         """
         if rows < 1:
             raise ValueError(f"rows must be at least 1, got {rows}")
-        return [self._rows(part) for part in torch.arange(len(self)).split(rows)]
+        return [self._rows(part) for part in torch.arange(len(self), device="cpu").split(rows)]
 
     @classmethod
     @outside_graphs
@@ -465,7 +465,7 @@ class LengthTrackedBatch:
             return self
         value = self.padding_value
         if value is not None and padded.dtype != self.padded.dtype:
-            value = same_nan(torch.tensor(value, dtype=self.padded.dtype).to(padded.dtype).item())
+            value = same_nan(torch.tensor(value, dtype=self.padded.dtype, device="cpu").to(padded.dtype).item())
         return self._changed(padded=padded, padding_value=value)
 
     def pin_memory(self) -> Self:

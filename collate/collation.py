@@ -173,7 +173,7 @@ def _rows_of_parts(batch: Any, rows: int) -> Iterator[tuple[str, list[Any]]]:
             yield name, list(part.padded)
             yield f"{name}.lengths".lstrip("."), list(part.lengths)
         elif isinstance(part, (Tensor, np.ndarray)) and part.ndim and len(part) == rows:
-            yield name, list(torch.as_tensor(part))
+            yield name, list(part if isinstance(part, Tensor) else torch.from_numpy(part))
         elif isinstance(part, (list, tuple)) and len(part) == rows:
             yield name, list(part)
 

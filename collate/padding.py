@@ -100,7 +100,7 @@ class Rows:
                 joined = torch.cat(pieces)
             else:
                 # Large blocks from NumPy's own allocator are new pages each time, and take half as long again.
-                joined = torch.empty((steps, *self.features), dtype=self.dtype)
+                joined = torch.empty((steps, *self.features), dtype=self.dtype, device="cpu")
                 np.concatenate(pieces, out=joined.numpy())
         except (ValueError, RuntimeError):
             check_shapes(self.items, self.name)
@@ -152,7 +152,7 @@ def place_steps(steps: Tensor, real: Mask, dtype: torch.dtype, padding_value: Nu
     Returns:
         `[rows, T, *F]` on the CPU, memory of its own.
     """
-    block = torch.full((*real.shape, *steps.shape[1:]), padding_value, dtype=dtype)
+    block = torch.full((*real.shape, *steps.shape[1:]), padding_value, dtype=dtype, device="cpu")
     bits_of(block)[real] = bits_of(steps)
     return block
 
@@ -180,7 +180,7 @@ def join_rows(rows: Rows, order: Int64Array, shape: tuple[int, int], padding_val
         return filled
     lengths = rows.lengths[order].tolist()
     like = rows.items[0]
-    device = like.device if isinstance(like, Tensor) else None
+    device = like.device if isinstance(like, Tensor) else "cpu"
     padding = torch.full((shape[1], *rows.features), padding_value, dtype=rows.dtype, device=device)
     tails: Any = padding if isinstance(like, Tensor) else padding.numpy()
     # Few lengths are different, and a slice costs as much as joining a short row.
@@ -202,8 +202,8 @@ def _fill_rows(rows: Rows, order: Int64Array, shape: tuple[int, int], padding_va
     if any(isinstance(row, Tensor) and _must_stay_in_torch(row) for row in rows.items):
         return None
     check_shapes(rows.items, rows.name)
-    block = torch.empty((*shape, *rows.features), dtype=rows.dtype)
-    cells, padding = bits_of(block), bits_of(torch.full((1,), padding_value, dtype=rows.dtype))[0]
+    block = torch.empty((*shape, *rows.features), dtype=rows.dtype, device="cpu")
+    cells, padding = bits_of(block), bits_of(torch.full((1,), padding_value, dtype=rows.dtype, device="cpu"))[0]
     try:
         for cell, place in zip(cells, order.tolist(), strict=False):
             row, length = rows.items[place], int(rows.lengths[place])
@@ -332,7 +332,7 @@ def _array_of_list(value: list[Number], place: int, name: str) -> Array:
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{name}: the list in sample {place} must hold numbers, got {array.dtype}")
     # What torch.tensor would make of the same list.
-    default: npt.DTypeLike = torch.empty(0).numpy().dtype
+    default: npt.DTypeLike = torch.empty(0, device="cpu").numpy().dtype
     return array.astype(default) if array.dtype.kind == "f" else array
 
 

@@ -120,9 +120,9 @@ def token_scale(num_tokens: int, group: dist.ProcessGroup | None = None) -> Tens
     if num_tokens < 0:
         raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
     if not dist.is_available() or not dist.is_initialized():
-        return torch.tensor(1 / num_tokens if num_tokens else 0.0, dtype=torch.float64)
+        return torch.tensor(1 / num_tokens if num_tokens else 0.0, dtype=torch.float64, device="cpu")
     on_host = "cpu" in dist.get_backend_config(group)
-    device = None if on_host else torch.accelerator.current_accelerator(check_available=True)
+    device = "cpu" if on_host else torch.accelerator.current_accelerator(check_available=True)
     total = torch.tensor(num_tokens, dtype=torch.int64, device=device)
     dist.all_reduce(total, group=group)
     return torch.where(total > 0, dist.get_world_size(group) / total.to(torch.float64).clamp(min=1), 0)
