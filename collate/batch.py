@@ -29,7 +29,7 @@ from collate.agreement import (
 from collate.bits import Int64Array, shares_memory, to_array
 from collate.errors import LengthError
 from collate.graphs import outside_graphs
-from collate.host import check_unwritten, host_lengths, keep_lengths, keep_lengths_that_fit
+from collate.host import check_places_unwritten, check_unwritten, host_lengths, keep_lengths, keep_lengths_that_fit
 from collate.options import Number, Widths, check_padding_value, check_widths, same_nan
 from collate.packing import Layout, flat_places, gather_steps, scatter_steps
 from collate.padding import Mask, Rows, join_rows, padded_width, place_steps, read_rows, real_places
@@ -49,8 +49,9 @@ class LengthTrackedBatch:
     """A padded block of variable-length rows with their lengths, mask and permutation.
 
     Real steps come first in each row, padding after. Rows stand in batch order; `unsort` leads back to source order.
-    Lengths and permutation stay on the host wherever the block goes. Lengths are not to be written to, which is noticed
-    where they are used. A subclass may add methods, but no fields.
+    Lengths and permutation stay on the host wherever the block goes. Lengths, mask and permutation are not to be written
+    to, which is noticed where they are used; a mask on a device is only looked at by `verify`. A subclass may add
+    methods, but no fields.
 
     Attributes:
         padded: `[B, T, *F]`, T >= 1, any dtype and device.
@@ -94,7 +95,6 @@ class LengthTrackedBatch:
             _check_first_step(self.first_step)
             # What the caller keeps and writes to is not the batch's.
             object.__setattr__(self, "lengths", _own(check_lengths(self.lengths, rows, width), self.lengths))
-            keep_lengths(self)
             if self.mask is not None:
                 check_mask(self.mask, self.lengths, self.padded)
             if self.permutation is not None:
@@ -106,6 +106,8 @@ class LengthTrackedBatch:
             object.__setattr__(self, "mask", real_steps(self.lengths, width, self.padded.device))
         if self.permutation is None:
             object.__setattr__(self, "permutation", torch.arange(rows, device="cpu"))
+        if not torch.compiler.is_compiling():
+            keep_lengths(self)
 
     @classmethod
     @outside_graphs
@@ -315,6 +317,7 @@ class LengthTrackedBatch:
                 f"{list(padded.shape)}: pass lengths= where the number of steps changes, keep all rows"
             )
         if lengths is not None:
+            check_places_unwritten(self)
             counts = cast(Tensor, lengths)
             return type(self)(padded, counts, permutation=self.permutation, first_step=first_step)
         return self._changed(padded=padded, padding_value=None, first_step=first_step)
@@ -369,6 +372,7 @@ class LengthTrackedBatch:
         """
         if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"unsort takes a tensor with one entry per row, got {_not_unsorted(tensor)}")
+        check_unwritten(self)
         back = self.permutation.argsort(stable=True)
         if tensor is not None:
             if tensor.shape[dim] != len(self):

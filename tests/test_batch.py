@@ -686,6 +686,86 @@ def test_lengths_that_were_written_to_are_noticed_wherever_they_are_used(use):
             USES[use](batch)
 
 
+OTHER_WRITES = {
+    "mask in place": (lambda b: b.mask.__setitem__((1, 1), False), "mask was written to: row 1 now marks 3 steps, .* 4"),
+    "mask cleared": (lambda b: b.mask.zero_(), "mask was written to: row 0 now marks 0 steps"),
+    "mask moved": (lambda b: b.mask.copy_(b.mask.flip(1)), "mask was written to: row 1"),
+    "mask, NumPy": (lambda b: b.mask.numpy().__setitem__((0, 0), False), "mask was written to: row 0"),
+    "mask, data": (lambda b: b.mask.data.fill_(True), "mask was written to: row 1 now marks 6 steps"),
+    "places in place": (lambda b: b.permutation.copy_(b.permutation.flip(0)), "permutation .* and it was written to"),
+    "places zeroed": (lambda b: b.permutation.zero_(), r"it now is \[0, 0, 0\]"),
+    "places, NumPy": (lambda b: b.permutation.numpy().__setitem__(0, 7), r"it now is \[7, 1, 2\]"),
+    "places, data": (lambda b: b.permutation.data.add_(1), r"it now is \[1, 2, 3\]"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("use", USES)
+@torch.no_grad()
+def test_mask_and_places_that_were_written_to_are_noticed_too(use):
+    """Red before for all but `verify`: means used the mask, losses the lengths, and `unsort` other places."""
+    for make, (write, message) in itertools.product(BATCHES.values(), OTHER_WRITES.values()):
+        batch = make()
+        USES[use](batch)
+        write(batch)
+        with pytest.raises(LengthError, match=message):
+            USES[use](batch)
+
+
+def test_places_written_to_are_not_taken_over_with_new_lengths():
+    """Red before: only what unsorted in the end showed it."""
+    batch = BATCHES["made"]()
+    batch.permutation.copy_(torch.tensor([1, 0, 2]))
+    with pytest.raises(LengthError, match="it was written to"):
+        batch.with_padded(batch.padded, lengths=[6, 4, 2])
+    with pytest.raises(LengthError, match="it was written to"):
+        batch.unsort(torch.ones(3))
+
+
+def test_a_mask_that_is_written_to_and_still_right_is_let_be():
+    batch, mask = BATCHES["made"](), torch.arange(6) < torch.tensor([[6], [4], [2]])
+    given = LengthTrackedBatch(batch.padded, batch.lengths, mask=mask)
+    for made in (batch, given):
+        made.mask.logical_or_(mask)
+        masked_mean(made)
+        made.pack()
+    mask.zero_()
+    with pytest.raises(LengthError, match="mask was written to: row 0 now marks 0"):
+        given.pack()
+
+
+def test_masks_written_to_in_inference_mode_are_noticed():
+    with torch.inference_mode():
+        batch = BATCHES["made"]()
+        batch.mask[0, 5] = False
+        with pytest.raises(LengthError, match="mask was written to"):
+            batch.pack()
+
+
+def test_a_large_mask_is_looked_at_where_torch_has_written_to_it():
+    batch = LengthTrackedBatch(torch.zeros(2, 40_000), [40_000, 3])
+    batch.pack()
+    batch.mask[1, 3] = True
+    with pytest.raises(LengthError, match="mask was written to: row 1 now marks 4 steps, its length is 3"):
+        batch.pack()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda part: ~part if part.dtype == torch.bool else part, "mask of row 0 marks 0 steps"),
+        (lambda part: part.float() if part.dtype == torch.bool else part, "mask must be bool"),
+        (lambda part: torch.zeros_like(part) if part.tolist() == [2, 0, 1] else part, "distinct places"),
+    ],
+)
+def test_masks_and_places_that_a_pytree_made_unfit_are_refused(change, message):
+    """Red before: law 1 says that `pack` checks what a pytree was put together from."""
+    batch = LengthTrackedBatch.from_sequences([[1, 2], [3], [4, 5, 6]])
+    assert batch.permutation.tolist() == [2, 0, 1]
+    with pytest.raises((LengthError, TypeError, ValueError), match=message):
+        pytree.tree_map(change, batch).pack()
+
+
 @pytest.mark.parametrize("given_as", ["tensor", "array"])
 def test_the_lengths_and_places_that_the_caller_keeps_do_not_change_the_batch(given_as):
     """Red before: the caller's tensors were kept."""
