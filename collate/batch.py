@@ -49,9 +49,9 @@ class LengthTrackedBatch:
     """A padded block of variable-length rows with their lengths, mask and permutation.
 
     Real steps come first in each row, padding after. Rows stand in batch order; `unsort` leads back to source order.
-    Lengths and permutation stay on the host wherever the block goes. Lengths, mask and permutation are not to be written
-    to, which is noticed where they are used; a mask on a device is only looked at by `verify`. A subclass may add
-    methods, but no fields.
+    Lengths and permutation stay on the host wherever the block goes. Lengths, mask and permutation are not to be
+    written to, which is noticed where they are used; a mask on a device is only looked at by `verify`. A subclass may
+    add methods, but no fields.
 
     Attributes:
         padded: `[B, T, *F]`, T >= 1, any dtype and device.
@@ -291,9 +291,7 @@ class LengthTrackedBatch:
 
     # --- new values, same tracking
 
-    def with_padded(
-        self, padded: Tensor, lengths: Integers | None = None, *, first_step: int | None = None
-    ) -> Self:
+    def with_padded(self, padded: Tensor, lengths: Integers | None = None, *, first_step: int | None = None) -> Self:
         """The same rows with new values.
 
         Args:

@@ -1,4 +1,4 @@
-"""What a batch was made with, on the host: it stays with the batch, so that a write to lengths, mask or places shows."""
+"""What a batch was made with, kept with it on the host: a write to lengths, mask or permutation is noticed."""
 
 from dataclasses import dataclass
 from typing import Final, Protocol

@@ -128,7 +128,7 @@ def _holds(value: Number, dtype: torch.dtype) -> bool:
 
 
 def _holds_in_a_byte(value: Number, dtype: torch.dtype) -> bool:
-    """As `_holds`, for floats of eight bits: some have no infinity, and turn it into nan; one has no zero and no sign."""
+    """As `_holds`, for floats of eight bits: some make nan of infinity, and one has no zero and no sign."""
     held = torch.tensor(value, dtype=torch.float64, device="cpu").to(dtype).to(torch.float64).item()
     if not np.isfinite(value):
         return held == value or (held != held and value != value)

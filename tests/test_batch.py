@@ -553,7 +553,11 @@ SPARSE = torch.ones(3).to_sparse()
             TypeError,
             "sample 1 is a nested tensor",
         ),
-        (lambda: TRACKED.unsort([torch.ones(1)] * 2), TypeError, "unsort takes a tensor .* list of tensors: unsort each"),
+        (
+            lambda: TRACKED.unsort([torch.ones(1)] * 2),
+            TypeError,
+            "unsort takes a tensor .* list of tensors: unsort each",
+        ),
         (lambda: TRACKED.unsort(["a", "b"]), TypeError, r"got a list: .* batch.permutation.argsort\(\)"),
         (lambda: TRACKED.unsort(TRACKED), TypeError, r"got a LengthTrackedBatch: call its own unsort\(\)"),
         (
@@ -687,7 +691,10 @@ def test_lengths_that_were_written_to_are_noticed_wherever_they_are_used(use):
 
 
 OTHER_WRITES = {
-    "mask in place": (lambda b: b.mask.__setitem__((1, 1), False), "mask was written to: row 1 now marks 3 steps, .* 4"),
+    "mask in place": (
+        lambda b: b.mask.__setitem__((1, 1), False),
+        "mask was written to: row 1 now marks 3 steps, .* 4",
+    ),
     "mask cleared": (lambda b: b.mask.zero_(), "mask was written to: row 0 now marks 0 steps"),
     "mask moved": (lambda b: b.mask.copy_(b.mask.flip(1)), "mask was written to: row 1"),
     "mask, NumPy": (lambda b: b.mask.numpy().__setitem__((0, 0), False), "mask was written to: row 0"),

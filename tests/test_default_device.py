@@ -35,7 +35,11 @@ def all_of_it(rows):
     """Everything that a batch goes through: what comes of it, as plain tensors and numbers."""
     batch = LengthTrackedBatch.from_sequences(rows, padding_value=2, widths=4)
     again = LengthTrackedBatch(batch.padded, batch.lengths.tolist())
-    pieces = [LengthTrackedBatch.concat(batch.split(1)), *batch.split_steps(1 + batch.padded.shape[1] // 3)[:2], batch.to(torch.float64)]
+    pieces = [
+        LengthTrackedBatch.concat(batch.split(1)),
+        *batch.split_steps(1 + batch.padded.shape[1] // 3)[:2],
+        batch.to(torch.float64),
+    ]
     results = [part for made in (batch, again, *pieces) for part in (made.padded, made.mask, made.permutation)]
     target = batch.map(torch.cos)
     if batch.num_tokens:
