@@ -32,7 +32,7 @@ from collate.graphs import outside_graphs
 from collate.host import check_places_unwritten, check_unwritten, host_lengths, keep_lengths, keep_lengths_that_fit
 from collate.options import Number, Widths, check_padding_value, check_widths, same_nan
 from collate.packing import Layout, flat_places, gather_steps, scatter_steps
-from collate.padding import Mask, Rows, join_rows, padded_width, place_steps, read_rows, real_places
+from collate.padding import WIDE, Mask, Rows, join_rows, padded_width, place_steps, read_rows, real_places
 from collate.sending import refuse_capture, to_device
 from collate.transport import reduce, travels
 
@@ -41,6 +41,19 @@ _DERIVED = cast(Tensor, None)
 
 # What attention kernels take bounds of rows as is int32.
 _MOST_BOUND = 2**31 - 1
+
+
+class _DerivedMask:
+    """The mask of a batch that has none of its own yet: made at its first use, and then the batch's like any other."""
+
+    def __get__(self, batch: "LengthTrackedBatch | None", owner: type) -> Tensor:
+        if batch is None:
+            return _DERIVED
+        width, device = batch.padded.shape[1], batch.padded.device
+        if torch.compiler.is_compiling():
+            return real_steps(batch.lengths, width, device)
+        mask = torch.from_numpy(real_places(host_lengths(batch), width))
+        return cast(Tensor, batch.__dict__.setdefault("mask", mask))
 
 
 @travels
@@ -161,10 +174,24 @@ class LengthTrackedBatch:
         if shape[0] > len(order):
             lengths = np.append(lengths, np.zeros(shape[0] - len(order), np.int64))
             places = np.append(order, np.arange(len(order), shape[0]))
+        counts, permutation = torch.from_numpy(lengths), torch.from_numpy(places)
+        if shape[1] >= WIDE and not rows.are_short:
+            padded = join_rows(rows, order, shape, value)
+            if padded.is_cpu:
+                return cls._with_mask_later(padded, counts, permutation, value)
+            return cls.trusted(padded, counts, None, permutation, padding_value=value)
         real = real_places(lengths, shape[1])
         padded = _pad(rows, order, real, value)
         mask = torch.from_numpy(real) if padded.is_cpu else None
-        return cls.trusted(padded, torch.from_numpy(lengths), mask, torch.from_numpy(places), padding_value=value)
+        return cls.trusted(padded, counts, mask, permutation, padding_value=value)
+
+    @classmethod
+    def _with_mask_later(cls, padded: Tensor, lengths: Tensor, permutation: Tensor, padding_value: Number) -> Self:
+        """A batch so wide that its mask takes a tenth of the time; `_DerivedMask` makes it when it is used."""
+        batch = cls._of_parts((padded, lengths, None, permutation), padding_value, 0)
+        del batch.__dict__["mask"]
+        keep_lengths(batch)
+        return batch
 
     @classmethod
     def trusted(
@@ -591,10 +618,14 @@ class LengthTrackedBatch:
         return self._changed(padded=padded, lengths=lengths, mask=mask, first_step=self.first_step + start)
 
 
+# What the instance holds comes first; the dataclass has taken the default of its field already.
+LengthTrackedBatch.mask = _DerivedMask()  # type: ignore[assignment]
+
+
 def _pad(rows: Rows, order: Int64Array, real: Mask, value: Number) -> Tensor:
     if not rows.are_short:
         return join_rows(rows, order, real.shape, value)
-    steps = rows.join(rows.in_order(order), int(rows.lengths.sum()))
+    steps = rows.join(rows.in_order(order), rows.total)
     if _is_differentiated(steps) or not steps.is_cpu:
         return scatter_steps(steps, to_device(np.flatnonzero(real), steps.device), real.shape, value)
     return place_steps(steps, real, rows.dtype, value)

@@ -65,7 +65,8 @@ def keep_lengths(batch: Tracked) -> None:
     if type(batch.lengths) is Tensor and batch.lengths.is_cpu:
         kept = _keep(batch, batch.lengths)
         kept.places = _memory_of(batch.permutation)
-        kept.version = _version_of(batch.mask)
+        # What is not there yet will be made by torch once, as it should be.
+        kept.version = _version_of(vars(batch)["mask"]) if "mask" in vars(batch) else 0
 
 
 def keep_lengths_that_fit(batch: Tracked) -> None:
@@ -170,7 +171,8 @@ def _check_places(batch: Tracked, kept: _Kept) -> None:
 
 
 def _check_mask(batch: Tracked, kept: _Kept) -> None:
-    mask = batch.mask
+    # The mask of a wide block is made when it is first used, and not for this.
+    mask = vars(batch).get("mask")
     if type(mask) is not Tensor or not mask.is_cpu:
         return
     version = _version_of(mask)

@@ -8,6 +8,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
@@ -51,18 +52,22 @@ class Rows:
     dtype: torch.dtype
     name: str
 
+    @cached_property
+    def total(self) -> int:
+        """Steps of all rows together."""
+        return int(self.lengths.sum())
+
     @property
     def are_short(self) -> bool:
         """Whether one scatter of all steps is faster than joining row by row."""
         limit = SHORT_STEPS_WITH_FEATURES if self.features else SHORT_STEPS
         of_tensors = isinstance(self.items[0], Tensor)
-        return int(self.lengths.sum()) < (2 * limit if of_tensors else limit) * len(self.items)
+        return self.total < (2 * limit if of_tensors else limit) * len(self.items)
 
     @property
     def are_huge(self) -> bool:
         """Whether writing row by row is faster than joining, which makes another row of padding and slices of it."""
-        steps = int(self.lengths.sum()) * math.prod(self.features)
-        return steps * self.dtype.itemsize >= HUGE_ROW * len(self.items)
+        return self.total * math.prod(self.features) * self.dtype.itemsize >= HUGE_ROW * len(self.items)
 
     def clipped(self, max_length: int) -> "Rows":
         """The same rows, cut to their first `max_length` steps.
@@ -172,12 +177,11 @@ def join_rows(rows: Rows, order: Int64Array, shape: tuple[int, int], padding_val
     Raises:
         ValueError: Numbers of axes or feature shapes differ.
     """
+    if rows.are_huge and (filled := _fill_rows(rows, order, shape, padding_value)) is not None:
+        return filled
     if not rows.lengths.all():
         # An empty row is left out below, so that joining does not compare its shape with the others'.
         check_shapes(rows.items, rows.name)
-    filled = _fill_rows(rows, order, shape, padding_value) if rows.are_huge else None
-    if filled is not None:
-        return filled
     lengths = rows.lengths[order].tolist()
     like = rows.items[0]
     device = like.device if isinstance(like, Tensor) else "cpu"
@@ -201,19 +205,29 @@ def _fill_rows(rows: Rows, order: Int64Array, shape: tuple[int, int], padding_va
     """Write rows and tails into a new block through NumPy; None where gradients flow or nothing shares its memory."""
     if any(isinstance(row, Tensor) and _must_stay_in_torch(row) for row in rows.items):
         return None
-    check_shapes(rows.items, rows.name)
+    # Beside a copy, whatever is done for each row in Python counts double: its caches are full of the rows.
+    if rows.features or {row.ndim for row in rows.items} != {1}:
+        check_shapes(rows.items, rows.name)
     block = torch.empty((*shape, *rows.features), dtype=rows.dtype, device="cpu")
-    cells, padding = bits_of(block), bits_of(torch.full((1,), padding_value, dtype=rows.dtype, device="cpu"))[0]
+    cells, padding = bits_of(block), _bits_of_number(padding_value, rows.dtype)
     try:
-        for cell, place in zip(cells, order.tolist(), strict=False):
-            row, length = rows.items[place], int(rows.lengths[place])
+        for cell, place, length in zip(cells, order.tolist(), rows.lengths[order].tolist(), strict=False):
+            row = rows.items[place]
             cell[:length] = bits_of(row) if isinstance(row, Tensor) else row
-            cell[length:] = padding
+            if length < len(cell):
+                cell[length:] = padding
     except RuntimeError:
         # torch lets nobody look into what it has conjugated lazily, or wrapped for torch.func.
         return None
     cells[len(order) :] = padding
     return block
+
+
+def _bits_of_number(value: Number, dtype: torch.dtype) -> Any:
+    """What `bits_of` a tensor of this dtype holds where the tensor holds the number; 0 is 0 in all that can hold it."""
+    if type(value) is int and value == 0:
+        return 0
+    return bits_of(torch.full((1,), value, dtype=dtype, device="cpu"))[0]
 
 
 def _must_stay_in_torch(row: Tensor) -> bool:

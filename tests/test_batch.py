@@ -917,6 +917,68 @@ def test_masks_of_wide_blocks_are_those_of_narrow_ones(width):
     assert np.array_equal(real_places(counts, width), np.arange(width) < counts[:, None])
 
 
+WIDE_ROWS = [torch.arange(float(n)) for n in (40_000, 3, 70_000, 0)]
+JOURNEYS = {
+    "at once": lambda batch: batch,
+    "copied": copy.copy,
+    "deeply copied": copy.deepcopy,
+    "replaced": dataclasses.replace,
+    "pickled": lambda batch: pickle.loads(pickle.dumps(batch)),
+    "a pytree": lambda batch: pytree.tree_map(torch.clone, batch),
+    "mapped": lambda batch: batch.map(torch.sin),
+    "moved": lambda batch: batch.to(torch.float64),
+    "unsorted and back": lambda batch: LengthTrackedBatch.from_sequences(batch.unsort().sequences()),
+    "packed": lambda batch: batch.unpack(batch.pack()),
+    "split": lambda batch: LengthTrackedBatch.concat(batch.split(3)),
+}
+
+
+@pytest.mark.parametrize("journey", JOURNEYS.values(), ids=JOURNEYS)
+@pytest.mark.parametrize("kind", ["tensors", "arrays"])
+def test_a_wide_batch_has_a_mask_wherever_it_goes(journey, kind):
+    """A collator does not make it, since nothing may use it before it goes to a device, where it is made anew."""
+    rows = WIDE_ROWS if kind == "tensors" else [row.numpy() for row in WIDE_ROWS]
+    batch = LengthTrackedBatch.from_sequences(rows, padding_value=5)
+    assert batch.num_tokens == 110_003
+    there = journey(batch)
+    agrees_widely(there)
+    agrees_widely(batch)
+    assert batch.mask is batch.mask
+    there.verify()
+
+
+def agrees_widely(batch):
+    assert batch.lengths.tolist() == [70_000, 40_000, 3, 0]
+    assert torch.equal(batch.mask, torch.arange(70_000) < batch.lengths[:, None])
+
+
+def test_writes_are_noticed_in_a_wide_batch_before_and_after_its_mask_is_made():
+    batch = LengthTrackedBatch.from_sequences(WIDE_ROWS)
+    batch.lengths[1] = 4
+    with pytest.raises(LengthError, match="they were written to"):
+        batch.mask  # noqa: B018
+    for first in (lambda batch: batch.pack(), lambda batch: batch.mask):
+        batch = LengthTrackedBatch.from_sequences(WIDE_ROWS)
+        first(batch)
+        batch.mask[2, 3] = True
+        with pytest.raises(LengthError, match="mask was written to: row 2 now marks 4 steps, its length is 3"):
+            masked_mean(batch)
+
+
+def test_compiled_code_takes_wide_batches_with_and_without_a_mask():
+    def used(batch):
+        return torch.where(batch.mask, batch.padded, 0).sum(1) + masked_mean(batch)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(used, backend="eager", fullgraph=True)
+    for count in (2, 3, 4):
+        for read in (False, True):
+            batch = LengthTrackedBatch.from_sequences(WIDE_ROWS[:count])
+            assert batch.mask.any() or not read
+            fresh = LengthTrackedBatch.from_sequences(WIDE_ROWS[:count])
+            assert torch.equal(compiled(batch if read else fresh), used(batch))
+
+
 LONG = {
     "conjugate": lambda row: torch.complex(row, row).conj(),
     "negative": lambda row: torch.complex(row, row).conj().imag,
