@@ -44,7 +44,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from samplers import LengthBucketBatchSampler
 
 PICTURE: Final = Path(__file__).parents[1] / "docs" / "pictures" / "planning.svg"
-WINDOWS: Final = (500, 1_000, 2_000, 4_000, 7_000, 10_000, 20_000)
+WINDOWS: Final = (500, 1_000, 2_000, 4_000, 7_000, 10_000)
 # Epochs later in which pairs of a batch are looked for, and the first epochs over which the shares are averaged.
 LAGS: Final = (1, 2, 5)
 STARTS: Final = 4

@@ -15,7 +15,13 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.nn.utils.rnn import PackedSequence
 
 from collate.errors import LengthError
-from collate.lengths.tracking import check_unwritten, host_lengths, keep_lengths, keep_lengths_that_fit
+from collate.lengths.tracking import (
+    check_places_unwritten,
+    check_unwritten,
+    host_lengths,
+    keep_lengths,
+    keep_lengths_that_fit,
+)
 from collate.lengths.validation import (
     Integers,
     Order,
@@ -30,7 +36,7 @@ from collate.lengths.validation import (
 )
 from collate.options import Number, check_padding_value, same_nan
 from collate.packing import Layout, flat_places, gather_steps, scatter_steps
-from collate.padding import Mask, Rows, join_rows, place_steps, read_rows, real_places
+from collate.padding import WIDE, Mask, Rows, join_rows, place_steps, read_rows, real_places
 from collate.serialization import reduce, travels
 from collate.tensors.graphs import outside_graphs
 from collate.tensors.numpy_view import Int64Array, shares_memory, to_array
@@ -40,6 +46,22 @@ from collate.widths import Widths, check_widths, padded_width
 # What a field that is derived from the others is before it is: the annotation says what it is after.
 _DERIVED = cast(Tensor, None)
 
+# What attention kernels take bounds of rows as is int32.
+_MOST_BOUND = 2**31 - 1
+
+
+class _DerivedMask:
+    """The mask of a batch that has none of its own yet: made at its first use, and then the batch's like any other."""
+
+    def __get__(self, batch: "LengthTrackedBatch | None", owner: type) -> Tensor:
+        if batch is None:
+            return _DERIVED
+        width, device = batch.padded.shape[1], batch.padded.device
+        if torch.compiler.is_compiling():
+            return real_steps(batch.lengths, width, device)
+        mask = torch.from_numpy(real_places(host_lengths(batch), width))
+        return cast(Tensor, batch.__dict__.setdefault("mask", mask))
+
 
 @travels
 @dataclass(frozen=True, eq=False, repr=False)
@@ -47,8 +69,9 @@ class LengthTrackedBatch:
     """A padded block of variable-length rows with their lengths, mask and permutation.
 
     Real steps come first in each row, padding after. Rows stand in batch order; `unsort` leads back to source order.
-    Lengths and permutation stay on the host wherever the block goes. Lengths are not to be written to, which is noticed
-    where they are used. A subclass may add methods, but no fields.
+    Lengths and permutation stay on the host wherever the block goes. Lengths, mask and permutation are not to be
+    written to, which is noticed where they are used; a mask on a device is only looked at by `verify`. A subclass may
+    add methods, but no fields.
 
     Attributes:
         padded: `[B, T, *F]`, T >= 1, any dtype and device.
@@ -92,7 +115,6 @@ class LengthTrackedBatch:
             _check_first_step(self.first_step)
             # What the caller keeps and writes to is not the batch's.
             object.__setattr__(self, "lengths", _own(check_lengths(self.lengths, rows, width), self.lengths))
-            keep_lengths(self)
             if self.mask is not None:
                 check_mask(self.mask, self.lengths, self.padded)
             if self.permutation is not None:
@@ -103,7 +125,9 @@ class LengthTrackedBatch:
         if self.mask is None:
             object.__setattr__(self, "mask", real_steps(self.lengths, width, self.padded.device))
         if self.permutation is None:
-            object.__setattr__(self, "permutation", torch.arange(rows))
+            object.__setattr__(self, "permutation", torch.arange(rows, device="cpu"))
+        if not torch.compiler.is_compiling():
+            keep_lengths(self)
 
     @classmethod
     @outside_graphs
@@ -157,10 +181,24 @@ class LengthTrackedBatch:
         if shape[0] > len(order):
             lengths = np.append(lengths, np.zeros(shape[0] - len(order), np.int64))
             places = np.append(order, np.arange(len(order), shape[0]))
+        counts, permutation = torch.from_numpy(lengths), torch.from_numpy(places)
+        if shape[1] >= WIDE and not rows.are_short:
+            padded = join_rows(rows, order, shape, value)
+            if padded.is_cpu:
+                return cls._with_mask_later(padded, counts, permutation, value)
+            return cls.trusted(padded, counts, None, permutation, padding_value=value)
         real = real_places(lengths, shape[1])
         padded = _pad(rows, order, real, value)
         mask = torch.from_numpy(real) if padded.is_cpu else None
-        return cls.trusted(padded, torch.from_numpy(lengths), mask, torch.from_numpy(places), padding_value=value)
+        return cls.trusted(padded, counts, mask, permutation, padding_value=value)
+
+    @classmethod
+    def _with_mask_later(cls, padded: Tensor, lengths: Tensor, permutation: Tensor, padding_value: Number) -> Self:
+        """A batch so wide that its mask takes a tenth of the time; `_DerivedMask` makes it when it is used."""
+        batch = cls._of_parts((padded, lengths, None, permutation), padding_value, 0)
+        del batch.__dict__["mask"]
+        keep_lengths(batch)
+        return batch
 
     @classmethod
     def trusted(
@@ -287,24 +325,34 @@ class LengthTrackedBatch:
 
     # --- new values, same tracking
 
-    def with_padded(self, padded: Tensor, lengths: Integers | None = None) -> Self:
+    def with_padded(self, padded: Tensor, lengths: Integers | None = None, *, first_step: int | None = None) -> Self:
         """The same rows with new values.
 
         Args:
             padded: `[B, T', *G]` on any device, row i computed from row i; what its padding holds is left unspecified.
             lengths: int64 `[B]`, for values of another width (a strided convolution); None keeps lengths and width.
+            first_step: steps that came before this block, where a stride makes it another number in a later chunk of
+                `split_steps`; None keeps the batch's.
 
         Raises:
             LengthError: Rows or width differ without new lengths, or the new lengths do not fit.
+            TypeError: Lengths or `first_step` are not integers.
+            ValueError: `first_step` is negative.
         """
+        if first_step is None:
+            first_step = self.first_step
+        elif not torch.compiler.is_compiling():
+            _check_first_step(first_step)
         if padded.shape[:2] != self.padded.shape[:2] and (lengths is None or len(padded) != len(self)):
             raise LengthError(
                 f"new values must be [{len(self)}, {self.padded.shape[1]}, ...] like the batch, got "
                 f"{list(padded.shape)}: pass lengths= where the number of steps changes, keep all rows"
             )
         if lengths is not None:
-            return type(self)(padded, cast(Tensor, lengths), permutation=self.permutation)
-        return self._changed(padded=padded, padding_value=None)
+            check_places_unwritten(self)
+            counts = cast(Tensor, lengths)
+            return type(self)(padded, counts, permutation=self.permutation, first_step=first_step)
+        return self._changed(padded=padded, padding_value=None, first_step=first_step)
 
     def map(self, module: Callable[[Tensor], Tensor]) -> Self:
         """The same rows after a module that works on every step alone, such as an embedding or a linear layer.
@@ -350,8 +398,13 @@ class LengthTrackedBatch:
             dim: the axis of the rows.
 
         Raises:
+            LengthError: The permutation, the lengths or the mask were written to.
+            TypeError: What is given is no tensor.
             ValueError: The axis does not hold one entry per row.
         """
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"unsort takes a tensor with one entry per row, got {_not_unsorted(tensor)}")
+        check_unwritten(self)
         back = self.permutation.argsort(stable=True)
         if tensor is not None:
             if tensor.shape[dim] != len(self):
@@ -372,7 +425,7 @@ class LengthTrackedBatch:
         """
         if rows < 1:
             raise ValueError(f"rows must be at least 1, got {rows}")
-        return [self._rows(part) for part in torch.arange(len(self)).split(rows)]
+        return [self._rows(part) for part in torch.arange(len(self), device="cpu").split(rows)]
 
     @classmethod
     @outside_graphs
@@ -448,7 +501,7 @@ class LengthTrackedBatch:
             return self
         value = self.padding_value
         if value is not None and padded.dtype != self.padded.dtype:
-            value = same_nan(torch.tensor(value, dtype=self.padded.dtype).to(padded.dtype).item())
+            value = same_nan(torch.tensor(value, dtype=self.padded.dtype, device="cpu").to(padded.dtype).item())
         return self._changed(padded=padded, padding_value=value)
 
     def pin_memory(self) -> Self:
@@ -492,12 +545,20 @@ class LengthTrackedBatch:
 
     @property
     def cu_seqlens(self) -> Tensor:
-        """Bounds int32 `[B + 1]` on the block's device: where each row starts and ends in `flat()`."""
+        """Bounds int32 `[B + 1]` on the block's device: where each row starts and ends in `flat()`.
+
+        Raises:
+            LengthError: The real steps are more than int32 can count (not looked at in compiled code).
+        """
         if torch.compiler.is_compiling():
             return torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0)).to(self.device, torch.int32)
-        ends = np.zeros(len(self) + 1, np.int32)
-        np.cumsum(host_lengths(self), out=ends[1:])
-        return to_device(torch.from_numpy(ends), self.device)
+        ends = _row_ends(host_lengths(self))
+        if ends[-1] > _MOST_BOUND:
+            raise LengthError(
+                f"cu_seqlens are int32, and the batch's {len(self)} rows have {ends[-1]} real steps, more than "
+                f"{_MOST_BOUND}: split(rows) makes smaller batches"
+            )
+        return to_device(ends.astype(np.int32), self.device)
 
     @property
     @outside_graphs
@@ -509,7 +570,7 @@ class LengthTrackedBatch:
     def nested(self) -> Tensor:
         """The rows as a jagged nested tensor `[B, j, *F]`; gradients flow."""
         lengths = host_lengths(self)
-        offsets = self.cu_seqlens.to(torch.int64)
+        offsets = to_device(_row_ends(lengths), self.device)
         return torch.nested.nested_tensor_from_jagged(
             self.flat(), offsets, min_seqlen=int(lengths.min()), max_seqlen=max(int(lengths.max()), 1)
         )
@@ -564,10 +625,14 @@ class LengthTrackedBatch:
         return self._changed(padded=padded, lengths=lengths, mask=mask, first_step=self.first_step + start)
 
 
+# What the instance holds comes first; the dataclass has taken the default of its field already.
+LengthTrackedBatch.mask = _DerivedMask()  # type: ignore[assignment]
+
+
 def _pad(rows: Rows, order: Int64Array, real: Mask, value: Number) -> Tensor:
     if not rows.are_short:
         return join_rows(rows, order, real.shape, value)
-    steps = rows.join(rows.in_order(order), int(rows.lengths.sum()))
+    steps = rows.join(rows.in_order(order), rows.total)
     if _is_differentiated(steps) or not steps.is_cpu:
         return scatter_steps(steps, to_device(np.flatnonzero(real), steps.device), real.shape, value)
     return place_steps(steps, real, rows.dtype, value)
@@ -578,9 +643,26 @@ def _is_differentiated(steps: Tensor) -> bool:
     return steps.requires_grad or not shares_memory(steps) or unpack_dual(steps).tangent is not None
 
 
+def _row_ends(lengths: Int64Array) -> Int64Array:
+    """Where each row starts and ends when the real steps of all follow each other: int64 `[B + 1]`."""
+    ends = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=ends[1:])
+    return ends
+
+
 def _own(checked: Tensor, given: object) -> Tensor:
     """What was checked, in memory of its own: as it is where checking made it anew."""
     return checked.clone() if checked is given else checked
+
+
+def _not_unsorted(given: object) -> str:
+    """What was given in place of a tensor, and the way out."""
+    kind = type(given).__name__
+    if isinstance(given, LengthTrackedBatch):
+        return f"a {kind}: call its own unsort()"
+    if isinstance(given, (list, tuple)) and any(isinstance(part, Tensor) for part in given):
+        return f"a {kind} of tensors: unsort each of them, or torch.stack them first"
+    return f"a {kind}: make a tensor of it, or take [values[row] for row in batch.permutation.argsort().tolist()]"
 
 
 def _check_first_step(steps: object) -> None:

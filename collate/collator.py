@@ -324,7 +324,7 @@ def _declared_numbers(column: Column, name: str) -> Tensor:
 def _numbers(name: str, values: list[object], kinds: set[type]) -> Tensor:
     if len(kinds) > 1:
         raise TypeError(f"{_called(name)} must be numbers of one kind, got {sorted(kind.__name__ for kind in kinds)}")
-    return torch.tensor(values, dtype=_NUMBERS[kinds.pop()])
+    return torch.tensor(values, dtype=_NUMBERS[kinds.pop()], device="cpu")
 
 
 def _stacked(name: str, values: list[object]) -> Tensor:

@@ -91,6 +91,8 @@ def same_nan(value: Number) -> Number:
 
 
 def _holds(value: Number, dtype: torch.dtype) -> bool:
+    if dtype.is_floating_point and dtype.itemsize == 1:
+        return _holds_in_a_byte(value, dtype)
     if dtype.is_complex or not np.isfinite(value):
         return dtype.is_floating_point or dtype.is_complex
     if dtype.is_floating_point:
@@ -99,3 +101,11 @@ def _holds(value: Number, dtype: torch.dtype) -> bool:
         return value in (0, 1)
     bounds = torch.iinfo(dtype)
     return value == int(value) and bounds.min <= value <= bounds.max
+
+
+def _holds_in_a_byte(value: Number, dtype: torch.dtype) -> bool:
+    """As `_holds`, for floats of eight bits: some make nan of infinity, and one has no zero and no sign."""
+    held = torch.tensor(value, dtype=torch.float64, device="cpu").to(dtype).to(torch.float64).item()
+    if not np.isfinite(value):
+        return held == value or (held != held and value != value)
+    return abs(value) <= torch.finfo(dtype).max and held * value >= 0 and (held == 0 or value != 0)

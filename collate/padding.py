@@ -7,6 +7,7 @@ padding between them, in one pass, and very long ones one by one.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
@@ -50,18 +51,22 @@ class Rows:
     dtype: torch.dtype
     name: str
 
+    @cached_property
+    def total(self) -> int:
+        """Steps of all rows together."""
+        return int(self.lengths.sum())
+
     @property
     def are_short(self) -> bool:
         """Whether one scatter of all steps is faster than joining row by row."""
         limit = SHORT_STEPS_WITH_FEATURES if self.features else SHORT_STEPS
         of_tensors = isinstance(self.items[0], Tensor)
-        return int(self.lengths.sum()) < (2 * limit if of_tensors else limit) * len(self.items)
+        return self.total < (2 * limit if of_tensors else limit) * len(self.items)
 
     @property
     def are_huge(self) -> bool:
         """Whether writing row by row is faster than joining, which makes another row of padding and slices of it."""
-        steps = int(self.lengths.sum()) * math.prod(self.features)
-        return steps * self.dtype.itemsize >= HUGE_ROW * len(self.items)
+        return self.total * math.prod(self.features) * self.dtype.itemsize >= HUGE_ROW * len(self.items)
 
     def clipped(self, max_length: int) -> "Rows":
         """The same rows, cut to their first `max_length` steps.
@@ -99,7 +104,7 @@ class Rows:
                 joined = torch.cat(pieces)
             else:
                 # Large blocks from NumPy's own allocator are new pages each time, and take half as long again.
-                joined = torch.empty((steps, *self.features), dtype=self.dtype)
+                joined = torch.empty((steps, *self.features), dtype=self.dtype, device="cpu")
                 np.concatenate(pieces, out=joined.numpy())
         except (ValueError, RuntimeError):
             check_shapes(self.items, self.name)
@@ -122,12 +127,15 @@ def read_rows(values: Sequence[object], name: str = "sequences") -> Rows:
 
     Raises:
         LengthError: There is no row.
-        TypeError: A row is not a sequence of numbers, or dtypes differ.
+        TypeError: A row is not a sequence of numbers, or is sparse or nested; or dtypes differ.
         ValueError: Numbers of axes or feature shapes differ.
     """
     if len(values) == 0:
         raise LengthError(f"{name} must hold at least one row, got an empty list: leave the batch out instead")
     items = _of_one_kind(values, name)
+    # As with shapes below: what is not dense among dense rows of one dimension shows when they are joined.
+    if isinstance(items[0], Tensor):
+        refuse_layout(items[0], 0, name)
     _check_dtypes(items, name)
     dtype = _torch_dtype(items[0], name)
     # One-dimensional rows are many and small; what differs from them shows when they are joined.
@@ -148,7 +156,7 @@ def place_steps(steps: Tensor, real: Mask, dtype: torch.dtype, padding_value: Nu
     Returns:
         `[rows, T, *F]` on the CPU, memory of its own.
     """
-    block = torch.full((*real.shape, *steps.shape[1:]), padding_value, dtype=dtype)
+    block = torch.full((*real.shape, *steps.shape[1:]), padding_value, dtype=dtype, device="cpu")
     bits_of(block)[real] = bits_of(steps)
     return block
 
@@ -168,15 +176,14 @@ def join_rows(rows: Rows, order: Int64Array, shape: tuple[int, int], padding_val
     Raises:
         ValueError: Numbers of axes or feature shapes differ.
     """
+    if rows.are_huge and (filled := _fill_rows(rows, order, shape, padding_value)) is not None:
+        return filled
     if not rows.lengths.all():
         # An empty row is left out below, so that joining does not compare its shape with the others'.
         check_shapes(rows.items, rows.name)
-    filled = _fill_rows(rows, order, shape, padding_value) if rows.are_huge else None
-    if filled is not None:
-        return filled
     lengths = rows.lengths[order].tolist()
     like = rows.items[0]
-    device = like.device if isinstance(like, Tensor) else None
+    device = like.device if isinstance(like, Tensor) else "cpu"
     padding = torch.full((shape[1], *rows.features), padding_value, dtype=rows.dtype, device=device)
     tails: Any = padding if isinstance(like, Tensor) else padding.numpy()
     # Few lengths are different, and a slice costs as much as joining a short row.
@@ -197,14 +204,17 @@ def _fill_rows(rows: Rows, order: Int64Array, shape: tuple[int, int], padding_va
     """Write rows and tails into a new block through NumPy; None where gradients flow or nothing shares its memory."""
     if any(isinstance(row, Tensor) and _must_stay_in_torch(row) for row in rows.items):
         return None
-    check_shapes(rows.items, rows.name)
-    block = torch.empty((*shape, *rows.features), dtype=rows.dtype)
-    cells, padding = bits_of(block), bits_of(torch.full((1,), padding_value, dtype=rows.dtype))[0]
+    # Beside a copy, whatever is done for each row in Python counts double: its caches are full of the rows.
+    if rows.features or {row.ndim for row in rows.items} != {1}:
+        check_shapes(rows.items, rows.name)
+    block = torch.empty((*shape, *rows.features), dtype=rows.dtype, device="cpu")
+    cells, padding = bits_of(block), _bits_of_number(padding_value, rows.dtype)
     try:
-        for cell, place in zip(cells, order.tolist(), strict=False):
-            row, length = rows.items[place], int(rows.lengths[place])
+        for cell, place, length in zip(cells, order.tolist(), rows.lengths[order].tolist(), strict=False):
+            row = rows.items[place]
             cell[:length] = bits_of(row) if isinstance(row, Tensor) else row
-            cell[length:] = padding
+            if length < len(cell):
+                cell[length:] = padding
     except RuntimeError:
         # torch lets nobody look into what it has conjugated lazily, or wrapped for torch.func.
         return None
@@ -212,8 +222,16 @@ def _fill_rows(rows: Rows, order: Int64Array, shape: tuple[int, int], padding_va
     return block
 
 
+def _bits_of_number(value: Number, dtype: torch.dtype) -> Any:
+    """What `bits_of` a tensor of this dtype holds where the tensor holds the number; 0 is 0 in all that can hold it."""
+    if type(value) is int and value == 0:
+        return 0
+    return bits_of(torch.full((1,), value, dtype=dtype, device="cpu"))[0]
+
+
 def _must_stay_in_torch(row: Tensor) -> bool:
-    return not row.is_cpu or row.requires_grad or type(row) is not Tensor or unpack_dual(row).tangent is not None
+    plain = row.is_cpu and type(row) is Tensor and row.layout == torch.strided
+    return not plain or row.requires_grad or unpack_dual(row).tangent is not None
 
 
 def real_places(lengths: Int64Array, width: int) -> Mask:
@@ -254,8 +272,27 @@ def refuse_masked(values: Sequence[object], name: str) -> None:
             )
 
 
+def refuse_layout(value: Tensor, place: int, name: str) -> None:
+    """Refuse a sample that is a sparse or a nested tensor: neither can be joined with others to a dense block.
+
+    Raises:
+        TypeError: It is one; the message names it.
+    """
+    if value.is_nested:
+        raise TypeError(
+            f"{name}: sample {place} is a nested tensor, which holds several sequences: give each of them, as "
+            ".unbind() lists them, as a sample"
+        )
+    if value.layout != torch.strided:
+        raise TypeError(
+            f"{name}: sample {place} is a sparse tensor ({value.layout}): make it dense with .to_dense() before "
+            "collating"
+        )
+
+
 def _array_of(value: object, place: int, name: str) -> Array:
     if isinstance(value, Tensor):
+        refuse_layout(value, place, name)
         if value.requires_grad:
             raise TypeError(
                 f"{name}: sample {place} requires gradients, which would end here: make tensors of the arrays among "
@@ -284,7 +321,7 @@ def _array_of_list(value: list[Number], place: int, name: str) -> Array:
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{name}: the list in sample {place} must hold numbers, got {array.dtype}")
     # What torch.tensor would make of the same list.
-    default: npt.DTypeLike = torch.empty(0).numpy().dtype
+    default: npt.DTypeLike = torch.empty(0, device="cpu").numpy().dtype
     return array.astype(default) if array.dtype.kind == "f" else array
 
 
@@ -312,11 +349,15 @@ def _check_dtypes(items: Sequence[Tensor] | Sequence[Array], name: str) -> None:
 
 
 def check_shapes(items: Sequence[Tensor] | Sequence[Array], name: str) -> None:
-    """Check that rows have an axis, and the feature shape of the first.
+    """Check that rows are dense, have an axis, and the feature shape of the first.
 
     Raises:
-        ValueError: One has not; the message names the first sample that differs.
+        TypeError: One is sparse or nested.
+        ValueError: One has another shape; the message names the first sample that differs.
     """
+    for place, row in enumerate(items):
+        if isinstance(row, Tensor):
+            refuse_layout(row, place, name)
     shapes = [tuple(row.shape) for row in items]
     if () not in shapes and len({shape[1:] for shape in shapes}) == 1:
         return

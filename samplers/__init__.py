@@ -1,5 +1,14 @@
 """Length-bucketed plans, samplers, shards and streams."""
 
+import sys
+
+try:
+    import collate.errors  # noqa: F401 (is it ours?)
+except ModuleNotFoundError as error:
+    # Python says only that `collate` is not a package.
+    hidden = f"{getattr(sys.modules.get('collate'), '__file__', None)} has the name of lengthtrack's package 'collate'"
+    raise ImportError(f"{hidden}, which `samplers` needs: rename that file, or `import lengthtrack` first") from error
+
 from samplers.batch_sampler import LengthBucketBatchSampler
 from samplers.dynamic.streams import LengthBucketNode, bucket_by_length
 from samplers.planning.optimal_widths import optimal_widths

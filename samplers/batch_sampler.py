@@ -38,7 +38,8 @@ class LengthBucketBatchSampler(Sampler[list[int]]):
             `[n, K]` for K fields), returns `[n]` numbers, and must not fall as rows or width grow.
         count: `"padded"`: `max_tokens` is rows x padded width, summed over fields. `"real"`: it is the sum of lengths.
         window: samples that are sorted by length together. More: less padding, and more pairs that meet again in the
-            next epoch. None: chosen from the number of batches.
+            next epoch. It is rounded so that windows are even, and there are two at least, for with one the batches
+            of an epoch would be those of any other. None: chosen from the number of batches.
         shuffle: False for batches in the order of length, longest first, the same each epoch.
         seed: of the shuffles, 0 to 2**64 - 1.
         min_length: shorter samples are left out and counted.

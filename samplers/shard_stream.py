@@ -55,8 +55,8 @@ class ShardStream(IterableDataset[Any]):
         shards: as in `ShardDataset`.
         index: of these shards, in their order, or its file; None for the files beside them.
         collate_fn: from a list of samples to a batch; it runs in the worker. A `PadCollator` must have the stream's
-            `max_length` and `widths`. Of a function that has no attribute `max_length`, a warning is logged where
-            samples are planned as cut.
+            `max_length` and `widths`, and no `widths` where the stream has none. Of a function that has no attribute
+            `max_length`, a warning is logged where samples are planned as cut.
         fields: what samples hold beside their key; the others are not read. None for all.
         decode: functions from bytes for fields in other encodings, as in `ShardDataset`.
         handler: what becomes of a sample that cannot be read, as in `ShardDataset`: True of the error skips it, so that

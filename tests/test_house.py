@@ -24,7 +24,7 @@ LAYERS = {
         ["batch_sampler", "window_reader"],
         ["progress", "dynamic"],
         ["planning", "shards"],
-        ["testing"],
+        ["testing", "masked"],
     ],
     "samplers.shards": [
         ["writing"],

@@ -1,5 +1,6 @@
-"""The lengths that a batch was made with, on the host: a copy stays with the batch, so that a write is noticed."""
+"""What a batch was made with, kept with it on the host: a write to lengths, mask or permutation is noticed."""
 
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import numpy as np
@@ -8,11 +9,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from collate.errors import LengthError
-from collate.lengths.validation import check_lengths
+from collate.lengths.validation import check_lengths, check_mask, check_permutation
+from collate.padding import real_places
 from collate.tensors.graphs import refuse_export
-from collate.tensors.numpy_view import Int64Array, to_array
+from collate.tensors.numpy_view import Array, Int64Array, to_array
 
-_COPY: Final = "_lengths_on_host"
+_KEPT: Final = "_kept_on_host"
+
+# Cells up to which the real ones of a mask are counted at each use, which takes two microseconds or so: it finds writes
+# that torch does not count, through NumPy or `.data`.
+_FEW_CELLS: Final = 1 << 15
 
 
 class Tracked(Protocol):
@@ -26,11 +32,41 @@ class Tracked(Protocol):
     def lengths(self) -> Tensor:
         """Steps of each row, int64 `[B]` on the host."""
 
+    @property
+    def mask(self) -> Tensor:
+        """Real steps, bool `[B, T]`."""
+
+    @property
+    def permutation(self) -> Tensor:
+        """Places of the rows, int64 `[B]` on the host."""
+
+
+@dataclass
+class _Kept:
+    """A batch's integers when it was made.
+
+    Attributes:
+        lengths: int64 `[B]`.
+        counts: their memory, which is compared in a third of the time.
+        places: that of the permutation; None where nobody has looked at it yet, as in a pytree.
+        version: how often torch had written to the mask when it was right; None where nobody has looked at it yet.
+        total: M, once it is known.
+    """
+
+    lengths: Int64Array
+    counts: bytes
+    places: bytes | None = None
+    version: int | None = None
+    total: int | None = None
+
 
 def keep_lengths(batch: Tracked) -> None:
-    """Copy a batch's lengths, which are known to be right; what is no tensor with memory is left for later."""
+    """Keep a batch's integers, which are known to be right; what is no tensor with memory is left for later."""
     if type(batch.lengths) is Tensor and batch.lengths.is_cpu:
-        vars(batch)[_COPY] = to_array(batch.lengths).copy()
+        kept = _keep(batch, batch.lengths)
+        kept.places = _memory_of(batch.permutation)
+        # What is not there yet will be made by torch once, as it should be.
+        kept.version = _version_of(vars(batch)["mask"]) if "mask" in vars(batch) else 0
 
 
 def keep_lengths_that_fit(batch: Tracked) -> None:
@@ -46,38 +82,58 @@ def keep_lengths_that_fit(batch: Tracked) -> None:
     except (LengthError, TypeError, RuntimeError):
         # torch does not say what numbers are in a tensor that vmap maps over.
         return
-    keep_lengths(batch)
+    _keep(batch, lengths)
 
 
 def host_lengths(batch: Tracked) -> Int64Array:
     """The lengths that a batch was made with: int64 `[B]`, not to be written to.
 
+    Mask and permutation are checked as well. A mask on a device is not looked at, which would wait for it; on the host,
+    a write through NumPy to a large one is left to `verify`.
+
     Raises:
-        LengthError: The batch's lengths were written to since, so that its mask no longer agrees; or, where it was made
-            in compiled code or from a pytree's leaves, they do not fit the block; or a program is being exported.
+        LengthError: Lengths, mask or permutation were written to since, so that they no longer agree; or, where the
+            batch was made in compiled code or from a pytree's leaves, they do not fit the block; or a program is being
+            exported.
+        TypeError: Such a batch has a mask that is not bool, or a permutation that is not of integers.
+        ValueError: Such a batch has a permutation that is none.
     """
     refuse_export()
-    kept: Int64Array | None = vars(batch).get(_COPY)
+    kept: _Kept | None = vars(batch).get(_KEPT)
     if kept is None:
         # Compiled code and pytrees check nothing when they make a batch.
-        kept = vars(batch)[_COPY] = to_array(check_lengths(batch.lengths, *batch.padded.shape[:2])).copy()
-    elif not np.array_equal(kept, to_array(batch.lengths)):
+        kept = _keep(batch, check_lengths(batch.lengths, *batch.padded.shape[:2]))
+    elif kept.counts != to_array(batch.lengths).tobytes():
         raise LengthError(
-            f"the batch was made with lengths {kept.tolist()}, and they were written to: they now are "
+            f"the batch was made with lengths {kept.lengths.tolist()}, and they were written to: they now are "
             f"{batch.lengths.tolist()}, which mask and padding do not follow. Make a new batch with "
             "with_padded(values, lengths=...)"
         )
-    return kept
+    _check_places(batch, kept)
+    _check_mask(batch, kept)
+    return kept.lengths
 
 
 def check_unwritten(batch: Tracked) -> None:
-    """Check that a batch's lengths are those that it was made with; compiled code and fake tensors are not looked at.
+    """Check that a batch's lengths, mask and permutation are those that it was made with.
+
+    Compiled code and fake tensors are not looked at.
 
     Raises:
         LengthError: They were written to.
     """
     if not torch.compiler.is_compiling() and type(batch.lengths) is Tensor:
         host_lengths(batch)
+
+
+def check_places_unwritten(batch: Tracked) -> None:
+    """Check the permutation alone, where lengths and mask are about to be replaced.
+
+    Raises:
+        LengthError: It was written to.
+    """
+    if not torch.compiler.is_compiling() and _KEPT in vars(batch):
+        _check_places(batch, vars(batch)[_KEPT])
 
 
 def check_tracked(name: str, *batches: object) -> None:
@@ -92,3 +148,79 @@ def check_tracked(name: str, *batches: object) -> None:
                 f"{name} takes a LengthTrackedBatch, got a {type(batch).__name__}: wrap it, "
                 "LengthTrackedBatch(padded, lengths) with a block [B, T, *F] and the steps of each row"
             )
+
+
+def _keep(batch: Tracked, lengths: Tensor) -> _Kept:
+    counts = to_array(lengths)
+    kept = vars(batch)[_KEPT] = _Kept(counts.copy(), counts.tobytes())
+    return kept
+
+
+def _check_places(batch: Tracked, kept: _Kept) -> None:
+    places = _memory_of(batch.permutation)
+    if places is None or places == kept.places:
+        return
+    if kept.places is not None:
+        raise LengthError(
+            f"the batch was made with permutation {np.frombuffer(kept.places, np.int64).tolist()}, and it was written "
+            f"to: it now is {batch.permutation.tolist()}, which rows and other fields do not follow. Make a new batch "
+            "with LengthTrackedBatch(padded, lengths, permutation=...)"
+        )
+    check_permutation(batch.permutation, len(kept.lengths))
+    kept.places = places
+
+
+def _check_mask(batch: Tracked, kept: _Kept) -> None:
+    # The mask of a wide block is made when it is first used, and not for this.
+    mask = vars(batch).get("mask")
+    if type(mask) is not Tensor or not mask.is_cpu:
+        return
+    version = _version_of(mask)
+    if version == kept.version and (mask.numel() > _FEW_CELLS or _counts(mask, kept)):
+        return
+    values = _values_of(mask)
+    if values is None:
+        return
+    if kept.version is None:
+        check_mask(mask, torch.from_numpy(kept.lengths), batch.padded)
+    elif not np.array_equal(values, real := real_places(kept.lengths, values.shape[1])):
+        row = int(np.flatnonzero((values != real).any(1))[0])
+        raise LengthError(
+            f"the batch's mask was written to: row {row} now marks {int(values[row].sum())} steps, its length is "
+            f"{kept.lengths[row]}. A mask is the first `length` steps and nothing else: give sequence_loss weights= to "
+            "leave steps out, or make a new batch with with_padded(values, lengths=...)"
+        )
+    kept.version = version
+
+
+def _counts(mask: Tensor, kept: _Kept) -> bool:
+    """Whether a mask has as many real steps as there were, as far as it can be read."""
+    if kept.total is None:
+        kept.total = int(kept.lengths.sum())
+    values = _values_of(mask)
+    return values is None or np.count_nonzero(values) == kept.total
+
+
+def _version_of(mask: Tensor) -> int | None:
+    """How often torch has written to a tensor; always 0 in inference mode, where torch does not count."""
+    if type(mask) is not Tensor:
+        return None
+    return 0 if mask.is_inference() else mask._version  # noqa: SLF001 - what autograd itself looks at
+
+
+def _memory_of(places: Tensor) -> bytes | None:
+    """The memory of integers on the host; None of what cannot be read, such as fake tensors and those of vmap."""
+    if type(places) is not Tensor or not places.is_cpu:
+        return None
+    try:
+        return places.numpy().tobytes()
+    except RuntimeError:
+        return None
+
+
+def _values_of(mask: Tensor) -> Array | None:
+    try:
+        return mask.numpy()
+    except RuntimeError:
+        # Within torch.func nothing shares memory.
+        return None

@@ -207,4 +207,4 @@ def as_int64(values: Integers, name: str) -> Tensor:
         integral, kind = values.dtype.kind in "iu" or values.size == 0, values.dtype
     if not integral:
         raise TypeError(f"{name} must be integers, got {kind}: a length or a place is a whole number")
-    return torch.as_tensor(values if isinstance(values, Tensor) else values.astype(np.int64)).to(torch.int64)
+    return values.to(torch.int64) if isinstance(values, Tensor) else torch.from_numpy(values.astype(np.int64))

@@ -19,7 +19,7 @@ def to_device(integers: npt.NDArray[np.integer[Any]] | Tensor, device: torch.dev
         LengthError: A CUDA graph is being captured: it would keep these lengths for every batch it is replayed on.
     """
     refuse_capture(device)
-    sent = torch.as_tensor(integers)
+    sent = integers if isinstance(integers, Tensor) else torch.from_numpy(integers)
     return sent.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else sent.to(device)
 
 

@@ -45,12 +45,15 @@ def sequence_loss(
     Raises:
         LengthError: Output and target differ in their lengths, in their rows' order or in the chunk that they are of
             (not looked at in compiled code); or lengths were written to.
-        TypeError: Output or target is a tensor.
+        TypeError: Output or target is a tensor, or weights are none.
         ValueError: `loss_fn` does not give one loss per step, weights are not `[B, T]`, or the reduction is unknown.
     """
     check_tracked("sequence_loss", output, target)
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be 'token', 'sequence' or 'sum', got {reduction!r}")
+    if weights is not None and not isinstance(weights, Tensor):
+        way_out = "pass its .padded" if isinstance(weights, LengthTrackedBatch) else "torch.as_tensor makes one"
+        raise TypeError(f"weights must be a tensor [B, T], got {type(weights).__name__}: {way_out}")
     if weights is not None and weights.shape != output.mask.shape:
         raise ValueError(f"weights must be [B, T] = {list(output.mask.shape)}, got {list(weights.shape)}")
     if _has_fixed_shapes(output):
@@ -117,9 +120,9 @@ def token_scale(num_tokens: int, group: dist.ProcessGroup | None = None) -> Tens
     if num_tokens < 0:
         raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
     if not dist.is_available() or not dist.is_initialized():
-        return torch.tensor(1 / num_tokens if num_tokens else 0.0, dtype=torch.float64)
+        return torch.tensor(1 / num_tokens if num_tokens else 0.0, dtype=torch.float64, device="cpu")
     on_host = "cpu" in dist.get_backend_config(group)
-    device = None if on_host else torch.accelerator.current_accelerator(check_available=True)
+    device = "cpu" if on_host else torch.accelerator.current_accelerator(check_available=True)
     total = torch.tensor(num_tokens, dtype=torch.int64, device=device)
     dist.all_reduce(total, group=group)
     return torch.where(total > 0, dist.get_world_size(group) / total.to(torch.float64).clamp(min=1), 0)

@@ -105,7 +105,7 @@ def _put_part(part: Tensor, rows: Tensor, hx: Tensor | None, size: int) -> Tenso
 
 def _run_nothing(rnn: nn.Module, batch: LengthTrackedBatch, hx: State | None) -> tuple[LengthTrackedBatch, State]:
     # What one step of one row gives says how wide outputs and states are; its values go nowhere.
-    step = PackedSequence(batch.padded.new_zeros(1, *batch.padded.shape[2:]), torch.tensor([1]))
+    step = PackedSequence(batch.padded.new_zeros(1, *batch.padded.shape[2:]), torch.tensor([1], device="cpu"))
     with torch.no_grad():
         packed, state = _run(rnn, step, each_part(hx, partial(torch.narrow, dim=1, start=0, length=1)))
     # Zero, but a zero that has every weight in its graph, and whatever made inputs and states, such as an embedding; no

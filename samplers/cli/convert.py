@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,6 +202,11 @@ def _read_files(given: str, choice: Choice) -> Rows:
 def _read_json(path: str) -> Rows:
     for number, data in enumerate(_read_lines(path), start=1):
         where = f"{path}, line {number}"
+        if number == 1:
+            # Programs on Windows put one at the start of a file.
+            data = data.removeprefix(BOM_UTF8)
+        if data.startswith(BOM_UTF8):
+            raise ValueError(f"{where}: not JSON: a byte order mark, which only a file may begin with: take it out")
         if not data.strip():
             continue
         try:

@@ -20,6 +20,7 @@ from samplers.planning.sorting import Corpus
 # The default is sqrt(batches of the epoch / 32) windows: padding grows with windows / batches and meeting again falls
 # with 1 / windows, so that the root keeps the two in step from a thousand samples to a thousand million.
 BATCHES_PER_SQUARED_WINDOW: Final = 32
+# With one, every stratum would be a single sample, and batches of lengths that differ the same in every epoch.
 FEWEST_WINDOWS: Final = 2
 # A power of two: the turns' shifts are far apart in bit-reversed order.
 MOST_TURNS: Final = 4
@@ -121,11 +122,12 @@ def count_windows(corpus: Corpus, options: Options) -> int:
     """How many windows the corpus is dealt to: as many batches share a shape, and as many samples a stratum."""
     if not options.shuffle:
         return 1
-    if options.window is not None:
-        return max(1, (len(corpus) + options.window // 2) // options.window)
-    batches = estimate_batches(corpus, options)
-    rounded_root = (isqrt(4 * batches // BATCHES_PER_SQUARED_WINDOW) + 1) // 2
-    return min(len(corpus), max(FEWEST_WINDOWS, rounded_root))
+    if options.window is None:
+        batches = estimate_batches(corpus, options)
+        wanted = (isqrt(4 * batches // BATCHES_PER_SQUARED_WINDOW) + 1) // 2
+    else:
+        wanted = (len(corpus) + options.window // 2) // options.window
+    return min(len(corpus), max(FEWEST_WINDOWS, wanted))
 
 
 def estimate_batches(corpus: Corpus, options: Options) -> int:

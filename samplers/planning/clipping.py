@@ -82,11 +82,11 @@ def _check_cuts(cuts: Any, corpus: Corpus, options: Options, fields: Sequence[st
 
 
 def _check_widths(widths: Any, options: Options, fields: Sequence[str]) -> None:
-    if options.allowed_widths is None:
-        return
+    # A multiple of one rounds nothing up, as None does.
+    planned = options.allowed_widths or 1
     for name in fields:
         padded = _option_of(widths, name)
-        if padded is not _ABSENT and padded != options.allowed_widths:
+        if padded is not _ABSENT and (padded or 1) != planned:
             raise ValueError(
                 f"collate_fn's widths must be the stream's, got {padded} and {options.allowed_widths} for field "
                 f"{name!r}: batches are planned with the stream's; give the same widths to both"

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from collate.errors import LengthError
 from collate.widths import check_count
+from samplers.masked import refuse_masked
 from samplers.planning.budget import Integers
 
 _LONGEST: Final = (1 << 63) - 1
@@ -41,7 +42,9 @@ def optimal_widths(lengths: npt.ArrayLike, k: int) -> list[int]:
 
 
 def _check_lengths(lengths: npt.ArrayLike) -> Integers:
-    array = np.asarray(getattr(lengths, "lengths", lengths))
+    given = getattr(lengths, "lengths", lengths)
+    refuse_masked(given, "lengths", "measure them, or leave them out with .compressed()")
+    array = np.asarray(given)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"lengths must be [N] with N >= 1, got {list(array.shape)}: give one field at a time")
     if array.dtype.kind not in "iu":

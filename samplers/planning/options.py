@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from collate.widths import Widths, check_count, check_widths
+from samplers.masked import refuse_masked
 from samplers.planning.budget import Budget, Cost, Count
 
 Overlong: TypeAlias = Literal["error", "drop", "alone"]
@@ -45,7 +46,7 @@ class Options:
         cost: a user's measure; `cost(rows, width) <= 1` fits, see `Budget`.
         count: whether `max_tokens` counts padded or real tokens.
         window: samples that are sorted by length together. More: less padding, and more pairs that meet again in the
-            next epoch. None: as many as keep both low, from the number of batches.
+            next epoch. There are two windows at least. None: as many as keep both low, from the number of batches.
         shuffle: False for batches in the order of length, longest first, the same each epoch.
         seed: of the shuffles, 0 to 2**64 - 1.
         min_length: shorter samples are left out and counted (with several fields: if any field is shorter).
@@ -119,9 +120,10 @@ def check_indices(indices: Indices, samples: int) -> npt.NDArray[np.int64]:
     """The chosen samples, ascending: int64 `[n]`.
 
     Raises:
-        TypeError: They are not integers.
+        TypeError: They are not integers, or masked.
         ValueError: One is out of range or named twice, or there is none.
     """
+    refuse_masked(indices, "indices", "leave them out with .compressed()")
     array = np.asarray(indices)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"indices must name at least one sample, got shape {list(array.shape)}: None plans all")

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from collate.errors import LengthError
 from collate.widths import padded_widths
+from samplers.masked import refuse_masked
 from samplers.planning.budget import Integers
 from samplers.planning.options import Options, check_indices
 
@@ -20,6 +21,10 @@ Places: TypeAlias = npt.NDArray[np.signedinteger[Any]]
 FINGERPRINTED_WHOLE: Final = 10_000_000
 LEAF: Final = 128
 _LONGEST: Final = (1 << 63) - 1
+_MASKED: Final = (
+    "measure them, or give lengths.filled(0) and plan the others alone with "
+    "indices=np.flatnonzero(~np.ma.getmaskarray(lengths))"
+)
 
 
 @runtime_checkable
@@ -133,17 +138,22 @@ def check_lengths(lengths: Lengths) -> npt.NDArray[Any]:
     """The array behind what was given as lengths; signs are checked where they are sorted.
 
     Raises:
-        TypeError: Lengths are not integers.
+        TypeError: Lengths are not integers, or masked.
         ValueError: Their shape is neither `[N]` nor `[N, K]`, or there are none.
     """
     if isinstance(lengths, IndexedLengths):
         lengths = lengths.lengths
+    refuse_masked(lengths, "lengths", _MASKED)
     try:
         array = np.asarray(lengths)
     except ValueError as error:
         raise ValueError(f"lengths must be [N] or [N, K]: every sample must have as many ({error})") from error
     if array.ndim not in {1, 2} or array.size == 0:
         raise ValueError(f"lengths must be [N] or [N, K] with N and K at least 1, got {list(array.shape)}")
+    if isinstance(lengths, (list, tuple)) and (array.ndim > 1 or array.dtype.kind == "f"):
+        # Of a list, NumPy overlooks the masks of rows, and makes a float of a number that is masked.
+        masks = [np.ma.is_masked(row) for row in lengths]
+        refuse_masked(np.ma.array(masks, mask=masks), "lengths", _MASKED)
     if array.dtype.kind not in "iu":
         raise TypeError(f"lengths must be integers, got {array.dtype}{_first_odd(array)}: count whole steps")
     return array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array

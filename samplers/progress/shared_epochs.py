@@ -1,6 +1,8 @@
 """Where a stream's epochs stand, in memory that a loader's workers share."""
 
 import os
+import re
+from multiprocessing import current_process
 from multiprocessing.reduction import ForkingPickler
 from time import sleep
 from typing import Any, Final, NamedTuple
@@ -30,11 +32,15 @@ class Token(NamedTuple):
         seed: that the loader drew for its workers; -1 in the main process, where an iterator is alone.
         turn: how many iterations this process has begun.
         process: its number.
+        worker: its number in the loader.
+        birth: how many processes the loader's process had started before this loader's first worker.
     """
 
     seed: int
     turn: int
     process: int
+    worker: int = 0
+    birth: int = 0
 
 
 class Record(NamedTuple):
@@ -50,6 +56,8 @@ class Record(NamedTuple):
         turn: how many iterations this worker has begun.
         process: the writer's.
         loaded: batches of the iteration that the writer's iterator was told, by a state, to have given already.
+        worker: the writer's number in its loader.
+        birth: of the writer's loader, as in `Token`.
     """
 
     number: int
@@ -61,11 +69,13 @@ class Record(NamedTuple):
     turn: int = 0
     process: int = 0
     loaded: int = 0
+    worker: int = 0
+    birth: int = 0
 
     @property
     def token(self) -> Token:
         """What tells its iteration."""
-        return Token(self.seed, self.turn, self.process)
+        return Token(self.seed, self.turn, self.process, self.worker, self.birth)
 
     @property
     def start(self) -> Position:
@@ -96,7 +106,8 @@ class SharedCursor:
     iteration before another has begun it. So each writes down, in a place of its own, which iterations it has begun.
     It knows those that others of its loader have begun by the seed that the loader draws for each set of workers, and
     by how many it has begun itself, and takes up the same epoch. If nobody has, it begins what comes after the last
-    thing that happened; two that find so at the same time come to the same.
+    thing that happened; two that find so at the same time come to the same. Where two loaders have drawn one seed, it
+    knows its own by the order in which processes were started.
 
     A copy stands where the original stood, and then goes its own way. What `torch.multiprocessing` sends to another
     process is no copy: a worker must share.
@@ -120,7 +131,10 @@ class SharedCursor:
         records = self._records()
         began, told = _began(records), _told(records)
         loaded = sum(record.loaded for record in records if record.number == began.number)
-        kept = [record._replace(seed=_NO_SEED, turn=0, process=0, loaded=loaded) for record in (began, told)]
+        kept = [
+            record._replace(seed=_NO_SEED, turn=0, process=0, loaded=loaded, worker=0, birth=0)
+            for record in (began, told)
+        ]
         return {"replicas": self._replicas, "records": [tuple(record) for record in kept if record.number]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -224,7 +238,9 @@ class SharedCursor:
 
     def _new_token(self, turn: int) -> Token:
         info = get_worker_info()
-        return Token(_NO_SEED if info is None else info.seed - info.id, turn, os.getpid())
+        if info is None:
+            return Token(_NO_SEED, turn, os.getpid())
+        return Token(info.seed - info.id, turn, os.getpid(), info.id, _count_started() - info.id)
 
     def _after(self, newest: Record) -> Position:
         if newest.number == 0:
@@ -286,11 +302,24 @@ def _is_present(records: list[Record]) -> bool:
 
 def _same(records: list[Record], token: Token) -> Record | None:
     """The record of this iterator, or of another worker's in its iteration."""
-    same = [record for record in records if record.is_begun and record.token == token]
-    # A loader may draw a seed a second time, after torch.manual_seed; the workers before are gone then.
-    if not same and token.seed != _NO_SEED:
-        same = [record for record in records if record.token[:2] == token[:2] and is_alive(record.process)]
-    return max(same, default=None)
+    begun = [record for record in records if record.is_begun and record.token[:2] == token[:2]]
+    same = [record for record in begun if record.process == token.process]
+    if same or token.seed == _NO_SEED:
+        return max(same, default=None)
+    # A loader may draw a seed a second time, after torch.manual_seed. The workers before are gone then, unless their
+    # iterator is still there: they were started earlier, and had one of this worker's number.
+    alive = [record for record in begun if is_alive(record.process)]
+    siblings = [record for record in alive if record.birth == token.birth]
+    # Threads that start processes side by side mix up the births of one loader's workers, but not their numbers.
+    others = {record.number for record in begun if record.worker == token.worker}
+    return max(siblings or (record for record in alive if record.number not in others), default=None)
+
+
+def _count_started() -> int:
+    """How many processes the parent has started, with this one; 0 if the process was given a name of its own."""
+    # Python names a process after its number among its parent's children, and its parent's number, and so on.
+    last = re.fullmatch(r".*-(?:\d+:)*(\d+)", current_process().name)
+    return int(last[1]) if last else 0
 
 
 # For processes that are started, and queues between them: there a tensor in shared memory is sent as a handle.

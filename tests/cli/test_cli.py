@@ -351,9 +351,21 @@ def test_text_is_stored_as_its_bytes_and_numbers_as_the_dtype_asked_for(work):
     ]
 
 
+@pytest.mark.parametrize("first", ['{"x": [1]}\n', "\n", ""])
+def test_a_file_of_json_lines_may_begin_with_a_byte_order_mark(work, first):
+    # Red: "line 1: not JSON".
+    for number in range(2):
+        Path(f"part-{number}.jsonl").write_text(first + f'{{"x": [{number}]}}\n', encoding="utf-8-sig")
+    run("convert", "part-*.jsonl", "out")
+    ones = [[1]] * first.count("x")
+    assert [sample["x"].tolist() for sample in samples_of(work / "out")] == [*ones, [0], *ones, [1]]
+
+
 @pytest.mark.parametrize(
     ("lines", "options", "message"),
     [
+        ('{"x": [1]}\n\ufeff{"x": [1]}', [], "rows.jsonl, line 2: not JSON: a byte order mark, which only a file"),
+        ('\ufeff\ufeff{"x": [1]}', [], "rows.jsonl, line 1: not JSON: a byte order mark"),
         ('{"x": [1]}\n{"x": [1', [], "rows.jsonl, line 2: not JSON"),
         ('{"x": [1]}\n[1]', [], "line 2: must be an object"),
         ('{"x": [1]}\n{"y": [1]}', [], "field 'x' is missing"),

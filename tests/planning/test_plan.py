@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -224,6 +225,19 @@ def test_an_epoch_differs_in_what_batches_hold_and_in_their_order() -> None:
     assert [len(batch) for batch in first.batches] != [len(batch) for batch in second.batches]
 
 
+@given(st.integers(24, 400), st.integers(1, 3), st.integers(1, 2_000), st.sampled_from([{}, {"num_replicas": 2}]))
+def test_no_window_is_so_large_that_epochs_have_the_same_batches(
+    samples: int, fields: int, window: int, options: dict[str, Any]
+) -> None:
+    # Red from two thirds of the samples on: with one window, batches of lengths that all differ never changed.
+    lengths = np.arange(samples * fields).reshape(fields, samples).T + 1
+    plans = [plan_epoch(lengths, batch_size=4, window=window, epoch=epoch, **options) for epoch in range(4)]
+    held = [{frozenset(batch) for batch in plan.batches} for plan in plans]
+    for first, second in combinations(range(4), 2):
+        assert 2 * len(held[first] & held[second]) < len(held[first])
+        assert [*plans[first].batches] != [*plans[second].batches]
+
+
 @pytest.mark.parametrize(("epoch", "replicas", "window"), GOLDEN)
 def test_the_plan_is_a_golden_one_on_every_machine_and_version(epoch: int, replicas: int, window: int) -> None:
     lengths = [5, 3, 8, 1, 9, 2, 7, 4, 6, 3, 8, 2, 9, 5, 1, 4, 7, 6, 3, 5]
@@ -431,6 +445,42 @@ def test_what_cannot_be_planned_is_refused_with_its_name_and_the_way_out(
     budget = {} if not options and error is ValueError and lengths == [3] else {"max_tokens": 1000}
     with pytest.raises(error, match=says):
         plan_epoch(lengths, **budget, **options)
+
+
+HOLES = np.ma.array([5, 7, 9, 3], mask=[False, True, False, True])
+
+
+# Red: the values beneath the mask were planned as lengths, and as indices.
+@pytest.mark.parametrize(
+    ("lengths", "options", "says"),
+    [
+        (HOLES, {}, r"lengths must be known, .* masks 2 of 4 \(at 1, 3\).* indices=np.flatnonzero"),
+        (np.ma.array([5, 7], mask=True), {}, r"lengths .* masks 2 of 2 \(at 0, 1\)"),
+        (np.ma.masked_equal(np.arange(9) % 2, 0), {}, r"lengths .* masks 5 of 9 \(at 0, 2, 4, 6, 8\)"),
+        (np.ma.masked_equal(np.zeros(9, int), 0), {}, r"lengths .* masks 9 of 9 \(at 0, 1, 2, 3, 4, ...\)"),
+        (np.ma.array([[5, 7], [9, 3]], mask=[[0, 0], [0, 1]]), {}, r"lengths .* masks 1 of 2 \(at 1\)"),
+        ([np.ma.array([9, 3], mask=[0, 1]), [5, 7]], {}, r"lengths .* masks 1 of 2 \(at 0\)"),
+        ([5, 7, 9, 3], {"indices": HOLES % 4}, r"indices must be known, .* masks 2 of 4 \(at 1, 3\).*compressed"),
+    ],
+)
+def test_masked_lengths_and_indices_are_refused_with_the_way_out(
+    lengths: Any, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(TypeError, match=says):
+        plan_epoch(lengths, max_tokens=100, **options)
+
+
+@pytest.mark.filterwarnings("ignore:Warning. converting a masked element to nan")
+def test_a_masked_number_in_a_list_of_lengths_is_named() -> None:
+    with pytest.raises(TypeError, match=r"lengths .* masks 2 of 4 \(at 1, 3\)"):
+        plan_epoch(list(HOLES), max_tokens=100)
+
+
+def test_the_way_out_of_masked_lengths_plans_the_others() -> None:
+    known = np.flatnonzero(~np.ma.getmaskarray(HOLES))
+    plan = plan_epoch(HOLES.filled(0), max_tokens=100, indices=known)
+    assert sorted(sample for batch in plan.batches for sample in batch) == [0, 2]
+    assert plan_epoch(np.ma.array([5, 7]), max_tokens=100).batches[0] == [1, 0]
 
 
 def test_options_are_checked_values() -> None:

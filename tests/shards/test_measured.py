@@ -66,6 +66,17 @@ def test_verify_says_which_lengths_it_has_not_measured(tmp_path):
         right.verify(decode={"flac": read_bytes})
 
 
+def test_steps_that_a_decoder_masks_are_no_length(tmp_path):
+    # Red: they were counted as if they were there.
+    shard = sounds(tmp_path / "a.tar", [4])
+    with pytest.raises(TypeError, match=r"steps of field 'wav' must be known, .* masks 1 of 4 .*compressed"):
+        LengthIndex.build(shard, ["wav"], halves).verify(
+            decode={"wav": lambda data: np.ma.array([1, 2, 3, 4], mask=[0, 0, 0, 1])}
+        )
+    with pytest.raises(LengthError, match="length= must give a non-negative int, got masked"):
+        LengthIndex.build(shard, ["wav"], lambda field, data: np.ma.array(3, mask=True))
+
+
 def test_the_command_says_what_it_has_not_measured_and_measures_when_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sounds(tmp_path / "a.tar", [5, 8])

@@ -154,6 +154,8 @@ GOOD = {"__key__": "good", "x": np.arange(3), "y": np.ones((2, 4), np.float32), 
         ({"x": [1, 2]}, TypeError, "field 'x'.*lists need a dtype"),
         ({"x": "text"}, TypeError, "field 'x'.*np.frombuffer"),
         ({"x": np.array([1, None])}, TypeError, "sample 'bad', field 'x': holds Python objects"),
+        # Red: it was stored as if nothing were masked.
+        ({"x": np.ma.array([1, 2], mask=[0, 1])}, TypeError, r"'bad', field 'x': .* masks 1 of 2 .* \.compressed"),
         ({"x": np.array(["a"])}, TypeError, "field 'x': <U1 cannot be stored"),
         ({"x": np.zeros(2, [("a", "i4")])}, TypeError, "field 'x'"),
         ({"x": torch.ones(2, dtype=torch.bfloat16)}, TypeError, r"no bfloat16: store value.view\(torch.int16\)"),

@@ -193,6 +193,31 @@ def test_a_small_term_is_not_held_to_more_than_rounding(net, batch):
 # --- runs under equal conditions
 
 
+def plain(net, batch):
+    return tagged(net, batch, net.widen(batch["x"].padded))
+
+
+@pytest.mark.parametrize(
+    "cut", [lambda x: x.detach(), lambda x: torch.tensor(x.item()), lambda x: x.argmax() * 1.0], ids=["d", "i", "a"]
+)
+def test_a_loss_without_a_graph_is_found(cut, net, batch):
+    """Red before: gradients of nothing agree with gradients of nothing."""
+    report = check_step(lambda b: cut(plain(net, b)), batch)
+    assert "graph" in probes(report)
+    assert "graph: the loss has no graph, so that no gradient flows" in str(report)
+    with torch.no_grad():
+        assert "torch.no_grad()" in str(check_step(lambda b: plain(net, b), batch))
+
+
+def test_a_term_without_a_graph_is_noted_and_one_of_frozen_weights_is_not(net, batch):
+    """Red before."""
+    report = check_step(lambda b: {"tags": plain(net, b), "error": plain(net, b).detach()}, batch)
+    assert report.ok, report
+    assert "gradients of term 'error': it has no graph" in str(report)
+    net.requires_grad_(False)
+    assert check_step(lambda b: plain(net, b), batch).ok
+
+
 def test_random_numbers_of_python_and_numpy_are_seeded_and_given_back(net, batch):
     def sampled(b):
         scale = 1 + (random.random() < 0.5) + np.random.rand() + np.random.randn()  # noqa: NPY002

@@ -76,6 +76,11 @@ class Buffers:
         finally:
             hook.remove()
 
+    @property
+    def are_of_trained_modules(self) -> bool:
+        """Whether any module that was seen has a parameter of its own that takes gradients."""
+        return any(weight.requires_grad for module in self._seen for weight in module.parameters(recurse=False))
+
     def give_back(self) -> None:
         """Let the modules hold the same buffers with the same values as when they were kept."""
         for module, name, buffer, value in self._kept:

@@ -14,10 +14,10 @@ from torch import nn
 
 from collate.errors import LengthError
 from collate.tensors.nested import fresh
-from collate.training.checking.probes import BatchProbes, Probes
-from collate.training.checking.report import LIKELY, Finding, StepReport
+from collate.training.checking.probes import ROUNDING, BatchProbes, Probes
+from collate.training.checking.report import GUESSED, LIKELY, Finding, StepReport
 from collate.training.checking.rerun import RAISED, Runner, Step, undisturbed
-from collate.training.checking.samples import Collate, SampleVariants
+from collate.training.checking.samples import Collate, Guess, SampleVariants
 from collate.training.checking.variants import BatchVariants, check_fields
 
 
@@ -74,7 +74,7 @@ def _report_of_batch(runner: Runner, variants: BatchVariants, tolerance: float) 
     if report := _unfit(runner, variants.whole, tolerance):
         return report
     probes = BatchProbes(runner, variants, tolerance)
-    found = [probes.padding(), probes.dead_step()]
+    found = [_without_graph(runner, probes), probes.padding(), probes.dead_step()]
     if runner.is_random:
         probes.skipped.append(
             "width, order and company: the step draws random numbers, other ones for a batch of another shape"
@@ -107,6 +107,10 @@ def _report_of_samples(inner: Runner, samples: Sequence[Any], collate: Collate, 
     else:
         tried = [probes.dead_step(), probes.order(), probes.company()]
         found = _explained([finding for finding in tried if finding], variants)
+        if not any(finding.probe == "dead step" for finding in found):
+            found += _of_guesses(inner, probes, variants)
+    if finding := _without_graph(runner, probes):
+        found.insert(0, finding)
     batch = BatchVariants(variants.collate(variants.whole), generator)
     if not batch.fields or not batch.has_padding:
         return StepReport(_loss(runner), tuple(found), tuple(probes.skipped))
@@ -129,6 +133,16 @@ def _unfit(runner: Runner, batch: Any, tolerance: float) -> StepReport | None:
         return None
     what = f"the step remembers: the same batch with the same seed moves {drift}; no other probe was made"
     return StepReport(_loss(runner), (Finding("repeat", what, drift.size, LIKELY["repeat"]),))
+
+
+def _without_graph(runner: Runner, probes: Probes) -> Finding | None:
+    """The finding that the loss trains nothing; of some terms among others, which may be constant, a note."""
+    if runner.without_graph == runner.names:
+        what = "the loss has no graph, so that no gradient flows to the weights of the modules that the step runs"
+        return Finding("graph", what, 0.0, LIKELY["graph"])
+    for name in runner.without_graph:
+        probes.note(f"gradients of term {name!r}: it has no graph, which is right for a constant only")
+    return None
 
 
 def _of_marks(probes: BatchProbes, *, known: bool) -> list[Finding]:
@@ -165,6 +179,33 @@ def _explained(findings: list[Finding], variants: SampleVariants) -> list[Findin
     if seen is None:
         return findings
     return [replace(findings[0], what=f"{findings[0].what}; {seen}"), *findings[1:]]
+
+
+def _of_guesses(inner: Runner, probes: Probes, variants: SampleVariants) -> list[Finding]:
+    """The finding that lengths are guessed from values; a note where no sample holds the number that padding has."""
+    try:
+        guess = variants.guessed()
+    except RAISED as error:
+        # A collate function may refuse values that it never met.
+        probes.note(
+            f"lengths guessed from values: on a sample that ends like padding, the collate function raises {error}"
+        )
+        return []
+    if guess is None or not _is_read(inner, guess):
+        return []
+    if guess.can_be_real:
+        return [probes.finding("dead step", guess.what, 0.0, GUESSED)]
+    probes.note(f"{guess.what}: right where no sample ever holds that number")
+    return []
+
+
+def _is_read(inner: Runner, guess: Guess) -> bool:
+    """Whether the loss is another one with the lengths that were not guessed."""
+    try:
+        losses, others = inner.values(guess.batch), inner.values(guess.otherwise)
+    except RAISED:
+        return True
+    return any(not abs(losses[name] - others[name]) <= ROUNDING * abs(loss) for name, loss in losses.items())
 
 
 def _loss(runner: Runner) -> float:

@@ -54,7 +54,8 @@ class Probes:
         An order that is its own inverse hides rows that are sorted twice instead of being put back.
         """
         places = list(range(self.variants.rows))
-        random = torch.randperm(len(places), generator=torch.Generator().manual_seed(self.runner.seed)).tolist()
+        generator = torch.Generator().manual_seed(self.runner.seed)
+        random = torch.randperm(len(places), generator=generator, device="cpu").tolist()
         orders = [places[::-1], places[1:] + places[:1], [*places[1:3], *places[:1], *places[3:]], random]
         return [list(order) for order in dict.fromkeys(map(tuple, orders))]
 

@@ -48,12 +48,19 @@ LIKELY = {
         "buffers of a module that is used but never called: pass it as module=",
         "an optimizer that moves inside of the step",
     ),
+    "graph": (
+        "a loss that was detached, or went through item(), a NumPy array, argmax or another function without gradients",
+        "a step that runs under torch.no_grad() or torch.inference_mode(), or a check that does",
+        "a metric returned in place of the loss",
+    ),
     "finite": (
         "a row or a step whose attention scores are all masked, so that softmax divides zero by zero",
         "a mean over no step: an empty row, or a row whose targets are all ignored",
         "a log, a square root or a division in the padding that is masked only afterwards: gradients stay nan",
     ),
 }
+
+GUESSED = "lengths or a mask guessed from values, as by x != 0: take len() of each sample"
 
 # Where rows are made by a collate function, it may be to blame as well.
 COLLATED = {
@@ -79,7 +86,8 @@ class Finding:
 
     Attributes:
         probe: what was tried: `"padding"`, `"width"`, `"order"`, `"company"` or `"dead step"`; `"repeat"` for a step
-            that is not the same twice, `"finite"` for a loss or gradients that are nan or infinite.
+            that is not the same twice, `"finite"` for a loss or gradients that are nan or infinite, `"graph"` for a
+            loss that no gradient flows from.
         what: what happened, with term, field, row and step where they are known.
         drift: relative change of the loss, or of the gradients if that is greater; 0 for a dead step.
         likely: mistakes that look like this, the likeliest first.

@@ -82,10 +82,12 @@ class Runner:
     Attributes:
         base: what the step gives for the whole batch.
         is_random: whether its loss depends on the seed.
+        without_graph: terms that no gradient flows from, though the step runs modules with weights to train.
     """
 
     base: Outcome
     is_random: bool
+    without_graph: list[str]
 
     def __init__(self, step: Step, seed: int, buffers: Buffers) -> None:
         self.step, self.seed, self.buffers = step, seed, buffers
@@ -102,6 +104,8 @@ class Runner:
         """
         with self.buffers.of_all_that_run():
             losses = self.losses(batch)
+        trained = self.buffers.are_of_trained_modules
+        self.without_graph = [name for name, loss in losses.items() if trained and not loss.requires_grad]
         known = {id(tensor) for tensor in inputs}
         self.leaves = [leaf for leaf in leaves_of(list(losses.values())) if id(leaf) not in known]
         try:

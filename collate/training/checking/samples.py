@@ -1,7 +1,8 @@
 """Samples and the collate function that makes a batch of them: variants for probes, and which row a sample went to."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -12,6 +13,23 @@ from collate.tensors.nested import columns_of, map_parts
 from collate.training.checking.variants import counts_of, drawn, holds_one_number, parts_of
 
 Collate: TypeAlias = Callable[[list[Any]], Any]
+
+
+@dataclass(frozen=True)
+class Guess:
+    """Lengths that a collate function takes from values.
+
+    Attributes:
+        what: what was seen.
+        can_be_real: whether a real step can hold what padding holds: any float can, a whole number that samples hold.
+        batch: where the last step of a sample is like padding.
+        otherwise: the same with the lengths that were not guessed.
+    """
+
+    what: str
+    can_be_real: bool
+    batch: Any
+    otherwise: Any
 
 
 class SampleVariants:
@@ -100,6 +118,64 @@ class SampleVariants:
                 return f"the collate function leaves step {lengths[row] - 1} of sample {row} of {name} out of the batch"
         return None
 
+    # --- lengths that are guessed from values, as by x != 0
+
+    def guessed(self) -> "Guess | None":
+        """What in the batch follows the values of a sample though it should follow its length, if anything does.
+
+        The last step of a sample gets values of other steps, and then what the padding holds. Parts that say the
+        samples' lengths for all of the former, and others for the latter, are guessed.
+        """
+        for name, lengths in self.lengths.items():
+            real, few = self._steps(name), _some(self._steps(name))
+            for row in dict.fromkeys([int(np.argmax(lengths)), int(np.argmin(lengths))] if few else []):
+                for value in self._paddings(name) if lengths[row] else ():
+                    others = [step for step in few if not bool((step == value).all())]
+                    if len(others) < 2:
+                        continue
+                    like = torch.full_like(others[0], value)
+                    filled = self._without(name, like, others[0])
+                    batches = [filled.ending_in(name, row, step) for step in others]
+                    batch = filled.ending_in(name, row, like)
+                    if parts := _parts_that_follow(sorted(lengths), batches, batch):
+                        what = (
+                            f"the collate function takes the lengths of {name} from its values: with {value:g} at "
+                            f"step {lengths[row] - 1} of sample {row}, its last, {' and '.join(parts)} of the batch "
+                            "say that there is no such step"
+                        )
+                        can_be_real = real.is_floating_point() or bool((real == value).any())
+                        return Guess(what, can_be_real, batch, _with_parts(batch, batches[0], parts))
+        return None
+
+    def _without(self, name: str, like: Tensor, other: Tensor) -> "SampleVariants":
+        """The samples with another step wherever they have one like this, so that one within a row shows nothing."""
+        samples = list(self.whole)
+        for row, value in enumerate(self._values(name)):
+            where = (value == like)[..., None].flatten(1).all(1)
+            if where.any():
+                value = value.clone()
+                value[where] = other
+                samples[row] = _replaced(samples[row], name, value)
+        return self.of(samples)
+
+    def ending_in(self, name: str, row: int, step: Tensor) -> Any:
+        """The batch of the samples, with this last step in one of them."""
+        value = self._values(name)[row].clone()
+        value[-1] = step
+        return self.collate([*self.whole[:row], _replaced(self.whole[row], name, value), *self.whole[row + 1 :]])
+
+    def _paddings(self, name: str) -> list[float]:
+        """Numbers that the padding of a field may hold: 0, and what stands at the end of rows of the batch."""
+        real = self._values(name)[0]
+        found = {0.0}
+        for _, part in parts_of(self.collate(self.whole)):
+            block = part.padded if isinstance(part, LengthTrackedBatch) else part
+            if isinstance(block, Tensor) and block.dim() == real.dim() + 1 and block.dtype == real.dtype:
+                found |= {float(end.flatten()[0]) for end in block[:, -1] if bool((end == end.flatten()[0]).all())}
+        # A negative whole number marks what is no target, as -100 does.
+        exact = not real.is_floating_point()
+        return sorted(value for value in found if value == value and not (exact and value < 0))[:4]
+
     def _loses(self, name: str, row: int, steps: slice) -> bool:
         base, wild = self._parts(self.whole), (False, False, True, True)
         changed = (self.changed(name, row, steps, wild=each) for each in wild)
@@ -173,7 +249,7 @@ def _rows_of_parts(batch: Any, rows: int) -> Iterator[tuple[str, list[Any]]]:
             yield name, list(part.padded)
             yield f"{name}.lengths".lstrip("."), list(part.lengths)
         elif isinstance(part, (Tensor, np.ndarray)) and part.ndim and len(part) == rows:
-            yield name, list(torch.as_tensor(part))
+            yield name, list(part if isinstance(part, Tensor) else torch.from_numpy(part))
         elif isinstance(part, (list, tuple)) and len(part) == rows:
             yield name, list(part)
 
@@ -186,6 +262,57 @@ def _rows_that_differ(base: dict[str, list[Any]], other: dict[str, list[Any]]) -
             if not same:
                 rows.add(row)
     return sorted(rows)
+
+
+def _some(steps: Tensor, most: int = 6) -> list[Tensor]:
+    """Some different ones of steps `[M, *F]`."""
+    if steps.dtype == torch.bool or steps.is_complex():
+        return []
+    known = torch.unique(steps, dim=0)
+    return list(known[:: max(1, len(known) // most)][:most])
+
+
+def _parts_that_follow(lengths: list[int], batches: Sequence[Any], batch: Any) -> list[str]:
+    """The parts that say these sorted lengths in each of some batches, and other ones in one more."""
+    before = [dict(_said(other)) for other in batches]
+    return [
+        part for part, said in _said(batch) if said != lengths and all(other.get(part) == lengths for other in before)
+    ]
+
+
+def _said(batch: Any) -> Iterator[tuple[str, list[int]]]:
+    for name, part in parts_of(batch):
+        if (lengths := _as_lengths(part)) is not None:
+            yield name or "a part", sorted(lengths)
+
+
+def _with_parts(batch: Any, other: Any, names: Sequence[str]) -> Any:
+    """A batch with some of its parts taken from another one."""
+    parts, others = dict(parts_of(batch)), dict(parts_of(other))
+    known = {id(parts[name]): others[name] for name in names if name in parts}
+
+    def change(part: Any) -> Any:
+        return known[id(part)] if id(part) in known else map_parts(part, change)
+
+    return change(batch)
+
+
+def _as_lengths(part: object) -> list[int] | None:
+    """The length of each row that a part of a batch says: integers `[B]`, or a mask `[B, T]` of either polarity."""
+    if isinstance(part, LengthTrackedBatch):
+        return cast("list[int]", part.lengths.tolist())
+    if isinstance(part, (list, tuple)):
+        return [int(value) for value in part] if all(map(_is_integer, part)) else None
+    if not isinstance(part, (Tensor, np.ndarray)):
+        return None
+    values = part.detach().cpu().numpy() if isinstance(part, Tensor) else part
+    if values.ndim == 1 and values.dtype.kind in "iu":
+        return cast("list[int]", values.tolist())
+    if values.ndim == 2 and values.size and bool(((values == 0) | (values == 1)).all()):
+        # A row is real at its first step.
+        counts = (values if values[:, 0].all() else 1 - values).sum(1)
+        return [int(count) for count in counts]
+    return None
 
 
 def _is_integer(value: object) -> bool:

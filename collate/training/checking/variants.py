@@ -80,7 +80,7 @@ class BatchVariants:
 
     def chosen(self, rows: Sequence[int]) -> Any:
         """As in `Variants`; whatever has an entry per row goes with the rows."""
-        return rows_of(self.whole, torch.tensor(rows), self.rows)
+        return rows_of(self.whole, torch.tensor(rows, device="cpu"), self.rows)
 
     def alone(self, row: int) -> Any:
         """As in `Variants`."""
@@ -223,16 +223,17 @@ def drawn(real: Tensor, present: Tensor, generator: torch.Generator, *, wild: bo
         known: Tensor = torch.unique(real)
         # Of two classes every second draw would be what is there already, and four in a row are no rarity.
         places = torch.searchsorted(known.long(), present.detach().cpu().long().contiguous())
-        shift = torch.randint(1, max(len(known), 2), shape, generator=generator)
+        shift = torch.randint(1, max(len(known), 2), shape, generator=generator, device="cpu")
         return known[(places + shift) % len(known)].to(present.device)
     if not wild and bool((real != real[:1]).any()):
         # Values of other steps, whole: probabilities stay probabilities, and unit vectors stay of length one.
-        steps = torch.randint(len(real), shape[: present.dim() - real.dim() + 1], generator=generator)
+        axes = shape[: present.dim() - real.dim() + 1]
+        steps = torch.randint(len(real), axes, generator=generator, device="cpu")
         return real[steps].to(present.device)
     exact = torch.complex128 if real.is_complex() else torch.float64
     center = real.to(exact).mean()
     spread = (real.to(exact) - center).abs().square().mean().sqrt() + 1
-    values: Tensor = center + 4 * spread * torch.randn(shape, generator=generator, dtype=exact)
+    values: Tensor = center + 4 * spread * torch.randn(shape, generator=generator, dtype=exact, device="cpu")
     return values.to(device=present.device, dtype=real.dtype)
 
 

@@ -238,6 +238,7 @@ class LengthIndex:
             LengthError: A sample's length differs; shard, key, field and both numbers are named.
             ValueError: A shard has changed since it was indexed or is damaged, there are no checksums to hold a
                 payload against, or `decode` names a field whose length needs no measuring.
+            TypeError: `decode` gives a masked array with masked values.
         """
         measured, decode = self.tables.measured, dict(decode or {})
         unknown = sorted(decode.keys() - set(measured))

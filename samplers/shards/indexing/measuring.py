@@ -19,6 +19,7 @@ from pathlib import PurePath
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+from samplers.masked import refuse_masked
 from samplers.shards.indexing.scan import LengthOf
 
 Decoder = Callable[[bytes], Any]
@@ -39,7 +40,9 @@ class Measure:
     def __call__(self, field: str, data: bytes) -> int:
         """Steps of a field; 0 where nothing measures it."""
         if field in self.decode:
-            return len(self.decode[field](data))
+            value = self.decode[field](data)
+            refuse_masked(value, f"steps of field {field!r}", "let decode= drop them with .compressed()")
+            return len(value)
         return 0 if self.length is None else self.length(field, data)
 
     def measures(self, field: str) -> bool:

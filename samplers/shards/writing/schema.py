@@ -8,6 +8,7 @@ from typing import Final
 import numpy as np
 from torch import Tensor, bfloat16, strided
 
+from samplers.masked import refuse_masked
 from samplers.shards.format.samples import DTYPES, read_array_header
 from samplers.shards.indexing.scan import LONGEST
 from samplers.shards.indexing.tables import Array, Field, Tables
@@ -137,7 +138,7 @@ def as_array(value: object, where: str) -> Array:
 
     Raises:
         OverflowError: An integer does not fit 64 bits.
-        TypeError: It is none of these, or of a dtype that cannot be stored.
+        TypeError: It is none of these, masks values, or is of a dtype that cannot be stored.
     """
     if isinstance(value, Tensor):
         value = _from_tensor(value, where)
@@ -149,6 +150,7 @@ def as_array(value: object, where: str) -> Array:
             f"{where}: must be an array, a tensor or a number, got {type(value).__name__}: lists need a dtype, as in "
             "np.asarray(values, np.float32); text can be np.frombuffer(text.encode(), np.uint8)"
         )
+    refuse_masked(value, f"{where}: all values", "drop them with .compressed(), or replace them with .filled(value)")
     dtype = value.dtype.newbyteorder("<")
     if dtype.hasobject:
         raise TypeError(f"{where}: holds Python objects, which could only be pickled: give it a plain dtype")
