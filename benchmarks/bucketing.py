@@ -316,10 +316,10 @@ def find_bars(figures: Sequence[Figures], rows: dict[int, Row]) -> list[Bar]:
         ("padding, speech-like, buffer 10,000", "<= 1 %", f"{padding[10_000]:.2%}", padding[10_000] <= 0.01),
         ("padding, speech-like, buffer 1,000", "<= 4 %", f"{padding[1_000]:.2%}", padding[1_000] <= 0.04),
         ("batches over budget, every stream", "0", f"{over:.1%}", over == 0),
-        ("greatest wait, every stream, in buffers", "<= 3", f"{wait:.2f}", wait <= 3),
-        ("most held, every stream, in buffers", "<= 1", f"{held:.2f}", held <= 1),
-        ("us a sample, buffer 5,000", "<= 8", f"{times['ours']:.2f}", times["ours"] <= 8),
-        ("us a sample, buffer 5,000, stage", "<= 8", f"{times['ours, stage']:.2f}", times["ours, stage"] <= 8),
+        ("longest wait, every stream, in buffers", "<= 3", f"{wait:.2f}", wait <= 3),
+        ("largest buffer, every stream, in buffers", "<= 1", f"{held:.2f}", held <= 1),
+        ("us per sample, buffer 5,000", "<= 8", f"{times['ours']:.2f}", times["ours"] <= 8),
+        ("us per sample, buffer 5,000, stage", "<= 8", f"{times['ours, stage']:.2f}", times["ours, stage"] <= 8),
     ]
 
 

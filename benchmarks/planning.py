@@ -470,7 +470,7 @@ def bars_of_epochs(rows: dict[int, Row]) -> list[Bar]:
             ("against lhotse at 20,000", 150, lhotse * samples / row.microseconds["ours"]),
         ]
         for name, least, ratio in ratios:
-            bars.append((f"us a sample, {samples:,}, {name}", f"{least}x", f"{ratio:.1f}x", ratio >= least))
+            bars.append((f"us per sample, {samples:,}, {name}", f"{least}x", f"{ratio:.1f}x", ratio >= least))
     return bars
 
 

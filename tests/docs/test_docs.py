@@ -12,6 +12,9 @@ import samplers
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = runpy.run_path(str(ROOT / "benchmarks" / "pages.py"))
+PROSE = [*PAGES["pages"](), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+# Words that the rule of plain English replaces: again, mid-epoch, next to, largest, resume, checked against, that many.
+FOREIGN = re.compile(r"\b(?:anew|amid|beside|greatest|whoever|so many|go(?:es)? on|held against)\b", re.IGNORECASE)
 pages = pytest.mark.parametrize("page", PAGES["pages"](), ids=lambda page: page.name)
 
 
@@ -26,6 +29,13 @@ def test_the_links_of_a_page_lead_somewhere(page):
     prose = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", prose):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)
+def test_a_page_uses_plain_words(page):
+    # Code and messages of the library are quoted as they are.
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    assert FOREIGN.findall(" ".join(prose.split())) == []
 
 
 @pages
