@@ -1,7 +1,7 @@
 """Length-bucketed plans, samplers, shards and streams."""
 
 from samplers.batch_sampler import LengthBucketBatchSampler
-from samplers.dynamic.streams import LengthBucketNode, bucket_by_length
+from samplers.dynamic.stage import LengthBucketNode, bucket_by_length
 from samplers.planning.optimal_widths import optimal_widths
 from samplers.planning.plan import BatchPlan, plan_epoch
 from samplers.shard_stream import ShardStream

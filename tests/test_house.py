@@ -29,7 +29,7 @@ LAYERS = {
     "samplers.shards": [
         ["writing"],
         ["dataset"],
-        ["block_check", "skipping"],
+        ["skipping"],
         ["indexing", "skip_counts"],
         ["format"],
         ["storage"],

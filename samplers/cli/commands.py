@@ -29,7 +29,7 @@ from samplers.cli.arguments import (
     parse_windows,
     plan_options,
 )
-from samplers.cli.comparison import compare_plans, describe_lengths, trace_windows
+from samplers.cli.compare import compare_plans, describe_lengths, trace_windows
 from samplers.cli.convert import Choice, SampleMaker, check_exists, read_rows, stacked_fields
 from samplers.cli.extras import load_extra
 from samplers.cli.printing import count, describe_index, describe_reading, judge, print_batch, print_report, print_rows

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from samplers.cli.comparison import Candidate, Curve, total_lengths
+from samplers.cli.compare import Candidate, Curve, total_lengths
 from samplers.planning.sorting import Lengths
 
 STEPS: Final = 80

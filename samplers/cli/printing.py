@@ -8,7 +8,7 @@ from typing import Any, Final
 import click
 import numpy as np
 
-from samplers.cli.comparison import Candidate, describe_lengths, tabulate
+from samplers.cli.compare import Candidate, describe_lengths, tabulate
 from samplers.planning.plan import BatchPlan
 from samplers.planning.sorting import Lengths
 from samplers.shards.format.samples import Sample

@@ -15,7 +15,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from collate.errors import LengthError
-from samplers.shards.block_check import Columns, check_block
+from samplers.shards.indexing.block_check import Columns, check_block
 from samplers.shards.format.samples import Sample, decode_member, field_of
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.indexing.index_file import REBUILD, SUFFIX
