@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from samplers.cli.extras import load_extra
 
 # Rows that are in memory at a time.
-ROWS: Final = 1000
+ROWS_AT_ONCE: Final = 1000
 
 
 def read_parquet(paths: Sequence[str], columns: Sequence[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -57,16 +57,16 @@ def read_dataset(path: str, columns: Sequence[str] | None, split: str | None) ->
         dataset = dataset[split]
     _check_columns(dataset.column_names, columns, path)
     chosen = dataset if columns is None else dataset.select_columns(list(columns))
-    for number, table in enumerate(chosen.with_format("arrow").iter(ROWS)):
-        yield from _rows(table.combine_chunks().to_batches()[0], path, number * ROWS)
+    for number, table in enumerate(chosen.with_format("arrow").iter(ROWS_AT_ONCE)):
+        yield from _batch_rows(table.combine_chunks().to_batches()[0], path, number * ROWS_AT_ONCE)
 
 
 def _read_file(path: str, columns: Sequence[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
     with pq.ParquetFile(path) as file:
         _check_columns(file.schema_arrow.names, columns, path)
         first = 0
-        for batch in file.iter_batches(ROWS, columns=columns):
-            yield from _rows(batch, path, first)
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns):
+            yield from _batch_rows(batch, path, first)
             first += len(batch)
 
 
@@ -76,53 +76,53 @@ def _check_columns(found: Sequence[str], columns: Sequence[str] | None, path: st
         raise ValueError(f"{path}: no column {missing[0]!r}, there are {list(found)}")
 
 
-def _rows(batch: Any, path: str, first: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def _batch_rows(batch: Any, path: str, first: int) -> Iterator[tuple[str, dict[str, Any]]]:
     names = batch.schema.names
-    where = f"{path}, rows {first} to {first + len(batch) - 1}"
-    columns = [_values(batch.column(name), f"{where}, column {name!r}") for name in names]
+    context = f"{path}, rows {first} to {first + len(batch) - 1}"
+    columns = [_values(batch.column(name), f"{context}, column {name!r}") for name in names]
     for number, values in enumerate(zip(*columns, strict=True), start=first):
         yield f"{path}, row {number}", dict(zip(names, values, strict=True))
 
 
-def _values(column: Any, where: str) -> list[Any] | npt.NDArray[Any]:
+def _values(column: Any, context: str) -> list[Any] | npt.NDArray[Any]:
     """A value for each row."""
-    column = _plain(column, where)
+    column = _plain(column, context)
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         return list(column.to_pylist())
     if not _is_list(column.type):
-        return _dense(column, where)
-    ends = np.cumsum(_lengths(column)).tolist()
-    steps = _dense(column.flatten(), where)
+        return _dense_array(column, context)
+    ends = np.cumsum(_list_lengths(column)).tolist()
+    steps = _dense_array(column.flatten(), context)
     return [steps[first:last] for first, last in pairwise([0, *ends])]
 
 
-def _dense(column: Any, where: str) -> npt.NDArray[Any]:
+def _dense_array(column: Any, context: str) -> npt.NDArray[Any]:
     """A column without text, null or rows of different lengths as one array `[n, *F]`.
 
     Raises:
         ValueError: It is not such a column.
     """
-    column = _plain(column, where)
+    column = _plain(column, context)
     kind = column.type
     if pa.types.is_fixed_size_list(kind):
-        inner = _dense(column.flatten(), where)
+        inner = _dense_array(column.flatten(), context)
         return inner.reshape(len(column), kind.list_size, *inner.shape[1:])
     if _is_list(kind):
-        sizes = np.unique(_lengths(column))
+        sizes = np.unique(_list_lengths(column))
         if len(sizes) > 1:
-            raise ValueError(f"{where}: steps must be alike in shape, got lists of {sizes[0]} and {sizes[-1]} values")
-        inner = _dense(column.flatten(), where)
+            raise ValueError(f"{context}: steps must be alike in shape, got lists of {sizes[0]} and {sizes[-1]} values")
+        inner = _dense_array(column.flatten(), context)
         return inner.reshape(len(column), sizes[0] if len(sizes) else 0, *inner.shape[1:])
     if not (pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-        raise ValueError(f"{where}: {kind} is not a number, a text or a list of numbers: choose others with --fields")
+        raise ValueError(f"{context}: {kind} is not a number, a text or a list of numbers: choose others with --fields")
     return np.asarray(column.to_numpy(zero_copy_only=False))
 
 
-def _plain(column: Any, where: str) -> Any:
+def _plain(column: Any, context: str) -> Any:
     column = column.storage if isinstance(column, pa.ExtensionArray) else column
     if column.null_count:
         row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
-        raise ValueError(f"{where}: holds null, first at value {row}: fill it in, or choose others with --fields")
+        raise ValueError(f"{context}: holds null, first at value {row}: fill it in, or choose others with --fields")
     return column
 
 
@@ -130,5 +130,5 @@ def _is_list(kind: Any) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
-def _lengths(column: Any) -> npt.NDArray[np.int64]:
+def _list_lengths(column: Any) -> npt.NDArray[np.int64]:
     return np.asarray(pc.list_value_length(column).to_numpy(zero_copy_only=False), np.int64)

@@ -30,7 +30,7 @@ from samplers.cli.arguments import (
     plan_options,
 )
 from samplers.cli.compare import compare_plans, describe_lengths, trace_windows
-from samplers.cli.convert import Choice, SampleMaker, check_exists, read_rows, stacked_fields
+from samplers.cli.convert import ColumnSelection, SampleMaker, check_exists, read_input_rows, stacked_fields
 from samplers.cli.extras import load_extra
 from samplers.cli.printing import count, describe_index, describe_reading, judge, print_batch, print_report, print_rows
 from samplers.planning.plan import BatchPlan, plan_epoch
@@ -43,7 +43,7 @@ from samplers.shards.indexing.verify import find_errors
 from samplers.shards.storage.paths import expand_shards
 from samplers.shards.writing.writer import ShardWriter
 
-T = TypeVar("T")
+ItemT = TypeVar("ItemT")
 
 # Exit status where nothing differs, but not everything was measured; 2 is the command line's.
 NOT_MEASURED: Final = 3
@@ -207,15 +207,15 @@ def report(
     lengths = open_lengths(sources)
     options["widths"] = parse_widths(options["widths"], lengths)
     pictures = load_extra("samplers.cli.plots", "plots") if plot else None
-    candidates = compare_plans(lengths, flatten(max_tokens) or [None], flatten(window), **options)
+    summaries = compare_plans(lengths, flatten(max_tokens) or [None], flatten(window), **options)
     if json_path != "-":
-        print_report(sources, lengths, candidates)
+        print_report(sources, lengths, summaries)
     if json_path is not None:
         figures = {"sources": list(sources), "lengths": describe_lengths(lengths)}
-        text = json.dumps(figures | {"plans": [candidate.as_json() for candidate in candidates]}, indent=2)
+        text = json.dumps(figures | {"plans": [summary.as_json() for summary in summaries]}, indent=2)
         click.echo(text) if json_path == "-" else Path(json_path).write_text(text + "\n", encoding="utf-8")
     if pictures is not None:
-        pictures.draw_comparison(lengths, candidates, trace_windows(lengths, candidates), Path(str(plot)))
+        pictures.draw_comparison(lengths, summaries, trace_windows(lengths, summaries), Path(str(plot)))
 
 
 @main.command(
@@ -263,12 +263,14 @@ def convert(
     save_to_disk has written; the last two need lengthtrack[convert]. Lists become sequences, numbers stay numbers.
     """
     named = None if fields is None else parse_pairs("--fields", fields)
-    choice = Choice(fields=named, key=key, text=text or (), dtypes=parse_dtypes(dtype), rounded=rounded or ())
-    stack = stack or stacked_fields(inputs, choice)
-    maker, samples = SampleMaker(choice), 0
+    selection = ColumnSelection(
+        fields=named, key=key, text=text or (), dtypes=parse_dtypes(dtype), rounded=rounded or ()
+    )
+    stack = stack or stacked_fields(inputs, selection)
+    maker, samples = SampleMaker(selection), 0
     with ShardWriter(folder, layout=layout, max_samples=max_samples, prefix=prefix, stack=stack) as writer:
-        for where, row in _progress(read_rows(inputs, choice, split), None, "sample"):
-            _write(writer, where, maker.make(where, row))
+        for context, row in _progress(read_input_rows(inputs, selection, split), None, "sample"):
+            _write(writer, context, maker.make(context, row))
             samples += 1
     shards = len(writer.shards)
     click.echo(
@@ -307,11 +309,11 @@ def _refuse_quick(quick: object, measures: object) -> None:
         raise click.UsageError("--quick leaves payloads unread, and --length and --decode read them: choose one")
 
 
-def _write(writer: ShardWriter, where: str, sample: dict[str, Any]) -> None:
+def _write(writer: ShardWriter, context: str, sample: dict[str, Any]) -> None:
     try:
         writer.write(sample)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{context}: {error}") from error
 
 
 def _length_of(measure: Measure) -> LengthOf | None:
@@ -346,8 +348,8 @@ def _count_workers(given: int | None, shards: int) -> int:
     return given if given is not None else fitting if fitting > 1 else 0
 
 
-def _progress(items: Iterable[T], total: int | None, unit: str) -> Iterable[T]:
-    bar: Iterable[T] = tqdm(items, total=total, unit=unit, disable=not sys.stderr.isatty(), leave=False)
+def _progress(items: Iterable[ItemT], total: int | None, unit: str) -> Iterable[ItemT]:
+    bar: Iterable[ItemT] = tqdm(items, total=total, unit=unit, disable=not sys.stderr.isatty(), leave=False)
     return bar
 
 

@@ -23,7 +23,7 @@ FEWEST_BATCHES: Final = 4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Candidate:
+class PlanSummary:
     """A plan that training might follow, with what it costs.
 
     Attributes:
@@ -110,7 +110,7 @@ class Curve:
 
 def compare_plans(
     lengths: Lengths, budgets: Sequence[int | None], windows: Sequence[int | None], **options: Any
-) -> list[Candidate]:
+) -> list[PlanSummary]:
     """Plan an epoch for every budget and window.
 
     Args:
@@ -125,18 +125,18 @@ def compare_plans(
         ValueError: An option is out of its range, no budget is given, or no batch is left to plan.
     """
     return [
-        Candidate.of(plan_epoch(lengths, max_tokens=budget, window=window, **options))
+        PlanSummary.of(plan_epoch(lengths, max_tokens=budget, window=window, **options))
         for budget in budgets
         for window in windows
     ]
 
 
-def trace_windows(lengths: Lengths, candidates: Iterable[Candidate]) -> list[Curve]:
+def trace_windows(lengths: Lengths, summaries: Iterable[PlanSummary]) -> list[Curve]:
     """The padding of each budget among the candidates, over windows of a half of the corpus and ever shorter ones.
 
     A window of which no plan can be made, as where the last step has too few rows for all replicas, is left out.
     """
-    budgets = {candidate.name: candidate.plan for candidate in candidates}
+    budgets = {summary.name: summary.plan for summary in summaries}
     return [_trace(name, lengths, plan) for name, plan in budgets.items()]
 
 
@@ -154,14 +154,14 @@ def total_lengths(lengths: Lengths) -> Integers:
     return array if array.ndim == 1 else array.sum(1, dtype=np.int64)
 
 
-def tabulate(candidates: Sequence[Candidate], width: int) -> list[str]:
+def tabulate(summaries: Sequence[PlanSummary], width: int) -> list[str]:
     """The candidates as columns of a table.
 
     Args:
-        candidates: at least one.
+        summaries: at least one.
         width: of a line in characters; what is wider goes on in another table below.
     """
-    columns = [_column(candidate) for candidate in candidates]
+    columns = [_column(summary) for summary in summaries]
     labels = list(columns[0])
     wide = max(len(label) for label in labels)
     cell = max(len(value) for column in columns for value in column.values()) + 2
@@ -192,18 +192,18 @@ def _trace(name: str, lengths: Lengths, plan: BatchPlan) -> Curve:
     )
 
 
-def _column(candidate: Candidate) -> dict[str, str]:
-    report, options = candidate.report, candidate.plan.layout.options
-    widths = candidate.widths
+def _column(summary: PlanSummary) -> dict[str, str]:
+    report, options = summary.report, summary.plan.layout.options
+    widths = summary.widths
     return {
         **({} if options.max_tokens is None else {"max tokens": f"{options.max_tokens:,}"}),
         **({} if options.batch_size is None else {"batch size": f"{options.batch_size:,}"}),
-        "window": f"{candidate.window:,}" + " auto" * (options.window is None),
-        "windows": f"{candidate.windows:,}",
+        "window": f"{summary.window:,}" + " auto" * (options.window is None),
+        "windows": f"{summary.windows:,}",
         "batches": f"{report.batches:,}",
         "steps": f"{report.steps:,}",
         "padding": f"{report.padding:.2%}",
-        "  random batches": f"{candidate.random:.2%}",
+        "  random batches": f"{summary.random:.2%}",
         "budget use": f"{report.budget_use:.2%}",
         "pairs that meet again": f"{report.meeting_again:.2%}",
         "  in 2 epochs": f"{report.meeting_again_in_2:.2%}",
@@ -216,6 +216,6 @@ def _column(candidate: Candidate) -> dict[str, str]:
         "padded widths": f"{len(widths):,}",
         "  from": f"{widths[0]:,}",
         "  to": f"{widths[-1]:,}",
-        "over-long": f"{candidate.overlong:,}",
+        "over-long": f"{summary.overlong:,}",
         "left out": f"{report.short + report.dropped + report.unused:,}",
     }

@@ -19,7 +19,7 @@ from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.indexing.index_file import SUFFIX
 from samplers.shards.storage.paths import expand_shards
 
-Rows: TypeAlias = Iterator[tuple[str, dict[str, Any]]]
+NamedRows: TypeAlias = Iterator[tuple[str, dict[str, Any]]]
 
 # Samples that are read together from a shard.
 CHUNK: Final = 500
@@ -30,7 +30,7 @@ _KINDS: Final = "a folder or pattern of .tar shards, .jsonl or .parquet files, o
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class ColumnSelection:
     """What of a row becomes a sample, and as what.
 
     Attributes:
@@ -55,12 +55,12 @@ class Choice:
         return [*dict.fromkeys([*self.fields.values(), *([self.key] if self.key else [])])]
 
 
-def read_rows(inputs: Sequence[str], choice: Choice, split: str | None = None) -> Rows:
+def read_input_rows(inputs: Sequence[str], selection: ColumnSelection, split: str | None = None) -> NamedRows:
     """The rows of files or folders of one kind, in order.
 
     Args:
         inputs: paths and patterns.
-        choice: the columns that are read.
+        selection: the columns that are read.
         split: of a Hugging Face dataset.
 
     Yields:
@@ -74,11 +74,11 @@ def read_rows(inputs: Sequence[str], choice: Choice, split: str | None = None) -
         check_exists(given)
         folder = Path(given)
         if (folder / "dataset_dict.json").exists() or (folder / "dataset_info.json").exists():
-            yield from load_extra("samplers.cli.arrow", "convert").read_dataset(given, choice.columns, split)
+            yield from load_extra("samplers.cli.arrow", "convert").read_dataset(given, selection.columns, split)
             continue
         if folder.is_dir() and any(folder.glob("*.parquet")):
             given = str(folder / "*.parquet")
-        yield from _read_files(given, choice)
+        yield from _read_files(given, selection)
 
 
 def check_exists(given: str) -> None:
@@ -91,81 +91,81 @@ def check_exists(given: str) -> None:
         raise FileNotFoundError(f"no file or folder {given}")
 
 
-def stacked_fields(inputs: Sequence[str], choice: Choice) -> list[str]:
+def stacked_fields(inputs: Sequence[str], selection: ColumnSelection) -> list[str]:
     """The fields that are arrays of fixed size in shards that are converted."""
     first = inputs[0]
     if not (first.endswith((".tar", SUFFIX)) or any(Path(first).glob("*.tar"))):
         return []
     tables = next(_datasets(first, None)).index.tables
     fixed = {each.name for each in tables.fields if tables.layout == "blocks" and not each.variable and each.shape}
-    names = {each.name: each.name for each in tables.fields} if choice.fields is None else choice.fields
+    names = {each.name: each.name for each in tables.fields} if selection.fields is None else selection.fields
     return [name for name, column in names.items() if column in fixed]
 
 
 class SampleMaker:
     """Rows to samples: keys, and arrays of a dtype that stays the same."""
 
-    def __init__(self, choice: Choice) -> None:
-        self._choice = choice
+    def __init__(self, selection: ColumnSelection) -> None:
+        self._selection = selection
         self._known: dict[str, npt.NDArray[Any]] = {}
         self._made = 0
 
-    def make(self, where: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    def make(self, context: str, row: Mapping[str, Any]) -> dict[str, Any]:
         """The sample of a row.
 
         Raises:
             ValueError: A column is missing, or a value is no number, no list of numbers, or of another kind than
                 before; where it stands is named.
         """
-        key = self._key(where, row)
-        names = self._choice.fields
+        key = self._key(context, row)
+        names = self._selection.fields
         if names is None:
-            names = {name: name for name in row if name != self._choice.key and not name.startswith("__")}
+            names = {name: name for name in row if name != self._selection.key and not name.startswith("__")}
         missing = [column for column in names.values() if column not in row]
         if missing:
-            raise ValueError(f"{where}: no field {missing[0]!r}, there are {sorted(row)}")
+            raise ValueError(f"{context}: no field {missing[0]!r}, there are {sorted(row)}")
         self._made += 1
-        values = {name: self._value(f"{where}, field {name!r}", name, row[column]) for name, column in names.items()}
+        values = {name: self._value(f"{context}, field {name!r}", name, row[column]) for name, column in names.items()}
         return {"__key__": key, **values}
 
-    def _key(self, where: str, row: Mapping[str, Any]) -> str:
-        if self._choice.key is None and "__key__" not in row:
+    def _key(self, context: str, row: Mapping[str, Any]) -> str:
+        if self._selection.key is None and "__key__" not in row:
             return f"{self._made:09}"
-        name = self._choice.key or "__key__"
+        name = self._selection.key or "__key__"
         key = row.get(name)
         if isinstance(key, bool) or not isinstance(key, (str, int, np.integer)):
-            raise ValueError(f"{where}: the key {name!r} must be a text or a whole number, got {key!r}")
+            raise ValueError(f"{context}: the key {name!r} must be a text or a whole number, got {key!r}")
         return str(key)
 
-    def _value(self, where: str, name: str, value: Any) -> Any:
-        if isinstance(value, str) and name in self._choice.text:
-            return np.frombuffer(_encode(where, value), np.uint8)
+    def _value(self, context: str, name: str, value: Any) -> Any:
+        if isinstance(value, str) and name in self._selection.text:
+            return np.frombuffer(_encode(context, value), np.uint8)
         if not isinstance(value, (bool, int, float, list, np.ndarray, np.generic)):
             kind = "text" if isinstance(value, str) else type(value).__name__
             raise ValueError(
-                f"{where}: is {kind}, and shards hold numbers: choose fields with --fields, or store a text as its "
+                f"{context}: is {kind}, and shards hold numbers: choose fields with --fields, or store a text as its "
                 f"UTF-8 bytes with --text {name}"
             )
         if isinstance(value, list) and not value:
-            return self._empty(where, name)
-        array = as_numbers(value, where)
-        array = self._cast(where, name, array, self._choice.dtypes.get(name, array.dtype))
-        return self._like_before(where, name, array)
+            return self._empty(context, name)
+        array = as_numbers(value, context)
+        array = self._cast(context, name, array, self._selection.dtypes.get(name, array.dtype))
+        return self._like_before(context, name, array)
 
-    def _cast(self, where: str, name: str, array: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    def _cast(self, context: str, name: str, array: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         hint = f": choose another --dtype{f', or --round {name} to let it be rounded' * (dtype.kind == 'f')}"
-        return cast_exactly(array, dtype, where, rounds=name in self._choice.rounded, hint=hint)
+        return cast_exactly(array, dtype, context, rounds=name in self._selection.rounded, hint=hint)
 
-    def _empty(self, where: str, name: str) -> npt.NDArray[Any]:
+    def _empty(self, context: str, name: str) -> npt.NDArray[Any]:
         # An empty list says neither its dtype nor the shape of a step.
         known = self._known.get(name)
         if known is not None:
             return known[:0] if known.ndim else known.reshape(1)[:0]
-        if name not in self._choice.dtypes:
-            raise ValueError(f"{where}: the first list is empty: say what it holds with --dtype {name}=int64")
-        return np.empty(0, self._choice.dtypes[name])
+        if name not in self._selection.dtypes:
+            raise ValueError(f"{context}: the first list is empty: say what it holds with --dtype {name}=int64")
+        return np.empty(0, self._selection.dtypes[name])
 
-    def _like_before(self, where: str, name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def _like_before(self, context: str, name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         known = self._known.get(name)
         if known is None:
             # One step of its own memory, or a thousand rows would be kept for it.
@@ -173,34 +173,34 @@ class SampleMaker:
         elif known.dtype != array.dtype:
             if known.dtype.kind != "f" or array.dtype.kind not in "iu":
                 raise ValueError(
-                    f"{where}: holds {array.dtype}, and {known.dtype} before: choose one with --dtype {name}=float32"
+                    f"{context}: holds {array.dtype}, and {known.dtype} before: choose one with --dtype {name}=float32"
                 )
-            return self._cast(where, name, array, known.dtype)
+            return self._cast(context, name, array, known.dtype)
         return array
 
 
-def _encode(where: str, text: str) -> bytes:
+def _encode(context: str, text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: half a character, which UTF-8 cannot hold: {error}") from None
+        raise ValueError(f"{context}: half a character, which UTF-8 cannot hold: {error}") from None
 
 
-def _read_files(given: str, choice: Choice) -> Rows:
+def _read_files(given: str, selection: ColumnSelection) -> NamedRows:
     if given.endswith(_JSON):
         for path in expand_shards(given):
             yield from _read_json(path)
     elif given.endswith(".parquet"):
-        yield from load_extra("samplers.cli.arrow", "convert").read_parquet(expand_shards(given), choice.columns)
+        yield from load_extra("samplers.cli.arrow", "convert").read_parquet(expand_shards(given), selection.columns)
     elif given.endswith((".tar", SUFFIX)) or Path(given).is_dir():
-        yield from _read_shards(given, choice.columns)
+        yield from _read_shards(given, selection.columns)
     else:
         raise ValueError(f"{given}: of no kind that can be converted: give {_KINDS}")
 
 
-def _read_json(path: str) -> Rows:
+def _read_json(path: str) -> NamedRows:
     for number, data in enumerate(_read_lines(path), start=1):
-        where = f"{path}, line {number}"
+        context = f"{path}, line {number}"
         if not data.strip():
             continue
         try:
@@ -209,12 +209,12 @@ def _read_json(path: str) -> Rows:
             parse_float = _parse_float if _GREAT.search(line) else None
             row = json.loads(line, parse_float=parse_float, object_pairs_hook=_refuse_twice)
         except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: not UTF-8: {error}: convert the file to it") from None
+            raise ValueError(f"{context}: not UTF-8: {error}: convert the file to it") from None
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON: {error}") from None
+            raise ValueError(f"{context}: not JSON: {error}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{where}: must be an object, got {type(row).__name__}")
-        yield where, row
+            raise ValueError(f"{context}: must be an object, got {type(row).__name__}")
+        yield context, row
 
 
 def _read_lines(path: str) -> Iterator[bytes]:
@@ -245,7 +245,7 @@ def _parse_float(text: str) -> float:
     return number
 
 
-def _read_shards(given: str, columns: list[str] | None) -> Rows:
+def _read_shards(given: str, columns: list[str] | None) -> NamedRows:
     for dataset in _datasets(given, columns):
         for first in range(0, len(dataset), CHUNK):
             for sample in dataset.__getitems__(range(first, min(first + CHUNK, len(dataset)))):

@@ -9,12 +9,12 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 
-def as_numbers(value: Any, where: str) -> Array:
+def as_numbers(value: Any, context: str) -> Array:
     """A number or a list of numbers, or of lists that are alike, as an array of NumPy's choice.
 
     Args:
         value: what JSON holds, or an array.
-        where: it stands, for messages.
+        context: it stands, for messages.
 
     Raises:
         ValueError: It holds no numbers, lists of different lengths, true or false beside numbers, or a whole number
@@ -23,27 +23,27 @@ def as_numbers(value: Any, where: str) -> Array:
     try:
         array = np.asarray(value)
     except OverflowError:
-        raise ValueError(f"{where}: holds a whole number of more than 64 bits, and no dtype does") from None
+        raise ValueError(f"{context}: holds a whole number of more than 64 bits, and no dtype does") from None
     except ValueError:
-        raise ValueError(f"{where}: is a list of lists of different lengths: steps must be alike in shape") from None
+        raise ValueError(f"{context}: is a list of lists of different lengths: steps must be alike in shape") from None
     if array.dtype.kind not in "biuf":
         big = next(
-            (number for number in _leaves([value]) if type(number) is int and not -(2**63) <= number < 2**64), ""
+            (number for number in _numbers_in([value]) if type(number) is int and not -(2**63) <= number < 2**64), ""
         )
         what = f"the whole number {big}, of more than 64 bits" if big else "values that are not numbers"
-        raise ValueError(f"{where}: holds {what}: choose fields with --fields")
+        raise ValueError(f"{context}: holds {what}: choose fields with --fields")
     if isinstance(value, list):
-        _check_leaves(value, array, where)
+        _check_leaves(value, array, context)
     return array
 
 
-def cast_exactly(array: Array, dtype: np.dtype[Any], where: str, *, rounds: bool = False, hint: str = "") -> Array:
+def cast_exactly(array: Array, dtype: np.dtype[Any], context: str, *, rounds: bool = False, hint: str = "") -> Array:
     """The same numbers in another dtype.
 
     Args:
         array: of numbers.
         dtype: of numbers.
-        where: it stands, for messages.
+        context: it stands, for messages.
         rounds: numbers may become the nearest ones of a dtype of floats.
         hint: the way out, for messages.
 
@@ -57,27 +57,27 @@ def cast_exactly(array: Array, dtype: np.dtype[Any], where: str, *, rounds: bool
     lost = np.isinf(cast) & np.isfinite(array) if rounds and dtype.kind == "f" else _changed(array, cast)
     if lost.any():
         value, other = array[lost].flat[0].item(), cast[lost].flat[0].item()
-        raise ValueError(f"{where}: {value} does not fit {dtype}, in which it would be {other}{hint}")
+        raise ValueError(f"{context}: {value} does not fit {dtype}, in which it would be {other}{hint}")
     return cast
 
 
-def _check_leaves(value: list[Any], array: Array, where: str) -> None:
-    kinds = set(map(type, _leaves(value)))
+def _check_leaves(value: list[Any], array: Array, context: str) -> None:
+    kinds = set(map(type, _numbers_in(value)))
     if bool in kinds and len(kinds) > 1:
-        raise ValueError(f"{where}: mixes true or false with numbers: write 1 and 0, or true and false alone")
+        raise ValueError(f"{context}: mixes true or false with numbers: write 1 and 0, or true and false alone")
     # Whole numbers beside fractions, or beyond both kinds of 64 bits, become floats.
     if array.dtype.kind == "f" and int in kinds:
-        for number in _leaves(value):
+        for number in _numbers_in(value):
             if type(number) is int and float(number) != number:
                 raise ValueError(
-                    f"{where}: {number} does not fit float64, in which it would be {float(number):.0f} beside fractions"
+                    f"{context}: {number} does not fit float64, in which it would be {float(number):.0f} beside fractions"
                 )
 
 
-def _leaves(value: Iterable[Any]) -> Iterator[Any]:
+def _numbers_in(value: Iterable[Any]) -> Iterator[Any]:
     for each in value:
         if isinstance(each, list):
-            yield from _leaves(each)
+            yield from _numbers_in(each)
         else:
             yield each
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from samplers.cli.compare import Candidate, Curve, total_lengths
+from samplers.cli.compare import Curve, PlanSummary, total_lengths
 from samplers.planning.sorting import Lengths
 
 STEPS: Final = 80
@@ -37,12 +37,12 @@ STYLE: Final[Any] = {
 }
 
 
-def draw_comparison(lengths: Lengths, candidates: Sequence[Candidate], curves: Sequence[Curve], path: Path) -> None:
+def draw_comparison(lengths: Lengths, summaries: Sequence[PlanSummary], curves: Sequence[Curve], path: Path) -> None:
     """Draw the lengths and bucket edges, padding and meeting again over windows, and the cost of steps.
 
     Args:
         lengths: of the corpus.
-        candidates: the first is the one whose edges and steps are shown.
+        summaries: the first is the one whose edges and steps are shown.
         curves: one for each budget.
         path: a file whose suffix says the format: `.png`, `.svg`, `.pdf`.
 
@@ -52,26 +52,26 @@ def draw_comparison(lengths: Lengths, candidates: Sequence[Candidate], curves: S
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 5.0), layout="constrained")
         panels = figure.subplots(2, 2)
-        _draw_lengths(panels[0, 0], total_lengths(lengths), candidates[0])
-        _draw_curves(panels[0, 1], curves, candidates, "padding", "Padding")
-        _draw_curves(panels[1, 0], curves, candidates, "meeting_again", "Pairs that meet again")
-        _draw_steps(panels[1, 1], candidates[0])
+        _draw_lengths(panels[0, 0], total_lengths(lengths), summaries[0])
+        _draw_curves(panels[0, 1], curves, summaries, "padding", "Padding")
+        _draw_curves(panels[1, 0], curves, summaries, "meeting_again", "Pairs that meet again")
+        _draw_steps(panels[1, 1], summaries[0])
         for letter, axes in zip("abcd", panels.flat, strict=True):
             axes.set_title(f"({letter}) {axes.get_title('left')}")
         figure.savefig(path, dpi=200)
 
 
-def _draw_lengths(axes: Axes, totals: Any, candidate: Candidate) -> None:
+def _draw_lengths(axes: Axes, totals: Any, summary: PlanSummary) -> None:
     spread = bool(totals.max() > LOG_FROM * max(1.0, float(np.median(totals))))
     heights, _, _ = axes.hist(np.maximum(totals, 1), bins=_bins(totals, spread=spread), color=COLOURS[0])
-    edges = sorted({sum(edge.width) for edge in candidate.plan.layout.edges})
+    edges = sorted({sum(edge.width) for edge in summary.plan.layout.edges})
     # A rug above the bars: hundreds of lines through them would hide them.
     top = float(np.max(heights))
     axes.vlines(edges, 1.06 * top, 1.16 * top, color="#222222", linewidth=0.5)
     label = f"{len(edges):,} bucket edges"
     axes.text(1, 1.18 * top, label, ha="right", fontsize=7, transform=axes.get_yaxis_transform())
     axes.set_ylim(0, 1.28 * top)
-    axes.set_title(f"Lengths and buckets, {candidate.name}")
+    axes.set_title(f"Lengths and buckets, {summary.name}")
     axes.set_xlabel("length (steps)")
     axes.set_ylabel("samples")
     if spread:
@@ -92,16 +92,16 @@ def _bins(totals: Any, *, spread: bool) -> list[float]:
 
 
 def _draw_curves(
-    axes: Axes, curves: Sequence[Curve], candidates: Sequence[Candidate], measure: str, title: str
+    axes: Axes, curves: Sequence[Curve], summaries: Sequence[PlanSummary], measure: str, title: str
 ) -> None:
-    random = {candidate.name: candidate.random for candidate in candidates}
+    random = {summary.name: summary.random for summary in summaries}
     for curve, colour in zip(curves, _colours(len(curves)), strict=True):
         label = f"{curve.name} (random batches {random[curve.name]:.0%})" if measure == "padding" else curve.name
         axes.plot(curve.windows, getattr(curve, measure), color=colour, marker="o", markersize=3, label=label)
-        for candidate in candidates:
-            if candidate.name == curve.name:
-                value = getattr(candidate.report, measure)
-                axes.plot(candidate.window, value, color=colour, marker="D", markersize=5, markerfacecolor="white")
+        for summary in summaries:
+            if summary.name == curve.name:
+                value = getattr(summary.report, measure)
+                axes.plot(summary.window, value, color=colour, marker="D", markersize=5, markerfacecolor="white")
     axes.plot(
         [], [], color="#555555", marker="D", markersize=5, markerfacecolor="white", ls="none", label="as reported"
     )
@@ -115,8 +115,8 @@ def _draw_curves(
     axes.legend(loc="best")
 
 
-def _draw_steps(axes: Axes, candidate: Candidate) -> None:
-    costs = candidate.step_costs(STEPS)
+def _draw_steps(axes: Axes, summary: PlanSummary) -> None:
+    costs = summary.step_costs(STEPS)
     steps, replicas = costs.shape
     places = np.arange(steps)
     axes.scatter(np.repeat(places, replicas), costs.reshape(-1), s=4, color=COLOURS[0], linewidths=0, label="a rank")
@@ -129,14 +129,14 @@ def _draw_steps(axes: Axes, candidate: Candidate) -> None:
             linewidth=0.9,
             label="the dearest rank, for which all wait",
         )
-    axes.set_title(f"Cost of steps, {candidate.name}, {replicas} rank{'s' * (replicas > 1)}")
-    axes.set_xlabel(f"step (first {steps:,} of {candidate.report.steps:,})")
+    axes.set_title(f"Cost of steps, {summary.name}, {replicas} rank{'s' * (replicas > 1)}")
+    axes.set_xlabel(f"step (first {steps:,} of {summary.report.steps:,})")
     axes.set_ylabel("share of the budget")
     # A batch of one may exceed it.
     axes.set_ylim(0, max(1.05, 1.05 * float(costs.max())))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    imbalance = f"imbalance {candidate.report.imbalance:.3f}" if replicas > 1 else None
+    imbalance = f"imbalance {summary.report.imbalance:.3f}" if replicas > 1 else None
     axes.legend(loc="lower left", title=imbalance, alignment="left")
 
 

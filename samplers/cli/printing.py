@@ -8,7 +8,7 @@ from typing import Any, Final
 import click
 import numpy as np
 
-from samplers.cli.compare import Candidate, describe_lengths, tabulate
+from samplers.cli.compare import PlanSummary, describe_lengths, tabulate
 from samplers.planning.plan import BatchPlan
 from samplers.planning.sorting import Lengths
 from samplers.shards.format.samples import Sample
@@ -52,7 +52,7 @@ def count(number: int, unit: str) -> str:
     return f"{number:,} {unit}{'s' * (number != 1)}"
 
 
-def print_report(sources: Sequence[str], lengths: Lengths, candidates: Sequence[Candidate]) -> None:
+def print_report(sources: Sequence[str], lengths: Lengths, summaries: Sequence[PlanSummary]) -> None:
     """Print a comparison of plans as a table."""
     figures = describe_lengths(lengths)
     name = sources[0] if len(sources) == 1 else f"{len(sources):,} sources"
@@ -63,20 +63,20 @@ def print_report(sources: Sequence[str], lengths: Lengths, candidates: Sequence[
         f"{figures['median']:,.0f}, mean {figures['mean']:,.0f}, 95 % up to {figures['percentile_95']:,.0f}\n"
     )
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
-    for line in tabulate(candidates, width):
+    for line in tabulate(summaries, width):
         click.echo(line)
-    for text in dict.fromkeys(_describe_overlong(lengths, candidate) for candidate in candidates if candidate.overlong):
+    for text in dict.fromkeys(_overlong_line(lengths, summary) for summary in summaries if summary.overlong):
         click.echo(f"\n{text}")
 
 
-def _describe_overlong(lengths: Lengths, candidate: Candidate) -> str:
-    corpus, found = candidate.plan.layout.corpus, candidate.overlong
-    worst = corpus.order[: min(NAMED, candidate.report.alone)].tolist()
+def _overlong_line(lengths: Lengths, summary: PlanSummary) -> str:
+    corpus, found = summary.plan.layout.corpus, summary.overlong
+    worst = corpus.order[: min(NAMED, summary.report.alone)].tolist()
     keys = [lengths.keys[place] if isinstance(lengths, LengthIndex) else f"sample {place}" for place in worst]
     longest = ", ".join(f"{key} ({corpus.lengths[place]} steps)" for key, place in zip(keys, worst, strict=True))
     done = "are batches of one here" if worst else "are left out here"
     return (
-        f"{found:,} over-long at {candidate.name}, they {done}{f': {longest}' if longest else ''}. A sampler refuses "
+        f"{found:,} over-long at {summary.name}, they {done}{f': {longest}' if longest else ''}. A sampler refuses "
         "them unless max_length, overlong='alone' or overlong='drop' says what to do."
     )
 

@@ -22,13 +22,13 @@ from collate.widths import check_count
 from samplers.planning.budget import Budget
 from samplers.planning.options import Overlong
 
-Sample = TypeVar("Sample")
-State = dict[str, Any]
+SampleT = TypeVar("SampleT")
+BucketerState = dict[str, Any]
 
-VERSION: Final = 1
+BUCKETER_VERSION: Final = 1
 
 
-class Bucketer(Generic[Sample]):
+class Bucketer(Generic[SampleT]):
     """The buffer and its rule: push samples as they come, pop a batch whenever one is due, and all at the end.
 
     Args:
@@ -73,7 +73,7 @@ class Bucketer(Generic[Sample]):
         self.arrivals = self.dropped = self.alone = 0
         # What waits, by length and arrival, and by arrival, with its bytes where they are counted.
         self._order: list[tuple[int, int]] = []
-        self._waiting: dict[int, tuple[int, Sample, int]] = {}
+        self._waiting: dict[int, tuple[int, SampleT, int]] = {}
         self._held = 0
         # The shortest of each batch that is left when the source has ended, by length and arrival, ascending.
         self.ended = False
@@ -111,7 +111,7 @@ class Bucketer(Generic[Sample]):
         place = self.arrivals - self._oldest
         return place < len(self._out) and bool(self._out[place])
 
-    def push(self, length: int, sample: Sample) -> None:
+    def push(self, length: int, sample: SampleT) -> None:
         """Take in a sample of `length` steps; after an error it has not come.
 
         Raises:
@@ -152,7 +152,7 @@ class Bucketer(Generic[Sample]):
         self.arrivals += 1
         self._let_out([self.arrivals - 1])
 
-    def pop(self) -> list[Sample]:
+    def pop(self) -> list[SampleT]:
         """The next batch, shortest sample first.
 
         Raises:
@@ -169,7 +169,7 @@ class Bucketer(Generic[Sample]):
             self._held -= sum(self._waiting[arrival][2] for arrival in taken)
         return [self._waiting.pop(arrival)[1] for arrival in taken]
 
-    def batches_of(self, source: Iterable[tuple[int, Sample]]) -> Iterator[list[Sample]]:
+    def batches_of(self, source: Iterable[tuple[int, SampleT]]) -> Iterator[list[SampleT]]:
         """All batches of a stream of (length, sample), the rest of the buffer included.
 
         Yields:
@@ -194,7 +194,7 @@ class Bucketer(Generic[Sample]):
             edges.append(self._order[first])
         self._edges = edges[::-1]
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> BucketerState:
         """What is needed to go on: small, primitive and fresh. No sample is in it: the source must give them again.
 
         Returns:
@@ -202,7 +202,7 @@ class Bucketer(Generic[Sample]):
             holds a bit, in hexadecimal, for each between them: whether it is out.
         """
         return {
-            "version": VERSION,
+            "version": BUCKETER_VERSION,
             "oldest": self._oldest,
             "arrivals": self._oldest + len(self._out),
             "emitted": np.packbits(np.frombuffer(self._out, np.uint8)).tobytes().hex(),
@@ -218,9 +218,9 @@ class Bucketer(Generic[Sample]):
         Raises:
             ValueError: The state is of another version, or damaged.
         """
-        if state.get("version") != VERSION:
+        if state.get("version") != BUCKETER_VERSION:
             raise ValueError(
-                f"the state must be of version {VERSION}, got version {state.get('version')!r}: start anew"
+                f"the state must be of version {BUCKETER_VERSION}, got version {state.get('version')!r}: start anew"
             )
         try:
             oldest, arrivals, dropped, alone = (int(state[name]) for name in ("oldest", "arrivals", "dropped", "alone"))
@@ -277,7 +277,7 @@ class Bucketer(Generic[Sample]):
         del out[:passed]
         self._oldest += passed
 
-    def _describe_overlong(self, length: int, sample: Sample) -> str:
+    def _describe_overlong(self, length: int, sample: SampleT) -> str:
         key = f" (key {sample['__key__']!r})" if isinstance(sample, Mapping) and "__key__" in sample else ""
         return (
             f"the sample at arrival {self.arrivals}{key} has {length} steps, which alone exceeds the budget: raise the "
@@ -303,11 +303,11 @@ def bytes_of(sample: object) -> int:
         if id(value) not in seen:
             seen[id(value)] = value
             total += max(getsizeof(value), getattr(value, "nbytes", 0))
-            ahead += _parts_of(value)
+            ahead += _contents(value)
     return total
 
 
-def _parts_of(value: Any) -> Iterable[Any]:
+def _contents(value: Any) -> Iterable[Any]:
     # First what most values are: to ask for an abstract type takes its time.
     if isinstance(value, (str, bytes, int, float)):
         return ()

@@ -16,7 +16,7 @@ from samplers.planning.options import Overlong
 from samplers.shards.skipping import Failed, Handler, make_skipping
 from samplers.testing import same_items
 
-Sample = TypeVar("Sample")
+SampleT = TypeVar("SampleT")
 
 # Of a source's state nothing is known but that it may be large: it is taken once in so many arrivals.
 SNAPSHOT_EVERY: Final = 64
@@ -84,7 +84,7 @@ def bucket_by_length(
     return BucketStage(length, budget, handler=handler, max_failed=max_failed, **options)
 
 
-class BucketStage(Generic[Sample]):
+class BucketStage(Generic[SampleT]):
     """What `bucket_by_length` makes.
 
     Args:
@@ -115,7 +115,7 @@ class BucketStage(Generic[Sample]):
         # A wrong option is an error here, not in a worker.
         self.new_bucketer()
 
-    def __call__(self, source: Iterable[Sample]) -> Iterator[list[Sample]]:
+    def __call__(self, source: Iterable[SampleT]) -> Iterator[list[SampleT]]:
         """Bucket a stream.
 
         Yields:
@@ -147,11 +147,11 @@ class BucketStage(Generic[Sample]):
         """
         return {} if self._skipping is None else self._skipping.counts
 
-    def new_bucketer(self) -> Bucketer[Sample]:
+    def new_bucketer(self) -> Bucketer[SampleT]:
         """An empty buffer with these options."""
         return Bucketer(self.budget, **self.options)
 
-    def push(self, bucketer: Bucketer[Sample], sample: Sample) -> None:
+    def push(self, bucketer: Bucketer[SampleT], sample: SampleT) -> None:
         """Put a sample into a buffer, or skip it; it has come in any case. The errors are those of a stream."""
         try:
             bucketer.push(length_of(sample, self.length), sample)
@@ -166,7 +166,7 @@ class BucketStage(Generic[Sample]):
             if self._skipping is not None:
                 self._skipping.take()
 
-    def end(self, bucketer: Bucketer[Sample]) -> None:
+    def end(self, bucketer: Bucketer[SampleT]) -> None:
         """Tell a buffer that its source has ended.
 
         Raises:
@@ -176,7 +176,7 @@ class BucketStage(Generic[Sample]):
         if self._skipping is not None:
             self._skipping.finish()
 
-    def _sift(self, bucketer: Bucketer[Sample], source: Iterable[Sample]) -> Iterator[list[Sample]]:
+    def _sift(self, bucketer: Bucketer[SampleT], source: Iterable[SampleT]) -> Iterator[list[SampleT]]:
         for sample in source:
             self.push(bucketer, sample)
             while bucketer.is_due:
@@ -186,7 +186,7 @@ class BucketStage(Generic[Sample]):
             yield bucketer.pop()
 
 
-class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
+class LengthBucketNode(BaseNode[list[SampleT]], Generic[SampleT]):
     """The same as a node of torchdata: batches alike in length from a node of samples.
 
     Its state holds no sample, but the source's state a little before the oldest sample that waits, and which samples
@@ -206,10 +206,10 @@ class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
         ValueError: No budget is given, or an option is out of its range.
     """
 
-    def __init__(self, source: BaseNode[Sample], length: Length, **options: Any) -> None:
+    def __init__(self, source: BaseNode[SampleT], length: Length, **options: Any) -> None:
         super().__init__()
         self.source = source
-        self._stage: BucketStage[Sample] = bucket_by_length(length, **options)
+        self._stage: BucketStage[SampleT] = bucket_by_length(length, **options)
         self._bucketer = self._stage.new_bucketer()
         # The source's state before it gave anything; None where this node's life began with a state.
         self._at_first: Any = _UNKNOWN
@@ -269,7 +269,7 @@ class LengthBucketNode(BaseNode[list[Sample]], Generic[Sample]):
         }
         return state
 
-    def next(self) -> list[Sample]:
+    def next(self) -> list[SampleT]:
         """The next batch, shortest sample first.
 
         Raises:

@@ -15,8 +15,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from collate.errors import LengthError
-from samplers.shards.indexing.block_check import Columns, check_block
 from samplers.shards.format.samples import Sample, decode_member, field_of
+from samplers.shards.indexing.block_check import ReadColumns, check_block
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.indexing.index_file import REBUILD, SUFFIX
 from samplers.shards.indexing.tables import Array, Field
@@ -274,11 +274,11 @@ class ShardDataset(Dataset[Sample]):
     def _decode_field(self, field: Field, data: bytes, row: int, measure: int) -> Any:
         decode = self._decode.get(field.name)
         # To say where a sample is takes a quarter of the time of reading it: only an error says it.
-        where = partial(self._where, row, field)
-        value = _ask(decode, data, where) if decode else _decode(field, data, where)
+        context = partial(self._where, row, field)
+        value = _ask(decode, data, context) if decode else _decode(field, data, context)
         # Left undecoded, bytes do not tell their steps.
         if field.variable and not isinstance(value, bytes):
-            _hold_steps(value, int(self._tables.lengths[row, measure]), where)
+            _hold_steps(value, int(self._tables.lengths[row, measure]), context)
         return value
 
     def _check_blocks(self, files: Files, rows: Array, starts: Array) -> None:
@@ -306,31 +306,31 @@ def _count_handles() -> int:
     return HANDLES if most < 0 else max(1, min(HANDLES, most // _SHARE))
 
 
-def _ask(decode: Decoder, data: bytes, where: Callable[[], str]) -> Any:
+def _ask(decode: Decoder, data: bytes, context: Callable[[], str]) -> Any:
     try:
         return decode(data)
     except Exception as error:
-        error.add_note(f"decode= was given {where()}")
+        error.add_note(f"decode= was given {context()}")
         raise
 
 
-def _decode(field: Field, data: bytes, where: Callable[[], str]) -> Any:
+def _decode(field: Field, data: bytes, context: Callable[[], str]) -> Any:
     encoding = field_of(field.suffix)[1]
     try:
         return decode_member(encoding, data, "")
     except ValueError:
-        return decode_member(encoding, data, where())
+        return decode_member(encoding, data, context())
 
 
-def _hold_steps(value: Any, expected: int, where: Callable[[], str]) -> None:
+def _hold_steps(value: Any, expected: int, context: Callable[[], str]) -> None:
     try:
         steps = len(value)
     except TypeError:
         raise LengthError(
-            f"{where()}: the index says {expected} steps, the shard holds a single value: {REBUILD}"
+            f"{context()}: the index says {expected} steps, the shard holds a single value: {REBUILD}"
         ) from None
     if steps != expected:
-        raise LengthError(f"{where()}: the index says {expected} steps, the shard {steps}: {REBUILD}")
+        raise LengthError(f"{context()}: the index says {expected} steps, the shard {steps}: {REBUILD}")
 
 
 def _open_index(shards: Shards, index: LengthIndex | str | os.PathLike[str] | None) -> LengthIndex:
@@ -351,7 +351,7 @@ def _open_index(shards: Shards, index: LengthIndex | str | os.PathLike[str] | No
     return LengthIndex.open_all([index if "://" in index else str(Path(index).absolute()) for index in indexes])
 
 
-def _choose(fields: Sequence[Field], chosen: Collection[str] | None, decode: Collection[str]) -> Columns:
+def _choose(fields: Sequence[Field], chosen: Collection[str] | None, decode: Collection[str]) -> ReadColumns:
     names = [field.name for field in fields]
     unknown = sorted({*(chosen or ()), *decode} - set(names))
     if unknown:

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 # Rows, one for each process that counts at the same time; of each, kinds that it can tell apart and bytes of names.
-ROWS: Final = 128
+MAX_PROCESSES: Final = 128
 ENTRIES: Final = 1023
 NAME_BYTES: Final = 1 << 15
 # Under this name stand shards that found no room in a row.
@@ -24,8 +24,8 @@ FURTHER: Final = "(further shards)"
 _OWNER, _TAKEN, _SKIPPED, _FIRST = range(4)
 # The high half of an entry is the kind plus 1, the low half how often it was counted.
 _HALF: Final = 32
-_END: Final = b"\n"
-_PAUSE: Final = 1e-3
+_NAME_END: Final = b"\n"
+_CLAIM_SECONDS: Final = 1e-3
 
 
 def shared_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -66,8 +66,8 @@ class Tally:
         self._reasons = tuple(reasons)
         if cells is None or names is None:
             width = _FIRST + ENTRIES + len(self._reasons)
-            cells = shared_zeros((ROWS, width), torch.int64)
-            names = shared_zeros((ROWS, NAME_BYTES), torch.uint8)
+            cells = shared_zeros((MAX_PROCESSES, width), torch.int64)
+            names = shared_zeros((MAX_PROCESSES, NAME_BYTES), torch.uint8)
         self._cells, self._names = cells, names
         self._table, self._text = cells.numpy(), names.numpy()
         self._forget()
@@ -142,16 +142,16 @@ class Tally:
         info = get_worker_info()
         first = 0 if info is None else 1 + info.id
         owners = self._table[:, _OWNER]
-        for row in ((first + step) % ROWS for step in range(ROWS)):
+        for row in ((first + step) % MAX_PROCESSES for step in range(MAX_PROCESSES)):
             owner = int(owners[row])
             if owner in {0, process} or not is_alive(owner):
                 owners[row] = process
-                sleep(_PAUSE)
+                sleep(_CLAIM_SECONDS)
                 if owners[row] == process:
                     return row
         # More processes than rows: to lose a count is better than to end the run.
-        owners[first % ROWS] = process
-        return first % ROWS
+        owners[first % MAX_PROCESSES] = process
+        return first % MAX_PROCESSES
 
     def _place_of(self, row: int, shard: str, reason: int) -> int:
         if (shard, reason) not in self._places:
@@ -174,7 +174,7 @@ class Tally:
 
     def _number_of(self, row: int, shard: str) -> int | None:
         if shard not in self._numbers:
-            name = shard.encode("utf-8", "surrogateescape").replace(_END, b" ") + _END
+            name = shard.encode("utf-8", "surrogateescape").replace(_NAME_END, b" ") + _NAME_END
             used = sum(len(known.encode("utf-8", "surrogateescape")) + 1 for known in self._numbers)
             if used + len(name) > NAME_BYTES:
                 return None
@@ -183,7 +183,7 @@ class Tally:
         return self._numbers[shard]
 
     def _shards_of(self, row: int) -> list[str]:
-        *names, _ = self._text[row].tobytes().split(_END)
+        *names, _ = self._text[row].tobytes().split(_NAME_END)
         return [name.decode("utf-8", "surrogateescape") for name in names]
 
 

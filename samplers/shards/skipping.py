@@ -21,7 +21,7 @@ from collate.errors import LengthError
 from samplers.shards.skip_counts import Tally
 
 Handler: TypeAlias = Callable[[Exception], Any]
-Rows: TypeAlias = npt.NDArray[Any]
+RowIndices: TypeAlias = npt.NDArray[Any]
 
 # So many failures in a row are no accident.
 IN_A_ROW: Final = 100
@@ -223,7 +223,9 @@ def find_reason(error: Exception) -> str:
     return next((reason for reason, kind in kinds.items() if isinstance(error, kind)), "damaged")
 
 
-def read_apart(read: Callable[[Rows], list[Any]], rows: Rows, fail: Callable[[Exception, int], Failed]) -> list[Any]:
+def read_apart(
+    read: Callable[[RowIndices], list[Any]], rows: RowIndices, fail: Callable[[Exception, int], Failed]
+) -> list[Any]:
     """Read samples together where that goes, and where it does not, in halves, down to those that fail.
 
     Args:

@@ -45,7 +45,7 @@ from webdataset import autodecode
 from collate.errors import LengthError
 from samplers import LengthBucketBatchSampler, LengthIndex, ShardDataset, ShardStream, ShardWriter
 from samplers.shards.format.samples import decode_groups, split_block
-from samplers.shards.storage.atomic import NewFile
+from samplers.shards.storage.atomic import AtomicFile
 
 SHARD = "shard-000000.tar"
 SAMPLES = tokens([3, 20, 1, 7])
@@ -616,7 +616,7 @@ def test_an_index_that_does_not_fit_leaves_the_old_one(corpus):
 
 
 def test_a_device_that_is_full_is_named(tmp_path):
-    file = NewFile(tmp_path / "a")
+    file = AtomicFile(tmp_path / "a")
     full = os.open("/dev/full", os.O_WRONLY)
     os.dup2(full, file.stream.fileno())
     os.close(full)

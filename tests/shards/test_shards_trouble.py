@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.storage import atomic as newfile
-from samplers.shards.storage.atomic import NewFile, remove_leftover
+from samplers.shards.storage.atomic import AtomicFile, remove_leftover
 from samplers.shards.writing.writer import ShardWriter
 
 
@@ -243,11 +243,11 @@ def test_a_shard_that_does_not_read_back_gets_no_name(tmp_path, monkeypatch):
 def test_a_file_is_taken_over_from_a_killed_process_and_from_no_other(tmp_path):
     path = tmp_path / "corpus.ltx"
     (tmp_path / "corpus.ltx.tmp").write_bytes(b"left behind")
-    file = NewFile(path)
+    file = AtomicFile(path)
     with pytest.raises(FileExistsError, match="is being written"):
         remove_leftover(file.temporary)
     with pytest.raises(FileExistsError, match="another writer is at work"):
-        NewFile(path)
+        AtomicFile(path)
     file.stream.write(b"whole")
     file.commit()
     assert path.read_bytes() == b"whole"
@@ -266,7 +266,7 @@ def race(folder, number, slow, results):
     done = 0
     for _ in range(30):
         try:
-            file = NewFile(Path(folder) / "a")
+            file = AtomicFile(Path(folder) / "a")
         except FileExistsError:
             continue
         file.stream.write(bytes([number]) * 1000)

@@ -78,33 +78,33 @@ def field_of(suffix: str) -> tuple[str, str]:
     return stem or encoding, encoding
 
 
-def refuse_pickle(suffix: str, where: str) -> None:
+def refuse_pickle(suffix: str, context: str) -> None:
     """Refuse what other readers would unpickle.
 
     Raises:
         ValueError: The suffix is that of a pickle; it is named.
     """
     if _PICKLES.search(suffix):
-        raise ValueError(f"{where}: {suffix!r} is a pickle, which can run any program: store arrays as .npy")
+        raise ValueError(f"{context}: {suffix!r} is a pickle, which can run any program: store arrays as .npy")
 
 
-def read_array_header(data: bytes, where: str) -> ArrayHeader:
+def read_array_header(data: bytes, context: str) -> ArrayHeader:
     """Read the header at the start of a `.npy` file.
 
     Args:
         data: the file's first bytes.
-        where: shard, key and field, for messages.
+        context: shard, key and field, for messages.
 
     Raises:
         ValueError: This is no such header, or the values are not plain numbers.
     """
     start, size = find_array_header(data)
     if not start or len(data) < size:
-        raise ValueError(f"{where}: not a .npy array, its first bytes are {data[:8]!r}")
+        raise ValueError(f"{context}: not a .npy array, its first bytes are {data[:8]!r}")
     found = _parse_array_header(data[start:size])
     if found is None:
         raise ValueError(
-            f"{where}: {data[start : min(size, start + 80)]!r} is not an array of numbers; objects would be pickles, "
+            f"{context}: {data[start : min(size, start + 80)]!r} is not an array of numbers; objects would be pickles, "
             "which are never read: store a plain dtype"
         )
     return ArrayHeader(*found, size)
@@ -116,17 +116,17 @@ def find_array_header(data: bytes) -> tuple[int, int]:
     return start, start and start + int.from_bytes(data[8:start], "little")
 
 
-def check_array_size(header: ArrayHeader, size: int, where: str) -> None:
+def check_array_size(header: ArrayHeader, size: int, context: str) -> None:
     """Hold what a header claims against the bytes there are, before anything is allocated.
 
     Raises:
         ValueError: They differ; both numbers are named. Or no array can have this shape, though it holds nothing.
     """
     if math.prod(steps or 1 for steps in header.shape) * header.dtype.itemsize > _MOST and header.nbytes == 0:
-        raise ValueError(f"{where}: the header claims {list(header.shape)} {header.dtype}, which no array can be")
+        raise ValueError(f"{context}: the header claims {list(header.shape)} {header.dtype}, which no array can be")
     if header.size + header.nbytes != size:
         raise ValueError(
-            f"{where}: the header claims {list(header.shape)} {header.dtype}, {header.nbytes} bytes, the member holds "
+            f"{context}: the header claims {list(header.shape)} {header.dtype}, {header.nbytes} bytes, the member holds "
             f"{size - header.size}"
         )
 
@@ -139,28 +139,28 @@ def array_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
 
 
-def decode_array(data: bytes, where: str) -> Any:
+def decode_array(data: bytes, context: str) -> Any:
     """The array in a `.npy` file: writable, in native byte order, in memory of its own; a scalar where it has no axis.
 
     Raises:
         ValueError: It is not one of plain numbers, or its header and its size disagree.
     """
-    header = read_array_header(data, where)
-    check_array_size(header, len(data), where)
+    header = read_array_header(data, context)
+    check_array_size(header, len(data), context)
     order: Literal["C", "F"] = "F" if header.fortran else "C"
     view: Array = np.ndarray(header.shape, header.dtype, data, header.size, order=order)
     array = np.array(view, header.dtype.newbyteorder("="), order="C")
     return array if array.ndim else array[()]
 
 
-def decode_member(encoding: str, data: bytes, where: str) -> Any:
+def decode_member(encoding: str, data: bytes, context: str) -> Any:
     """Decode `npy`, `cls` (an integer), `txt` and `json`; the rest stay bytes.
 
     Raises:
         ValueError: The bytes are not what the encoding says.
     """
     if encoding == "npy":
-        return decode_array(data, where)
+        return decode_array(data, context)
     try:
         if encoding == "cls":
             return np.int64(int(data))
@@ -168,7 +168,7 @@ def decode_member(encoding: str, data: bytes, where: str) -> Any:
             return data.decode()
         return json.loads(data) if encoding == "json" else data
     except (ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{where}: not {encoding}: {error}") from None
+        raise ValueError(f"{context}: not {encoding}: {error}") from None
 
 
 def decode_groups(source: Iterable[Mapping[str, Any]], fields: Collection[str] | None = None) -> Iterator[Sample]:
@@ -190,15 +190,15 @@ def decode_groups(source: Iterable[Mapping[str, Any]], fields: Collection[str] |
         LengthError: A block's lengths do not add up to what it holds.
     """
     for group in source:
-        where = f"{group.get('__url__', 'shard')}: group {group.get('__key__')!r}"
+        context = f"{group.get('__url__', 'shard')}: group {group.get('__key__')!r}"
         members = {suffix: data for suffix, data in group.items() if not suffix.startswith("__")}
         if KEYS in members:
-            yield from _decode_block(members, fields, where)
+            yield from _decode_block(members, fields, context)
         else:
-            yield _decode_sample(str(group["__key__"]), members, fields, where)
+            yield _decode_sample(str(group["__key__"]), members, fields, context)
 
 
-def split_block(suffixes: Iterable[str], where: str) -> dict[str, bool]:
+def split_block(suffixes: Iterable[str], context: str) -> dict[str, bool]:
     """The fields of a block, in order: True where a field is of variable length.
 
     Raises:
@@ -206,19 +206,19 @@ def split_block(suffixes: Iterable[str], where: str) -> dict[str, bool]:
     """
     names = {}
     for suffix in suffixes:
-        refuse_pickle(suffix, where)
+        refuse_pickle(suffix, context)
         name = field_of(suffix)[0]
         if f"{name}.npy" != suffix or name == "__key__":
-            raise ValueError(f"{where}: a member must be FIELD.npy: a block holds .npy members alone, got {suffix!r}")
+            raise ValueError(f"{context}: a member must be FIELD.npy: a block holds .npy members alone, got {suffix!r}")
         names[name] = True
     fields = [name for name in names if f"{name}.npy" != KEYS and not _is_lengths(name)]
     strays = [name for name in names if _is_lengths(name) and name.removesuffix(".lengths") not in names]
     if strays:
-        raise ValueError(f"{where}: {strays[0]}.npy has no {strays[0].removesuffix('.lengths')}.npy beside it")
+        raise ValueError(f"{context}: {strays[0]}.npy has no {strays[0].removesuffix('.lengths')}.npy beside it")
     return {name: f"{name}.lengths" in names for name in fields}
 
 
-def check_block_lengths(lengths: Any, keys: Any, rows: int, where: str) -> npt.NDArray[np.int64]:
+def check_block_lengths(lengths: Any, keys: Any, rows: int, context: str) -> npt.NDArray[np.int64]:
     """Hold a block's lengths against its keys `[n]` and the steps that are there.
 
     Returns:
@@ -229,20 +229,20 @@ def check_block_lengths(lengths: Any, keys: Any, rows: int, where: str) -> npt.N
     """
     if np.shape(lengths) != np.shape(keys) or lengths.dtype.kind not in "iu":
         raise LengthError(
-            f"{where}: lengths must be integers [{len(keys)}], one for each key, got {lengths.dtype} "
+            f"{context}: lengths must be integers [{len(keys)}], one for each key, got {lengths.dtype} "
             f"{list(np.shape(lengths))}"
         )
     odd = np.flatnonzero(lengths < 0)
     if len(odd):
-        raise LengthError(f"{where}: sample {str(keys[odd[0]])!r} has length {lengths[odd[0]]}")
+        raise LengthError(f"{context}: sample {str(keys[odd[0]])!r} has length {lengths[odd[0]]}")
     # Exact, for 64-bit sums come around.
     total = sum(lengths.tolist())
     if total != rows:
-        raise LengthError(f"{where}: the lengths sum to {total}, the field holds {rows} steps")
+        raise LengthError(f"{context}: the lengths sum to {total}, the field holds {rows} steps")
     return np.asarray(lengths, np.int64)
 
 
-def decode_keys(data: bytes, where: str) -> npt.NDArray[np.str_]:
+def read_block_keys(data: bytes, context: str) -> npt.NDArray[np.str_]:
     """The keys of a block: text `[n]`.
 
     Raises:
@@ -253,66 +253,66 @@ def decode_keys(data: bytes, where: str) -> npt.NDArray[np.str_]:
     kind = re.fullmatch(rb"<U([1-9]\d{0,8})", found[1]) if found else None
     shape = _read_shape(found[3]) if found else None
     if kind is None or shape is None or len(shape) != 1:
-        raise ValueError(f"{where}: block.keys.npy must hold text [n], its header is {data[start:size][:80]!r}")
+        raise ValueError(f"{context}: block.keys.npy must hold text [n], its header is {data[start:size][:80]!r}")
     dtype = np.dtype(f"<U{int(kind[1])}")
-    check_array_size(ArrayHeader(dtype, shape, fortran=False, size=size), len(data), f"{where}, block.keys.npy")
+    check_array_size(ArrayHeader(dtype, shape, fortran=False, size=size), len(data), f"{context}, block.keys.npy")
     points: Array = np.ndarray((shape[0], int(kind[1])), "<u4", data, size)
     if ((points > _LAST_POINT) | ((points >= _SURROGATES[0]) & (points <= _SURROGATES[1]))).any():
-        raise ValueError(f"{where}, block.keys.npy: holds numbers that are no characters")
+        raise ValueError(f"{context}, block.keys.npy: holds numbers that are no characters")
     return np.array(np.ndarray(shape, dtype, data, size))
 
 
-def _decode_sample(key: str, members: Mapping[str, Any], fields: Collection[str] | None, where: str) -> Sample:
+def _decode_sample(key: str, members: Mapping[str, Any], fields: Collection[str] | None, context: str) -> Sample:
     sample: Sample = {"__key__": key}
     for suffix, data in members.items():
         name, encoding = field_of(suffix)
         if fields is None or name in fields:
-            refuse_pickle(suffix, where)
+            refuse_pickle(suffix, context)
             if name in sample:
-                raise ValueError(f"{where}: two members are called {name!r}: rename one")
-            sample[name] = decode_member(encoding, _raw(data, suffix, where), f"{where}, field {name!r}")
-    _refuse_missing(sample, fields, where)
+                raise ValueError(f"{context}: two members are called {name!r}: rename one")
+            sample[name] = decode_member(encoding, _raw(data, suffix, context), f"{context}, field {name!r}")
+    _refuse_missing(sample, fields, context)
     return sample
 
 
-def _decode_block(members: Mapping[str, Any], fields: Collection[str] | None, where: str) -> Iterator[Sample]:
-    keys = decode_keys(_raw(members[KEYS], KEYS, where), where)
-    chosen = {name: v for name, v in split_block(members, where).items() if fields is None or name in fields}
-    _refuse_missing(chosen, fields, where)
+def _decode_block(members: Mapping[str, Any], fields: Collection[str] | None, context: str) -> Iterator[Sample]:
+    keys = read_block_keys(_raw(members[KEYS], KEYS, context), context)
+    chosen = {name: v for name, v in split_block(members, context).items() if fields is None or name in fields}
+    _refuse_missing(chosen, fields, context)
     columns = {}
     for name, variable in chosen.items():
-        columns[name] = _cut_column(name, members, keys, where, variable=variable)
+        columns[name] = _cut_column(name, members, keys, context, variable=variable)
     for place, key in enumerate(keys.tolist()):
         yield {"__key__": key} | {name: column[place] for name, column in columns.items()}
 
 
 def _cut_column(
-    name: str, members: Mapping[str, Any], keys: npt.NDArray[np.str_], where: str, *, variable: bool
+    name: str, members: Mapping[str, Any], keys: npt.NDArray[np.str_], context: str, *, variable: bool
 ) -> list[Any]:
-    where = f"{where}, field {name!r}"
-    column = decode_array(_raw(members[f"{name}.npy"], name, where), where)
+    context = f"{context}, field {name!r}"
+    column = decode_array(_raw(members[f"{name}.npy"], name, context), context)
     if not np.ndim(column):
-        raise ValueError(f"{where}: {len(keys)} keys, but an array of shape []")
+        raise ValueError(f"{context}: {len(keys)} keys, but an array of shape []")
     if variable:
-        lengths = decode_array(_raw(members[f"{name}.lengths.npy"], name, where), f"{where} (lengths)")
-        ends = check_block_lengths(lengths, keys, len(column), where).cumsum().tolist()
+        lengths = decode_array(_raw(members[f"{name}.lengths.npy"], name, context), f"{context} (lengths)")
+        ends = check_block_lengths(lengths, keys, len(column), context).cumsum().tolist()
         # Copies, or one sample kept in a buffer would keep its whole block.
         return [column[first:last].copy() for first, last in zip([0, *ends], ends, strict=False)]
     if np.shape(column)[:1] != keys.shape:
-        raise ValueError(f"{where}: {len(keys)} keys, but an array of shape {list(np.shape(column))}")
+        raise ValueError(f"{context}: {len(keys)} keys, but an array of shape {list(np.shape(column))}")
     return [row.copy() for row in column]
 
 
-def _refuse_missing(found: Collection[str], fields: Collection[str] | None, where: str) -> None:
+def _refuse_missing(found: Collection[str], fields: Collection[str] | None, context: str) -> None:
     missing = [name for name in fields or () if name not in found]
     if missing:
-        raise ValueError(f"{where}: no field {missing[0]!r}, there are {sorted(set(found) - {'__key__'})}")
+        raise ValueError(f"{context}: no field {missing[0]!r}, there are {sorted(set(found) - {'__key__'})}")
 
 
-def _raw(data: object, suffix: str, where: str) -> bytes:
+def _raw(data: object, suffix: str, context: str) -> bytes:
     if not isinstance(data, bytes):
         raise TypeError(
-            f"{where}: {suffix!r} must still be bytes, got {type(data).__name__}: it comes before stages that decode"
+            f"{context}: {suffix!r} must still be bytes, got {type(data).__name__}: it comes before stages that decode"
         )
     return data
 

@@ -67,7 +67,7 @@ def read_members(file: RandomAccess) -> Iterator[Member]:
             _check_end(file, offset, named)
             return
         header = block[:BLOCK]
-        name, size, kind = _read_header(header, file, offset)
+        name, size, kind = _parse_tar_header(header, file, offset)
         data = offset + BLOCK
         size = int(named["size"]) if "size" in named and kind in _REGULAR else size
         end = data if kind in _DATALESS else data + size
@@ -159,7 +159,7 @@ class _Ahead:
         return self._data[place : place + wanted]
 
 
-def _read_header(block: bytes, file: RandomAccess, offset: int) -> tuple[str, int, int]:
+def _parse_tar_header(block: bytes, file: RandomAccess, offset: int) -> tuple[str, int, int]:
     if offset == 0 and block[:2] == b"\x1f\x8b":
         raise ValueError(
             _damage(file, offset, "compressed with gzip, which cannot be read at any place: decompress it")
@@ -180,8 +180,8 @@ def _read_header(block: bytes, file: RandomAccess, offset: int) -> tuple[str, in
 
 
 def _name(block: bytes) -> str:
-    name = _text(block[:100])
-    return f"{_text(block[345:500])}/{name}" if block[345] else name
+    name = _decode_text(block[:100])
+    return f"{_decode_text(block[345:500])}/{name}" if block[345] else name
 
 
 # Sums and sizes recur from member to member, and parsing them is a third of the work on a header.
@@ -197,7 +197,7 @@ def _number(field: bytes) -> int:
     return int.from_bytes(field[1:], "big") if field[0] & 0x80 else int(field.rstrip(b"\0 ") or b"0", 8)
 
 
-def _text(field: bytes) -> str:
+def _decode_text(field: bytes) -> str:
     return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
@@ -206,7 +206,7 @@ def _read_extension(file: RandomAccess, offset: int, size: int, kind: int) -> di
         raise ValueError(_damage(file, offset, f"an extended header of {size} bytes: damaged"))
     data = file.read(offset + BLOCK, size)
     try:
-        records = {"path": _text(data)} if kind == ord("L") else dict(_read_records(data))
+        records = {"path": _decode_text(data)} if kind == ord("L") else dict(_read_records(data))
     except ValueError:
         raise ValueError(_damage(file, offset, "the extended header is damaged")) from None
     if any(name.startswith("GNU.sparse") for name in records) or not _SIZE.fullmatch(records.get("size", "0")):

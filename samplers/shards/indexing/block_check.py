@@ -12,13 +12,13 @@ from samplers.shards.indexing.tables import Array, Field, Tables
 from samplers.shards.storage.reading import RandomAccess
 
 # Fields to read, by column and column of lengths.
-Columns: TypeAlias = list[tuple[int, Field, int]]
+ReadColumns: TypeAlias = list[tuple[int, Field, int]]
 
 # A longer header of an array would be a hoax.
 _LONGEST_HEADER: Final = 1 << 16
 
 
-def check_block(file: RandomAccess, tables: Tables, members: list[int], rows: slice, columns: Columns) -> None:
+def check_block(file: RandomAccess, tables: Tables, members: list[int], rows: slice, columns: ReadColumns) -> None:
     """Hold what a block says of itself against the index.
 
     Args:
@@ -39,28 +39,28 @@ def check_block(file: RandomAccess, tables: Tables, members: list[int], rows: sl
         if field.variable:
             steps = tables.lengths[rows, measure].astype(np.int64)
             _hold_lengths(file, members[len(tables.fields) + measure], steps, tables.keys[rows], field)
-        where = f"{file.path}: block of sample {decode_key(tables.keys[rows.start])!r}, field {field.name!r}"
-        header = read_array_header(file.read(members[column], _LONGEST_HEADER), where)
+        context = f"{file.path}: block of sample {decode_key(tables.keys[rows.start])!r}, field {field.name!r}"
+        header = read_array_header(file.read(members[column], _LONGEST_HEADER), context)
         starts = members[column] + header.size + (np.cumsum(steps) - steps) * field.row_bytes
         moved = " at another" if (starts != tables.places[rows, column]).any() else ""
         expected = (field.dtype, (int(steps.sum()), *field.shape), False)
         if moved or (header.dtype.str, header.shape, header.fortran) != expected:
             raise ValueError(
-                f"{where}: holds {header.dtype.str} {list(header.shape)} at offset {members[column]}, the index says "
+                f"{context}: holds {header.dtype.str} {list(header.shape)} at offset {members[column]}, the index says "
                 f"{expected[0]} {list(expected[1])}{moved}: {REBUILD}"
             )
         # Before room is made for it.
         end = members[column] + header.size + header.nbytes
         if end > file.size:
-            raise ValueError(f"{where}: should end at byte {end}, the file has {file.size}: truncated")
+            raise ValueError(f"{context}: should end at byte {end}, the file has {file.size}: truncated")
 
 
 def _hold_lengths(file: RandomAccess, offset: int, steps: Array, keys: Array, field: Field) -> None:
-    where = f"{file.path}: block of sample {decode_key(keys[0])!r}, field {field.name!r}"
+    context = f"{file.path}: block of sample {decode_key(keys[0])!r}, field {field.name!r}"
     content = file.read(offset, _LONGEST_HEADER + steps.nbytes)
-    header = read_array_header(content, where)
+    header = read_array_header(content, context)
     if header.shape != steps.shape or header.dtype.kind not in "iu" or len(content) < header.size + header.nbytes:
-        raise ValueError(f"{where}: the index says {len(steps)} samples, the block has lengths {header}: {REBUILD}")
+        raise ValueError(f"{context}: the index says {len(steps)} samples, the block has lengths {header}: {REBUILD}")
     stored: Array = np.ndarray(header.shape, header.dtype, content, header.size)
     odd = np.flatnonzero(stored != steps)
     if len(odd):

@@ -13,21 +13,21 @@ from samplers.shards.storage.reading import open_file
 
 
 @dataclass(frozen=True)
-class Scan:
+class IndexCache:
     """How to index a shard.
 
     Attributes:
         fields: those whose lengths count; None for all arrays with an axis.
         length: `(field, bytes) -> steps` for fields that are not arrays.
         checksums: read the payload too.
-        keep: where each shard's index is kept: True for beside it, or a local folder; False for nowhere.
+        cache_dir: where each shard's index is kept: True for beside it, or a local folder; False for nowhere.
         length_id: which function `length` is; None where none is given, or none knows.
     """
 
     fields: Collection[str] | None
     length: LengthOf | None
     checksums: bool
-    keep: bool | Path = False
+    cache_dir: bool | Path = False
     length_id: str | None = None
 
     def __call__(self, shard: str) -> Tables:
@@ -38,7 +38,7 @@ class Scan:
             ValueError: The kept index is of other fields or of another function, nobody can tell which function
                 measures lengths that are to be kept, or the shard cannot be scanned.
         """
-        kept = self.find(shard)
+        kept = self.load(shard)
         if kept is not None:
             self._check_fields(kept, shard)
             self._check_length_id(kept, shard)
@@ -46,38 +46,39 @@ class Scan:
         tables = scan_shard(shard, self.fields, self.length, checksums=self.checksums)
         if tables.measured:
             tables = replace(tables, length_id=self.length_id)
-        if self.keep is not False:
+        if self.cache_dir is not False:
             self._check_named(tables, shard)
-            place = self.place(shard)
-            remove_leftover(place.with_name(place.name + TEMPORARY))
-            write_index(place, [tables])
+            path = self.path_of(shard)
+            remove_leftover(path.with_name(path.name + TEMPORARY))
+            write_index(path, [tables])
         return tables
 
-    def place(self, shard: str) -> Path:
+    def path(self, shard: str) -> Path:
         """Where a shard's index is kept.
 
         Raises:
             ValueError: The shard is remote, and its index was to be kept beside it.
         """
-        if isinstance(self.keep, Path):
+        if isinstance(self.cache_dir, Path):
             name = shard if "://" in shard else str(Path(shard).absolute())
             # Shards of several folders may share a name.
             return (
-                self.keep / f"{blake2b(name.encode(), digest_size=4).hexdigest()}-{PurePosixPath(shard).name}{SUFFIX}"
+                self.cache_dir
+                / f"{blake2b(name.encode(), digest_size=4).hexdigest()}-{PurePosixPath(shard).name}{SUFFIX}"
             )
         if "://" in shard:
             raise ValueError(f"{shard}: no index can be kept beside a remote shard: give resume= a local folder")
         return Path(f"{shard}{SUFFIX}")
 
-    def find(self, shard: str) -> Tables | None:
+    def load(self, shard: str) -> Tables | None:
         """The kept index of a shard, if there is one that is whole, as new as the shard and has what is asked for."""
-        if self.keep is False or not (place := self.place(shard)).exists():
+        if self.cache_dir is False or not (path := self.path_of(shard)).exists():
             return None
         try:
-            tables, _ = read_index(str(place), checked_up_to=None, mapped=False)
+            tables, _ = read_index(str(path), checked_up_to=None, mapped=False)
         except ValueError:
             return None
-        if len(tables.shards) != 1 or tables.shards[0].size != _size_since(shard, place):
+        if len(tables.shards) != 1 or tables.shards[0].size != _size_since(shard, path):
             return None
         if self.checksums and tables.crcs is None:
             return None
@@ -86,17 +87,17 @@ class Scan:
             return None
         return replace(tables, shards=(replace(tables.shards[0], path=shard),))
 
-    def with_fields_of(self, shards: Iterable[str]) -> "Scan":
+    def inherit_fields(self, shards: Iterable[str]) -> "IndexCache":
         """The same where fields were named; else for the fields of the first index that is kept."""
-        if self.fields is not None or self.keep is False:
+        if self.fields is not None or self.cache_dir is False:
             return self
-        kept = next((tables for shard in shards if (tables := self.find(shard))), None)
-        return self if kept is None else replace(self, fields=_tracked(kept))
+        kept = next((tables for shard in shards if (tables := self.load(shard))), None)
+        return self if kept is None else replace(self, fields=_tracked_fields(kept))
 
     def _check_fields(self, kept: Tables, shard: str) -> None:
-        if self.fields is not None and set(self.fields) != set(_tracked(kept)):
+        if self.fields is not None and set(self.fields) != set(_tracked_fields(kept)):
             raise ValueError(
-                f"{self.place(shard)} tells the lengths of {_tracked(kept)}, asked for are {sorted(self.fields)}: ask "
+                f"{self.path_of(shard)} tells the lengths of {_tracked_fields(kept)}, asked for are {sorted(self.fields)}: ask "
                 "for the same fields, delete it, or give resume= another folder"
             )
 
@@ -107,7 +108,7 @@ class Scan:
     def _check_length_id(self, kept: Tables, shard: str) -> None:
         if kept.measured and self._measures and kept.length_id != self.length_id:
             raise ValueError(
-                f"{self.place(shard)}: its lengths of {', '.join(kept.measured)} were measured by {kept.length_id!r}, "
+                f"{self.path_of(shard)}: its lengths of {', '.join(kept.measured)} were measured by {kept.length_id!r}, "
                 f"length= is now {self.length_id!r}: delete it to measure anew, give resume= another folder, or "
                 f"length_id={kept.length_id!r} if both give the same lengths"
             )
@@ -120,7 +121,7 @@ class Scan:
             )
 
 
-def _tracked(tables: Tables) -> list[str]:
+def _tracked_fields(tables: Tables) -> list[str]:
     return [field.name for field in tables.fields if field.tracked]
 
 

@@ -12,14 +12,14 @@ from typing import Any, Final, Self, overload
 import numpy as np
 
 from collate.errors import LengthError
-from samplers.shards.indexing.cache import Scan
-from samplers.shards.indexing.index_file import REBUILD, longest_first, read_index, read_part, write_index
+from samplers.shards.indexing.cache import IndexCache
+from samplers.shards.indexing.index_file import REBUILD, open_tables, read_index, sort_by_length, write_index
 from samplers.shards.indexing.measuring import Decoder, Measure, identify
 from samplers.shards.indexing.scan import LengthOf, scan_shard
 from samplers.shards.indexing.tables import Array, Shard, Tables, join_tables
 from samplers.shards.storage.atomic import local_path
 from samplers.shards.storage.paths import expand_shards, refuse_twice
-from samplers.shards.storage.process_pool import run
+from samplers.shards.storage.process_pool import run_in_processes
 from samplers.shards.storage.reading import Shards, open_file
 
 _NONE: Final = np.arange(0)
@@ -106,13 +106,13 @@ class LengthIndex:
             raise TypeError(f"fields must be a list of names, got the string {fields!r}")
         if length_id is not None and (not isinstance(length_id, str) or not length_id):
             raise TypeError(f"length_id must be a name, got {length_id!r}")
-        keep = resume if isinstance(resume, bool) else local_path(resume, "resume")
-        if isinstance(keep, Path):
-            keep.mkdir(parents=True, exist_ok=True)
+        cache_dir = resume if isinstance(resume, bool) else local_path(resume, "resume")
+        if isinstance(cache_dir, Path):
+            cache_dir.mkdir(parents=True, exist_ok=True)
         paths = expand_shards(shards)
         length_id = identify(length) if length_id is None and length is not None else length_id
-        scan = Scan(fields, length, checksums, keep, length_id).with_fields_of(paths)
-        with closing(run(scan, paths, workers, unit="shard", progress=progress)) as scanned:
+        scan = IndexCache(fields, length, checksums, cache_dir, length_id).inherit_fields(paths)
+        with closing(run_in_processes(scan, paths, workers, unit="shard", progress=progress)) as scanned:
             parts = dict(scanned)
         return cls(join_tables([parts[place] for place in range(len(paths))]))
 
@@ -150,7 +150,7 @@ class LengthIndex:
             FileNotFoundError: One of them is absent.
             ValueError: One is damaged, one shard is in two, or their shards differ in layout, fields or checksums.
         """
-        parts = [read_part(path) for path in paths]
+        parts = [open_tables(path) for path in paths]
         refuse_twice((shard.path, path) for part, path in zip(parts, paths, strict=True) for shard in part.shards)
         return cls(join_tables(parts))
 
@@ -205,7 +205,7 @@ class LengthIndex:
     @cached_property
     def order(self) -> Array:
         """Samples by (the sum of) their lengths, longest first, stable: int32 or int64 `[N]`; kept in the file."""
-        return longest_first([self.tables]) if self._order is None else self._order
+        return sort_by_length([self.tables]) if self._order is None else self._order
 
     @cached_property
     def fingerprint(self) -> str:

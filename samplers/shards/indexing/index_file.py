@@ -44,18 +44,19 @@ from samplers.shards.indexing.tables import (
     Array,
     Field,
     Layout,
-    Part,
     Shard,
     Tables,
+    TablesLike,
     check_alike,
-    joined,
+    concat_column,
     key_width,
 )
-from samplers.shards.storage.atomic import NewFile
-from samplers.shards.storage.reading import RemoteFile, open_file
+from samplers.shards.storage.atomic import AtomicFile
+from samplers.shards.storage.reading import open_file
+from samplers.shards.storage.remote import RemoteFile
 
 SUFFIX: Final = ".ltx"
-VERSION: Final = 1
+FORMAT_VERSION: Final = 1
 # The way out of most errors: an index can always be made again.
 REBUILD: Final = "build the index again with LengthIndex.build(shards).save(path)"
 
@@ -70,7 +71,7 @@ _CHECKED_UP_TO: Final = 1 << 28
 
 
 @dataclass(frozen=True, eq=False)
-class FilePart:
+class FileTables:
     """An index file whose arrays are read when they are asked for: a map of it would hold a descriptor all the time.
 
     Attributes:
@@ -93,13 +94,13 @@ class FilePart:
         Raises:
             ValueError: The file was replaced since it was opened.
         """
-        content = _load(self.path)
+        content = _load_content(self.path)
         _check(self.path, "it was replaced while it was read", holds=content[: _PREFIX.size].tobytes() == self.prefix)
-        header, start = _read_header(content, self.path)
+        header, start = _read_index_header(content, self.path)
         return _view(content, start, name, header["arrays"][name])
 
 
-def read_part(path: str, shard: str | None = None) -> Part:
+def open_tables(path: str, shard: str | None = None) -> TablesLike:
     """An index to be joined with others: a large local file is not kept open.
 
     Args:
@@ -117,7 +118,7 @@ def read_part(path: str, shard: str | None = None) -> Part:
         return tables
     with Path(path).open("rb") as file:
         prefix = file.read(_PREFIX.size)
-    return FilePart(path, prefix, tables.layout, tables.fields, tables.shards, tables.length_id, tables.shapes)
+    return FileTables(path, prefix, tables.layout, tables.fields, tables.shards, tables.length_id, tables.shapes)
 
 
 def read_index(path: str, checked_up_to: int | None = _CHECKED_UP_TO, *, mapped: bool = True) -> tuple[Tables, Array]:
@@ -132,8 +133,8 @@ def read_index(path: str, checked_up_to: int | None = _CHECKED_UP_TO, *, mapped:
         FileNotFoundError: There is no such file.
         ValueError: The file is foreign, of another version, truncated or damaged.
     """
-    content = _load(path, mapped=mapped)
-    header, start = _read_header(content, path)
+    content = _load_content(path, mapped=mapped)
+    header, start = _read_index_header(content, path)
     checked = checked_up_to is None or len(content) <= checked_up_to
     if checked:
         _check(
@@ -151,7 +152,7 @@ def read_index(path: str, checked_up_to: int | None = _CHECKED_UP_TO, *, mapped:
     return tables, order
 
 
-def write_index(path: Path, parts: Sequence[Part] | Callable[[], Sequence[Part]]) -> None:
+def write_index(path: Path, parts: Sequence[TablesLike] | Callable[[], Sequence[TablesLike]]) -> None:
     """Write an index file of the shards of all parts, part by part, whole or not at all.
 
     Args:
@@ -162,27 +163,27 @@ def write_index(path: Path, parts: Sequence[Part] | Callable[[], Sequence[Part]]
         FileExistsError: Another process writes the file.
         ValueError: The parts cannot be joined.
     """
-    file = NewFile(path)
+    file = AtomicFile(path)
     try:
         parts = parts() if callable(parts) else parts
         length_id = check_alike(parts)
-        order = longest_first(parts)
+        order = sort_by_length(parts)
         layout = _lay_out(parts, order)
         header, start = _encode_header(parts, layout, path.absolute().parent, length_id)
         content = _Summed(file.stream, start)
         for name, entry in layout.items():
             content.pad_to(entry["offset"])
-            for array in [order] if name == "order" else joined(parts, name):
+            for array in [order] if name == "order" else concat_column(parts, name):
                 content.write(array.astype(entry["dtype"], order="C"))
         file.stream.seek(0)
-        file.stream.write(_PREFIX.pack(_MAGIC, VERSION, len(header), crc32(header), content.crc) + header)
+        file.stream.write(_PREFIX.pack(_MAGIC, FORMAT_VERSION, len(header), crc32(header), content.crc) + header)
         file.commit()
     except BaseException:
         file.discard()
         raise
 
 
-def longest_first(parts: Sequence[Part]) -> Array:
+def sort_by_length(parts: Sequence[TablesLike]) -> Array:
     """Samples by the sum of their tracked lengths, longest first, stable: int32 `[N]`, int64 for very many."""
     tracked = np.flatnonzero([field.tracked for field in parts[0].fields if field.variable])
     totals = np.concatenate([part.array("lengths")[:, tracked].sum(1, dtype=np.int64) for part in parts])
@@ -207,7 +208,7 @@ class _Summed:
         self.write(bytes(offset - self.size))
 
 
-def _lay_out(parts: Sequence[Part], order: Array) -> dict[str, dict[str, Any]]:
+def _lay_out(parts: Sequence[TablesLike], order: Array) -> dict[str, dict[str, Any]]:
     """Dtype, shape and offset of each array in the file."""
     layout, offset = {}, 0
     for name, (_, shape) in (parts[0].shapes | {"order": (order.dtype, order.shape)}).items():
@@ -219,7 +220,7 @@ def _lay_out(parts: Sequence[Part], order: Array) -> dict[str, dict[str, Any]]:
 
 
 def _encode_header(
-    parts: Sequence[Part], layout: dict[str, dict[str, Any]], folder: Path, length_id: str | None
+    parts: Sequence[TablesLike], layout: dict[str, dict[str, Any]], folder: Path, length_id: str | None
 ) -> tuple[bytes, int]:
     """The header, and where the arrays begin."""
     header: dict[str, Any] = {
@@ -234,12 +235,12 @@ def _encode_header(
     return text, _aligned(_PREFIX.size + len(text))
 
 
-def _read_header(content: Array, path: str) -> tuple[dict[str, Any], int]:
+def _read_index_header(content: Array, path: str) -> tuple[dict[str, Any], int]:
     """The header, and where the arrays begin."""
     _check(path, "it is too short: truncated", holds=len(content) >= _PREFIX.size)
     magic, version, size, crc, _ = _PREFIX.unpack(content[: _PREFIX.size].data)
     _check(path, "it is no length index, or was sent as text", holds=magic == _MAGIC)
-    _check(path, f"it has version {version}, this program reads {VERSION}", holds=version == VERSION)
+    _check(path, f"it has version {version}, this program reads {FORMAT_VERSION}", holds=version == FORMAT_VERSION)
     text = content[_PREFIX.size : _PREFIX.size + size].tobytes()
     _check(path, "its header is damaged or truncated", holds=len(text) == size and crc32(text) == crc)
     try:
@@ -307,7 +308,7 @@ def _check_values(tables: Tables, order: Array) -> None:
             raise ValueError(f"{name} holds {array.min()} to {array.max()}")
 
 
-def _load(path: str, *, mapped: bool = True) -> Array:
+def _load_content(path: str, *, mapped: bool = True) -> Array:
     # Mapped if it is local and large.
     try:
         file = open_file(path)

@@ -61,7 +61,7 @@ def identify(function: Callable[..., Any]) -> str | None:
         names = {field: identify(part) for field, part in parts.items() if part is not None}
         return None if None in names.values() else " ".join(f"{field}={name}" for field, name in names.items())
     try:
-        text = "\n".join(_describe(function, _module_of(function), set()))
+        text = "\n".join(_describe_function(function, _module_of(function), set()))
     except _UnknownError:
         return None
     return f"{_name_of(function)}:{blake2b(text.encode('utf-8', 'surrogateescape'), digest_size=8).hexdigest()}"
@@ -71,7 +71,7 @@ class _UnknownError(Exception):
     """An object of which no text tells what it is."""
 
 
-def _describe(function: Any, module: str, seen: set[int]) -> Iterator[str]:
+def _describe_function(function: Any, module: str, seen: set[int]) -> Iterator[str]:
     """What a function is.
 
     Yields:
@@ -81,10 +81,10 @@ def _describe(function: Any, module: str, seen: set[int]) -> Iterator[str]:
         return
     seen.add(id(function))
     if isinstance(function, partial):
-        yield from _describe(function.func, module, seen)
+        yield from _describe_function(function.func, module, seen)
         yield from _describe_value((function.args, dict(function.keywords)), module, seen)
     elif isinstance(function, MethodType):
-        yield from _describe(function.__func__, module, seen)
+        yield from _describe_function(function.__func__, module, seen)
         yield from _describe_value(function.__self__, module, seen)
     elif isinstance(function, FunctionType):
         yield from _read_source(function) or _describe_code(function.__code__)
@@ -93,7 +93,7 @@ def _describe(function: Any, module: str, seen: set[int]) -> Iterator[str]:
     elif inspect.isroutine(function) or isinstance(function, type):
         yield f"{function.__module__}.{function.__qualname__}"
     else:
-        yield from _describe(type(function).__call__, module, seen)
+        yield from _describe_function(type(function).__call__, module, seen)
         yield from _describe_value(function, module, seen)
 
 
@@ -128,7 +128,7 @@ def _describe_value(value: Any, module: str, seen: set[int]) -> Iterator[str]:
             yield from _describe_value(key, module, seen)
             yield from _describe_value(each, module, seen)
     elif isinstance(value, FunctionType) and value.__module__ == module:
-        yield from _describe(value, module, seen)
+        yield from _describe_function(value, module, seen)
     elif inspect.isroutine(value) or isinstance(value, type):
         yield f"{value.__module__}.{value.__qualname__}"
     elif hasattr(value, "__dict__") and type(value).__module__ == module:

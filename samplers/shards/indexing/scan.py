@@ -19,10 +19,10 @@ from samplers.shards.format.samples import (
     check_array_size,
     check_block_lengths,
     decode_array,
-    decode_keys,
     field_of,
     find_array_header,
     read_array_header,
+    read_block_keys,
     refuse_pickle,
     split_block,
 )
@@ -109,23 +109,23 @@ class _Source:
                 yield last, members
                 members = {}
             if suffix in members:
-                raise ValueError(f"{self.where(key)}: two members {suffix!r}")
+                raise ValueError(f"{self.context(key)}: two members {suffix!r}")
             members[suffix], last = member, key
         if last is not None:
             yield last, members
 
-    def where(self, key: str) -> str:
+    def context(self, key: str) -> str:
         return f"{self.file.path}: group {key!r}"
 
-    def array_header(self, member: Member, where: str) -> ArrayHeader:
+    def array_header(self, member: Member, context: str) -> ArrayHeader:
         head = member.head
         try:
-            header = read_array_header(head, where)
+            header = read_array_header(head, context)
         except ValueError:
             if member.size <= len(head):
                 raise
-            header = read_array_header(self.file.read(member.data, min(member.size, _LONGEST_HEADER)), where)
-        check_array_size(header, member.size, where)
+            header = read_array_header(self.file.read(member.data, min(member.size, _LONGEST_HEADER)), context)
+        check_array_size(header, member.size, context)
         return header
 
     def content(self, member: Member) -> bytes:
@@ -187,12 +187,14 @@ class _Block:
 def _scan_blocks(source: _Source, groups: Iterable[tuple[str, Members]], fields: Collection[str] | None) -> Tables:
     blocks: list[_Block] = []
     for key, members in groups:
-        where = source.where(key)
+        context = source.context(key)
         if KEYS not in members:
-            raise ValueError(f"{where}: a single sample among blocks: a shard holds one layout")
-        blocks.append(_read_block(source, members, fields, where))
+            raise ValueError(f"{context}: a single sample among blocks: a shard holds one layout")
+        blocks.append(_read_block(source, members, fields, context))
         if blocks[-1].fields != blocks[0].fields:
-            raise ValueError(f"{where}: fields {_describe(blocks[-1])}, in the first block {_describe(blocks[0])}")
+            raise ValueError(
+                f"{context}: fields {_describe_block(blocks[-1])}, in the first block {_describe_block(blocks[0])}"
+            )
     source.check_width([block.keys.dtype.itemsize for block in blocks], sum(len(block.keys) for block in blocks))
     keys = np.concatenate([block.keys for block in blocks])
     _refuse_duplicates(keys, source.file.path)
@@ -210,39 +212,39 @@ def _scan_blocks(source: _Source, groups: Iterable[tuple[str, Members]], fields:
     )
 
 
-def _read_block(source: _Source, members: Members, fields: Collection[str] | None, where: str) -> _Block:
-    keys = decode_keys(source.digested(members[KEYS]), where)
-    variable = split_block(members, where)
+def _read_block(source: _Source, members: Members, fields: Collection[str] | None, context: str) -> _Block:
+    keys = read_block_keys(source.digested(members[KEYS]), context)
+    variable = split_block(members, context)
     tracked = [name for name in variable if variable[name]] if fields is None else list(fields)
     odd = [name for name in tracked if not variable.get(name)]
     if odd or not tracked or not len(keys):
         raise ValueError(
-            f"{where}: {len(keys)} samples, variable-length fields {[name for name in variable if variable[name]]}, "
+            f"{context}: {len(keys)} samples, variable-length fields {[name for name in variable if variable[name]]}, "
             f"wanted {tracked}: a block needs a sample, and each field that counts a member FIELD.lengths.npy"
         )
     columns = [
-        _read_column(source, members, keys, Field(name, f"{name}.npy", varies, tracked=name in tracked), where)
+        _read_column(source, members, keys, Field(name, f"{name}.npy", varies, tracked=name in tracked), context)
         for name, varies in variable.items()
     ]
     return _Block(np.strings.encode(keys, "utf-8", "surrogateescape"), columns)
 
 
-def _read_column(source: _Source, members: Members, keys: Array, field: Field, where: str) -> _BlockColumn:
-    where = f"{where}, field {field.name!r}"
+def _read_column(source: _Source, members: Members, keys: Array, field: Field, context: str) -> _BlockColumn:
+    context = f"{context}, field {field.name!r}"
     member = members[field.suffix]
-    header = source.array_header(member, where)
+    header = source.array_header(member, context)
     if header.dtype.str not in DTYPES or not header.shape or header.fortran:
-        raise ValueError(f"{where}: a block's arrays are little-endian, row-major and have an axis, got {header}")
+        raise ValueError(f"{context}: a block's arrays are little-endian, row-major and have an axis, got {header}")
     offsets: tuple[int, ...] = (member.data,)
     lengths = None
     if field.variable:
         declared = members[f"{field.name}.lengths.npy"]
         offsets += (declared.data,)
-        lengths = decode_array(source.digested(declared), f"{where} (lengths)")
-        lengths = check_block_lengths(lengths, keys, header.shape[0], where)
-        check_longest(int(lengths.max()), where)
+        lengths = decode_array(source.digested(declared), f"{context} (lengths)")
+        lengths = check_block_lengths(lengths, keys, header.shape[0], context)
+        check_longest(int(lengths.max()), context)
     elif header.shape[0] != len(keys):
-        raise ValueError(f"{where}: {len(keys)} keys, but an array of shape {list(header.shape)}")
+        raise ValueError(f"{context}: {len(keys)} keys, but an array of shape {list(header.shape)}")
     field = replace(field, dtype=header.dtype.str, shape=header.shape[1:])
     steps = np.ones(len(keys), np.int64) if lengths is None else lengths
     ends = np.cumsum(steps) * field.row_bytes + header.size
@@ -286,20 +288,20 @@ class _PlainScan:
     def add(self, key: str, members: Members) -> None:
         if KEYS in members or key in self.keys:
             state = "a block among single samples" if KEYS in members else "the key comes twice"
-            raise ValueError(f"{self.source.where(key)}: {state}")
+            raise ValueError(f"{self.source.context(key)}: {state}")
         if self.tracked is None:
-            self.tracked = self._variable_arrays(members, self.source.where(key))
+            self.tracked = self._variable_arrays(members, self.source.context(key))
         sample, tracked = len(self.keys), 0
         self.keys[key] = None
         for suffix, member in members.items():
-            column = self.columns.get(suffix) or self._new_column(suffix, self.source.where(key))
+            column = self.columns.get(suffix) or self._new_column(suffix, self.source.context(key))
             crc = crc32(self.source.content(member)) if self.source.checksums else 0
             column.append(sample, member.data, member.size, crc, self._length(column, member, key))
             tracked += column.field.tracked
         if tracked < len(self.tracked):
             names = [field_of(suffix)[0] for suffix in members]
             missing = [name for name in self.tracked if name not in names]
-            raise ValueError(f"{self.source.where(key)}: no field {missing[0]!r}, there are {names}")
+            raise ValueError(f"{self.source.context(key)}: no field {missing[0]!r}, there are {names}")
 
     def tables(self) -> Tables:
         """All that was added."""
@@ -321,27 +323,27 @@ class _PlainScan:
             np.stack([column.crcs for column in columns], 1).astype("<u4") if self.source.checksums else None,
         )
 
-    def _variable_arrays(self, members: Members, where: str) -> list[str]:
+    def _variable_arrays(self, members: Members, context: str) -> list[str]:
         # What counts when the caller does not say: the first sample's arrays with an axis.
         names = [
             field_of(suffix)[0]
             for suffix, member in members.items()
-            if field_of(suffix)[1] == "npy" and self.source.array_header(member, where).shape
+            if field_of(suffix)[1] == "npy" and self.source.array_header(member, context).shape
         ]
         if not names:
             raise ValueError(
-                f"{where}: none of {sorted(members)} is a .npy array with an axis: name the fields whose lengths "
+                f"{context}: none of {sorted(members)} is a .npy array with an axis: name the fields whose lengths "
                 "count, and give length= to measure other encodings"
             )
         return names
 
-    def _new_column(self, suffix: str, where: str) -> _PlainColumn:
-        refuse_pickle(suffix, where)
+    def _new_column(self, suffix: str, context: str) -> _PlainColumn:
+        refuse_pickle(suffix, context)
         name = field_of(suffix)[0]
         if name == "__key__":
-            raise ValueError(f"{where}: a field cannot be called {name!r}: rename {suffix!r}")
+            raise ValueError(f"{context}: a field cannot be called {name!r}: rename {suffix!r}")
         if any(column.field.name == name for column in self.columns.values()):
-            raise ValueError(f"{where}: field {name!r} comes in two encodings: rename one")
+            raise ValueError(f"{context}: field {name!r} comes in two encodings: rename one")
         tracked = name in (self.tracked or ())
         self.columns[suffix] = _PlainColumn(Field(name, suffix, variable=tracked, tracked=tracked))
         return self.columns[suffix]
@@ -364,33 +366,33 @@ class _PlainScan:
     def _measure(self, column: _PlainColumn, member: Member, key: str) -> int:
         # Arrays whose length does not count are held against their size all the same.
         field = column.field
-        where = f"{self.source.where(key)}, field {field.name!r}"
-        header = self.source.array_header(member, where)
+        context = f"{self.source.context(key)}, field {field.name!r}"
+        header = self.source.array_header(member, context)
         if not field.tracked:
             return 0
         if not header.shape:
-            raise ValueError(f"{where}: a number has no length: leave the field out of those whose lengths count")
+            raise ValueError(f"{context}: a number has no length: leave the field out of those whose lengths count")
         if not field.dtype:
             field = column.field = replace(field, dtype=header.dtype.str, shape=header.shape[1:])
         if (header.dtype.str, header.shape[1:]) != (field.dtype, field.shape):
             raise ValueError(
-                f"{where}: {header.dtype} with features {list(header.shape[1:])}, earlier samples have "
+                f"{context}: {header.dtype} with features {list(header.shape[1:])}, earlier samples have "
                 f"{field.dtype} with features {list(field.shape)}: a field is of one kind"
             )
-        return check_longest(header.shape[0], where)
+        return check_longest(header.shape[0], context)
 
     def _ask(self, name: str, member: Member, key: str) -> int:
-        where = f"{self.source.where(key)}, field {name!r}"
+        context = f"{self.source.context(key)}, field {name!r}"
         if self.length is None:
-            raise ValueError(f"{where}: not a .npy array: give length=, a function (field, bytes) -> steps")
+            raise ValueError(f"{context}: not a .npy array: give length=, a function (field, bytes) -> steps")
         try:
             steps = self.length(name, self.source.content(member))
         except Exception as error:
-            error.add_note(f"length= was asked for {where}")
+            error.add_note(f"length= was asked for {context}")
             raise
         if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 0:
-            raise LengthError(f"{where}: length= must give a non-negative int, got {steps!r}")
-        return check_longest(int(steps), where)
+            raise LengthError(f"{context}: length= must give a non-negative int, got {steps!r}")
+        return check_longest(int(steps), context)
 
 
 def fits_table(width: int, count: int, size: int) -> bool:
@@ -411,14 +413,14 @@ def header_of(head: bytes) -> bytes:
     return head[:end]
 
 
-def check_longest(steps: int, where: str) -> int:
+def check_longest(steps: int, context: str) -> int:
     """Pass a length on.
 
     Raises:
         LengthError: It does not fit the tables' 32 bits.
     """
     if steps > LONGEST:
-        raise LengthError(f"{where}: {steps} steps, at most {LONGEST} are possible: cut the sequence")
+        raise LengthError(f"{context}: {steps} steps, at most {LONGEST} are possible: cut the sequence")
     return steps
 
 
@@ -438,5 +440,5 @@ def _refuse_duplicates(keys: Array, path: str) -> None:
         raise ValueError(f"{path}: the key {key!r} comes {counts.max()} times")
 
 
-def _describe(block: _Block) -> str:
+def _describe_block(block: _Block) -> str:
     return str({field.name: (field.dtype, list(field.shape), field.variable) for field in block.fields})

@@ -68,7 +68,7 @@ class Shard:
     fingerprint: str
 
 
-class Part(Protocol):
+class TablesLike(Protocol):
     """What can be joined: tables in memory, or a file whose arrays are read when they are asked for."""
 
     @property
@@ -158,7 +158,7 @@ class Tables:
         return self.arrays[name]
 
 
-def join_tables(parts: Sequence[Part]) -> Tables:
+def join_tables(parts: Sequence[TablesLike]) -> Tables:
     """The tables of several lists of shards as one, in their order.
 
     Raises:
@@ -170,7 +170,7 @@ def join_tables(parts: Sequence[Part]) -> Tables:
     return Tables(parts[0].layout, parts[0].fields, shards, **arrays, length_id=length_id)
 
 
-def check_alike(parts: Sequence[Part]) -> str | None:
+def check_alike(parts: Sequence[TablesLike]) -> str | None:
     """Refuse tables that cannot be joined.
 
     Returns:
@@ -185,7 +185,7 @@ def check_alike(parts: Sequence[Part]) -> str | None:
     for part in parts:
         paths = f"{part.shards[0].path} and {first.shards[0].path}"
         if (part.layout, part.fields) != (first.layout, first.fields):
-            raise ValueError(f"{paths} cannot be one corpus: {_describe(part)}, and {_describe(first)}")
+            raise ValueError(f"{paths} cannot be one corpus: {_describe_tables(part)}, and {_describe_tables(first)}")
         if part.shapes.keys() != first.shapes.keys():
             raise ValueError(f"of {paths} one is indexed without checksums: build both with the same checksums=")
     found = {part.length_id: part for part in parts}
@@ -199,7 +199,7 @@ def check_alike(parts: Sequence[Part]) -> str | None:
     return named[0] if named and None not in found else None
 
 
-def joined(parts: Sequence[Part], name: str) -> Iterator[Array]:
+def concat_column(parts: Sequence[TablesLike], name: str) -> Iterator[Array]:
     """One array of all these tables, as it stands in the whole.
 
     Yields:
@@ -217,23 +217,23 @@ def joined(parts: Sequence[Part], name: str) -> Iterator[Array]:
         yield array
 
 
-def key_width(parts: Sequence[Part]) -> int:
+def key_width(parts: Sequence[TablesLike]) -> int:
     """Bytes of the longest key."""
     return max(part.shapes["keys"][0].itemsize for part in parts)
 
 
-def _concatenate(parts: Sequence[Part], name: str) -> Array:
+def _concatenate(parts: Sequence[TablesLike], name: str) -> Array:
     # One part after the other: of 2,000 files, each is open no longer than it is read.
     dtype, shape = parts[0].shapes[name]
     rows = sum(part.shapes[name][1][0] for part in parts)
     whole = np.empty((rows, *shape[1:]), f"S{key_width(parts)}" if name == "keys" else dtype)
     first = 0
-    for array in joined(parts, name):
+    for array in concat_column(parts, name):
         whole[first : first + len(array)] = array
         first += len(array)
     return whole
 
 
-def _describe(part: Part) -> str:
+def _describe_tables(part: TablesLike) -> str:
     kinds = [f"{f.suffix} {f.dtype} {list(f.shape)}{' variable' * f.variable}".strip() for f in part.fields]
     return f"{part.layout} of {', '.join(kinds)}"

@@ -5,17 +5,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from samplers.shards.indexing.index_file import REBUILD, SUFFIX, read_index, read_part, write_index
+from samplers.shards.indexing.index_file import REBUILD, SUFFIX, open_tables, read_index, write_index
 from samplers.shards.indexing.scan import scan_shard
-from samplers.shards.indexing.tables import Layout, Part, Tables, check_alike
+from samplers.shards.indexing.tables import Layout, Tables, TablesLike, check_alike
 from samplers.shards.storage.atomic import TEMPORARY, remove_leftover
-from samplers.shards.writing.schema import Kind, read_kinds
+from samplers.shards.writing.schema import FieldSchema, read_schema
 
 # PREFIX-000000.tar by a writer, PREFIX-000000-000000.tar by one that writes a part.
-Number = tuple[int, ...]
+ShardNumber = tuple[int, ...]
 
 
-def find_shards(folder: Path, prefix: str) -> dict[Number, Path]:
+def find_shards(folder: Path, prefix: str) -> dict[ShardNumber, Path]:
     """The shards of a prefix in a local folder, by number."""
     name = re.compile(rf"{re.escape(prefix)}-(\d{{6,}})(?:-(\d{{6,}}))?\.tar")
     found = [(name.fullmatch(path.name), path) for path in folder.iterdir()]
@@ -70,7 +70,7 @@ def read_corpus(folder: Path, prefix: str, shards: Sequence[Path]) -> frozenset[
     return frozenset(Path(shard.path).name for shard in tables.shards)
 
 
-def take_over(shards: Sequence[Path], layout: Layout, stack: frozenset[str]) -> list[Part]:
+def adopt_shards(shards: Sequence[Path], layout: Layout, stack: frozenset[str]) -> list[TablesLike]:
     """What is known of shards that a writer has finished; one that was killed before it could index gets its index.
 
     Args:
@@ -81,7 +81,7 @@ def take_over(shards: Sequence[Path], layout: Layout, stack: frozenset[str]) -> 
     Raises:
         ValueError: A shard has another layout or other kinds of fields, or has changed since it was indexed.
     """
-    parts: list[Part | None] = [_read(shard) for shard in shards]
+    parts: list[TablesLike | None] = [_read(shard) for shard in shards]
     known = next((part for part in parts if part is not None), None)
     whole = [_index(shard, known, stack) if part is None else part for shard, part in zip(shards, parts, strict=True)]
     for part in whole:
@@ -96,15 +96,15 @@ def take_over(shards: Sequence[Path], layout: Layout, stack: frozenset[str]) -> 
         check_alike(whole)
         tables, _ = read_index(f"{shards[0]}{SUFFIX}")
         tables = replace(tables, shards=whole[0].shards)
-        _check_stack(tables, read_kinds(tables), stack)
+        _check_stack(tables, read_schema(tables), stack)
     return whole
 
 
-def _read(shard: Path) -> Part | None:
+def _read(shard: Path) -> TablesLike | None:
     index = shard.with_name(shard.name + SUFFIX)
     if not index.exists():
         return None
-    part = read_part(str(index), str(shard))
+    part = open_tables(str(index), str(shard))
     size = shard.stat().st_size
     if len(part.shards) != 1 or part.shards[0].size != size:
         sizes = [each.size for each in part.shards]
@@ -112,20 +112,20 @@ def _read(shard: Path) -> Part | None:
     return part
 
 
-def _index(shard: Path, known: Part | None, stack: frozenset[str]) -> Part:
+def _index(shard: Path, known: TablesLike | None, stack: frozenset[str]) -> TablesLike:
     # In the plain layout an array of fixed size looks like a sequence: other shards tell, or `stack`.
     fields = scan_shard(str(shard)).fields if known is None else known.fields
     names = [field.name for field in fields if field.variable and (known is not None or field.name not in stack)]
     index = shard.with_name(shard.name + SUFFIX)
     write_index(index, [scan_shard(str(shard), names, checksums=True)])
-    return read_part(str(index), str(shard))
+    return open_tables(str(index), str(shard))
 
 
-def _check_stack(tables: Tables, kinds: dict[str, Kind], stack: frozenset[str]) -> None:
+def _check_stack(tables: Tables, schema: dict[str, FieldSchema], stack: frozenset[str]) -> None:
     for name in sorted(stack):
-        kind = kinds.get(name)
-        if kind is None or kind.variable:
+        field_schema = schema.get(name)
+        if field_schema is None or field_schema.variable:
             raise ValueError(
-                f"{tables.shards[0].path}: stack names {name!r}, which is {kind or 'no field'} there: leave it out, or "
+                f"{tables.shards[0].path}: stack names {name!r}, which is {field_schema or 'no field'} there: leave it out, or "
                 "write another corpus"
             )

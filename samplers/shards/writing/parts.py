@@ -8,13 +8,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
-from samplers.shards.indexing.index_file import SUFFIX, read_index, read_part, write_index
-from samplers.shards.indexing.tables import Part, Tables, check_alike
-from samplers.shards.storage.process_pool import cut, run
+from samplers.shards.indexing.index_file import SUFFIX, open_tables, read_index, write_index
+from samplers.shards.indexing.tables import Tables, TablesLike, check_alike
+from samplers.shards.storage.process_pool import run_in_processes, shorten
 from samplers.shards.writing.existing import find_shards, read_corpus
-from samplers.shards.writing.schema import Kind, read_kinds
+from samplers.shards.writing.schema import FieldSchema, read_schema
 
-T = TypeVar("T")
+PartT = TypeVar("PartT")
 
 
 class Writer(Protocol):
@@ -37,23 +37,23 @@ class Writer(Protocol):
         ...
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, field_schema: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
 
 @dataclass(frozen=True)
-class Task(Generic[T]):
+class Part(Generic[PartT]):
     """A part and its place among all of them."""
 
-    place: int
-    part: T
+    index: int
+    part: PartT
 
     def __repr__(self) -> str:
-        return f"part {self.place}, {cut(self.part)}"
+        return f"part {self.index}, {shorten(self.value)}"
 
 
 @dataclass(frozen=True)
-class PartWriter(Generic[T]):
+class PartWriter(Generic[PartT]):
     """Writes parts to shards `PREFIX-PLACE-000000.tar` and so on; `PREFIX-PLACE.ltx` says that a part is finished.
 
     Attributes:
@@ -65,12 +65,12 @@ class PartWriter(Generic[T]):
     """
 
     open_writer: Callable[[str], Writer]
-    samples: Callable[[T], Iterable[Mapping[str, Any]]]
+    samples: Callable[[PartT], Iterable[Mapping[str, Any]]]
     folder: Path
     prefix: str
     finished: frozenset[int]
 
-    def __call__(self, task: Task[T]) -> list[Path]:
+    def __call__(self, part: Part[PartT]) -> list[Path]:
         """Write a part, or what is missing of it.
 
         Returns:
@@ -80,24 +80,24 @@ class PartWriter(Generic[T]):
             RuntimeError: Whatever went wrong; the part is named.
         """
         try:
-            return self._write(task)
+            return self._write(part)
         except Exception as error:
             raise RuntimeError(
-                f"{task!r}: {type(error).__name__}: {error}; finished shards stay: go on with append=True"
+                f"{part!r}: {type(error).__name__}: {error}; finished shards stay: go on with append=True"
             ) from error
 
-    def mark(self, place: int) -> Path:
+    def done_marker(self, index: int) -> Path:
         """The file that says that a part is finished."""
-        return self.folder / f"{self.prefix}-{place:06}{SUFFIX}"
+        return self.folder / f"{self.prefix}-{index:06}{SUFFIX}"
 
-    def is_finished(self, place: int) -> bool:
+    def is_finished(self, index: int) -> bool:
         """Whether all of a part is written."""
-        return place in self.finished or self.mark(place).exists()
+        return index in self.finished or self.done_marker(index).exists()
 
-    def _write(self, task: Task[T]) -> list[Path]:
-        writer = self.open_writer(f"{self.prefix}-{task.place:06}")
-        stream = iter(self.samples(task.part))
-        finished = self.is_finished(task.place)
+    def _write(self, part: Part[PartT]) -> list[Path]:
+        writer = self.open_writer(f"{self.prefix}-{part.index:06}")
+        stream = iter(self.samples(part.value))
+        finished = self.is_finished(part.index)
         written = list(writer.keys)
         for key in written[:1] if finished else written:
             sample = next(stream, {})
@@ -114,7 +114,7 @@ class PartWriter(Generic[T]):
         return writer.shards
 
 
-def write_all(write_part: PartWriter[T], parts: Sequence[T], workers: int, *, progress: bool) -> Path:
+def write_all(write_part: PartWriter[PartT], parts: Sequence[PartT], workers: int, *, progress: bool) -> Path:
     """Write all parts, and the corpus file of all shards of the prefix.
 
     Returns:
@@ -131,15 +131,15 @@ def write_all(write_part: PartWriter[T], parts: Sequence[T], workers: int, *, pr
             if len(number) > 1 and not write_part.is_finished(number[0]):
                 raise ValueError(f"{shard} is of a part that is not finished, got only {len(parts)} parts: give it too")
             corpus.add(shard)
-    tasks = [Task(place, part) for place, part in enumerate(parts)]
-    with closing(run(write_part, tasks, workers, unit="part", progress=progress)) as done:
+    tasks = [Part(index, part) for index, part in enumerate(parts)]
+    with closing(run_in_processes(write_part, tasks, workers, unit="part", progress=progress)) as done:
         for _, shards in done:
             for shard in shards:
                 corpus.add(shard)
     path = folder / f"{prefix}{SUFFIX}"
     corpus.write(path, find_shards(folder, prefix).values())
-    for place in range(len(parts)):
-        write_part.mark(place).unlink(missing_ok=True)
+    for index in range(len(parts)):
+        write_part.done_marker(index).unlink(missing_ok=True)
     return path
 
 
@@ -159,24 +159,24 @@ class _Corpus:
     """Shards that are alike and have no key twice; they may come in any order."""
 
     def __init__(self) -> None:
-        self._parts: dict[Path, Part] = {}
-        self._kinds: dict[str, Kind] = {}
+        self._parts: dict[Path, TablesLike] = {}
+        self._schema: dict[str, FieldSchema] = {}
         self._owners: dict[bytes, int] = {}
 
     def add(self, shard: Path) -> None:
         tables, _ = read_index(f"{shard}{SUFFIX}")
         first = next(iter(self._parts.values()), tables)
         check_alike([first, tables])
-        kinds = read_kinds(tables)
-        self._kinds = self._kinds or kinds
-        for name, kind in kinds.items():
-            if kind != self._kinds[name]:
+        schema = read_schema(tables)
+        self._schema = self._schema or schema
+        for name, field_schema in schema.items():
+            if field_schema != self._schema[name]:
                 raise ValueError(
-                    f"{shard}: field {name!r} is {kind}, in {first.shards[0].path} {self._kinds[name]}: a corpus has "
+                    f"{shard}: field {name!r} is {field_schema}, in {first.shards[0].path} {self._schema[name]}: a corpus has "
                     "one kind"
                 )
         self._own(tables)
-        self._parts[shard] = read_part(f"{shard}{SUFFIX}")
+        self._parts[shard] = open_tables(f"{shard}{SUFFIX}")
 
     def write(self, path: Path, shards: Iterable[Path]) -> None:
         """Write the corpus file, in the order of these shards.
@@ -190,10 +190,10 @@ class _Corpus:
         write_index(path, parts)
 
     def _own(self, tables: Tables) -> None:
-        place = len(self._parts)
+        index = len(self._parts)
         for key in tables.keys.tolist():
-            owner = self._owners.setdefault(key, place)
-            if owner != place:
+            owner = self._owners.setdefault(key, index)
+            if owner != index:
                 shards = f"{list(self._parts)[owner]} and {tables.shards[0].path}"
                 raise ValueError(
                     f"__key__ must be unique over all parts, {key.decode()!r} is in {shards}: make the part's name a "

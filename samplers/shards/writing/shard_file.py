@@ -14,8 +14,8 @@ from samplers.shards.format.samples import KEYS, array_header
 from samplers.shards.format.tar import END, tar_header, tar_padding
 from samplers.shards.indexing.scan import fits_table, scan_shard
 from samplers.shards.indexing.tables import Array, Tables
-from samplers.shards.storage.atomic import NewFile
-from samplers.shards.writing.schema import INTEGER, Kind
+from samplers.shards.storage.atomic import AtomicFile
+from samplers.shards.writing.schema import INTEGER, FieldSchema
 
 # A block is held in memory until it is full, and read whole by streams.
 BLOCK_BYTES: Final = 1 << 26
@@ -26,15 +26,15 @@ _MOST_AXES: Final = 64
 _MOST: Final = np.iinfo(np.int64).max
 
 
-class NewShard(ABC):
+class ShardFile(ABC):
     """A shard that is being written.
 
-    What it takes can be read back: `check_kinds_fit` and `check_fits` are asked before anything is begun for a sample.
+    What it takes can be read back: `check_schema_fits` and `check_fits` are asked before anything is begun for a sample.
     """
 
-    def __init__(self, path: Path, kinds: Mapping[str, Kind]) -> None:
-        self.path, self.kinds = path, kinds
-        self.file = NewFile(path, replace=False)
+    def __init__(self, path: Path, schema: Mapping[str, FieldSchema]) -> None:
+        self.path, self.schema = path, schema
+        self.file = AtomicFile(path, replace=False)
         self.samples = self.nbytes = 0
         self.crcs: list[list[int]] = []
         # Bytes of all keys, and of the longest.
@@ -42,7 +42,7 @@ class NewShard(ABC):
 
     @staticmethod
     @abstractmethod
-    def check_kinds_fit(kinds: Mapping[str, Kind]) -> None:
+    def check_schema_fits(schema: Mapping[str, FieldSchema]) -> None:
         """Refuse fields that this layout cannot hold.
 
         Raises:
@@ -51,7 +51,7 @@ class NewShard(ABC):
 
     @staticmethod
     @abstractmethod
-    def check_fits(key: str, arrays: Mapping[str, Array], kinds: Mapping[str, Kind]) -> None:
+    def check_fits(key: str, arrays: Mapping[str, Array], schema: Mapping[str, FieldSchema]) -> None:
         """Refuse a sample that this layout cannot hold.
 
         Raises:
@@ -83,7 +83,7 @@ class NewShard(ABC):
         self._flush()
         self.file.stream.write(END)
         self.file.stream.flush()
-        names = [name for name, kind in self.kinds.items() if kind.variable]
+        names = [name for name, field_schema in self.schema.items() if field_schema.variable]
         tables = scan_shard(str(self.file.temporary), names)
         if len(tables.keys) != self.samples:
             raise ValueError(f"{self.path}: {self.samples} samples were written, {len(tables.keys)} are read back")
@@ -104,31 +104,31 @@ class NewShard(ABC):
         self.file.stream.writelines([tar_header(name, size), *parts, tar_padding(size)])
 
 
-class PlainShard(NewShard):
+class PlainShard(ShardFile):
     """One tar group a sample."""
 
     @staticmethod
-    def check_kinds_fit(kinds: Mapping[str, Kind]) -> None:
+    def check_schema_fits(schema: Mapping[str, FieldSchema]) -> None:
         """Names of fields are held against the tar header together with each key."""
 
     @staticmethod
-    def check_fits(key: str, arrays: Mapping[str, Array], kinds: Mapping[str, Kind]) -> None:
+    def check_fits(key: str, arrays: Mapping[str, Array], schema: Mapping[str, FieldSchema]) -> None:
         """Refuse a key that is too long for a tar header, or values that are too large.
 
         Raises:
             ValueError: It is, or one is.
         """
-        for name, kind in kinds.items():
-            _check_header(_member_name(key, name, kind), 'the key, or choose layout="blocks", which takes any')
+        for name, field_schema in schema.items():
+            _check_header(_member_name(key, name, field_schema), 'the key, or choose layout="blocks", which takes any')
             _check_size(name, arrays[name].nbytes)
 
     def _add(self, key: str, arrays: Mapping[str, Array]) -> list[int]:
         members = {}
-        for name, kind in self.kinds.items():
+        for name, field_schema in self.schema.items():
             array = arrays[name]
-            header = b"" if kind == INTEGER else array_header(kind.dtype, array.shape)
-            data = str(int(array)).encode() if kind == INTEGER else array.tobytes()
-            members[_member_name(key, name, kind)] = header + data
+            header = b"" if field_schema == INTEGER else array_header(field_schema.dtype, array.shape)
+            data = str(int(array)).encode() if field_schema == INTEGER else array.tobytes()
+            members[_member_name(key, name, field_schema)] = header + data
         for name, data in members.items():
             self._write(name, [data])
         return [crc32(data) for data in members.values()]
@@ -137,26 +137,26 @@ class PlainShard(NewShard):
         pass
 
 
-class BlockShard(NewShard):
+class BlockShard(ShardFile):
     """One tar group for many samples."""
 
     @staticmethod
-    def check_kinds_fit(kinds: Mapping[str, Kind]) -> None:
+    def check_schema_fits(schema: Mapping[str, FieldSchema]) -> None:
         """Refuse names of fields that are too long for a tar header, and arrays with too many axes.
 
         Raises:
             ValueError: There are such fields.
         """
-        for name, kind in kinds.items():
+        for name, field_schema in schema.items():
             _check_header(f"block-000000000.{name}.lengths.npy", "the name of the field")
-            if len(kind.shape) + 1 > _MOST_AXES:
+            if len(field_schema.shape) + 1 > _MOST_AXES:
                 raise ValueError(
-                    f"field {name!r}: {len(kind.shape)} axes, and a block puts one before them, of {_MOST_AXES} at "
+                    f"field {name!r}: {len(field_schema.shape)} axes, and a block puts one before them, of {_MOST_AXES} at "
                     'most: reshape it, or choose layout="plain"'
                 )
 
     @staticmethod
-    def check_fits(key: str, arrays: Mapping[str, Array], kinds: Mapping[str, Kind]) -> None:
+    def check_fits(key: str, arrays: Mapping[str, Array], schema: Mapping[str, FieldSchema]) -> None:
         """Refuse values that are too large for a member of a tar.
 
         Raises:
@@ -165,8 +165,8 @@ class BlockShard(NewShard):
         for name, array in arrays.items():
             _check_size(name, array.nbytes)
 
-    def __init__(self, path: Path, kinds: Mapping[str, Kind], *, block_size: int) -> None:
-        super().__init__(path, kinds)
+    def __init__(self, path: Path, schema: Mapping[str, FieldSchema], *, block_size: int) -> None:
+        super().__init__(path, schema)
         self._block_size, self._blocks = block_size, 0
         self._size = self._width = 0
         self._clear()
@@ -174,12 +174,12 @@ class BlockShard(NewShard):
     def _add(self, key: str, arrays: Mapping[str, Array]) -> list[int]:
         if self._keys and not self._block_holds(arrays):
             self._flush()
-        data = {name: arrays[name].tobytes() for name in self.kinds}
+        data = {name: arrays[name].tobytes() for name in self.schema}
         self._keys.append(key)
         self._width = max(self._width, len(key))
-        for name, kind in self.kinds.items():
+        for name, field_schema in self.schema.items():
             self._rows[name].append(data[name])
-            if kind.variable:
+            if field_schema.variable:
                 self._lengths[name].append(len(arrays[name]))
         self._size += sum(map(len, data.values()))
         full = self._size >= BLOCK_BYTES or 4 * self._width * len(self._keys) >= BLOCK_BYTES
@@ -189,10 +189,13 @@ class BlockShard(NewShard):
 
     def _block_holds(self, arrays: Mapping[str, Array]) -> bool:
         # Arrays of no bytes may still have more steps together than any array has.
-        for name, kind in self.kinds.items():
-            if 0 in kind.shape:
-                rows = sum(self._lengths[name]) + len(arrays[name]) if kind.variable else len(self._keys) + 1
-                if math.prod(size or 1 for size in (rows, *kind.shape)) * np.dtype(kind.dtype).itemsize > _MOST:
+        for name, field_schema in self.schema.items():
+            if 0 in field_schema.shape:
+                rows = sum(self._lengths[name]) + len(arrays[name]) if field_schema.variable else len(self._keys) + 1
+                if (
+                    math.prod(size or 1 for size in (rows, *field_schema.shape)) * np.dtype(field_schema.dtype).itemsize
+                    > _MOST
+                ):
                     return False
         return True
 
@@ -202,25 +205,28 @@ class BlockShard(NewShard):
         group = f"block-{self._blocks:06}"
         keys = np.array(self._keys).astype("<U")
         self._write(f"{group}.{KEYS}", [array_header(keys.dtype.str, keys.shape), keys.tobytes()])
-        for name, kind in self.kinds.items():
+        for name, field_schema in self.schema.items():
             steps = len(keys)
-            if kind.variable:
+            if field_schema.variable:
                 lengths = np.array(self._lengths[name], "<i4")
                 steps = int(lengths.sum(dtype=np.int64))
                 self._write(f"{group}.{name}.lengths.npy", [array_header("<i4", lengths.shape), lengths.tobytes()])
-            self._write(f"{group}.{name}.npy", [array_header(kind.dtype, (steps, *kind.shape)), *self._rows[name]])
+            self._write(
+                f"{group}.{name}.npy",
+                [array_header(field_schema.dtype, (steps, *field_schema.shape)), *self._rows[name]],
+            )
         self._blocks += 1
         self._clear()
 
     def _clear(self) -> None:
         self._keys: list[str] = []
         self._size = self._width = 0
-        self._rows: dict[str, list[bytes]] = {name: [] for name in self.kinds}
-        self._lengths: dict[str, list[int]] = {name: [] for name in self.kinds}
+        self._rows: dict[str, list[bytes]] = {name: [] for name in self.schema}
+        self._lengths: dict[str, list[int]] = {name: [] for name in self.schema}
 
 
-def _member_name(key: str, name: str, kind: Kind) -> str:
-    return f"{key}.{name}.{'cls' if kind == INTEGER else 'npy'}"
+def _member_name(key: str, name: str, field_schema: FieldSchema) -> str:
+    return f"{key}.{name}.{'cls' if field_schema == INTEGER else 'npy'}"
 
 
 def _check_header(name: str, way_out: str) -> None:

@@ -22,11 +22,11 @@ from samplers.shards.storage.reading import Shards
 Rename: TypeAlias = Callable[[str, str], str]
 
 # Read together, with what Python adds to a sample; a greater sample comes alone.
-_RUN_BYTES: Final = 1 << 25
+_BYTES_AT_ONCE: Final = 1 << 25
 _SAMPLE_BYTES: Final = 1 << 12
 
 
-class Piece(NamedTuple):
+class ShardSlice(NamedTuple):
     """A shard and the places of its samples in the index, from first up to last; both 0 without an index."""
 
     shard: str
@@ -35,7 +35,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reader:
+class ShardSource:
     """The samples of a shard, decoded.
 
     Attributes:
@@ -50,7 +50,7 @@ class Reader:
     decode: Mapping[str, Decoder]
     rename: Rename | None
 
-    def __call__(self, piece: Piece) -> Iterator[Sample]:
+    def __call__(self, shard_slice: ShardSlice) -> Iterator[Sample]:
         """Read a shard.
 
         Yields:
@@ -60,20 +60,20 @@ class Reader:
             TypeError: A value is no array after decoding; sample and field are named.
             ValueError: The shard is damaged, or a sample is not what the index says.
         """
-        samples = self._decoded(piece.shard) if self.dataset is None else self._checked(self.dataset, piece)
+        samples = self._decoded(shard_slice.shard) if self.dataset is None else self._checked(self.dataset, shard_slice)
         for sample in samples:
             for name, value in sample.items():
                 if name != "__key__" and not isinstance(value, (np.ndarray, np.generic, int, float)):
                     raise TypeError(
-                        f"{piece.shard}: sample {sample['__key__']!r}, field {name!r}: is {type(value).__name__}: give "
+                        f"{shard_slice.shard}: sample {sample['__key__']!r}, field {name!r}: is {type(value).__name__}: give "
                         f"decode={{{name!r}: a function from bytes to an array}}, or leave it out with fields="
                     )
             if self.rename is not None:
-                sample["__key__"] = self.rename(piece.shard, sample["__key__"])
+                sample["__key__"] = self.rename(shard_slice.shard, sample["__key__"])
             yield sample
 
-    def _checked(self, dataset: ShardDataset, piece: Piece) -> Iterator[Sample]:
-        for first, last in _runs(dataset.index.tables, piece):
+    def _checked(self, dataset: ShardDataset, shard_slice: ShardSlice) -> Iterator[Sample]:
+        for first, last in _sample_runs(dataset.index.tables, shard_slice):
             yield from dataset.__getitems__(range(first, last))
 
     def _decoded(self, shard: str) -> Iterator[Sample]:
@@ -111,7 +111,7 @@ def read_shards(
     fields: Collection[str] | None,
     decode: Mapping[str, Decoder] | None,
     rename: Rename | None,
-) -> tuple[Reader, list[Piece]]:
+) -> tuple[ShardSource, list[ShardSlice]]:
     """A reader of shards, and its pieces.
 
     Args:
@@ -133,17 +133,17 @@ def read_shards(
     except FileNotFoundError:
         if index is not None or any(Path(f"{path}{SUFFIX}").exists() for path in paths):
             raise
-        return Reader(None, fields, decode, rename), [Piece(path) for path in paths]
+        return ShardSource(None, fields, decode, rename), [ShardSlice(path) for path in paths]
     starts = dataset.index.starts.tolist()
-    pieces = [Piece(shard, *edges) for shard, edges in zip(dataset.index.shards, pairwise(starts), strict=True)]
-    return Reader(dataset, fields, decode, rename), pieces
+    slices = [ShardSlice(shard, *edges) for shard, edges in zip(dataset.index.shards, pairwise(starts), strict=True)]
+    return ShardSource(dataset, fields, decode, rename), slices
 
 
-def _runs(tables: Tables, piece: Piece) -> Iterator[tuple[int, int]]:
-    rows = slice(piece.first, piece.last)
-    total = _nbytes(tables, rows).cumsum() // _RUN_BYTES
-    edges = np.flatnonzero(np.diff(total)) + 1 + piece.first
-    return pairwise([piece.first, *edges.tolist(), piece.last])
+def _sample_runs(tables: Tables, shard_slice: ShardSlice) -> Iterator[tuple[int, int]]:
+    rows = slice(shard_slice.first, shard_slice.last)
+    total = _nbytes(tables, rows).cumsum() // _BYTES_AT_ONCE
+    edges = np.flatnonzero(np.diff(total)) + 1 + shard_slice.first
+    return pairwise([shard_slice.first, *edges.tolist(), shard_slice.last])
 
 
 def _nbytes(tables: Tables, rows: slice) -> Array:

@@ -12,23 +12,23 @@ from typing import Any, Final, Self, TypedDict, TypeVar, Unpack
 from samplers.shards.dataset import Decoder
 from samplers.shards.format.tar import split_name
 from samplers.shards.indexing.index import LengthIndex, decode_key
-from samplers.shards.indexing.index_file import SUFFIX, read_index, read_part, write_index
-from samplers.shards.indexing.tables import Array, Layout, Part
+from samplers.shards.indexing.index_file import SUFFIX, open_tables, read_index, write_index
+from samplers.shards.indexing.tables import Array, Layout, TablesLike
 from samplers.shards.storage.atomic import local_path
 from samplers.shards.storage.reading import Shards
-from samplers.shards.writing.existing import find_shards, read_corpus, refuse_shards, remove_leftovers, take_over
+from samplers.shards.writing.existing import adopt_shards, find_shards, read_corpus, refuse_shards, remove_leftovers
 from samplers.shards.writing.parts import PartWriter, finished_parts, write_all
-from samplers.shards.writing.schema import Kind, as_array, check_kinds, first_kinds, read_kinds
-from samplers.shards.writing.shard_file import BlockShard, NewShard, PlainShard
+from samplers.shards.writing.schema import FieldSchema, as_array, check_schema, infer_schema, read_schema
+from samplers.shards.writing.shard_file import BlockShard, PlainShard, ShardFile
 from samplers.shards.writing.source import Rename, read_shards
 
-T = TypeVar("T")
+PartT = TypeVar("PartT")
 
 # A block keeps its keys as text of one width.
 _LONGEST_KEY: Final = 1024
 
 
-class Options(TypedDict, total=False):
+class WriterOptions(TypedDict, total=False):
     """How shards are written: what `ShardWriter` takes beside the folder."""
 
     layout: Layout
@@ -86,23 +86,23 @@ class ShardWriter:
         """
         _check_options(layout, prefix, stack, max_samples=max_samples, max_bytes=max_bytes, block_size=block_size)
         self._folder, self._prefix = local_path(folder, "folder"), prefix
-        self._kind_of_shard: type[NewShard] = BlockShard if layout == "blocks" else PlainShard
+        self._shard_class: type[ShardFile] = BlockShard if layout == "blocks" else PlainShard
         self._new_shard = partial(BlockShard, block_size=block_size) if layout == "blocks" else PlainShard
         self._layout: Layout = layout
         self._max_samples, self._max_bytes = max_samples, max_bytes
         self._stack = frozenset(stack)
-        self._kinds: dict[str, Kind] = {}
+        self._schema: dict[str, FieldSchema] = {}
         self._like = "the first sample's"
         # In the order of writing.
         self._keys: dict[str, None] = {}
         self._number = 0
-        self._open: NewShard | None = None
+        self._open: ShardFile | None = None
         self._entered = False
         self._failure: str | None = None
         self.shards: list[Path] = []
         self._folder.mkdir(parents=True, exist_ok=True)
         if append:
-            self._take_over()
+            self._adopt_shards()
         else:
             refuse_shards(self._folder, prefix)
 
@@ -141,20 +141,20 @@ class ShardWriter:
             for name, value in sample.items()
             if name != "__key__"
         }
-        kinds = self._kinds or first_kinds(arrays, self._stack, key)
-        check_kinds(arrays, kinds, key, self._like)
-        if not self._kinds:
-            self._kind_of_shard.check_kinds_fit(kinds)
-        self._kind_of_shard.check_fits(key, arrays, kinds)
-        self._add(key, arrays, kinds)
-        self._kinds = kinds
+        schema = self._schema or infer_schema(arrays, self._stack, key)
+        check_schema(arrays, schema, key, self._like)
+        if not self._schema:
+            self._shard_class.check_schema_fits(schema)
+        self._shard_class.check_fits(key, arrays, schema)
+        self._add(key, arrays, schema)
+        self._schema = schema
         self._keys[key] = None
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, field_schema: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._entered = False
-        if kind is not None:
+        if field_schema is not None:
             self._discard()
             return
         self._refuse_failed()
@@ -165,13 +165,13 @@ class ShardWriter:
     def write_parts(
         cls,
         folder: str | os.PathLike[str],
-        samples: Callable[[T], Iterable[Mapping[str, Any]]],
-        parts: Iterable[T],
+        samples: Callable[[PartT], Iterable[Mapping[str, Any]]],
+        parts: Iterable[PartT],
         *,
         workers: int = 0,
         append: bool = False,
         progress: bool = False,
-        **options: Unpack[Options],
+        **options: Unpack[WriterOptions],
     ) -> LengthIndex:
         """Write a corpus from parts, in several processes; its bytes do not depend on how many.
 
@@ -198,7 +198,7 @@ class ShardWriter:
             ValueError: `folder` is a URL, an option is out of range, a key is in two parts, parts differ in kind, or
                 there is no sample.
         """
-        tasks = list(parts)
+        part_list = list(parts)
         _check_options(**{"layout": "blocks", "prefix": "shard", "stack": ()} | options)
         folder, prefix = local_path(folder, "folder"), options.get("prefix", "shard")
         folder.mkdir(parents=True, exist_ok=True)
@@ -209,7 +209,7 @@ class ShardWriter:
         open_writer = _Opener(cls, folder, options)
         write_part = PartWriter(open_writer, samples, folder, prefix, finished_parts(folder, prefix))
         try:
-            return LengthIndex.open(write_all(write_part, tasks, workers, progress=progress))
+            return LengthIndex.open(write_all(write_part, part_list, workers, progress=progress))
         except BaseException:
             # The other processes were killed at their work; other programs' are let be.
             with suppress(FileExistsError):
@@ -229,7 +229,7 @@ class ShardWriter:
         workers: int = 0,
         append: bool = False,
         progress: bool = False,
-        **options: Unpack[Options],
+        **options: Unpack[WriterOptions],
     ) -> LengthIndex:
         """Write a corpus of the samples of other shards, as of plain ones in blocks; each shard is a part.
 
@@ -259,15 +259,17 @@ class ShardWriter:
                 shards differ in kind, or a shard is among those to be written.
         """
         folder = local_path(folder, "folder")
-        reader, pieces = read_shards(shards, index, fields, decode, rename)
+        source, slices = read_shards(shards, index, fields, decode, rename)
         folder.mkdir(parents=True, exist_ok=True)
         own = {path.absolute() for path in find_shards(folder, options.get("prefix", "shard")).values()}
-        for piece in pieces:
-            if Path(piece.shard).absolute() in own:
-                raise ValueError(f"{piece.shard} would be read, and others of its prefix written: give another prefix=")
-        return cls.write_parts(folder, reader, pieces, workers=workers, append=append, progress=progress, **options)
+        for shard_slice in slices:
+            if Path(shard_slice.shard).absolute() in own:
+                raise ValueError(
+                    f"{shard_slice.shard} would be read, and others of its prefix written: give another prefix="
+                )
+        return cls.write_parts(folder, source, slices, workers=workers, append=append, progress=progress, **options)
 
-    def _take_over(self) -> None:
+    def _adopt_shards(self) -> None:
         remove_leftovers(self._folder, self._prefix)
         found = find_shards(self._folder, self._prefix)
         listed = read_corpus(self._folder, self._prefix, list(found.values()))
@@ -277,13 +279,13 @@ class ShardWriter:
                     f"{shard} is of a part, and not all parts are written: go on with ShardWriter.write_parts(..., "
                     "append=True)"
                 )
-        parts = take_over(list(found.values()), self._layout, self._stack)
+        parts = adopt_shards(list(found.values()), self._layout, self._stack)
         self.shards = list(found.values())
         self._number = max((number[0] + 1 for number in found), default=0)
         self._keys = dict.fromkeys(decode_key(key) for part in parts for key in part.array("keys").tolist())
         if parts:
             first, _ = read_index(f"{self.shards[0]}{SUFFIX}")
-            self._kinds, self._like = read_kinds(first), f"in {self.shards[0]}"
+            self._schema, self._like = read_schema(first), f"in {self.shards[0]}"
 
     def _check_key(self, key: object) -> str:
         if not isinstance(key, str):
@@ -299,13 +301,13 @@ class ShardWriter:
             )
         return key
 
-    def _add(self, key: str, arrays: Mapping[str, Array], kinds: dict[str, Kind]) -> None:
+    def _add(self, key: str, arrays: Mapping[str, Array], schema: dict[str, FieldSchema]) -> None:
         size = sum(array.nbytes for array in arrays.values())
         if self._open is not None and not self._open.has_room(key, size, self._max_samples, self._max_bytes):
             with self._failing():
                 self._finish()
         if self._open is None:
-            self._open = self._new_shard(self._folder / f"{self._prefix}-{self._number:06}.tar", kinds)
+            self._open = self._new_shard(self._folder / f"{self._prefix}-{self._number:06}.tar", schema)
         with self._failing():
             self._open.add(key, arrays)
 
@@ -347,7 +349,7 @@ class ShardWriter:
                 "shard are lost: go on with a new writer, append=True, and the samples that are not in its keys"
             )
 
-    def _list_parts(self) -> list[Part]:
+    def _list_parts(self) -> list[TablesLike]:
         # Listed anew: another writer may have gone on behind the shards that this one found, and the shards of a part
         # count only when all parts are written.
         found = find_shards(self._folder, self._prefix)
@@ -356,7 +358,7 @@ class ShardWriter:
         indexes = [Path(f"{shard}{SUFFIX}") for shard in shards]
         # One without an index is another writer's, who lists it when it is finished.
         parts = [
-            read_part(str(index), str(shard))
+            open_tables(str(index), str(shard))
             for shard, index in zip(shards, indexes, strict=True)
             if shard in self.shards or index.exists()
         ]
@@ -371,7 +373,7 @@ class _Opener:
 
     writer: type[ShardWriter]
     folder: Path
-    options: Options
+    options: WriterOptions
 
     def __call__(self, prefix: str) -> ShardWriter:
         return self.writer(self.folder, append=True, **self.options | {"prefix": prefix})
