@@ -13,7 +13,8 @@ from samplers.shards.dataset import Decoder
 from samplers.shards.format.tar import split_name
 from samplers.shards.indexing.index import LengthIndex, decode_key
 from samplers.shards.indexing.index_file import SUFFIX, open_tables, read_index, write_index
-from samplers.shards.indexing.tables import Array, Layout, TablesLike
+from samplers.shards.indexing.tables import Layout, TablesLike
+from samplers.shards.format.npy import AnyArray
 from samplers.shards.storage.atomic import local_path
 from samplers.shards.storage.reading import Shards
 from samplers.shards.writing.existing import adopt_shards, find_shards, read_corpus, refuse_shards, remove_leftovers
@@ -301,7 +302,7 @@ class ShardWriter:
             )
         return key
 
-    def _add(self, key: str, arrays: Mapping[str, Array], schema: dict[str, FieldSchema]) -> None:
+    def _add(self, key: str, arrays: Mapping[str, AnyArray], schema: dict[str, FieldSchema]) -> None:
         size = sum(array.nbytes for array in arrays.values())
         if self._open is not None and not self._open.has_room(key, size, self._max_samples, self._max_bytes):
             with self._failing():
