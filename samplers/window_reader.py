@@ -88,7 +88,7 @@ class ShardsInTurn(ShardDataset):
         given: list[Any] = [None] * len(places)
         for first, last in pairwise(edges):
             part = order[first:last]
-            for place, sample in zip(part.tolist(), self._find(places[part].tolist()), strict=True):
+            for place, sample in zip(part.tolist(), self._read_in_order(places[part].tolist()), strict=True):
                 given[place] = sample
             self._let_go()
         return given

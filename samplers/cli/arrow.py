@@ -1,4 +1,4 @@
-"""Rows of Parquet files and Hugging Face datasets as arrays; needs pyarrow, and for datasets `datasets`."""
+"""Rows of Parquet files and Hugging Face datasets as arrays. Needs pyarrow, and for datasets also `datasets`."""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from samplers.cli.extras import load_extra
 
-# Rows that are in memory at a time.
+# Rows in memory at a time.
 ROWS_AT_ONCE: Final = 1000
 
 
@@ -20,14 +20,14 @@ def read_parquet(paths: Sequence[str], columns: Sequence[str] | None) -> Iterato
     """The rows of Parquet files, a thousand at a time.
 
     Args:
-        paths: of the files, in order.
-        columns: which to read; None reads all.
+        paths: Paths of the files, in order.
+        columns: Columns to read. None for all.
 
     Yields:
-        Where a row stands, and its values by column: arrays `[L, *F]`, NumPy scalars and text.
+        The origin of a row, and its values by column: arrays `[L, *F]`, NumPy scalars and text.
 
     Raises:
-        ValueError: A file is damaged, a column is not there, or its kind has no fixed dtype and shape.
+        ValueError: A file is damaged, or a column does not exist or is not text or numbers of one dtype and shape.
     """
     for path in paths:
         try:
@@ -40,15 +40,15 @@ def read_dataset(path: str, columns: Sequence[str] | None, split: str | None) ->
     """The rows of a dataset that `Dataset.save_to_disk` has written, a thousand at a time.
 
     Args:
-        path: its folder.
-        columns: which to read; None reads all.
-        split: of a folder of several.
+        path: Folder of the dataset.
+        columns: Columns to read. None for all.
+        split: Split of a dataset that has several.
 
     Yields:
         As `read_parquet` does.
 
     Raises:
-        ValueError: A column or split is not there, or a column's kind has no fixed dtype and shape.
+        ValueError: A column or split does not exist, or a column is not text or numbers of one dtype and shape.
     """
     dataset = load_extra("datasets", "convert").load_from_disk(path)
     if isinstance(dataset, dict):
@@ -70,10 +70,10 @@ def _read_file(path: str, columns: Sequence[str] | None) -> Iterator[tuple[str, 
             first += len(batch)
 
 
-def _check_columns(found: Sequence[str], columns: Sequence[str] | None, path: str) -> None:
-    missing = [name for name in columns or () if name not in found]
+def _check_columns(names: Sequence[str], columns: Sequence[str] | None, path: str) -> None:
+    missing = [name for name in columns or () if name not in names]
     if missing:
-        raise ValueError(f"{path}: no column {missing[0]!r}, there are {list(found)}")
+        raise ValueError(f"{path}: no column {missing[0]!r}, there are {list(names)}")
 
 
 def _batch_rows(batch: Any, path: str, first: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -85,7 +85,7 @@ def _batch_rows(batch: Any, path: str, first: int) -> Iterator[tuple[str, dict[s
 
 
 def _values(column: Any, context: str) -> list[Any] | npt.NDArray[Any]:
-    """A value for each row."""
+    """The values of a column, one for each row."""
     column = _plain(column, context)
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         return list(column.to_pylist())
@@ -97,28 +97,35 @@ def _values(column: Any, context: str) -> list[Any] | npt.NDArray[Any]:
 
 
 def _dense_array(column: Any, context: str) -> npt.NDArray[Any]:
-    """A column without text, null or rows of different lengths as one array `[n, *F]`.
+    """A column of numbers, or of lists of one length, as one array `[n, *F]`.
 
     Raises:
         ValueError: It is not such a column.
     """
     column = _plain(column, context)
-    kind = column.type
-    if pa.types.is_fixed_size_list(kind):
+    arrow_type = column.type
+    if pa.types.is_fixed_size_list(arrow_type):
         inner = _dense_array(column.flatten(), context)
-        return inner.reshape(len(column), kind.list_size, *inner.shape[1:])
-    if _is_list(kind):
+        return inner.reshape(len(column), arrow_type.list_size, *inner.shape[1:])
+    if _is_list(arrow_type):
         sizes = np.unique(_list_lengths(column))
         if len(sizes) > 1:
-            raise ValueError(f"{context}: steps must be alike in shape, got lists of {sizes[0]} and {sizes[-1]} values")
+            raise ValueError(f"{context}: steps must have one shape, got lists of {sizes[0]} and {sizes[-1]} values")
         inner = _dense_array(column.flatten(), context)
         return inner.reshape(len(column), sizes[0] if len(sizes) else 0, *inner.shape[1:])
-    if not (pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-        raise ValueError(f"{context}: {kind} is not a number, a text or a list of numbers: choose others with --fields")
+    if not (pa.types.is_boolean(arrow_type) or pa.types.is_integer(arrow_type) or pa.types.is_floating(arrow_type)):
+        raise ValueError(
+            f"{context}: {arrow_type} is not a number, a text or a list of numbers: choose others with --fields"
+        )
     return np.asarray(column.to_numpy(zero_copy_only=False))
 
 
 def _plain(column: Any, context: str) -> Any:
+    """A column without extension types and null.
+
+    Raises:
+        ValueError: It has null.
+    """
     column = column.storage if isinstance(column, pa.ExtensionArray) else column
     if column.null_count:
         row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
@@ -126,8 +133,10 @@ def _plain(column: Any, context: str) -> Any:
     return column
 
 
-def _is_list(kind: Any) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+def _is_list(arrow_type: Any) -> bool:
+    return bool(
+        pa.types.is_list(arrow_type) or pa.types.is_large_list(arrow_type) or pa.types.is_fixed_size_list(arrow_type)
+    )
 
 
 def _list_lengths(column: Any) -> npt.NDArray[np.int64]:

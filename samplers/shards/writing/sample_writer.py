@@ -1,36 +1,30 @@
-"""Samples to shards: in blocks or one by one, from one process or many, each shard whole or not at all."""
+"""Write samples to numbered shards, each complete or not at all."""
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, KeysView, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, KeysView, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TypedDict, TypeVar, Unpack
+from typing import Any, Final, Self, TypedDict
 
-from samplers.shards.dataset import Decoder
+from collate.widths import check_count
+from samplers.shards.format.keys import decode_key
+from samplers.shards.format.npy import AnyArray
 from samplers.shards.format.tar import split_name
-from samplers.shards.indexing.index import LengthIndex, decode_key
 from samplers.shards.indexing.index_file import SUFFIX, open_tables, read_index, write_index
 from samplers.shards.indexing.tables import Layout, TablesLike
-from samplers.shards.format.npy import AnyArray
 from samplers.shards.storage.atomic import local_path
-from samplers.shards.storage.reading import Shards
 from samplers.shards.writing.existing import adopt_shards, find_shards, read_corpus, refuse_shards, remove_leftovers
-from samplers.shards.writing.parts import PartWriter, finished_parts, write_all
 from samplers.shards.writing.schema import FieldSchema, as_array, check_schema, infer_schema, read_schema
 from samplers.shards.writing.shard_file import BlockShard, PlainShard, ShardFile
-from samplers.shards.writing.source import Rename, read_shards
 
-PartT = TypeVar("PartT")
-
-# A block keeps its keys as text of one width.
+# A block stores its keys as text of one width, so one long key makes all of them long.
 _LONGEST_KEY: Final = 1024
 
 
 class WriterOptions(TypedDict, total=False):
-    """How shards are written: what `ShardWriter` takes beside the folder."""
+    """How shards are written: the options of a writer besides the folder."""
 
     layout: Layout
     max_samples: int
@@ -40,17 +34,11 @@ class WriterOptions(TypedDict, total=False):
     stack: Collection[str]
 
 
-class ShardWriter:
-    """Write samples to numbered shards `PREFIX-000000.tar` in a folder, each with its index beside it.
-
-    When the `with` block ends, the corpus file `PREFIX.ltx` joins the indexes. After an exception or a kill the
-    finished shards stay, and a writer with `append=True` goes on behind them.
-
-    Numbers become fields of fixed size, and so do the arrays that `stack` names; all other arrays and tensors are
-    sequences `[L, *F]`. The first sample says which fields there are and of what kind; later ones must be alike.
+class SampleWriter:
+    """Writes samples to shards `PREFIX-000000.tar` and so on. Users have `ShardWriter`, which documents the options.
 
     Attributes:
-        shards: those that are finished, in their order.
+        shards: The finished shards, in their order.
     """
 
     def __init__(
@@ -65,27 +53,28 @@ class ShardWriter:
         stack: Collection[str] = (),
         append: bool = False,
     ) -> None:
-        """Prepare to write; the folder is made if it is absent.
+        """Prepare to write. The folder is made if it does not exist.
 
         Args:
-            folder: a local folder; URLs are refused.
-            layout: `"blocks"`, read fast; `"plain"`, one tar group a sample.
-            max_samples: most samples in a shard.
-            max_bytes: most bytes of samples in a shard, headers apart; a greater sample has a shard of its own.
-            block_size: most samples in a block; one is also full at 64 MiB.
-            prefix: of the file names.
-            stack: arrays of the same size in every sample.
-            append: go on behind the shards of that prefix, if there are any. They stay as they are and say of what kind
-                the fields are; what a killed writer did not finish is removed. `keys` tells what is there.
+            folder: A local folder. URLs are refused.
+            layout: `"blocks"`, which reads fast, or `"plain"`, one tar group for each sample.
+            max_samples: Largest number of samples in a shard.
+            max_bytes: Largest number of bytes of samples in a shard, without headers. A larger sample has a shard of
+                its own.
+            block_size: Largest number of samples in a block. A block is also full at 64 MiB.
+            prefix: Start of the file names.
+            stack: Arrays that have the same size in every sample.
+            append: Continue behind existing shards of that prefix. They stay as they are and define the schema.
+                Leftovers of a killed writer are removed. `keys` has the samples that exist.
 
         Raises:
-            FileExistsError: The folder holds shards of that prefix; with `append`, another writer is at work on them.
-            FileNotFoundError: The corpus file lists a shard that is gone.
-            TypeError: `stack` is a single string.
-            ValueError: `folder` is a URL, an option is out of range, or a shard that is there is in another layout, of
-                another kind, or has changed since it was indexed.
+            FileExistsError: The folder has shards of that prefix. With `append`: another writer is at work on them.
+            FileNotFoundError: The corpus file lists a shard that does not exist.
+            TypeError: A count is not an int, or `stack` is a single string.
+            ValueError: `folder` is a URL, an option is out of range, or an existing shard has another layout or
+                schema, or has changed since it was indexed.
         """
-        _check_options(layout, prefix, stack, max_samples=max_samples, max_bytes=max_bytes, block_size=block_size)
+        check_options(layout, prefix, stack, max_samples=max_samples, max_bytes=max_bytes, block_size=block_size)
         self._folder, self._prefix = local_path(folder, "folder"), prefix
         self._shard_class: type[ShardFile] = BlockShard if layout == "blocks" else PlainShard
         self._new_shard = partial(BlockShard, block_size=block_size) if layout == "blocks" else PlainShard
@@ -93,8 +82,8 @@ class ShardWriter:
         self._max_samples, self._max_bytes = max_samples, max_bytes
         self._stack = frozenset(stack)
         self._schema: dict[str, FieldSchema] = {}
-        self._like = "the first sample's"
-        # In the order of writing.
+        self._schema_origin = "the first sample's"
+        # A dict, because it keeps the order of writing.
         self._keys: dict[str, None] = {}
         self._number = 0
         self._open: ShardFile | None = None
@@ -113,7 +102,7 @@ class ShardWriter:
 
     @property
     def keys(self) -> KeysView[str]:
-        """The keys of all samples, those written before too, in their order."""
+        """The keys of all samples in their order, also of those that existed before."""
         return self._keys.keys()
 
     def write(self, sample: Mapping[str, Any]) -> None:
@@ -121,15 +110,15 @@ class ShardWriter:
 
         Args:
             sample: `__key__`, a text that no other sample has, and at least one sequence `[L, *F]`: arrays or tensors
-                on the CPU, and numbers. What is added is copied.
+                on the CPU, and numbers. Values are copied.
 
         Raises:
             FileExistsError: Another writer is at work in the folder.
-            OSError: The disk is full, or fails. The writer takes no more samples then.
-            RuntimeError: The writer is not, or no longer, in its `with` block, or has failed before.
-            TypeError: A value is not an array of plain numbers, or of another dtype than in earlier samples.
-            ValueError: The key is a duplicate or not fit for the layout, a field is missing or new, or its feature
-                shape differs from earlier samples'.
+            OSError: The disk is full, or fails. The writer then takes no more samples.
+            RuntimeError: The writer is not in its `with` block, or has failed before.
+            TypeError: A value is not an array of plain numbers, or has another dtype than in earlier samples.
+            ValueError: The key is a duplicate or does not fit the layout, a field is missing or new, or its feature
+                shape differs from earlier samples.
         """
         if not self._entered:
             raise RuntimeError("write within the with block: with ShardWriter(folder) as writer: writer.write(...)")
@@ -143,152 +132,56 @@ class ShardWriter:
             if name != "__key__"
         }
         schema = self._schema or infer_schema(arrays, self._stack, key)
-        check_schema(arrays, schema, key, self._like)
+        check_schema(arrays, schema, key, self._schema_origin)
         if not self._schema:
             self._shard_class.check_schema_fits(schema)
         self._shard_class.check_fits(key, arrays, schema)
         self._add(key, arrays, schema)
+        # Only a sample that was written defines the schema and owns its key.
         self._schema = schema
         self._keys[key] = None
 
     def __exit__(
-        self, field_schema: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._entered = False
-        if field_schema is not None:
+        if kind is not None:
             self._discard()
             return
         self._refuse_failed()
         self._finish()
-        write_index(self._folder / f"{self._prefix}{SUFFIX}", self._list_parts)
-
-    @classmethod
-    def write_parts(
-        cls,
-        folder: str | os.PathLike[str],
-        samples: Callable[[PartT], Iterable[Mapping[str, Any]]],
-        parts: Iterable[PartT],
-        *,
-        workers: int = 0,
-        append: bool = False,
-        progress: bool = False,
-        **options: Unpack[WriterOptions],
-    ) -> LengthIndex:
-        """Write a corpus from parts, in several processes; its bytes do not depend on how many.
-
-        Part 3 goes to shards `PREFIX-000003-000000.tar` and so on, which appear under these names when they are whole.
-        After an error or a kill the finished ones stay, and a call with `append=True` writes the rest.
-
-        Args:
-            folder: a local folder; URLs are refused.
-            samples: gives the samples of a part, the same ones every time; picklable where processes are not forked.
-            parts: names of files, numbers or whatever else `samples` takes; picklable.
-            workers: processes; 0 stays in this one.
-            append: go on with the same parts, and more behind them; of a finished part only the first sample is asked
-                for, and held against what was written.
-            progress: show a bar.
-            **options: as for `ShardWriter`.
-
-        Returns:
-            The index of the corpus, which is in the order of the parts.
-
-        Raises:
-            FileExistsError: The folder holds shards of that prefix; with `append`, another writer is at work on them.
-            RuntimeError: `samples` or the writing of its samples failed, or a process was killed; the part is named.
-            TypeError: `stack` is a single string, or a part cannot be sent to a process.
-            ValueError: `folder` is a URL, an option is out of range, a key is in two parts, parts differ in kind, or
-                there is no sample.
-        """
-        part_list = list(parts)
-        _check_options(**{"layout": "blocks", "prefix": "shard", "stack": ()} | options)
-        folder, prefix = local_path(folder, "folder"), options.get("prefix", "shard")
-        folder.mkdir(parents=True, exist_ok=True)
-        if append:
-            remove_leftovers(folder, prefix)
-        else:
-            refuse_shards(folder, prefix)
-        open_writer = _Opener(cls, folder, options)
-        write_part = PartWriter(open_writer, samples, folder, prefix, finished_parts(folder, prefix))
-        try:
-            return LengthIndex.open(write_all(write_part, part_list, workers, progress=progress))
-        except BaseException:
-            # The other processes were killed at their work; other programs' are let be.
-            with suppress(FileExistsError):
-                remove_leftovers(folder, prefix)
-            raise
-
-    @classmethod
-    def rewrite(
-        cls,
-        folder: str | os.PathLike[str],
-        shards: Shards,
-        index: LengthIndex | str | os.PathLike[str] | None = None,
-        fields: Collection[str] | None = None,
-        *,
-        decode: Mapping[str, Decoder] | None = None,
-        rename: Rename | None = None,
-        workers: int = 0,
-        append: bool = False,
-        progress: bool = False,
-        **options: Unpack[WriterOptions],
-    ) -> LengthIndex:
-        """Write a corpus of the samples of other shards, as of plain ones in blocks; each shard is a part.
-
-        Args:
-            folder: a local folder; URLs are refused.
-            shards: paths, brace patterns, wildcards, folders or URLs, or the `.ltx` file of a corpus.
-            index: of these shards, in their order, or its file; None for the files beside them, where there are any. It
-                tells the lengths and, where it has them, the checksums that what is read must have.
-            fields: those to take over; None for all.
-            decode: functions from bytes to arrays, for fields in other encodings than npy and cls; picklable.
-            rename: `(shard, key) -> key`, for keys that are unique in their shard alone; picklable.
-            workers: processes; 0 stays in this one.
-            append: go on after an error or a kill.
-            progress: show a bar.
-            **options: as for `ShardWriter`.
-
-        Returns:
-            The index of the new corpus.
-
-        Raises:
-            FileExistsError: The folder holds shards of that prefix; with `append`, another writer is at work on them.
-            FileNotFoundError: There are no shards, or some have an index and others none.
-            RuntimeError: A shard could not be read or written, is not what the index says, or a process was killed; it
-                is named.
-            TypeError: `stack` or `fields` is a single string.
-            ValueError: `folder` is a URL, an option is out of range, the index does not fit, a key is in two shards,
-                shards differ in kind, or a shard is among those to be written.
-        """
-        folder = local_path(folder, "folder")
-        source, slices = read_shards(shards, index, fields, decode, rename)
-        folder.mkdir(parents=True, exist_ok=True)
-        own = {path.absolute() for path in find_shards(folder, options.get("prefix", "shard")).values()}
-        for shard_slice in slices:
-            if Path(shard_slice.shard).absolute() in own:
-                raise ValueError(
-                    f"{shard_slice.shard} would be read, and others of its prefix written: give another prefix="
-                )
-        return cls.write_parts(folder, source, slices, workers=workers, append=append, progress=progress, **options)
+        write_index(self._folder / f"{self._prefix}{SUFFIX}", self._list_tables)
 
     def _adopt_shards(self) -> None:
+        """Continue behind existing shards.
+
+        Raises:
+            ValueError: A shard belongs to a part that is not finished.
+        """
         remove_leftovers(self._folder, self._prefix)
-        found = find_shards(self._folder, self._prefix)
-        listed = read_corpus(self._folder, self._prefix, list(found.values()))
-        for number, shard in found.items():
+        existing = find_shards(self._folder, self._prefix)
+        self.shards = list(existing.values())
+        listed = read_corpus(self._folder, self._prefix, self.shards)
+        for number, shard in existing.items():
             if len(number) > 1 and shard.name not in listed:
                 raise ValueError(
-                    f"{shard} is of a part, and not all parts are written: go on with ShardWriter.write_parts(..., "
+                    f"{shard} is of a part, and not all parts are written: continue with ShardWriter.write_parts(..., "
                     "append=True)"
                 )
-        parts = adopt_shards(list(found.values()), self._layout, self._stack)
-        self.shards = list(found.values())
-        self._number = max((number[0] + 1 for number in found), default=0)
-        self._keys = dict.fromkeys(decode_key(key) for part in parts for key in part.array("keys").tolist())
-        if parts:
+        tables = adopt_shards(self.shards, self._layout, self._stack)
+        self._number = max((number[0] + 1 for number in existing), default=0)
+        self._keys = dict.fromkeys(decode_key(key) for part in tables for key in part.array("keys").tolist())
+        if tables:
             first, _ = read_index(f"{self.shards[0]}{SUFFIX}")
-            self._schema, self._like = read_schema(first), f"in {self.shards[0]}"
+            self._schema, self._schema_origin = read_schema(first), f"in {self.shards[0]}"
 
     def _check_key(self, key: object) -> str:
+        """The key, if a sample may have it.
+
+        Raises:
+            TypeError: It is not text.
+            ValueError: It is too long, a duplicate, or not fit for the layout.
+        """
         if not isinstance(key, str):
             raise TypeError(f"__key__ must be a str, got {key!r}")
         if not 0 < len(key) <= _LONGEST_KEY or "\0" in key or not _is_unicode(key):
@@ -298,11 +191,12 @@ class ShardWriter:
         if self._layout == "plain" and split_name(f"{key}.x") != (key, "x"):
             raise ValueError(
                 f"__key__ must do as a file name in the plain layout, without dots in its last part, got {key!r}: "
-                'rename it, or choose layout="blocks", which takes any text'
+                'rename it, or choose the layout "blocks", which takes any text'
             )
         return key
 
     def _add(self, key: str, arrays: Mapping[str, AnyArray], schema: dict[str, FieldSchema]) -> None:
+        """Add a sample to the open shard, or to the next one."""
         size = sum(array.nbytes for array in arrays.values())
         if self._open is not None and not self._open.has_room(key, size, self._max_samples, self._max_bytes):
             with self._failing():
@@ -313,6 +207,7 @@ class ShardWriter:
             self._open.add(key, arrays)
 
     def _finish(self) -> None:
+        """Finish the open shard, and write its index."""
         if self._open is None:
             return
         try:
@@ -327,7 +222,9 @@ class ShardWriter:
         self._number += 1
 
     def _discard(self) -> None:
+        """Remove the open shard, and forget the keys of its samples."""
         if self._open is not None:
+            # The sample that failed is counted in the shard, but its key was not yet stored if it was the first.
             for _ in range(min(self._open.samples, len(self._keys))):
                 self._keys.popitem()
             self._open.file.discard()
@@ -335,55 +232,59 @@ class ShardWriter:
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
+        """Let the writer fail for good on an error."""
         try:
             yield
         except BaseException as error:
-            # Half a block may be written, and writing it again would write its samples twice.
+            # Half a block may be on the disk. To try again would write its samples twice.
             self._discard()
             self._failure = f"{type(error).__name__}: {error}"
             raise
 
     def _refuse_failed(self) -> None:
+        """Refuse to continue after an error.
+
+        Raises:
+            RuntimeError: There was one.
+        """
         if self._failure is not None:
             raise RuntimeError(
                 f"{self._folder}: writing failed before ({self._failure}), and the samples behind the last finished "
-                "shard are lost: go on with a new writer, append=True, and the samples that are not in its keys"
+                "shard are lost: continue with a new writer, append=True, and the samples that are not in its keys"
             )
 
-    def _list_parts(self) -> list[TablesLike]:
-        # Listed anew: another writer may have gone on behind the shards that this one found, and the shards of a part
-        # count only when all parts are written.
-        found = find_shards(self._folder, self._prefix)
-        listed = {shard.name for shard in self.shards} | read_corpus(self._folder, self._prefix, list(found.values()))
-        shards = [shard for number, shard in found.items() if len(number) == 1 or shard.name in listed]
-        indexes = [Path(f"{shard}{SUFFIX}") for shard in shards]
-        # One without an index is another writer's, who lists it when it is finished.
-        parts = [
-            open_tables(str(index), str(shard))
-            for shard, index in zip(shards, indexes, strict=True)
-            if shard in self.shards or index.exists()
+    def _list_tables(self) -> list[TablesLike]:
+        """The tables of all shards for the corpus file.
+
+        Raises:
+            ValueError: There are none.
+        """
+        # Listed again: another writer may have added shards behind those that this one adopted. Shards of a part count
+        # only when all parts are written.
+        existing = find_shards(self._folder, self._prefix)
+        listed = {shard.name for shard in self.shards}
+        listed |= read_corpus(self._folder, self._prefix, list(existing.values()))
+        shards = [shard for number, shard in existing.items() if len(number) == 1 or shard.name in listed]
+        # A shard without an index belongs to another writer, which lists it when it has finished.
+        tables = [
+            open_tables(f"{shard}{SUFFIX}", str(shard))
+            for shard in shards
+            if shard in self.shards or Path(f"{shard}{SUFFIX}").exists()
         ]
-        if not parts:
+        if not tables:
             raise ValueError(f"nothing was written to {self._folder}: a corpus needs a sample")
-        return parts
+        return tables
 
 
-@dataclass(frozen=True)
-class _Opener:
-    """Opens writers of parts, in whatever process."""
+def check_options(layout: str, prefix: str, stack: Collection[str], **counts: int) -> None:
+    """Check the options of a writer.
 
-    writer: type[ShardWriter]
-    folder: Path
-    options: WriterOptions
-
-    def __call__(self, prefix: str) -> ShardWriter:
-        return self.writer(self.folder, append=True, **self.options | {"prefix": prefix})
-
-
-def _check_options(layout: str, prefix: str, stack: Collection[str], **counts: int) -> None:
+    Raises:
+        TypeError: A count is not an int, or `stack` is a single string.
+        ValueError: An option is out of range.
+    """
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+        check_count(name, value, least=1, hint="give a number, or leave it out for the default")
     if layout not in {"blocks", "plain"}:
         raise ValueError(f'layout must be "blocks" or "plain", got {layout!r}')
     if not prefix or set(prefix) & set("./\\*?[]{}"):
@@ -393,6 +294,7 @@ def _check_options(layout: str, prefix: str, stack: Collection[str], **counts: i
 
 
 def _is_unicode(text: str) -> bool:
+    # Half a surrogate pair is not a character, and has no UTF-8.
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Samples of shards that are there, in their order: held against an index, or as their headers tell."""
+"""Read the samples of existing shards in order: checked against an index, or as their headers describe them."""
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -9,25 +9,27 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
-from samplers.shards.dataset import Decoder, ShardDataset
-from samplers.shards.format.samples import KEYS, Sample, decode_groups, field_of
-from samplers.shards.indexing.index import LengthIndex
+from samplers.shards.dataset import ShardDataset
+from samplers.shards.format.npy import AnyArray
+from samplers.shards.format.samples import KEYS, NO_SAMPLES, Sample, decode_groups, field_of
+from samplers.shards.indexing.index import LengthIndex, tables_of
 from samplers.shards.indexing.index_file import SUFFIX
+from samplers.shards.indexing.measuring import Decoder
 from samplers.shards.indexing.scan import read_groups
-from samplers.shards.indexing.tables import Array, Tables
+from samplers.shards.indexing.tables import Tables
 from samplers.shards.storage.paths import expand_shards
 from samplers.shards.storage.reading import Shards
 
 # (shard, key) -> key.
 Rename: TypeAlias = Callable[[str, str], str]
 
-# Read together, with what Python adds to a sample; a greater sample comes alone.
+# Samples of up to 32 MiB are read together, each with 4 KiB for its Python objects. A larger sample is read alone.
 _BYTES_AT_ONCE: Final = 1 << 25
 _SAMPLE_BYTES: Final = 1 << 12
 
 
 class ShardSlice(NamedTuple):
-    """A shard and the places of its samples in the index, from first up to last; both 0 without an index."""
+    """A shard, and the indices `first` up to `last` of its samples. Both are 0 without an index."""
 
     shard: str
     first: int = 0
@@ -36,13 +38,13 @@ class ShardSlice(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardSource:
-    """The samples of a shard, decoded.
+    """Gives the samples of a shard, decoded.
 
     Attributes:
-        dataset: of all shards, which holds each sample against the index; None to read them as they are.
-        fields: those to read; None for all.
-        decode: functions from bytes for fields in other encodings.
-        rename: gives keys; None to keep them.
+        dataset: Dataset of all shards, which checks each sample against the index. None without an index.
+        fields: Fields to read. None for all.
+        decode: Functions from bytes, for fields in other encodings.
+        rename: `(shard, key) -> key`. None keeps the keys.
     """
 
     dataset: ShardDataset | None
@@ -57,30 +59,39 @@ class ShardSource:
             Its samples, in their order.
 
         Raises:
-            TypeError: A value is no array after decoding; sample and field are named.
-            ValueError: The shard is damaged, or a sample is not what the index says.
+            TypeError: A value is not an array after decoding. The message has sample and field.
+            ValueError: The shard is damaged, or a sample differs from the index.
         """
         samples = self._decoded(shard_slice.shard) if self.dataset is None else self._checked(self.dataset, shard_slice)
         for sample in samples:
             for name, value in sample.items():
                 if name != "__key__" and not isinstance(value, (np.ndarray, np.generic, int, float)):
                     raise TypeError(
-                        f"{shard_slice.shard}: sample {sample['__key__']!r}, field {name!r}: is {type(value).__name__}: give "
-                        f"decode={{{name!r}: a function from bytes to an array}}, or leave it out with fields="
+                        f"{shard_slice.shard}: sample {sample['__key__']!r}, field {name!r}: is "
+                        f"{type(value).__name__}: give decode={{{name!r}: a function from bytes to an array}}, or "
+                        "leave it out with fields="
                     )
             if self.rename is not None:
                 sample["__key__"] = self.rename(shard_slice.shard, sample["__key__"])
             yield sample
 
     def _checked(self, dataset: ShardDataset, shard_slice: ShardSlice) -> Iterator[Sample]:
-        for first, last in _sample_runs(dataset.index.tables, shard_slice):
+        for first, last in _sample_runs(tables_of(dataset.index), shard_slice):
             yield from dataset.__getitems__(range(first, last))
 
     def _decoded(self, shard: str) -> Iterator[Sample]:
+        """Samples without an index.
+
+        Yields:
+            Samples.
+
+        Raises:
+            ValueError: The shard has none, or is damaged.
+        """
         groups = read_groups(shard)
         first = next(groups, None)
         if first is None:
-            raise ValueError(f"{shard}: holds no samples: members must be named KEY.SUFFIX")
+            raise ValueError(f"{shard}: {NO_SAMPLES}")
         for group in chain([first], groups):
             if KEYS in group:
                 yield from decode_groups([group], self.fields)
@@ -88,18 +99,23 @@ class ShardSource:
                 yield self._decode_sample(group)
 
     def _decode_sample(self, group: dict[str, Any]) -> Sample:
+        """The sample of a plain group, some of its fields by the user's functions.
+
+        Raises:
+            ValueError: A field to decode is missing.
+        """
         names = {suffix: field_of(suffix)[0] for suffix in group if not suffix.startswith("__")}
-        own = {names[suffix]: suffix for suffix in names if names[suffix] in self.decode}
-        missing = sorted(self.decode.keys() - own.keys())
+        custom = {names[suffix]: suffix for suffix in names if names[suffix] in self.decode}
+        missing = sorted(self.decode.keys() - custom.keys())
         if missing:
             raise ValueError(
                 f"{group['__url__']}: sample {group['__key__']!r}: no field {missing[0]!r} to decode, there are "
                 f"{sorted(names.values())}"
             )
-        fields = None if self.fields is None else [name for name in self.fields if name not in own]
-        rest = {suffix: data for suffix, data in group.items() if suffix not in own.values()}
-        [sample] = decode_groups([rest], fields)
-        for name, suffix in own.items():
+        fields = None if self.fields is None else [name for name in self.fields if name not in custom]
+        standard = {suffix: data for suffix, data in group.items() if suffix not in custom.values()}
+        [sample] = decode_groups([standard], fields)
+        for name, suffix in custom.items():
             if self.fields is None or name in self.fields:
                 sample[name] = self.decode[name](group[suffix])
         return {"__key__": sample["__key__"]} | {name: sample[name] for name in names.values() if name in sample}
@@ -112,19 +128,19 @@ def read_shards(
     decode: Mapping[str, Decoder] | None,
     rename: Rename | None,
 ) -> tuple[ShardSource, list[ShardSlice]]:
-    """A reader of shards, and its pieces.
+    """A source of samples, and the slices that it takes, one for each shard.
 
     Args:
-        shards: paths, brace patterns, wildcards, folders or URLs.
-        index: of the shards, in their order; None for the files beside them, where there are any.
-        fields: those to read; None for all.
-        decode: functions from bytes for fields in other encodings.
-        rename: `(shard, key) -> key`; None to keep keys.
+        shards: Paths, brace patterns, wildcards, folders or URLs.
+        index: Index of the shards, in their order. None for the files next to them, if there are any.
+        fields: Fields to read. None for all.
+        decode: Functions from bytes, for fields in other encodings.
+        rename: `(shard, key) -> key`. None keeps the keys.
 
     Raises:
         FileNotFoundError: There are no shards, or some have an index and others none.
         TypeError: `fields` is a single string.
-        ValueError: The index is damaged or of other shards, or a field is not there.
+        ValueError: The index is damaged or of other shards, or a field does not exist.
     """
     decode = dict(decode or {})
     paths = [str(shards)] if str(shards).endswith(SUFFIX) else expand_shards(shards)
@@ -135,19 +151,20 @@ def read_shards(
             raise
         return ShardSource(None, fields, decode, rename), [ShardSlice(path) for path in paths]
     starts = dataset.index.starts.tolist()
-    slices = [ShardSlice(shard, *edges) for shard, edges in zip(dataset.index.shards, pairwise(starts), strict=True)]
+    slices = [ShardSlice(shard, *bounds) for shard, bounds in zip(dataset.index.shards, pairwise(starts), strict=True)]
     return ShardSource(dataset, fields, decode, rename), slices
 
 
 def _sample_runs(tables: Tables, shard_slice: ShardSlice) -> Iterator[tuple[int, int]]:
+    """Runs of samples that are read together: (first, last) indices. Each run begins in another 32 MiB of the shard."""
     rows = slice(shard_slice.first, shard_slice.last)
     total = _nbytes(tables, rows).cumsum() // _BYTES_AT_ONCE
-    edges = np.flatnonzero(np.diff(total)) + 1 + shard_slice.first
-    return pairwise([shard_slice.first, *edges.tolist(), shard_slice.last])
+    starts = np.flatnonzero(np.diff(total)) + 1 + shard_slice.first
+    return pairwise([shard_slice.first, *starts.tolist(), shard_slice.last])
 
 
-def _nbytes(tables: Tables, rows: slice) -> Array:
-    # Of each sample, in memory.
+def _nbytes(tables: Tables, rows: slice) -> AnyArray:
+    """Bytes of each sample in memory."""
     if tables.sizes is not None:
         values = tables.sizes[rows].sum(1)
     else:
