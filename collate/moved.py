@@ -58,7 +58,7 @@ MOVED: Final = {
     "samplers.runs": "samplers.planning.equal_lengths",
     "samplers.sample_length": "samplers.dynamic.sample_length",
     "samplers.sampler": "samplers.batch_sampler",
-    "samplers.shards.blocks": "samplers.shards.indexing.block_check",
+    "samplers.shards.blocks": "samplers.shards.indexing.verify",
     "samplers.shards.continued": "samplers.shards.writing.existing",
     "samplers.shards.files": "samplers.shards.storage.reading",
     "samplers.shards.index": "samplers.shards.indexing.index",
@@ -81,7 +81,7 @@ MOVED: Final = {
     "samplers.shards.writer": "samplers.shards.writing.writer",
     "samplers.shared": "samplers.progress.shared_epochs",
     "samplers.shuffle": "samplers.planning.keyed_shuffle",
-    "samplers.stream": "samplers.dynamic.stage",
+    "samplers.stream": "samplers.dynamic",
     "samplers.widths": "samplers.planning.optimal_widths",
     "samplers.windows": "samplers.planning.window_table",
 }

@@ -1,7 +1,8 @@
 """Length-bucketed plans, samplers, shards and streams."""
 
 from samplers.batch_sampler import LengthBucketBatchSampler
-from samplers.dynamic.stage import LengthBucketNode, bucket_by_length
+from samplers.dynamic.node import LengthBucketNode
+from samplers.dynamic.stage import bucket_by_length
 from samplers.planning.optimal_widths import optimal_widths
 from samplers.planning.plan import BatchPlan, plan_epoch
 from samplers.shard_stream import ShardStream

@@ -3,9 +3,9 @@
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import click
 from tqdm import tqdm
@@ -29,24 +29,23 @@ from samplers.cli.arguments import (
     plan_options,
 )
 from samplers.cli.compare import compare_plans, describe_lengths, trace_windows
-from samplers.cli.convert import ColumnSelection, SampleMaker, check_exists, read_input_rows, stacked_fields
+from samplers.cli.convert import ColumnSelection, SampleMaker, read_input_rows, stacked_fields
 from samplers.cli.extras import load_extra
+from samplers.cli.folder_index import index_of_folder, open_earlier, unlisted_shards
 from samplers.cli.printing import count, describe_index, describe_reading, judge, print_batch, print_report, print_rows
 from samplers.planning.plan import BatchPlan, plan_epoch
 from samplers.shards.dataset import ShardDataset
-from samplers.shards.indexing.find_index import find_corpus, find_index_files
+from samplers.shards.indexing.find_index import find_index_files
 from samplers.shards.indexing.index import LengthIndex, tables_of
 from samplers.shards.indexing.index_file import SUFFIX, read_index
 from samplers.shards.indexing.measuring import LengthOf, Measure
 from samplers.shards.indexing.verify import find_errors
 from samplers.shards.storage.paths import expand_shards
+from samplers.shards.storage.process_pool import ItemT
 from samplers.shards.writing.writer import ShardWriter
-
-ItemT = TypeVar("ItemT")
 
 # Exit status if nothing differs, but not everything was measured. 2 is a usage error, by convention.
 NOT_MEASURED: Final = 3
-CORPUS: Final = f"corpus{SUFFIX}"
 # With fewer shards a worker takes longer to start than it saves.
 SHARDS_PER_WORKER: Final = 8
 
@@ -98,8 +97,8 @@ def index(
     Reads headers, and payloads only for --checksums. A refreshed index has the fields and checksums of the former one,
     unless options change them.
     """
-    target = Path(output) if output else _index_of_folder(shards)
-    before = _open_earlier(target)
+    target = Path(output) if output else index_of_folder(shards)
+    before = open_earlier(target)
     if before is not None:
         fields = list(before.fields) if fields is None else fields
         checksums = tables_of(before).crcs is not None if checksums is None else checksums
@@ -156,7 +155,7 @@ def verify(
     checksums = not quick and tables.crcs is not None
     missing = [name for name in tables.measured if not measure.measures(name)]
     results = find_errors(tables, checksums=checksums, measure=measure, workers=_count_workers(workers, len(shards)))
-    problems = [*filter(None, _progress(results, len(shards), "shard")), *_unlisted_shards(sources, shards)]
+    problems = [*filter(None, _progress(results, len(shards), "shard")), *unlisted_shards(sources, shards)]
     for problem in problems[:errors]:
         click.echo(f"{click.style('FAILED', fg='red')} {problem}")
     if len(problems) > errors:
@@ -346,33 +345,6 @@ def _length_of(measure: Measure) -> LengthOf | None:
     return measure if measure.decode else measure.length
 
 
-def _index_of_folder(shards: Sequence[str]) -> Path:
-    """The index file in a folder of shards, also if it does not exist yet.
-
-    Raises:
-        UsageError: The shards are not one folder, or the folder has several indexes.
-    """
-    check_exists(shards[0])
-    folder = Path(shards[0])
-    if len(shards) > 1 or not folder.is_dir():
-        raise click.UsageError("--output FILE.ltx is required, unless SHARDS is one folder")
-    try:
-        return find_corpus(folder) or folder / CORPUS
-    except ValueError as error:
-        raise click.UsageError(f"{error} as --output") from error
-
-
-def _open_earlier(target: Path) -> LengthIndex | None:
-    """The index that a new one replaces. None if there is none, or it is damaged."""
-    try:
-        return LengthIndex.open(target)
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        click.echo(f"built from the options alone: {error}", err=True)
-        return None
-
-
 def _count_workers(workers: int | None, shards: int) -> int:
     """The number of workers: the option, or one for each CPU and eight shards."""
     if workers is not None:
@@ -385,15 +357,6 @@ def _count_workers(workers: int | None, shards: int) -> int:
 def _progress(items: Iterable[ItemT], total: int | None, unit: str) -> Iterable[ItemT]:
     bar: Iterable[ItemT] = tqdm(items, total=total, unit=unit, disable=not sys.stderr.isatty(), leave=False)
     return bar
-
-
-def _unlisted_shards(sources: Sequence[str], shards: Sequence[str]) -> list[str]:
-    """Errors for the shards in a folder that its index does not list."""
-    if len(sources) > 1 or not Path(sources[0]).is_dir():
-        return []
-    listed = {str(Path(shard).absolute()) for shard in shards}
-    unlisted = [str(path) for path in sorted(Path(sources[0]).glob("*.tar")) if str(path.absolute()) not in listed]
-    return [f"{path}: not in the index: lengthtrack index {sources[0]}" for path in unlisted]
 
 
 def _require_budget(max_tokens: object, options: dict[str, Any]) -> None:

@@ -133,9 +133,9 @@ def compare_plans(
 
 
 def trace_windows(lengths: Lengths, summaries: Iterable[PlanSummary]) -> list[Curve]:
-    """The padding of each budget among the candidates, over windows of a half of the corpus and ever shorter ones.
+    """The padding of each budget for windows from half of the corpus downwards.
 
-    A window of which no plan can be made, as where the last step has too few rows for all replicas, is left out.
+    Windows without a possible plan are left out, for example if the last step has too few rows for all replicas.
     """
     budgets = {summary.name: summary.plan for summary in summaries}
     return [_trace(name, lengths, plan) for name, plan in budgets.items()]
@@ -156,11 +156,11 @@ def total_lengths(lengths: Lengths) -> Integers:
 
 
 def tabulate(summaries: Sequence[PlanSummary], width: int) -> list[str]:
-    """The candidates as columns of a table.
+    """The summaries as columns of a table.
 
     Args:
-        summaries: at least one.
-        width: of a line in characters; what is wider goes on in another table below.
+        summaries: At least one.
+        width: Characters in a line. Further columns go into another table below.
     """
     columns = [_column(summary) for summary in summaries]
     labels = list(columns[0])

@@ -117,7 +117,7 @@ class SampleMaker:
         """The sample of a row.
 
         Raises:
-            ValueError: A column is missing, or a value is not a number or a list of numbers, or has another dtype than
+            ValueError: A column is missing, or a value is not a number or a list of numbers, or differs in dtype from
                 earlier ones. The message has its origin.
         """
         key = self._key(context, row)
@@ -146,8 +146,8 @@ class SampleMaker:
         if not isinstance(value, (bool, int, float, list, np.ndarray, np.generic)):
             type_name = "text" if isinstance(value, str) else type(value).__name__
             raise ValueError(
-                f"{context}: is {type_name}, and shards hold numbers: choose fields with --fields, or store a text as its "
-                f"UTF-8 bytes with --text {name}"
+                f"{context}: is {type_name}, and shards hold numbers: choose fields with --fields, or store a text as "
+                f"its UTF-8 bytes with --text {name}"
             )
         if isinstance(value, list) and not value:
             return self._empty(context, name)

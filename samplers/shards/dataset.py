@@ -2,7 +2,7 @@
 
 import operator
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from errno import EMFILE, ENFILE
 from functools import lru_cache, partial
 from importlib import import_module
@@ -13,16 +13,16 @@ from zlib import crc32
 import numpy as np
 from torch.utils.data import Dataset
 
-from collate.errors import LengthError
 from samplers.shards.deprecation import renamed_argument
+from samplers.shards.field_value import check_length, decode_field
 from samplers.shards.format.keys import decode_key
 from samplers.shards.format.npy import AnyArray
-from samplers.shards.format.samples import Sample, decode_member, field_of
-from samplers.shards.indexing.block_check import ReadColumns, check_block
+from samplers.shards.format.samples import Sample
 from samplers.shards.indexing.index import LengthIndex, open_index, tables_of
 from samplers.shards.indexing.index_file import REBUILD
 from samplers.shards.indexing.measuring import Decoder
 from samplers.shards.indexing.tables import Field
+from samplers.shards.indexing.verify import ReadColumns, check_block
 from samplers.shards.skipping import Failed, Handler, is_damage, make_skipping, read_apart
 from samplers.shards.storage.reading import RandomAccess, Shards, open_file
 
@@ -308,19 +308,17 @@ class ShardDataset(Dataset[Sample]):
         buffers: Iterable[Any] = arrays
         row = int(rows[[crc32(buffer) != crc for buffer, crc in zip(buffers, expected, strict=True)].index(True)])
         raise ValueError(
-            f"{self._context(row, self._tables.fields[column])}, at offset {self._tables.offsets[row, column]}: the bytes "
-            "do not have the checksum in the index: the shard is damaged or has changed"
+            f"{self._context(row, self._tables.fields[column])}, at offset {self._tables.offsets[row, column]}: the "
+            "bytes do not have the checksum in the index: the shard is damaged or has changed"
         )
 
     def _decode_field(self, field: Field, data: bytes, row: int, length_column: int) -> Any:
         """The value of a plain field, with the length that the index says."""
-        decode = self._decode.get(field.name)
-        # Making the context takes a quarter of the time of reading a sample, so only errors make it.
         context = partial(self._context, row, field)
-        value = _call_decoder(decode, data, context) if decode else _decode(field, data, context)
+        value = decode_field(field, data, self._decode.get(field.name), context)
         # Bytes that stay undecoded have no length in steps.
         if field.variable and not isinstance(value, bytes):
-            _check_length(value, int(self._tables.lengths[row, length_column]), context)
+            check_length(value, int(self._tables.lengths[row, length_column]), context)
         return value
 
     def _check_blocks(self, files: Files, rows: AnyArray, table: AnyArray) -> None:
@@ -346,40 +344,6 @@ def _count_handles() -> int:
     except ImportError:
         return HANDLES
     return HANDLES if limit < 0 else max(1, min(HANDLES, limit // _SHARE))
-
-
-def _call_decoder(decode: Decoder, data: bytes, context: Callable[[], str]) -> Any:
-    try:
-        return decode(data)
-    except Exception as error:
-        error.add_note(f"decode= was called with {context()}")
-        raise
-
-
-def _decode(field: Field, data: bytes, context: Callable[[], str]) -> Any:
-    """Decode a member by its suffix."""
-    encoding = field_of(field.suffix)[1]
-    try:
-        return decode_member(encoding, data, "")
-    except ValueError:
-        # Again, for a message with the context.
-        return decode_member(encoding, data, context())
-
-
-def _check_length(value: Any, expected: int, context: Callable[[], str]) -> None:
-    """Compare the length of a value with the index.
-
-    Raises:
-        LengthError: They differ.
-    """
-    try:
-        steps = len(value)
-    except TypeError:
-        raise LengthError(
-            f"{context()}: the index says {expected} steps, the shard holds a single value: {REBUILD}"
-        ) from None
-    if steps != expected:
-        raise LengthError(f"{context()}: the index says {expected} steps, the shard {steps}: {REBUILD}")
 
 
 def _open_index(shards: Shards, index: LengthIndex | str | os.PathLike[str] | None) -> LengthIndex:

@@ -15,7 +15,7 @@ from torch.utils.data import get_worker_info
 
 from samplers.shards.format.keys import decode_key, encode_key
 
-# Rows of the table, one for each process that counts at the same time. In each: entries, one for each pair of shard and
+# Rows of the table, one for each process that counts at the same time. Each has entries, one for each pair of shard and
 # reason, and bytes for the names of shards.
 MAX_PROCESSES: Final = 128
 ENTRIES: Final = 1023
@@ -25,8 +25,8 @@ FURTHER: Final = "(further shards)"
 
 # A row: its process, samples taken and skipped, the entries, and one count for each reason, for further shards.
 _OWNER, _TAKEN, _SKIPPED, _FIRST = range(4)
-# The upper 32 bits of an entry are the pair (shard, reason) plus 1, the lower 32 bits its count. With 5 reasons, shard 2
-# and reason 1 are the pair 2 * 5 + 1 = 11; counted 7 times the entry is (12 << 32) + 7.
+# The upper 32 bits of an entry are the pair (shard, reason) plus 1, the lower 32 bits its count. With 5 reasons, shard
+# 2 and reason 1 are the pair 2 * 5 + 1 = 11; counted 7 times the entry is (12 << 32) + 7.
 _HALF: Final = 32
 _NAME_END: Final = b"\n"
 _CLAIM_SECONDS: Final = 1e-3

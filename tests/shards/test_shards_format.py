@@ -15,8 +15,8 @@ from webdataset import autodecode, filters
 from webdataset.tariterators import base_plus_ext
 
 from collate.errors import LengthError
+from samplers.shards.format.npy import DTYPES, decode_npy, npy_header, read_npy_header
 from samplers.shards.format.samples import decode_groups, field_of
-from samplers.shards.format.npy import DTYPES, npy_header, decode_npy, read_npy_header
 from samplers.shards.format.tar import read_members, split_name, tar_header
 from samplers.shards.storage.reading import LocalFile
 

@@ -61,12 +61,12 @@ from samplers.shards.format.npy import AnyArray
 from samplers.shards.indexing.index_header import (
     NAME_IN_FILE,
     NAME_IN_TABLES,
-    aligned,
     build_tables,
     check_blocks,
     check_values,
     encode_header,
     plan_arrays,
+    round_up,
     view_array,
 )
 from samplers.shards.indexing.tables import (
@@ -256,7 +256,7 @@ def _read_index_header(content: AnyArray, path: str) -> tuple[dict[str, Any], in
     except (ValueError, RecursionError):
         header = None
     _check(path, "its header is no JSON object", holds=isinstance(header, dict))
-    return header, aligned(_PREFIX.size + size)
+    return header, round_up(_PREFIX.size + size)
 
 
 def _load_content(path: str, *, mapped: bool = True) -> AnyArray:

@@ -31,7 +31,7 @@ def plan_arrays(parts: Sequence[TablesLike], order: AnyArray) -> dict[str, dict[
         rows = len(order) if name == "order" else sum(part.shapes[name][1][0] for part in parts)
         dtype = {"keys": f"|S{key_width(parts)}", "order": order.dtype.str}.get(name) or ARRAYS[name]
         entries[NAME_IN_FILE.get(name, name)] = {"dtype": dtype, "shape": [rows, *shape[1:]], "offset": offset}
-        offset += aligned(math.prod([rows, *shape[1:]]) * np.dtype(dtype).itemsize)
+        offset += round_up(math.prod([rows, *shape[1:]]) * np.dtype(dtype).itemsize)
     return entries
 
 
@@ -48,7 +48,7 @@ def encode_header(
     if length_id is not None:
         header["length_id"] = length_id
     text = json.dumps(header, separators=(",", ":")).encode()
-    return text, aligned(PREFIX_BYTES + len(text))
+    return text, round_up(PREFIX_BYTES + len(text))
 
 
 def build_tables(header: dict[str, Any], content: AnyArray, start: int, path: str) -> tuple[Tables, AnyArray]:
@@ -177,6 +177,6 @@ def _resolve(path: str, folder: str) -> str:
     return path if absolute or "://" in path else folder + path
 
 
-def aligned(size: int) -> int:
+def round_up(size: int) -> int:
     """The next multiple of 64."""
     return -(-size // _ALIGN) * _ALIGN

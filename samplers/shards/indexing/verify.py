@@ -1,21 +1,27 @@
-"""Compare an index with its shards: headers, lengths and, with checksums, every byte of the payloads."""
+"""Compare an index with its shards: headers, lengths and, with checksums, every byte of the payloads.
+
+`check_shard` scans a whole shard. `check_block` reads the headers of one block, before a dataset reads its samples.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import overload
+from typing import TypeAlias, overload
 
 import numpy as np
 
 from collate.errors import LengthError
 from samplers.shards.format.keys import decode_key
-from samplers.shards.format.npy import AnyArray
+from samplers.shards.format.npy import LONGEST_HEADER, AnyArray, read_npy_header
 from samplers.shards.indexing.index_file import REBUILD
 from samplers.shards.indexing.measuring import Measure
 from samplers.shards.indexing.scan import scan_shard
 from samplers.shards.indexing.tables import Field, Tables
 from samplers.shards.storage.process_pool import run_in_processes
-from samplers.shards.storage.reading import open_file
+from samplers.shards.storage.reading import RandomAccess, open_file
+
+# Fields to read: column in the tables, field, and column of its lengths (-1 for a field of fixed size).
+ReadColumns: TypeAlias = list[tuple[int, Field, int]]
 
 
 def check_shard(tables: Tables, measure: Measure, *, checksums: bool) -> None:
@@ -63,6 +69,72 @@ def refuse_wrong_length(path: str, keys: AnyArray, field: Field, indexed: AnyArr
             f"{path}: sample {decode_key(keys[row])!r}, field {field.name!r}: the index says {indexed[row]} steps, the "
             f"shard {stored[row]}; {REBUILD}"
         )
+
+
+def check_block(file: RandomAccess, tables: Tables, block: int, columns: ReadColumns) -> None:
+    """Compare a block with the index.
+
+    Args:
+        file: The shard.
+        tables: Tables of the corpus, with blocks.
+        block: Index of the block.
+        columns: Fields to read.
+
+    Raises:
+        LengthError: The length of a sample differs.
+        ValueError: A dtype, feature shape or offset differs.
+    """
+    rows, members = _block_entry(tables, block)
+    if max(members) > file.size:
+        raise ValueError(f"{file.path}: the index says that a member is not within the shard: {REBUILD}")
+    for column, field, length_column in columns:
+        steps = np.ones(rows.stop - rows.start, np.int64)
+        if field.variable:
+            steps = tables.lengths[rows, length_column].astype(np.int64)
+            _check_block_lengths(file, members[len(tables.fields) + length_column], steps, tables.keys[rows], field)
+        context = f"{file.path}: block of sample {decode_key(tables.keys[rows.start])!r}, field {field.name!r}"
+        header = read_npy_header(file.read(members[column], LONGEST_HEADER), context)
+        starts = members[column] + header.size + (np.cumsum(steps) - steps) * field.row_bytes
+        moved = " at another offset" if (starts != tables.offsets[rows, column]).any() else ""
+        expected = (field.dtype, (int(steps.sum()), *field.shape), False)
+        if moved or (header.dtype.str, header.shape, header.fortran) != expected:
+            raise ValueError(
+                f"{context}: holds {header.dtype.str} {list(header.shape)} at offset {members[column]}, the index says "
+                f"{expected[0]} {list(expected[1])}{moved}: {REBUILD}"
+            )
+        # Before memory is allocated for its samples.
+        end = members[column] + header.size + header.nbytes
+        if end > file.size:
+            raise ValueError(f"{context}: should end at byte {end}, the file has {file.size}: truncated")
+
+
+def _block_entry(tables: Tables, block: int) -> tuple[slice, list[int]]:
+    """The rows of a block in the tables, and the offsets of its members.
+
+    Raises:
+        ValueError: The layout has no blocks.
+    """
+    blocks = tables.blocks
+    if blocks is None:
+        raise ValueError(f'a shard of the layout "{tables.layout}" has no blocks')
+    first, *members = blocks[block].tolist()
+    last = int(blocks[block + 1, 0]) if block + 1 < len(blocks) else len(tables.keys)
+    return slice(first, last), members
+
+
+def _check_block_lengths(file: RandomAccess, offset: int, steps: AnyArray, keys: AnyArray, field: Field) -> None:
+    """Compare the lengths of a block with the index.
+
+    Raises:
+        ValueError: They are not integers, one for each sample.
+    """
+    context = f"{file.path}: block of sample {decode_key(keys[0])!r}, field {field.name!r}"
+    content = file.read(offset, LONGEST_HEADER + steps.nbytes)
+    header = read_npy_header(content, context)
+    if header.shape != steps.shape or header.dtype.kind not in "iu" or len(content) < header.size + header.nbytes:
+        raise ValueError(f"{context}: the index says {len(steps)} samples, the block has lengths {header}: {REBUILD}")
+    stored: AnyArray = np.ndarray(header.shape, header.dtype, content, header.size)
+    refuse_wrong_length(file.path, keys, field, steps, stored)
 
 
 def check_request(tables: Tables, measure: Measure, *, checksums: bool) -> None:
