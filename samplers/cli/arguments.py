@@ -33,6 +33,7 @@ class WrittenPath(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The path, or a usage error if it is a URL."""
+        # "-" is stdout.
         if value != "-":
             try:
                 value = str(local_path(value, "it"))
@@ -128,6 +129,7 @@ def parse_dtypes(texts: Sequence[str]) -> dict[str, np.dtype[Any]]:
         try:
             dtypes[name] = np.dtype(spelled)
         except TypeError:
+            # Refused below, with the dtypes that are not numeric.
             dtypes[name] = np.dtype(object)
         if dtypes[name].kind not in "biuf":
             raise click.BadParameter(
@@ -144,6 +146,7 @@ def load_function(text: str, option: str) -> Callable[..., Any]:
     """
     module, colon, name = text.partition(":")
     here = str(Path.cwd())
+    # An installed script does not have the working directory on its path.
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
@@ -185,6 +188,7 @@ def measuring_options(command: Command) -> Command:
             help="Function that decodes such a field, bytes to a sequence; its length counts.",
         ),
     ]
+    # click lists options in reverse order of decoration.
     for option in reversed(options):
         command = option(command)
     return command
@@ -203,6 +207,7 @@ def parse_widths(text: str | None, lengths: Lengths) -> Widths:
     if best == text:
         return numbers[0] if len(numbers) == 1 else numbers
     if len(numbers) > 1:
+        # The best widths depend on their number, so there is no list of them.
         raise click.BadParameter(f"{text!r}: best: takes one number", param_hint="--widths")
     return optimal_widths(check_lengths(lengths), numbers[0])
 
@@ -276,6 +281,7 @@ def examples(*lines: str) -> str:
 
 def _one_line(error: BaseException) -> str:
     """The message of an error, on one line."""
+    # Some messages, as of NumPy, have line breaks.
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename or 'a file'}: {error.strerror}"

@@ -56,6 +56,7 @@ def read_dataset(path: str, columns: Sequence[str] | None, split: str | None) ->
             raise ValueError(f"{path}: holds the splits {list(dataset)}, got {split!r}: choose one with --split")
         dataset = dataset[split]
     _check_columns(dataset.column_names, columns, path)
+    # Without this, `datasets` would also read the columns that are not wanted.
     chosen = dataset if columns is None else dataset.select_columns(list(columns))
     for number, table in enumerate(chosen.with_format("arrow").iter(ROWS_AT_ONCE)):
         yield from _batch_rows(table.combine_chunks().to_batches()[0], path, number * ROWS_AT_ONCE)
@@ -65,6 +66,7 @@ def _read_file(path: str, columns: Sequence[str] | None) -> Iterator[tuple[str, 
     with pq.ParquetFile(path) as file:
         _check_columns(file.schema_arrow.names, columns, path)
         first = 0
+        # A row group may be larger than memory, so rows come in batches.
         for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns):
             yield from _batch_rows(batch, path, first)
             first += len(batch)
@@ -91,6 +93,7 @@ def _values(column: Any, context: str) -> list[Any] | npt.NDArray[Any]:
         return list(column.to_pylist())
     if not _is_list(column.type):
         return _dense_array(column, context)
+    # One flat array, cut into rows: to convert row by row is many times slower.
     ends = np.cumsum(_list_lengths(column)).tolist()
     steps = _dense_array(column.flatten(), context)
     return [steps[first:last] for first, last in pairwise([0, *ends])]
@@ -108,6 +111,7 @@ def _dense_array(column: Any, context: str) -> npt.NDArray[Any]:
         inner = _dense_array(column.flatten(), context)
         return inner.reshape(len(column), arrow_type.list_size, *inner.shape[1:])
     if _is_list(arrow_type):
+        # Lists of one length are an axis of the steps.
         sizes = np.unique(_list_lengths(column))
         if len(sizes) > 1:
             raise ValueError(f"{context}: steps must have one shape, got lists of {sizes[0]} and {sizes[-1]} values")

@@ -99,6 +99,7 @@ def index(
     """
     target = Path(output) if output else index_of_folder(shards)
     before = open_earlier(target)
+    # A second `lengthtrack index` refreshes: it must not drop fields or checksums that the first one was asked for.
     if before is not None:
         fields = list(before.fields) if fields is None else fields
         checksums = tables_of(before).crcs is not None if checksums is None else checksums
@@ -148,6 +149,7 @@ def verify(
     """
     _refuse_quick(quick, length or decode)
     measure = load_measure(length, decode)
+    # `LengthIndex.open` does not check files over 256 MiB: verify checks all.
     for path in find_index_files(as_shards(sources)):
         read_index(path, checked_up_to=None)
     corpus = open_sources(sources)
@@ -210,8 +212,10 @@ def report(
     _require_budget(max_tokens, options)
     lengths = open_lengths(sources)
     options["widths"] = parse_widths(options["widths"], lengths)
+    # Before the plans, so that a missing matplotlib is an error at once.
     pictures = load_extra("samplers.cli.plots", "plots") if plot else None
     summaries = compare_plans(lengths, flatten(max_tokens) or [None], flatten(window), **options)
+    # JSON on stdout must be the only output.
     if json_path != "-":
         print_report(sources, lengths, summaries)
     if json_path is not None:
@@ -279,6 +283,7 @@ def convert(
     selection = ColumnSelection(
         fields=columns, key=key, text=text or (), dtypes=parse_dtypes(dtype), rounded=rounded or ()
     )
+    # Blocks say which fields have a fixed size. Rows of other inputs do not.
     stack = stack or stacked_fields(inputs, selection)
     maker, samples = SampleMaker(selection), 0
     with ShardWriter(folder, layout=layout, max_samples=max_samples, prefix=prefix, stack=stack) as writer:

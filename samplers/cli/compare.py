@@ -68,6 +68,7 @@ class PlanSummary:
     def widths(self) -> Integers:
         """The padded widths in the plan, over all fields: int64, ascending."""
         widths = self.plan.widths
+        # `[batches]` for one field, `[batches, K]` for several.
         return np.unique(widths if widths.ndim == 1 else widths.sum(1))
 
     def step_costs(self, steps: int) -> Floats:
@@ -137,6 +138,7 @@ def trace_windows(lengths: Lengths, summaries: Iterable[PlanSummary]) -> list[Cu
 
     Windows without a possible plan are left out, for example if the last step has too few rows for all replicas.
     """
+    # Summaries of one budget differ in their window alone, and give one curve.
     budgets = {summary.name: summary.plan for summary in summaries}
     return [_trace(name, lengths, plan) for name, plan in budgets.items()]
 

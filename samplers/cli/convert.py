@@ -149,6 +149,7 @@ class SampleMaker:
                 f"{context}: is {type_name}, and shards hold numbers: choose fields with --fields, or store a text as "
                 f"its UTF-8 bytes with --text {name}"
             )
+        # `np.asarray([])` is float64, whatever the field holds.
         if isinstance(value, list) and not value:
             return self._empty(context, name)
         array = as_numbers(value, context)
@@ -219,6 +220,7 @@ def _read_files(pattern: str, selection: ColumnSelection) -> NamedRows:
 def _read_json(path: str) -> NamedRows:
     for number, data in enumerate(_read_lines(path), start=1):
         context = f"{path}, line {number}"
+        # Many writers end a file with an empty line.
         if not data.strip():
             continue
         try:
@@ -239,6 +241,7 @@ def _read_lines(path: str) -> Iterator[bytes]:
     with Path(path).open("rb") as file:
         lines = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if path.endswith(".gz") else file
         number = 0
+        # The damage of a gzip file shows when its lines are read.
         try:
             for line in lines:
                 number += 1

@@ -53,8 +53,8 @@ def draw_comparison(lengths: Lengths, summaries: Sequence[PlanSummary], curves: 
         figure = Figure(figsize=(7.2, 5.0), layout="constrained")
         panels = figure.subplots(2, 2)
         _draw_lengths(panels[0, 0], total_lengths(lengths), summaries[0])
-        _draw_curves(panels[0, 1], curves, summaries, "padding", "Padding")
-        _draw_curves(panels[1, 0], curves, summaries, "meeting_again", "Pairs that meet again")
+        _draw_curves(panels[0, 1], curves, summaries, measure="padding", title="Padding")
+        _draw_curves(panels[1, 0], curves, summaries, measure="meeting_again", title="Pairs that meet again")
         _draw_steps(panels[1, 1], summaries[0])
         for letter, axes in zip("abcd", panels.flat, strict=True):
             axes.set_title(f"({letter}) {axes.get_title('left')}")
@@ -92,7 +92,7 @@ def _bins(totals: Any, *, spread: bool) -> list[float]:
 
 
 def _draw_curves(
-    axes: Axes, curves: Sequence[Curve], summaries: Sequence[PlanSummary], measure: str, title: str
+    axes: Axes, curves: Sequence[Curve], summaries: Sequence[PlanSummary], *, measure: str, title: str
 ) -> None:
     random = {summary.name: summary.random for summary in summaries}
     for curve, colour in zip(curves, _colours(len(curves)), strict=True):

@@ -64,9 +64,11 @@ def print_report(sources: Sequence[str], lengths: Lengths, summaries: Sequence[P
         f"{figures['steps']:,} steps; length {figures['least']:,.0f} to {figures['most']:,.0f}, median "
         f"{figures['median']:,.0f}, mean {figures['mean']:,.0f}, 95 % up to {figures['percentile_95']:,.0f}\n"
     )
+    # Only a terminal has a width.
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
     for line in tabulate(summaries, width):
         click.echo(line)
+    # Plans of one budget have the same over-long samples: say it once.
     for text in dict.fromkeys(_overlong_line(lengths, summary) for summary in summaries if summary.overlong):
         click.echo(f"\n{text}")
 
@@ -114,6 +116,7 @@ def print_rows(corpus: LengthIndex, batch: Sequence[int], samples: Sequence[Samp
     first = corpus.fields[0]
     lengths = {name: [len(sample[name]) for sample in samples] for name in corpus.fields}
     width = max(1, *lengths[first])
+    # `max` of 1 row, in case no row is printed.
     key = max(len(sample["__key__"]) for sample in samples[: max(1, rows)])
     headings = "".join(f"{name:>{max(8, len(name) + 2)}}" for name in corpus.fields)
     click.secho(f"{'index':>10}  {'key':<{key}}{headings}  {first}, real # and padding .", bold=True)

@@ -103,8 +103,8 @@ class Bucketer(Generic[SampleT]):
         # When the source has ended: the shortest sample of each remaining batch, (length, arrival), ascending.
         self.ended = False
         self._edges: list[tuple[int, int]] = []
-        # Byte i is 1 if arrival `_oldest + i` is out of the buffer. Byte 0 is always 0. After a state is loaded there are
-        # bytes behind `arrivals`, until the source has repeated the samples that it gave before.
+        # Byte i is 1 if arrival `_oldest + i` is out of the buffer. Byte 0 is always 0. After a state is loaded there
+        # are bytes behind `arrivals`, until the source has repeated the samples that it gave before.
         self._oldest = 0
         self._out = bytearray()
 
@@ -250,8 +250,8 @@ class Bucketer(Generic[SampleT]):
         """
         if state.get("version") != BUCKETER_VERSION:
             raise ValueError(
-                f"the state must be of version {BUCKETER_VERSION}, got version {state.get('version')!r}: start without a "
-                "state"
+                f"the state must be of version {BUCKETER_VERSION}, got version {state.get('version')!r}: start without "
+                "a state"
             )
         try:
             oldest, arrivals, dropped, alone = (int(state[name]) for name in ("oldest", "arrivals", "dropped", "alone"))
@@ -331,8 +331,8 @@ class Bucketer(Generic[SampleT]):
 
     def _describe_overlong(self, length: int, sample: SampleT) -> str:
         return (
-            f"the sample at arrival {self.arrivals}{_key(sample)} has {length} steps, which alone exceeds the budget: raise "
-            "the budget, cut the sample, or set overlong to 'drop' or 'alone'"
+            f"the sample at arrival {self.arrivals}{_key(sample)} has {length} steps, which alone exceeds the budget: "
+            "raise the budget, cut the sample, or set overlong to 'drop' or 'alone'"
         )
 
 

@@ -193,10 +193,10 @@ def _refuse_stale(state: Mapping[str, Any]) -> None:
     """
     if state.get(_STALE):
         raise ValueError(
-            "the state was saved at the start of an epoch that the source had not begun: until its first sample "
-            "is taken, a stateful iterable written as a generator has the state of the end of the epoch before. Save after "
-            "some batches, or let the iterable's __iter__ reset its state at once, and yield the samples from another "
-            "generator"
+            "the state was saved at the start of an epoch that the source had not begun: until its first sample is "
+            "taken, a stateful iterable written as a generator has the state of the end of the epoch before. Save "
+            "after some batches, or let the iterable's __iter__ reset its state at once, and yield the samples from "
+            "another generator"
         )
 
 

@@ -118,6 +118,7 @@ class BucketStage(Generic[SampleT]):
                 yield from self._sift(bucketer, source)
         finally:
             report_overlong(bucketer)
+            # `with_epoch` or a `break` closes the stream before its end.
             if len(bucketer):
                 _logger.info("the stream was closed with %d samples in the buffer, which no batch held", len(bucketer))
 

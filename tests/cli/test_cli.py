@@ -24,13 +24,12 @@ import pytest
 from click.testing import CliRunner, Result
 from corpora import assert_same, tokens, write
 
-from samplers.cli.arguments import find_index
 from samplers.cli.commands import main
 from samplers.cli.extras import load_extra
 from samplers.planning.plan import plan_epoch
 from samplers.shards.dataset import ShardDataset
+from samplers.shards.indexing.find_index import find_index_files
 from samplers.shards.indexing.index import LengthIndex
-from samplers.shards.indexing.verify import cut_shard
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = sorted(main.commands)
@@ -125,17 +124,17 @@ def test_index_is_what_build_makes(work, workers):
     output = run("index", "shards/*.tar", "--output", "new.ltx", "--workers", workers).output
     assert output == "new.ltx: built, 400 samples in 4 shards, lengths of tokens\n"
     new, built = LengthIndex.open("new.ltx"), LengthIndex.build("shards")
-    assert (new.fingerprint, new.tables.crcs) == (built.fingerprint, None)
+    assert (new.fingerprint, new._tables.crcs) == (built.fingerprint, None)
 
 
 def test_index_of_a_folder_refreshes_the_index_that_is_there(work):
     assert "unchanged" in run("index", "shards").output
-    assert find_index(["shards"]) == ["shards/shard.ltx"]
+    assert find_index_files("shards") == ["shards/shard.ltx"]
     write(work / "more", tokens([5, 6], first=1000), prefix="zzz")
     shutil.copy(work / "more/zzz-000000.tar", work / "shards")
     assert "shards/shard.ltx: refreshed, 402 samples in 5 shards" in run("index", "shards").output
     # The writer's index has checksums, and a refreshed one keeps them.
-    assert LengthIndex.open("shards/shard.ltx").tables.crcs is not None
+    assert LengthIndex.open("shards/shard.ltx")._tables.crcs is not None
     assert run("verify", "shards").output.rstrip().endswith("all agree")
 
 
@@ -156,7 +155,7 @@ def test_a_damaged_index_is_built_anew_and_says_so(work):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_verify_names_every_bad_shard_and_goes_on(work, workers):
     index = LengthIndex.open("shards/shard.ltx")
-    flip(work / "shards/shard-000000.tar", int(index.tables.places[3, 0]) + 8)
+    flip(work / "shards/shard-000000.tar", int(index._tables.offsets[3, 0]) + 8)
     (work / "shards/shard-000002.tar").unlink()
     shutil.copy(work / "shards/shard-000001.tar", work / "shards/stranger.tar")
     output = run("verify", "shards", "--workers", workers, status=1).output
@@ -169,13 +168,13 @@ def test_verify_names_every_bad_shard_and_goes_on(work, workers):
 
 def test_verify_quick_leaves_payloads_unread(work):
     index = LengthIndex.open("shards/shard.ltx")
-    flip(work / "shards/shard-000000.tar", int(index.tables.places[3, 0]) + 8)
+    flip(work / "shards/shard-000000.tar", int(index._tables.offsets[3, 0]) + 8)
     assert "headers and lengths read, all agree" in run("verify", "shards", "--quick").output
     run("verify", "shards", status=1)
 
 
 def test_verify_names_both_lengths_where_they_differ(work):
-    tables = LengthIndex.open("corpus.ltx").tables
+    tables = LengthIndex.open("corpus.ltx")._tables
     lengths = tables.lengths.copy()
     lengths[150] += 1
     LengthIndex(replace(tables, lengths=lengths)).save("wrong.ltx")
@@ -193,7 +192,7 @@ def test_an_index_cut_to_a_shard_is_the_index_of_that_shard(tmp_path, layout):
     folder = write(tmp_path / "shards", tokens([3, 1, 2, 5, 4]), layout=layout, max_samples=2, block_size=1)
     whole = LengthIndex.open(folder / "shard.ltx")
     for number, shard in enumerate(whole.shards):
-        part, alone = cut_shard(whole, number), LengthIndex.open(f"{shard}.ltx").tables
+        part, alone = whole._tables.of_shard(number), LengthIndex.open(f"{shard}.ltx")._tables
         assert (part.layout, part.fields, part.shards) == (alone.layout, alone.fields, alone.shards)
         assert part.arrays.keys() == alone.arrays.keys()
         for name, array in alone.arrays.items():

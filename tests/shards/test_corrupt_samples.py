@@ -58,7 +58,7 @@ def flip(folder, *places):
         number = int(np.searchsorted(index.starts, place, side="right")) - 1
         with shard_of(folder, number).open("r+b") as file:
             # Behind the array's own header, in the plain layout.
-            offset = int(index.tables.places[place, 0]) + (128 if index.tables.layout == "plain" else 0)
+            offset = int(index._tables.offsets[place, 0]) + (128 if index._tables.layout == "plain" else 0)
             file.seek(offset)
             byte = file.read(1)[0]
             file.seek(offset)

@@ -151,7 +151,7 @@ def test_a_flipped_bit_is_noticed_where_it_matters(tmp_path, kind, layout, door)
     doors = [
         lambda: read_all(tmp_path),
         lambda: LengthIndex.build(path),
-        lambda: LengthIndex.open(tmp_path / "shard.ltx").verify(payload=True),
+        lambda: LengthIndex.open(tmp_path / "shard.ltx").verify(checksums=True),
     ]
     message = FLIPS[kind, layout][door]
     with refused(ValueError, path, message) if message else nullcontext():
@@ -185,12 +185,12 @@ def test_a_shard_that_went_grew_or_was_replaced_is_named(corpus):
         ShardDataset(corpus)[0]
     # Of the same size, with another sample's values.
     other = write(corpus / "other", [sample | {"tokens": sample["tokens"] + 1} for sample in SAMPLES],
-                  layout=LengthIndex.open(corpus / "shard.ltx").tables.layout, block_size=2)  # fmt: skip
+                  layout=LengthIndex.open(corpus / "shard.ltx")._tables.layout, block_size=2)  # fmt: skip
     path.write_bytes((other / SHARD).read_bytes())
     with refused(ValueError, path, "sample 'k0', field 'tokens'", "do not have the checksum in the index"):
         ShardDataset(corpus)[0]
     with refused(ValueError, path, "sample 'k0'", "do not have the checksum in the index"):
-        LengthIndex.open(corpus / "shard.ltx").verify(payload=True)
+        LengthIndex.open(corpus / "shard.ltx").verify(checksums=True)
 
 
 @pytest.mark.parametrize("door", [LengthIndex.open, ShardDataset])

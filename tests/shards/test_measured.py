@@ -61,7 +61,7 @@ def test_verify_says_which_lengths_it_has_not_measured(tmp_path):
         with pytest.raises(LengthError, match=r"sample 'k0', field 'wav': the index says 7 steps, the shard 5"):
             index.verify(**options)
     right = LengthIndex.build(shard, ["wav"], lambda field, data: len(data), checksums=True)
-    assert right.verify(payload=True, decode={"wav": read_bytes}) == ()
+    assert right.verify(checksums=True, decode={"wav": read_bytes}) == ()
     with pytest.raises(ValueError, match=r"decode names 'flac', and a function measures the lengths of \['wav'\]"):
         right.verify(decode={"flac": read_bytes})
 

@@ -197,7 +197,7 @@ def test_shards_can_be_behind_a_url(tmp_path, layout):
             assert_same(read, samples[place])
     built = LengthIndex.build(f"memory://{layout}/shard-{{000000..000001}}.tar", checksums=True)
     assert built.fingerprint == LengthIndex.open(tmp_path / "shard.ltx").fingerprint
-    built.verify(payload=True)
+    built.verify(checksums=True)
     memory.pipe(f"/{layout}/shard-000000.tar", b"")
     with pytest.raises(ValueError, match="shard-000000.tar: 0 bytes, the index says"):
         ShardDataset(f"memory://{layout}/shard.ltx")[0]
@@ -295,7 +295,7 @@ def test_every_flipped_byte_of_a_sample_is_noticed_when_it_is_read(tmp_path, lay
     write(tmp_path, tokens([5, 3]), layout=layout)
     path = tmp_path / "shard-000000.tar"
     content = bytearray(path.read_bytes())
-    tables = LengthIndex.open(tmp_path / "shard.ltx").tables
+    tables = LengthIndex.open(tmp_path / "shard.ltx")._tables
     size = 24 if tables.sizes is None else int(tables.sizes[1, 0])
     start = int(tables.places[1, 0])
     for place in range(start, start + size, 3):
@@ -309,7 +309,7 @@ def test_every_flipped_byte_of_a_sample_is_noticed_when_it_is_read(tmp_path, lay
         content[place] ^= 4
     content[start + size - 1] ^= 4
     path.write_bytes(content)
-    assert ShardDataset(tmp_path, check=False)[1]["tokens"].tolist() != [1000, 1001, 1002]
+    assert ShardDataset(tmp_path, checksums=False)[1]["tokens"].tolist() != [1000, 1001, 1002]
 
 
 def test_a_shard_cut_while_it_is_open_is_noticed(tmp_path):

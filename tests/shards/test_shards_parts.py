@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.format.samples import decode_groups
 from samplers.shards.indexing.index import LengthIndex
-from samplers.shards.storage.process_pool import run
+from samplers.shards.storage.process_pool import run_in_processes
 from samplers.shards.writing.writer import ShardWriter
 
 
@@ -41,7 +41,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path, layout):
         index = ShardWriter.write_parts(
             tmp_path / f"{workers}", part_of, PARTS, workers=workers, layout=layout, max_samples=2
         )
-        index.verify(payload=True)
+        index.verify(checksums=True)
         assert files(tmp_path / f"{workers}") == files(tmp_path / "0")
     shards = [(0, 0), (0, 1), (2, 0), (3, 0), (3, 1), (3, 2)]
     names = [f"shard-{part:06}-{number:06}.tar" for part, number in shards]
@@ -316,15 +316,15 @@ def raise_odd(item):
 
 def test_an_error_that_cannot_travel_is_told_by_its_name(tmp_path):
     with pytest.raises(RuntimeError, match="OddError: 1 and 2") as caught:
-        list(run(raise_odd, [1], 1, unit="item", progress=False))
+        list(run_in_processes(raise_odd, [1], 1, unit="item", progress=False))
     assert "in raise_odd" in caught.value.__notes__[0]
 
 
 def test_all_results_come_whatever_the_number_of_workers():
     for workers in (0, 1, 3, 50):
-        results = dict(run(abs, [-3, 4, -5, 0], workers, unit="item", progress=False))
+        results = dict(run_in_processes(abs, [-3, 4, -5, 0], workers, unit="item", progress=False))
         assert results == {0: 3, 1: 4, 2: 5, 3: 0}
-        assert list(run(abs, [], workers, unit="item", progress=False)) == []
+        assert list(run_in_processes(abs, [], workers, unit="item", progress=False)) == []
 
 
 def note_and_wait(path):
@@ -333,7 +333,7 @@ def note_and_wait(path):
 
 
 def test_who_stops_early_waits_for_nobody(tmp_path):
-    results = run(note_and_wait, [tmp_path / "slow", tmp_path / "quick"], 2, unit="item", progress=False)
+    results = run_in_processes(note_and_wait, [tmp_path / "slow", tmp_path / "quick"], 2, unit="item", progress=False)
     next(results)
     wait_until(lambda: (tmp_path / "slow").exists() and (tmp_path / "slow").read_text())
     results.close()

@@ -130,15 +130,15 @@ def test_a_shard_that_changed_is_scanned_again(tmp_path, scanned):
 def test_checksums_are_added_where_they_are_asked_for_and_never_lost(tmp_path, scanned):
     write(tmp_path, tokens([3, 1]), max_samples=1)
     before = {path: path.read_bytes() for path in tmp_path.glob("*.ltx")}
-    assert LengthIndex.build(tmp_path, resume=True).tables.crcs is None
+    assert LengthIndex.build(tmp_path, resume=True)._tables.crcs is None
     assert scanned == []
     assert {path: path.read_bytes() for path in tmp_path.glob("*.ltx")} == before
     corpus(tmp_path / "b", 2)
     LengthIndex.build(tmp_path / "b", resume=True)
     scanned.clear()
-    assert LengthIndex.build(tmp_path / "b", resume=True, checksums=True).tables.crcs is not None
+    assert LengthIndex.build(tmp_path / "b", resume=True, checksums=True)._tables.crcs is not None
     assert scanned == names(0, 1)
-    LengthIndex.open(tmp_path / "b" / "shard-000000.tar.ltx").verify(payload=True)
+    LengthIndex.open(tmp_path / "b" / "shard-000000.tar.ltx").verify(checksums=True)
 
 
 def test_fields_are_those_asked_for_or_those_of_the_kept_indexes(tmp_path):

@@ -46,7 +46,7 @@ def test_other_encodings_are_measured_by_the_users_function(tmp_path):
     for workers in (0, 1):
         index = LengthIndex.build(path, ["wav"], halves, workers=workers, checksums=True)
         assert (index.fields, index.lengths.tolist()) == (("wav",), [0, 1, 2, 3])
-    index.verify(payload=True)
+    index.verify(checksums=True)
     with pytest.raises(ValueError, match=r"group '0', field 'wav': not a .npy array: give length="):
         LengthIndex.build(path, ["wav"])
     with pytest.raises(ValueError, match=r"none of \['json', 'wav'\] is a .npy array with an axis: name the fields"):

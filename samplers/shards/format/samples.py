@@ -82,6 +82,7 @@ def decode_member(encoding: str, data: bytes, context: str) -> Any:
     if encoding == "npy":
         return decode_npy(data, context)
     try:
+        # As webdataset decodes them.
         if encoding == "cls":
             return np.int64(int(data))
         if encoding == "txt":
@@ -110,6 +111,7 @@ def decode_groups(source: Iterable[Mapping[str, Any]], fields: Collection[str] |
         LengthError: A block's lengths do not sum to its steps.
     """
     for group in source:
+        # webdataset adds `__key__` and `__url__`. Names with two underscores are never fields.
         context = f"{group.get('__url__', 'shard')}: group {group.get('__key__')!r}"
         members = {suffix: data for suffix, data in group.items() if not suffix.startswith("__")}
         if KEYS in members:
@@ -225,6 +227,7 @@ def _cut_column(
         return [column[first:last].copy() for first, last in zip([0, *ends], ends, strict=False)]
     if np.shape(column)[:1] != keys.shape:
         raise ValueError(f"{context}: {len(keys)} keys, but an array of shape {list(np.shape(column))}")
+    # Copies, for the same reason as above.
     return [row.copy() for row in column]
 
 

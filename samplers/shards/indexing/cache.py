@@ -50,6 +50,7 @@ class IndexCache:
             self._check_fields(cached, shard)
             self._check_length_id(cached, shard)
             return cached if self.checksums else replace(cached, crcs=None)
+        # Scans of a whole shard are lost at a kill, so each index is written at once.
         tables = scan_shard(shard, self.fields, self.length, checksums=self.checksums)
         if tables.measured:
             tables = replace(tables, length_id=self.length_id)
@@ -79,6 +80,7 @@ class IndexCache:
         """The cached index of a shard, if it is valid, not older than the shard, and has what this build wants."""
         if self.cache_dir is False or not (path := self.path_of(shard)).exists():
             return None
+        # Read, not mapped: 100,000 cached indexes would be 100,000 open maps.
         try:
             tables, _ = read_index(str(path), checked_up_to=None, mapped=False)
         except ValueError:
@@ -151,5 +153,6 @@ def _size_since(shard: str, index: Path) -> int | None:
     """Bytes of a shard. None if it was changed, moved here or replaced after its index was written."""
     if "://" in shard:
         return open_file(shard).size
+    # The change time too: `mv` and `cp -p` keep the modification time of a file.
     status = Path(shard).stat()
     return status.st_size if max(status.st_mtime_ns, status.st_ctime_ns) <= index.stat().st_mtime_ns else None

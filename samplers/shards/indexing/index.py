@@ -117,8 +117,10 @@ class LengthIndex:
         paths = expand_shards(shards)
         length_id = identify(length) if length_id is None and length is not None else length_id
         cache = IndexCache(length_fields, length, checksums, cache_dir, length_id).inherit_fields(paths)
+        # `closing` kills the workers when this process is interrupted.
         with closing(run_in_processes(cache, paths, workers, unit="shard", progress=progress)) as results:
             parts = dict(results)
+        # Workers finish in any order. The index has the order of the shards.
         return cls(join_tables([parts[number] for number in range(len(paths))]))
 
     @classmethod
@@ -214,6 +216,7 @@ class LengthIndex:
     @cached_property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits of all keys and lengths by shard: equal for the same corpus in any folder."""
+        # Without paths, so that a moved corpus keeps its positions.
         parts = [*self.fields, *(shard.fingerprint for shard in self._tables.shards)]
         return blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
 
@@ -261,6 +264,7 @@ class LengthIndex:
             ValueError: The number of shards or their file names differ.
         """
         paths = expand_shards(shards)
+        # File names must agree: shards in another order would give wrong samples without an error.
         names = [[PurePosixPath(path).name for path in paths_] for paths_ in (self.shards, paths)]
         if names[0] != names[1]:
             raise ValueError(

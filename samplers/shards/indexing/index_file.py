@@ -146,6 +146,7 @@ def open_tables(path: str, shard: str | None = None) -> TablesLike:
         tables = replace(tables, shards=(replace(tables.shards[0], path=shard),))
     if "://" in path or Path(path).stat().st_size < _MAPPED_FROM:
         return tables
+    # `FileTables.array` compares these bytes, in case the file is replaced in between.
     with Path(path).open("rb") as file:
         prefix = file.read(_PREFIX.size)
     return FileTables(path, prefix, tables.layout, tables.fields, tables.shards, tables.length_id, tables.shapes)
@@ -209,6 +210,7 @@ def write_index(path: Path, parts: Sequence[TablesLike] | Callable[[], Sequence[
             columns = [order] if name == "order" else concat_column(parts, NAME_IN_TABLES.get(name, name))
             for array in columns:
                 content.write(array.astype(entry["dtype"], order="C"))
+        # The prefix has the checksum of the arrays, so it comes last.
         file.stream.seek(0)
         file.stream.write(_PREFIX.pack(_MAGIC, FORMAT_VERSION, len(header), crc32(header), content.crc) + header)
         file.commit()
@@ -221,6 +223,7 @@ def sort_by_length(parts: Sequence[TablesLike]) -> AnyArray:
     """Samples by the sum of their tracked lengths, longest first, stable: int32 `[N]`, int64 from 2**31 samples on."""
     tracked = np.flatnonzero([field.tracked for field in parts[0].fields if field.variable])
     totals = np.concatenate([part.array("lengths")[:, tracked].sum(1, dtype=np.int64) for part in parts])
+    # Negated, because a reversed stable sort would reverse equal lengths.
     order = np.argsort(-totals, kind="stable")
     return order.astype("<i4" if len(order) <= np.iinfo(np.int32).max else "<i8")
 

@@ -83,6 +83,7 @@ def _describe_function(function: Any, module: str, seen: set[int]) -> Iterator[s
     Yields:
         Lines of text.
     """
+    # Functions may call each other in a circle.
     if id(function) in seen:
         return
     seen.add(id(function))
@@ -136,6 +137,7 @@ def _describe_value(value: Any, module: str, seen: set[int]) -> Iterator[str]:
         for each in value:
             yield from _describe_value(each, module, seen)
     elif isinstance(value, (set, frozenset)):
+        # A set has another order in every process.
         yield from sorted(line for each in value for line in _describe_value(each, module, seen))
     elif isinstance(value, Mapping):
         for key, each in sorted(value.items(), key=repr):
@@ -157,6 +159,7 @@ def _read_source(function: FunctionType) -> list[str]:
     try:
         lines, _ = inspect.findsource(function)
         nodes = list(_find_nodes(ast.parse("".join(lines)), function.__code__))
+        # Not found, or several definitions fit, such as two equal lambdas in one call.
         if len(nodes) != 1:
             return []
         text = textwrap.dedent("".join(lines[nodes[0].lineno - 1 : nodes[0].end_lineno]))

@@ -84,10 +84,12 @@ def scan_blocks(groups: ShardGroups, pairs: Iterable[tuple[str, Members]], field
             raise ValueError(
                 f"{context}: fields {_describe_block(blocks[-1])}, in the first block {_describe_block(blocks[0])}"
             )
+    # Before the keys are joined: one long key would widen all of them.
     groups.check_key_width([block.keys.dtype.itemsize for block in blocks], sum(len(block.keys) for block in blocks))
     keys = np.concatenate([block.keys for block in blocks])
     _refuse_duplicates(keys, groups.file.path)
     lengths = np.concatenate([block.lengths for block in blocks]).astype("<i4")
+    # Blocks of 3, 2 and 4 samples start at 0, 3 and 5.
     starts = np.cumsum([0, *(len(block.keys) for block in blocks)])[:-1]
     return Tables(
         "blocks",
@@ -116,13 +118,15 @@ def _read_block(groups: ShardGroups, members: Members, fields: Collection[str] |
             f"wanted {tracked}: a block needs a sample, and each field that counts a member FIELD.lengths.npy"
         )
     columns = [
-        _read_column(groups, members, keys, Field(name, f"{name}.npy", varies, tracked=name in tracked), context)
+        _read_column(
+            groups, members, keys, Field(name, f"{name}.npy", varies, tracked=name in tracked), context=context
+        )
         for name, varies in variable.items()
     ]
     return _Block(encode_keys(keys), columns)
 
 
-def _read_column(groups: ShardGroups, members: Members, keys: AnyArray, field: Field, context: str) -> _BlockColumn:
+def _read_column(groups: ShardGroups, members: Members, keys: AnyArray, field: Field, *, context: str) -> _BlockColumn:
     """Read the header and the lengths of a field of a block.
 
     Raises:
@@ -159,6 +163,7 @@ def _stack(blocks: list[_Block], name: str) -> AnyArray:
 
 def _slice_crcs(data: bytes, starts: AnyArray, ends: AnyArray) -> list[int]:
     """crc32 of each slice."""
+    # Slices of bytes would copy them.
     view = memoryview(data)
     return [crc32(view[start:end]) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
 

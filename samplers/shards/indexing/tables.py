@@ -224,6 +224,7 @@ def check_alike(parts: Sequence[TablesLike]) -> str | None:
     first = parts[0]
     for part in parts:
         paths = f"{part.shards[0].path} and {first.shards[0].path}"
+        # Field by field: dtype and feature shape decide how bytes are cut into samples.
         if (part.layout, part.fields) != (first.layout, first.fields):
             raise ValueError(f"{paths} cannot be one corpus: {_describe_tables(part)}, and {_describe_tables(first)}")
         if part.shapes.keys() != first.shapes.keys():
@@ -250,6 +251,7 @@ def concat_column(parts: Sequence[TablesLike], name: str) -> Iterator[AnyArray]:
     for part in parts:
         array = part.array(name)
         if name == "keys":
+            # The file has one width for all keys, that of the longest in any part.
             array = array.astype(f"S{width}")
         elif name == "blocks":
             array = array.copy()

@@ -49,14 +49,16 @@ def check_shard(tables: Tables, measure: Measure, *, checksums: bool) -> None:
         raise ValueError(f"{changed}: its layout, fields or keys are others; {REBUILD}")
     for column, field in enumerate(scanned.variable):
         if field.is_array or measure.measures(field.name):
-            refuse_wrong_length(shard.path, tables.keys, field, tables.lengths[:, column], scanned.lengths[:, column])
+            indexed, stored = tables.lengths[:, column], scanned.lengths[:, column]
+            refuse_wrong_length(shard.path, tables.keys, field, indexed=indexed, stored=stored)
     if scanned.crcs is not None and tables.crcs is not None:
         _compare_crcs(scanned, tables.crcs)
+    # Last, because the checks above have better messages.
     if scanned.shards[0].digest != shard.digest:
         raise ValueError(f"{changed}: its headers are others; {REBUILD}")
 
 
-def refuse_wrong_length(path: str, keys: AnyArray, field: Field, indexed: AnyArray, stored: AnyArray) -> None:
+def refuse_wrong_length(path: str, keys: AnyArray, field: Field, *, indexed: AnyArray, stored: AnyArray) -> None:
     """Compare lengths `[n]` in the index with those in the shard.
 
     Raises:
@@ -85,13 +87,15 @@ def check_block(file: RandomAccess, tables: Tables, block: int, columns: ReadCol
         ValueError: A dtype, feature shape or offset differs.
     """
     rows, members = _block_entry(tables, block)
+    # A damaged index must not cause a read far behind the end.
     if max(members) > file.size:
         raise ValueError(f"{file.path}: the index says that a member is not within the shard: {REBUILD}")
     for column, field, length_column in columns:
         steps = np.ones(rows.stop - rows.start, np.int64)
         if field.variable:
             steps = tables.lengths[rows, length_column].astype(np.int64)
-            _check_block_lengths(file, members[len(tables.fields) + length_column], steps, tables.keys[rows], field)
+            offset = members[len(tables.fields) + length_column]
+            _check_block_lengths(file, offset, steps=steps, keys=tables.keys[rows], field=field)
         context = f"{file.path}: block of sample {decode_key(tables.keys[rows.start])!r}, field {field.name!r}"
         header = read_npy_header(file.read(members[column], LONGEST_HEADER), context)
         starts = members[column] + header.size + (np.cumsum(steps) - steps) * field.row_bytes
@@ -122,7 +126,7 @@ def _block_entry(tables: Tables, block: int) -> tuple[slice, list[int]]:
     return slice(first, last), members
 
 
-def _check_block_lengths(file: RandomAccess, offset: int, steps: AnyArray, keys: AnyArray, field: Field) -> None:
+def _check_block_lengths(file: RandomAccess, offset: int, *, steps: AnyArray, keys: AnyArray, field: Field) -> None:
     """Compare the lengths of a block with the index.
 
     Raises:
@@ -134,7 +138,7 @@ def _check_block_lengths(file: RandomAccess, offset: int, steps: AnyArray, keys:
     if header.shape != steps.shape or header.dtype.kind not in "iu" or len(content) < header.size + header.nbytes:
         raise ValueError(f"{context}: the index says {len(steps)} samples, the block has lengths {header}: {REBUILD}")
     stored: AnyArray = np.ndarray(header.shape, header.dtype, content, header.size)
-    refuse_wrong_length(file.path, keys, field, steps, stored)
+    refuse_wrong_length(file.path, keys, field, indexed=steps, stored=stored)
 
 
 def check_request(tables: Tables, measure: Measure, *, checksums: bool) -> None:

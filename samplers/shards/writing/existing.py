@@ -39,6 +39,7 @@ def refuse_shards(folder: Path, prefix: str) -> None:
     Raises:
         FileExistsError: There are some.
     """
+    # Temporary files too: another writer may be at work.
     files = sorted([*folder.glob(f"{prefix}-*.tar*"), *folder.glob(f"{prefix}{SUFFIX}*")])
     if files:
         raise FileExistsError(
@@ -104,6 +105,7 @@ def adopt_shards(shards: Sequence[Path], layout: Layout, stack: frozenset[str]) 
     for part in whole:
         if part.layout != layout:
             raise ValueError(f'{part.shards[0].path} is in layout="{part.layout}": continue in it, got "{layout}"')
+        # All indexes of a corpus have checksums, or none.
         if "crcs" not in part.shapes:
             raise ValueError(
                 f"{part.shards[0].path} is indexed without checksums: delete {part.shards[0].path}{SUFFIX}, and it is "

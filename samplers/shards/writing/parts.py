@@ -91,6 +91,7 @@ class PartWriter(Generic[PartT]):
         writer = self.writer(self.folder, append=True, **options)
         stream = iter(self.samples(part.value))
         finished = self.is_finished(part.index)
+        # The samples must be the same ones as before, or some would be lost and others repeated.
         written = list(writer.keys)
         for key in written[:1] if finished else written:
             sample = next(stream, {})
@@ -121,6 +122,7 @@ def write_all(write_part: PartWriter[PartT], values: Sequence[PartT], workers: i
     """
     folder, prefix = write_part.folder, write_part.prefix
     corpus = _Corpus()
+    # First the shards that no part here will write: of a writer without parts, and of parts behind these.
     for number, shard in find_shards(folder, prefix).items():
         if len(number) == 1 or number[0] >= len(values):
             if len(number) > 1 and not write_part.is_finished(number[0]):
@@ -135,6 +137,7 @@ def write_all(write_part: PartWriter[PartT], values: Sequence[PartT], workers: i
                 corpus.add(shard)
     path = folder / f"{prefix}{SUFFIX}"
     corpus.write(path, find_shards(folder, prefix).values())
+    # The corpus file has all parts now. Until here a kill must leave the markers.
     for index in range(len(values)):
         write_part.done_marker(index).unlink(missing_ok=True)
     return path
@@ -179,6 +182,7 @@ class _Corpus:
                     "one schema"
                 )
         self._add_keys(tables)
+        # Not the tables themselves: the keys and lengths of all shards would fill the memory.
         self._tables[shard] = open_tables(f"{shard}{SUFFIX}")
 
     def write(self, path: Path, shards: Iterable[Path]) -> None:

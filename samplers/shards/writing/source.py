@@ -114,6 +114,7 @@ class ShardSource:
             )
         fields = None if self.fields is None else [name for name in self.fields if name not in custom]
         standard = {suffix: data for suffix, data in group.items() if suffix not in custom.values()}
+        # The standard fields first: `decode_groups` refuses pickles among them.
         [sample] = decode_groups([standard], fields)
         for name, suffix in custom.items():
             if self.fields is None or name in self.fields:
@@ -125,6 +126,7 @@ def read_shards(
     shards: Shards,
     index: LengthIndex | str | os.PathLike[str] | None,
     fields: Collection[str] | None,
+    *,
     decode: Mapping[str, Decoder] | None,
     rename: Rename | None,
 ) -> tuple[ShardSource, list[ShardSlice]]:
@@ -144,6 +146,7 @@ def read_shards(
     """
     decode = dict(decode or {})
     paths = [str(shards)] if str(shards).endswith(SUFFIX) else expand_shards(shards)
+    # An index is optional here, but not some shards with and some without.
     try:
         dataset = ShardDataset(shards, index, fields, decode=decode)
     except FileNotFoundError:

@@ -86,6 +86,7 @@ class ShardWriter(SampleWriter):
                 schema, or there is no sample.
         """
         values = list(parts)
+        # Before anything is written: an option that only a worker refused would name a part that is not to blame.
         check_options(**{"layout": "blocks", "prefix": "shard", "stack": ()} | options)
         folder, prefix = local_path(folder, "folder"), options.get("prefix", "shard")
         folder.mkdir(parents=True, exist_ok=True)
@@ -152,8 +153,9 @@ class ShardWriter(SampleWriter):
                 shards differ in their schema, or a shard would be read and overwritten.
         """
         folder = local_path(folder, "folder")
-        source, slices = read_shards(shards, index, fields, decode, rename)
+        source, slices = read_shards(shards, index, fields, decode=decode, rename=rename)
         folder.mkdir(parents=True, exist_ok=True)
+        # A shard that is replaced while it is read would be a mixture.
         targets = {path.absolute() for path in find_shards(folder, options.get("prefix", "shard")).values()}
         for shard_slice in slices:
             if Path(shard_slice.shard).absolute() in targets:
