@@ -378,9 +378,9 @@ def test_handlers_of_webdataset_and_functions_decide(corpus):
         ({"handler": "warn"}, TypeError, "handler must be a function from an error .*, got 'warn': give"),
         ({"handler": SKIP, "max_failed": "1"}, TypeError, "max_failed must be a number, got '1'"),
         ({"handler": SKIP, "max_failed": True}, TypeError, "max_failed must be a number, got True"),
-        ({"handler": SKIP, "max_failed": 1.5}, ValueError, "max_failed must be a share of samples, 0 to 1, got 1.5"),
+        ({"handler": SKIP, "max_failed": 1.5}, ValueError, "max_failed must be a fraction of samples, 0 to 1, got 1.5"),
         ({"handler": SKIP, "max_failed": float("nan")}, ValueError, "max_failed must be a share"),
-        ({"max_failed": -1}, ValueError, "max_failed must be a share of samples, 0 to 1, got -1"),
+        ({"max_failed": -1}, ValueError, "max_failed must be a fraction of samples, 0 to 1, got -1"),
     ],
 )
 def test_a_wrong_handler_or_share_is_refused_at_once(intact, options, error, message):

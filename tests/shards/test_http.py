@@ -204,7 +204,11 @@ def test_a_server_that_says_it_gives_no_ranges_is_refused_at_once(folder, server
 @pytest.mark.parametrize(
     ("manner", "kind", "message"),
     [
-        ("ranges", FileNotFoundError, r"/ranges/lost-000001.tar, which the index lists: give shards= where they are"),
+        (
+            "ranges",
+            FileNotFoundError,
+            r"/ranges/lost-000001.tar, which the index lists: put it back, give shards= their",
+        ),
         ("busy", OSError, r"/busy/lost-000001.tar: cannot be read: ClientResponseError: 503"),
         ("signed", OSError, r"/signed/lost-000001.tar: cannot be read: ClientResponseError: 403"),
     ],

@@ -77,7 +77,7 @@ def test_the_command_says_what_it_has_not_measured_and_measures_when_told(tmp_pa
     assert output == "a.ltx: built, 2 samples in 1 shard, lengths of wav\n"
     output = run("verify", "a.ltx", status=3).output
     assert output == (
-        "2 samples in 1 shard, lengths of wav: headers read (no checksums to hold payloads against: lengthtrack index "
+        "2 samples in 1 shard, lengths of wav: headers read (no checksums to compare payloads with: lengthtrack index "
         "--checksums), the rest agrees, lengths of wav NOT measured (give --length MODULE:FUNCTION or --decode "
         "wav=MODULE:FUNCTION)\n"
     )

@@ -194,7 +194,7 @@ def test_other_kinds_than_those_on_disk_are_refused_by_shard_field_and_both_kind
 def test_another_layout_or_stack_is_refused(tmp_path, layout):
     write(tmp_path, [THERE], layout=layout, stack=["v"])
     other = LAYOUTS[1 - LAYOUTS.index(layout)]
-    with pytest.raises(ValueError, match=f'000000.tar is in layout="{layout}": go on in it, got "{other}"'):
+    with pytest.raises(ValueError, match=f'000000.tar is in layout="{layout}": continue in it, got "{other}"'):
         ShardWriter(tmp_path, layout=other, append=True)
     with pytest.raises(ValueError, match=r"000000.tar: stack names 'x', which is float32 \[L, 4\] there"):
         ShardWriter(tmp_path, layout=layout, stack=["v", "x"], append=True)

@@ -235,9 +235,9 @@ def test_other_encodings_stay_bytes_or_are_decoded_and_held_against_the_index(tm
 @pytest.mark.parametrize(
     ("places", "error", "message"),
     [
-        ([3], IndexError, "place 3 is not among the 3 samples"),
-        ([0, -4], IndexError, "place -4 is not"),
-        ([0.0], TypeError, "places must be a list of integers, got float64"),
+        ([3], IndexError, "index 3 is not among the 3 samples"),
+        ([0, -4], IndexError, "index -4 is not"),
+        ([0.0], TypeError, "indices must be a list of integers, got float64"),
         ([[0]], TypeError, "list of integers"),
         ([True], TypeError, "got bool"),
     ],
@@ -265,7 +265,10 @@ def test_options_that_name_nothing_are_refused(tmp_path):
         ShardDataset(tmp_path / "a", tmp_path / "b" / "other.ltx")
     for index in (tmp_path / "a").glob("*.ltx"):
         index.unlink()
-    with pytest.raises(FileNotFoundError, match=r"no index .*shard-000000.tar.ltx: build it with LengthIndex.build"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"no index .*shard-000000.tar.ltx: build it with `lengthtrack index`, or LengthIndex.build",
+    ):
         ShardDataset(tmp_path / "a")
     with pytest.raises(FileNotFoundError, match="no index .*absent.tar.ltx"):
         ShardDataset(tmp_path / "absent.tar")
@@ -284,7 +287,9 @@ def test_a_shard_that_changed_or_went_is_named_when_it_is_touched(tmp_path, layo
     ):
         dataset[1]
     path.unlink()
-    with pytest.raises(FileNotFoundError, match="no shard .*shard-000001.tar, which the index lists: give shards="):
+    with pytest.raises(
+        FileNotFoundError, match="no shard .*shard-000001.tar, which the index lists: put it back, give shards="
+    ):
         ShardDataset(tmp_path)[1]
     path.write_bytes(content)
     assert len(ShardDataset(tmp_path)[1]["tokens"]) == 2
@@ -297,7 +302,7 @@ def test_every_flipped_byte_of_a_sample_is_noticed_when_it_is_read(tmp_path, lay
     content = bytearray(path.read_bytes())
     tables = LengthIndex.open(tmp_path / "shard.ltx")._tables
     size = 24 if tables.sizes is None else int(tables.sizes[1, 0])
-    start = int(tables.places[1, 0])
+    start = int(tables.offsets[1, 0])
     for place in range(start, start + size, 3):
         content[place] ^= 4
         path.write_bytes(content)

@@ -231,7 +231,7 @@ BLOCK = {
         (GROUP | {"y.PICKLE": b""}, ValueError, "'y.PICKLE' is a pickle"),
         (GROUP | {"pyd": b""}, ValueError, "'pyd' is a pickle"),
         (GROUP | {"y.npy": npy(np.arange(9))[:-1]}, ValueError, "group 'k', field 'y': the header claims"),
-        (GROUP | {"y.npy": np.arange(3)}, TypeError, "'y.npy' must still be bytes, got ndarray: it comes before"),
+        (GROUP | {"y.npy": np.arange(3)}, TypeError, "'y.npy' must still be bytes, got ndarray: put this stage before"),
         (GROUP | {"x.json": b"{}"}, ValueError, "two members are called 'x'"),
         (GROUP | {"y.json": b"{"}, ValueError, "field 'y': not json"),
         (GROUP | {"y.json": b"[" * 100_000}, ValueError, "field 'y': not json"),

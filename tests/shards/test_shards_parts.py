@@ -80,20 +80,21 @@ def test_a_bar_counts_the_parts_on_request(tmp_path, capsys):
 
 SPAWNED = """
 import multiprocessing, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[2:]
 from test_shards_parts import PARTS, part_of
 from samplers import ShardWriter
 
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
-    print(len(ShardWriter.write_parts(sys.argv[2], part_of, PARTS, workers=2)))
+    print(len(ShardWriter.write_parts(sys.argv[1], part_of, PARTS, workers=2)))
 """
 
 
 def test_processes_may_be_spawned(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(SPAWNED)
-    command = [sys.executable, str(program), str(Path(__file__).parents[1] / "support"), str(tmp_path / "a")]
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]
+    command = [sys.executable, str(program), str(tmp_path / "a"), *paths]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert run.stdout == "10\n"
     ShardWriter.write_parts(tmp_path / "b", part_of, PARTS)
@@ -118,7 +119,7 @@ def failing_part(kind, lengths):
     ("kind", "workers", "message"),
     [
         *((kind, workers, message) for workers in (0, 2) for kind, message in (
-            ("error", r"part 2, \[20, 1, 5\]: OverflowError: too much; finished shards stay: go on with append=True"),
+            ("error", r"part 2, \[20, 1, 5\]: OverflowError: too much; finished shards stay: continue with append"),
             ("dtype", r"part 2, \[20, 1, 5\]: TypeError: sample 'k21', field 'tokens': must be int64 \[L\]"),
             ("key", r"part 2, \[20, 1, 5\]: ValueError: __key__ must be unique, 'k20' was written before"),
             ("no", r"part 2, \[20, 1, 5\]: TypeError: a sample must be .*, got list"),
@@ -172,11 +173,9 @@ def test_finished_parts_are_not_written_again_and_more_parts_may_follow(tmp_path
 
 def test_other_parts_than_those_that_were_written_are_noticed(tmp_path):
     ShardWriter.write_parts(tmp_path, part_of, PARTS)
-    with pytest.raises(
-        RuntimeError, match=r"part 2, .*'k20' was written before, now 'k30' comes in its place: give the"
-    ):
+    with pytest.raises(RuntimeError, match=r"part 2, .*'k20' was written before, now 'k30' comes instead: give the"):
         ShardWriter.write_parts(tmp_path, part_of, [*PARTS[:2], PARTS[3]], append=True)
-    with pytest.raises(RuntimeError, match=r"part 0, \[0\]: .*'k0' was written before, now None comes in its place"):
+    with pytest.raises(RuntimeError, match=r"part 0, \[0\]: .*'k0' was written before, now None comes instead"):
         ShardWriter.write_parts(tmp_path, part_of, [[0]], append=True)
     # Fewer parts are those that are asked for; the others stay.
     assert len(ShardWriter.write_parts(tmp_path, part_of, PARTS[:1], append=True)) == len(SAMPLES)
@@ -191,7 +190,9 @@ def test_parts_that_are_not_finished_are_not_left_out(tmp_path):
         ValueError, match=r"shard-000001-000000.tar is of a part that is not finished, got only 1 parts"
     ):
         ShardWriter.write_parts(tmp_path, late_error, two[:1], append=True)
-    with pytest.raises(ValueError, match=r"shard-000000-000000.tar is of a part, and not all parts are written: go on"):
+    with pytest.raises(
+        ValueError, match=r"shard-000000-000000.tar is of a part, and not all parts are written: continue"
+    ):
         ShardWriter(tmp_path, append=True)
 
 
@@ -235,7 +236,7 @@ def test_parts_of_different_kinds_are_refused_with_both_shards(tmp_path, layout,
 
 
 def test_bad_requests_are_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="max_samples must be an int of at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_samples must be at least 1, got 0"):
         ShardWriter.write_parts(tmp_path / "a", part_of, PARTS, max_samples=0)
     with pytest.raises(ValueError, match="nothing was written to .*a: a corpus needs a sample"):
         ShardWriter.write_parts(tmp_path / "a", part_of, [[0], [1]])

@@ -248,7 +248,9 @@ def test_a_killed_rewriting_goes_on(tmp_path):
     options = {"fields": ["frames", "txt"], "decode": decode, "max_samples": 2}
     whole = ShardWriter.rewrite(tmp_path / "a", tmp_path / "u", **options)
     (tmp_path / "flag.armed").touch()
-    with pytest.raises(RuntimeError, match=r"part \d, Piece\(shard='.*u-\d.tar.*its process was killed by SIGKILL"):
+    with pytest.raises(
+        RuntimeError, match=r"part \d, ShardSlice\(shard='.*u-\d.tar.*its process was killed by SIGKILL"
+    ):
         ShardWriter.rewrite(tmp_path / "b", tmp_path / "u", workers=2, **options)
     assert not list((tmp_path / "b").glob("*.tmp"))
     index = ShardWriter.rewrite(tmp_path / "b", tmp_path / "u", workers=2, append=True, **options)
@@ -272,8 +274,8 @@ def test_no_more_is_read_together_than_a_bound_and_a_sample(tmp_path_factory, da
     tables = LengthIndex.open(folder / "shard.ltx")._tables
     bound = data.draw(st.integers(1, 40_000))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rereading, "_RUN_BYTES", bound)
-        runs = list(rereading._runs(tables, rereading.Piece("x", 0, len(lengths))))
+        patch.setattr(rereading, "_BYTES_AT_ONCE", bound)
+        runs = list(rereading._sample_runs(tables, rereading.ShardSlice("x", 0, len(lengths))))
         ShardWriter.rewrite(folder / "b", folder)
     assert [row for first, last in runs for row in range(first, last)] == list(range(len(lengths)))
     for first, last in runs:

@@ -204,7 +204,7 @@ def test_fields_that_webdataset_would_rename_are_refused(tmp_path, name):
     ("options", "error", "message"),
     [
         ({"layout": "rows"}, ValueError, "layout must be"),
-        ({"max_samples": 0}, ValueError, "max_samples must be an int of at least 1, got 0"),
+        ({"max_samples": 0}, ValueError, "max_samples must be at least 1, got 0"),
         ({"max_bytes": True}, ValueError, "max_bytes must be"),
         ({"block_size": 2.5}, ValueError, "block_size must be"),
         ({"prefix": "a/b"}, ValueError, "prefix must be"),
