@@ -1,4 +1,4 @@
-"""The index file of a folder of shards: which one it is, what it was before, and the shards that it does not list."""
+"""The index file of a folder of shards: its path, its former content, and the shards that it does not list."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -229,7 +229,7 @@ def sort_by_length(parts: Sequence[TablesLike]) -> AnyArray:
 
 
 class _Summed:
-    """Writes from an offset on, and computes the checksum of what it writes."""
+    """Writes from an offset on, and computes the checksum."""
 
     def __init__(self, stream: BinaryIO, start: int) -> None:
         self.stream, self.size, self.crc = stream, 0, 0

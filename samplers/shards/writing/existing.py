@@ -1,4 +1,4 @@
-"""Existing shards of a folder: which there are, what they hold, and the leftovers of killed writers.
+"""Existing shards of a folder: their numbers, their tables, and the leftovers of killed writers.
 
 A writer that was killed while it wrote its third shard leaves
 

@@ -1,4 +1,4 @@
-"""A corpus from parts: each has a writer of its own; all have one schema, no key comes twice, and their order is kept.
+"""A corpus from parts. Each has its own writer; all have one schema; no key comes twice; they stay in order.
 
 With the prefix `shard`, part 3 goes to `shard-000003-000000.tar`, `shard-000003-000001.tar` and so on. When it is
 finished, its marker `shard-000003.ltx` says so. The corpus file `shard.ltx` comes when all parts are finished, and then
@@ -58,7 +58,7 @@ class PartWriter(Generic[PartT]):
     finished: frozenset[int]
 
     def __call__(self, part: Part[PartT]) -> list[Path]:
-        """Write a part, or what is missing of it.
+        """Write a part, or the missing end of it.
 
         Returns:
             Its shards. Empty if it has no samples.

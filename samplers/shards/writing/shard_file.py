@@ -99,7 +99,7 @@ class ShardFile(ABC):
             Its tables, with checksums.
 
         Raises:
-            ValueError: It does not read as what was added.
+            ValueError: The samples that are read back differ in number.
         """
         self._flush()
         self.file.stream.write(END)
