@@ -15,7 +15,7 @@ from stdlib_corpus import open_corpus
 
 from collate import PadCollator
 from samplers import bucket_by_length
-from samplers.shards.format.samples import decode_groups
+from samplers.shards import decode_groups
 
 PADDING = {"input": 0, "target": -100}
 

@@ -10,7 +10,8 @@ except ModuleNotFoundError as error:
     raise ImportError(f"{hidden}, which `samplers` needs: rename that file, or `import lengthtrack` first") from error
 
 from samplers.batch_sampler import LengthBucketBatchSampler
-from samplers.dynamic.streams import LengthBucketNode, bucket_by_length
+from samplers.dynamic.node import LengthBucketNode
+from samplers.dynamic.stage import bucket_by_length
 from samplers.planning.optimal_widths import optimal_widths
 from samplers.planning.plan import BatchPlan, plan_epoch
 from samplers.shard_stream import ShardStream

@@ -25,8 +25,8 @@ from samplers.progress.position import (
     warn_of_drop,
 )
 from samplers.progress.shared_epochs import WORKERS, Run, SharedCursor
-from samplers.shards.dataset import Decoder
 from samplers.shards.indexing.index import LengthIndex
+from samplers.shards.indexing.measuring import Decoder
 from samplers.shards.skipping import Handler
 from samplers.shards.storage.reading import Shards
 from samplers.window_reader import ShardsInTurn, StepReader

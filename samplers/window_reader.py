@@ -1,11 +1,9 @@
 """Samples of planned steps, read a window at a time, in the order of the files."""
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from samplers.planning.budget import Integers
 from samplers.planning.sorting import Places
@@ -13,7 +11,8 @@ from samplers.planning.window_table import WindowCourse
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.format.samples import Sample
 from samplers.shards.skipping import Failed
-from samplers.shards.storage.reading import LocalFile, RandomAccess, file_system, naming
+from samplers.shards.storage.reading import LocalFile, RandomAccess
+from samplers.shards.storage.remote import FetchedFile
 
 
 class StepReader:
@@ -89,7 +88,7 @@ class ShardsInTurn(ShardDataset):
         given: list[Any] = [None] * len(places)
         for first, last in pairwise(edges):
             part = order[first:last]
-            for place, sample in zip(part.tolist(), self._find(places[part].tolist()), strict=True):
+            for place, sample in zip(part.tolist(), self._read_in_order(places[part].tolist()), strict=True):
                 given[place] = sample
             self._let_go()
         return given
@@ -115,38 +114,5 @@ class ShardsInTurn(ShardDataset):
             return file
         # To find the samples that fail, a shard is read again and again, but fetched once.
         if self._fetched is None or self._fetched.path != file.path:
-            self._fetched = FetchedFile(file)
+            self._fetched = FetchedFile(file.path, file.size)
         return self._fetched
-
-
-class FetchedFile:
-    """A remote file in memory, as long as it is read: one request in place of one for each sample.
-
-    Args:
-        file: the same file, opened.
-    """
-
-    def __init__(self, file: RandomAccess) -> None:
-        self.path, self.size = file.path, file.size
-        with naming(file.path):
-            system, name = file_system(file.path)
-            self._data = memoryview(system.cat_file(name))
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Up to `size` bytes from `offset` on: fewer only at the end of the file."""
-        return bytes(self._data[offset : offset + size])
-
-    def fill(self, arrays: Sequence[npt.NDArray[Any]], offsets: Sequence[int]) -> None:
-        """Overwrite each C-contiguous array with the bytes at its offset.
-
-        Raises:
-            ValueError: The file ends before an array is full.
-        """
-        for array, offset in zip(arrays, offsets, strict=True):
-            part = self._data[offset : offset + array.nbytes]
-            if len(part) != array.nbytes:
-                raise ValueError(
-                    f"{self.path}: ends at byte {len(self._data)}, {array.nbytes} bytes wanted at offset {offset}: the "
-                    "file is truncated"
-                )
-            array.reshape(-1).view(np.uint8)[:] = np.frombuffer(part, np.uint8)

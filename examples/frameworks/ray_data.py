@@ -24,7 +24,7 @@ from samplers import LengthBucketBatchSampler, LengthIndex, ShardDataset
 def index_shard(row: dict[str, str]) -> dict[str, str]:
     """A Ray task: read the headers of one shard, and write its index next to it."""
     path = f"{row['item']}.ltx"
-    LengthIndex.build([row["item"]], fields=["bits"]).save(path)
+    LengthIndex.build([row["item"]], length_fields=["bits"]).save(path)
     return {"path": path}
 
 

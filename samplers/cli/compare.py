@@ -1,4 +1,4 @@
-"""Plans side by side, before any is trained on: what each costs, as figures, as JSON and as a table."""
+"""Compare plans before training: what each costs, as figures, as JSON and as a table."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -16,20 +16,20 @@ from samplers.planning.random_batches import random_padding
 from samplers.planning.report import PlanReport
 from samplers.planning.sorting import Lengths, check_lengths
 
-# The numbers of windows at which a curve is drawn.
+# Numbers of windows, one for each point of a curve.
 COUNTS: Final = (2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256)
-# Batches of a window at least.
+# A window has at least this many batches.
 FEWEST_BATCHES: Final = 4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Candidate:
-    """A plan that training might follow, with what it costs.
+class PlanSummary:
+    """A plan and its costs.
 
     Attributes:
-        plan: of the epoch asked for.
-        report: of that plan.
-        random: share of padding in batches of the same budget, filled with samples in random order.
+        plan: Plan of an epoch.
+        report: Report of that plan.
+        random: Fraction of padding in batches of the same budget with samples in random order.
     """
 
     plan: BatchPlan
@@ -38,12 +38,12 @@ class Candidate:
 
     @classmethod
     def of(cls, plan: BatchPlan) -> Self:
-        """Compute four epochs of a plan, and its random batches."""
+        """Compute the report of a plan, over several epochs, and its random batches."""
         return cls(plan=plan, report=plan.report(), random=random_padding(plan))
 
     @property
     def windows(self) -> int:
-        """How many windows the epoch is a shuffle of."""
+        """Number of windows in an epoch."""
         return count_windows(self.plan.layout.corpus, self.plan.layout.options)
 
     @property
@@ -58,7 +58,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """The budget in words."""
+        """The budget as text."""
         options = self.plan.layout.options
         rows = "" if options.batch_size is None else f"{options.batch_size:,} rows"
         tokens = "" if options.max_tokens is None else f"{options.max_tokens:,} tokens"
@@ -66,23 +66,25 @@ class Candidate:
 
     @cached_property
     def widths(self) -> Integers:
-        """The padded widths that occur, over all fields: int64, ascending."""
+        """The padded widths in the plan, over all fields: int64, ascending."""
         widths = self.plan.widths
+        # `[batches]` for one field, `[batches, K]` for several.
         return np.unique(widths if widths.ndim == 1 else widths.sum(1))
 
     def step_costs(self, steps: int) -> Floats:
-        """The share of the budget that each replica uses in the first steps: float64 `[steps, W]`."""
+        """Fraction of the budget that each replica uses in the first steps: float64 `[steps, W]`."""
         course, layout = self.plan.course, self.plan.layout
         numbers = np.arange(min(steps, course.steps) * self.plan.num_replicas)
         return layout.use_of(layout.sizes_of(*course.samples_of(numbers))).reshape(-1, self.plan.num_replicas)
 
     def as_json(self) -> dict[str, Any]:
-        """All figures, in primitive values."""
+        """All figures as primitive values."""
         options = self.plan.layout.options
-        given = {name: getattr(options, name) for name in ("max_tokens", "batch_size", "count", "widths", "overlong")}
-        given |= {name: getattr(options, name) for name in ("min_length", "max_length", "drop_last", "seed")}
+        figures = {name: getattr(options, name) for name in ("max_tokens", "batch_size", "count", "widths", "overlong")}
+        figures |= {name: getattr(options, name) for name in ("min_length", "max_length", "drop_last", "seed")}
         return {
-            "options": given | {"window": options.window, "epoch": self.plan.epoch, "replicas": self.plan.num_replicas},
+            "options": figures
+            | {"window": options.window, "epoch": self.plan.epoch, "replicas": self.plan.num_replicas},
             "window": self.window,
             "windows": self.windows,
             "report": asdict(self.report),
@@ -93,13 +95,13 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """How a budget's padding depends on the window.
+    """Padding of a budget for windows of several sizes.
 
     Attributes:
-        name: the budget in words.
-        windows: samples in a window, ascending.
-        padding: of each, a share.
-        meeting_again: of each, the share of pairs that meet again in the next epoch.
+        name: The budget as text.
+        windows: Samples in a window, ascending.
+        padding: Fraction of padding, for each window.
+        meeting_again: Fraction of pairs that share a batch again in the next epoch, for each window.
     """
 
     name: str
@@ -110,38 +112,39 @@ class Curve:
 
 def compare_plans(
     lengths: Lengths, budgets: Sequence[int | None], windows: Sequence[int | None], **options: Any
-) -> list[Candidate]:
+) -> list[PlanSummary]:
     """Plan an epoch for every budget and window.
 
     Args:
-        lengths: as `plan_epoch` takes them.
-        budgets: values of `max_tokens`.
-        windows: values of `window`.
-        options: the others of `plan_epoch`.
+        lengths: As for `plan_epoch`.
+        budgets: Values of `max_tokens`.
+        windows: Values of `window`.
+        options: Other options of `plan_epoch`.
 
     Raises:
         TypeError: Lengths or an option have the wrong type.
         LengthError: A length is negative, above every allowed width, or over the budget with `overlong="error"`.
-        ValueError: An option is out of its range, no budget is given, or no batch is left to plan.
+        ValueError: An option is out of its range, no budget is given, or the plan has no batch.
     """
     return [
-        Candidate.of(plan_epoch(lengths, max_tokens=budget, window=window, **options))
+        PlanSummary.of(plan_epoch(lengths, max_tokens=budget, window=window, **options))
         for budget in budgets
         for window in windows
     ]
 
 
-def trace_windows(lengths: Lengths, candidates: Iterable[Candidate]) -> list[Curve]:
-    """The padding of each budget among the candidates, over windows of a half of the corpus and ever shorter ones.
+def trace_windows(lengths: Lengths, summaries: Iterable[PlanSummary]) -> list[Curve]:
+    """The padding of each budget for windows from half of the corpus downwards.
 
-    A window of which no plan can be made, as where the last step has too few rows for all replicas, is left out.
+    Windows without a possible plan are left out, for example if the last step has too few rows for all replicas.
     """
-    budgets = {candidate.name: candidate.plan for candidate in candidates}
+    # Summaries of one budget differ in their window alone, and give one curve.
+    budgets = {summary.name: summary.plan for summary in summaries}
     return [_trace(name, lengths, plan) for name, plan in budgets.items()]
 
 
 def describe_lengths(lengths: Lengths) -> dict[str, float]:
-    """Number, sum and quantiles of the lengths; of samples with several fields, of their sums."""
+    """Number, sum and quantiles of the lengths. For several fields, of their sums."""
     totals = total_lengths(lengths)
     low, median, high, top = np.quantile(totals, [0, 0.5, 0.95, 1]).tolist()
     figures = {"samples": len(totals), "steps": int(totals.sum(dtype=np.int64))}
@@ -149,40 +152,45 @@ def describe_lengths(lengths: Lengths) -> dict[str, float]:
 
 
 def total_lengths(lengths: Lengths) -> Integers:
-    """Each sample's steps over all fields: integers `[N]`."""
+    """Steps of each sample over all fields: integers `[N]`."""
     array = check_lengths(lengths)
     return array if array.ndim == 1 else array.sum(1, dtype=np.int64)
 
 
-def tabulate(candidates: Sequence[Candidate], width: int) -> list[str]:
-    """The candidates as columns of a table.
+def tabulate(summaries: Sequence[PlanSummary], width: int) -> list[str]:
+    """The summaries as columns of a table.
 
     Args:
-        candidates: at least one.
-        width: of a line in characters; what is wider goes on in another table below.
+        summaries: At least one.
+        width: Characters in a line. Further columns go into another table below.
     """
-    columns = [_column(candidate) for candidate in candidates]
+    columns = [_column(summary) for summary in summaries]
     labels = list(columns[0])
-    wide = max(len(label) for label in labels)
+    label_width = max(len(label) for label in labels)
     cell = max(len(value) for column in columns for value in column.values()) + 2
-    fitting = max(1, (width - wide) // cell)
+    fitting = max(1, (width - label_width) // cell)
     lines = []
     for first in range(0, len(columns), fitting):
-        some = columns[first : first + fitting]
-        lines += [f"{label:<{wide}}" + "".join(f"{column[label]:>{cell}}" for column in some) for label in labels]
+        group = columns[first : first + fitting]
+        lines += [
+            f"{label:<{label_width}}" + "".join(f"{column[label]:>{cell}}" for column in group) for label in labels
+        ]
         lines.append("")
     return lines[:-1]
 
 
 def _trace(name: str, lengths: Lengths, plan: BatchPlan) -> Curve:
-    given, samples = plan.layout.options, len(plan.layout.corpus)
-    kept: PlanOptions = {name: getattr(given, name) for name in PlanOptions.__annotations__}  # type: ignore[assignment]
-    most = max(2, len(plan.batches) // FEWEST_BATCHES)
+    """The curve of a budget."""
+    samples = len(plan.layout.corpus)
+    options: PlanOptions = {name: getattr(plan.layout.options, name) for name in PlanOptions.__annotations__}  # type: ignore[assignment]
+    largest_count = max(2, len(plan.batches) // FEWEST_BATCHES)
     reports = {}
-    for window in [samples // count for count in COUNTS[::-1] if count <= most]:
-        # The plan that was asked for is made: what is refused is this window.
+    for window in [samples // count for count in COUNTS[::-1] if count <= largest_count]:
+        # The plan itself could be made, so an error here is about this window alone.
         with suppress(ValueError):
-            other = plan_epoch(lengths, num_replicas=plan.num_replicas, epoch=plan.epoch, **kept | {"window": window})
+            other = plan_epoch(
+                lengths, num_replicas=plan.num_replicas, epoch=plan.epoch, **options | {"window": window}
+            )
             reports[window] = other.report()
     return Curve(
         name=name,
@@ -192,18 +200,18 @@ def _trace(name: str, lengths: Lengths, plan: BatchPlan) -> Curve:
     )
 
 
-def _column(candidate: Candidate) -> dict[str, str]:
-    report, options = candidate.report, candidate.plan.layout.options
-    widths = candidate.widths
+def _column(summary: PlanSummary) -> dict[str, str]:
+    report, options = summary.report, summary.plan.layout.options
+    widths = summary.widths
     return {
         **({} if options.max_tokens is None else {"max tokens": f"{options.max_tokens:,}"}),
         **({} if options.batch_size is None else {"batch size": f"{options.batch_size:,}"}),
-        "window": f"{candidate.window:,}" + " auto" * (options.window is None),
-        "windows": f"{candidate.windows:,}",
+        "window": f"{summary.window:,}" + " auto" * (options.window is None),
+        "windows": f"{summary.windows:,}",
         "batches": f"{report.batches:,}",
         "steps": f"{report.steps:,}",
         "padding": f"{report.padding:.2%}",
-        "  random batches": f"{candidate.random:.2%}",
+        "  random batches": f"{summary.random:.2%}",
         "budget use": f"{report.budget_use:.2%}",
         "pairs that meet again": f"{report.meeting_again:.2%}",
         "  in 2 epochs": f"{report.meeting_again_in_2:.2%}",
@@ -216,6 +224,6 @@ def _column(candidate: Candidate) -> dict[str, str]:
         "padded widths": f"{len(widths):,}",
         "  from": f"{widths[0]:,}",
         "  to": f"{widths[-1]:,}",
-        "over-long": f"{candidate.overlong:,}",
+        "over-long": f"{summary.overlong:,}",
         "left out": f"{report.short + report.dropped + report.unused:,}",
     }
