@@ -260,7 +260,7 @@ class Bucketer(Generic[SampleT]):
             raise ValueError(f"the state is not what state_dict gave: {error!r}") from None
         if not 0 <= oldest <= arrivals or len(bits) != -(-(arrivals - oldest) // 8):
             raise ValueError(
-                f"the state must have a bit for each arrival from {oldest} to {arrivals}, got {len(bits)} bytes"
+                f"the state must have a bit for each arrival {oldest} to {arrivals}, got {len(bits)} bytes"
             )
         self._order, self._waiting = [], {}
         self._held = 0

@@ -152,7 +152,7 @@ try:
             except RuntimeError as error:
                 refused.append(str(error))
 except RuntimeError as error:
-    print("at the end:", "go on with a new writer" in str(error))
+    print("at the end:", "continue with a new writer" in str(error))
 print(len(failed), len(refused) > 100, sorted(path.name for path in folder.glob("*.t*")))
 with ShardWriter(folder, append=True, **options) as writer:
     assert len(writer.keys) == 150

@@ -188,7 +188,7 @@ def test_a_bad_sample_is_refused_and_the_next_good_one_written(tmp_path, layout,
 def test_the_plain_layout_refuses_keys_that_tar_cannot_name(tmp_path, key):
     with ShardWriter(tmp_path / "plain", layout="plain") as writer:
         writer.write(GOOD)
-        with pytest.raises(ValueError, match='choose layout="blocks"'):
+        with pytest.raises(ValueError, match='choose the layout "blocks"'):
             writer.write(GOOD | {"__key__": key})
     write(tmp_path / "blocks", [GOOD | {"__key__": key}])
     assert ShardDataset(tmp_path / "blocks")[0]["__key__"] == key
@@ -207,8 +207,8 @@ def test_fields_that_webdataset_would_rename_are_refused(tmp_path, name):
     [
         ({"layout": "rows"}, ValueError, "layout must be"),
         ({"max_samples": 0}, ValueError, "max_samples must be at least 1, got 0"),
-        ({"max_bytes": True}, ValueError, "max_bytes must be"),
-        ({"block_size": 2.5}, ValueError, "block_size must be"),
+        ({"max_bytes": True}, TypeError, "max_bytes must be"),
+        ({"block_size": 2.5}, TypeError, "block_size must be"),
         ({"prefix": "a/b"}, ValueError, "prefix must be"),
         ({"stack": "image"}, TypeError, "stack must be a list"),
     ],

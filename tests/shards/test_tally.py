@@ -113,7 +113,7 @@ def test_shards_that_find_no_room_are_counted_together(monkeypatch, entries, nam
 
 
 def test_more_processes_than_rows_share_one(monkeypatch):
-    monkeypatch.setattr(module, "ROWS", 1)
+    monkeypatch.setattr(module, "MAX_PROCESSES", 1)
     tally, context = Tally(REASONS), mp.get_context("fork")
     tally.skip("a.tar", "length")
     process = context.Process(target=count, args=(tally, "b", 3))

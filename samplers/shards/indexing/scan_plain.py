@@ -98,7 +98,8 @@ class PlainScan:
         if not names:
             raise ValueError(
                 f"{context}: none of {sorted(members)} is a .npy array with an axis: name the fields whose lengths "
-                "count, and give a length function to measure other encodings"
+                "count (length_fields=, --fields), and give a length function to measure other encodings (length=, "
+                "--length MODULE:FUNCTION)"
             )
         return names
 
@@ -166,7 +167,10 @@ class PlainScan:
         """
         context = f"{self._groups.context(key)}, field {name!r}"
         if self._measure_bytes is None:
-            raise ValueError(f"{context}: not a .npy array: give a length function (field, bytes) -> steps")
+            raise ValueError(
+                f"{context}: not a .npy array: give a length function (field, bytes) -> steps: "
+                "length=, or --length MODULE:FUNCTION of a command"
+            )
         try:
             steps = self._measure_bytes(name, self._groups.content(member))
         except Exception as error:
