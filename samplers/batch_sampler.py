@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch.utils.data import Sampler
 
 from collate.widths import Widths, check_count
-from samplers.planning.batch_table import Shape
 from samplers.planning.budget import Cost, Count
-from samplers.planning.choose_table import lay_out
 from samplers.planning.options import Indices, Options, Overlong
 from samplers.planning.plan import BatchPlan
 from samplers.planning.schedule import Course, chunk_steps
 from samplers.planning.sorting import Lengths
+from samplers.planning.tables.batch_table import Shape
+from samplers.planning.tables.choose_table import lay_out
 from samplers.progress.position import Cursor, Pass, PositionDict, check_epoch, make_fingerprint, refuse_iterator_state
 
 

@@ -11,11 +11,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from collate.widths import Widths, check_count
 from samplers.batch_sampler import find_replica
-from samplers.planning.batch_table import Shape
 from samplers.planning.clipping import check_collator
 from samplers.planning.options import Options, PlanOptions
 from samplers.planning.plan import BatchPlan
-from samplers.planning.window_table import WindowCourse, WindowEpoch, WindowLayout, lay_out_windows
+from samplers.planning.tables.batch_table import Shape
+from samplers.planning.tables.window_table import WindowCourse, WindowEpoch, WindowLayout, lay_out_windows
 from samplers.progress.position import (
     Position,
     PositionDict,
@@ -24,7 +24,7 @@ from samplers.progress.position import (
     refuse_iterator_state,
     warn_of_drop,
 )
-from samplers.progress.shared_epochs import WORKERS, Run, SharedCursor
+from samplers.progress.shared_cursor import WORKERS, Run, SharedCursor
 from samplers.shards.dataset import Decoder
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.skipping import Handler

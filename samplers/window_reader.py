@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from samplers.planning.budget import Integers
 from samplers.planning.sorting import Places
-from samplers.planning.window_table import WindowCourse
+from samplers.planning.tables.window_table import WindowCourse
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.format.samples import Sample
 from samplers.shards.skipping import Failed

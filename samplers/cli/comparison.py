@@ -8,13 +8,13 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from samplers.planning.buckets import count_windows
 from samplers.planning.budget import Floats, Integers
 from samplers.planning.options import PlanOptions
 from samplers.planning.plan import BatchPlan, plan_epoch
 from samplers.planning.random_batches import random_padding
 from samplers.planning.report import PlanReport
 from samplers.planning.sorting import Lengths, check_lengths
+from samplers.planning.tables.buckets import count_windows
 
 # The numbers of windows at which a curve is drawn.
 COUNTS: Final = (2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256)

@@ -7,13 +7,13 @@ from typing import Any, TypeVar, Unpack, overload
 import numpy as np
 
 from collate.widths import check_count
-from samplers.planning.batch_table import Layout, Shape, Sizes
 from samplers.planning.budget import Integers
-from samplers.planning.choose_table import lay_out
 from samplers.planning.options import Options, PlanOptions
 from samplers.planning.report import LAGS, PlanReport, count_meeting, count_pairs, imbalance, lag_one
 from samplers.planning.schedule import Course, Epoch
 from samplers.planning.sorting import Lengths
+from samplers.planning.tables.batch_table import Layout, Shape, Sizes
+from samplers.planning.tables.choose_table import lay_out
 
 T = TypeVar("T")
 

@@ -8,10 +8,10 @@ from typing import Final
 
 import numpy as np
 
-from samplers.planning.batch_table import Layout, Sizes
 from samplers.planning.budget import Integers
 from samplers.planning.keyed_shuffle import derive_key, draw, permute, permute_one
 from samplers.planning.sorting import Places
+from samplers.planning.tables.batch_table import Layout, Sizes
 
 # What a key is for: samples within strata, steps within the epoch, batches within a step, the step that is dropped.
 SAMPLES, STEPS, SLOTS, DROPPED = range(4)

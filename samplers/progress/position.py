@@ -8,10 +8,10 @@ from hashlib import blake2b
 from typing import Any, Final, TypeAlias
 
 from collate.widths import check_count
-from samplers.planning.batch_table import Layout
 from samplers.planning.clipping import warn_of_longer
 from samplers.planning.schedule import Course, Epoch
 from samplers.planning.sorting import IndexedLengths, Lengths
+from samplers.planning.tables.batch_table import Layout
 
 PositionDict: TypeAlias = dict[str, int | str]
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from samplers.planning.options import Options
-from samplers.planning.window_table import WindowCourse, WindowEpoch, WindowLayout, lay_out_windows
+from samplers.planning.tables.window_table import WindowCourse, WindowEpoch, WindowLayout, lay_out_windows
 
 SHARDS = 10
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from samplers import LengthBucketBatchSampler
 from samplers.planning.options import Options
-from samplers.planning.window_table import WindowCourse, WindowEpoch, WindowLayout, lay_out_windows
+from samplers.planning.tables.window_table import WindowCourse, WindowEpoch, WindowLayout, lay_out_windows
 
 EPOCHS = 30
 SEEDS = st.integers(0, 2**32 - 1)

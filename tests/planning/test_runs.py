@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samplers.planning.equal_lengths import Extents
 from samplers.planning.options import Options
 from samplers.planning.plan import plan_epoch
-from samplers.planning.window_table import lay_out_windows
+from samplers.planning.tables.equal_lengths import Extents
+from samplers.planning.tables.window_table import lay_out_windows
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.writing.writer import ShardWriter
 

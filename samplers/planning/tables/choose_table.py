@@ -1,10 +1,10 @@
 """Lengths to the batches of any epoch: which kind of layout a corpus has."""
 
-from samplers.planning.batch_table import Layout, in_order
-from samplers.planning.buckets import cut_turns
-from samplers.planning.chunk_table import lay_out_chunks
 from samplers.planning.options import Options
 from samplers.planning.sorting import Lengths, rank_lengths
+from samplers.planning.tables.batch_table import Layout, in_order
+from samplers.planning.tables.buckets import cut_turns
+from samplers.planning.tables.pool_table import lay_out_chunks
 
 
 def lay_out(lengths: Lengths, options: Options) -> Layout:

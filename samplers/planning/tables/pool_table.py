@@ -15,12 +15,12 @@ from typing import Final, NamedTuple, Self
 
 import numpy as np
 
-from samplers.planning.batch_table import Layout, Shape, Sizes
-from samplers.planning.buckets import MANY_BATCHES, count_windows, estimate_batches
 from samplers.planning.budget import Floats, Integers
 from samplers.planning.keyed_shuffle import derive_key, permute
 from samplers.planning.options import Options
 from samplers.planning.sorting import Corpus, Places
+from samplers.planning.tables.batch_table import Layout, Shape, Sizes
+from samplers.planning.tables.buckets import MANY_BATCHES, count_windows, estimate_batches
 
 # An epoch is sorted when its first batch is due: some milliseconds.
 MANY_SAMPLES: Final = 1 << 15
@@ -34,7 +34,7 @@ NEAR: Final = 12
 TAIL: Final = 3
 # By so many times more draws than the first epochs do the others look for a last step that replicas can share.
 PATIENCE: Final = 32
-# What a key is for, beside the purposes of `samplers.planning.batch_table`.
+# What a key is for, beside the purposes of `samplers.planning.tables.batch_table`.
 CHUNKS: Final = 30
 
 

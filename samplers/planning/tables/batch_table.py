@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from collate.widths import padded_widths
-from samplers.planning.buckets import Edge
 from samplers.planning.budget import Floats, Integers
-from samplers.planning.equal_lengths import Extents, Runs
 from samplers.planning.keyed_shuffle import Domains, Words, derive_key, draw, permute, stream_keys
 from samplers.planning.options import Options
 from samplers.planning.sorting import Corpus, Places
+from samplers.planning.tables.buckets import Edge
+from samplers.planning.tables.equal_lengths import Extents, Runs
 
 # What a key is for, beside the purposes of `samplers.planning.schedule`: turns among epochs, samples of one length.
 TURNS, RUNS = range(20, 22)

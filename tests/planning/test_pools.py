@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samplers.planning.choose_table import lay_out
-from samplers.planning.chunk_table import ChunkLayout
 from samplers.planning.options import Options
 from samplers.planning.plan import plan_epoch
+from samplers.planning.tables.choose_table import lay_out
+from samplers.planning.tables.pool_table import ChunkLayout
 
 Array = npt.NDArray[np.int64]
 Batches = list[list[int]]

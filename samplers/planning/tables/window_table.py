@@ -14,13 +14,13 @@ from typing import Final, NamedTuple, Self, cast
 
 import numpy as np
 
-from samplers.planning.batch_table import Layout, Shape, in_order, turn_of
-from samplers.planning.buckets import MOST_TURNS, Edge, count_batches, count_windows, cut_edges
 from samplers.planning.budget import Integers
 from samplers.planning.keyed_shuffle import derive_key, permute, stream_keys
 from samplers.planning.options import Options
 from samplers.planning.schedule import Course, Epoch
 from samplers.planning.sorting import Corpus, IndexedLengths, Places, rank_lengths
+from samplers.planning.tables.batch_table import Layout, Shape, in_order, turn_of
+from samplers.planning.tables.buckets import MOST_TURNS, Edge, count_batches, count_windows, cut_edges
 
 # A window holds at least so many samples where no number is given: enough batches of a usual size to be even in width.
 WINDOW: Final = 10_000
