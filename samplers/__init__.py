@@ -1,5 +1,11 @@
-"""Length-bucketed plans, samplers, shards and streams."""
+"""Batches of similar lengths: plans, batch samplers, streams and shards.
 
+Contents: the files here are the loaders; the rooms are `planning` (lengths to batches), `progress` (positions),
+`dynamic` (streams without known lengths), `shards` (lengths and samples on disk) and `cli` (the command).
+It imports `errors` and `widths` from `collate`, nothing else. CONTRIBUTING defines the words.
+"""
+
+from collate.errors import LengthError
 from samplers.batch_sampler import LengthBucketBatchSampler
 from samplers.dynamic.streams import LengthBucketNode, bucket_by_length
 from samplers.planning.optimal_widths import optimal_widths
@@ -13,6 +19,7 @@ __all__ = [
     "BatchPlan",
     "LengthBucketBatchSampler",
     "LengthBucketNode",
+    "LengthError",
     "LengthIndex",
     "ShardDataset",
     "ShardStream",

@@ -275,7 +275,13 @@ def plan_options(command: Command) -> Command:
     """Add the planner's options, except for `--max-tokens` and `--window`."""
     options = [
         click.option("--batch-size", type=click.IntRange(1), help="Rows in a batch at most."),
-        click.option("--count", type=click.Choice(["padded", "real"]), default="padded", help="What tokens count."),
+        click.option(
+            "--count",
+            "count_tokens",
+            type=click.Choice(["padded", "real"]),
+            default="padded",
+            help="What tokens count.",
+        ),
         click.option("--replicas", "num_replicas", type=click.IntRange(1), default=1, help="Ranks that train."),
         click.option("--widths", help="Padded widths: 8 (multiples), 128,256 (these), best:6 (the six best)."),
         click.option("--min-length", type=click.IntRange(0), default=0, help="Shorter samples are left out."),

@@ -33,7 +33,9 @@ from samplers.cli.comparison import compare_plans, describe_lengths, trace_windo
 from samplers.cli.convert import Choice, SampleMaker, check_exists, read_rows, stacked_fields
 from samplers.cli.extras import load_extra
 from samplers.cli.printing import count, describe_index, describe_reading, judge, print_batch, print_report, print_rows
-from samplers.planning.plan import BatchPlan, plan_epoch
+from samplers.planning.options import Options
+from samplers.planning.plan import BatchPlan
+from samplers.planning.tables.pool_table import choose_table
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.indexing.index_file import SUFFIX, read_index
@@ -294,11 +296,13 @@ def show(*, sources: tuple[str, ...], step: int, rank: int, rows: int, **options
     _require_budget(options["max_tokens"], options)
     known = open_index(sources)
     options["widths"] = parse_widths(options["widths"], known)
-    plan = plan_epoch(known, **options)
+    epoch, num_replicas = options.pop("epoch"), options.pop("num_replicas")
+    table = choose_table(known, Options(**options))
+    plan = BatchPlan(table, epoch, num_replicas)
     batch = plan.batches[_check_step(plan, step, rank)]
     samples = ShardDataset(known.shards, known).__getitems__(batch)
     click.secho(f"step {step:,} of {plan.steps:,}, rank {rank} of {plan.num_replicas}, epoch {plan.epoch}", bold=True)
-    print_batch(known, plan, batch, samples)
+    print_batch(known, table, batch, samples)
     print_rows(known, batch, samples, rows)
 
 

@@ -9,12 +9,14 @@ from typing import Any, Final, Self
 import numpy as np
 
 from samplers.planning.budget import Floats, Integers
-from samplers.planning.options import PlanOptions
+from samplers.planning.options import Options, PlanOptions
 from samplers.planning.plan import BatchPlan, plan_epoch
-from samplers.planning.random_batches import random_padding
 from samplers.planning.report import PlanReport
+from samplers.planning.schedule import make_schedule
 from samplers.planning.sorting import Lengths, check_lengths
+from samplers.planning.tables.batch_table import BatchTable
 from samplers.planning.tables.buckets import count_windows
+from samplers.planning.tables.pool_table import choose_table
 
 # The numbers of windows at which a curve is drawn.
 COUNTS: Final = (2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256)
@@ -27,39 +29,42 @@ class Candidate:
     """A plan that training might follow, with what it costs.
 
     Attributes:
+        table: the batches of any epoch.
         plan: of the epoch asked for.
         report: of that plan.
         random: share of padding in batches of the same budget, filled with samples in random order.
     """
 
+    table: BatchTable
     plan: BatchPlan
     report: PlanReport
     random: float
 
     @classmethod
-    def of(cls, plan: BatchPlan) -> Self:
+    def of(cls, table: BatchTable, epoch: int, num_replicas: int) -> Self:
         """Compute four epochs of a plan, and its random batches."""
-        return cls(plan=plan, report=plan.report(), random=random_padding(plan))
+        plan = BatchPlan(table, epoch, num_replicas)
+        return cls(table=table, plan=plan, report=plan.report(), random=plan.random_padding)
 
     @property
     def windows(self) -> int:
         """How many windows the epoch is a shuffle of."""
-        return count_windows(self.plan.layout.corpus, self.plan.layout.options)
+        return count_windows(self.table.sorted_lengths, self.table.options)
 
     @property
     def window(self) -> int:
         """Samples in a window, rounded."""
-        return round(len(self.plan.layout.corpus) / self.windows)
+        return round(len(self.table.sorted_lengths) / self.windows)
 
     @property
     def overlong(self) -> int:
         """Samples that alone exceed the budget."""
-        return self.report.alone + self.report.dropped
+        return self.report.overlong_alone + self.report.overlong_dropped
 
     @property
     def name(self) -> str:
         """The budget in words."""
-        options = self.plan.layout.options
+        options = self.table.options
         rows = "" if options.batch_size is None else f"{options.batch_size:,} rows"
         tokens = "" if options.max_tokens is None else f"{options.max_tokens:,} tokens"
         return ", ".join(filter(None, [tokens, rows]))
@@ -72,14 +77,17 @@ class Candidate:
 
     def step_costs(self, steps: int) -> Floats:
         """The share of the budget that each replica uses in the first steps: float64 `[steps, W]`."""
-        course, layout = self.plan.course, self.plan.layout
-        numbers = np.arange(min(steps, course.steps) * self.plan.num_replicas)
-        return layout.use_of(layout.sizes_of(*course.samples_of(numbers))).reshape(-1, self.plan.num_replicas)
+        table, replicas = self.table, self.plan.num_replicas
+        schedule = make_schedule(table, self.plan.epoch, replicas)
+        slots = np.arange(min(steps, schedule.steps) * replicas)
+        return table.budget_use(table.measure_batches(*schedule.batch_samples(slots))).reshape(-1, replicas)
 
     def as_json(self) -> dict[str, Any]:
         """All figures, in primitive values."""
-        options = self.plan.layout.options
-        given = {name: getattr(options, name) for name in ("max_tokens", "batch_size", "count", "widths", "overlong")}
+        options = self.table.options
+        given = {
+            name: getattr(options, name) for name in ("max_tokens", "batch_size", "count_tokens", "widths", "overlong")
+        }
         given |= {name: getattr(options, name) for name in ("min_length", "max_length", "drop_last", "seed")}
         return {
             "options": given | {"window": options.window, "epoch": self.plan.epoch, "replicas": self.plan.num_replicas},
@@ -99,17 +107,23 @@ class Curve:
         name: the budget in words.
         windows: samples in a window, ascending.
         padding: of each, a share.
-        meeting_again: of each, the share of pairs that meet again in the next epoch.
+        repeated_pairs: of each, the share of pairs that meet again in the next epoch.
     """
 
     name: str
     windows: list[int]
     padding: list[float]
-    meeting_again: list[float]
+    repeated_pairs: list[float]
 
 
 def compare_plans(
-    lengths: Lengths, budgets: Sequence[int | None], windows: Sequence[int | None], **options: Any
+    lengths: Lengths,
+    budgets: Sequence[int | None],
+    windows: Sequence[int | None],
+    *,
+    epoch: int = 0,
+    num_replicas: int = 1,
+    **options: Any,
 ) -> list[Candidate]:
     """Plan an epoch for every budget and window.
 
@@ -117,6 +131,8 @@ def compare_plans(
         lengths: as `plan_epoch` takes them.
         budgets: values of `max_tokens`.
         windows: values of `window`.
+        epoch: which one.
+        num_replicas: how many share each step.
         options: the others of `plan_epoch`.
 
     Raises:
@@ -125,7 +141,7 @@ def compare_plans(
         ValueError: An option is out of its range, no budget is given, or no batch is left to plan.
     """
     return [
-        Candidate.of(plan_epoch(lengths, max_tokens=budget, window=window, **options))
+        Candidate.of(choose_table(lengths, Options(max_tokens=budget, window=window, **options)), epoch, num_replicas)
         for budget in budgets
         for window in windows
     ]
@@ -136,8 +152,8 @@ def trace_windows(lengths: Lengths, candidates: Iterable[Candidate]) -> list[Cur
 
     A window of which no plan can be made, as where the last step has too few rows for all replicas, is left out.
     """
-    budgets = {candidate.name: candidate.plan for candidate in candidates}
-    return [_trace(name, lengths, plan) for name, plan in budgets.items()]
+    budgets = {candidate.name: candidate for candidate in candidates}
+    return [_trace(name, lengths, candidate) for name, candidate in budgets.items()]
 
 
 def describe_lengths(lengths: Lengths) -> dict[str, float]:
@@ -174,8 +190,8 @@ def tabulate(candidates: Sequence[Candidate], width: int) -> list[str]:
     return lines[:-1]
 
 
-def _trace(name: str, lengths: Lengths, plan: BatchPlan) -> Curve:
-    given, samples = plan.layout.options, len(plan.layout.corpus)
+def _trace(name: str, lengths: Lengths, candidate: Candidate) -> Curve:
+    given, samples, plan = candidate.table.options, len(candidate.table.sorted_lengths), candidate.plan
     kept: PlanOptions = {name: getattr(given, name) for name in PlanOptions.__annotations__}  # type: ignore[assignment]
     most = max(2, len(plan.batches) // FEWEST_BATCHES)
     reports = {}
@@ -188,12 +204,12 @@ def _trace(name: str, lengths: Lengths, plan: BatchPlan) -> Curve:
         name=name,
         windows=list(reports),
         padding=[report.padding for report in reports.values()],
-        meeting_again=[report.meeting_again for report in reports.values()],
+        repeated_pairs=[report.repeated_pairs for report in reports.values()],
     )
 
 
 def _column(candidate: Candidate) -> dict[str, str]:
-    report, options = candidate.report, candidate.plan.layout.options
+    report, options = candidate.report, candidate.table.options
     widths = candidate.widths
     return {
         **({} if options.max_tokens is None else {"max tokens": f"{options.max_tokens:,}"}),
@@ -205,17 +221,17 @@ def _column(candidate: Candidate) -> dict[str, str]:
         "padding": f"{report.padding:.2%}",
         "  random batches": f"{candidate.random:.2%}",
         "budget use": f"{report.budget_use:.2%}",
-        "pairs that meet again": f"{report.meeting_again:.2%}",
-        "  in 2 epochs": f"{report.meeting_again_in_2:.2%}",
-        "  in 5 epochs": f"{report.meeting_again_in_5:.2%}",
+        "pairs that meet again": f"{report.repeated_pairs:.2%}",
+        "  in 2 epochs": f"{report.repeated_pairs_in_2:.2%}",
+        "  in 5 epochs": f"{report.repeated_pairs_in_5:.2%}",
         "autocorrelation": f"{report.autocorrelation:.3f}",
         "rank imbalance": f"{report.imbalance:.3f}",
-        "  worst step": f"{report.worst_step:.3f}",
+        "  worst step": f"{report.worst_imbalance:.3f}",
         "shapes": f"{report.shapes:,}",
         "  in 4 epochs": f"{report.shapes_of_4:,}",
         "padded widths": f"{len(widths):,}",
         "  from": f"{widths[0]:,}",
         "  to": f"{widths[-1]:,}",
         "over-long": f"{candidate.overlong:,}",
-        "left out": f"{report.short + report.dropped + report.unused:,}",
+        "left out": f"{report.too_short + report.overlong_dropped + report.last_dropped:,}",
     }

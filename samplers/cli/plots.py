@@ -54,7 +54,7 @@ def draw_comparison(lengths: Lengths, candidates: Sequence[Candidate], curves: S
         panels = figure.subplots(2, 2)
         _draw_lengths(panels[0, 0], total_lengths(lengths), candidates[0])
         _draw_curves(panels[0, 1], curves, candidates, "padding", "Padding")
-        _draw_curves(panels[1, 0], curves, candidates, "meeting_again", "Pairs that meet again")
+        _draw_curves(panels[1, 0], curves, candidates, "repeated_pairs", "Pairs that meet again")
         _draw_steps(panels[1, 1], candidates[0])
         for letter, axes in zip("abcd", panels.flat, strict=True):
             axes.set_title(f"({letter}) {axes.get_title('left')}")
@@ -64,7 +64,7 @@ def draw_comparison(lengths: Lengths, candidates: Sequence[Candidate], curves: S
 def _draw_lengths(axes: Axes, totals: Any, candidate: Candidate) -> None:
     spread = bool(totals.max() > LOG_FROM * max(1.0, float(np.median(totals))))
     heights, _, _ = axes.hist(np.maximum(totals, 1), bins=_bins(totals, spread=spread), color=COLOURS[0])
-    edges = sorted({sum(edge.width) for edge in candidate.plan.layout.edges})
+    edges = sorted({sum(bucket.width) for bucket in candidate.table.buckets})
     # A rug above the bars: hundreds of lines through them would hide them.
     top = float(np.max(heights))
     axes.vlines(edges, 1.06 * top, 1.16 * top, color="#222222", linewidth=0.5)

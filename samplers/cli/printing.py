@@ -9,8 +9,8 @@ import click
 import numpy as np
 
 from samplers.cli.comparison import Candidate, describe_lengths, tabulate
-from samplers.planning.plan import BatchPlan
 from samplers.planning.sorting import Lengths
+from samplers.planning.tables.batch_table import BatchTable
 from samplers.shards.format.samples import Sample
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.indexing.tables import Field
@@ -70,8 +70,8 @@ def print_report(sources: Sequence[str], lengths: Lengths, candidates: Sequence[
 
 
 def _describe_overlong(lengths: Lengths, candidate: Candidate) -> str:
-    corpus, found = candidate.plan.layout.corpus, candidate.overlong
-    worst = corpus.order[: min(NAMED, candidate.report.alone)].tolist()
+    corpus, found = candidate.table.sorted_lengths, candidate.overlong
+    worst = corpus.order[: min(NAMED, candidate.report.overlong_alone)].tolist()
     keys = [lengths.keys[place] if isinstance(lengths, LengthIndex) else f"sample {place}" for place in worst]
     longest = ", ".join(f"{key} ({corpus.lengths[place]} steps)" for key, place in zip(keys, worst, strict=True))
     done = "are batches of one here" if worst else "are left out here"
@@ -81,15 +81,14 @@ def _describe_overlong(lengths: Lengths, candidate: Candidate) -> str:
     )
 
 
-def print_batch(known: LengthIndex, plan: BatchPlan, batch: list[int], samples: Sequence[Sample]) -> None:
+def print_batch(known: LengthIndex, table: BatchTable, batch: list[int], samples: Sequence[Sample]) -> None:
     """Print the size of a batch, and its fields."""
-    layout = plan.layout
-    sizes = layout.sizes_of(np.array(batch), np.array([len(batch)]))
+    sizes = table.measure_batches(np.array(batch), np.array([len(batch)]))
     widths = dict(zip(known.fields, sizes.widths[0].tolist(), strict=True))
     padded, real = len(batch) * sum(widths.values()), int(sizes.tokens[0])
     click.echo(
         f"{len(batch):,} rows, {padded:,} padded tokens, {real:,} real ones: padding {1 - real / padded:.2%}, budget "
-        f"use {float(layout.use_of(sizes)[0]):.1%}\n"
+        f"use {float(table.budget_use(sizes)[0]):.1%}\n"
     )
     for field in known.tables.fields:
         if field.name in samples[0]:

@@ -1,4 +1,14 @@
-"""Where a stream's epochs stand, in memory that a loader's workers share."""
+"""SharedEpochCursor: which epoch a stream's next iteration begins, in memory that a loader's workers share.
+
+Two workers, one epoch. Worker 0 begins first: it finds no record, and writes "iteration 1 began: epoch 0". Worker 1
+finds that record, of the same loader's iteration, and joins it. In the next pass both have begun one iteration, so that
+the first to come writes "iteration 2 began: epoch 1".
+
+>>> cursor = SharedEpochCursor(num_replicas=1)
+>>> iteration = cursor.begin()
+>>> cursor.next_start.epoch, cursor.last_start
+(1, (Position(epoch=0, replicas=1, batches=0), 0))
+"""
 
 import os
 from multiprocessing.reduction import ForkingPickler
@@ -13,231 +23,236 @@ from torch.utils.data import get_worker_info
 from samplers.progress.position import Position
 from samplers.shards.skip_counts import is_alive, shared_zeros
 
-# Workers that a loader may have at most; what they share is 160 kB.
+# A loader may have up to this many workers; their shared memory is 160 kB.
 WORKERS: Final = 1024
-# What a record tells of: a set epoch, one that the present iteration has too, a seek, an iteration, one after a seek.
+# Events of records: an epoch was set, the present iteration's epoch was set again, a seek, an iteration began, an
+# iteration began after a seek.
 _SET, _SET_AGAIN, _SEEK, _BEGUN, _BEGUN_SOUGHT = range(1, 6)
-# A reader that finds a record half written looks again; a writer may have died amid it.
+# A reader that finds a half written record looks again, but not for ever: its writer may have died.
 _LOOKS: Final = 1000
-_PAUSE: Final = 1e-3
+_PAUSE_SECONDS: Final = 1e-3
 _NO_SEED: Final = -1
 
 
 class Token(NamedTuple):
-    """What tells the iteration of an iterator from others: those of one loader's workers differ in the process alone.
+    """What identifies the iteration of an iterator; tokens of one loader's workers differ in the process only.
 
     Attributes:
-        seed: that the loader drew for its workers; -1 in the main process, where an iterator is alone.
-        turn: how many iterations this process has begun.
-        process: its number.
+        seed: Seed that the loader drew for its workers; -1 in the main process, where an iterator is alone.
+        begun: Iterations that this process has begun.
+        process: Process id.
     """
 
     seed: int
-    turn: int
+    begun: int
     process: int
 
 
 class Record(NamedTuple):
-    """What happened to a stream: an epoch was set, a position was sought, or an iteration began.
+    """An event of a stream: an epoch was set, a position was sought, or an iteration began.
 
     Attributes:
-        number: counts what happened; all workers of an iteration write the same.
-        kind: which of these.
-        epoch: that is set, sought or begun, and where in it.
-        replicas: part of that position.
-        batches: part of that position.
-        seed: of the loader's iteration, the same for its workers.
-        turn: how many iterations this worker has begun.
-        process: the writer's.
-        loaded: batches of the iteration that the writer's iterator was told, by a state, to have given already.
+        number: Number of the event; all workers of an iteration write the same.
+        event: Which of these it is.
+        epoch: The epoch that is set, sought or begun.
+        replicas: Replicas with which that epoch began.
+        batches: Batches of that epoch that were taken before.
+        seed: Seed of the loader's iteration, the same for all its workers.
+        begun: Iterations that this worker has begun.
+        process: Process id of the writer.
+        loaded: Batches of the iteration that its iterator had given before, as a loaded state says.
     """
 
     number: int
-    kind: int
+    event: int
     epoch: int
     replicas: int
     batches: int
     seed: int = _NO_SEED
-    turn: int = 0
+    begun: int = 0
     process: int = 0
     loaded: int = 0
 
     @property
     def token(self) -> Token:
-        """What tells its iteration."""
-        return Token(self.seed, self.turn, self.process)
+        """What identifies its iteration."""
+        return Token(self.seed, self.begun, self.process)
 
     @property
     def start(self) -> Position:
-        """The position."""
+        """Where the iteration begins."""
         return Position(self.epoch, self.replicas, self.batches)
 
     @property
     def is_begun(self) -> bool:
         """Whether an iteration began."""
-        return self.kind >= _BEGUN
+        return self.event >= _BEGUN
 
     @property
     def is_sought(self) -> bool:
-        """Whether it is a seek, or an iteration that goes on from a saved position."""
-        return self.kind in {_SEEK, _BEGUN_SOUGHT}
+        """Whether it is a seek, or an iteration that resumes from a saved position."""
+        return self.event in {_SEEK, _BEGUN_SOUGHT}
 
 
 _NONE: Final = Record(0, 0, 0, 0, 0)
-# Behind a record's numbers: their checksum, and the batches that its writer has taken.
+# After a record's numbers: their checksum, and the batches that its writer has taken.
 _CHECK, _TAKEN = len(_NONE), len(_NONE) + 1
-_MAIN, _TOLD, _FIRST_WORKER = range(3)
+_MAIN, _REQUESTS, _FIRST_WORKER = range(3)
 
 
-class SharedCursor:
-    """Which epoch comes, where a seek leads, and where the last iteration began.
+class SharedEpochCursor:
+    """State that a stream's iterators share: the next epoch, a position that was sought, the last iteration.
 
-    A loader's workers never meet, may live on or be made anew for each epoch, and one may have ended its part of an
-    iteration before another has begun it. So each writes down, in a place of its own, which iterations it has begun.
-    It knows those that others of its loader have begun by the seed that the loader draws for each set of workers, and
-    by how many it has begun itself, and takes up the same epoch. If nobody has, it begins what comes after the last
-    thing that happened; two that find so at the same time come to the same.
+    Workers do not communicate, and may be persistent or restarted every epoch; one may have ended its part of an
+    iteration before another has begun it. So each worker writes the iterations that it has begun into memory of its
+    own, which the others read. A worker recognises the iterations of its loader by the seed that the loader draws for
+    each set of workers, and by the number of iterations that it has begun, and joins the same epoch. If there is none,
+    it begins what comes after the last event; two workers that do so at the same time decide the same.
 
-    A copy stands where the original stood, and then goes its own way. What `torch.multiprocessing` sends to another
-    process is no copy: a worker must share.
+    A copy begins where the original stands, and then moves independently. What `torch.multiprocessing` sends to another
+    process is no copy: it shares the memory, as a worker must.
 
     Args:
-        replicas: for which an epoch is laid out that begins at its first batch.
-        cells: memory that is shared already; None for new memory.
+        num_replicas: Replicas that share an epoch.
+        cells: Memory that is shared already; None for new memory.
     """
 
-    def __init__(self, replicas: int, cells: torch.Tensor | None = None) -> None:
-        # By writer: what began last and before in the main process, what was set or sought last, and the same as the
-        # first of each worker.
+    def __init__(self, num_replicas: int, cells: torch.Tensor | None = None) -> None:
+        # By writer, two records each: the last two iterations of the main process, the last request (an epoch that was
+        # set, or a seek), and the last two iterations of each worker.
         if cells is None:
             cells = shared_zeros((_FIRST_WORKER + WORKERS, 2, _TAKEN + 1), torch.int64)
-        self._replicas = replicas
+        self._num_replicas = num_replicas
         self._cells = cells
-        self._table = cells.numpy()
+        self._numbers = cells.numpy()
         self._begun = 0
 
     def __getstate__(self) -> dict[str, Any]:
         records = self._records()
-        began, told = _began(records), _told(records)
+        began, request = _last_begun(records), _last_request(records)
         loaded = sum(record.loaded for record in records if record.number == began.number)
-        kept = [record._replace(seed=_NO_SEED, turn=0, process=0, loaded=loaded) for record in (began, told)]
-        return {"replicas": self._replicas, "records": [tuple(record) for record in kept if record.number]}
+        copied = [record._replace(seed=_NO_SEED, begun=0, process=0, loaded=loaded) for record in (began, request)]
+        return {"replicas": self._num_replicas, "records": [tuple(record) for record in copied if record.number]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["replicas"])  # type: ignore[misc]
         for record in (Record(*numbers) for numbers in state["records"]):
-            self._write(_MAIN if record.is_begun else _TOLD, 0, record)
+            self._write(_MAIN if record.is_begun else _REQUESTS, 0, record)
 
     def to_process(self) -> tuple[Any, ...]:
         """How it is sent to another process, which then shares it."""
-        return SharedCursor, (self._replicas, self._cells)
+        return SharedEpochCursor, (self._num_replicas, self._cells)
 
     @property
-    def coming(self) -> Position:
+    def next_start(self) -> Position:
         """Where the next iteration begins."""
         return self._after(_newest(self._records()))
 
     @property
-    def present(self) -> tuple[Position, int]:
-        """Where the last iteration began, or if none has since a seek or another epoch, where the next will.
+    def last_start(self) -> tuple[Position, int]:
+        """Where the last iteration began, and steps that were taken before it was loaded from a state.
 
-        Returns:
-            The position, and the steps after it that were taken before the iteration was loaded from a state.
+        If no iteration has begun since `seek` or `set_epoch` to another epoch: where the next one begins.
         """
         records = self._records()
         if not _is_present(records):
             return self._after(_newest(records)), 0
-        began = _began(records)
+        began = _last_begun(records)
         return began.start, sum(record.loaded for record in records if record.number == began.number)
 
     def peek(self) -> Position:
-        """Where an iterator of this process would begin."""
+        """Where a new iterator of this process would begin."""
         records = self._records()
-        same = _same(records, self._new_token(self._begun + 1))
-        return self._after(_newest(records)) if same is None else same.start
+        joined = _find_iteration(records, self._new_token(self._begun + 1))
+        return self._after(_newest(records)) if joined is None else joined.start
 
     def set_epoch(self, epoch: int) -> None:
-        """Let another epoch come next, unless a seek that no iteration has followed leads into this one."""
+        """Make another epoch the next; a position that was sought in this epoch is kept."""
         records = self._records()
         newest = _newest(records)
-        if newest.kind == _SEEK and newest.epoch == epoch:
+        if newest.event == _SEEK and newest.epoch == epoch:
             return
-        again = _is_present(records) and _began(records).epoch == epoch
-        self._write(_TOLD, 0, Record(newest.number + 1, _SET_AGAIN if again else _SET, epoch, self._replicas, 0))
+        again = _is_present(records) and _last_begun(records).epoch == epoch
+        self._write(
+            _REQUESTS, 0, Record(newest.number + 1, _SET_AGAIN if again else _SET, epoch, self._num_replicas, 0)
+        )
 
     def seek(self, position: Position) -> None:
         """Let the next iteration begin at a position."""
         number = _newest(self._records()).number + 1
-        self._write(_TOLD, 0, Record(number, _SEEK, position.epoch, position.replicas, position.batches))
+        self._write(_REQUESTS, 0, Record(number, _SEEK, position.epoch, position.replicas, position.batches))
 
-    def begin(self, loaded: "Run | None" = None) -> "Run":
-        """Note that an iterator begins: what others of its loader have begun, or what comes, or what was loaded.
+    def begin(self, loaded: "WorkerIteration | None" = None) -> "WorkerIteration":
+        """Note that an iterator begins: the iteration of the loader's other workers, the next one, or a loaded one.
 
         Args:
-            loaded: from `load`, which has noted it; since then another epoch may have been set.
+            loaded: What `load` returned; another epoch may have been set since then.
         """
         if loaded is None:
             self._begun += 1
             return self._enter(None, self._new_token(self._begun), 0)
         return self._enter(loaded.record.start, loaded.record.token, loaded.record.loaded)
 
-    def load(self, start: Position, taken: int) -> "Run":
-        """Note that an iterator goes on with an iteration that began elsewhere, of which it has taken some batches."""
+    def load(self, start: Position, taken: int) -> "WorkerIteration":
+        """Note that an iterator resumes an iteration that began elsewhere, of which it has taken some batches."""
         self._begun += 1
         return self._enter(start, self._new_token(self._begun), taken)
 
-    def note(self, run: "Run", taken: int) -> None:
+    def note_taken(self, iteration: "WorkerIteration", taken: int) -> None:
         """Note how many batches an iterator has taken."""
-        run.taken = taken
-        if self._table[run.writer, run.slot, 0] == run.record.number:
-            self._table[run.writer, run.slot, _TAKEN] = taken
+        iteration.taken = taken
+        if self._numbers[iteration.writer, iteration.entry, 0] == iteration.record.number:
+            self._numbers[iteration.writer, iteration.entry, _TAKEN] = taken
 
-    def dropped_before(self, run: "Run") -> tuple[Position, int, int] | None:
-        """If the iteration before was sought and this one is not: where it began, and its batches.
+    def dropped_before(self, iteration: "WorkerIteration") -> tuple[Position, int, int] | None:
+        """If the iteration before was resumed and this one is not: where it began, and its batches.
 
         Returns:
             The position, the batches after it that were taken before, and those that the iteration has taken.
         """
-        earlier = [record for record in self._records() if record.is_begun and record.number < run.record.number]
+        earlier = [record for record in self._records() if record.is_begun and record.number < iteration.record.number]
         last = max(earlier, default=_NONE)
-        if run.record.is_sought or not last.is_sought:
+        if iteration.record.is_sought or not last.is_sought:
             return None
         loaded = sum(record.loaded for record in earlier if record.number == last.number)
-        return last.start, loaded, int(self._table[..., _TAKEN][self._table[..., 0] == last.number].sum()) - loaded
+        return last.start, loaded, int(self._numbers[..., _TAKEN][self._numbers[..., 0] == last.number].sum()) - loaded
 
-    def _enter(self, start: Position | None, token: Token, loaded: int) -> "Run":
+    def _enter(self, start: Position | None, token: Token, loaded: int) -> "WorkerIteration":
+        """Join the iteration of this token, or begin one; and write a record of it."""
         records = self._records()
-        newest, record = _newest(records), _same(records, token)
-        if record is None or (start is not None and record.number < _told(records).number):
-            kind = _BEGUN_SOUGHT if start is not None or newest.kind == _SEEK else _BEGUN
-            place = self._after(newest) if start is None else start
-            record = Record(newest.number + 1, kind, place.epoch, place.replicas, place.batches)
+        newest, record = _newest(records), _find_iteration(records, token)
+        if record is None or (start is not None and record.number < _last_request(records).number):
+            event = _BEGUN_SOUGHT if start is not None or newest.event == _SEEK else _BEGUN
+            position = self._after(newest) if start is None else start
+            record = Record(newest.number + 1, event, position.epoch, position.replicas, position.batches)
         info = get_worker_info()
         writer = _MAIN if info is None else _FIRST_WORKER + info.id
-        # The older of the two, unless one is this iterator's own.
-        rows = [Record(*cells[:_CHECK].tolist()) for cells in self._table[writer]]
-        slot = min((0, 1), key=lambda slot: (rows[slot].token != token, rows[slot].number))
-        run = Run(record._replace(**token._asdict(), loaded=loaded), writer, slot)
-        self._write(writer, slot, run.record)
-        self.note(run, loaded)
-        return run
+        # Overwrite the older of the writer's two records, unless one is this iterator's.
+        written = [Record(*cells[:_CHECK].tolist()) for cells in self._numbers[writer]]
+        entry = min((0, 1), key=lambda entry: (written[entry].token != token, written[entry].number))
+        iteration = WorkerIteration(record._replace(**token._asdict(), loaded=loaded), writer, entry)
+        self._write(writer, entry, iteration.record)
+        self.note_taken(iteration, loaded)
+        return iteration
 
-    def _new_token(self, turn: int) -> Token:
+    def _new_token(self, begun: int) -> Token:
+        """The token of this process' iteration of that number."""
         info = get_worker_info()
-        return Token(_NO_SEED if info is None else info.seed - info.id, turn, os.getpid())
+        return Token(_NO_SEED if info is None else info.seed - info.id, begun, os.getpid())
 
     def _after(self, newest: Record) -> Position:
+        """Where the iteration after an event begins."""
         if newest.number == 0:
-            return Position(0, self._replicas)
-        return Position(newest.epoch + 1, self._replicas) if newest.is_begun else newest.start
+            return Position(0, self._num_replicas)
+        return Position(newest.epoch + 1, self._num_replicas) if newest.is_begun else newest.start
 
     def _records(self) -> list[Record]:
-        """All that was written, as of one moment: what is half written is read again."""
+        """All records, as of one moment; a half written record is read again."""
         for look in range(_LOOKS):
             if look:
-                sleep(_PAUSE)
-            table = self._table.copy()
-            written = table[table[..., 0] > 0]
+                sleep(_PAUSE_SECONDS)
+            numbers = self._numbers.copy()
+            written = numbers[numbers[..., 0] > 0]
             torn = [cells for cells in written if cells[_CHECK] != crc32(cells[:_CHECK].tobytes())]
             if not torn:
                 break
@@ -245,53 +260,57 @@ class SharedCursor:
             Record(*cells[:_CHECK].tolist()) for cells in written if cells[_CHECK] == crc32(cells[:_CHECK].tobytes())
         ]
 
-    def _write(self, writer: int, slot: int, record: Record) -> None:
+    def _write(self, writer: int, entry: int, record: Record) -> None:
+        """Write a record and its checksum, and the number that makes it valid last."""
         numbers = np.array(record)
-        cells = self._table[writer, slot]
+        cells = self._numbers[writer, entry]
         cells[1:_CHECK] = numbers[1:]
         cells[_CHECK] = crc32(numbers.tobytes())
         cells[0] = record.number
 
 
-class Run:
-    """An iterator's part of an iteration.
+class WorkerIteration:
+    """A worker's part of an iteration.
 
     Args:
-        record: what was written of it.
-        writer: who wrote it.
-        slot: in which of the writer's two places.
+        record: Its record.
+        writer: Who wrote it: index into the shared memory.
+        entry: Which of the writer's two records it is.
     """
 
-    def __init__(self, record: Record, writer: int, slot: int) -> None:
-        self.record, self.writer, self.slot, self.taken = record, writer, slot, 0
+    def __init__(self, record: Record, writer: int, entry: int) -> None:
+        self.record, self.writer, self.entry, self.taken = record, writer, entry, 0
 
 
 def _newest(records: list[Record]) -> Record:
+    """The last event."""
     return max(records, default=_NONE)
 
 
-def _began(records: list[Record]) -> Record:
+def _last_begun(records: list[Record]) -> Record:
+    """The last iteration that began."""
     return max((record for record in records if record.is_begun), default=_NONE)
 
 
-def _told(records: list[Record]) -> Record:
+def _last_request(records: list[Record]) -> Record:
+    """The last epoch that was set, or seek."""
     return max((record for record in records if not record.is_begun), default=_NONE)
 
 
 def _is_present(records: list[Record]) -> bool:
     """Whether the last iteration is the present one: nothing was sought and no other epoch was set since it began."""
-    began, told = _began(records), _told(records)
-    return began.number > 0 and (told.number < began.number or told.kind == _SET_AGAIN)
+    began, request = _last_begun(records), _last_request(records)
+    return began.number > 0 and (request.number < began.number or request.event == _SET_AGAIN)
 
 
-def _same(records: list[Record], token: Token) -> Record | None:
-    """The record of this iterator, or of another worker's in its iteration."""
+def _find_iteration(records: list[Record], token: Token) -> Record | None:
+    """The record of this iterator, or of another worker in its iteration."""
     same = [record for record in records if record.is_begun and record.token == token]
-    # A loader may draw a seed a second time, after torch.manual_seed; the workers before are gone then.
+    # After torch.manual_seed a loader may draw a seed a second time: its earlier workers are gone by then.
     if not same and token.seed != _NO_SEED:
         same = [record for record in records if record.token[:2] == token[:2] and is_alive(record.process)]
     return max(same, default=None)
 
 
 # For processes that are started, and queues between them: there a tensor in shared memory is sent as a handle.
-ForkingPickler.register(SharedCursor, SharedCursor.to_process)
+ForkingPickler.register(SharedEpochCursor, SharedEpochCursor.to_process)

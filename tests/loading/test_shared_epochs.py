@@ -179,7 +179,7 @@ def test_a_position_counts_from_where_a_loaders_state_led(workers, shards):
 
 def test_a_half_written_record_is_not_read(shards):
     data = stream(shards, 2)
-    data._cursor._table[0, 0, :3] = 99, 4, 50
+    data._cursor._numbers[0, 0, :3] = 99, 4, 50
     assert data.epoch == 2
 
 

@@ -1,9 +1,19 @@
-"""Samples of one length trade places: who is as good as another need not stay among the same neighbours.
+"""Mixing samples of equal length: they are exchanged across strata and buckets in each epoch, at no cost.
 
-A run is a stretch of the order whose samples all count for the same padded width (or length), so that any of them may
-stand in the place of any other at no cost. A shuffle that keeps to its strata would let a sample meet only those of its
-own edge, and never one of its own stratum. So in every epoch the samples of a run are dealt out again among its places,
-by a keyed bijection. A run within one stratum needs none of it: the stratum is shuffled as it is.
+A *run* is a stretch of the sorted order whose samples all have the same padded width (or length), so that any of them
+can replace any other. If samples were shuffled in their own stratum only, a sample would meet only samples of its own
+bucket, and never one of its own stratum. So in each epoch the samples of a run are permuted over the whole run, by a
+keyed bijection. A run inside one stratum needs no exchange, because its stratum is shuffled anyway.
+
+Nine samples of widths 5 5 5 5 3 3 3 2 2 have three runs. If strata begin at 0, 3 and 6, the run of width 5 crosses
+into the second stratum, and the run of width 3 into the third:
+
+>>> widths = np.array([5, 5, 5, 5, 3, 3, 3, 2, 2])
+>>> finder = RunFinder(lambda sorted_indices: widths[sorted_indices], np.array([0, 9]))
+>>> finder.crosses(np.array([0, 3, 6])).tolist()
+[False, True, True]
+>>> [bounds.tolist() for bounds in finder.find_bounds(np.array([3, 6]))]
+[[0, 4], [4, 7]]
 """
 
 from collections.abc import Callable
@@ -17,149 +27,167 @@ from samplers.planning.keyed_shuffle import Domains, Words, stream_keys
 
 
 @dataclass(frozen=True, eq=False)
-class Extents:
-    """Where the runs of an order begin and end.
+class RunFinder:
+    """Finds where the runs of a sorted order begin and end.
 
     Attributes:
-        width_at: what the samples at these places count for, int64 `[n]` -> int64 `[n]`. Within a region it never
-            rises from one place to the next.
-        regions: where each region begins, and last the number of places, int64 `[regions + 1]`: no run crosses from one
-            region into the next.
+        width_at: The widths of the samples at sorted indices, int64 `[n]` -> int64 `[n]`. In a section, widths never
+            rise along the order.
+        sections: Where each section of the order begins, and last its length, int64 `[sections + 1]`: no run crosses
+            from one section into the next. A corpus is one section, a window of shards is one of its own.
     """
 
     width_at: Callable[[Integers], Integers]
-    regions: Integers
+    sections: Integers
 
-    def crosses(self, places: Integers) -> npt.NDArray[np.bool_]:
-        """Whether a run goes on from the place before to each of these places, 0 to the number of places: `[n]`."""
-        inside: npt.NDArray[np.bool_] = np.not_equal(self.regions[np.searchsorted(self.regions, places)], places)
-        later = places[inside]
+    def crosses(self, sorted_indices: Integers) -> npt.NDArray[np.bool_]:
+        """Whether a sample is of the same run as the one before it, for indices 0 to the order's length: bool `[n]`."""
+        inside: npt.NDArray[np.bool_] = np.not_equal(
+            self.sections[np.searchsorted(self.sections, sorted_indices)], sorted_indices
+        )
+        later = sorted_indices[inside]
         inside[inside] = self.width_at(later) == self.width_at(later - 1)
         return inside
 
-    def around(self, places: Integers) -> tuple[Integers, Integers]:
-        """Where the run of each of these places begins, and where it ends: int64 `[n]`, `[n]`."""
-        if not len(places):
-            return places, places
-        region = np.searchsorted(self.regions, places, side="right") - 1
-        widths = self.width_at(places)
-        # Many places are of one run.
-        least = int(widths.min())
+    def find_bounds(self, sorted_indices: Integers) -> tuple[Integers, Integers]:
+        """Where the run of each sample begins and where it ends: int64 `[n]`, `[n]`."""
+        if not len(sorted_indices):
+            return sorted_indices, sorted_indices
+        section = np.searchsorted(self.sections, sorted_indices, side="right") - 1
+        widths = self.width_at(sorted_indices)
+        # Many samples are of one run: search once for each pair of section and width.
+        smallest = int(widths.min())
         _, first, owner = np.unique(
-            region * (int(widths.max()) - least + 1) + widths - least, return_index=True, return_inverse=True
+            section * (int(widths.max()) - smallest + 1) + widths - smallest, return_index=True, return_inverse=True
         )
-        region, widths, inside = region[first], widths[first], places[first]
-        starts = self._first_at_most(widths, self.regions[region], inside)
-        ends = self._first_at_most(widths - 1, inside + 1, self.regions[region + 1])
+        section, widths, inside = section[first], widths[first], sorted_indices[first]
+        starts = self._first_at_most(widths, self.sections[section], inside)
+        ends = self._first_at_most(widths - 1, inside + 1, self.sections[section + 1])
         return starts[owner], ends[owner]
 
     def _first_at_most(self, widths: Integers, low: Integers, high: Integers) -> Integers:
-        """The first place from `low` on whose width is at most this one, or `high`: bisections side by side."""
-        while (open_ := low < high).any():
-            middle = np.where(open_, (low + high) // 2, 0)
-            narrow = self.width_at(middle) <= widths
-            low, high = np.where(open_ & ~narrow, middle + 1, low), np.where(open_ & narrow, middle, high)
+        """The first sorted index from `low` on whose width is at most `widths`, or `high`: parallel bisections."""
+        while (unfinished := low < high).any():
+            middle = np.where(unfinished, (low + high) // 2, 0)
+            is_narrow = self.width_at(middle) <= widths
+            low = np.where(unfinished & ~is_narrow, middle + 1, low)
+            high = np.where(unfinished & is_narrow, middle, high)
         return low
 
 
-class Runs:
-    """The runs that reach over the bounds of strata, found for an edge when a batch first takes from it.
+class RunExchange:
+    """Exchanges the samples of runs that cross the borders of strata.
+
+    The runs of a bucket are found when one of its batches is first asked for.
 
     Args:
-        extents: of the order.
-        strata: the number of each edge's first stratum, and last of all strata: int64 `[edges + 1]`.
-        bounds: where strata begin and how many samples they have: int64 `[n]` -> int64 `[n]`, `[n]`.
+        finder: Finds the runs.
+        first_strata: The number of each bucket's first stratum, and last the number of all strata: int64
+            `[buckets + 1]`.
+        bounds: First sorted index and size of strata: int64 `[n]` -> int64 `[n]`, `[n]`.
     """
 
     def __init__(
-        self, extents: Extents, strata: Integers, bounds: Callable[[Integers], tuple[Integers, Integers]]
+        self, finder: RunFinder, first_strata: Integers, bounds: Callable[[Integers], tuple[Integers, Integers]]
     ) -> None:
-        self._extents, self._strata, self._bounds = extents, strata, bounds
-        self._known = np.zeros(len(strata) - 1, np.bool_)
-        self._crossed = np.zeros(len(strata) - 1, np.bool_)
-        # Of each stratum: how many of its first samples belong to a run that begins before it, and which; the same of
-        # its last samples and a run that goes on behind it. Pages of zeros take no memory until they are written.
-        self._before, self._head, self._after, self._tail = np.zeros((4, int(strata[-1])), np.int64)
+        self._finder, self._first_strata, self._bounds = finder, first_strata, bounds
+        self._is_searched = np.zeros(len(first_strata) - 1, np.bool_)
+        self._is_crossed = np.zeros(len(first_strata) - 1, np.bool_)
+        # For each stratum: how many of its first samples belong to a run that begins before it, and the number of that
+        # run; the same for its last samples and a run that continues after it. Pages of zeros use no memory until they
+        # are written.
+        self._head_size, self._head_run, self._tail_size, self._tail_run = np.zeros(
+            (4, int(first_strata[-1])), np.int64
+        )
         self._starts = np.zeros(0, np.int64)
         self._domains = Domains(np.zeros(0, np.int64))
         self._keys: tuple[int, Words] = (0, np.zeros(0, np.uint64))
 
-    def crossed(self, edges: Integers) -> npt.NDArray[np.bool_]:
-        """Whether runs reach over bounds of these edges' strata: bool `[n]`; the edges are known from then on."""
-        known = self._known[edges]
-        if not known.all():
-            self._find(np.unique(edges[~known]))
-        return self._crossed[edges]
+    def crosses_strata(self, buckets: Integers) -> npt.NDArray[np.bool_]:
+        """Whether runs cross the borders of these buckets' strata: bool `[n]`."""
+        is_searched = self._is_searched[buckets]
+        if not is_searched.all():
+            self._search(np.unique(buckets[~is_searched]))
+        return self._is_crossed[buckets]
 
-    def whole(self, strata: Integers, sizes: Integers) -> npt.NDArray[np.bool_]:
-        """Whether each of these strata is part of one run, so that it need not be shuffled by itself: bool `[n]`."""
-        whole: npt.NDArray[np.bool_] = self._before[strata] == sizes
-        return whole
+    def covers(self, strata: Integers, sizes: Integers) -> npt.NDArray[np.bool_]:
+        """Whether all of a stratum is part of one run, so that it needs no shuffle of its own: bool `[n]`."""
+        covered: npt.NDArray[np.bool_] = self._head_size[strata] == sizes
+        return covered
 
-    def exchange_whole(self, strata: Integers, places: Integers, key: int) -> Integers:
-        """The places of the order that stand, in an epoch, for places in strata that are part of one run.
-
-        Args:
-            strata: their numbers, int64 `[n]`.
-            places: in the order, int64 `[n]`.
-            key: of the epoch and of this purpose.
-        """
-        return self._move(self._head[strata], places, key)
-
-    def exchange(self, strata: Integers, sizes: Integers, offsets: Integers, places: Integers, key: int) -> Integers:
-        """The places that stand for places in any strata.
+    def exchange_covered(self, strata: Integers, sorted_indices: Integers, key: int) -> Integers:
+        """The samples that replace these in an epoch, for strata that are covered by one run.
 
         Args:
-            strata: their numbers, int64 `[n]`.
-            sizes: of each.
-            offsets: of the place within its stratum.
-            places: in the order.
-            key: of the epoch and of this purpose.
+            strata: Number of each sample's stratum, int64 `[n]`.
+            sorted_indices: The samples, int64 `[n]`.
+            key: Random key of the epoch, for this purpose.
+
+        Returns:
+            Sorted indices, int64 `[n]`.
         """
-        before = offsets < self._before[strata]
-        moving = np.flatnonzero(before | (offsets >= sizes - self._after[strata]))
+        return self._permute_runs(self._head_run[strata], sorted_indices, key)
+
+    def exchange(
+        self, strata: Integers, sizes: Integers, offsets: Integers, *, sorted_indices: Integers, key: int
+    ) -> Integers:
+        """The samples that replace these in an epoch, for any strata.
+
+        Args:
+            strata: Number of each sample's stratum, int64 `[n]`.
+            sizes: Size of each stratum.
+            offsets: Index of each sample in its stratum.
+            sorted_indices: The samples; overwritten.
+            key: Random key of the epoch, for this purpose.
+
+        Returns:
+            Sorted indices, int64 `[n]`.
+        """
+        in_head = offsets < self._head_size[strata]
+        moving = np.flatnonzero(in_head | (offsets >= sizes - self._tail_size[strata]))
         if len(moving):
             strata = strata[moving]
-            runs = np.where(before[moving], self._head[strata], self._tail[strata])
-            places[moving] = self._move(runs, places[moving], key)
-        return places
+            runs = np.where(in_head[moving], self._head_run[strata], self._tail_run[strata])
+            sorted_indices[moving] = self._permute_runs(runs, sorted_indices[moving], key)
+        return sorted_indices
 
-    def _move(self, runs: Integers, places: Integers, key: int) -> Integers:
+    def _permute_runs(self, runs: Integers, sorted_indices: Integers, key: int) -> Integers:
+        """Each sample's replacement in its run."""
         if self._keys[0] != key or len(self._keys[1]) != len(self._starts):
             self._keys = (key, stream_keys(key, self._starts))
         starts = self._starts[runs]
-        return starts + self._domains.permute(places - starts, runs, self._keys[1][runs])
+        return starts + self._domains.permute(sorted_indices - starts, runs, self._keys[1][runs])
 
-    def _find(self, edges: Integers) -> None:
-        counts = self._strata[edges + 1] - self._strata[edges]
+    def _search(self, buckets: Integers) -> None:
+        """Find the runs that cross the borders of these buckets' strata."""
+        counts = self._first_strata[buckets + 1] - self._first_strata[buckets]
         end = counts.cumsum()
         within: Integers = np.arange(end[-1]) - np.repeat(end - counts, counts)
-        strata = np.repeat(self._strata[edges], counts) + within
+        strata = np.repeat(self._first_strata[buckets], counts) + within
         first, size = self._bounds(strata)
         last = first + size
-        # A stratum ends where the next one of its edge begins.
+        # A stratum ends where the next one of its bucket begins; only the last one's end is asked for.
         outer = end - 1
-        crossed = self._extents.crosses(np.concatenate([first, last[outer]]))
-        behind = np.append(crossed[1 : len(first)], values=False)
-        behind[outer] = crossed[len(first) :]
-        for there, inside, held, which in (
-            (np.flatnonzero(crossed[: len(first)]), first, self._before, self._head),
-            (np.flatnonzero(behind), last - 1, self._after, self._tail),
+        crossed = self._finder.crosses(np.concatenate([first, last[outer]]))
+        crossed_after = np.append(crossed[1 : len(first)], values=False)
+        crossed_after[outer] = crossed[len(first) :]
+        for members, inside, sizes, run_of in (
+            (np.flatnonzero(crossed[: len(first)]), first, self._head_size, self._head_run),
+            (np.flatnonzero(crossed_after), last - 1, self._tail_size, self._tail_run),
         ):
-            starts, ends = self._extents.around(inside[there])
-            held[strata[there]] = np.minimum(ends, last[there]) - np.maximum(starts, first[there])
-            which[strata[there]] = self._add(starts, ends)
-        # A run that begins with its stratum and goes on behind it holds all of the stratum as well.
-        all_of_it = strata[self._after[strata] == size]
-        self._before[all_of_it], self._head[all_of_it] = self._after[all_of_it], self._tail[all_of_it]
-        held_any = crossed[: len(first)] | behind
-        self._crossed[edges] = np.logical_or.reduceat(held_any, end - counts)
-        self._known[edges] = True
+            starts, ends = self._finder.find_bounds(inside[members])
+            sizes[strata[members]] = np.minimum(ends, last[members]) - np.maximum(starts, first[members])
+            run_of[strata[members]] = self._add(starts, ends)
+        # A run that begins with its stratum and continues after it covers the stratum as well.
+        covered = strata[self._tail_size[strata] == size]
+        self._head_size[covered], self._head_run[covered] = self._tail_size[covered], self._tail_run[covered]
+        self._is_crossed[buckets] = np.logical_or.reduceat(crossed[: len(first)] | crossed_after, end - counts)
+        self._is_searched[buckets] = True
 
     def _add(self, starts: Integers, ends: Integers) -> Integers:
-        """Add runs, and give the number of each."""
-        found, first, owner = np.unique(starts, return_index=True, return_inverse=True)
+        """Add runs, and return the number of each."""
+        unique_starts, first, owner = np.unique(starts, return_index=True, return_inverse=True)
         numbers = len(self._starts) + owner
-        self._domains = Domains(np.concatenate([self._domains.sizes, ends[first] - found]))
-        self._starts = np.concatenate([self._starts, found])
+        self._domains = Domains(np.concatenate([self._domains.sizes, ends[first] - unique_starts]))
+        self._starts = np.concatenate([self._starts, unique_starts])
         return numbers
