@@ -233,7 +233,8 @@ def main(argv: list[str] | None = None) -> None:
     report = plan.report()
     print(f"{report}\nin random batches of the same budget the padding is {plan.random_padding:.2%}")
     print(
-        f"{report.overlong_dropped} functions of more than {args.max_tokens:,} bytes exceed the budget alone: dropped, not cut"
+        f"{report.overlong_dropped} functions of more than {args.max_tokens:,} bytes exceed the budget alone: dropped, "
+        "not cut"
     )
 
     loader = StatefulDataLoader(

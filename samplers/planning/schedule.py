@@ -4,6 +4,7 @@ Ten batches, two of them taken by the two replicas with which the epoch began; t
 step t, replica r takes the batch in *slot* t * 3 + r. There are two whole steps, and two batches are left for three
 replicas: the rows of the last step are split, so that each replica gets a batch there too.
 
+>>> from samplers.planning.options import Options
 >>> from samplers.planning.tables.pool_table import choose_table
 >>> table = choose_table([5] * 40, Options(batch_size=4, shuffle=False))
 >>> schedule = make_schedule(table, 0, 3, laid_for=2, taken=2)

@@ -307,8 +307,8 @@ def _describe_overlong(sorted_lengths: SortedLengths, overlong: int, options: Op
     )
     return (
         f"{overlong} of {len(sorted_lengths)} samples alone exceed the budget ({limits}), the worst is sample "
-        f"{longest} of length {sorted_lengths.lengths[longest]}: raise the budget, set max_length, or choose overlong='drop' or "
-        "overlong='alone'"
+        f"{longest} of length {sorted_lengths.lengths[longest]}: raise the budget, set max_length, or choose "
+        "overlong='drop' or overlong='alone'"
     )
 
 

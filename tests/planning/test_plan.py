@@ -271,7 +271,7 @@ def test_a_corpus_of_over_long_samples_alone_is_planned(lengths: list[int]) -> N
 def test_a_report_counts_the_shapes_that_batches_have() -> None:
     lengths = np.arange(5_000) * 7 % 83 + 1
     plans = [plan_epoch(lengths, max_tokens=700, widths=16, num_replicas=4, epoch=epoch) for epoch in (3, 4, 5, 8)]
-    seen = [{(len(batch), -(-int(lengths[batch].max()) // 16) * 16) for batch in plan.batches} for plan in plans]
+    seen = [{(len(batch), (-(-int(lengths[batch].max()) // 16) * 16,)) for batch in plan.batches} for plan in plans]
     report = plans[0].report()
     assert set(plans[0].batch_shapes) == seen[0]
     assert report.shapes == len(seen[0]) >= len({width for _, width in seen[0]})

@@ -4,17 +4,18 @@ A bucket has one *stratum* for each row of its batches. A stratum has as many sa
 each batch takes one sample of every stratum. Buckets are cut by the longest sample of each stratum, so that every batch
 fits the budget, whichever samples a shuffle gives it.
 
-Nine samples, a budget of 20 tokens, two windows. The longest two batches have two rows (2 x 9 tokens), so the first
-bucket has two strata, (9 8) and (7 7): a batch takes 9 or 8, and a 7. The five samples that are left are one bucket
-of two batches, of three rows and of two: only the second batch takes from the last stratum, (1).
+Eleven samples, a budget of 20 tokens, two windows. Two rows of 9 fit, so the first bucket has two strata, (9 8) and
+(7 7): one batch takes 9 and a 7, the other takes 8 and a 7. The remaining seven samples are one bucket of two batches,
+one of four rows and one of three, with the strata (4 4), (3 3), (3 2) and (1): only the second batch takes from the
+last. Both fit: four rows of 4 are 16 tokens.
 
 >>> from samplers.planning.sorting import sort_lengths
->>> lengths = [9, 8, 7, 7, 4, 3, 3, 2, 1]
+>>> lengths = [9, 8, 7, 7, 4, 4, 3, 3, 3, 2, 1]
 >>> options = Options(max_tokens=20)
 >>> for bucket in cut_buckets(sort_lengths(lengths, options), options, windows=2):
 ...     print(bucket)
 Bucket(first=0, batches=2, rows=2, full=2, rest=2, skipped=0, width=(9,))
-Bucket(first=4, batches=2, rows=3, full=2, rest=1, skipped=0, width=(4,))
+Bucket(first=4, batches=2, rows=4, full=3, rest=1, skipped=0, width=(4,))
 """
 
 from collections.abc import Sequence

@@ -5,7 +5,7 @@ the most rows are there, and in a step it is random which replica gets which bat
 
 >>> orders = [EpochOrder(6, Options(max_tokens=9, seed=3), epoch, 2) for epoch in (0, 1)]
 >>> [order.batch_at_position(np.arange(6)).tolist() for order in orders]
-[[0, 1, 3, 2, 4, 5], [3, 2, 1, 0, 4, 5]]
+[[3, 2, 1, 0, 4, 5], [2, 3, 1, 0, 4, 5]]
 """
 
 from dataclasses import dataclass

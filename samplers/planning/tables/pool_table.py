@@ -7,7 +7,7 @@ the first draw that has no more batches than every epoch shall have, and splits 
 wait for each other where batches are short: for them, a draw is cut again into batches with even shares of the budget.
 
 Twelve samples, two pools, batches of three rows: each pool of six is sorted, and the batches of two epochs, as
-lengths, are
+lengths:
 
 >>> lengths = np.array([9, 8, 7, 6, 6, 5, 4, 3, 3, 2, 1, 1])
 >>> table = choose_table(lengths, Options(batch_size=3, window=6))
@@ -16,7 +16,8 @@ lengths, are
 >>> for epoch in (0, 1):
 ...     samples, rows = table.for_epoch(epoch, 1).batch_samples(np.arange(4), key=0)
 ...     [lengths[batch].tolist() for batch in np.split(samples, rows.cumsum()[:-1])]
-[]
+[[9, 7, 6], [8, 6, 4], [5, 3, 1], [3, 2, 1]]
+[[9, 6, 4], [8, 7, 6], [5, 3, 3], [2, 1, 1]]
 """
 
 from collections.abc import Iterable

@@ -5,6 +5,7 @@ more for each replica, and the epoch takes batches from the lanes in turn. Eight
 lane 0 has batches 0 to 3, all of window 0, lane 1 has batches 4 to 7, all of window 1. In each step a replica takes a
 batch of its own window, and a replica reads one window after the other:
 
+>>> from samplers.planning.options import Options
 >>> order = WindowOrder(8, Options(max_tokens=9, shuffle=False), 0, 2, window_sizes=np.array([4, 4]), interleave=1)
 >>> order.batch_at_position(np.arange(8)).tolist()
 [0, 4, 1, 5, 2, 6, 3, 7]

@@ -14,7 +14,8 @@ shards of each window and the lengths in each batch of the first window:
 ...     table = first.for_epoch(epoch, 1)
 ...     samples, rows = table.batch_samples(np.arange(table.window_sizes[0]), key=epoch)
 ...     table.windows, [Index.lengths[batch].tolist() for batch in np.split(samples, rows.cumsum()[:-1])]
-[]
+(((3, 1), (0, 2)), [[6, 2], [5, 1], [4, 3]])
+(((3, 2), (1, 0)), [[2, 1], [3, 2], [3, 1]])
 """
 
 from collections import Counter
