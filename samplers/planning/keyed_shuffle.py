@@ -252,9 +252,12 @@ def _feistel(indices: Words, sides: tuple[Words, Words], keys: Words, rounds: in
         mixed *= np.uint64(_MIX_1)
         mixed ^= np.right_shift(mixed, np.uint64(32), out=spare)
         mixed *= np.uint64(_MIX_2)
-        # A hash of the other half is added, modulo the side's size. A negative difference wraps to a huge number, so
-        # that the smaller of the two is the remainder.
-        half += _scale(mixed, size)
+        # The hash's top 32 bits, scaled to the side's size, are added modulo that size. A negative difference wraps to
+        # a huge number, so that the smaller of the two is the remainder.
+        mixed >>= np.uint64(32)
+        mixed *= size
+        mixed >>= np.uint64(32)
+        half += mixed
         np.minimum(half, np.subtract(half, size, out=spare), out=half)
     right *= a
     right += left

@@ -108,7 +108,9 @@ def make_options(options: PlanOptions) -> Options:
         TypeError: An option is unknown, has the wrong type, or is given by both names.
         ValueError: An option is out of its range, or no budget is given.
     """
-    present = with_present_names(dict(options), {"count": "count_tokens"}, "a plan", stacklevel=5)
+    present: dict[str, Any] = dict(options)
+    if "count" in present:
+        with_present_names(present, {"count": "count_tokens"}, "a plan", stacklevel=5)
     unknown = sorted(present.keys() - Options.__dataclass_fields__.keys())
     if unknown:
         raise TypeError(f"options must be among {', '.join(Options.__dataclass_fields__)}, got {', '.join(unknown)}")

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from heapq import heapify, heapreplace
 from itertools import pairwise
-from typing import Final, NamedTuple, Self
+from typing import Final, NamedTuple, Self, cast
 
 import numpy as np
 
@@ -95,10 +95,23 @@ class PoolTable(BatchTable):
         return self.batches
 
     def for_epoch(self, epoch: int, num_replicas: int) -> Self:
-        """The table of an epoch that this many replicas begin; the last two are kept."""
+        """The table of an epoch that this many replicas begin; the last two are kept.
+
+        Its batches are the first draw that has few enough batches, and whose last step the replicas can share.
+        """
         table = self._epochs.get((epoch, num_replicas))
         if table is None:
-            table = replace(self, drawn=self._draw_epoch(epoch, num_replicas))
+            # With batches that are too small for this many replicas, no draw can be shared.
+            most = self.options.budget.max_rows(int(self._widths[-1]))
+            hopeless = not self.can_share_last_step(np.full(self.batches, most), num_replicas)
+            drawn = draw_until(
+                partial(self._draw, epoch, num_replicas),
+                lambda batches: hopeless or self.can_share_last_step(batches.rows, num_replicas),
+                patient=epoch not in self.trial_epochs,
+            )
+            if drawn is None:
+                drawn = self._finish(min(self._sample_draws(), key=self._count), num_replicas)
+            table = replace(self, drawn=drawn)
             self._epochs[epoch, num_replicas] = table
             while len(self._epochs) > 2:
                 del self._epochs[next(iter(self._epochs))]
@@ -154,7 +167,8 @@ class PoolTable(BatchTable):
 
     @property
     def _epoch_batches(self) -> EpochBatches:
-        return self._draw_epoch(0, 1) if self.drawn is None else self.drawn
+        """The batches of this table's epoch; those of epoch 0, if it belongs to none."""
+        return cast(EpochBatches, self.for_epoch(0, 1).drawn if self.drawn is None else self.drawn)
 
     @cached_property
     def _epochs(self) -> dict[tuple[int, int], Self]:
@@ -175,21 +189,6 @@ class PoolTable(BatchTable):
         """Rows of every batch but one, if `batch_size` alone decides them; else 0."""
         size = self.options.batch_size
         return size if size is not None and self.options.budget.max_rows(int(self._widths[0])) == size else 0
-
-    def _draw_epoch(self, epoch: int, num_replicas: int) -> EpochBatches:
-        """The first draw with few enough batches whose last step the replicas can share."""
-        most = self.options.budget.max_rows(int(self._widths[-1]))
-        # With batches that are too small for this many replicas, no draw can be shared.
-        hopeless = not self.can_share_last_step(np.full(self.batches, most), num_replicas)
-        drawn = draw_until(
-            partial(self._draw, epoch, num_replicas),
-            lambda batches: hopeless or self.can_share_last_step(batches.rows, num_replicas),
-            patient=epoch not in self.trial_epochs,
-        )
-        if drawn is not None:
-            return drawn
-        fewest = min(self._sample_draws(), key=self._count)
-        return self._finish(fewest, num_replicas)
 
     def _draw(self, epoch: int, num_replicas: int, attempt: int) -> EpochBatches | None:
         """One attempt; None if it has too many batches."""
