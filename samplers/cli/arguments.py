@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from collate.widths import Widths
 from samplers.planning.optimal_widths import optimal_widths
-from samplers.planning.sorting import Lengths, check_lengths
+from samplers.planning.sorting import Lengths, as_length_array
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.indexing.index_file import SUFFIX
 from samplers.shards.indexing.measuring import Decoder, Measure
@@ -217,7 +217,7 @@ def parse_widths(text: str | None, lengths: Lengths) -> Widths:
         return numbers[0] if len(numbers) == 1 else numbers
     if len(numbers) > 1:
         raise click.BadParameter(f"{text!r}: best: takes one number", param_hint="--widths")
-    return optimal_widths(check_lengths(lengths), numbers[0])
+    return optimal_widths(as_length_array(lengths), numbers[0])
 
 
 def find_corpora(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from samplers.planning.options import Options, PlanOptions
 from samplers.planning.plan import BatchPlan, plan_epoch
 from samplers.planning.report import PlanReport
 from samplers.planning.schedule import make_schedule
-from samplers.planning.sorting import Lengths, check_lengths
+from samplers.planning.sorting import Lengths, as_length_array
 from samplers.planning.tables.batch_table import BatchTable
 from samplers.planning.tables.buckets import count_windows
 from samplers.planning.tables.pool_table import choose_table
@@ -166,7 +166,7 @@ def describe_lengths(lengths: Lengths) -> dict[str, float]:
 
 def total_lengths(lengths: Lengths) -> Integers:
     """Each sample's steps over all fields: integers `[N]`."""
-    array = check_lengths(lengths)
+    array = as_length_array(lengths)
     return array if array.ndim == 1 else array.sum(1, dtype=np.int64)
 
 

@@ -126,7 +126,7 @@ def sort_lengths(lengths: Lengths, options: Options) -> SortedLengths:
         LengthError: A length is negative, above every allowed width, or over the budget with `overlong="error"`.
         ValueError: Lengths have a shape other than `[N]` or `[N, K]`, or no sample is left to plan.
     """
-    array = check_lengths(lengths)
+    array = as_length_array(lengths)
     order, too_short = _sort_chosen(lengths, array, options)
     sorted_lengths = SortedLengths(array, order, options.max_length, too_short=too_short)
     overlong = _count_overlong(sorted_lengths, options)
@@ -135,7 +135,7 @@ def sort_lengths(lengths: Lengths, options: Options) -> SortedLengths:
     elif overlong and options.overlong == "alone":
         sorted_lengths = replace(sorted_lengths, overlong_alone=overlong)
     elif overlong:
-        raise LengthError(_describe_overlong(sorted_lengths, overlong, options))
+        raise LengthError(_overlong_message(sorted_lengths, overlong, options))
     if len(sorted_lengths) == 0:
         raise ValueError(
             f"no sample is left to plan: min_length={options.min_length} leaves out {too_short}, overlong='drop' "
@@ -144,7 +144,7 @@ def sort_lengths(lengths: Lengths, options: Options) -> SortedLengths:
     return sorted_lengths
 
 
-def check_lengths(lengths: Lengths) -> npt.NDArray[Any]:
+def as_length_array(lengths: Lengths) -> npt.NDArray[Any]:
     """The array of lengths; negative values are found later, when they are sorted.
 
     Raises:
@@ -299,7 +299,7 @@ def _exceeds_alone(rows: Integers, options: Options) -> npt.NDArray[np.bool_]:
     return np.greater(options.budget.use(np.ones(len(rows), np.int64), by_field, rows.sum(1)), 1)
 
 
-def _describe_overlong(sorted_lengths: SortedLengths, overlong: int, options: Options) -> str:
+def _overlong_message(sorted_lengths: SortedLengths, overlong: int, options: Options) -> str:
     """The error text for over-long samples."""
     longest = int(sorted_lengths.order[0])
     limits = ", ".join(

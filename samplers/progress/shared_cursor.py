@@ -94,9 +94,9 @@ class Record(NamedTuple):
         return self.event in {_SEEK, _BEGUN_SOUGHT}
 
 
-_NONE: Final = Record(0, 0, 0, 0, 0)
+_NO_RECORD: Final = Record(0, 0, 0, 0, 0)
 # After a record's numbers: their checksum, and the batches that its writer has taken.
-_CHECK, _TAKEN = len(_NONE), len(_NONE) + 1
+_CHECK, _TAKEN = len(_NO_RECORD), len(_NO_RECORD) + 1
 _MAIN, _REQUESTS, _FIRST_WORKER = range(3)
 
 
@@ -211,7 +211,7 @@ class SharedEpochCursor:
             The position, the batches after it that were taken before, and those that the iteration has taken.
         """
         earlier = [record for record in self._records() if record.is_begun and record.number < iteration.record.number]
-        last = max(earlier, default=_NONE)
+        last = max(earlier, default=_NO_RECORD)
         if iteration.record.is_sought or not last.is_sought:
             return None
         loaded = sum(record.loaded for record in earlier if record.number == last.number)
@@ -284,17 +284,17 @@ class WorkerIteration:
 
 def _newest(records: list[Record]) -> Record:
     """The last event."""
-    return max(records, default=_NONE)
+    return max(records, default=_NO_RECORD)
 
 
 def _last_begun(records: list[Record]) -> Record:
     """The last iteration that began."""
-    return max((record for record in records if record.is_begun), default=_NONE)
+    return max((record for record in records if record.is_begun), default=_NO_RECORD)
 
 
 def _last_request(records: list[Record]) -> Record:
     """The last epoch that was set, or seek."""
-    return max((record for record in records if not record.is_begun), default=_NONE)
+    return max((record for record in records if not record.is_begun), default=_NO_RECORD)
 
 
 def _is_present(records: list[Record]) -> bool:
