@@ -91,6 +91,7 @@ class LengthBucketBatchSampler(PlannedLoader, Sampler[list[int]]):
         self._table = choose_table(lengths, self.options)
         self._cursor = EpochCursor(self.num_replicas)
         self._is_cut_known = self.options.max_length is None
+        # Refuses now what could not be shared in a later epoch.
         self._steps = count_steps(self._table, self.num_replicas)
 
     def __len__(self) -> int:
@@ -179,6 +180,7 @@ class BatchIterator(Iterator[list[int]]):
         start = self._sampler.read_position(state)
         dealt = self._read_dealt(state)
         self._iteration = Iteration(start, self._sampler.schedule_from(start), is_resumed=True)
+        # Noted now, and again at the first batch, because a trainer may call `set_epoch` in between.
         self._begin()
         self._has_begun, self._taken, self._ready = False, dealt, []
 
@@ -197,6 +199,7 @@ class BatchIterator(Iterator[list[int]]):
         """Slots of the next batches: few at the start of an epoch, so that the first comes soon, and more later."""
         schedule = iteration.schedule
         step, dealt = divmod(self._taken, self._batches_per_step)
+        # 1 step, then 9, 81, ...: up to as many as are computed together.
         ahead = min(8 * step + 1, 1 + batches_at_once(schedule.table) // self._batches_per_step)
         steps = np.arange(step, min(step + ahead, schedule.steps))
         ranks = np.arange(self._first_rank, self._first_rank + self._batches_per_step)

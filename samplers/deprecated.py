@@ -52,6 +52,7 @@ def renamed_arguments(**renamed: str) -> Callable[[Callable[Params, Result]], Ca
         steps= of double is now called batches=; the former name goes in the next release
     """
 
+    # `functools.wraps` keeps the signature and the docstring that users see.
     def decorate(function: Callable[Params, Result]) -> Callable[Params, Result]:
         @functools.wraps(function)
         def with_former_names(*args: Params.args, **kwargs: Params.kwargs) -> Result:
@@ -80,4 +81,5 @@ def renamed_attribute(former: str, present: str) -> property:
 
 
 def _warn(what: str, stacklevel: int) -> None:
+    """Warn at the user's line."""
     warnings.warn(f"{what}; the former name goes in the next release", DeprecationWarning, stacklevel=stacklevel)

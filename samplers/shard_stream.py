@@ -102,6 +102,7 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         self._table = self._make_table()
         check_collator(collate_fn, self._table.sorted_lengths, self.options, self.data.index.fields)
         self._cursor = SharedEpochCursor(self.num_replicas)
+        # Refuses now what could not be shared in a later epoch.
         self._steps = count_steps(self._table, self.num_replicas)
 
     def __len__(self) -> int:
@@ -117,6 +118,7 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        # A worker reads the index, which may be a memory map, instead of receiving the table.
         self._table = self._make_table()
 
     @property
@@ -151,6 +153,7 @@ class StreamIterator(Iterator[Any]):
 
     def __next__(self) -> Any:
         if self._iteration is None or self._reader is None:
+            # Only now: a loader makes iterators that it never uses, and they must not take an epoch.
             self._iteration = self._cursor.begin(self._iteration)
             self._warn_of_drop(self._iteration)
             self._reader = self._open(self._iteration)
@@ -178,6 +181,7 @@ class StreamIterator(Iterator[Any]):
             ValueError: It is of other lengths, options, seed, version, workers or replicas.
         """
         start = self._stream.read_position(state)
+        # `taken` counts this worker's batches, which are others if there are more workers or replicas.
         saved = {name: state.get(name) for name in self._worker_numbers}
         if saved != self._worker_numbers:
             raise ValueError(

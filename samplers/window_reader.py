@@ -57,6 +57,7 @@ class StepReader:
 
     def _read(self, group: int) -> None:
         """Read the samples of all steps of a read group."""
+        # A window of 10,000 samples is some hundred steps, of which each worker reads its own.
         steps = np.flatnonzero(self._read_groups == group)
         samples, rows = self._schedule.batch_samples(self._slots[steps])
         read, ends = self._data.read_in_order(samples), np.cumsum(rows).tolist()
@@ -84,6 +85,7 @@ class ShardsInOrder(ShardDataset):
         Returns:
             Samples; with a handler, `Failed` instead of those that could not be read.
         """
+        # Samples 7, 2 and 9 of shards with 5 samples each: in the order 2 | 7 9, with borders 0, 1 and 3.
         order = np.argsort(sample_indices, kind="stable")
         shards = np.searchsorted(self.index.starts, sample_indices[order], side="right")
         borders = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(order)]

@@ -66,6 +66,8 @@ class Options:
     indices: Indices | None = None
 
     def __post_init__(self) -> None:
+        # The checks of `budget` and `allowed_widths` run when these are first read: here, so that a wrong option is
+        # refused where it is given.
         _ = self.budget
         check_flag("shuffle", self.shuffle)
         check_flag("drop_last", self.drop_last)
@@ -98,6 +100,7 @@ class Options:
 
     def _check_count(self, name: str, least: int, hint: str) -> None:
         """Check an integer option, and store it as a Python int."""
+        # A NumPy integer would end in saved positions, which JSON does not hold. The class is frozen, so not `setattr`.
         object.__setattr__(self, name, check_count(name, getattr(self, name), least=least, hint=hint))
 
 
@@ -148,6 +151,7 @@ def check_indices(indices: Indices, samples: int) -> npt.NDArray[np.int64]:
     if outside.any():
         entry = int(outside.argmax())
         raise ValueError(f"indices must be in range({samples}), got {array[entry]} as entry {entry}")
+    # Indices 3, 0 and 3 have the counts 1, 0, 0 and 2: sample 3 was given twice.
     times = np.bincount(array, minlength=samples)
     if times.max() > 1:
         raise ValueError(f"indices must differ, got sample {times.argmax()} {times.max()} times")

@@ -75,6 +75,7 @@ class BatchPlan:
         self.epoch = epoch
         self.num_replicas = num_replicas
         self._table = table
+        # A schedule has the order of this epoch; the table has what is the same in all, such as the shapes.
         self._schedule = make_schedule(table, epoch, num_replicas)
         check_steps(self._schedule)
 
@@ -127,8 +128,10 @@ class BatchPlan:
         later = [make_schedule(table, self.epoch + lag, self.num_replicas) for lag in LAGS]
         repeated = [self._share_repeated_pairs(schedule) for schedule in later]
         all_sizes = [sizes, *(schedule.measure_batches() for schedule in later)]
+        # Three samples of widths 8 and 2 are 3 x (8 + 2) padded tokens.
         padded = sizes.rows * sizes.widths.sum(1)
         use = table.budget_use(sizes)
+        # Slots are numbered step by step, so that a row of this array is a step.
         rows = sizes.rows.reshape(-1, self.num_replicas).sum(1)
         imbalance, worst_imbalance = measure_imbalance(padded.reshape(-1, self.num_replicas))
         sequences, real_tokens = int(sizes.rows.sum()), int(sizes.tokens.sum())
@@ -184,6 +187,7 @@ class BatchPlan:
 
     def _share_repeated_pairs(self, later: Schedule) -> float:
         """The share of this epoch's pairs that share a batch of another epoch."""
+        # By sample index; -1 for samples that are in no batch, e.g. those that `drop_last` drops there.
         later_slot = np.full(len(self._table.sorted_lengths.lengths), -1, np.int32)
         for slots, samples in later.sample_slots():
             later_slot[samples] = slots

@@ -14,7 +14,7 @@ replicas: the rows of the last step are split, so that each replica gets a batch
 [4, 4, 4, 4, 4, 4, 3, 2, 3]
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
@@ -170,27 +170,17 @@ class Schedule:
         return pieces or split_batches(np.split(samples, np.cumsum(rows)[:-1]), self.num_replicas)
 
     def _even_pieces(self, samples: IndexArray) -> list[IndexArray] | None:
-        """Cut the rows of the last step, sorted together, into pieces of even cost; None if one exceeds the budget.
-
-        Example: rows of 9, 5, 4, 4, 3 and 2 steps for three replicas. Rows that cost their length would be cut as
-        (9) (5 4) (4 3 2). Padded, these cost 9, 10 and 12. The third piece costs a third more than its rows do one by
-        one, so the weights of its rows are raised by a third, and cut again; the best of four rounds is taken.
-        """
+        """Cut the rows of the last step, sorted together, into pieces of even cost; None if one exceeds the budget."""
         table = self.table
         samples = samples[np.argsort(-table.sorted_lengths.sample_lengths(samples).sum(1), kind="stable")]
-        weights = _count_costs(table, table.measure_batches(samples, np.ones(len(samples), np.int64)))
-        best, pieces = COST_UNITS, None
-        for _ in range(EVENING_ROUNDS):
-            rows = cut_evenly(weights, self.num_replicas)
-            if rows.min() < 1:
-                break
-            costs = _count_costs(table, table.measure_batches(samples, rows))
-            if costs.max() <= best:
-                best, pieces = int(costs.max()), np.split(samples, rows.cumsum()[:-1])
-            # A piece costs more than its rows do one by one, the more so the more their lengths differ.
-            separate = np.add.reduceat(weights, rows.cumsum() - rows)
-            weights = np.maximum(1, weights * np.repeat(costs, rows) // np.repeat(separate, rows))
-        return pieces
+        single = _count_costs(table, table.measure_batches(samples, np.ones(len(samples), np.int64)))
+        rows = cut_by_cost(
+            single,
+            self.num_replicas,
+            measure=lambda rows: _count_costs(table, table.measure_batches(samples, rows)),
+            limit=COST_UNITS,
+        )
+        return None if rows is None else np.split(samples, rows.cumsum()[:-1])
 
 
 def make_schedule(
@@ -257,6 +247,44 @@ def cut_evenly(weights: Integers, pieces: int) -> Integers:
     goals = np.arange(1, pieces) * (2 * int(ends[-1])) // pieces
     # A run ends with the row in whose middle the goal lies.
     return np.diff(np.searchsorted(2 * ends - weights, goals), prepend=0, append=len(weights))
+
+
+def cut_by_cost(
+    weights: Integers, pieces: int, *, measure: Callable[[Integers], Integers], limit: int
+) -> Integers | None:
+    """Cut rows into runs of even cost, where a run of different lengths costs more than its rows do one by one.
+
+    Six rows for two replicas; a run costs its rows x its longest row. By length, a cut after the first row is as even
+    as any, 11 and 22 steps, but padded the runs cost 11 and 5 x 11 = 55. Cut again by these costs, the runs are
+    (11 11) and (4 4 2 1), which cost 22 and 16:
+
+    >>> lengths = np.array([11, 11, 4, 4, 2, 1]) * 1000
+    >>> cut_evenly(lengths, 2).tolist()
+    [1, 5]
+    >>> cut_by_cost(lengths, 2, measure=lambda rows: rows * lengths[rows.cumsum() - rows], limit=60_000).tolist()
+    [2, 4]
+
+    Args:
+        weights: Cost of each row alone, int64 `[n]`.
+        pieces: How many runs there must be.
+        measure: The costs of runs `[pieces]`, of these many rows each: int64 `[pieces]` -> int64 `[pieces]`.
+        limit: The cost that no run may exceed.
+
+    Returns:
+        Rows of each run, int64 `[pieces]`; None if no round stays within the limit.
+    """
+    best, best_rows = limit, None
+    for _ in range(EVENING_ROUNDS):
+        rows = cut_evenly(weights, pieces)
+        if rows.min() < 1:
+            break
+        costs = measure(rows)
+        if costs.max() <= best:
+            best, best_rows = int(costs.max()), rows
+        # Raise the weights of each run to what it costs, and cut again.
+        separate = np.add.reduceat(weights, rows.cumsum() - rows)
+        weights = np.maximum(1, weights * np.repeat(costs, rows) // np.repeat(separate, rows))
+    return best_rows
 
 
 def split_batches(batches: list[IndexArray], num_replicas: int) -> list[IndexArray]:

@@ -60,6 +60,8 @@ class EpochCursor:
         last = self._last
         if last is not None and last.is_resumed and not iteration.is_resumed:
             warn_of_drop(last.start.epoch, last.taken, last.schedule.steps)
+        # `_last` warns if a resumed iteration is dropped; `_began` is what `position` counts from, until another epoch
+        # is set.
         self._last, self._began = iteration, iteration.start
         self._sought = None
         self._next_epoch = iteration.start.epoch + 1
@@ -67,6 +69,7 @@ class EpochCursor:
     def set_epoch(self, epoch: int) -> None:
         """Make another epoch the next; a position that was sought in this epoch is kept."""
         self._next_epoch = epoch
+        # Trainers set the epoch of a position after they have sought it.
         if self._sought is not None and self._sought.epoch != epoch:
             self._sought = None
         if self._began is not None and self._began.epoch != epoch:

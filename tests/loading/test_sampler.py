@@ -269,7 +269,7 @@ def test_position_counts_the_batches_of_the_present_iteration() -> None:
     assert sampler.position(0)["epoch"] == 3
     with pytest.raises(ValueError, match=f"batches must be at most {len(sampler)}"):
         sampler.position(len(sampler) + 1)
-    with pytest.raises(ValueError, match="steps must be at least 0"):
+    with pytest.raises(ValueError, match="batches must be at least 0"):
         sampler.position(-1)
 
 

@@ -71,14 +71,27 @@ class EpochOrder:
         return steps if partial or self.options.drop_last else steps - 1
 
     def _around_dropped(self, batch_ids: Integers) -> Integers:
-        """With `drop_last`, choose which batches are dropped: not those with the last ids in every epoch.
-
-        Seven batches, three replicas: one batch is dropped, the one at the last position. With the hole at 3, batch 3
-        is moved there, and the later ones take its room: 0 1 2 4 5 6 | 3.
-        """
+        """With `drop_last`, choose which batches are dropped: not those with the last ids in every epoch."""
         steps, partial = divmod(self.batches, self.num_replicas)
         if not self.options.drop_last or partial == 0:
             return batch_ids
         hole = permute_one(0, steps + 1, self.key(DROPPED)) * self.num_replicas
-        whole = steps * self.num_replicas
-        return np.where(batch_ids >= whole, batch_ids - whole + hole, batch_ids + partial * (batch_ids >= hole))
+        return move_hole_last(batch_ids, hole, whole=steps * self.num_replicas, partial=partial)
+
+
+def move_hole_last(batch_ids: Integers, hole: int, *, whole: int, partial: int) -> Integers:
+    """Batch ids in an order whose last ones, which are dropped, are those from `hole` on.
+
+    Eight batches, three replicas: two whole steps, and two batches are dropped. With the hole at 3, these are 3 and 4;
+    the later ones move up:
+
+    >>> move_hole_last(np.arange(8), 3, whole=6, partial=2).tolist()
+    [0, 1, 2, 5, 6, 7, 3, 4]
+
+    Args:
+        batch_ids: int64 `[n]`, as if the last ones were dropped.
+        hole: The first batch id that is dropped instead, at most `whole`.
+        whole: Batches that are not dropped.
+        partial: Batches that are dropped.
+    """
+    return np.where(batch_ids >= whole, batch_ids - whole + hole, batch_ids + partial * (batch_ids >= hole))
