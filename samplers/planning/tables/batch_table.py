@@ -243,21 +243,32 @@ class BatchTable:
             is_crossed: Whether runs cross the borders of the strata of the entry's bucket: bool `[n]`.
             key: Random key of the epoch.
         """
-        strata, first, size, offset = entries
         if not is_crossed.any():
-            return first + permute_each(offset, size, stream_keys(key, strata))
-        exchange, run_key = self._exchange, derive_key(key, RUNS)
+            return self._shuffle_strata(entries, None, key)
         # Where one run covers a stratum, the permutation of the run is a shuffle of the stratum too.
-        is_covered = is_crossed & exchange.covers(strata, size)
-        sorted_indices = first + offset
+        is_covered = is_crossed & self._exchange.covers(entries.strata, entries.size)
+        run_key = derive_key(key, RUNS)
+        if not is_covered.any():
+            return self._shuffle_strata(entries, run_key, key)
+        sorted_indices = entries.first + entries.offset
         covered, others = np.flatnonzero(is_covered), np.flatnonzero(~is_covered)
-        sorted_indices[covered] = exchange.exchange_covered(strata[covered], sorted_indices[covered], run_key)
+        sorted_indices[covered] = self._exchange.exchange_covered(
+            entries.strata[covered], sorted_indices[covered], run_key
+        )
         if len(others):
-            strata, size = strata[others], size[others]
-            offset = permute_each(offset[others], size, stream_keys(key, strata))
-            moved = first[others] + offset
-            sorted_indices[others] = exchange.exchange(strata, size, offset, sorted_indices=moved, key=run_key)
+            sorted_indices[others] = self._shuffle_strata(
+                Entries(*(column[others] for column in entries)), run_key, key
+            )
         return sorted_indices
+
+    def _shuffle_strata(self, entries: Entries, run_key: int | None, key: int) -> Integers:
+        """The sorted indices after a shuffle of each stratum, and an exchange in runs if there is a key for it."""
+        strata, first, size, offset = entries
+        offset = permute_each(offset, size, stream_keys(key, strata))
+        sorted_indices = first + offset
+        if run_key is None:
+            return sorted_indices
+        return self._exchange.exchange(strata, size, offset, sorted_indices=sorted_indices, key=run_key)
 
     def _sort_batches(self, samples: IndexArray, rows: Integers) -> IndexArray:
         """Samples of one padded width that were exchanged, back in the order of their lengths in each batch."""
