@@ -5,7 +5,15 @@ Contents: the files here are the loaders; the rooms are `planning` (lengths to b
 It imports `errors` and `widths` from `collate`, nothing else. CONTRIBUTING defines the words.
 """
 
-from collate.errors import LengthError
+import sys
+
+try:
+    from collate.errors import LengthError
+except ModuleNotFoundError as error:
+    # Python says only that `collate` is not a package.
+    hidden = f"{getattr(sys.modules.get('collate'), '__file__', None)} has the name of lengthtrack's package 'collate'"
+    raise ImportError(f"{hidden}, which `samplers` needs: rename that file, or `import lengthtrack` first") from error
+
 from samplers.batch_sampler import LengthBucketBatchSampler
 from samplers.dynamic.streams import LengthBucketNode, bucket_by_length
 from samplers.planning.optimal_widths import optimal_widths

@@ -11,6 +11,8 @@ the first to come writes "iteration 2 began: epoch 1".
 """
 
 import os
+import re
+from multiprocessing import current_process
 from multiprocessing.reduction import ForkingPickler
 from time import sleep
 from typing import Any, Final, NamedTuple
@@ -41,11 +43,15 @@ class Token(NamedTuple):
         seed: Seed that the loader drew for its workers; -1 in the main process, where an iterator is alone.
         begun: Iterations that this process has begun.
         process: Process id.
+        worker: Number of the worker in its loader.
+        birth: How many processes the loader's process had started before this loader's first worker.
     """
 
     seed: int
     begun: int
     process: int
+    worker: int = 0
+    birth: int = 0
 
 
 class Record(NamedTuple):
@@ -61,6 +67,8 @@ class Record(NamedTuple):
         begun: Iterations that this worker has begun.
         process: Process id of the writer.
         loaded: Batches of the iteration that its iterator had given before, as a loaded state says.
+        worker: Number of the writer in its loader.
+        birth: As in `Token`, for the writer's loader.
     """
 
     number: int
@@ -72,11 +80,13 @@ class Record(NamedTuple):
     begun: int = 0
     process: int = 0
     loaded: int = 0
+    worker: int = 0
+    birth: int = 0
 
     @property
     def token(self) -> Token:
         """What identifies its iteration."""
-        return Token(self.seed, self.begun, self.process)
+        return Token(self.seed, self.begun, self.process, self.worker, self.birth)
 
     @property
     def start(self) -> Position:
@@ -107,7 +117,8 @@ class SharedEpochCursor:
     iteration before another has begun it. So each worker writes the iterations that it has begun into memory of its
     own, which the others read. A worker recognises the iterations of its loader by the seed that the loader draws for
     each set of workers, and by the number of iterations that it has begun, and joins the same epoch. If there is none,
-    it begins what comes after the last event; two workers that do so at the same time decide the same.
+    it begins what comes after the last event; two workers that do so at the same time decide the same. If two loaders
+    have drawn the same seed, a worker knows its loader by the order in which processes were started.
 
     A copy begins where the original stands, and then moves independently. What `torch.multiprocessing` sends to another
     process is no copy: it shares the memory, as a worker must.
@@ -131,7 +142,10 @@ class SharedEpochCursor:
         records = self._records()
         began, request = _last_begun(records), _last_request(records)
         loaded = sum(record.loaded for record in records if record.number == began.number)
-        copied = [record._replace(seed=_NO_SEED, begun=0, process=0, loaded=loaded) for record in (began, request)]
+        copied = [
+            record._replace(seed=_NO_SEED, begun=0, process=0, loaded=loaded, worker=0, birth=0)
+            for record in (began, request)
+        ]
         return {"replicas": self._num_replicas, "records": [tuple(record) for record in copied if record.number]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -238,7 +252,9 @@ class SharedEpochCursor:
     def _new_token(self, begun: int) -> Token:
         """The token of this process' iteration of that number."""
         info = get_worker_info()
-        return Token(_NO_SEED if info is None else info.seed - info.id, begun, os.getpid())
+        if info is None:
+            return Token(_NO_SEED, begun, os.getpid())
+        return Token(info.seed - info.id, begun, os.getpid(), info.id, _count_started() - info.id)
 
     def _after(self, newest: Record) -> Position:
         """Where the iteration after an event begins."""
@@ -305,11 +321,25 @@ def _is_present(records: list[Record]) -> bool:
 
 def _find_iteration(records: list[Record], token: Token) -> Record | None:
     """The record of this iterator, or of another worker in its iteration."""
-    same = [record for record in records if record.is_begun and record.token == token]
-    # After torch.manual_seed a loader may draw a seed a second time: its earlier workers are gone by then.
-    if not same and token.seed != _NO_SEED:
-        same = [record for record in records if record.token[:2] == token[:2] and is_alive(record.process)]
-    return max(same, default=None)
+    begun = [record for record in records if record.is_begun and record.token[:2] == token[:2]]
+    own = [record for record in begun if record.process == token.process]
+    if own or token.seed == _NO_SEED:
+        return max(own, default=None)
+    # After torch.manual_seed a loader may draw a seed a second time. Its earlier workers are gone by then, unless their
+    # iterator still lives: then they were started earlier, and one of them had this worker's number.
+    alive = [record for record in begun if is_alive(record.process)]
+    siblings = [record for record in alive if record.birth == token.birth]
+    # Threads that start processes at the same time mix up the births of one loader's workers, but not their numbers.
+    other_loaders = {record.number for record in begun if record.worker == token.worker}
+    return max(siblings or (record for record in alive if record.number not in other_loaders), default=None)
+
+
+def _count_started() -> int:
+    """How many processes the parent has started, with this one; 0 if the process has a custom name."""
+    # Python names a process after its number among its parent's children, with its parent's number before it, and so
+    # on: the second child of the third process is "Process-3:2".
+    match = re.fullmatch(r".*-(?:\d+:)*(\d+)", current_process().name)
+    return int(match[1]) if match else 0
 
 
 # For processes that are started, and queues between them: there a tensor in shared memory is sent as a handle.

@@ -80,7 +80,7 @@ def test_a_bar_counts_the_parts_on_request(tmp_path, capsys):
 
 SPAWNED = """
 import multiprocessing, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [f"{sys.argv[1]}/shards", f"{sys.argv[1]}/support"]
 from test_shards_parts import PARTS, part_of
 from samplers import ShardWriter
 
@@ -93,7 +93,7 @@ if __name__ == "__main__":
 def test_processes_may_be_spawned(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(SPAWNED)
-    command = [sys.executable, str(program), str(Path(__file__).parents[1] / "support"), str(tmp_path / "a")]
+    command = [sys.executable, str(program), str(Path(__file__).parents[1]), str(tmp_path / "a")]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert run.stdout == "10\n"
     ShardWriter.write_parts(tmp_path / "b", part_of, PARTS)
