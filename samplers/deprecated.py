@@ -5,8 +5,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
-Params = ParamSpec("Params")
-Result = TypeVar("Result")
+CallParams = ParamSpec("CallParams")
+CallResult = TypeVar("CallResult")
 
 
 def with_present_names(
@@ -34,7 +34,7 @@ def with_present_names(
     return arguments
 
 
-def renamed_arguments(**renamed: str) -> Callable[[Callable[Params, Result]], Callable[Params, Result]]:
+def renamed_arguments(**renamed: str) -> Callable[[Callable[CallParams, CallResult]], Callable[CallParams, CallResult]]:
     """A decorator: the function also takes some keyword arguments by their former names.
 
     Args:
@@ -53,9 +53,9 @@ def renamed_arguments(**renamed: str) -> Callable[[Callable[Params, Result]], Ca
     """
 
     # `functools.wraps` keeps the signature and the docstring that users see.
-    def decorate(function: Callable[Params, Result]) -> Callable[Params, Result]:
+    def decorate(function: Callable[CallParams, CallResult]) -> Callable[CallParams, CallResult]:
         @functools.wraps(function)
-        def with_former_names(*args: Params.args, **kwargs: Params.kwargs) -> Result:
+        def with_former_names(*args: CallParams.args, **kwargs: CallParams.kwargs) -> CallResult:
             if renamed.keys() & kwargs.keys():
                 with_present_names(kwargs, renamed, function.__name__, stacklevel=4)
             return function(*args, **kwargs)

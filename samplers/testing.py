@@ -81,13 +81,13 @@ def _check_states(make: Make, items: list[Any], every: int, *, before: int, cont
     # Restore only now: a state that shares objects with its node has changed by now.
     for count, state in states:
         where = f"{context}restored from the state after {count} items"
-        second = _restore(make, state, where)
+        second = _restore_node(make, state, where)
         taken = [item for _, item in zip(range(_TAKEN_BETWEEN), _remaining(second), strict=False)]
         again = second.state_dict()
         _compare([*taken, *_remaining(second)], items[count:], where)
         then = f"{where}, and from that of {_TAKEN_BETWEEN} items more"
-        _compare(_remaining(_restore(make, again, then)), items[count + len(taken) :], then)
-        _compare(_remaining(_restore(make, state, where)), items[count:], f"{where} a second time")
+        _compare(_remaining(_restore_node(make, again, then)), items[count + len(taken) :], then)
+        _compare(_remaining(_restore_node(make, state, where)), items[count:], f"{where} a second time")
         second.reset()
         _compare(_remaining(second), items, f"{where}, ended and reset()")
 
@@ -99,7 +99,7 @@ def _start(make: Make, state: dict[str, Any] | None = None) -> BaseNode[Any]:
     return node
 
 
-def _restore(make: Make, state: dict[str, Any], where: str) -> BaseNode[Any]:
+def _restore_node(make: Make, state: dict[str, Any], where: str) -> BaseNode[Any]:
     """A new node at a state.
 
     Raises:

@@ -92,7 +92,7 @@ class SortedLengths:
 
     def lengths_between(self, first: int, last: int, stride: int = 1) -> Integers:
         """The lengths at every `stride`-th sorted index from `first` to before `last`: int64 `[n, K]`."""
-        if self.fields > 1:
+        if self.lengths.ndim > 1:
             return self._lengths_in_order[first:last:stride]
         return _cut(self.lengths[self.order[first:last:stride]], self.max_length)
 

@@ -177,7 +177,8 @@ class PoolTable(BatchTable):
     @cached_property
     def _sort_keys(self) -> Integers:
         """What samples are sorted by, longest first, without those that exceed the budget alone: int64 `[n]`."""
-        return self._width_at(np.arange(self.sorted_lengths.overlong_alone, len(self.sorted_lengths)))
+        lengths = self.sorted_lengths.lengths_between(self.sorted_lengths.overlong_alone, len(self.sorted_lengths))
+        return self._exchange_widths(lengths)[:, 0]
 
     @cached_property
     def _widths(self) -> Integers:

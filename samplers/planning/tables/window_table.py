@@ -217,10 +217,13 @@ class Groupings:
         # Two batches more in five windows: 0, 0, 1, 0 and 1.
         extras = np.diff(np.arange(len(groups) + 1) * extra // len(groups)).tolist()
         orders = np.split(order, ends[:-1])
-        return [self._plan_window(number, *window) for window in zip(groups, orders, overlong, extras, strict=True)]
+        return [
+            self._plan_window(number, shards, order, overlong=count, extra=more)
+            for shards, order, count, more in zip(groups, orders, overlong, extras, strict=True)
+        ]
 
     def _plan_window(
-        self, number: int, shards: tuple[int, ...], order: IndexArray, overlong: int, extra: int
+        self, number: int, shards: tuple[int, ...], order: IndexArray, *, overlong: int, extra: int
     ) -> PlannedWindow:
         """A window, cut into buckets as a corpus is; the borders are shifted from grouping to grouping."""
         members = replace(self.sorted_lengths, order=order, overlong_alone=overlong)
