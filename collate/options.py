@@ -66,7 +66,8 @@ def _check_shape(shape: Shape) -> Shape:
     whole = all(isinstance(number, (int, np.integer)) and not isinstance(number, bool) for number in numbers)
     if not whole or min(numbers) < 1:
         raise ValueError(f"shapes must be pairs (rows, width) of ints of at least 1, got {(rows, width)!r}")
-    return int(rows), tuple(map(int, width)) if isinstance(width, (tuple, list)) else int(width)
+    # A sampler of one field gives `(rows, (width,))`: one width is for all fields, however many there are.
+    return int(rows), int(numbers[1]) if len(numbers) == 2 else tuple(map(int, numbers[1:]))
 
 
 @lru_cache(maxsize=512, typed=True)

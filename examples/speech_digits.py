@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from collate import LengthTrackedBatch, PadCollator, apply_rnn
 from samplers import LengthBucketBatchSampler, LengthIndex, ShardDataset
-from samplers.planning.random_batches import random_padding
 
 WINDOW, HOP, BANDS = 256, 128, 40
 # Every tenth sample is held out of training.
@@ -114,7 +113,7 @@ def run(shards: Path, steps: int) -> None:
     indices = np.arange(len(index))
     sampler = LengthBucketBatchSampler(index, max_tokens=250_000, indices=indices[indices % HELD_OUT != 0])
     plan = sampler.plan(0)
-    print(f"{plan.steps} batches: padding {plan.report().padding:.2%}, in random batches {random_padding(plan):.2%}")
+    print(f"{plan.steps} batches: padding {plan.report().padding:.2%}, in random batches {plan.random_padding:.2%}")
     held_out = data.__getitems__(indices[::HELD_OUT].tolist())
     parts = [collate(held_out[first : first + 32]) for first in range(0, len(held_out), 32)]
 

@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from collate import DevicePrefetcher, LengthTrackedBatch, PadCollator, apply_rnn, check_step, sequence_loss
 from samplers import LengthBucketBatchSampler
-from samplers.planning.random_batches import random_padding
 
 PADDING = {"input": 0, "target": -100}
 # Every hundredth function is held out of training.
@@ -235,9 +234,10 @@ def main(argv: list[str] | None = None) -> None:
     sampler = LengthBucketBatchSampler(lengths, max_tokens=args.max_tokens, overlong="drop", indices=train_on)
     plan = sampler.plan(0)
     report = plan.report()
-    print(f"{report}\nin random batches of the same budget the padding is {random_padding(plan):.2%}")
+    print(f"{report}\nin random batches of the same budget the padding is {plan.random_padding:.2%}")
     print(
-        f"{report.dropped} functions of more than {args.max_tokens:,} bytes alone exceed the budget: dropped, not cut"
+        f"{report.overlong_dropped} functions of more than {args.max_tokens:,} bytes exceed the budget alone: dropped, "
+        "not cut"
     )
 
     loader = StatefulDataLoader(

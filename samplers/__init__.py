@@ -1,9 +1,14 @@
-"""Length-bucketed plans, samplers, shards and streams."""
+"""Batches of similar lengths: plans, batch samplers, streams and shards.
+
+Contents: the files here are the loaders; the rooms are `planning` (lengths to batches), `progress` (positions),
+`dynamic` (streams without known lengths), `shards` (lengths and samples on disk) and `cli` (the command).
+It imports `errors` and `widths` from `collate`, nothing else. CONTRIBUTING defines the words.
+"""
 
 import sys
 
 try:
-    import collate.errors  # noqa: F401 (is it ours?)
+    from collate.errors import LengthError
 except ModuleNotFoundError as error:
     # Python says only that `collate` is not a package.
     hidden = f"{getattr(sys.modules.get('collate'), '__file__', None)} has the name of lengthtrack's package 'collate'"
@@ -23,6 +28,7 @@ __all__ = [
     "BatchPlan",
     "LengthBucketBatchSampler",
     "LengthBucketNode",
+    "LengthError",
     "LengthIndex",
     "ShardDataset",
     "ShardStream",

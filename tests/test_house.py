@@ -24,7 +24,26 @@ LAYERS = {
         ["batch_sampler", "window_reader"],
         ["progress", "dynamic"],
         ["planning", "shards"],
-        ["testing", "masked"],
+        ["testing", "masked", "deprecated"],
+    ],
+    "samplers.planning": [
+        ["plan"],
+        ["schedule", "report"],
+        ["tables", "clipping", "optimal_widths"],
+        ["sorting"],
+        ["options"],
+        ["keyed_shuffle"],
+        ["budget"],
+    ],
+    "samplers.planning.tables": [
+        ["window_table", "pool_table"],
+        ["batch_table", "window_order"],
+        ["buckets", "epoch_order", "equal_lengths"],
+    ],
+    "samplers.progress": [
+        ["loader"],
+        ["epoch_cursor", "shared_cursor"],
+        ["position"],
     ],
     "samplers.shards": [
         ["writing"],
@@ -154,7 +173,7 @@ def test_the_public_names_are_those_that_were_promised():
     }
     assert set(samplers.__all__) == {
         *("LengthBucketBatchSampler", "BatchPlan", "plan_epoch", "optimal_widths", "bucket_by_length"),
-        *("LengthBucketNode", "LengthIndex", "ShardWriter", "ShardDataset", "ShardStream"),
+        *("LengthBucketNode", "LengthIndex", "ShardWriter", "ShardDataset", "ShardStream", "LengthError"),
     }
 
 

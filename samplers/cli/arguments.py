@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from collate.widths import Widths
 from samplers.planning.optimal_widths import optimal_widths
-from samplers.planning.sorting import Lengths, check_lengths
+from samplers.planning.sorting import Lengths, as_length_array
 from samplers.shards.indexing.index import LengthIndex, open_index
 from samplers.shards.indexing.measuring import Decoder, Measure
 from samplers.shards.storage.atomic import local_path
@@ -209,7 +209,7 @@ def parse_widths(text: str | None, lengths: Lengths) -> Widths:
     if len(numbers) > 1:
         # The best widths depend on their number, so there is no list of them.
         raise click.BadParameter(f"{text!r}: best: takes one number", param_hint="--widths")
-    return optimal_widths(check_lengths(lengths), numbers[0])
+    return optimal_widths(as_length_array(lengths), numbers[0])
 
 
 def open_sources(sources: Sequence[str]) -> LengthIndex:
@@ -249,6 +249,7 @@ def plan_options(command: Command) -> Command:
         click.option("--batch-size", type=click.IntRange(1), help="Largest number of rows in a batch."),
         click.option(
             "--count",
+            "count_tokens",
             type=click.Choice(["padded", "real"]),
             default="padded",
             help="Tokens that count against the budget.",

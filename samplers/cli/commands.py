@@ -33,7 +33,9 @@ from samplers.cli.convert import ColumnSelection, SampleMaker, read_input_rows, 
 from samplers.cli.extras import load_extra
 from samplers.cli.folder_index import index_of_folder, open_earlier, unlisted_shards
 from samplers.cli.printing import count, describe_index, describe_reading, judge, print_batch, print_report, print_rows
-from samplers.planning.plan import BatchPlan, plan_epoch
+from samplers.planning.options import Options
+from samplers.planning.plan import BatchPlan
+from samplers.planning.tables.pool_table import choose_table
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.indexing.find_index import find_index_files
 from samplers.shards.indexing.index import LengthIndex, tables_of
@@ -314,11 +316,13 @@ def show(*, sources: tuple[str, ...], step: int, rank: int, rows: int, **options
     _require_budget(options["max_tokens"], options)
     corpus = open_sources(sources)
     options["widths"] = parse_widths(options["widths"], corpus)
-    plan = plan_epoch(corpus, **options)
+    epoch, num_replicas = options.pop("epoch"), options.pop("num_replicas")
+    table = choose_table(corpus, Options(**options))
+    plan = BatchPlan(table, epoch, num_replicas)
     batch = plan.batches[_check_step(plan, step, rank)]
     samples = ShardDataset(corpus.shards, corpus).__getitems__(batch)
     click.secho(f"step {step:,} of {plan.steps:,}, rank {rank} of {plan.num_replicas}, epoch {plan.epoch}", bold=True)
-    print_batch(corpus, plan, batch, samples)
+    print_batch(corpus, table, batch, samples)
     print_rows(corpus, batch, samples, rows)
 
 

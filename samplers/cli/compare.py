@@ -8,13 +8,15 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from samplers.planning.buckets import count_windows
 from samplers.planning.budget import Floats, Integers
-from samplers.planning.options import PlanOptions
+from samplers.planning.options import Options, PlanOptions
 from samplers.planning.plan import BatchPlan, plan_epoch
-from samplers.planning.random_batches import random_padding
 from samplers.planning.report import PlanReport
-from samplers.planning.sorting import Lengths, check_lengths
+from samplers.planning.schedule import make_schedule
+from samplers.planning.sorting import Lengths, as_length_array
+from samplers.planning.tables.batch_table import BatchTable
+from samplers.planning.tables.buckets import count_windows
+from samplers.planning.tables.pool_table import choose_table
 
 # Numbers of windows, one for each point of a curve.
 COUNTS: Final = (2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256)
@@ -27,39 +29,42 @@ class PlanSummary:
     """A plan and its costs.
 
     Attributes:
-        plan: Plan of an epoch.
+        table: Batches of any epoch.
+        plan: Plan of the requested epoch.
         report: Report of that plan.
         random: Fraction of padding in batches of the same budget with samples in random order.
     """
 
+    table: BatchTable
     plan: BatchPlan
     report: PlanReport
     random: float
 
     @classmethod
-    def of(cls, plan: BatchPlan) -> Self:
-        """Compute the report of a plan, over several epochs, and its random batches."""
-        return cls(plan=plan, report=plan.report(), random=random_padding(plan))
+    def of(cls, table: BatchTable, epoch: int, num_replicas: int) -> Self:
+        """Compute four epochs of a plan, and its random batches."""
+        plan = BatchPlan(table, epoch, num_replicas)
+        return cls(table=table, plan=plan, report=plan.report(), random=plan.random_padding)
 
     @property
     def windows(self) -> int:
         """Number of windows in an epoch."""
-        return count_windows(self.plan.layout.corpus, self.plan.layout.options)
+        return count_windows(self.table.sorted_lengths, self.table.options)
 
     @property
     def window(self) -> int:
         """Samples in a window, rounded."""
-        return round(len(self.plan.layout.corpus) / self.windows)
+        return round(len(self.table.sorted_lengths) / self.windows)
 
     @property
     def overlong(self) -> int:
         """Samples that alone exceed the budget."""
-        return self.report.alone + self.report.dropped
+        return self.report.overlong_alone + self.report.overlong_dropped
 
     @property
     def name(self) -> str:
         """The budget as text."""
-        options = self.plan.layout.options
+        options = self.table.options
         rows = "" if options.batch_size is None else f"{options.batch_size:,} rows"
         tokens = "" if options.max_tokens is None else f"{options.max_tokens:,} tokens"
         return ", ".join(filter(None, [tokens, rows]))
@@ -73,14 +78,17 @@ class PlanSummary:
 
     def step_costs(self, steps: int) -> Floats:
         """Fraction of the budget that each replica uses in the first steps: float64 `[steps, W]`."""
-        course, layout = self.plan.course, self.plan.layout
-        numbers = np.arange(min(steps, course.steps) * self.plan.num_replicas)
-        return layout.use_of(layout.sizes_of(*course.samples_of(numbers))).reshape(-1, self.plan.num_replicas)
+        table, replicas = self.table, self.plan.num_replicas
+        schedule = make_schedule(table, self.plan.epoch, replicas)
+        slots = np.arange(min(steps, schedule.steps) * replicas)
+        return table.budget_use(table.measure_batches(*schedule.batch_samples(slots))).reshape(-1, replicas)
 
     def as_json(self) -> dict[str, Any]:
         """All figures as primitive values."""
-        options = self.plan.layout.options
-        figures = {name: getattr(options, name) for name in ("max_tokens", "batch_size", "count", "widths", "overlong")}
+        options = self.table.options
+        figures = {
+            name: getattr(options, name) for name in ("max_tokens", "batch_size", "count_tokens", "widths", "overlong")
+        }
         figures |= {name: getattr(options, name) for name in ("min_length", "max_length", "drop_last", "seed")}
         return {
             "options": figures
@@ -101,17 +109,23 @@ class Curve:
         name: The budget as text.
         windows: Samples in a window, ascending.
         padding: Fraction of padding, for each window.
-        meeting_again: Fraction of pairs that share a batch again in the next epoch, for each window.
+        repeated_pairs: Fraction of pairs that share a batch again in the next epoch, for each window.
     """
 
     name: str
     windows: list[int]
     padding: list[float]
-    meeting_again: list[float]
+    repeated_pairs: list[float]
 
 
 def compare_plans(
-    lengths: Lengths, budgets: Sequence[int | None], windows: Sequence[int | None], **options: Any
+    lengths: Lengths,
+    budgets: Sequence[int | None],
+    windows: Sequence[int | None],
+    *,
+    epoch: int = 0,
+    num_replicas: int = 1,
+    **options: Any,
 ) -> list[PlanSummary]:
     """Plan an epoch for every budget and window.
 
@@ -119,6 +133,8 @@ def compare_plans(
         lengths: As for `plan_epoch`.
         budgets: Values of `max_tokens`.
         windows: Values of `window`.
+        epoch: Number of the epoch.
+        num_replicas: Number of ranks.
         options: Other options of `plan_epoch`.
 
     Raises:
@@ -127,7 +143,7 @@ def compare_plans(
         ValueError: An option is out of its range, no budget is given, or the plan has no batch.
     """
     return [
-        PlanSummary.of(plan_epoch(lengths, max_tokens=budget, window=window, **options))
+        PlanSummary.of(choose_table(lengths, Options(max_tokens=budget, window=window, **options)), epoch, num_replicas)
         for budget in budgets
         for window in windows
     ]
@@ -138,9 +154,8 @@ def trace_windows(lengths: Lengths, summaries: Iterable[PlanSummary]) -> list[Cu
 
     Windows without a possible plan are left out, for example if the last step has too few rows for all replicas.
     """
-    # Summaries of one budget differ in their window alone, and give one curve.
-    budgets = {summary.name: summary.plan for summary in summaries}
-    return [_trace(name, lengths, plan) for name, plan in budgets.items()]
+    budgets = {summary.name: summary for summary in summaries}
+    return [_trace(name, lengths, summary) for name, summary in budgets.items()]
 
 
 def describe_lengths(lengths: Lengths) -> dict[str, float]:
@@ -153,7 +168,7 @@ def describe_lengths(lengths: Lengths) -> dict[str, float]:
 
 def total_lengths(lengths: Lengths) -> Integers:
     """Steps of each sample over all fields: integers `[N]`."""
-    array = check_lengths(lengths)
+    array = as_length_array(lengths)
     return array if array.ndim == 1 else array.sum(1, dtype=np.int64)
 
 
@@ -179,10 +194,11 @@ def tabulate(summaries: Sequence[PlanSummary], width: int) -> list[str]:
     return lines[:-1]
 
 
-def _trace(name: str, lengths: Lengths, plan: BatchPlan) -> Curve:
+def _trace(name: str, lengths: Lengths, summary: PlanSummary) -> Curve:
     """The curve of a budget."""
-    samples = len(plan.layout.corpus)
-    options: PlanOptions = {name: getattr(plan.layout.options, name) for name in PlanOptions.__annotations__}  # type: ignore[assignment]
+    table, plan = summary.table, summary.plan
+    samples = len(table.sorted_lengths)
+    options: PlanOptions = {name: getattr(table.options, name) for name in PlanOptions.__annotations__}  # type: ignore[assignment]
     largest_count = max(2, len(plan.batches) // FEWEST_BATCHES)
     reports = {}
     for window in [samples // count for count in COUNTS[::-1] if count <= largest_count]:
@@ -196,12 +212,12 @@ def _trace(name: str, lengths: Lengths, plan: BatchPlan) -> Curve:
         name=name,
         windows=list(reports),
         padding=[report.padding for report in reports.values()],
-        meeting_again=[report.meeting_again for report in reports.values()],
+        repeated_pairs=[report.repeated_pairs for report in reports.values()],
     )
 
 
 def _column(summary: PlanSummary) -> dict[str, str]:
-    report, options = summary.report, summary.plan.layout.options
+    report, options = summary.report, summary.table.options
     widths = summary.widths
     return {
         **({} if options.max_tokens is None else {"max tokens": f"{options.max_tokens:,}"}),
@@ -213,17 +229,17 @@ def _column(summary: PlanSummary) -> dict[str, str]:
         "padding": f"{report.padding:.2%}",
         "  random batches": f"{summary.random:.2%}",
         "budget use": f"{report.budget_use:.2%}",
-        "pairs that meet again": f"{report.meeting_again:.2%}",
-        "  in 2 epochs": f"{report.meeting_again_in_2:.2%}",
-        "  in 5 epochs": f"{report.meeting_again_in_5:.2%}",
+        "pairs that meet again": f"{report.repeated_pairs:.2%}",
+        "  in 2 epochs": f"{report.repeated_pairs_in_2:.2%}",
+        "  in 5 epochs": f"{report.repeated_pairs_in_5:.2%}",
         "autocorrelation": f"{report.autocorrelation:.3f}",
         "rank imbalance": f"{report.imbalance:.3f}",
-        "  worst step": f"{report.worst_step:.3f}",
+        "  worst step": f"{report.worst_imbalance:.3f}",
         "shapes": f"{report.shapes:,}",
         "  in 4 epochs": f"{report.shapes_of_4:,}",
         "padded widths": f"{len(widths):,}",
         "  from": f"{widths[0]:,}",
         "  to": f"{widths[-1]:,}",
         "over-long": f"{summary.overlong:,}",
-        "left out": f"{report.short + report.dropped + report.unused:,}",
+        "left out": f"{report.too_short + report.overlong_dropped + report.last_dropped:,}",
     }

@@ -54,7 +54,7 @@ def draw_comparison(lengths: Lengths, summaries: Sequence[PlanSummary], curves: 
         panels = figure.subplots(2, 2)
         _draw_lengths(panels[0, 0], total_lengths(lengths), summaries[0])
         _draw_curves(panels[0, 1], curves, summaries, measure="padding", title="Padding")
-        _draw_curves(panels[1, 0], curves, summaries, measure="meeting_again", title="Pairs that meet again")
+        _draw_curves(panels[1, 0], curves, summaries, measure="repeated_pairs", title="Pairs that meet again")
         _draw_steps(panels[1, 1], summaries[0])
         for letter, axes in zip("abcd", panels.flat, strict=True):
             axes.set_title(f"({letter}) {axes.get_title('left')}")
@@ -64,7 +64,7 @@ def draw_comparison(lengths: Lengths, summaries: Sequence[PlanSummary], curves: 
 def _draw_lengths(axes: Axes, totals: Any, summary: PlanSummary) -> None:
     spread = bool(totals.max() > LOG_FROM * max(1.0, float(np.median(totals))))
     heights, _, _ = axes.hist(np.maximum(totals, 1), bins=_bins(totals, spread=spread), color=COLOURS[0])
-    edges = sorted({sum(edge.width) for edge in summary.plan.layout.edges})
+    edges = sorted({sum(bucket.width) for bucket in summary.table.buckets})
     # Marks above the bars, because hundreds of lines would hide the bars.
     top = float(np.max(heights))
     axes.vlines(edges, 1.06 * top, 1.16 * top, color="#222222", linewidth=0.5)

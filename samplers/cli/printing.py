@@ -9,8 +9,8 @@ import click
 import numpy as np
 
 from samplers.cli.compare import PlanSummary, describe_lengths, tabulate
-from samplers.planning.plan import BatchPlan
 from samplers.planning.sorting import Lengths
+from samplers.planning.tables.batch_table import BatchTable
 from samplers.shards.format.samples import Sample
 from samplers.shards.indexing.index import LengthIndex, tables_of
 from samplers.shards.indexing.tables import Field
@@ -75,8 +75,8 @@ def print_report(sources: Sequence[str], lengths: Lengths, summaries: Sequence[P
 
 def _overlong_line(lengths: Lengths, summary: PlanSummary) -> str:
     """A line about samples over the budget."""
-    corpus = summary.plan.layout.corpus
-    worst = corpus.order[: min(NAMED, summary.report.alone)].tolist()
+    corpus = summary.table.sorted_lengths
+    worst = corpus.order[: min(NAMED, summary.report.overlong_alone)].tolist()
     keys = [lengths.keys[index] if isinstance(lengths, LengthIndex) else f"sample {index}" for index in worst]
     longest = ", ".join(f"{key} ({corpus.lengths[index]} steps)" for key, index in zip(keys, worst, strict=True))
     done = "are batches of one here" if worst else "are left out here"
@@ -86,15 +86,14 @@ def _overlong_line(lengths: Lengths, summary: PlanSummary) -> str:
     )
 
 
-def print_batch(corpus: LengthIndex, plan: BatchPlan, batch: list[int], samples: Sequence[Sample]) -> None:
+def print_batch(corpus: LengthIndex, table: BatchTable, batch: list[int], samples: Sequence[Sample]) -> None:
     """Print the size of a batch, and its fields."""
-    layout = plan.layout
-    sizes = layout.sizes_of(np.array(batch), np.array([len(batch)]))
+    sizes = table.measure_batches(np.array(batch), np.array([len(batch)]))
     widths = dict(zip(corpus.fields, sizes.widths[0].tolist(), strict=True))
     padded, real = len(batch) * sum(widths.values()), int(sizes.tokens[0])
     click.echo(
         f"{len(batch):,} rows, {padded:,} padded tokens, {real:,} real ones: padding {1 - real / padded:.2%}, budget "
-        f"use {float(layout.use_of(sizes)[0]):.1%}\n"
+        f"use {float(table.budget_use(sizes)[0]):.1%}\n"
     )
     for field in tables_of(corpus).fields:
         if field.name in samples[0]:

@@ -209,7 +209,9 @@ def test_report_gives_the_numbers_of_the_plan(work):
         for window in windows
     ]
     assert [entry["report"] for entry in figures["plans"]] == [asdict(plan.report()) for plan in plans]
-    assert [entry["shapes"] for entry in figures["plans"]] == [list(map(list, plan.batch_shapes)) for plan in plans]
+    assert [entry["shapes"] for entry in figures["plans"]] == json.loads(
+        json.dumps([plan.batch_shapes for plan in plans])
+    )
     assert [(e["options"]["max_tokens"], e["options"]["window"]) for e in figures["plans"]] == [
         (budget, window) for budget in budgets for window in windows
     ]
@@ -224,7 +226,7 @@ def test_report_prints_a_column_for_each_budget_and_window(work):
     lines = {label: values for label, *values in cells}
     assert lines["max tokens"] == ["2,000", "5,000"]
     assert lines["padding"][1] == f"{report.padding:.2%}"
-    assert lines["pairs that meet again"][1] == f"{report.meeting_again:.2%}"
+    assert lines["pairs that meet again"][1] == f"{report.repeated_pairs:.2%}"
     assert lines["autocorrelation"][1] == f"{report.autocorrelation:.3f}"
 
 

@@ -53,7 +53,9 @@ def test_every_page_is_in_the_navigation_of_the_site_once():
 def test_every_public_name_is_in_the_reference_once(package):
     pages = "".join(page.read_text() for page in sorted((DOCS / "api").glob("*.md")))
     listed = re.findall(rf"^::: {package.__name__}\.(\w+)$", pages, re.MULTILINE)
-    assert sorted(listed) == sorted(package.__all__)
+    # An error that both packages export stands with those of the package that defines it.
+    shared = {"LengthError"} if package is samplers else set()
+    assert sorted(listed) == sorted(set(package.__all__) - shared)
 
 
 def test_a_pipeline_that_the_page_of_shards_shows_stands_in_its_example():

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from samplers import LengthBucketBatchSampler, ShardStream, ShardWriter
-from samplers.progress.shared_epochs import Record, Token, _same
+from samplers.progress.shared_cursor import Record, Token, _find_iteration
 from samplers.shards.skip_counts import shared_zeros
 
 COUNT = 200
@@ -199,8 +199,8 @@ def test_workers_whose_births_are_mixed_up_know_their_loader(shards):
     # Threads that start processes side by side: births differ within a loader, seeds do not.
     mine = [Token(5, 1, os.getpid(), worker, birth) for worker, birth in ((0, 7), (1, 8), (2, 11))]
     records = [Record(1, 4, 0, 1, 0, **mine[0]._asdict())]
-    assert all(_same(records, token._replace(process=1)) == records[0] for token in mine[1:])
-    assert _same(records, mine[0]._replace(process=1, birth=20)) is None
+    assert all(_find_iteration(records, token._replace(process=1)) == records[0] for token in mine[1:])
+    assert _find_iteration(records, mine[0]._replace(process=1, birth=20)) is None
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -222,7 +222,7 @@ def test_a_position_counts_from_where_a_loaders_state_led(workers, shards):
 
 def test_a_half_written_record_is_not_read(shards):
     data = stream(shards, 2)
-    data._cursor._table[0, 0, :3] = 99, 4, 50
+    data._cursor._numbers[0, 0, :3] = 99, 4, 50
     assert data.epoch == 2
 
 

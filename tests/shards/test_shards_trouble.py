@@ -103,7 +103,7 @@ def test_a_batch_of_many_shards_lives_with_few_descriptors(tmp_path):
     code = """
     import os, resource, sys
     from samplers import ShardDataset
-    from samplers.window_reader import ShardsInTurn
+    from samplers.window_reader import ShardsInOrder
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
     data = ShardDataset(sys.argv[1])
     order = list(range(199, -1, -1))

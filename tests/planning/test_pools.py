@@ -1,4 +1,4 @@
-"""Small corpora: every epoch sorts chunks of its own, and has as many batches as any other."""
+"""Small corpora: every epoch deals its pools anew, and has as many batches as any other."""
 
 from itertools import pairwise
 from typing import Any
@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samplers.planning.choose_table import lay_out
-from samplers.planning.chunk_table import ChunkLayout
 from samplers.planning.options import Options
 from samplers.planning.plan import plan_epoch
+from samplers.planning.tables.pool_table import PoolTable, choose_table
 
 Array = npt.NDArray[np.int64]
 Batches = list[list[int]]
@@ -102,36 +101,36 @@ def test_every_epoch_has_as_many_batches_within_the_closed_list(
     lengths: list[int], options: dict[str, Any], seed: int
 ) -> None:
     try:
-        layout = lay_out(lengths, Options(seed=seed, **options))
+        table = choose_table(lengths, Options(seed=seed, **options))
     except ValueError as error:
         assert "no batch is left" in str(error)  # noqa: PT017
         return
-    shapes = layout.shapes
+    shapes = table.shapes
     for epoch in range(6):
-        present = layout.of_epoch(epoch, 1)
-        samples, rows = present.samples_of(np.arange(len(layout)), key=epoch)
-        assert len(rows) == len(layout) == len(present)
+        present = table.for_epoch(epoch, 1)
+        samples, rows = present.batch_samples(np.arange(len(table)), key=epoch)
+        assert len(rows) == len(table) == len(present)
         assert (rows > 0).all()
-        assert present.rows_of(np.arange(len(layout))).tolist() == rows.tolist()
-        assert len(set(samples.tolist())) == len(samples) == len(lengths) - layout.unused
-        sizes = present.sizes_of(samples, rows)
+        assert present.batch_rows(np.arange(len(table))).tolist() == rows.tolist()
+        assert len(set(samples.tolist())) == len(samples) == len(lengths) - table.last_dropped
+        sizes = present.measure_batches(samples, rows)
         for row, width in zip(rows.tolist(), sizes.widths[:, 0].tolist(), strict=True):
-            assert any(row <= most and width <= widest for most, widest in shapes)  # type: ignore[operator]
+            assert any(row <= most and width <= widest for most, (widest,) in shapes)
 
 
 def test_a_draw_does_not_depend_on_what_was_drawn_before() -> None:
     lengths, options = corpus("speech", 700), Options(max_tokens=20_000)
-    first, second = lay_out(lengths, options), lay_out(lengths, options)
-    assert isinstance(first, ChunkLayout)
+    first, second = choose_table(lengths, options), choose_table(lengths, options)
+    assert isinstance(first, PoolTable)
     for epoch in (5, 0, 5, 3, 2, 1):
-        first.of_epoch(epoch, 1)
+        first.for_epoch(epoch, 1)
     numbers = np.arange(len(first))
     assert (
-        first.of_epoch(1, 1).samples_of(numbers, 0)[0].tolist()
-        == second.of_epoch(1, 1).samples_of(numbers, 9)[0].tolist()
+        first.for_epoch(1, 1).batch_samples(numbers, 0)[0].tolist()
+        == second.for_epoch(1, 1).batch_samples(numbers, 9)[0].tolist()
     )
 
 
 def test_the_number_of_batches_does_not_depend_on_the_seed() -> None:
     lengths = corpus("text", 700)
-    assert len({len(lay_out(lengths, Options(max_tokens=5_000, seed=seed))) for seed in range(30)}) == 1
+    assert len({len(choose_table(lengths, Options(max_tokens=5_000, seed=seed))) for seed in range(30)}) == 1
