@@ -34,10 +34,10 @@ from collate.lengths.validation import (
     real_steps,
     row_order,
 )
-from collate.options import Number, check_padding_value, same_nan
+from collate.operations.serialization import reduce, travels
 from collate.packing import Layout, flat_places, gather_steps, scatter_steps
-from collate.padding import WIDE, Mask, Rows, join_rows, place_steps, read_rows, real_places
-from collate.serialization import reduce, travels
+from collate.padding.join import WIDE, Mask, Rows, join_rows, place_steps, read_rows, real_places
+from collate.padding.options import Number, check_padding_value, same_nan
 from collate.tensors.graphs import outside_graphs
 from collate.tensors.numpy_view import Int64Array, shares_memory, to_array
 from collate.tensors.to_device import refuse_capture, to_device
@@ -165,7 +165,7 @@ class LengthTrackedBatch:
 
     @classmethod
     def from_rows(cls, rows: Rows, order: Int64Array, shape: tuple[int, int], padding_value: Number) -> Self:
-        """Pad rows that `collate.padding.read_rows` has checked; what `from_sequences` and the collator share.
+        """Pad rows that `collate.padding.join.read_rows` has checked; what `from_sequences` and the collator share.
 
         Args:
             rows: B rows.

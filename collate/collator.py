@@ -11,7 +11,9 @@ from torch.utils.data import get_worker_info
 from collate.batch import LengthTrackedBatch
 from collate.errors import LengthError
 from collate.lengths.validation import check_declared, row_order
-from collate.options import (
+from collate.operations.serialization import try_to_send
+from collate.padding.join import Rows, read_rows, refuse_masked
+from collate.padding.options import (
     Number,
     Shape,
     check_max_length,
@@ -20,8 +22,6 @@ from collate.options import (
     each_checked,
     option_of,
 )
-from collate.padding import Rows, read_rows, refuse_masked
-from collate.serialization import try_to_send
 from collate.tensors.nested import Columns, assemble, columns_of
 from collate.tensors.numpy_view import Int64Array
 from collate.widths import AllowedWidths, Widths, check_widths, padded_width

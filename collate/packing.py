@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.nn.utils.rnn import PackedSequence
 
 from collate.errors import LengthError
-from collate.options import Number
+from collate.padding.options import Number
 from collate.tensors.numpy_view import CARRIERS, Int64Array, shares_memory, to_array
 from collate.tensors.to_device import to_device
 

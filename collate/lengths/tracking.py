@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from collate.errors import LengthError
 from collate.lengths.validation import check_lengths, check_mask, check_permutation
-from collate.padding import real_places
+from collate.padding.join import real_places
 from collate.tensors.graphs import refuse_export
 from collate.tensors.numpy_view import Array, Int64Array, to_array
 

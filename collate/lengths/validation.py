@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from collate.errors import LengthError
-from collate.options import Number
-from collate.padding import real_places
+from collate.padding.join import real_places
+from collate.padding.options import Number
 from collate.tensors.numpy_view import Array, Int64Array, to_array
 from collate.tensors.to_device import to_device
 

@@ -20,8 +20,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_se
 from torch.utils import _pytree as pytree
 
 from collate import LengthError, LengthTrackedBatch, apply_rnn, last_step, masked_mean, sequence_loss
-from collate.padding import real_places
-from collate.serialization import THROUGH_PIPE, send
+from collate.operations.serialization import THROUGH_PIPE, send
+from collate.padding.join import real_places
 
 
 def agrees(batch: LengthTrackedBatch) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from collate.errors import LengthError
-from collate.options import Number
+from collate.padding.options import Number
 from collate.tensors.numpy_view import Array, Int64Array, bits_of
 
 Mask: TypeAlias = npt.NDArray[np.bool_]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from collate.lengths.tracking import host_lengths
-from collate.options import Number
+from collate.padding.options import Number
 from collate.tensors.numpy_view import to_array
 
 # Bytes of a block that is sent to another process through the pipe itself. To share memory and hand over its descriptor
