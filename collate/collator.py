@@ -10,23 +10,19 @@ from torch.utils.data import get_worker_info
 
 from collate.batch import LengthTrackedBatch
 from collate.errors import LengthError
-from collate.lengths.validation import check_declared, row_order
+from collate.lengths.permutation import row_order
+from collate.lengths.validation import check_declared
+from collate.operations.construct import padded_batch
 from collate.operations.serialization import try_to_send
-from collate.padding.join import Rows, read_rows, refuse_masked
-from collate.padding.options import (
-    Number,
-    Shape,
-    check_max_length,
-    check_padding_value,
-    check_shape_list,
-    each_checked,
-    option_of,
-)
-from collate.tensors.nested import Columns, assemble, columns_of
+from collate.padding.options import check_max_length, check_shape_list, each_checked, option_of
+from collate.padding.padding_value import check_padding_value
+from collate.padding.rows import RaggedRows, measure_rows, refuse_masked_arrays
+from collate.tensors.nested import FieldValues, assemble, columns_of
 from collate.tensors.numpy_view import Int64Array
-from collate.widths import AllowedWidths, Widths, check_widths, padded_width
+from collate.tensors.steps import PaddingValue
+from collate.widths import AllowedWidths, PaddedShape, Widths, check_widths, padded_width
 
-Column: TypeAlias = Rows | Tensor | list[object]
+Column: TypeAlias = RaggedRows | Tensor | list[object]
 
 _NUMBERS: dict[type, torch.dtype | None] = {bool: torch.bool, int: torch.int64, float: None}
 _SCALARS = (int, float, np.number, np.bool_)
@@ -92,12 +88,12 @@ class PadCollator:
 
     def __init__(
         self,
-        padding_value: Number | Mapping[str, Number] = 0,
+        padding_value: PaddingValue | Mapping[str, PaddingValue] = 0,
         *,
         sort_by: str | Literal[False] | None = None,
         stack: Collection[str] = (),
         widths: Widths | Mapping[str, Widths] = None,
-        shapes: Sequence[Shape] | None = None,
+        shapes: Sequence[PaddedShape] | None = None,
         max_length: int | Mapping[str, int] | None = None,
         length_field: str | Mapping[str, str] | None = None,
         on_empty: Literal["keep", "error"] = "keep",
@@ -124,7 +120,7 @@ class PadCollator:
 
     @classmethod
     def for_sampler(
-        cls, sampler: PlansLengths, padding_value: Number | Mapping[str, Number] = 0, **options: Any
+        cls, sampler: PlansLengths, padding_value: PaddingValue | Mapping[str, PaddingValue] = 0, **options: Any
     ) -> Self:
         """Make a collator that cuts and pads as a sampler has planned, so that batches keep to its budget.
 
@@ -180,7 +176,7 @@ class PadCollator:
             raise LengthError("cannot collate an empty list of samples: the sampler gave a batch without indices")
         columns = columns_of(samples)
         read = {name: self._read(name, values) for name, values in columns.items()}
-        variable = {name: column for name, column in read.items() if isinstance(column, Rows)}
+        variable = {name: column for name, column in read.items() if isinstance(column, RaggedRows)}
         self._check_names(columns, variable)
         self._check_lengths(variable, read, samples)
         rows = {name: self._cut(name, column) for name, column in variable.items()}
@@ -198,9 +194,9 @@ class PadCollator:
             return _numbers(name, values, kinds)
         if all(issubclass(kind, (Tensor, np.ndarray, np.generic)) for kind in kinds):
             has_axis = cast("Tensor", values[0]).ndim > 0
-            return read_rows(values, _called(name)) if has_axis else _stacked(name, values)
+            return measure_rows(values, _called(name)) if has_axis else _stacked(name, values)
         if kinds == {list} and _are_numbers(cast("list[list[object]]", values)):
-            return read_rows(values, _called(name))
+            return measure_rows(values, _called(name))
         if any(issubclass(kind, (Tensor, np.ndarray, np.generic)) for kind in kinds):
             raise TypeError(f"{_called(name)} must be of one kind, got {sorted(kind.__name__ for kind in kinds)}")
         _check_can_travel(name, values)
@@ -221,7 +217,7 @@ class PadCollator:
                 )
 
     def _check_lengths(
-        self, variable: Mapping[str, Rows], read: Mapping[str, Column], samples: Sequence[object]
+        self, variable: Mapping[str, RaggedRows], read: Mapping[str, Column], samples: Sequence[object]
     ) -> None:
         for name, declared in self._declared(variable).items():
             if name not in variable or declared not in read:
@@ -237,7 +233,7 @@ class PadCollator:
                         'allow it with on_empty="keep"'
                     )
 
-    def _declared(self, variable: Mapping[str, Rows]) -> Mapping[str, str]:
+    def _declared(self, variable: Mapping[str, RaggedRows]) -> Mapping[str, str]:
         if self.length_field is None or isinstance(self.length_field, Mapping):
             return self.length_field or {}
         if len(variable) != 1:
@@ -247,17 +243,17 @@ class PadCollator:
             )
         return {next(iter(variable)): self.length_field}
 
-    def _cut(self, name: str, rows: Rows) -> Rows:
+    def _cut(self, name: str, rows: RaggedRows) -> RaggedRows:
         most = option_of(self.max_length, name)
         return rows if most is None else rows.clipped(most)
 
-    def _order(self, rows: Mapping[str, Rows], size: int) -> Int64Array:
+    def _order(self, rows: Mapping[str, RaggedRows], size: int) -> Int64Array:
         if self.sort_by is False or not rows:
             return np.arange(size)
         by = next(iter(rows)) if self.sort_by is None else self.sort_by
         return row_order(rows[by].lengths, "longest")
 
-    def _shapes_of(self, rows: Mapping[str, Rows], size: int) -> tuple[int, dict[str, int]]:
+    def _shapes_of(self, rows: Mapping[str, RaggedRows], size: int) -> tuple[int, dict[str, int]]:
         # The rows of the batch, and the width of each variable-length field.
         longest = {name: int(column.lengths.max()) for name, column in rows.items()}
         if self.shapes is None:
@@ -285,13 +281,13 @@ class PadCollator:
     ) -> object:
         rows, widths = shape
         missing = rows - len(order)
-        if isinstance(column, Rows):
-            value = cast(Number, option_of(self.padding_value, name))
+        if isinstance(column, RaggedRows):
+            value = cast(PaddingValue, option_of(self.padding_value, name))
             try:
                 check_padding_value(value, column.dtype)
             except ValueError as error:
                 raise ValueError(f"{_called(name)}: {error}") from None
-            return LengthTrackedBatch.from_rows(column, order, (rows, widths[name]), value)
+            return padded_batch(LengthTrackedBatch, column, order, shape=(rows, widths[name]), padding_value=value)
         if isinstance(column, Tensor):
             column = column.index_select(0, torch.from_numpy(order))
             return torch.cat([column, column.new_zeros(missing, *column.shape[1:])]) if missing else column
@@ -313,11 +309,11 @@ def _declared_numbers(column: Column, name: str) -> Tensor:
     Raises:
         TypeError: The samples hold something else.
     """
-    if isinstance(column, Rows) and not column.features and (column.lengths == 1).all():
+    if isinstance(column, RaggedRows) and not column.features and (column.lengths == 1).all():
         return column.join(list(column.items), len(column.items))
     if isinstance(column, Tensor):
         return column.flatten() if column.numel() == len(column) else column
-    kind = "LengthTrackedBatch" if isinstance(column, Rows) else "list"
+    kind = "LengthTrackedBatch" if isinstance(column, RaggedRows) else "list"
     raise TypeError(f"declared lengths of {name} must be integers, got {kind}: one whole number for each sample")
 
 
@@ -328,7 +324,7 @@ def _numbers(name: str, values: list[object], kinds: set[type]) -> Tensor:
 
 
 def _stacked(name: str, values: list[object]) -> Tensor:
-    refuse_masked(values, _called(name))
+    refuse_masked_arrays(values, _called(name))
     rows = [value if isinstance(value, Tensor) else np.asarray(value) for value in values]
     like = rows[0]
     for place, row in enumerate(rows):
@@ -374,7 +370,7 @@ def _check_can_travel(name: str, values: list[object]) -> None:
             ) from error
 
 
-def _check_structure_can_travel(sample: object, columns: Columns) -> None:
+def _check_structure_can_travel(sample: object, columns: FieldValues) -> None:
     if get_worker_info() is None:
         return
     try:

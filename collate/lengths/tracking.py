@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from collate.errors import LengthError
-from collate.lengths.validation import check_lengths, check_mask, check_permutation
-from collate.padding.join import real_places
+from collate.lengths.validation import check_batch_lengths, check_mask, check_permutation
 from collate.tensors.graphs import refuse_export
-from collate.tensors.numpy_view import Array, Int64Array, to_array
+from collate.tensors.masks import length_mask
+from collate.tensors.numpy_view import HostArray, Int64Array, to_array
+from collate.tensors.steps import PaddingValue
 
 _KEPT: Final = "_kept_on_host"
 
@@ -21,7 +22,7 @@ _KEPT: Final = "_kept_on_host"
 _FEW_CELLS: Final = 1 << 15
 
 
-class Tracked(Protocol):
+class TrackedBatch(Protocol):
     """What has lengths."""
 
     @property
@@ -38,7 +39,15 @@ class Tracked(Protocol):
 
     @property
     def permutation(self) -> Tensor:
-        """Places of the rows, int64 `[B]` on the host."""
+        """Sample index of each row, int64 `[B]` on the host."""
+
+    @property
+    def padding_value(self) -> PaddingValue | None:
+        """What the padding holds."""
+
+    @property
+    def first_step(self) -> int:
+        """Time steps before these."""
 
 
 @dataclass
@@ -60,7 +69,7 @@ class _Kept:
     total: int | None = None
 
 
-def keep_lengths(batch: Tracked) -> None:
+def keep_lengths(batch: TrackedBatch) -> None:
     """Keep a batch's integers, which are known to be right; what is no tensor with memory is left for later."""
     if type(batch.lengths) is Tensor and batch.lengths.is_cpu:
         kept = _keep(batch, batch.lengths)
@@ -69,7 +78,7 @@ def keep_lengths(batch: Tracked) -> None:
         kept.version = _version_of(vars(batch)["mask"]) if "mask" in vars(batch) else 0
 
 
-def keep_lengths_that_fit(batch: Tracked) -> None:
+def keep_lengths_that_fit(batch: TrackedBatch) -> None:
     """Copy a batch's lengths if they fit its block; all else, which may be anything, is left for later.
 
     What does not fit is refused where lengths are used, and not here: a pytree is put together from any leaves.
@@ -78,18 +87,18 @@ def keep_lengths_that_fit(batch: Tracked) -> None:
     if type(lengths) is not Tensor or not isinstance(padded, Tensor) or padded.dim() < 2 or not lengths.is_cpu:
         return
     try:
-        check_lengths(lengths, padded.shape[0], padded.shape[1])
+        check_batch_lengths(lengths, padded.shape[0], padded.shape[1])
     except (LengthError, TypeError, RuntimeError):
         # torch does not say what numbers are in a tensor that vmap maps over.
         return
     _keep(batch, lengths)
 
 
-def host_lengths(batch: Tracked) -> Int64Array:
+def host_lengths(batch: TrackedBatch) -> Int64Array:
     """The lengths that a batch was made with: int64 `[B]`, not to be written to.
 
-    Mask and permutation are checked as well. A mask on a device is not looked at, which would wait for it; on the host,
-    a write through NumPy to a large one is left to `verify`.
+    Mask and permutation are checked as well. A mask on a device is not read, which would wait for the device; on the
+    host, a write through NumPy to a large one is left to `verify`.
 
     Raises:
         LengthError: Lengths, mask or permutation were written to since, so that they no longer agree; or, where the
@@ -102,19 +111,19 @@ def host_lengths(batch: Tracked) -> Int64Array:
     kept: _Kept | None = vars(batch).get(_KEPT)
     if kept is None:
         # Compiled code and pytrees check nothing when they make a batch.
-        kept = _keep(batch, check_lengths(batch.lengths, *batch.padded.shape[:2]))
+        kept = _keep(batch, check_batch_lengths(batch.lengths, *batch.padded.shape[:2]))
     elif kept.counts != to_array(batch.lengths).tobytes():
         raise LengthError(
             f"the batch was made with lengths {kept.lengths.tolist()}, and they were written to: they now are "
             f"{batch.lengths.tolist()}, which mask and padding do not follow. Make a new batch with "
             "with_padded(values, lengths=...)"
         )
-    _check_places(batch, kept)
+    _check_permutation(batch, kept)
     _check_mask(batch, kept)
     return kept.lengths
 
 
-def check_unwritten(batch: Tracked) -> None:
+def check_unwritten(batch: TrackedBatch) -> None:
     """Check that a batch's lengths, mask and permutation are those that it was made with.
 
     Compiled code and fake tensors are not looked at.
@@ -126,14 +135,14 @@ def check_unwritten(batch: Tracked) -> None:
         host_lengths(batch)
 
 
-def check_places_unwritten(batch: Tracked) -> None:
+def check_permutation_unwritten(batch: TrackedBatch) -> None:
     """Check the permutation alone, where lengths and mask are about to be replaced.
 
     Raises:
         LengthError: It was written to.
     """
     if not torch.compiler.is_compiling() and _KEPT in vars(batch):
-        _check_places(batch, vars(batch)[_KEPT])
+        _check_permutation(batch, vars(batch)[_KEPT])
 
 
 def check_tracked(name: str, *batches: object) -> None:
@@ -150,13 +159,13 @@ def check_tracked(name: str, *batches: object) -> None:
             )
 
 
-def _keep(batch: Tracked, lengths: Tensor) -> _Kept:
+def _keep(batch: TrackedBatch, lengths: Tensor) -> _Kept:
     counts = to_array(lengths)
     kept = vars(batch)[_KEPT] = _Kept(counts.copy(), counts.tobytes())
     return kept
 
 
-def _check_places(batch: Tracked, kept: _Kept) -> None:
+def _check_permutation(batch: TrackedBatch, kept: _Kept) -> None:
     places = _memory_of(batch.permutation)
     if places is None or places == kept.places:
         return
@@ -170,7 +179,7 @@ def _check_places(batch: Tracked, kept: _Kept) -> None:
     kept.places = places
 
 
-def _check_mask(batch: Tracked, kept: _Kept) -> None:
+def _check_mask(batch: TrackedBatch, kept: _Kept) -> None:
     # The mask of a wide block is made when it is first used, and not for this.
     mask = vars(batch).get("mask")
     if type(mask) is not Tensor or not mask.is_cpu:
@@ -183,7 +192,7 @@ def _check_mask(batch: Tracked, kept: _Kept) -> None:
         return
     if kept.version is None:
         check_mask(mask, torch.from_numpy(kept.lengths), batch.padded)
-    elif not np.array_equal(values, real := real_places(kept.lengths, values.shape[1])):
+    elif not np.array_equal(values, real := length_mask(kept.lengths, values.shape[1])):
         row = int(np.flatnonzero((values != real).any(1))[0])
         raise LengthError(
             f"the batch's mask was written to: row {row} now marks {int(values[row].sum())} steps, its length is "
@@ -218,7 +227,7 @@ def _memory_of(places: Tensor) -> bytes | None:
         return None
 
 
-def _values_of(mask: Tensor) -> Array | None:
+def _values_of(mask: Tensor) -> HostArray | None:
     try:
         return mask.numpy()
     except RuntimeError:

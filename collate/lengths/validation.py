@@ -1,27 +1,26 @@
 """Law 1, checked: what must hold between the fields of a batch.
 
-Host facts (`check_lengths`, `check_permutation`, `check_mask` on the CPU) are read whenever a batch is made; what
-lies in the padding (`check_untouched`) only when somebody asks.
+Host facts (`check_batch_lengths`, `check_permutation`, `check_mask` on the CPU) are read whenever a batch is made; what
+lies in the padding (`check_padding_intact`) only when somebody asks.
 """
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from collate.errors import LengthError
-from collate.padding.join import real_places
-from collate.padding.options import Number
-from collate.tensors.numpy_view import Array, Int64Array, to_array
-from collate.tensors.to_device import to_device
+from collate.tensors.masks import device_mask
+from collate.tensors.numpy_view import HostArray, Int64Array, to_array
+from collate.tensors.steps import PaddingValue
+from collate.widths import check_count
 
-Integers: TypeAlias = Tensor | Array | Sequence[int]
-Order: TypeAlias = Literal["longest", "given"] | Integers
+IntegersLike: TypeAlias = Tensor | HostArray | Sequence[int]
 
 
-def check_lengths(lengths: Integers, rows: int, width: int) -> Tensor:
+def check_batch_lengths(lengths: IntegersLike, rows: int, width: int) -> Tensor:
     """Take lengths as they should be: int64 `[rows]` on the host, each from 0 to `width`.
 
     Raises:
@@ -47,7 +46,7 @@ def check_lengths(lengths: Integers, rows: int, width: int) -> Tensor:
     return counts
 
 
-def check_permutation(permutation: Integers, rows: int) -> Tensor:
+def check_permutation(permutation: IntegersLike, rows: int) -> Tensor:
     """Take a permutation as it should be: int64 `[rows]` on the host, distinct places from 0.
 
     In a batch as collated the places are exactly `range(rows)`; a piece of a batch keeps the places its rows had.
@@ -94,7 +93,7 @@ def check_mask_values(mask: Tensor, lengths: Tensor) -> None:
     Raises:
         LengthError: They differ in a row; the message names the first one.
     """
-    wrong = (mask.cpu() != real_steps(lengths, mask.shape[1])).any(1)
+    wrong = (mask.cpu() != device_mask(lengths, mask.shape[1])).any(1)
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise LengthError(
@@ -103,7 +102,7 @@ def check_mask_values(mask: Tensor, lengths: Tensor) -> None:
         )
 
 
-def check_untouched(padded: Tensor, mask: Tensor, padding_value: Number) -> None:
+def check_padding_intact(padded: Tensor, mask: Tensor, padding_value: PaddingValue) -> None:
     """Check that all padding still holds `padding_value`; a real value there betrays a deflated length.
 
     Raises:
@@ -122,31 +121,8 @@ def check_untouched(padded: Tensor, mask: Tensor, padding_value: Number) -> None
         )
 
 
-def row_order(lengths: Int64Array, order: Order) -> Int64Array:
-    """The sample that each row of a batch takes: int64 `[B]`.
-
-    Args:
-        lengths: int64 `[B]` in source order.
-        order: `"longest"`, `"given"` or a permutation.
-
-    Raises:
-        TypeError: The permutation is not made of integers.
-        ValueError: It is not a permutation of the rows, or no order of that name is known.
-    """
-    if isinstance(order, str):
-        if order == "longest":
-            return np.argsort(-lengths, kind="stable")
-        if order == "given":
-            return np.arange(len(lengths))
-        raise ValueError(f"order must be 'longest', 'given' or a permutation, got {order!r}")
-    places = to_array(as_int64(order, "order"))
-    if not np.array_equal(np.sort(places), np.arange(len(lengths))):
-        raise ValueError(f"order must be a permutation of the {len(lengths)} rows, got {places.tolist()}")
-    return places
-
-
 def check_declared(
-    declared: Integers, lengths: Int64Array, name: str = "sequences", keys: Sequence[object] = ()
+    declared: IntegersLike, lengths: Int64Array, name: str = "sequences", keys: Sequence[object] = ()
 ) -> None:
     """Hold declared lengths `[B]` against the real ones, both in source order.
 
@@ -174,21 +150,7 @@ def check_declared(
         )
 
 
-def real_steps(lengths: Tensor, width: int, device: torch.device | None = None) -> Tensor:
-    """The mask that lengths int64 `[B]` make: bool `[B, width]` on `device`, True where a step is real."""
-    device = device or lengths.device
-    if device.type == "cpu" and type(lengths) is Tensor and not torch.compiler.is_compiling():
-        return torch.from_numpy(real_places(to_array(lengths), width))
-    sent = lengths.to(device, non_blocking=True) if torch.compiler.is_compiling() else to_device(lengths, device)
-    return torch.arange(width, device=device) < sent[:, None]
-
-
-def aligned(rows: Tensor, values: Tensor) -> Tensor:
-    """Give `rows` (`[B]` or `[B, T]`) as many trailing axes of one as `values` `[B, ..., *F]` has more."""
-    return rows.reshape(*rows.shape, *[1] * (values.dim() - rows.dim()))
-
-
-def as_int64(values: Integers, name: str) -> Tensor:
+def as_int64(values: IntegersLike, name: str) -> Tensor:
     """Integers of any kind as an int64 tensor on the host; floats and bools are refused, not truncated.
 
     Raises:
@@ -208,3 +170,32 @@ def as_int64(values: Integers, name: str) -> Tensor:
     if not integral:
         raise TypeError(f"{name} must be integers, got {kind}: a length or a place is a whole number")
     return values.to(torch.int64) if isinstance(values, Tensor) else torch.from_numpy(values.astype(np.int64))
+
+
+def copied_if_same(checked: Tensor, original: object) -> Tensor:
+    """Checked integers in memory that nobody else writes to: checking returns its argument where it fits as it is."""
+    return checked.clone() if checked is original else checked
+
+
+def check_first_step(steps: object) -> None:
+    """Check how many time steps come before a batch.
+
+    Raises:
+        TypeError: It is not an int.
+        ValueError: It is negative.
+    """
+    check_count("first_step", steps, least=0, hint="give the time steps of the sequences before these")
+
+
+def check_padded(padded: Tensor) -> tuple[int, int]:
+    """Rows and width of padded values.
+
+    Raises:
+        TypeError: They are no tensor.
+        ValueError: They have fewer than two axes, no row or no time step.
+    """
+    if not isinstance(padded, Tensor):
+        raise TypeError(f"padded must be a tensor [B, T, ...], got {type(padded).__name__}: torch.as_tensor makes one")
+    if padded.dim() < 2 or padded.shape[0] < 1 or padded.shape[1] < 1:
+        raise ValueError(f"padded must be [B, T, ...] with at least one row and one step, got {list(padded.shape)}")
+    return padded.shape[0], padded.shape[1]

@@ -1,78 +1,32 @@
 """How a batch travels: through pickle, between processes, through weights-only loading, and pytrees."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from io import BytesIO
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, Final, Protocol, Self, TypeVar, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from collate.lengths.tracking import host_lengths
-from collate.padding.options import Number
+from collate.lengths.tracking import TrackedBatch, host_lengths
+from collate.operations.construct import TENSOR_FIELDS, BatchT, trusted_batch, unchecked_batch
 from collate.tensors.numpy_view import to_array
+from collate.tensors.steps import PaddingValue
 
 # Bytes of a block that is sent to another process through the pipe itself. To share memory and hand over its descriptor
 # takes half a millisecond, in which a pipe carries more than this.
 THROUGH_PIPE: Final = 1 << 19
 
 
-class Traveller(Protocol):
-    """What a batch must offer to travel."""
-
-    @property
-    def padded(self) -> Tensor:
-        """The block `[B, T, *F]`."""
-
-    @property
-    def lengths(self) -> Tensor:
-        """Steps of each row, int64 `[B]` on the host."""
-
-    @property
-    def mask(self) -> Tensor:
-        """Real steps, bool `[B, T]`."""
-
-    @property
-    def permutation(self) -> Tensor:
-        """Places of the rows, int64 `[B]` on the host."""
-
-    @property
-    def padding_value(self) -> Number | None:
-        """What the padding holds."""
-
-    @property
-    def first_step(self) -> int:
-        """Steps that came before the block."""
-
-    @classmethod
-    def trusted(
-        cls,
-        padded: Tensor,
-        lengths: Tensor,
-        mask: Tensor | None,
-        permutation: Tensor,
-        *,
-        padding_value: Number | None,
-        first_step: int = 0,
-    ) -> Self:
-        """Make a batch whose parts are known to agree."""
-
-    @classmethod
-    def rebuilt(cls, parts: Sequence[Any], padding_value: Number | None, first_step: int) -> Self:
-        """Make a batch of parts that nobody looks at."""
-
-
-Batch = TypeVar("Batch", bound=Traveller)
-
 _PACKAGE: Final = __name__.split(".")[0]
 
 
-def travels(cls: type[Batch]) -> type[Batch]:
+def travels(cls: type[BatchT]) -> type[BatchT]:
     """Make a class of batches known to pytrees and to `torch.load` at its weights-only default."""
 
-    def unflatten(parts: Iterable[object], context: tuple[Number | None, int]) -> Batch:
-        return cls.rebuilt(tuple(parts), *context)
+    def unflatten(parts: Iterable[object], context: tuple[PaddingValue | None, int]) -> BatchT:
+        return unchecked_batch(cls, tuple(parts), *context)
 
     pytree.register_pytree_node(
         cls,
@@ -96,7 +50,7 @@ def _type_name(cls: type) -> str | None:
     return None if "<locals>" in cls.__qualname__ else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def reduce(batch: Batch) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def reduce(batch: BatchT) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """What pickle sends: one tensor, and the small integers inline; the mask is made anew on arrival.
 
     A graph cannot travel, so a block that is a result of other tensors is sent without its history.
@@ -111,14 +65,22 @@ def reduce(batch: Batch) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     return unreduce, (type(batch), padded, lengths, places, batch.padding_value, batch.first_step)
 
 
-def unreduce(cls: type[Batch], padded: Tensor, lengths: bytes, places: bytes, *rest: int | float | None) -> Batch:
+def unreduce(cls: type[BatchT], padded: Tensor, lengths: bytes, places: bytes, *rest: int | float | None) -> BatchT:
     """Make a batch from what `reduce` sent."""
     counts, permutation = (torch.frombuffer(bytearray(part), dtype=torch.int64) for part in (lengths, places))
     value, first_step = rest
-    return cls.trusted(padded, counts, None, permutation, padding_value=value, first_step=cast(int, first_step))
+    return trusted_batch(
+        cls,
+        padded,
+        counts,
+        mask=None,
+        permutation=permutation,
+        padding_value=value,
+        first_step=cast(int, first_step),
+    )
 
 
-def send(batch: Batch) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def send(batch: BatchT) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """What is sent to another process: as `reduce`, with a small block's values inline."""
     rebuild, parts = reduce(batch)
     kind, padded, *rest = parts
@@ -129,8 +91,8 @@ def send(batch: Batch) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 
 
 def receive(
-    cls: type[Batch], values: bytearray, dtype: torch.dtype, shape: torch.Size, requires_grad: object, *rest: Any
-) -> Batch:
+    cls: type[BatchT], values: bytearray, dtype: torch.dtype, shape: torch.Size, requires_grad: object, *rest: Any
+) -> BatchT:
     """Make a batch from what `send` sent."""
     padded = torch.frombuffer(values, dtype=torch.uint8).view(dtype).view(shape)
     return unreduce(cls, padded.requires_grad_(bool(requires_grad)), *rest)
@@ -140,9 +102,6 @@ def _fits_pipe(padded: Tensor) -> bool:
     # What was put into shared memory is meant to be shared.
     plain = type(padded) is Tensor and padded.is_cpu and padded.layout == torch.strided and not padded.is_shared()
     return plain and not padded.is_conj() and not padded.is_neg() and 0 < padded.nbytes <= THROUGH_PIPE
-
-
-_PARTS = ("padded", "lengths", "mask", "permutation")
 
 
 def try_to_send(value: object) -> None:
@@ -164,10 +123,12 @@ class _Trial(ForkingPickler):
         return bool, ()
 
 
-def _flatten(batch: Traveller) -> tuple[list[Tensor], tuple[Number | None, int]]:
-    return [getattr(batch, name) for name in _PARTS], (batch.padding_value, batch.first_step)
+def _flatten(batch: TrackedBatch) -> tuple[list[Tensor], tuple[PaddingValue | None, int]]:
+    return [getattr(batch, name) for name in TENSOR_FIELDS], (batch.padding_value, batch.first_step)
 
 
-def _flatten_with_keys(batch: Traveller) -> tuple[list[tuple[pytree.KeyEntry, Tensor]], tuple[Number | None, int]]:
+def _flatten_with_keys(
+    batch: TrackedBatch,
+) -> tuple[list[tuple[pytree.KeyEntry, Tensor]], tuple[PaddingValue | None, int]]:
     parts, context = _flatten(batch)
-    return [(pytree.GetAttrKey(name), part) for name, part in zip(_PARTS, parts, strict=True)], context
+    return [(pytree.GetAttrKey(name), part) for name, part in zip(TENSOR_FIELDS, parts, strict=True)], context

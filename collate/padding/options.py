@@ -1,15 +1,12 @@
 """Options of how batches are padded, for all fields or each, checked where they are given."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 import numpy as np
-import torch
 
-Number: TypeAlias = int | float | bool
-Shape: TypeAlias = tuple[int, int | tuple[int, ...]]
+from collate.widths import PaddedShape
+
 Option = TypeVar("Option")
 Checked = TypeVar("Checked")
 
@@ -41,7 +38,7 @@ def check_max_length(steps: int | None) -> int | None:
     return int(steps)
 
 
-def check_shape_list(shapes: Sequence[Shape]) -> list[Shape]:
+def check_shape_list(shapes: Sequence[PaddedShape]) -> list[PaddedShape]:
     """Check a `shapes` option, and sort it by size.
 
     Raises:
@@ -53,7 +50,7 @@ def check_shape_list(shapes: Sequence[Shape]) -> list[Shape]:
     return sorted(map(_check_shape, shapes), key=lambda shape: shape[0] * int(np.sum(shape[1])))
 
 
-def _check_shape(shape: Shape) -> Shape:
+def _check_shape(shape: PaddedShape) -> PaddedShape:
     """A pair of Python's own ints, also where it comes from JSON, which has lists for tuples.
 
     Raises:
@@ -67,45 +64,3 @@ def _check_shape(shape: Shape) -> Shape:
     if not whole or min(numbers) < 1:
         raise ValueError(f"shapes must be pairs (rows, width) of ints of at least 1, got {(rows, width)!r}")
     return int(rows), tuple(map(int, width)) if isinstance(width, (tuple, list)) else int(width)
-
-
-@lru_cache(maxsize=512, typed=True)
-def check_padding_value(value: Number, dtype: torch.dtype) -> Number:
-    """Check that `dtype` can hold the padding value (a float may be rounded, an integer must be exact).
-
-    Raises:
-        TypeError: The value is not a number.
-        ValueError: The dtype cannot hold it.
-    """
-    if not isinstance(value, (int, float, np.integer, np.floating, np.bool_)):
-        raise TypeError(f"padding_value must be a number, got {value!r} of type {type(value).__name__}")
-    value = same_nan(value.item() if isinstance(value, np.generic) else value)
-    if not _holds(value, dtype):
-        raise ValueError(f"padding_value {value!r} cannot be held by {dtype}: choose one that can, or a wider dtype")
-    return value
-
-
-def same_nan(value: Number) -> Number:
-    """The value, and for every NaN one object, so that values that contain it are equal."""
-    return math.nan if value != value else value
-
-
-def _holds(value: Number, dtype: torch.dtype) -> bool:
-    if dtype.is_floating_point and dtype.itemsize == 1:
-        return _holds_in_a_byte(value, dtype)
-    if dtype.is_complex or not np.isfinite(value):
-        return dtype.is_floating_point or dtype.is_complex
-    if dtype.is_floating_point:
-        return abs(value) <= torch.finfo(dtype).max
-    if dtype == torch.bool:
-        return value in (0, 1)
-    bounds = torch.iinfo(dtype)
-    return value == int(value) and bounds.min <= value <= bounds.max
-
-
-def _holds_in_a_byte(value: Number, dtype: torch.dtype) -> bool:
-    """As `_holds`, for floats of eight bits: some make nan of infinity, and one has no zero and no sign."""
-    held = torch.tensor(value, dtype=torch.float64, device="cpu").to(dtype).to(torch.float64).item()
-    if not np.isfinite(value):
-        return held == value or (held != held and value != value)
-    return abs(value) <= torch.finfo(dtype).max and held * value >= 0 and (held == 0 or value != 0)

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from copy import copy
 from typing import Any, TypeAlias, cast
 
-Columns: TypeAlias = dict[str, list[object]]
+FieldValues: TypeAlias = dict[str, list[object]]
 
 
-def columns_of(samples: Sequence[object], name: str = "") -> Columns:
+def columns_of(samples: Sequence[object], name: str = "") -> FieldValues:
     """Turn B samples of one structure into fields of B values each.
 
     Raises:
@@ -22,7 +22,7 @@ def columns_of(samples: Sequence[object], name: str = "") -> Columns:
     if keys is None:
         return {name: list(samples)}
     _check_alike(samples, name)
-    columns: Columns = {}
+    columns: FieldValues = {}
     for key, label in keys.items():
         values = [cast("Mapping[object, object]", sample)[key] for sample in samples]
         inner = columns_of(values, f"{name}.{label}" if name else label)

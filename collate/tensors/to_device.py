@@ -1,4 +1,4 @@
-"""Integers that the host knows -> an accelerator, without waiting for it."""
+"""IntegersLike that the host knows -> an accelerator, without waiting for it."""
 
 from typing import Any
 

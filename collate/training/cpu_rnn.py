@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from collate.tensors.numpy_view import Int64Array, to_array
-from collate.training.rnn_modules import State
+from collate.training.rnn_modules import RnnState
 
 _KERNELS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "RNN_TANH": torch.rnn_tanh,
@@ -30,7 +30,7 @@ _KERNELS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 _CAST = {torch.float32, torch.bfloat16}
 
 
-def is_faster_in_blocks(rnn: nn.RNNBase, packed: PackedSequence, hx: State | None) -> bool:
+def is_faster_in_blocks(rnn: nn.RNNBase, packed: PackedSequence, hx: RnnState | None) -> bool:
     """Whether blocks are the fastest exact way for a plain module, on this device, with or without gradients.
 
     The CPU's packed kernels slice all steps once per step, and differentiating that is quadratic in T: blocks train
@@ -51,7 +51,7 @@ def is_faster_in_blocks(rnn: nn.RNNBase, packed: PackedSequence, hx: State | Non
     return dtypes <= _CAST or dtypes == {torch.float64}
 
 
-def run_blocks(rnn: nn.RNNBase, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
+def run_blocks(rnn: nn.RNNBase, packed: PackedSequence, hx: RnnState | None) -> tuple[PackedSequence, RnnState]:
     """Do what `rnn(packed, hx)` does.
 
     Args:
@@ -71,14 +71,14 @@ def run_blocks(rnn: nn.RNNBase, packed: PackedSequence, hx: State | None) -> tup
     return packed._replace(data=data), _reordered(final, packed.unsorted_indices)
 
 
-def each_part(state: State | None, change: Callable[[Tensor], Tensor]) -> Any:
+def each_part(state: RnnState | None, change: Callable[[Tensor], Tensor]) -> Any:
     """Change a state that may be absent, or a tuple of tensors."""
     if isinstance(state, tuple):
         return tuple(map(change, state))
     return None if state is None else change(state)
 
 
-def _run_directions(rnn: nn.RNNBase, data: Tensor, sizes: Tensor, state: State) -> tuple[Tensor, State]:
+def _run_directions(rnn: nn.RNNBase, data: Tensor, sizes: Tensor, state: RnnState) -> tuple[Tensor, RnnState]:
     """Run layer by layer: a layer reads both directions of the one before."""
     reverse = reversed_steps(to_array(sizes))
     finals = []
@@ -97,12 +97,12 @@ def _run_directions(rnn: nn.RNNBase, data: Tensor, sizes: Tensor, state: State) 
 
 
 def _run(
-    kernel: Callable[[Tensor, State], tuple[Tensor, State]], data: Tensor, sizes: Tensor, state: State
-) -> tuple[Tensor, State]:
+    kernel: Callable[[Tensor, RnnState], tuple[Tensor, RnnState]], data: Tensor, sizes: Tensor, state: RnnState
+) -> tuple[Tensor, RnnState]:
     """Run time-major steps `[M, F]` of `sizes[t]` rows at each step t, longest row first."""
     counts, steps = torch.unique_consecutive(sizes, return_counts=True)
     outputs: list[Tensor] = []
-    ended: list[State] = []
+    ended: list[RnnState] = []
     blocks = data.split((counts * steps).tolist())
     for block, rows, length in zip(blocks, counts.tolist(), steps.tolist(), strict=True):
         if outputs:
@@ -113,7 +113,7 @@ def _run(
     return torch.cat(outputs), _joined([state, *ended[::-1]], dim=1)
 
 
-def _kernel(rnn: nn.RNNBase, places: Sequence[int]) -> Callable[[Tensor, State], tuple[Tensor, State]]:
+def _kernel(rnn: nn.RNNBase, places: Sequence[int]) -> Callable[[Tensor, RnnState], tuple[Tensor, RnnState]]:
     """Torch's dense kernel with the weights of some layers, or of one direction of one layer."""
     weights = [weight for place in places for weight in rnn.all_weights[place]]
 
@@ -126,7 +126,7 @@ def _kernel(rnn: nn.RNNBase, places: Sequence[int]) -> Callable[[Tensor, State],
         "batch_first": False,
     }
 
-    def call(block: Tensor, state: State) -> tuple[Tensor, State]:
+    def call(block: Tensor, state: RnnState) -> tuple[Tensor, RnnState]:
         output, *final = _KERNELS[rnn.mode](block, state, weights, **options)
         return output, (final[0], final[1]) if len(final) == 2 else final[0]
 
@@ -150,7 +150,7 @@ def reversed_steps(sizes: Int64Array) -> Tensor:
     return torch.from_numpy(starts[mirrored] + ranks)
 
 
-def _zeros(rnn: nn.RNNBase, packed: PackedSequence) -> State:
+def _zeros(rnn: nn.RNNBase, packed: PackedSequence) -> RnnState:
     layers, rows = rnn.num_layers * (2 if rnn.bidirectional else 1), int(packed.batch_sizes[0])
     h = packed.data.new_zeros(layers, rows, rnn.proj_size or rnn.hidden_size)
     return (h, packed.data.new_zeros(layers, rows, rnn.hidden_size)) if rnn.mode == "LSTM" else h
@@ -160,11 +160,11 @@ def _rows(part: Tensor, rows: slice) -> Tensor:
     return part[:, rows]
 
 
-def _reordered(state: State, order: Tensor | None) -> State:
-    return state if order is None else cast(State, each_part(state, partial(torch.index_select, dim=1, index=order)))
+def _reordered(state: RnnState, order: Tensor | None) -> RnnState:
+    return state if order is None else cast(RnnState, each_part(state, partial(torch.index_select, dim=1, index=order)))
 
 
-def _joined(states: Sequence[State], dim: int) -> State:
+def _joined(states: Sequence[RnnState], dim: int) -> RnnState:
     if isinstance(states[0], tuple):
         h, c = zip(*cast("list[tuple[Tensor, Tensor]]", states), strict=True)
         return torch.cat(h, dim), torch.cat(c, dim)

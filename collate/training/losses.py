@@ -11,8 +11,8 @@ from torch import Tensor
 from collate.batch import LengthTrackedBatch
 from collate.errors import LengthError
 from collate.lengths.tracking import check_tracked, check_unwritten, host_lengths
-from collate.lengths.validation import aligned
-from collate.packing import flat_places, gather_steps, scatter_steps
+from collate.tensors.masks import expand_like
+from collate.tensors.steps import flat_index, gather_steps, scatter_steps
 
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Reduction: TypeAlias = Literal["token", "sequence", "sum"]
@@ -81,9 +81,9 @@ def masked_mean(batch: LengthTrackedBatch) -> Tensor:
         raise TypeError(f"masked_mean needs floating-point values, got {batch.padded.dtype}: convert with .to(dtype)")
     # In half precision a sum overflows beyond 65,504, and so does a count.
     wide = torch.promote_types(batch.padded.dtype, torch.float32)
-    total = torch.where(aligned(batch.mask, batch.padded), batch.padded, 0).sum(1, dtype=wide)
+    total = torch.where(expand_like(batch.mask, batch.padded), batch.padded, 0).sum(1, dtype=wide)
     counts = batch.mask.sum(1).clamp(min=1).to(wide)
-    return (total / aligned(counts, total)).to(batch.padded.dtype)
+    return (total / expand_like(counts, total)).to(batch.padded.dtype)
 
 
 def last_step(batch: LengthTrackedBatch) -> Tensor:
@@ -97,7 +97,7 @@ def last_step(batch: LengthTrackedBatch) -> Tensor:
     check_unwritten(batch)
     last = (batch.mask.sum(1) - 1).clamp(min=0)
     values = batch.padded[torch.arange(len(batch), device=batch.device), last]
-    return torch.where(aligned(batch.mask[:, 0], values), values, 0)
+    return torch.where(expand_like(batch.mask[:, 0], values), values, 0)
 
 
 def token_scale(num_tokens: int, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -163,18 +163,18 @@ def _flat_losses(
     """Each real step's loss and weight, `[M]`, or put back `[B, T]` with 0 in the padding: the loss sees no other."""
     _check_pair(output, target)
     shape = (output.padded.shape[0], output.padded.shape[1])
-    places = flat_places(host_lengths(output), shape[1], output.device)
+    index = flat_index(host_lengths(output), shape[1], output.device)
     # Fields of one width, as they come from a collator, lie alike.
-    alike = target.padded.shape[1] == shape[1] and target.device == output.device
-    labels = gather_steps(target.padded, places) if alike else target.flat()
-    losses = _per_step(loss_fn, gather_steps(output.padded, places), labels)
+    same_width = target.padded.shape[1] == shape[1] and target.device == output.device
+    labels = gather_steps(target.padded, index) if same_width else target.flat()
+    losses = _per_step(loss_fn, gather_steps(output.padded, index), labels)
     counts = None
     if weights is not None:
-        counts = gather_steps(weights, places).to(losses.dtype)
+        counts = gather_steps(weights, index).to(losses.dtype)
         losses = losses * counts
     if in_rows:
-        losses = scatter_steps(losses, places, shape)
-        counts = None if counts is None else scatter_steps(counts, places, shape)
+        losses = scatter_steps(losses, index, shape)
+        counts = None if counts is None else scatter_steps(counts, index, shape)
     return losses, counts
 
 
@@ -194,7 +194,7 @@ def _all_real(batch: LengthTrackedBatch) -> Tensor:
     steps = batch.padded.flatten(0, 1)
     stand_in = steps.detach().index_select(0, real.to(torch.uint8).argmax().reshape(1))
     # A batch without any real step has no such value; 0 is a class, and a number, wherever there is one.
-    return torch.where(aligned(real, steps), steps, torch.where(real.any(), stand_in, torch.zeros_like(stand_in)))
+    return torch.where(expand_like(real, steps), steps, torch.where(real.any(), stand_in, torch.zeros_like(stand_in)))
 
 
 def _per_step(loss_fn: LossFunction, output: Tensor, target: Tensor) -> Tensor:

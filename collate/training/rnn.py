@@ -11,15 +11,18 @@ from torch.nn.utils.rnn import PackedSequence
 from collate.batch import LengthTrackedBatch
 from collate.errors import LengthError
 from collate.lengths.tracking import check_tracked, host_lengths
-from collate.packing import Layout
+from collate.operations.construct import changed_batch
+from collate.packing import PackingMap
 from collate.tensors.graphs import outside_graphs
 from collate.tensors.to_device import to_device
 from collate.training.cpu_rnn import each_part, is_faster_in_blocks, run_blocks
-from collate.training.rnn_modules import State, check_fit, is_plain
+from collate.training.rnn_modules import RnnState, check_fit, is_plain
 
 
 @outside_graphs
-def apply_rnn(rnn: nn.Module, batch: LengthTrackedBatch, hx: State | None = None) -> tuple[LengthTrackedBatch, State]:
+def apply_rnn(
+    rnn: nn.Module, batch: LengthTrackedBatch, hx: RnnState | None = None
+) -> tuple[LengthTrackedBatch, RnnState]:
     """Run `nn.RNN`, `nn.GRU`, `nn.LSTM`, or a module of one's own around them, over the real steps of every row.
 
     Args:
@@ -54,16 +57,16 @@ def apply_rnn(rnn: nn.Module, batch: LengthTrackedBatch, hx: State | None = None
     lengths = host_lengths(batch)
     if not lengths.any():
         return _run_nothing(rnn, batch, hx)
-    layout = Layout.of(lengths, batch.padded.shape[1], batch.device)
+    packing = PackingMap.of(lengths, batch.padded.shape[1], batch.device)
     # A packed batch holds the rows that are not empty, and wants a state for just these.
     rows = None if lengths.all() else to_device(np.flatnonzero(lengths), batch.device)
     start = hx if rows is None else each_part(hx, partial(torch.index_select, dim=1, index=rows))
-    packed, state = _run(rnn, layout.pack(batch.padded), start)
-    outputs = _tracked(batch, layout.unpack(packed))
+    packed, state = _run(rnn, packing.pack(batch.padded), start)
+    outputs = _tracked(batch, packing.unpack(packed))
     return outputs, state if rows is None else _put(state, rows, hx, len(batch))
 
 
-def _run(rnn: nn.Module, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
+def _run(rnn: nn.Module, packed: PackedSequence, hx: RnnState | None) -> tuple[PackedSequence, RnnState]:
     if is_plain(rnn):
         known = cast(nn.RNNBase, rnn)
         check_fit(known, packed, hx)
@@ -79,18 +82,16 @@ def _run(rnn: nn.Module, packed: PackedSequence, hx: State | None) -> tuple[Pack
 
 
 def _tracked(batch: LengthTrackedBatch, padded: Tensor) -> LengthTrackedBatch:
-    return batch.trusted(
-        padded, batch.lengths, batch.mask, batch.permutation, padding_value=0, first_step=batch.first_step
-    )
+    return changed_batch(batch, padded=padded, padding_value=0)
 
 
-def _check_state(hx: State | None, rows: int) -> None:
+def _check_state(hx: RnnState | None, rows: int) -> None:
     for part in () if hx is None else hx if isinstance(hx, tuple) else (hx,):
         if part.dim() != 3 or part.shape[1] != rows:
             raise ValueError(f"hx must be [layers * directions, {rows}, H], one state per row, got {list(part.shape)}")
 
 
-def _put(state: State, rows: Tensor, hx: State | None, size: int) -> State:
+def _put(state: RnnState, rows: Tensor, hx: RnnState | None, size: int) -> RnnState:
     """Put the running rows' final states between the initial ones of the rows that are empty."""
     if isinstance(state, tuple):
         starts = hx if isinstance(hx, tuple) else [None] * len(state)
@@ -103,7 +104,7 @@ def _put_part(part: Tensor, rows: Tensor, hx: Tensor | None, size: int) -> Tenso
     return kept.index_copy(1, rows, part)
 
 
-def _run_nothing(rnn: nn.Module, batch: LengthTrackedBatch, hx: State | None) -> tuple[LengthTrackedBatch, State]:
+def _run_nothing(rnn: nn.Module, batch: LengthTrackedBatch, hx: RnnState | None) -> tuple[LengthTrackedBatch, RnnState]:
     # What one step of one row gives says how wide outputs and states are; its values go nowhere.
     step = PackedSequence(batch.padded.new_zeros(1, *batch.padded.shape[2:]), torch.tensor([1], device="cpu"))
     with torch.no_grad():

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.rnn import PackedSequence
 
-State: TypeAlias = Tensor | tuple[Tensor, ...]
+RnnState: TypeAlias = Tensor | tuple[Tensor, ...]
 
 # What a call of these modules leads to, unless somebody has put something else in its place.
 _FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (nn.RNN, nn.GRU, nn.LSTM)}
@@ -29,7 +29,7 @@ def is_plain(rnn: nn.Module) -> bool:
     return not replaced and not any(own[name] for name in _HOOKS) and not _has_any_global_hook()
 
 
-def check_fit(rnn: nn.RNNBase, packed: PackedSequence, hx: State | None) -> None:
+def check_fit(rnn: nn.RNNBase, packed: PackedSequence, hx: RnnState | None) -> None:
     """Check sizes, dtypes and devices of input, states and weights against each other.
 
     oneDNN's kernel checks nothing and reads and writes beyond its memory. torch's own LSTM hands it packed sequences of
@@ -64,7 +64,7 @@ def _is_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def _states(rnn: nn.RNNBase, packed: PackedSequence, hx: State | None) -> Sequence[Tensor]:
+def _states(rnn: nn.RNNBase, packed: PackedSequence, hx: RnnState | None) -> Sequence[Tensor]:
     if hx is None:
         return ()
     pair = rnn.mode == "LSTM"

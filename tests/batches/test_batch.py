@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from collate import LengthError, LengthTrackedBatch, apply_rnn, last_step, masked_mean, sequence_loss
 from collate.operations.serialization import THROUGH_PIPE, send
-from collate.padding.join import real_places
+from collate.tensors.masks import length_mask
 
 
 def agrees(batch: LengthTrackedBatch) -> None:
@@ -918,7 +918,7 @@ def test_a_batch_of_fake_tensors_is_made_without_reading_them():
 @pytest.mark.parametrize("width", [2**15 - 1, 2**15, 2**15 + 1, 70_000])
 def test_masks_of_wide_blocks_are_those_of_narrow_ones(width):
     counts = np.array([width, 0, 1, width - 1, 2**15 - 1, 2**14])
-    assert np.array_equal(real_places(counts, width), np.arange(width) < counts[:, None])
+    assert np.array_equal(length_mask(counts, width), np.arange(width) < counts[:, None])
 
 
 WIDE_ROWS = [torch.arange(float(n)) for n in (40_000, 3, 70_000, 0)]

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from collate.batch import LengthTrackedBatch
 from collate.errors import LengthError
-from collate.lengths.validation import aligned
+from collate.operations.construct import changed_batch
+from collate.operations.pieces import select_rows
+from collate.tensors.masks import expand_like
 from collate.tensors.nested import map_parts
 
 
@@ -105,7 +107,7 @@ class BatchVariants:
         """Other values at these steps `[B, T]` of a field, such as real steps could hold, or far from that."""
         field = self.fields[name]
         other = drawn(field.flat(), field.padded, self.generator, wild=wild)
-        return self.swapped({name: field.with_padded(torch.where(aligned(where, other), other, field.padded))})
+        return self.swapped({name: field.with_padded(torch.where(expand_like(where, other), other, field.padded))})
 
     def swapped(self, others: Mapping[str, LengthTrackedBatch]) -> Any:
         """The batch with other fields of these names."""
@@ -119,9 +121,7 @@ class BatchVariants:
             if self.lengths[other] == self.lengths[name]:
                 lengths = field.lengths.clone()
                 lengths[row] -= steps
-                others[other] = LengthTrackedBatch.trusted(
-                    field.padded, lengths, None, field.permutation, padding_value=None, first_step=field.first_step
-                )
+                others[other] = changed_batch(field, lengths=lengths, mask=None, padding_value=None)
         return self.of(self.swapped(others))
 
     def taken_along(self) -> list[str]:
@@ -168,14 +168,7 @@ def rows_of(batch: Any, rows: Tensor, of: int) -> Any:
     if isinstance(batch, LengthTrackedBatch):
         if len(batch) != of:
             return batch
-        return LengthTrackedBatch.trusted(
-            batch.padded.index_select(0, rows.to(batch.device)),
-            batch.lengths[rows],
-            None,
-            batch.permutation[rows],
-            padding_value=batch.padding_value,
-            first_step=batch.first_step,
-        )
+        return select_rows(batch, rows)
     if not _is_column(batch, of):
         return map_parts(batch, lambda part: rows_of(part, rows, of))
     if isinstance(batch, Tensor):
@@ -272,14 +265,7 @@ def _weights(steps: Tensor) -> list[float]:
 
 
 def _as_wide(field: LengthTrackedBatch, padded: Tensor) -> LengthTrackedBatch:
-    return LengthTrackedBatch.trusted(
-        padded,
-        field.lengths,
-        None,
-        field.permutation,
-        padding_value=field.padding_value,
-        first_step=field.first_step,
-    )
+    return changed_batch(field, padded=padded, mask=None)
 
 
 def _is_inexact(values: Tensor) -> bool:
