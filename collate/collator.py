@@ -14,7 +14,7 @@ from collate.lengths.permutation import row_order
 from collate.lengths.validation import check_declared
 from collate.operations.construct import padded_batch
 from collate.operations.serialization import try_to_send
-from collate.padding.options import check_max_length, check_shape_list, each_checked, option_of
+from collate.padding.options import check_max_length, check_shape_list, each_checked, field_widths, option_of
 from collate.padding.padding_value import check_padding_value
 from collate.padding.rows import RaggedRows, measure_rows, refuse_masked_arrays
 from collate.tensors.nested import FieldValues, assemble, columns_of
@@ -258,15 +258,10 @@ class PadCollator:
         longest = {name: int(column.lengths.max()) for name, column in rows.items()}
         if self.shapes is None:
             return size, {name: padded_width(most, option_of(self.widths, name)) for name, most in longest.items()}
-        for count, width in self.shapes:
-            if isinstance(width, tuple) and len(width) != len(longest):
-                raise ValueError(
-                    f"the shape {(count, width)} has {len(width)} widths, the variable-length fields are "
-                    f"{sorted(longest)}: give one width for each, or one for all"
-                )
-            widths = width if isinstance(width, tuple) else (width,) * len(longest)
-            if count >= size and all(w >= most for w, most in zip(widths, longest.values(), strict=True)):
-                return count, dict(zip(longest, widths, strict=True))
+        for shape in self.shapes:
+            widths = field_widths(shape, list(longest))
+            if shape[0] >= size and all(widths[name] >= most for name, most in longest.items()):
+                return shape[0], widths
         raise LengthError(
             f"no shape holds {size} rows of {longest} steps, the largest are {self.shapes[-3:]}: "
             "collate with the shapes of the sampler that made the batch"

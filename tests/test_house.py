@@ -47,7 +47,7 @@ LAYERS = {
     ],
     "collate.training": [
         ["checking", "max_tokens", "losses", "rnn", "prefetch"],
-        ["cpu_rnn"],
+        ["cpu_rnn", "renamed", "restore"],
         ["rnn_modules"],
     ],
 }

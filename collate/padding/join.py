@@ -4,6 +4,8 @@ Two ways, by what is faster. Short rows are joined once, and all real time steps
 rows are joined together with their tails of padding: rows [1, 2] and [3] at width 3 are the one concatenation
 [1, 2 | 0 | 3 | 0, 0], viewed as 2 x 3. Very long rows are copied one by one into uninitialised memory.
 
+>>> from collate.padding.rows import measure_rows
+>>> from collate.tensors.masks import length_mask
 >>> rows = measure_rows([np.array([1, 2]), np.array([3])])
 >>> join_rows(rows, np.array([0, 1]), (2, 3), padding_value=0)
 tensor([[1, 2, 0],

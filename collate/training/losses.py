@@ -13,6 +13,7 @@ from collate.errors import LengthError
 from collate.lengths.tracking import check_tracked, check_unwritten, host_lengths
 from collate.tensors.masks import expand_like
 from collate.tensors.steps import flat_index, gather_steps, scatter_steps
+from collate.widths import check_count
 
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Reduction: TypeAlias = Literal["token", "sequence", "sum"]
@@ -115,10 +116,10 @@ def token_scale(num_tokens: int, group: dist.ProcessGroup | None = None) -> Tens
         float64 scalar, on the CPU or where the group's backend communicates; 0 if there is no token anywhere.
 
     Raises:
-        ValueError: `num_tokens` is negative.
+        TypeError: `num_tokens` is not an int.
+        ValueError: It is negative.
     """
-    if num_tokens < 0:
-        raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
+    num_tokens = check_count("num_tokens", num_tokens, least=0, hint="give the real tokens of this rank")
     if not dist.is_available() or not dist.is_initialized():
         return torch.tensor(1 / num_tokens if num_tokens else 0.0, dtype=torch.float64, device="cpu")
     on_host = "cpu" in dist.get_backend_config(group)

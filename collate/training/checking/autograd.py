@@ -81,7 +81,7 @@ class Buffers:
         """Whether any module that was seen has a parameter of its own that takes gradients."""
         return any(weight.requires_grad for module in self._seen for weight in module.parameters(recurse=False))
 
-    def give_back(self) -> None:
+    def restore(self) -> None:
         """Let the modules hold the same buffers with the same values as when they were kept."""
         for module, name, buffer, value in self._kept:
             setattr(module, name, buffer)
@@ -118,10 +118,10 @@ def gradients_of(loss: Tensor, leaves: Sequence[Tensor], *, keep_graph: bool) ->
     found = _engine_run_backward(
         (loss,), seeds, keep_graph, create_graph, inputs, allow_unreachable, accumulate_grad=False
     )
-    return [_dense(leaf, gradient) for leaf, gradient in zip(leaves, found, strict=True)]
+    return [_dense_gradient(leaf, gradient) for leaf, gradient in zip(leaves, found, strict=True)]
 
 
-def _dense(leaf: Tensor, gradient: Tensor | None) -> Tensor:
+def _dense_gradient(leaf: Tensor, gradient: Tensor | None) -> Tensor:
     if gradient is None:
         return torch.zeros_like(leaf)
     # nn.Embedding(sparse=True) gives sparse gradients, which cannot be compared entry by entry.

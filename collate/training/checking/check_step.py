@@ -16,13 +16,13 @@ from collate.errors import LengthError
 from collate.tensors.nested import fresh
 from collate.training.checking.probes import ROUNDING, BatchProbes, Probes
 from collate.training.checking.report import GUESSED, LIKELY, Finding, StepReport
-from collate.training.checking.rerun import RAISED, Runner, Step, undisturbed
+from collate.training.checking.rerun import RAISED, LossStep, Runner, undisturbed
 from collate.training.checking.samples import Collate, Guess, SampleVariants
 from collate.training.checking.variants import BatchVariants, check_fields
 
 
 def check_step(
-    step: Step,
+    step: LossStep,
     batch: Any = None,
     *,
     samples: Sequence[Any] | None = None,
@@ -77,12 +77,12 @@ def _report_of_batch(runner: Runner, variants: BatchVariants, tolerance: float) 
     found = [_without_graph(runner, probes), probes.padding(), probes.dead_step()]
     if runner.is_random:
         probes.skipped.append(
-            "width, order and company: the step draws random numbers, other ones for a batch of another shape"
+            "width, order and other rows: the step draws random numbers, other ones for a batch of another shape"
         )
         # Random numbers may have moved a wider batch, but where nothing moves, padding is known by its number.
         found += _of_marks(probes, known=bool(probes.marked) and probes.width() is not None)
     else:
-        others = [probes.width(), probes.order(), probes.company()]
+        others = [probes.width(), probes.order(), probes.other_rows()]
         found += [*_of_marks(probes, known=any(others)), *map(_with_rows(variants), others)]
     return StepReport(_loss(runner), tuple(finding for finding in found if finding), tuple(probes.skipped))
 
@@ -102,10 +102,12 @@ def _report_of_samples(inner: Runner, samples: Sequence[Any], collate: Collate, 
     if not variants.lengths:
         probes.note("dead step of samples: they have no field that is a tensor, an array or a list of numbers")
     if runner.is_random:
-        probes.skipped.append("order, company and dead step of samples: the step or its collation draws random numbers")
+        probes.skipped.append(
+            "order, other rows and dead step of samples: the step or its collate function draws random numbers"
+        )
         found: list[Finding] = []
     else:
-        tried = [probes.dead_step(), probes.order(), probes.company()]
+        tried = [probes.dead_step(), probes.order(), probes.other_rows()]
         found = _explained([finding for finding in tried if finding], variants)
         if not any(finding.probe == "dead step" for finding in found):
             found += _of_guesses(inner, probes, variants)
@@ -162,7 +164,7 @@ def _with_rows(variants: BatchVariants) -> Callable[[Finding | None], Finding | 
     taken = ", ".join(variants.taken_along())
 
     def explained(finding: Finding | None) -> Finding | None:
-        if finding is None or not taken or finding.probe not in ("order", "company"):
+        if finding is None or not taken or finding.probe not in ("order", "other rows"):
             return finding
         return replace(finding, what=f"{finding.what}; {taken} went with the rows, having {variants.rows} entries")
 

@@ -59,7 +59,7 @@ class Probes:
         orders = [places[::-1], places[1:] + places[:1], [*places[1:3], *places[:1], *places[3:]], random]
         return [list(order) for order in dict.fromkeys(map(tuple, orders))]
 
-    def company(self) -> Finding | None:
+    def other_rows(self) -> Finding | None:
         """One row at a time: their losses must make up the batch's, as a sum or as a mean over rows or steps."""
         alone: list[Outcome] = []
         full = [row for row in range(self.variants.rows) if all(each[row] for each in self.variants.lengths.values())]
@@ -68,7 +68,7 @@ class Probes:
                 alone.append(self.runner.run(self.variants.alone(row)))
             except RAISED as error:
                 what = f"{self.variants.kind} {row} alone makes the step raise {error}"
-                return self.finding("company", what, math.inf)
+                return self.finding("other rows", what, math.inf)
         rows = self.variants.rows
         shares = [[1.0] * len(full), [1 / max(len(full), 1)] * len(full), [1 / rows] * len(full)]
         shares += shares_of([[each[row] for each in self.variants.lengths.values()] for row in full])
@@ -85,7 +85,7 @@ class Probes:
         if strange := [row for row, outcome in zip(full, alone, strict=True) if not outcome[name].is_finite]:
             what += f"; {self.variants.kind} {strange[0]} alone gives {alone[full.index(strange[0])][name].loss:.6g}"
         own_count = self.fits_other_shares([outcome[name] for outcome in alone], self.runner.base[name])
-        return self.finding("company", what, drifts[name], OWN_COUNT if own_count else None)
+        return self.finding("other rows", what, drifts[name], OWN_COUNT if own_count else None)
 
     def apart(self, name: str, alone: Sequence[Outcome], shares: Sequence[Sequence[float]]) -> float:
         """How far a term of the batch is from the weighted sums of the rows' terms, at least."""

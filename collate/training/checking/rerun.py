@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from collate.errors import LengthError
 from collate.tensors.nested import fresh
 from collate.training.checking.autograd import Buffers, WithoutDropout, gradients_of, leaves_of
+from collate.training.restore import restored_random_state
 
-Step: TypeAlias = Callable[[Any], Tensor | Mapping[str, Tensor]]
+LossStep: TypeAlias = Callable[[Any], Tensor | Mapping[str, Tensor]]
 
 # What a step or a module may raise on a batch that it was not written for.
 RAISED = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError)
@@ -89,7 +90,7 @@ class Runner:
     is_random: bool
     without_graph: list[str]
 
-    def __init__(self, step: Step, seed: int, buffers: Buffers) -> None:
+    def __init__(self, step: LossStep, seed: int, buffers: Buffers) -> None:
         self.step, self.seed, self.buffers = step, seed, buffers
         self.leaves: list[Tensor] = []
         self.names: list[str] = []
@@ -123,7 +124,7 @@ class Runner:
         Raises:
             LengthError: The step gives other terms than for the batch as it is.
         """
-        self.buffers.give_back()
+        self.buffers.restore()
         _seed(self.seed if seed is None else seed)
         terms = _terms(self.step(fresh(batch)))
         self.names = self.names or list(terms)
@@ -179,14 +180,11 @@ def undisturbed(module: nn.Module | None) -> Iterator[Buffers]:
     buffers = Buffers()
     for part in module.modules() if module is not None else ():
         buffers.keep(part)
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's own state is what is kept
-    with torch.random.fork_rng(), WithoutDropout():
+    with restored_random_state(), WithoutDropout():
         try:
             yield buffers
         finally:
-            buffers.give_back()
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
+            buffers.restore()
 
 
 def _seed(seed: int) -> None:

@@ -12,7 +12,7 @@ from collate.errors import LengthError
 from collate.operations.construct import changed_batch
 from collate.operations.pieces import select_rows
 from collate.tensors.masks import expand_like
-from collate.tensors.nested import map_parts
+from collate.tensors.nested import labelled_parts, map_parts
 
 
 class Variants(Protocol):
@@ -135,12 +135,9 @@ def parts_of(batch: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     Yields:
         Pairs of a name and a part.
     """
-    if isinstance(batch, Mapping):
-        for key, part in batch.items():
-            yield from parts_of(part, f"{name}.{key}" if name else str(key))
-    elif isinstance(batch, (tuple, list)) and any(map(_is_structure, batch)):
-        for place, part in enumerate(batch):
-            yield from parts_of(part, f"{name}.{place}" if name else str(place))
+    if isinstance(batch, Mapping) or (isinstance(batch, (tuple, list)) and any(map(_is_structure, batch))):
+        for label, part in labelled_parts(batch):
+            yield from parts_of(part, f"{name}.{label}" if name else label)
     else:
         yield name, batch
 
