@@ -24,7 +24,7 @@ from collate.widths import AllowedWidths, PaddedShape, Widths, check_widths, pad
 
 Column: TypeAlias = RaggedRows | Tensor | list[object]
 
-_NUMBERS: dict[type, torch.dtype | None] = {bool: torch.bool, int: torch.int64, float: None}
+_NUMBER_DTYPES: dict[type, torch.dtype | None] = {bool: torch.bool, int: torch.int64, float: None}
 _SCALARS = (int, float, np.number, np.bool_)
 # What needs no trial to know that it can travel between processes.
 _PLAIN = (str, bytes, int, float, bool, type(None))
@@ -51,7 +51,7 @@ class PadCollator:
     becomes a list. All fields come in one row order. No sample is ever dropped, no buffer used twice.
 
     A Python list has no type of its own, so there a batch decides: where all lists are empty, they are taken for
-    integers; a list of strings among them makes the field a list; lists of ints beside lists of floats are refused.
+    integers; a list of strings among them makes the field a list; lists of ints next to lists of floats are refused.
     Make arrays or tensors of what may be empty or mixed, and the type is the same in every batch.
 
     Fields are named by their keys or positions, nested ones by dotted paths (`"audio.frames"`, `"0"`); a sample that is
@@ -190,7 +190,7 @@ class PadCollator:
         if name in self.stack:
             return _stacked(name, values)
         kinds = set(map(type, values))
-        if kinds <= _NUMBERS.keys():
+        if kinds <= _NUMBER_DTYPES.keys():
             return _numbers(name, values, kinds)
         if all(issubclass(kind, (Tensor, np.ndarray, np.generic)) for kind in kinds):
             has_axis = cast("Tensor", values[0]).ndim > 0
@@ -223,13 +223,13 @@ class PadCollator:
             if name not in variable or declared not in read:
                 raise ValueError(f"length_field says that {declared!r} is the length of {name!r}: no such field")
             numbers = _declared_numbers(read[declared], _called(name))
-            check_declared(numbers, variable[name].lengths, _called(name), _keys(samples))
+            check_declared(numbers, variable[name].lengths, _called(name), _sample_keys(samples))
         if self.on_empty == "error":
             for name, rows in variable.items():
                 if not rows.lengths.all():
-                    place = int(np.flatnonzero(rows.lengths == 0)[0])
+                    index = int(np.flatnonzero(rows.lengths == 0)[0])
                     raise LengthError(
-                        f"{_called(name)}: sample {place} is empty: leave it out with min_length=1 in the sampler, or "
+                        f"{_called(name)}: sample {index} is empty: leave it out with min_length=1 in the sampler, or "
                         'allow it with on_empty="keep"'
                     )
 
@@ -244,8 +244,8 @@ class PadCollator:
         return {next(iter(variable)): self.length_field}
 
     def _cut(self, name: str, rows: RaggedRows) -> RaggedRows:
-        most = option_of(self.max_length, name)
-        return rows if most is None else rows.clipped(most)
+        limit = option_of(self.max_length, name)
+        return rows if limit is None else rows.clipped(limit)
 
     def _order(self, rows: Mapping[str, RaggedRows], size: int) -> Int64Array:
         if self.sort_by is False or not rows:
@@ -257,10 +257,10 @@ class PadCollator:
         # The rows of the batch, and the width of each variable-length field.
         longest = {name: int(column.lengths.max()) for name, column in rows.items()}
         if self.shapes is None:
-            return size, {name: padded_width(most, option_of(self.widths, name)) for name, most in longest.items()}
+            return size, {name: padded_width(limit, option_of(self.widths, name)) for name, limit in longest.items()}
         for shape in self.shapes:
             widths = field_widths(shape, list(longest))
-            if shape[0] >= size and all(widths[name] >= most for name, most in longest.items()):
+            if shape[0] >= size and all(widths[name] >= limit for name, limit in longest.items()):
                 return shape[0], widths
         raise LengthError(
             f"no shape holds {size} rows of {longest} steps, the largest are {self.shapes[-3:]}: "
@@ -286,14 +286,14 @@ class PadCollator:
         if isinstance(column, Tensor):
             column = column.index_select(0, torch.from_numpy(order))
             return torch.cat([column, column.new_zeros(missing, *column.shape[1:])]) if missing else column
-        return [column[place] for place in order.tolist()] + [None] * missing
+        return [column[index] for index in order.tolist()] + [None] * missing
 
 
 def _called(name: str) -> str:
     return f"field {name!r}" if name else "samples"
 
 
-def _keys(samples: Sequence[object]) -> list[object]:
+def _sample_keys(samples: Sequence[object]) -> list[object]:
     """The samples' keys, where they have any (webdataset's `__key__`), for errors to name."""
     return [sample.get("__key__") if isinstance(sample, Mapping) else None for sample in samples]
 
@@ -315,29 +315,29 @@ def _declared_numbers(column: Column, name: str) -> Tensor:
 def _numbers(name: str, values: list[object], kinds: set[type]) -> Tensor:
     if len(kinds) > 1:
         raise TypeError(f"{_called(name)} must be numbers of one kind, got {sorted(kind.__name__ for kind in kinds)}")
-    return torch.tensor(values, dtype=_NUMBERS[kinds.pop()], device="cpu")
+    return torch.tensor(values, dtype=_NUMBER_DTYPES[kinds.pop()], device="cpu")
 
 
 def _stacked(name: str, values: list[object]) -> Tensor:
     refuse_masked_arrays(values, _called(name))
     rows = [value if isinstance(value, Tensor) else np.asarray(value) for value in values]
-    like = rows[0]
-    for place, row in enumerate(rows):
-        if (type(row), row.dtype, tuple(row.shape)) != (type(like), like.dtype, tuple(like.shape)):
+    first = rows[0]
+    for index, row in enumerate(rows):
+        if (type(row), row.dtype, tuple(row.shape)) != (type(first), first.dtype, tuple(first.shape)):
             raise ValueError(
-                f"{_called(name)} is stacked, so all samples must be alike, got {list(like.shape)} {like.dtype} in "
-                f"sample 0 and {list(row.shape)} {row.dtype} in sample {place}"
+                f"{_called(name)} is stacked, so all samples must be alike, got {list(first.shape)} {first.dtype} in "
+                f"sample 0 and {list(row.shape)} {row.dtype} in sample {index}"
             )
-    if isinstance(like, Tensor):
+    if isinstance(first, Tensor):
         stacked = torch.stack(cast("list[Tensor]", rows))
         # A graph cannot leave a worker.
         return stacked if get_worker_info() is None else stacked.detach()
-    block = np.stack(rows)
-    if block.dtype.kind not in "biufc":
-        raise TypeError(f"{_called(name)} cannot be stacked: torch has no dtype for {block.dtype}")
-    block = block.astype(block.dtype.newbyteorder("="), copy=False)
+    array = np.stack(rows)
+    if array.dtype.kind not in "biufc":
+        raise TypeError(f"{_called(name)} cannot be stacked: torch has no dtype for {array.dtype}")
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     return torch.from_numpy(
-        block.astype(np.float32) if type(values[0]) in (float, list) and block.dtype.kind == "f" else block
+        array.astype(np.float32) if type(values[0]) in (float, list) and array.dtype.kind == "f" else array
     )
 
 
@@ -353,14 +353,14 @@ def _check_can_travel(name: str, values: list[object]) -> None:
     # In a worker, an object that cannot be pickled would hang the loader instead of failing.
     if get_worker_info() is None:
         return
-    for place, value in enumerate(values):
+    for index, value in enumerate(values):
         if isinstance(value, _PLAIN):
             continue
         try:
             try_to_send(value)
         except Exception as error:
             raise TypeError(
-                f"{_called(name)}: the {type(value).__name__} in sample {place} cannot be sent from a worker "
+                f"{_called(name)}: the {type(value).__name__} in sample {index} cannot be sent from a worker "
                 f"({error}): leave the field out of the samples, or make it picklable"
             ) from error
 

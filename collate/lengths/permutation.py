@@ -40,10 +40,10 @@ def row_order(lengths: Int64Array, order: Order) -> Int64Array:
         if order == "given":
             return np.arange(len(lengths))
         raise ValueError(f"order must be 'longest', 'given' or a permutation, got {order!r}")
-    places = to_array(as_int64(order, "order"))
-    if not np.array_equal(np.sort(places), np.arange(len(lengths))):
-        raise ValueError(f"order must be a permutation of the {len(lengths)} rows, got {places.tolist()}")
-    return places
+    indices = to_array(as_int64(order, "order"))
+    if not np.array_equal(np.sort(indices), np.arange(len(lengths))):
+        raise ValueError(f"order must be a permutation of the {len(lengths)} rows, got {indices.tolist()}")
+    return indices
 
 
 def join_permutations(permutations: Sequence[Tensor]) -> Tensor:
@@ -74,7 +74,7 @@ def unsort_tensor(batch: TrackedBatch, tensor: Tensor, dim: int) -> Tensor:
         ValueError: The axis does not hold one entry per row.
     """
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"unsort takes a tensor with one entry per row, got {_way_out(tensor)}")
+        raise TypeError(f"unsort takes a tensor with one entry per row, got {_unsort_hint(tensor)}")
     check_unwritten(batch)
     if tensor.shape[dim] != len(batch.padded):
         raise ValueError(
@@ -84,7 +84,7 @@ def unsort_tensor(batch: TrackedBatch, tensor: Tensor, dim: int) -> Tensor:
     return tensor.index_select(dim, to_device(batch.permutation.argsort(stable=True), tensor.device))
 
 
-def _way_out(value: object) -> str:
+def _unsort_hint(value: object) -> str:
     """The type of an argument that is no tensor, and what to do instead."""
     kind = type(value).__name__
     if hasattr(value, "unsort"):

@@ -1,4 +1,8 @@
-"""What a batch was made with, kept with it on the host: a write to lengths, mask or permutation is noticed."""
+"""A snapshot of a batch's lengths and permutation from when it was made: a write to them, or to the mask, is noticed.
+
+A batch with lengths [3, 1] keeps a copy of them. After `batch.lengths[0] = 2` the next use of lengths compares the two
+and raises, since mask, permutation and padding do not follow such a write.
+"""
 
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -15,7 +19,7 @@ from collate.tensors.masks import length_mask
 from collate.tensors.numpy_view import HostArray, Int64Array, to_array
 from collate.tensors.steps import PaddingValue
 
-_KEPT: Final = "_kept_on_host"
+_SNAPSHOT: Final = "_kept_on_host"
 
 # Cells up to which the real ones of a mask are counted at each use, which takes two microseconds or so: it finds writes
 # that torch does not count, through NumPy or `.data`.
@@ -23,11 +27,11 @@ _FEW_CELLS: Final = 1 << 15
 
 
 class TrackedBatch(Protocol):
-    """What has lengths."""
+    """What this room needs to know of a batch, which is defined above it."""
 
     @property
     def padded(self) -> Tensor:
-        """The block `[B, T, *F]`."""
+        """Values `[B, T, *F]`."""
 
     @property
     def lengths(self) -> Tensor:
@@ -51,20 +55,20 @@ class TrackedBatch(Protocol):
 
 
 @dataclass
-class _Kept:
+class _Snapshot:
     """A batch's integers when it was made.
 
     Attributes:
         lengths: int64 `[B]`.
-        counts: their memory, which is compared in a third of the time.
-        places: that of the permutation; None where nobody has looked at it yet, as in a pytree.
-        version: how often torch had written to the mask when it was right; None where nobody has looked at it yet.
+        counts: Their memory, which is compared in a third of the time.
+        permutation: Memory of the permutation; None where it was not read yet, as in a pytree.
+        version: how often torch had written to the mask when it was right; None where it was not read yet.
         total: M, once it is known.
     """
 
     lengths: Int64Array
     counts: bytes
-    places: bytes | None = None
+    permutation: bytes | None = None
     version: int | None = None
     total: int | None = None
 
@@ -72,14 +76,14 @@ class _Kept:
 def keep_lengths(batch: TrackedBatch) -> None:
     """Keep a batch's integers, which are known to be right; what is no tensor with memory is left for later."""
     if type(batch.lengths) is Tensor and batch.lengths.is_cpu:
-        kept = _keep(batch, batch.lengths)
-        kept.places = _memory_of(batch.permutation)
+        snapshot = _take_snapshot(batch, batch.lengths)
+        snapshot.permutation = _memory_of(batch.permutation)
         # What is not there yet will be made by torch once, as it should be.
-        kept.version = _version_of(vars(batch)["mask"]) if "mask" in vars(batch) else 0
+        snapshot.version = _version_of(vars(batch)["mask"]) if "mask" in vars(batch) else 0
 
 
 def keep_lengths_that_fit(batch: TrackedBatch) -> None:
-    """Copy a batch's lengths if they fit its block; all else, which may be anything, is left for later.
+    """Copy a batch's lengths if they fit its values; all else, which may be anything, is left for later.
 
     What does not fit is refused where lengths are used, and not here: a pytree is put together from any leaves.
     """
@@ -91,7 +95,7 @@ def keep_lengths_that_fit(batch: TrackedBatch) -> None:
     except (LengthError, TypeError, RuntimeError):
         # torch does not say what numbers are in a tensor that vmap maps over.
         return
-    _keep(batch, lengths)
+    _take_snapshot(batch, lengths)
 
 
 def host_lengths(batch: TrackedBatch) -> Int64Array:
@@ -102,25 +106,25 @@ def host_lengths(batch: TrackedBatch) -> Int64Array:
 
     Raises:
         LengthError: Lengths, mask or permutation were written to since, so that they no longer agree; or, where the
-            batch was made in compiled code or from a pytree's leaves, they do not fit the block; or a program is being
+            batch was made in compiled code or from a pytree's leaves, they do not fit `padded`; or a program is being
             exported.
         TypeError: Such a batch has a mask that is not bool, or a permutation that is not of integers.
         ValueError: Such a batch has a permutation that is none.
     """
     refuse_export()
-    kept: _Kept | None = vars(batch).get(_KEPT)
-    if kept is None:
+    snapshot: _Snapshot | None = vars(batch).get(_SNAPSHOT)
+    if snapshot is None:
         # Compiled code and pytrees check nothing when they make a batch.
-        kept = _keep(batch, check_batch_lengths(batch.lengths, *batch.padded.shape[:2]))
-    elif kept.counts != to_array(batch.lengths).tobytes():
+        snapshot = _take_snapshot(batch, check_batch_lengths(batch.lengths, *batch.padded.shape[:2]))
+    elif snapshot.counts != to_array(batch.lengths).tobytes():
         raise LengthError(
-            f"the batch was made with lengths {kept.lengths.tolist()}, and they were written to: they now are "
+            f"the batch was made with lengths {snapshot.lengths.tolist()}, and they were written to: they now are "
             f"{batch.lengths.tolist()}, which mask and padding do not follow. Make a new batch with "
             "with_padded(values, lengths=...)"
         )
-    _check_permutation(batch, kept)
-    _check_mask(batch, kept)
-    return kept.lengths
+    _check_permutation(batch, snapshot)
+    _check_mask(batch, snapshot)
+    return snapshot.lengths
 
 
 def check_unwritten(batch: TrackedBatch) -> None:
@@ -141,8 +145,8 @@ def check_permutation_unwritten(batch: TrackedBatch) -> None:
     Raises:
         LengthError: It was written to.
     """
-    if not torch.compiler.is_compiling() and _KEPT in vars(batch):
-        _check_permutation(batch, vars(batch)[_KEPT])
+    if not torch.compiler.is_compiling() and _SNAPSHOT in vars(batch):
+        _check_permutation(batch, vars(batch)[_SNAPSHOT])
 
 
 def check_tracked(name: str, *batches: object) -> None:
@@ -155,59 +159,59 @@ def check_tracked(name: str, *batches: object) -> None:
         if isinstance(batch, (Tensor, PackedSequence)):
             raise TypeError(
                 f"{name} takes a LengthTrackedBatch, got a {type(batch).__name__}: wrap it, "
-                "LengthTrackedBatch(padded, lengths) with a block [B, T, *F] and the steps of each row"
+                "LengthTrackedBatch(padded, lengths) with values [B, T, *F] and the length of each row"
             )
 
 
-def _keep(batch: TrackedBatch, lengths: Tensor) -> _Kept:
+def _take_snapshot(batch: TrackedBatch, lengths: Tensor) -> _Snapshot:
     counts = to_array(lengths)
-    kept = vars(batch)[_KEPT] = _Kept(counts.copy(), counts.tobytes())
-    return kept
+    snapshot = vars(batch)[_SNAPSHOT] = _Snapshot(counts.copy(), counts.tobytes())
+    return snapshot
 
 
-def _check_permutation(batch: TrackedBatch, kept: _Kept) -> None:
-    places = _memory_of(batch.permutation)
-    if places is None or places == kept.places:
+def _check_permutation(batch: TrackedBatch, snapshot: _Snapshot) -> None:
+    contents = _memory_of(batch.permutation)
+    if contents is None or contents == snapshot.permutation:
         return
-    if kept.places is not None:
+    if snapshot.permutation is not None:
         raise LengthError(
-            f"the batch was made with permutation {np.frombuffer(kept.places, np.int64).tolist()}, and it was written "
-            f"to: it now is {batch.permutation.tolist()}, which rows and other fields do not follow. Make a new batch "
-            "with LengthTrackedBatch(padded, lengths, permutation=...)"
+            f"the batch was made with permutation {np.frombuffer(snapshot.permutation, np.int64).tolist()}, and it was "
+            f"written to: it now is {batch.permutation.tolist()}, which rows and other fields do not follow. Make a new "
+            "batch with LengthTrackedBatch(padded, lengths, permutation=...)"
         )
-    check_permutation(batch.permutation, len(kept.lengths))
-    kept.places = places
+    check_permutation(batch.permutation, len(snapshot.lengths))
+    snapshot.permutation = contents
 
 
-def _check_mask(batch: TrackedBatch, kept: _Kept) -> None:
-    # The mask of a wide block is made when it is first used, and not for this.
+def _check_mask(batch: TrackedBatch, snapshot: _Snapshot) -> None:
+    # The mask of a wide batch is made at its first use, and a check is no use.
     mask = vars(batch).get("mask")
     if type(mask) is not Tensor or not mask.is_cpu:
         return
     version = _version_of(mask)
-    if version == kept.version and (mask.numel() > _FEW_CELLS or _counts(mask, kept)):
+    if version == snapshot.version and (mask.numel() > _FEW_CELLS or _counts(mask, snapshot)):
         return
     values = _values_of(mask)
     if values is None:
         return
-    if kept.version is None:
-        check_mask(mask, torch.from_numpy(kept.lengths), batch.padded)
-    elif not np.array_equal(values, real := length_mask(kept.lengths, values.shape[1])):
+    if snapshot.version is None:
+        check_mask(mask, torch.from_numpy(snapshot.lengths), batch.padded)
+    elif not np.array_equal(values, real := length_mask(snapshot.lengths, values.shape[1])):
         row = int(np.flatnonzero((values != real).any(1))[0])
         raise LengthError(
             f"the batch's mask was written to: row {row} now marks {int(values[row].sum())} steps, its length is "
-            f"{kept.lengths[row]}. A mask is the first `length` steps and nothing else: give sequence_loss weights= to "
-            "leave steps out, or make a new batch with with_padded(values, lengths=...)"
+            f"{snapshot.lengths[row]}. A mask is the first `length` steps and nothing else: give sequence_loss "
+            "weights= to leave steps out, or make a new batch with with_padded(values, lengths=...)"
         )
-    kept.version = version
+    snapshot.version = version
 
 
-def _counts(mask: Tensor, kept: _Kept) -> bool:
+def _counts(mask: Tensor, snapshot: _Snapshot) -> bool:
     """Whether a mask has as many real steps as there were, as far as it can be read."""
-    if kept.total is None:
-        kept.total = int(kept.lengths.sum())
+    if snapshot.total is None:
+        snapshot.total = int(snapshot.lengths.sum())
     values = _values_of(mask)
-    return values is None or np.count_nonzero(values) == kept.total
+    return values is None or np.count_nonzero(values) == snapshot.total
 
 
 def _version_of(mask: Tensor) -> int | None:
@@ -217,12 +221,12 @@ def _version_of(mask: Tensor) -> int | None:
     return 0 if mask.is_inference() else mask._version  # noqa: SLF001 - what autograd itself looks at
 
 
-def _memory_of(places: Tensor) -> bytes | None:
+def _memory_of(contents: Tensor) -> bytes | None:
     """The memory of integers on the host; None of what cannot be read, such as fake tensors and those of vmap."""
-    if type(places) is not Tensor or not places.is_cpu:
+    if type(contents) is not Tensor or not contents.is_cpu:
         return None
     try:
-        return places.numpy().tobytes()
+        return contents.numpy().tobytes()
     except RuntimeError:
         return None
 

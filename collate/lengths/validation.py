@@ -1,7 +1,7 @@
-"""Law 1, checked: what must hold between the fields of a batch.
+"""The checks of a batch's parts against each other.
 
-Host facts (`check_batch_lengths`, `check_permutation`, `check_mask` on the CPU) are read whenever a batch is made; what
-lies in the padding (`check_padding_intact`) only when somebody asks.
+Parts on the host (`check_batch_lengths`, `check_permutation`, `check_mask` on the CPU) are checked whenever a batch is
+made; the padding (`check_padding_intact`) only by `verify`, since it may wait for a device.
 """
 
 from collections.abc import Sequence
@@ -47,32 +47,32 @@ def check_batch_lengths(lengths: IntegersLike, rows: int, width: int) -> Tensor:
 
 
 def check_permutation(permutation: IntegersLike, rows: int) -> Tensor:
-    """Take a permutation as it should be: int64 `[rows]` on the host, distinct places from 0.
+    """Take a permutation as it should be: int64 `[rows]` on the host, distinct sample indices from 0.
 
-    In a batch as collated the places are exactly `range(rows)`; a piece of a batch keeps the places its rows had.
+    In a batch as collated the indices are exactly `range(rows)`; a piece of a batch keeps the indices its rows had.
 
     Raises:
         TypeError: It does not hold integers.
-        ValueError: It has another number of places, a negative one, or one twice.
+        ValueError: It has another number of indices, a negative one, or one twice.
     """
-    places = as_int64(permutation.cpu() if isinstance(permutation, Tensor) else permutation, "permutation")
-    if places.shape != (rows,):
-        raise ValueError(f"permutation must be one place per row, [{rows}], got shape {list(places.shape)}")
-    if type(places) is not Tensor:
-        return places
-    ordered = np.sort(to_array(places))
+    indices = as_int64(permutation.cpu() if isinstance(permutation, Tensor) else permutation, "permutation")
+    if indices.shape != (rows,):
+        raise ValueError(f"permutation must be one sample index per row, [{rows}], got shape {list(indices.shape)}")
+    if type(indices) is not Tensor:
+        return indices
+    ordered = np.sort(to_array(indices))
     if (ordered[0] < 0) or (ordered[1:] == ordered[:-1]).any():
-        raise ValueError(f"permutation must hold distinct places from 0, got {places.tolist()}")
-    return places
+        raise ValueError(f"permutation must hold distinct indices of at least 0, got {indices.tolist()}")
+    return indices
 
 
 def check_mask(mask: Tensor, lengths: Tensor, padded: Tensor) -> Tensor:
-    """Check a given mask: bool `[B, T]` on the padded block's device; its values are read where that needs no wait.
+    """Check a user's mask: bool `[B, T]` on the device of `padded`; its values are read on the host only.
 
     Raises:
         TypeError: It is no tensor, or not bool.
         ValueError: It has another shape or device.
-        LengthError: It says otherwise than the lengths.
+        LengthError: It does not agree with the lengths.
     """
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a bool tensor, True where a step is real, got {type(mask).__name__}")
@@ -88,7 +88,7 @@ def check_mask(mask: Tensor, lengths: Tensor, padded: Tensor) -> Tensor:
 
 
 def check_mask_values(mask: Tensor, lengths: Tensor) -> None:
-    """Hold every value of a mask `[B, T]` against the lengths; on an accelerator this waits for the device.
+    """Check every value of a mask `[B, T]` against the lengths; on an accelerator this waits for the device.
 
     Raises:
         LengthError: They differ in a row; the message names the first one.
@@ -103,7 +103,7 @@ def check_mask_values(mask: Tensor, lengths: Tensor) -> None:
 
 
 def check_padding_intact(padded: Tensor, mask: Tensor, padding_value: PaddingValue) -> None:
-    """Check that all padding still holds `padding_value`; a real value there betrays a deflated length.
+    """Check that all padding still holds `padding_value`; a real value there reveals a length that is too small.
 
     Raises:
         LengthError: A padding step holds something else; the message names row, step and value.
@@ -117,36 +117,36 @@ def check_padding_intact(padded: Tensor, mask: Tensor, padding_value: PaddingVal
         value = values[~same[row, step].flatten()][0].item()
         raise LengthError(
             f"row {row} has {int(mask[row].sum())} steps, but its padding at step {step} holds {value!r} instead of "
-            f"padding_value {padding_value!r}: the length is too small, or the block was written to after padding"
+            f"padding_value {padding_value!r}: the length is too small, or the padding was written to after padding"
         )
 
 
 def check_declared(
     declared: IntegersLike, lengths: Int64Array, name: str = "sequences", keys: Sequence[object] = ()
 ) -> None:
-    """Hold declared lengths `[B]` against the real ones, both in source order.
+    """Check declared lengths `[B]` against the real ones, both in source order.
 
     Args:
-        declared: what somebody says the lengths are.
-        lengths: what they are, int64 `[B]`.
-        name: what errors call the sequences.
-        keys: the samples' names, where they have any, for the error.
+        declared: The declared lengths.
+        lengths: The real ones, int64 `[B]`.
+        name: What errors call the sequences.
+        keys: The samples' names, where they have any, for the error.
 
     Raises:
         LengthError: They differ; the message names the first sample and both numbers.
         TypeError: The declared lengths are not integers.
     """
-    given = to_array(as_int64(declared, f"declared lengths of {name}"))
-    if given.shape != lengths.shape:
-        raise LengthError(f"{name}: {len(lengths)} samples came with declared lengths of shape {list(given.shape)}")
-    wrong = np.flatnonzero(given != lengths)
+    counts = to_array(as_int64(declared, f"declared lengths of {name}"))
+    if counts.shape != lengths.shape:
+        raise LengthError(f"{name}: {len(lengths)} samples came with declared lengths of shape {list(counts.shape)}")
+    wrong = np.flatnonzero(counts != lengths)
     if len(wrong):
-        place = int(wrong[0])
-        key = f" (key {keys[place]!r})" if keys and keys[place] is not None else ""
-        kind = "inflated" if given[place] > lengths[place] else "deflated"
+        index = int(wrong[0])
+        key = f" (key {keys[index]!r})" if keys and keys[index] is not None else ""
+        kind = "inflated" if counts[index] > lengths[index] else "deflated"
         raise LengthError(
-            f"{name}: sample {place}{key} has {lengths[place]} steps, its declared length is {given[place]} ({kind}; "
-            f"{len(wrong)} of {len(lengths)} samples differ): mend what wrote the lengths, or leave them out"
+            f"{name}: sample {index}{key} has {lengths[index]} steps, its declared length is {counts[index]} ({kind}; "
+            f"{len(wrong)} of {len(lengths)} samples differ): correct what wrote the lengths, or leave them out"
         )
 
 
@@ -168,7 +168,7 @@ def as_int64(values: IntegersLike, name: str) -> Tensor:
         # An empty list has no integers in it, and NumPy calls it float64.
         integral, kind = values.dtype.kind in "iu" or values.size == 0, values.dtype
     if not integral:
-        raise TypeError(f"{name} must be integers, got {kind}: a length or a place is a whole number")
+        raise TypeError(f"{name} must be integers, got {kind}: a length or an index is a whole number")
     return values.to(torch.int64) if isinstance(values, Tensor) else torch.from_numpy(values.astype(np.int64))
 
 

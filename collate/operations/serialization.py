@@ -1,4 +1,4 @@
-"""How a batch travels: through pickle, between processes, through weights-only loading, and pytrees."""
+"""How a batch is sent and saved: pickle, queues between processes, weights-only loading, pytrees."""
 
 from collections.abc import Callable, Iterable
 from io import BytesIO
@@ -14,7 +14,7 @@ from collate.operations.construct import TENSOR_FIELDS, BatchT, trusted_batch, u
 from collate.tensors.numpy_view import to_array
 from collate.tensors.steps import PaddingValue
 
-# Bytes of a block that is sent to another process through the pipe itself. To share memory and hand over its descriptor
+# Bytes of values that are sent to another process through the pipe itself. To share memory and hand over its descriptor
 # takes half a millisecond, in which a pipe carries more than this.
 THROUGH_PIPE: Final = 1 << 19
 
@@ -37,7 +37,7 @@ def travels(cls: type[BatchT]) -> type[BatchT]:
         from_dumpable_context=tuple,
         flatten_with_keys_fn=_flatten_with_keys,
     )
-    # Files of release 0.1 name the module that this one was.
+    # Files of release 0.1 name the former module.
     torch.serialization.add_safe_globals([cls, unreduce, (unreduce, "collate.transport.unreduce")])
     ForkingPickler.register(cls, send)
     return cls
@@ -51,9 +51,9 @@ def _type_name(cls: type) -> str | None:
 
 
 def reduce(batch: BatchT) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """What pickle sends: one tensor, and the small integers inline; the mask is made anew on arrival.
+    """What pickle sends: one tensor, and the small integers inline; the mask is derived again on arrival.
 
-    A graph cannot travel, so a block that is a result of other tensors is sent without its history.
+    A graph cannot travel, so values that were computed from other tensors are sent without its history.
     """
     padded = batch.padded if batch.padded.is_leaf else batch.padded.detach()
     # torch's queues between processes forget what is conjugated or negated lazily.
@@ -61,13 +61,13 @@ def reduce(batch: BatchT) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     # A view would ship the whole storage it looks into.
     if padded.untyped_storage().nbytes() != padded.nbytes:
         padded = padded.clone(memory_format=torch.contiguous_format)
-    lengths, places = host_lengths(batch).tobytes(), to_array(batch.permutation).tobytes()
-    return unreduce, (type(batch), padded, lengths, places, batch.padding_value, batch.first_step)
+    lengths, indices = host_lengths(batch).tobytes(), to_array(batch.permutation).tobytes()
+    return unreduce, (type(batch), padded, lengths, indices, batch.padding_value, batch.first_step)
 
 
-def unreduce(cls: type[BatchT], padded: Tensor, lengths: bytes, places: bytes, *rest: int | float | None) -> BatchT:
+def unreduce(cls: type[BatchT], padded: Tensor, lengths: bytes, indices: bytes, *rest: int | float | None) -> BatchT:
     """Make a batch from what `reduce` sent."""
-    counts, permutation = (torch.frombuffer(bytearray(part), dtype=torch.int64) for part in (lengths, places))
+    counts, permutation = (torch.frombuffer(bytearray(part), dtype=torch.int64) for part in (lengths, indices))
     value, first_step = rest
     return trusted_batch(
         cls,
@@ -81,7 +81,7 @@ def unreduce(cls: type[BatchT], padded: Tensor, lengths: bytes, places: bytes, *
 
 
 def send(batch: BatchT) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """What is sent to another process: as `reduce`, with a small block's values inline."""
+    """What is sent to another process: as `reduce`, with small values inline."""
     rebuild, parts = reduce(batch)
     kind, padded, *rest = parts
     if not _fits_pipe(padded):

@@ -75,7 +75,7 @@ class RaggedRows:
 
     def in_order(self, order: Int64Array) -> list[Row]:
         """The items in another order, int64 `[B]`."""
-        return [self.items[place] for place in order.tolist()]
+        return [self.items[index] for index in order.tolist()]
 
     def join(self, pieces: list[Row], steps: int) -> Tensor:
         """Items, and whatever else is of their kind, one after the other; gradients flow.
@@ -95,7 +95,7 @@ class RaggedRows:
             if isinstance(pieces[0], Tensor):
                 joined = torch.cat(cast("list[Tensor]", pieces))
             else:
-                # Large blocks from NumPy's own allocator are new pages each time, and take half as long again.
+                # Large arrays from NumPy's own allocator are new pages each time, and take half as long again.
                 joined = torch.empty((steps, *self.features), dtype=self.dtype, device="cpu")
                 np.concatenate(pieces, out=joined.numpy())
         except (ValueError, RuntimeError):
@@ -133,7 +133,7 @@ def measure_rows(values: Sequence[object], name: str = "sequences") -> RaggedRow
     # One-dimensional rows are many and small; what differs from them shows when they are joined.
     if items[0].ndim != 1:
         check_shapes(items, name)
-    return RaggedRows(items, _lengths(items, name), tuple(items[0].shape[1:]), dtype, name)
+    return RaggedRows(items, _measure_lengths(items, name), tuple(items[0].shape[1:]), dtype, name)
 
 
 def _of_one_kind(values: Sequence[object], name: str) -> Sequence[Row]:
@@ -146,7 +146,7 @@ def _of_one_kind(values: Sequence[object], name: str) -> Sequence[Row]:
         return cast("list[HostArray]", values)
     if all(issubclass(kind, list) for kind in kinds):
         return _arrays_of_lists(cast("Sequence[list[PaddingValue]]", values), name)
-    return [_array_of(value, place, name) for place, value in enumerate(values)]
+    return [_array_of(value, index, name) for index, value in enumerate(values)]
 
 
 def refuse_masked_arrays(values: Sequence[object], name: str) -> None:
@@ -155,68 +155,68 @@ def refuse_masked_arrays(values: Sequence[object], name: str) -> None:
     Raises:
         TypeError: There is one; the message names the first.
     """
-    for place, value in enumerate(values):
+    for index, value in enumerate(values):
         if isinstance(value, np.ma.MaskedArray):
             raise TypeError(
-                f"{name}: sample {place} is a masked array, whose masked values would become real steps: drop them "
+                f"{name}: sample {index} is a masked array, whose masked values would become real steps: drop them "
                 "with .compressed(), or replace them with .filled(value)"
             )
 
 
-def refuse_layout(value: Tensor, place: int, name: str) -> None:
-    """Refuse a sample that is a sparse or a nested tensor: neither can be joined with others to a dense block.
+def refuse_layout(value: Tensor, index: int, name: str) -> None:
+    """Refuse a sample that is a sparse or a nested tensor: neither can be joined with others to dense values.
 
     Raises:
         TypeError: It is one; the message names it.
     """
     if value.is_nested:
         raise TypeError(
-            f"{name}: sample {place} is a nested tensor, which holds several sequences: give each of them, as "
+            f"{name}: sample {index} is a nested tensor, which holds several sequences: give each of them, as "
             ".unbind() lists them, as a sample"
         )
     if value.layout != torch.strided:
         raise TypeError(
-            f"{name}: sample {place} is a sparse tensor ({value.layout}): make it dense with .to_dense() before "
+            f"{name}: sample {index} is a sparse tensor ({value.layout}): make it dense with .to_dense() before "
             "collating"
         )
 
 
-def _array_of(value: object, place: int, name: str) -> HostArray:
+def _array_of(value: object, index: int, name: str) -> HostArray:
     if isinstance(value, Tensor):
-        refuse_layout(value, place, name)
+        refuse_layout(value, index, name)
         if value.requires_grad:
             raise TypeError(
-                f"{name}: sample {place} requires gradients, which would end here: make tensors of the arrays among "
+                f"{name}: sample {index} requires gradients, which would end here: make tensors of the arrays among "
                 "the samples, or detach it"
             )
         return cast(HostArray, value.numpy(force=True))
     if isinstance(value, np.ndarray):
         return value
-    raise TypeError(f"{name}: sample {place} must be a tensor or an array like the others, got {type(value).__name__}")
+    raise TypeError(f"{name}: sample {index} must be a tensor or an array like the others, got {type(value).__name__}")
 
 
 def _arrays_of_lists(values: Sequence[list[PaddingValue]], name: str) -> list[HostArray]:
     """Lists of numbers as arrays; an empty list takes the dtype and features of the others, int64 if all are empty."""
-    filled = [_array_of_list(value, place, name) for place, value in enumerate(values) if value]
-    like = filled[0] if filled else np.empty(0, np.int64)
-    empty = np.empty((0, *like.shape[1:]), like.dtype)
-    rest = iter(filled)
-    return [next(rest) if value else empty for value in values]
+    filled = [_array_of_list(value, index, name) for index, value in enumerate(values) if value]
+    first = filled[0] if filled else np.empty(0, np.int64)
+    empty = np.empty((0, *first.shape[1:]), first.dtype)
+    nonempty = iter(filled)
+    return [next(nonempty) if value else empty for value in values]
 
 
-def _array_of_list(value: list[PaddingValue], place: int, name: str) -> HostArray:
+def _array_of_list(value: list[PaddingValue], index: int, name: str) -> HostArray:
     try:
         array = np.asarray(value)
     except ValueError:
-        raise ValueError(f"{name}: the list in sample {place} is ragged: its items differ in length") from None
+        raise ValueError(f"{name}: the list in sample {index} is ragged: its items differ in length") from None
     if array.dtype.kind not in "biuf":
-        raise TypeError(f"{name}: the list in sample {place} must hold numbers, got {array.dtype}")
+        raise TypeError(f"{name}: the list in sample {index} must hold numbers, got {array.dtype}")
     # What torch.tensor would make of the same list.
     default: npt.DTypeLike = torch.empty(0, device="cpu").numpy().dtype
     return array.astype(default) if array.dtype.kind == "f" else array
 
 
-def _lengths(items: Sequence[Row], name: str) -> Int64Array:
+def _measure_lengths(items: Sequence[Row], name: str) -> Int64Array:
     try:
         if not isinstance(items[0], Tensor):
             return np.fromiter(map(len, items), np.int64, len(items))
@@ -232,10 +232,10 @@ def _lengths(items: Sequence[Row], name: str) -> Int64Array:
 def _check_dtypes(items: Sequence[Row], name: str) -> None:
     dtypes = [row.dtype for row in items]
     if len(set(dtypes)) > 1:
-        place = next(i for i, dtype in enumerate(dtypes) if dtype != dtypes[0])
+        index = next(i for i, dtype in enumerate(dtypes) if dtype != dtypes[0])
         raise TypeError(
             f"{name}: all samples must have one dtype, got {dtypes[0]} in sample 0 and "
-            f"{dtypes[place]} in sample {place}: convert them before collating"
+            f"{dtypes[index]} in sample {index}: convert them before collating"
         )
 
 
@@ -246,19 +246,19 @@ def check_shapes(items: Sequence[Row], name: str) -> None:
         TypeError: One is sparse or nested.
         ValueError: One has another shape; the message names the first sample that differs.
     """
-    for place, row in enumerate(items):
+    for index, row in enumerate(items):
         if isinstance(row, Tensor):
-            refuse_layout(row, place, name)
+            refuse_layout(row, index, name)
     shapes = [tuple(row.shape) for row in items]
     if () not in shapes and len({shape[1:] for shape in shapes}) == 1:
         return
-    for place, shape in enumerate(shapes):
+    for index, shape in enumerate(shapes):
         if not shape:
-            raise ValueError(f"{name}: sample {place} has no axis, so it has no length: give it shape [L, *F]")
+            raise ValueError(f"{name}: sample {index} has no axis, so it has no length: give it shape [L, *F]")
         if shape[1:] != shapes[0][1:]:
             raise ValueError(
                 f"{name}: all samples must have one feature shape, got {list(shapes[0])} in sample 0 and "
-                f"{list(shape)} in sample {place}: only the first axis may differ, and it is time; where time comes "
+                f"{list(shape)} in sample {index}: only the first axis may differ, and it is time; where time comes "
                 "last, transpose each sample to [T, F]"
             )
 

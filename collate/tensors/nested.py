@@ -1,13 +1,20 @@
-"""Samples <-> columns: nested mappings and tuples taken apart into named fields, and put together again.
+"""Nested containers: samples taken apart into named fields and put together again, and one walker over parts.
 
 A field's name is its key or position, joined by dots where samples are nested; a sample without structure is the one
-field `""`.
+field `""`:
+
+>>> fields = columns_of([{"x": 1, "y": (2, 3)}, {"x": 4, "y": (5, 6)}])
+>>> fields
+{'x': [1, 4], 'y.0': [2, 5], 'y.1': [3, 6]}
+>>> assemble({"x": 1, "y": (2, 3)}, {name: sum(values) for name, values in fields.items()})
+{'x': 5, 'y': (7, 9)}
 """
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from copy import copy
 from typing import Any, TypeAlias, cast
 
+# The values of each field by its name.
 FieldValues: TypeAlias = dict[str, list[object]]
 
 
@@ -32,19 +39,19 @@ def columns_of(samples: Sequence[object], name: str = "") -> FieldValues:
     return columns
 
 
-def assemble(like: object, fields: Mapping[str, object], name: str = "") -> object:
+def assemble(sample: object, fields: Mapping[str, object], name: str = "") -> object:
     """Put fields together in the structure of one sample; mappings become dicts."""
-    keys = _field_labels(like)
+    keys = _field_labels(sample)
     if keys is None:
         return fields[name]
     parts = {
-        key: assemble(cast("Mapping[object, object]", like)[key], fields, f"{name}.{label}" if name else label)
+        key: assemble(cast("Mapping[object, object]", sample)[key], fields, f"{name}.{label}" if name else label)
         for key, label in keys.items()
     }
-    if isinstance(like, Mapping):
+    if isinstance(sample, Mapping):
         return parts
-    kind = cast("Any", type(like))
-    return kind(*parts.values()) if hasattr(like, "_fields") else kind(parts.values())
+    kind = cast("Any", type(sample))
+    return kind(*parts.values()) if hasattr(sample, "_fields") else kind(parts.values())
 
 
 def map_parts(batch: Any, change: Callable[[Any], Any]) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 HostArray: TypeAlias = npt.NDArray[np.generic]
 Int64Array: TypeAlias = npt.NDArray[np.int64]
 
-# NumPy has no name for bfloat16 and its like: their bits cross it as integers of the same size.
+# NumPy has no dtype for bfloat16 and similar ones: their bits are taken as integers of the same size.
 CARRIERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

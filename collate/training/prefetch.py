@@ -127,7 +127,7 @@ class DevicePrefetcher(Generic[BatchT]):
 class PrefetchIterator(Iterator[BatchT]):
     """One pass over a loader: batches are taken ahead and handed over in order.
 
-    It raises what the loader raises, and a `RuntimeError` where another pass has taken its place.
+    It raises what the loader raises, and a `RuntimeError` where another pass has begun.
 
     Args:
         loader: Source of the batches; it is opened for the first one.

@@ -1,4 +1,4 @@
-"""torch's recurrent modules: what calling one leads to, and what its kernels take for granted."""
+"""torch's recurrent modules: whether a call runs torch's own kernels, and the checks that these kernels leave out."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 RnnState: TypeAlias = Tensor | tuple[Tensor, ...]
 
-# What a call of these modules leads to, unless somebody has put something else in its place.
+# What a call of these modules runs, unless it was replaced.
 _FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (nn.RNN, nn.GRU, nn.LSTM)}
 _INTERCEPTED = ("forward", "_call_impl", "_slow_forward")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -60,7 +60,7 @@ def check_fit(rnn: nn.RNNBase, packed: PackedSequence, hx: RnnState | None) -> N
 
 
 def _is_autocast(device_type: str) -> bool:
-    # Of some devices, such as meta, torch does not let one ask.
+    # torch refuses the question for some devices, such as meta.
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 

@@ -473,7 +473,7 @@ SPARSE = torch.ones(3).to_sparse()
         (
             lambda: LengthTrackedBatch(BLOCK, [3, 1], first_step=-1),
             ValueError,
-            "first_step must not be negative, got -1",
+            "first_step must be at least 0, got -1",
         ),
         (lambda: LengthTrackedBatch(BLOCK, [3, 1], first_step=1.5), TypeError, "first_step must be an int, got 1.5"),
         (
@@ -619,7 +619,7 @@ def test_new_values_of_a_later_chunk_keep_its_first_step():
     assert chunk.with_padded(chunk.padded).first_step == 4
     strided = chunk.with_padded(chunk.padded[:, ::2], lengths=[1, 1], first_step=2)
     assert strided.position_ids.tolist() == [2, 2]
-    with pytest.raises(ValueError, match="first_step must not be negative, got -1"):
+    with pytest.raises(ValueError, match="first_step must be at least 0, got -1"):
         chunk.with_padded(chunk.padded, first_step=-1)
 
 

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from collate import LengthError, LengthTrackedBatch, packing
 from collate.packing import PackingMap
+from collate.tensors import steps as steps_module
 from collate.tensors.steps import MANY_BYTES, flat_index, gather_steps, scatter_steps
 from collate.training.cpu_rnn import reversed_steps
 
@@ -32,6 +33,7 @@ def far(monkeypatch):
         return torch.as_tensor(integers)
 
     monkeypatch.setattr(packing, "to_device", send)
+    monkeypatch.setattr(steps_module, "to_device", send)
     return torch.device("meta"), sent
 
 

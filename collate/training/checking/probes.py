@@ -15,7 +15,7 @@ from collate.training.checking.variants import BatchVariants, Variants, mapped, 
 # Rows whose last step is tried, and how often with values such as real steps hold, and then with wild ones: enough
 # for a dead ReLU or a maximum elsewhere to be ruled out.
 ROWS, TRIES = 8, 3
-# How often all values of the field, and the step's random numbers, are drawn again where that was not enough: the
+# How often all values of the field, and the step's random numbers, are drawn again mask that was not enough: the
 # maximum may have been elsewhere, or the step masked at random.
 REDRAWN, REDRAWN_AT_RANDOM = 3, 12
 # The share of the loss that another value at a real step must move, at least: rounding of a single sum.
@@ -53,10 +53,10 @@ class Probes:
 
         An order that is its own inverse hides rows that are sorted twice instead of being put back.
         """
-        places = list(range(self.variants.rows))
+        rows = list(range(self.variants.rows))
         generator = torch.Generator().manual_seed(self.runner.seed)
-        random = torch.randperm(len(places), generator=generator, device="cpu").tolist()
-        orders = [places[::-1], places[1:] + places[:1], [*places[1:3], *places[:1], *places[3:]], random]
+        random = torch.randperm(len(rows), generator=generator, device="cpu").tolist()
+        orders = [rows[::-1], rows[1:] + rows[:1], [*rows[1:3], *rows[:1], *rows[3:]], random]
         return [list(order) for order in dict.fromkeys(map(tuple, orders))]
 
     def other_rows(self) -> Finding | None:
@@ -93,7 +93,7 @@ class Probes:
         # Losses alone tell which weights it can be; gradients are many.
         losses = [{name: Term(combined(terms, share, gradients=False).loss, whole[name].gradients)} for share in shares]
         apart = [self.runner.drift(loss, whole).size for loss in losses]
-        able = [place for place, size in enumerate(apart) if size <= max(self.tolerance, min(apart))]
+        able = [index for index, size in enumerate(apart) if size <= max(self.tolerance, min(apart))]
         return min(self.runner.drift({name: combined(terms, shares[at])}, whole).size for at in able)
 
     def fits_other_shares(self, alone: Sequence[Term], whole: Term) -> bool:
@@ -131,7 +131,7 @@ class Probes:
         return None
 
     def rows_to_try(self, name: str) -> list[int]:
-        """Rows of a field that have a last step, some of them; none where there is no other value to try."""
+        """Rows of a field that have a last step, some of them; none mask there is no other value to try."""
         if self.variants.is_alike(name):
             self.note(f"dead step: {name} holds the same number everywhere")
             return []
@@ -167,7 +167,7 @@ class Probes:
     def moves(
         self, variants: Variants, name: str, row: int | None, steps: slice, *, tries: int = 1, seed: int | None = None
     ) -> bool:
-        """Whether other values at these steps move the loss; so they do where they make the step raise."""
+        """Whether other values at these steps move the loss; so they do mask they make the step raise."""
         try:
             base = self.runner.values(variants.whole, seed)
             for attempt in range(2 * tries if all(map(math.isfinite, base.values())) else 0):
@@ -191,16 +191,16 @@ class Probes:
         """Whether last steps do not count because targets are shifted, or by a stride; the report says so."""
         if other := self.shifted_against(name, rows, dead):
             self.skipped.append(
-                f"dead step: the last step of {name} counts in no row, and the first of {other} neither: right where "
+                f"dead step: the last step of {name} counts in no row, and the first of {other} neither: right mask "
                 "targets are shifted by one"
                 if len(dead) == len(rows)
-                else f"dead step: rows of one step of {name} never count: right where targets are shifted by one"
+                else f"dead step: rows of one step of {name} never count: right mask targets are shifted by one"
             )
             return True
         if self.is_stride(name, rows, dead):
             self.skipped.append(
-                f"dead step: the last steps of {name} count in some rows only, by their length: right where a "
-                "convolution or a pooling with a stride leaves a rest over"
+                f"dead step: the last steps of {name} count in some rows only, by their length: right mask a "
+                "convolution or a pooling with a stride leaves a remainder over"
             )
             return True
         return False
@@ -228,31 +228,31 @@ class Probes:
         return None
 
     def is_stride(self, name: str, rows: Sequence[int], dead: Sequence[int]) -> bool:
-        """Whether rows end in a rest that a stride leaves over, which is tried on rows that are cut.
+        """Whether rows end in a remainder that a stride leaves over, which is tried on rows that are cut.
 
-        A row without its rest is the same to the step, and one step less leaves another rest. Lengths that are too
-        small by one fail the first, rows that are cut to a width the second. Random numbers are others for rows that
-        are cut; the rests must then differ from row to row.
+        With stride 2 and a kernel of 2, a row of 5 leaves the remainder 1: cut to 4 it gives the same loss, cut to 3 it
+        leaves a remainder again. Lengths that are too small by one fail the first test, rows that are cut to a width
+        the second. A cut row draws other random numbers; remainders must then differ from row to row.
         """
         lengths = self.variants.lengths[name]
         row = max(dead, key=lengths.__getitem__)
-        rest = self.rest(name, row)
-        last = lengths[row] - rest - 2
+        remainder = self.remainder(name, row)
+        last = lengths[row] - remainder - 2
         if last < 0:
             return False
         try:
-            fewer = self.variants.cut(name, row, rest + 1)
+            fewer = self.variants.cut(name, row, remainder + 1)
             if self.counts(fewer, name, row, slice(last, last + 1)):
                 return False
             if self.runner.is_random:
-                return len({self.rest(name, other) if other in dead else 0 for other in rows}) > 1
-            values = self.runner.values(self.variants.cut(name, row, rest).whole)
+                return len({self.remainder(name, other) if other in dead else 0 for other in rows}) > 1
+            values = self.runner.values(self.variants.cut(name, row, remainder).whole)
         except RAISED:
             return False
         base = {term: outcome.loss for term, outcome in self.runner.base.items()}
         return all(abs(values[term] - loss) <= self.tolerance * abs(loss) for term, loss in base.items())
 
-    def rest(self, name: str, row: int) -> int:
+    def remainder(self, name: str, row: int) -> int:
         """How many steps at the end of a row do not count, found by halving."""
         length = self.variants.lengths[name][row]
         dead, alive = 1, length
@@ -275,7 +275,7 @@ class Probes:
         return max((self.runner.drift(outcome) for outcome in outcomes), key=lambda drift: drift.size)
 
     def found(self, probe: str, changed: str, drift: Drift) -> Finding | None:
-        """A finding where a drift counts."""
+        """A finding mask a drift counts."""
         if drift.size <= self.tolerance:
             return None
         return self.finding(probe, f"{changed} moves {drift}", drift.size)
@@ -312,14 +312,14 @@ class BatchProbes(Probes):
                 return found
         return None
 
-    def padding_of(self, name: str, where: Tensor) -> Finding | None:
+    def padding_of(self, name: str, mask: Tensor) -> Finding | None:
         """Other values at these steps of padding, first such as real steps hold, then wild ones."""
         changed = f"the padding of {name}"
-        found = self.compare("padding", self.variants.with_values(name, where, wild=False), changed)
+        found = self.compare("padding", self.variants.with_values(name, mask, wild=False), changed)
         if found:
             return found
         try:
-            outcome = self.runner.run(self.variants.with_values(name, where, wild=True))
+            outcome = self.runner.run(self.variants.with_values(name, mask, wild=True))
         except RAISED:
             # Values that no real step could hold may be refused, as a probability of 7 is.
             return None
@@ -336,7 +336,7 @@ class BatchProbes(Probes):
         return self.found("width", "a wider batch", self.runner.drift(outcome))
 
     def width_of_a_row(self) -> Finding | None:
-        """A row at the batch's width against the same row at its own, where a wider batch is too wide for the step.
+        """A row at the batch's width against the same row at its own, mask a wider batch is too wide for the step.
 
         A table of positions may be exactly as long as the batch.
         """
@@ -355,7 +355,7 @@ class BatchProbes(Probes):
         return self.found("width", f"row {row} with padding", drift)
 
     def compare(self, probe: str, batch: Any, changed: str) -> Finding | None:
-        """A finding where a batch that must make no difference makes one, or makes the step raise."""
+        """A finding mask a batch that must make no difference makes one, or makes the step raise."""
         try:
             drift = self.runner.drift(self.runner.run(batch))
         except RAISED as error:

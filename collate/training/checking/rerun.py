@@ -1,6 +1,6 @@
 """A step run again and again under equal conditions, and how far two of its runs are apart.
 
-A step gives one loss or several terms; each term is held against itself.
+A step gives one loss or several terms; each term is compared with itself.
 """
 
 import math
@@ -65,7 +65,7 @@ class Drift:
     """How far a run is from the one it should equal.
 
     Attributes:
-        size: the greatest relative change of a loss or of gradients, infinite where one is not a number.
+        size: The largest relative change of a loss or of gradients, infinite where one is not a number.
         term: which term that is.
     """
 
@@ -107,8 +107,8 @@ class Runner:
             losses = self.losses(batch)
         trained = self.buffers.are_of_trained_modules
         self.without_graph = [name for name, loss in losses.items() if trained and not loss.requires_grad]
-        known = {id(tensor) for tensor in inputs}
-        self.leaves = [leaf for leaf in leaves_of(list(losses.values())) if id(leaf) not in known]
+        input_ids = {id(tensor) for tensor in inputs}
+        self.leaves = [leaf for leaf in leaves_of(list(losses.values())) if id(leaf) not in input_ids]
         try:
             self.base = self.run(batch)
         except RuntimeError as error:
@@ -137,8 +137,8 @@ class Runner:
         losses = self.losses(batch)
         last = len(losses) - 1
         return {
-            name: Term(float(loss.detach()), gradients_of(loss, self.leaves, keep_graph=place < last))
-            for place, (name, loss) in enumerate(losses.items())
+            name: Term(float(loss.detach()), gradients_of(loss, self.leaves, keep_graph=index < last))
+            for index, (name, loss) in enumerate(losses.items())
         }
 
     def values(self, batch: Any, seed: int | None = None) -> dict[str, float]:
@@ -188,7 +188,7 @@ def undisturbed(module: nn.Module | None) -> Iterator[Buffers]:
 
 
 def _seed(seed: int) -> None:
-    # Without an accelerator `torch.manual_seed` keeps a traceback of every call, for the day that one is found.
+    # Without an accelerator `torch.manual_seed` keeps a traceback of every call, for a device that may appear later.
     (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - steps of others draw from it

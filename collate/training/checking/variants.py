@@ -99,23 +99,23 @@ class BatchVariants:
     def changed(self, name: str, row: int | None, steps: slice, *, wild: bool) -> Any:
         """As in `Variants`."""
         field = self.fields[name]
-        where = torch.zeros_like(field.mask)
-        where[slice(None) if row is None else row, steps] = True
-        return self.with_values(name, where & field.mask, wild=wild)
+        selected = torch.zeros_like(field.mask)
+        selected[slice(None) if row is None else row, steps] = True
+        return self.with_values(name, selected & field.mask, wild=wild)
 
-    def with_values(self, name: str, where: Tensor, *, wild: bool) -> Any:
+    def with_values(self, name: str, selected: Tensor, *, wild: bool) -> Any:
         """Other values at these steps `[B, T]` of a field, such as real steps could hold, or far from that."""
         field = self.fields[name]
         other = drawn(field.flat(), field.padded, self.generator, wild=wild)
-        return self.swapped({name: field.with_padded(torch.where(expand_like(where, other), other, field.padded))})
+        return self.swapped({name: field.with_padded(torch.where(expand_like(selected, other), other, field.padded))})
 
     def swapped(self, others: Mapping[str, LengthTrackedBatch]) -> Any:
         """The batch with other fields of these names."""
-        known = {id(self.fields[name]): other for name, other in others.items()}
-        return mapped(self.whole, lambda part: known.get(id(part), part))
+        replacements = {id(self.fields[name]): other for name, other in others.items()}
+        return mapped(self.whole, lambda part: replacements.get(id(part), part))
 
     def cut(self, name: str, row: int, steps: int) -> "BatchVariants":
-        """As in `Variants`; what was real is left where it is."""
+        """As in `Variants`; real values are left as they are."""
         others = {}
         for other, field in self.fields.items():
             if self.lengths[other] == self.lengths[name]:
@@ -210,11 +210,11 @@ def drawn(real: Tensor, present: Tensor, generator: torch.Generator, *, wild: bo
     if real.dtype == torch.bool:
         return ~present
     if not _is_inexact(real):
-        known: Tensor = torch.unique(real)
-        # Of two classes every second draw would be what is there already, and four in a row are no rarity.
-        places = torch.searchsorted(known.long(), present.detach().cpu().long().contiguous())
-        shift = torch.randint(1, max(len(known), 2), shape, generator=generator, device="cpu")
-        return known[(places + shift) % len(known)].to(present.device)
+        values: Tensor = torch.unique(real)
+        # Draw a different value: with two classes an independent draw repeats half the time, four in a row are common.
+        indices = torch.searchsorted(values.long(), present.detach().cpu().long().contiguous())
+        shift = torch.randint(1, max(len(values), 2), shape, generator=generator, device="cpu")
+        return values[(indices + shift) % len(values)].to(present.device)
     if not wild and bool((real != real[:1]).any()):
         # Values of other steps, whole: probabilities stay probabilities, and unit vectors stay of length one.
         axes = shape[: present.dim() - real.dim() + 1]
@@ -223,8 +223,8 @@ def drawn(real: Tensor, present: Tensor, generator: torch.Generator, *, wild: bo
     exact = torch.complex128 if real.is_complex() else torch.float64
     center = real.to(exact).mean()
     spread = (real.to(exact) - center).abs().square().mean().sqrt() + 1
-    values: Tensor = center + 4 * spread * torch.randn(shape, generator=generator, dtype=exact, device="cpu")
-    return values.to(device=present.device, dtype=real.dtype)
+    wild_values: Tensor = center + 4 * spread * torch.randn(shape, generator=generator, dtype=exact, device="cpu")
+    return wild_values.to(device=present.device, dtype=real.dtype)
 
 
 def counts_of(batch: Any) -> list[float]:
