@@ -176,8 +176,8 @@ def _check_permutation(batch: TrackedBatch, snapshot: _Snapshot) -> None:
     if snapshot.permutation is not None:
         raise LengthError(
             f"the batch was made with permutation {np.frombuffer(snapshot.permutation, np.int64).tolist()}, and it was "
-            f"written to: it now is {batch.permutation.tolist()}, which rows and other fields do not follow. Make a new "
-            "batch with LengthTrackedBatch(padded, lengths, permutation=...)"
+            f"written to: it now is {batch.permutation.tolist()}, which rows and other fields do not follow. Make a "
+            "new batch with LengthTrackedBatch(padded, lengths, permutation=...)"
         )
     check_permutation(batch.permutation, len(snapshot.lengths))
     snapshot.permutation = contents

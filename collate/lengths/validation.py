@@ -146,7 +146,7 @@ def check_declared(
         kind = "inflated" if counts[index] > lengths[index] else "deflated"
         raise LengthError(
             f"{name}: sample {index}{key} has {lengths[index]} steps, its declared length is {counts[index]} ({kind}; "
-            f"{len(wrong)} of {len(lengths)} samples differ): correct what wrote the lengths, or leave them out"
+            f"{len(wrong)} of {len(lengths)} samples differ): mend what wrote the lengths, or leave them out"
         )
 
 

@@ -22,12 +22,12 @@ from torch import Tensor
 from collate.tensors.nested import labelled_parts, map_parts
 from collate.widths import check_count
 
-BatchT = TypeVar("BatchT")
+LoaderBatch = TypeVar("LoaderBatch")
 
 _EXHAUSTED: Any = object()
 
 
-class DevicePrefetcher(Generic[BatchT]):
+class DevicePrefetcher(Generic[LoaderBatch]):
     """Wrap a loader so that its batches arrive on the device while the training step before is still running.
 
     On the CPU batches pass straight through. On an accelerator each batch is pinned if the loader did not do it, copied
@@ -56,19 +56,19 @@ class DevicePrefetcher(Generic[BatchT]):
         self._loader_position = LoaderPosition(loader)
         self._copies: CopyStream | None = None
         # Weak: an iterator that its user has dropped, as after a break, drops the batches on the way too.
-        self._running: ref[PrefetchIterator[BatchT]] | None = None
+        self._running: ref[PrefetchIterator[LoaderBatch]] | None = None
 
-    def __iter__(self) -> Iterator[BatchT]:
+    def __iter__(self) -> Iterator[LoaderBatch]:
         """One epoch, which begins at its first batch; a pass that is still running is closed, and raises if asked."""
         earlier = None if self._running is None else self._running()
         if earlier is not None:
             earlier.give_way()
         if self.device.type == "cpu":
-            running = PrefetchIterator[BatchT](self.loader, self._loader_position, None, 0)
+            running = PrefetchIterator[LoaderBatch](self.loader, self._loader_position, None, 0)
         else:
             # One stream for all epochs: the allocator keeps memory for each stream that it has seen.
             self._copies = self._copies or CopyStream(self.device)
-            running = PrefetchIterator[BatchT](self.loader, self._loader_position, self._copies, self.depth)
+            running = PrefetchIterator[LoaderBatch](self.loader, self._loader_position, self._copies, self.depth)
         self._running = ref(running)
         return running
 
@@ -124,7 +124,7 @@ class DevicePrefetcher(Generic[BatchT]):
         self._loader_position.load(state)
 
 
-class PrefetchIterator(Iterator[BatchT]):
+class PrefetchIterator(Iterator[LoaderBatch]):
     """One pass over a loader: batches are taken ahead and handed over in order.
 
     It raises what the loader raises, and a `RuntimeError` where another pass has begun.
@@ -137,21 +137,21 @@ class PrefetchIterator(Iterator[BatchT]):
     """
 
     def __init__(
-        self, loader: Iterable[BatchT], loader_position: "LoaderPosition", copies: "CopyStream | None", depth: int
+        self, loader: Iterable[LoaderBatch], loader_position: "LoaderPosition", copies: "CopyStream | None", depth: int
     ) -> None:
         self._loader = loader
         self._loader_position = loader_position
         self._copies = copies
         self._depth = depth
-        self._source: Iterator[BatchT] | None = None
+        self._source: Iterator[LoaderBatch] | None = None
         self._taken = 0
-        self._queue: deque[tuple[BatchT, Any, Any]] = deque()
+        self._queue: deque[tuple[LoaderBatch, Any, Any]] = deque()
         self._error: Exception | None = None
         self._finished = False
         self._gave_way = False
         self._handed_over = 0
 
-    def __next__(self) -> BatchT:
+    def __next__(self) -> LoaderBatch:
         if self._gave_way:
             raise RuntimeError(
                 f"this pass ended after {self._handed_over} batches, because another pass over the same prefetcher "

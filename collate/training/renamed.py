@@ -5,16 +5,16 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-P = ParamSpec("P")
-R = TypeVar("R")
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
 
 
-def renamed_parameters(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def renamed_parameters(**names: str) -> Callable[[Callable[Params, Result]], Callable[Params, Result]]:
     """Let a function take arguments by these old names; each leads to the new name."""
 
-    def decorate(call: Callable[P, R]) -> Callable[P, R]:
+    def decorate(call: Callable[Params, Result]) -> Callable[Params, Result]:
         @wraps(call)
-        def with_old_names(*args: P.args, **options: P.kwargs) -> R:
+        def with_old_names(*args: Params.args, **options: Params.kwargs) -> Result:
             renamed: dict[str, Any] = {}
             for name, value in options.items():
                 new = names.get(name, name)

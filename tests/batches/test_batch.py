@@ -420,9 +420,9 @@ SPARSE = torch.ones(3).to_sparse()
         (lambda: LengthTrackedBatch(torch.zeros(2), [1, 1]), ValueError, r"\[B, T, ...\] .* got \[2\]"),
         (lambda: LengthTrackedBatch(torch.zeros(0, 2), []), ValueError, "at least one row"),
         (lambda: LengthTrackedBatch(torch.zeros(2, 0), [0, 0]), ValueError, "one step, got"),
-        (lambda: LengthTrackedBatch(BLOCK, [1, 2], permutation=[0, 0]), ValueError, "distinct places"),
-        (lambda: LengthTrackedBatch(BLOCK, [1, 2], permutation=[0, -1]), ValueError, "distinct places"),
-        (lambda: LengthTrackedBatch(BLOCK, [1, 2], permutation=[0]), ValueError, "one place per row"),
+        (lambda: LengthTrackedBatch(BLOCK, [1, 2], permutation=[0, 0]), ValueError, "distinct indices"),
+        (lambda: LengthTrackedBatch(BLOCK, [1, 2], permutation=[0, -1]), ValueError, "distinct indices"),
+        (lambda: LengthTrackedBatch(BLOCK, [1, 2], permutation=[0]), ValueError, "one sample index per row"),
         (lambda: LengthTrackedBatch(BLOCK, [1, 2], permutation=[0.0, 1.0]), TypeError, "permutation must be integers"),
         (lambda: LengthTrackedBatch(BLOCK, [1, 2], mask=BLOCK), TypeError, "mask must be bool"),
         (lambda: LengthTrackedBatch(BLOCK, [1, 2], mask=BLOCK[:1] > 0), ValueError, r"mask must be \[2, 3\]"),
@@ -766,7 +766,7 @@ def test_a_large_mask_is_looked_at_where_torch_has_written_to_it():
     [
         (lambda part: ~part if part.dtype == torch.bool else part, "mask of row 0 marks 0 steps"),
         (lambda part: part.float() if part.dtype == torch.bool else part, "mask must be bool"),
-        (lambda part: torch.zeros_like(part) if part.tolist() == [2, 0, 1] else part, "distinct places"),
+        (lambda part: torch.zeros_like(part) if part.tolist() == [2, 0, 1] else part, "distinct indices"),
     ],
 )
 def test_masks_and_places_that_a_pytree_made_unfit_are_refused(change, message):

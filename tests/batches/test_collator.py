@@ -314,7 +314,7 @@ SAMPLES = [{"x": [1, 2], "n": 2, "y": [1]}, {"x": [3], "n": 1, "y": [2]}]
         ({"stack": ["x"]}, SAMPLES, ValueError, "field 'x' is stacked, so all samples must be alike"),
         ({"widths": {"x": 0, "y": 1}}, SAMPLES, ValueError, "widths must be at least 1, got 0"),
         ({"widths": [1]}, SAMPLES, LengthError, "widths must reach the longest sequence, 2 steps"),
-        ({"max_length": 0}, SAMPLES, ValueError, "max_length must be an int of at least 1, got 0"),
+        ({"max_length": 0}, SAMPLES, ValueError, "max_length must be at least 1, got 0"),
         ({"shapes": [(1, 8)]}, SAMPLES, LengthError, "no shape holds 2 rows of {'x': 2, 'y': 1} steps"),
         ({"shapes": []}, SAMPLES, ValueError, "shapes must name at least one"),
         ({"shapes": [(0, 1)]}, SAMPLES, ValueError, r"pairs \(rows, width\) of ints of at least 1, got \(0, 1\)"),
@@ -327,7 +327,7 @@ SAMPLES = [{"x": [1, 2], "n": 2, "y": [1]}, {"x": [3], "n": 1, "y": [2]}]
         ({"sort_by": 0}, SAMPLES, TypeError, "sort_by must be a field's name, None or False, got 0"),
         ({"sort_by": np.False_}, SAMPLES, TypeError, "sort_by must be a field's name, None or False, got np.False_"),
         ({"widths": 1.5}, SAMPLES, TypeError, "widths must be an int, got 1.5"),
-        ({"max_length": 2.0}, SAMPLES, ValueError, "max_length must be an int of at least 1, got 2.0"),
+        ({"max_length": 2.0}, SAMPLES, TypeError, "max_length must be an int, got 2.0"),
         ({"shapes": [(2, 2)], "widths": 2}, SAMPLES, ValueError, "leave widths out"),
         (
             {"length_field": {"y": "n"}},

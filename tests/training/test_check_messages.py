@@ -51,7 +51,7 @@ def test_a_denominator_of_its_own_is_named(net, batch):
         return losses[counted & b["x"].mask].mean()
 
     [finding] = [each for each in check_step(thirds, batch).findings if each.probe == "other rows"]
-    assert "a denominator of its own" in finding.likely[0]
+    assert "a custom denominator" in finding.likely[0]
 
 
 def test_a_step_may_take_its_labels_out_of_the_batch(net, batch):

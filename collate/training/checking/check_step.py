@@ -1,8 +1,20 @@
 """Does a training step respect the lengths? A checker for users' own code.
 
-The step is run again and again on batches that must make no difference (other values in the padding, more padding, rows
-in another order, one row at a time) and on batches that must make one (another value at a row's last real step). A
-mistake with padding moves the loss by a per cent and gradients by half, and nothing raises: only a comparison finds it.
+The step is run again on batches that must make no difference (other values in the padding, more padding, rows in
+another order, one row at a time) and on batches that must make one (another value at a row's last real time step). A
+mistake with padding moves the loss by a per cent and gradients by half, and nothing raises: only a comparison tells.
+
+The rows [1, 2, 3] and [4] are padded to 2 x 3. A mean over all 6 cells is 10/6; with 3 more columns of zeros it is
+10/12, off by 50 %. The rows alone give 6/3 = 2 and 4/1 = 4: weighted 3/4 and 1/4, by real time steps, they make 2.5,
+as a simple mean 3. No mean gives 10/6. The right mean, over 4 real time steps, is 2.5 in every probe:
+
+>>> from collate import LengthTrackedBatch
+>>> batch = LengthTrackedBatch.from_sequences([torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0])])
+>>> wrong = check_step(lambda b: b.padded.sum() / b.padded.numel(), batch)
+>>> [(finding.probe, f"{finding.drift:.0%}") for finding in wrong.findings if finding.probe != "padding"]
+[('width', '50%'), ('other rows', '20%')]
+>>> check_step(lambda b: b.flat().sum() / b.num_tokens, batch).ok
+True
 """
 
 from collections.abc import Callable, Sequence
@@ -34,21 +46,21 @@ def check_step(
     """Run a training step on batches that must make no difference, and on some that must.
 
     Before every run the random states of torch, Python and NumPy are those of `seed`, and buffers such as running means
-    are those of the beginning; all of that is given back after the check. All dropout of torch's is switched off
-    meanwhile. A step that draws random numbers nevertheless is tried only on what leaves them in place. Gradients of
-    all leaves that the loss depends on are compared.
+    are those of the beginning; all of that is restored after the check. torch's dropout is switched off meanwhile.
+    A step that draws other random numbers gets only the probes that keep their shapes. Gradients of all leaves that the
+    loss depends on are compared.
 
     Args:
-        step: takes a batch and returns a scalar loss, or a mapping of such losses, each of which is checked; it must
+        step: Takes a batch and returns a scalar loss, or a mapping of such losses, each of which is checked; it must
             not call `backward` nor move an optimizer.
-        batch: a `LengthTrackedBatch`, or a mapping, tuple or list with at least one in it; tensors, arrays, lists and
+        batch: A `LengthTrackedBatch`, or a mapping, tuple or list with at least one in it; tensors, arrays, lists and
             tuples with an entry per row go with the rows. It should hold rows of different lengths, none of them empty.
-        samples: in place of a batch, B samples of different lengths, to be collated by `collate`.
-        collate: from a list of samples to a batch of any kind; what it does wrong is found with what the step does.
-        module: what the step trains. Buffers of modules that the step calls are found without it; those of a module
-            that is used but never called are given back if it is named here.
-        seed: of the values tried, and of the step's own random numbers.
-        tolerance: relative change of loss or gradients that counts as a difference.
+        samples: Instead of a batch, B samples of different lengths, to be collated by `collate`.
+        collate: From a list of samples to a batch of any kind; what it does wrong is found with what the step does.
+        module: The module that the step trains. Buffers of modules that the step calls are found without it; those of
+            a module that is used but never called are restored if it is named here.
+        seed: Seed of the values tried, and of the step's own random numbers.
+        tolerance: Relative change of loss or gradients that counts as a difference.
 
     Returns:
         The report.

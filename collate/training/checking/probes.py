@@ -15,12 +15,12 @@ from collate.training.checking.variants import BatchVariants, Variants, mapped, 
 # Rows whose last step is tried, and how often with values such as real steps hold, and then with wild ones: enough
 # for a dead ReLU or a maximum elsewhere to be ruled out.
 ROWS, TRIES = 8, 3
-# How often all values of the field, and the step's random numbers, are drawn again mask that was not enough: the
+# How often all values of the field, and the step's random numbers, are drawn again where that was not enough: the
 # maximum may have been elsewhere, or the step masked at random.
 REDRAWN, REDRAWN_AT_RANDOM = 3, 12
-# The share of the loss that another value at a real step must move, at least: rounding of a single sum.
+# Another value at a real time step must move at least this fraction of the loss: the rounding of a single sum.
 ROUNDING = 1e-9
-# Gradients of so many numbers are not solved for the weights of the rows.
+# With more gradient entries than this, the weights of the rows are not solved for.
 MANY = 10_000_000
 
 
@@ -131,7 +131,7 @@ class Probes:
         return None
 
     def rows_to_try(self, name: str) -> list[int]:
-        """Rows of a field that have a last step, some of them; none mask there is no other value to try."""
+        """Rows of a field that have a last step, some of them; none where there is no other value to try."""
         if self.variants.is_alike(name):
             self.note(f"dead step: {name} holds the same number everywhere")
             return []
@@ -167,7 +167,7 @@ class Probes:
     def moves(
         self, variants: Variants, name: str, row: int | None, steps: slice, *, tries: int = 1, seed: int | None = None
     ) -> bool:
-        """Whether other values at these steps move the loss; so they do mask they make the step raise."""
+        """Whether other values at these steps move the loss; so they do where they make the step raise."""
         try:
             base = self.runner.values(variants.whole, seed)
             for attempt in range(2 * tries if all(map(math.isfinite, base.values())) else 0):
@@ -191,15 +191,15 @@ class Probes:
         """Whether last steps do not count because targets are shifted, or by a stride; the report says so."""
         if other := self.shifted_against(name, rows, dead):
             self.skipped.append(
-                f"dead step: the last step of {name} counts in no row, and the first of {other} neither: right mask "
+                f"dead step: the last step of {name} counts in no row, and the first of {other} neither: right where "
                 "targets are shifted by one"
                 if len(dead) == len(rows)
-                else f"dead step: rows of one step of {name} never count: right mask targets are shifted by one"
+                else f"dead step: rows of one step of {name} never count: right where targets are shifted by one"
             )
             return True
         if self.is_stride(name, rows, dead):
             self.skipped.append(
-                f"dead step: the last steps of {name} count in some rows only, by their length: right mask a "
+                f"dead step: the last steps of {name} count in some rows only, by their length: right where a "
                 "convolution or a pooling with a stride leaves a remainder over"
             )
             return True
@@ -275,7 +275,7 @@ class Probes:
         return max((self.runner.drift(outcome) for outcome in outcomes), key=lambda drift: drift.size)
 
     def found(self, probe: str, changed: str, drift: Drift) -> Finding | None:
-        """A finding mask a drift counts."""
+        """A finding where a drift counts."""
         if drift.size <= self.tolerance:
             return None
         return self.finding(probe, f"{changed} moves {drift}", drift.size)
@@ -336,7 +336,7 @@ class BatchProbes(Probes):
         return self.found("width", "a wider batch", self.runner.drift(outcome))
 
     def width_of_a_row(self) -> Finding | None:
-        """A row at the batch's width against the same row at its own, mask a wider batch is too wide for the step.
+        """A row at the batch's width against the same row at its own, where a wider batch is too wide for the step.
 
         A table of positions may be exactly as long as the batch.
         """
@@ -355,7 +355,7 @@ class BatchProbes(Probes):
         return self.found("width", f"row {row} with padding", drift)
 
     def compare(self, probe: str, batch: Any, changed: str) -> Finding | None:
-        """A finding mask a batch that must make no difference makes one, or makes the step raise."""
+        """A finding where a batch that must make no difference makes one, or makes the step raise."""
         try:
             drift = self.runner.drift(self.runner.run(batch))
         except RAISED as error:

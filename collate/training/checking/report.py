@@ -1,4 +1,4 @@
-"""What a check of a training step says: findings, the mistakes that look like them, and the whole report."""
+"""The report of a checked training step: findings, and the mistakes that look like them."""
 
 import warnings
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from collate.errors import LengthError
 
 LAST_COLUMN = "the last column taken for each row's last step, as in output[:, -1]"
-OWN_COUNT = "a denominator of its own, neither rows nor steps: check the sum, or put the count in the batch as a field"
+OWN_COUNT = "a custom denominator, neither rows nor steps: check the sum, or put the count in the batch as a field"
 
 LIKELY = {
     "padding": (
@@ -111,7 +111,7 @@ class Finding:
             that is not the same twice, `"finite"` for a loss or gradients that are nan or infinite, `"graph"` for a
             loss that no gradient flows from.
         what: what happened, with term, field, row and step where they are known.
-        drift: relative change of the loss, or of the gradients if that is greater; 0 for a dead step.
+        drift: relative change of the loss or of the gradients, the larger; 0 for a dead step.
         likely: mistakes that look like this, the likeliest first.
     """
 
