@@ -102,6 +102,11 @@ class PackingMap:
         return scatter_steps(packed.data, self.index, self.shape)
 
     def _check(self, packed: PackedSequence) -> None:
+        """Check that a packed batch has this map's sizes, time steps and row order.
+
+        Raises:
+            LengthError: It has others.
+        """
         if not np.array_equal(to_array(packed.batch_sizes), self.sizes):
             raise LengthError(
                 f"the packed batch holds {packed.batch_sizes.tolist()} rows at each step, these lengths make "

@@ -164,12 +164,18 @@ def check_tracked(name: str, *batches: object) -> None:
 
 
 def _take_snapshot(batch: TrackedBatch, lengths: Tensor) -> _Snapshot:
+    """Copy a batch's lengths into its dictionary."""
     counts = to_array(lengths)
     snapshot = vars(batch)[_SNAPSHOT] = _Snapshot(counts.copy(), counts.tobytes())
     return snapshot
 
 
 def _check_permutation(batch: TrackedBatch, snapshot: _Snapshot) -> None:
+    """Compare the permutation with the snapshot's.
+
+    Raises:
+        LengthError: It was written to.
+    """
     contents = _memory_of(batch.permutation)
     if contents is None or contents == snapshot.permutation:
         return
@@ -184,6 +190,11 @@ def _check_permutation(batch: TrackedBatch, snapshot: _Snapshot) -> None:
 
 
 def _check_mask(batch: TrackedBatch, snapshot: _Snapshot) -> None:
+    """Compare the mask with the lengths, where torch has written to it or it is small.
+
+    Raises:
+        LengthError: It does not agree.
+    """
     # The mask of a wide batch is made at its first use, and a check is no use.
     mask = vars(batch).get("mask")
     if type(mask) is not Tensor or not mask.is_cpu:
@@ -232,6 +243,7 @@ def _memory_of(contents: Tensor) -> bytes | None:
 
 
 def _values_of(mask: Tensor) -> HostArray | None:
+    """A mask as an array; None where no memory can be shared."""
     try:
         return mask.numpy()
     except RuntimeError:

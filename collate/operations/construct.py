@@ -154,6 +154,7 @@ def padded_batch(
     """
     value = check_padding_value(padding_value, rows.dtype)
     lengths, indices = rows.lengths[order], order
+    # Rows that fill a shape are empty; their sample indices follow those of the real rows.
     if shape[0] > len(order):
         lengths = np.append(lengths, np.zeros(shape[0] - len(order), np.int64))
         indices = np.append(order, np.arange(len(order), shape[0]))

@@ -64,6 +64,7 @@ def concat_batches(kind: type[BatchT], batches: Sequence[TrackedBatch]) -> Batch
             f"batches must share dtype, device, feature shape and first step, got {sorted(map(str, kinds))}"
         )
     values = {b.padding_value for b in batches}
+    # Padding of different values is unspecified.
     value = values.pop() if len(values) == 1 else None
     width = max(b.padded.shape[1] for b in batches)
     padded = torch.cat([pad_to_width(b.padded, width, 0 if value is None else value) for b in batches])
@@ -89,6 +90,7 @@ def pad_to_width(padded: Tensor, width: int, value: PaddingValue) -> Tensor:
 
 
 def _chunk(batch: BatchT, start: int, stop: int) -> BatchT:
+    """The time steps from `start` to `stop` of all rows."""
     # Ended rows stay, with length 0: states that are carried from chunk to chunk keep their rows.
     lengths = (batch.lengths - start).clamp(0, stop - start)
     padded, mask = batch.padded[:, start:stop], batch.mask[:, start:stop]

@@ -99,6 +99,7 @@ def receive(
 
 
 def _fits_pipe(padded: Tensor) -> bool:
+    """Whether values go through the pipe inline."""
     # What was put into shared memory is meant to be shared.
     plain = type(padded) is Tensor and padded.is_cpu and padded.layout == torch.strided and not padded.is_shared()
     return plain and not padded.is_conj() and not padded.is_neg() and 0 < padded.nbytes <= THROUGH_PIPE
@@ -124,11 +125,13 @@ class _Trial(ForkingPickler):
 
 
 def _flatten(batch: TrackedBatch) -> tuple[list[Tensor], tuple[PaddingValue | None, int]]:
+    """A pytree's leaves and its context."""
     return [getattr(batch, name) for name in TENSOR_FIELDS], (batch.padding_value, batch.first_step)
 
 
 def _flatten_with_keys(
     batch: TrackedBatch,
 ) -> tuple[list[tuple[pytree.KeyEntry, Tensor]], tuple[PaddingValue | None, int]]:
+    """The same, each leaf with its attribute's name."""
     parts, context = _flatten(batch)
     return [(pytree.GetAttrKey(name), part) for name, part in zip(TENSOR_FIELDS, parts, strict=True)], context

@@ -38,8 +38,10 @@ def same_nan(value: PaddingValue) -> PaddingValue:
 
 
 def _holds(value: PaddingValue, dtype: torch.dtype) -> bool:
+    """Whether a dtype can hold a number: integers exactly, floats within range."""
     if dtype.is_floating_point and dtype.itemsize == 1:
         return _holds_in_a_byte(value, dtype)
+    # torch.iinfo and finfo know no complex dtype; nan and inf are held by every float.
     if dtype.is_complex or not np.isfinite(value):
         return dtype.is_floating_point or dtype.is_complex
     if dtype.is_floating_point:

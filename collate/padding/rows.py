@@ -17,11 +17,12 @@ from collate.tensors.steps import PaddingValue
 
 Row: TypeAlias = Tensor | HostArray
 
-# Below this mean length one scatter of all steps beats a piece per row: 256 rows of 30 int64 take half the time, of
-# 400 about the same. Steps with feature axes are scattered six times as slowly; torch's pieces cost twice NumPy's.
+# Below this mean length one scatter of all time steps is faster than a piece per row: 256 rows of 30 int64 take half
+# the time, of 400 about the same. Time steps with feature axes are scattered six times as slowly; torch's pieces cost
+# twice as much as NumPy's.
 SHORT_STEPS, SHORT_STEPS_WITH_FEATURES = 400, 12
 
-# Bytes of a row, on average, from which on a call for each row costs less than what joining does besides.
+# From this mean number of bytes per row on, a call for each row costs less than the extra work of joining.
 HUGE_ROW: Final = 1 << 16
 
 
@@ -32,9 +33,9 @@ class RaggedRows:
     Attributes:
         items: B tensors or B arrays, in source order.
         lengths: int64 `[B]`, steps, in source order.
-        features: the feature axes F, of the first row; rows without any are held against it when they are joined.
+        features: the feature axes F, of the first row; rows without any are compared with it when they are joined.
         dtype: the rows' torch dtype.
-        name: what errors call the field.
+        name: The field's name in errors.
     """
 
     items: Sequence[Row]
@@ -78,14 +79,14 @@ class RaggedRows:
         return [self.items[index] for index in order.tolist()]
 
     def join(self, pieces: list[Row], steps: int) -> Tensor:
-        """Items, and whatever else is of their kind, one after the other; gradients flow.
+        """Items and other pieces of their type, one after the other; gradients flow.
 
         Args:
-            pieces: tensors or arrays `[L_i, *F]`, as the items are.
-            steps: their lengths' sum.
+            pieces: Tensors or arrays `[L_i, *F]`, as the items are.
+            steps: The sum of their lengths.
 
         Returns:
-            `[steps, *F]` on the rows' device, memory of its own.
+            `[steps, *F]` on the rows' device, in new memory.
 
         Raises:
             ValueError: Numbers of axes or feature shapes of the items differ.
@@ -112,7 +113,7 @@ def measure_rows(values: Sequence[object], name: str = "sequences") -> RaggedRow
 
     Args:
         values: B >= 1 tensors or arrays `[L_i, *F]`, or lists of numbers.
-        name: what errors call the field.
+        name: The field's name in errors.
 
     Returns:
         The rows; only lists of numbers are copied.
@@ -137,6 +138,7 @@ def measure_rows(values: Sequence[object], name: str = "sequences") -> RaggedRow
 
 
 def _of_one_kind(values: Sequence[object], name: str) -> Sequence[Row]:
+    """All tensors or all arrays; lists become arrays, tensors among arrays too."""
     kinds = set(map(type, values))
     if any(issubclass(kind, np.ma.MaskedArray) for kind in kinds):
         refuse_masked_arrays(values, name)
@@ -182,6 +184,11 @@ def refuse_layout(value: Tensor, index: int, name: str) -> None:
 
 
 def _array_of(value: object, index: int, name: str) -> HostArray:
+    """A tensor or an array as an array.
+
+    Raises:
+        TypeError: It is neither, or requires gradients.
+    """
     if isinstance(value, Tensor):
         refuse_layout(value, index, name)
         if value.requires_grad:
@@ -205,6 +212,12 @@ def _arrays_of_lists(values: Sequence[list[PaddingValue]], name: str) -> list[Ho
 
 
 def _array_of_list(value: list[PaddingValue], index: int, name: str) -> HostArray:
+    """A list of numbers as an array of the dtype that torch would choose.
+
+    Raises:
+        TypeError: It holds something else.
+        ValueError: It is ragged.
+    """
     try:
         array = np.asarray(value)
     except ValueError:
@@ -217,6 +230,12 @@ def _array_of_list(value: list[PaddingValue], index: int, name: str) -> HostArra
 
 
 def _measure_lengths(items: Sequence[Row], name: str) -> Int64Array:
+    """The length of each row: int64 `[B]`.
+
+    Raises:
+        IndexError: A row has no axis, and was not noticed before.
+        TypeError: A row has no length, and was not noticed before.
+    """
     try:
         if not isinstance(items[0], Tensor):
             return np.fromiter(map(len, items), np.int64, len(items))
@@ -230,6 +249,11 @@ def _measure_lengths(items: Sequence[Row], name: str) -> Int64Array:
 
 
 def _check_dtypes(items: Sequence[Row], name: str) -> None:
+    """Check that all rows have the first one's dtype.
+
+    Raises:
+        TypeError: One has another.
+    """
     dtypes = [row.dtype for row in items]
     if len(set(dtypes)) > 1:
         index = next(i for i, dtype in enumerate(dtypes) if dtype != dtypes[0])
@@ -264,6 +288,11 @@ def check_shapes(items: Sequence[Row], name: str) -> None:
 
 
 def _torch_dtype(row: Row, name: str) -> torch.dtype:
+    """The torch dtype of rows like this one.
+
+    Raises:
+        TypeError: torch has none.
+    """
     if isinstance(row, Tensor):
         return row.dtype
     try:
@@ -275,4 +304,5 @@ def _torch_dtype(row: Row, name: str) -> torch.dtype:
 
 
 def _native(dtype: np.dtype[np.generic]) -> np.dtype[np.generic]:
+    """The dtype in the machine's byte order."""
     return dtype.newbyteorder("=")

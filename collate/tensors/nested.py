@@ -100,6 +100,12 @@ def _field_labels(sample: object) -> dict[object, str] | None:
 
 
 def _check_alike(samples: Sequence[object], name: str) -> None:
+    """Check that samples have the type and the fields of the first.
+
+    Raises:
+        TypeError: One has another type.
+        ValueError: One has other fields.
+    """
     first = cast("Mapping[object, object]", samples[0])
     context = f"field {name!r} of " if name else ""
     for index, sample in enumerate(samples):
@@ -113,6 +119,7 @@ def _check_alike(samples: Sequence[object], name: str) -> None:
 
 
 def _difference(first: Mapping[object, object], other: Mapping[object, object]) -> str:
+    """What one sample lacks or has in addition, for the message."""
     if not isinstance(first, Mapping):
         return f"got {len(other)} instead of {len(first)}"
     lacks, has = sorted(map(repr, first.keys() - other.keys())), sorted(map(repr, other.keys() - first.keys()))

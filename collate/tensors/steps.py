@@ -132,6 +132,7 @@ class _Scatter(Function):
 
 
 def _copy_steps(padded: Tensor, index: Tensor, steps: Tensor) -> Tensor:
+    """Copy time steps into padded values at these indices, in place where torch allows it."""
     if _lacks_index(steps.dtype):
         carrier = CARRIERS[steps.dtype.itemsize]
         return _copy_steps(padded.view(carrier), index, steps.contiguous().view(carrier)).view(steps.dtype)
@@ -140,11 +141,13 @@ def _copy_steps(padded: Tensor, index: Tensor, steps: Tensor) -> Tensor:
 
 
 def _lacks_index(dtype: torch.dtype) -> bool:
+    """Whether torch cannot index a dtype: it moves its bits, but with few operations."""
     # torch moves bits of these types, but for few operations.
     return dtype in (torch.uint16, torch.uint32, torch.uint64) or (dtype.is_floating_point and dtype.itemsize == 1)
 
 
 def _has_records(steps: Tensor) -> bool:
+    """Whether NumPy can copy time steps as records: a plain tensor on the host that is not traced."""
     # Of a tensor that is being traced there is nothing to copy.
     plain = (
         type(steps) is Tensor and steps.is_cpu and steps.layout == torch.strided and not torch.compiler.is_compiling()

@@ -162,20 +162,24 @@ def reversed_steps(sizes: Int64Array) -> Tensor:
 
 
 def _zeros(rnn: nn.RNNBase, packed: PackedSequence) -> RnnState:
+    """Initial states of zeros, for an LSTM a pair."""
     layers, rows = rnn.num_layers * (2 if rnn.bidirectional else 1), int(packed.batch_sizes[0])
     h = packed.data.new_zeros(layers, rows, rnn.proj_size or rnn.hidden_size)
     return (h, packed.data.new_zeros(layers, rows, rnn.hidden_size)) if rnn.mode == "LSTM" else h
 
 
 def _state_rows(part: Tensor, rows: slice) -> Tensor:
+    """Some rows of a state `[layers, B, H]`."""
     return part[:, rows]
 
 
 def _reordered(state: RnnState, order: Tensor | None) -> RnnState:
+    """A state with its rows in another order."""
     return state if order is None else cast(RnnState, each_part(state, partial(torch.index_select, dim=1, index=order)))
 
 
 def _joined(states: Sequence[RnnState], dim: int) -> RnnState:
+    """States joined along an axis."""
     if isinstance(states[0], tuple):
         h, c = zip(*cast("list[tuple[Tensor, Tensor]]", states), strict=True)
         return torch.cat(h, dim), torch.cat(c, dim)

@@ -27,10 +27,10 @@ def sequence_loss(
     weights: Tensor | None = None,
     reduction: Reduction = "token",
 ) -> Tensor:
-    """A loss over real steps; whatever the padding holds gives no value and gets no gradient, even NaN.
+    """A loss over real steps; whatever the padding holds contributes nothing and gets no gradient, even NaN.
 
     Args:
-        loss_fn: gives one loss per step: called once with `[M, *G]` and `[M, ...]`, returns `[M]`. A torch loss must
+        loss_fn: Gives one loss per step: called once with `[M, *G]` and `[M, ...]`, returns `[M]`. A torch loss must
             have `reduction="none"`.
         output: `[B, T, *G]`.
         target: `[B, T, ...]`, of the same rows in the same order.
@@ -130,6 +130,11 @@ def token_scale(num_tokens: int, group: dist.ProcessGroup | None = None) -> Tens
 
 
 def _check_pair(output: LengthTrackedBatch, target: LengthTrackedBatch) -> None:
+    """Check that output and target have the same rows, lengths and chunk.
+
+    Raises:
+        LengthError: They have not.
+    """
     if output.first_step != target.first_step:
         raise LengthError(
             f"output begins at step {output.first_step} of its sequences, target at step {target.first_step}: give "
@@ -199,6 +204,11 @@ def _all_real(batch: LengthTrackedBatch) -> Tensor:
 
 
 def _per_step(loss_fn: LossFunction, output: Tensor, target: Tensor) -> Tensor:
+    """The losses of the time steps, one each, in float32 or wider.
+
+    Raises:
+        ValueError: The function gives another number of losses.
+    """
     losses = loss_fn(output, target)
     if losses.shape != output.shape[:1]:
         raise ValueError(
@@ -209,4 +219,5 @@ def _per_step(loss_fn: LossFunction, output: Tensor, target: Tensor) -> Tensor:
 
 
 def _not_zero(count: Tensor) -> Tensor:
+    """The count, and 1 for 0: the sum to be divided is 0 then."""
     return torch.where(count == 0, 1, count)

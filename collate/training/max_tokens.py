@@ -123,6 +123,7 @@ def largest_that_fits(fits: Callable[[int], bool], lower: int, upper: int) -> in
 
 
 def _accelerator() -> torch.device | None:
+    """The accelerator, if there is one."""
     # A build for CUDA names one that is not there, unless it is asked to look.
     return torch.accelerator.current_accelerator(check_available=True)
 
@@ -188,6 +189,7 @@ def _peak(run_shape: SizedStep, rows: int, width: int | FieldWidths, device: tor
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error of torch or its libraries says that memory ran out."""
     # cuBLAS and cuDNN have their own texts (CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_ALLOC_FAILED), and so has
     # torch on the host (DefaultCPUAllocator: can't allocate memory).
     words = ("out of memory", "ALLOC_FAILED", "DefaultCPUAllocator")
@@ -213,6 +215,7 @@ def peak_resident() -> int:
 
 
 def _forget_peak() -> None:
+    """Reset the process's peak memory to what is resident now; Linux only."""
     if _CLEAR_REFS.exists():
         # "5" sets the peak back to what is resident now (Linux, proc(5)).
         _CLEAR_REFS.write_text("5")

@@ -180,6 +180,7 @@ class PrefetchIterator(Iterator[LoaderBatch]):
         self._finished = True
 
     def _fill(self) -> None:
+        """Take batches until `depth` are waiting behind the next one."""
         while not self._finished and self._error is None and len(self._queue) <= self._depth:
             try:
                 self._take()
@@ -189,6 +190,7 @@ class PrefetchIterator(Iterator[LoaderBatch]):
                 self._error = error
 
     def _take(self) -> None:
+        """Take one batch from the loader and start its copy."""
         if self._source is None:
             self._source = iter(self._loader)
         batch = next(self._source, _EXHAUSTED)
@@ -289,6 +291,11 @@ class LoaderPosition:
         return self._seekable.position(0), self._seekable.next_position
 
     def _check(self) -> None:
+        """Check that there is a state to read.
+
+        Raises:
+            TypeError: There is none.
+        """
         if not self._stateful and self._seekable is None:
             raise TypeError(
                 f"a {type(self._loader).__name__} has no state, nor has its batch sampler or dataset a position: use a "
@@ -348,6 +355,7 @@ def record_stream(batch: Any, stream: torch.Stream) -> None:
 
 
 def _can_be_pinned(batch: Any, device: torch.device) -> bool:
+    """Whether a batch is on the host, not pinned, and its target reads page-locked memory."""
     # Only an accelerator reads page-locked memory; what is pinned already is not copied again.
     if device.type in ("cpu", "meta") or not hasattr(batch, "pin_memory"):
         return False
@@ -356,6 +364,11 @@ def _can_be_pinned(batch: Any, device: torch.device) -> bool:
 
 
 def _tensors_of(batch: Any) -> Iterator[Tensor]:
+    """All tensors in a batch.
+
+    Yields:
+        The tensors.
+    """
     if isinstance(batch, Tensor):
         yield batch
     else:

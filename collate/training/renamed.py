@@ -5,16 +5,16 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-Params = ParamSpec("Params")
-Result = TypeVar("Result")
+CallParams = ParamSpec("CallParams")
+CallResult = TypeVar("CallResult")
 
 
-def renamed_parameters(**names: str) -> Callable[[Callable[Params, Result]], Callable[Params, Result]]:
+def renamed_parameters(**names: str) -> Callable[[Callable[CallParams, CallResult]], Callable[CallParams, CallResult]]:
     """Let a function take arguments by these old names; each leads to the new name."""
 
-    def decorate(call: Callable[Params, Result]) -> Callable[Params, Result]:
+    def decorate(call: Callable[CallParams, CallResult]) -> Callable[CallParams, CallResult]:
         @wraps(call)
-        def with_old_names(*args: Params.args, **options: Params.kwargs) -> Result:
+        def with_old_names(*args: CallParams.args, **options: CallParams.kwargs) -> CallResult:
             renamed: dict[str, Any] = {}
             for name, value in options.items():
                 new = names.get(name, name)

@@ -58,10 +58,12 @@ def _restorer(tensor: Tensor) -> Callable[[], None]:
 
 
 def _on_host(tensor: Tensor) -> Tensor:
+    """A copy on the host."""
     return tensor.detach().to("cpu", copy=True)
 
 
 def _copy_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A copy of an optimizer's state, its tensors on the host."""
     whole = optimizer.state_dict()
     # Options stay on their device: loading moves an optimizer's state to its weights, but no tensor among the options.
     return {

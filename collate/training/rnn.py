@@ -67,6 +67,11 @@ def apply_rnn(
 
 
 def _run_module(rnn: nn.Module, packed: PackedSequence, hx: RnnState | None) -> tuple[PackedSequence, RnnState]:
+    """Run the module on a packed batch, in dense segments where that is faster.
+
+    Raises:
+        TypeError: A custom module returns something else.
+    """
     if is_plain(rnn):
         plain = cast(nn.RNNBase, rnn)
         check_fit(plain, packed, hx)
@@ -82,10 +87,16 @@ def _run_module(rnn: nn.Module, packed: PackedSequence, hx: RnnState | None) -> 
 
 
 def _as_batch(batch: LengthTrackedBatch, padded: Tensor) -> LengthTrackedBatch:
+    """Outputs as a batch with the same lengths."""
     return changed_batch(batch, padded=padded, padding_value=0)
 
 
 def _check_state(hx: RnnState | None, rows: int) -> None:
+    """Check that initial states hold one state per row.
+
+    Raises:
+        ValueError: They do not.
+    """
     for part in () if hx is None else hx if isinstance(hx, tuple) else (hx,):
         if part.dim() != 3 or part.shape[1] != rows:
             raise ValueError(f"hx must be [layers * directions, {rows}, H], one state per row, got {list(part.shape)}")
@@ -100,11 +111,13 @@ def _fill_states(state: RnnState, rows: Tensor, hx: RnnState | None, size: int) 
 
 
 def _put_part(part: Tensor, rows: Tensor, hx: Tensor | None, size: int) -> Tensor:
+    """One tensor of the states, `[*, B, *]`."""
     states = part.new_zeros(part.shape[0], size, *part.shape[2:]) if hx is None else hx.to(part.dtype)
     return states.index_copy(1, rows, part)
 
 
 def _run_nothing(rnn: nn.Module, batch: LengthTrackedBatch, hx: RnnState | None) -> tuple[LengthTrackedBatch, RnnState]:
+    """Outputs and states of a batch whose rows are all empty."""
     # One time step of one row tells how wide outputs and states are; its values are not used.
     step = PackedSequence(batch.padded.new_zeros(1, *batch.padded.shape[2:]), torch.tensor([1], device="cpu"))
     with torch.no_grad():

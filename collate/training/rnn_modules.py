@@ -60,11 +60,17 @@ def check_fit(rnn: nn.RNNBase, packed: PackedSequence, hx: RnnState | None) -> N
 
 
 def _is_autocast(device_type: str) -> bool:
+    """Whether autocast is on for a type of device."""
     # torch refuses the question for some devices, such as meta.
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _states(rnn: nn.RNNBase, packed: PackedSequence, hx: RnnState | None) -> Sequence[Tensor]:
+    """The initial states as a sequence of tensors, after torch's own checks.
+
+    Raises:
+        TypeError: An LSTM has no pair, or another module a tuple.
+    """
     if hx is None:
         return ()
     pair = rnn.mode == "LSTM"
@@ -78,6 +84,11 @@ def _states(rnn: nn.RNNBase, packed: PackedSequence, hx: RnnState | None) -> Seq
 
 
 def _check_devices(data: Tensor, others: Sequence[Tensor]) -> None:
+    """Check that all tensors are on the input's device.
+
+    Raises:
+        RuntimeError: One is not.
+    """
     for other in others:
         if other.device != data.device:
             raise RuntimeError(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from strategies import sequences
 from torch.utils.data import DataLoader, Dataset
 
-from collate import LengthError, LengthTrackedBatch, PadCollator
+from collate import DevicePrefetcher, LengthError, LengthTrackedBatch, PadCollator, token_scale
 
 Pair = namedtuple("Pair", "left right")
 
@@ -411,3 +411,22 @@ def test_a_subclass_makes_its_own_kind_for_a_sampler():
         pass
 
     assert type(Mine.for_sampler(Planned())) is Mine
+
+
+@pytest.mark.parametrize("count", [2.0, "2", True, None])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda count: PadCollator(max_length=2.5 if count is None else count),
+        lambda count: PadCollator(shapes=[(count, 8)]),
+        lambda count: PadCollator(shapes=[(8, (8, count))]),
+        lambda count: LengthTrackedBatch.from_sequences([[1]]).split(count),
+        lambda count: LengthTrackedBatch.from_sequences([[1]]).split_steps(count),
+        lambda count: LengthTrackedBatch(torch.ones(1, 1), [1], first_step=count),
+        lambda count: DevicePrefetcher([], "cpu", depth=count),
+        lambda count: token_scale(count),
+    ],
+)
+def test_a_count_that_is_no_int_is_a_type_error_everywhere(use, count):
+    with pytest.raises(TypeError, match="must be an int, got"):
+        use(count)

@@ -122,6 +122,7 @@ def gradients_of(loss: Tensor, leaves: Sequence[Tensor], *, keep_graph: bool) ->
 
 
 def _dense_gradient(leaf: Tensor, gradient: Tensor | None) -> Tensor:
+    """A leaf's gradient as a dense tensor; zeros for None."""
     if gradient is None:
         return torch.zeros_like(leaf)
     # nn.Embedding(sparse=True) gives sparse gradients, which cannot be compared entry by entry.

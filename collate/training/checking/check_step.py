@@ -82,6 +82,7 @@ def check_step(
 
 
 def _report_of_batch(runner: Runner, variants: BatchVariants, tolerance: float) -> StepReport:
+    """All probes of a batch."""
     runner.begin(variants.whole, [field.padded for field in variants.fields.values()])
     if report := _unfit(runner, variants.whole, tolerance):
         return report
@@ -100,6 +101,11 @@ def _report_of_batch(runner: Runner, variants: BatchVariants, tolerance: float) 
 
 
 def _report_of_samples(inner: Runner, samples: Sequence[Any], collate: Collate, tolerance: float) -> StepReport:
+    """All probes of samples, then those of the batch that they make.
+
+    Raises:
+        LengthError: Samples are too few, or of one length.
+    """
     generator = torch.Generator().manual_seed(inner.seed)
     variants = SampleVariants(samples, lambda chosen: collate(fresh(chosen)), generator)
     if variants.rows < 2 or (variants.lengths and all(len(set(each)) < 2 for each in variants.lengths.values())):
@@ -173,6 +179,7 @@ def _of_marks(probes: BatchProbes, *, known: bool) -> list[Finding]:
 
 
 def _with_rows(variants: BatchVariants) -> Callable[[Finding | None], Finding | None]:
+    """A function that adds to a finding which parts went with the rows."""
     taken = ", ".join(variants.taken_along())
 
     def explained(finding: Finding | None) -> Finding | None:
@@ -223,10 +230,16 @@ def _is_read(inner: Runner, guess: Guess) -> bool:
 
 
 def _loss(runner: Runner) -> float:
+    """The loss of the whole batch, of several terms their sum."""
     return sum(term.loss for term in runner.base.values())
 
 
 def _check_arguments(batch: Any, samples: Sequence[Any] | None, collate: Collate | None) -> None:
+    """Check that either a batch or samples with their collate function are given.
+
+    Raises:
+        TypeError: They are not.
+    """
     if (samples is None) != (collate is None):
         raise TypeError("samples and collate go together: the samples, and the function that makes a batch of them")
     if (batch is None) == (samples is None):

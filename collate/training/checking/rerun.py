@@ -188,6 +188,7 @@ def undisturbed(module: nn.Module | None) -> Iterator[Buffers]:
 
 
 def _seed(seed: int) -> None:
+    """Seed torch, Python and NumPy."""
     # Without an accelerator `torch.manual_seed` keeps a traceback of every call, for a device that may appear later.
     (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(seed)
     random.seed(seed)
@@ -195,12 +196,17 @@ def _seed(seed: int) -> None:
 
 
 def _terms(result: object) -> dict[str, Tensor]:
+    """The losses that a step returned, by name.
+
+    Raises:
+        TypeError: It returned something else.
+    """
     if isinstance(result, Tensor):
         return {"": _scalar(result, "the step")}
     if not isinstance(result, Mapping):
         kind = type(result).__name__
         raise TypeError(
-            f"the step must return its loss as a tensor, or a mapping of losses, got {kind}: {_way_out(result)}"
+            f"the step must return its loss as a tensor, or a mapping of losses, got {kind}: {_return_hint(result)}"
         )
     if not result:
         raise TypeError("the step must return its loss as a tensor, or a mapping of losses, got an empty mapping")
@@ -208,8 +214,14 @@ def _terms(result: object) -> dict[str, Tensor]:
 
 
 def _scalar(loss: object, name: str) -> Tensor:
+    """A loss, if it is a real scalar tensor.
+
+    Raises:
+        LengthError: It has more than one number.
+        TypeError: It is no tensor, or complex.
+    """
     if not isinstance(loss, Tensor):
-        raise TypeError(f"{name} must return a scalar tensor, got {type(loss).__name__}: {_way_out(loss)}")
+        raise TypeError(f"{name} must return a scalar tensor, got {type(loss).__name__}: {_return_hint(loss)}")
     if loss.numel() != 1:
         raise LengthError(
             f"{name} must return a scalar loss, got shape {list(loss.shape)}: reduce it as in training, and of a "
@@ -220,7 +232,8 @@ def _scalar(loss: object, name: str) -> Tensor:
     return loss
 
 
-def _way_out(result: object) -> str:
+def _return_hint(result: object) -> str:
+    """What to return instead."""
     if result is None:
         return "add a return statement"
     if isinstance(result, (int, float)):

@@ -86,9 +86,11 @@ class SampleVariants:
         return self.of(samples)
 
     def _values(self, name: str) -> list[Tensor]:
+        """The samples' values of a field."""
         return self.fields[name] if name in self.fields else self.fields[""]
 
     def _steps(self, name: str) -> Tensor:
+        """All time steps of a field: `[M, *F]`."""
         return torch.cat(self._values(name))
 
     # --- what the collate function did, for a finding to name
@@ -177,6 +179,7 @@ class SampleVariants:
         return sorted(value for value in found if value == value and not (exact and value < 0))[:4]
 
     def _loses(self, name: str, row: int, steps: slice) -> bool:
+        """Whether other values at these time steps of a sample change nothing in the batch."""
         base, wild = self._parts(self.whole), (False, False, True, True)
         changed = (self.changed(name, row, steps, wild=each) for each in wild)
         return not any(_rows_that_differ(base, self._parts(samples)) for samples in changed)
@@ -195,6 +198,7 @@ class SampleVariants:
         return rows if len(set(rows)) == self.rows else None
 
     def _other_lengths(self, name: str, rows: Sequence[int]) -> str | None:
+        """A part of the batch that holds the right lengths in another order, in words."""
         lengths = [length for _, length in sorted(zip(rows, self.lengths[name], strict=True))]
         for part, values in self._parts(self.whole).items():
             found = [int(value) for value in values] if all(map(_is_integer, values)) else []
@@ -205,6 +209,7 @@ class SampleVariants:
         return None
 
     def _parts(self, samples: list[Any]) -> dict[str, list[Any]]:
+        """The rows of each part of the batch that the samples make."""
         return dict(_rows_of_parts(self.collate(samples), self.rows))
 
 
@@ -220,6 +225,7 @@ def _as_tensor(value: object) -> Tensor | None:
 
 
 def _as_before(original: object, value: Tensor) -> object:
+    """A value in the type that the sample's field had."""
     if isinstance(original, Tensor):
         return value.to(original.device)
     if isinstance(original, (np.ndarray, np.generic)):
@@ -244,6 +250,11 @@ def _replaced(sample: Any, name: str, value: Tensor) -> Any:
 
 
 def _rows_of_parts(batch: Any, rows: int) -> Iterator[tuple[str, list[Any]]]:
+    """The rows of each part of a batch that has an entry per sample.
+
+    Yields:
+        Pairs of a part's name and its rows.
+    """
     for name, part in parts_of(batch):
         if isinstance(part, LengthTrackedBatch) and len(part) == rows:
             yield name, list(part.padded)
@@ -255,6 +266,7 @@ def _rows_of_parts(batch: Any, rows: int) -> Iterator[tuple[str, list[Any]]]:
 
 
 def _rows_that_differ(base: dict[str, list[Any]], other: dict[str, list[Any]]) -> list[int]:
+    """The rows in which two batches differ in any part."""
     rows = set()
     for name, values in base.items():
         for row, (a, b) in enumerate(zip(values, other.get(name, values), strict=False)):
@@ -281,6 +293,11 @@ def _parts_that_follow(lengths: list[int], batches: Sequence[Any], batch: Any) -
 
 
 def _said(batch: Any) -> Iterator[tuple[str, list[int]]]:
+    """The lengths that each part of a batch states, sorted.
+
+    Yields:
+        Pairs of a part's name and lengths.
+    """
     for name, part in parts_of(batch):
         if (lengths := _as_lengths(part)) is not None:
             yield name or "a part", sorted(lengths)
@@ -316,6 +333,7 @@ def _as_lengths(part: object) -> list[int] | None:
 
 
 def _is_integer(value: object) -> bool:
+    """Whether a value is one whole number."""
     if isinstance(value, Tensor):
         return value.dim() == 0 and not value.is_floating_point() and not value.is_complex()
     return isinstance(value, (int, np.integer))

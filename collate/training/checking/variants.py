@@ -262,14 +262,17 @@ def _weights(steps: Tensor) -> list[float]:
 
 
 def _as_wide(field: LengthTrackedBatch, padded: Tensor) -> LengthTrackedBatch:
+    """The same field with values of another width."""
     return changed_batch(field, padded=padded, mask=None)
 
 
 def _is_inexact(values: Tensor) -> bool:
+    """Whether values are floats or complex."""
     return values.is_floating_point() or values.is_complex()
 
 
 def _is_structure(part: object) -> bool:
+    """Whether a list that holds such a part is a container, and not a part itself."""
     return isinstance(part, (LengthTrackedBatch, Tensor, np.ndarray, Mapping, tuple, list))
 
 
