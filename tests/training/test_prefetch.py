@@ -66,7 +66,7 @@ def recorders(monkeypatch):
         made.append(Recorder(device))
         return made[-1]
 
-    monkeypatch.setattr(module, "Transfer", make)
+    monkeypatch.setattr(module, "CopyStream", make)
     return made
 
 
