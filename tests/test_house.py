@@ -82,13 +82,17 @@ LAYERS = {
         ["training"],
         ["collator"],
         ["batch"],
-        ["serialization"],
+        ["operations"],
         ["lengths"],
         ["packing", "padding"],
-        ["options"],
         ["widths"],
         ["tensors"],
         ["errors", "moved"],
+    ],
+    "collate.training": [
+        ["checking", "max_tokens", "losses", "rnn", "prefetch"],
+        ["cpu_rnn", "renamed", "restore"],
+        ["rnn_modules"],
     ],
 }
 # What `samplers` may take from `collate`.

@@ -1,4 +1,8 @@
-"""What a batch was made with, kept with it on the host: a write to lengths, mask or permutation is noticed."""
+"""A snapshot of a batch's lengths and permutation from when it was made: a write to them, or to the mask, is noticed.
+
+A batch with lengths [3, 1] keeps a copy of them. After `batch.lengths[0] = 2` the next use of lengths compares the two
+and raises, since mask, permutation and padding do not follow such a write.
+"""
 
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -9,24 +13,25 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from collate.errors import LengthError
-from collate.lengths.validation import check_lengths, check_mask, check_permutation
-from collate.padding import real_places
+from collate.lengths.validation import check_batch_lengths, check_mask, check_permutation
 from collate.tensors.graphs import refuse_export
-from collate.tensors.numpy_view import Array, Int64Array, to_array
+from collate.tensors.masks import length_mask
+from collate.tensors.numpy_view import HostArray, Int64Array, to_array
+from collate.tensors.steps import PaddingValue
 
-_KEPT: Final = "_kept_on_host"
+_SNAPSHOT: Final = "_kept_on_host"
 
 # Cells up to which the real ones of a mask are counted at each use, which takes two microseconds or so: it finds writes
 # that torch does not count, through NumPy or `.data`.
 _FEW_CELLS: Final = 1 << 15
 
 
-class Tracked(Protocol):
-    """What has lengths."""
+class TrackedBatch(Protocol):
+    """What this room needs to know of a batch, which is defined above it."""
 
     @property
     def padded(self) -> Tensor:
-        """The block `[B, T, *F]`."""
+        """Values `[B, T, *F]`."""
 
     @property
     def lengths(self) -> Tensor:
@@ -38,39 +43,47 @@ class Tracked(Protocol):
 
     @property
     def permutation(self) -> Tensor:
-        """Places of the rows, int64 `[B]` on the host."""
+        """Sample index of each row, int64 `[B]` on the host."""
+
+    @property
+    def padding_value(self) -> PaddingValue | None:
+        """What the padding holds."""
+
+    @property
+    def first_step(self) -> int:
+        """Time steps before these."""
 
 
 @dataclass
-class _Kept:
+class _Snapshot:
     """A batch's integers when it was made.
 
     Attributes:
         lengths: int64 `[B]`.
-        counts: their memory, which is compared in a third of the time.
-        places: that of the permutation; None where nobody has looked at it yet, as in a pytree.
-        version: how often torch had written to the mask when it was right; None where nobody has looked at it yet.
+        counts: Their memory, which is compared in a third of the time.
+        permutation: Memory of the permutation; None where it was not read yet, as in a pytree.
+        version: how often torch had written to the mask when it was right; None where it was not read yet.
         total: M, once it is known.
     """
 
     lengths: Int64Array
     counts: bytes
-    places: bytes | None = None
+    permutation: bytes | None = None
     version: int | None = None
     total: int | None = None
 
 
-def keep_lengths(batch: Tracked) -> None:
+def keep_lengths(batch: TrackedBatch) -> None:
     """Keep a batch's integers, which are known to be right; what is no tensor with memory is left for later."""
     if type(batch.lengths) is Tensor and batch.lengths.is_cpu:
-        kept = _keep(batch, batch.lengths)
-        kept.places = _memory_of(batch.permutation)
+        snapshot = _take_snapshot(batch, batch.lengths)
+        snapshot.permutation = _memory_of(batch.permutation)
         # What is not there yet will be made by torch once, as it should be.
-        kept.version = _version_of(vars(batch)["mask"]) if "mask" in vars(batch) else 0
+        snapshot.version = _version_of(vars(batch)["mask"]) if "mask" in vars(batch) else 0
 
 
-def keep_lengths_that_fit(batch: Tracked) -> None:
-    """Copy a batch's lengths if they fit its block; all else, which may be anything, is left for later.
+def keep_lengths_that_fit(batch: TrackedBatch) -> None:
+    """Copy a batch's lengths if they fit its values; all else, which may be anything, is left for later.
 
     What does not fit is refused where lengths are used, and not here: a pytree is put together from any leaves.
     """
@@ -78,43 +91,43 @@ def keep_lengths_that_fit(batch: Tracked) -> None:
     if type(lengths) is not Tensor or not isinstance(padded, Tensor) or padded.dim() < 2 or not lengths.is_cpu:
         return
     try:
-        check_lengths(lengths, padded.shape[0], padded.shape[1])
+        check_batch_lengths(lengths, padded.shape[0], padded.shape[1])
     except (LengthError, TypeError, RuntimeError):
         # torch does not say what numbers are in a tensor that vmap maps over.
         return
-    _keep(batch, lengths)
+    _take_snapshot(batch, lengths)
 
 
-def host_lengths(batch: Tracked) -> Int64Array:
+def host_lengths(batch: TrackedBatch) -> Int64Array:
     """The lengths that a batch was made with: int64 `[B]`, not to be written to.
 
-    Mask and permutation are checked as well. A mask on a device is not looked at, which would wait for it; on the host,
-    a write through NumPy to a large one is left to `verify`.
+    Mask and permutation are checked as well. A mask on a device is not read, which would wait for the device; on the
+    host, a write through NumPy to a large one is left to `verify`.
 
     Raises:
         LengthError: Lengths, mask or permutation were written to since, so that they no longer agree; or, where the
-            batch was made in compiled code or from a pytree's leaves, they do not fit the block; or a program is being
+            batch was made in compiled code or from a pytree's leaves, they do not fit `padded`; or a program is being
             exported.
         TypeError: Such a batch has a mask that is not bool, or a permutation that is not of integers.
         ValueError: Such a batch has a permutation that is none.
     """
     refuse_export()
-    kept: _Kept | None = vars(batch).get(_KEPT)
-    if kept is None:
+    snapshot: _Snapshot | None = vars(batch).get(_SNAPSHOT)
+    if snapshot is None:
         # Compiled code and pytrees check nothing when they make a batch.
-        kept = _keep(batch, check_lengths(batch.lengths, *batch.padded.shape[:2]))
-    elif kept.counts != to_array(batch.lengths).tobytes():
+        snapshot = _take_snapshot(batch, check_batch_lengths(batch.lengths, *batch.padded.shape[:2]))
+    elif snapshot.counts != to_array(batch.lengths).tobytes():
         raise LengthError(
-            f"the batch was made with lengths {kept.lengths.tolist()}, and they were written to: they now are "
+            f"the batch was made with lengths {snapshot.lengths.tolist()}, and they were written to: they now are "
             f"{batch.lengths.tolist()}, which mask and padding do not follow. Make a new batch with "
             "with_padded(values, lengths=...)"
         )
-    _check_places(batch, kept)
-    _check_mask(batch, kept)
-    return kept.lengths
+    _check_permutation(batch, snapshot)
+    _check_mask(batch, snapshot)
+    return snapshot.lengths
 
 
-def check_unwritten(batch: Tracked) -> None:
+def check_unwritten(batch: TrackedBatch) -> None:
     """Check that a batch's lengths, mask and permutation are those that it was made with.
 
     Compiled code and fake tensors are not looked at.
@@ -126,14 +139,14 @@ def check_unwritten(batch: Tracked) -> None:
         host_lengths(batch)
 
 
-def check_places_unwritten(batch: Tracked) -> None:
+def check_permutation_unwritten(batch: TrackedBatch) -> None:
     """Check the permutation alone, where lengths and mask are about to be replaced.
 
     Raises:
         LengthError: It was written to.
     """
-    if not torch.compiler.is_compiling() and _KEPT in vars(batch):
-        _check_places(batch, vars(batch)[_KEPT])
+    if not torch.compiler.is_compiling() and _SNAPSHOT in vars(batch):
+        _check_permutation(batch, vars(batch)[_SNAPSHOT])
 
 
 def check_tracked(name: str, *batches: object) -> None:
@@ -146,59 +159,70 @@ def check_tracked(name: str, *batches: object) -> None:
         if isinstance(batch, (Tensor, PackedSequence)):
             raise TypeError(
                 f"{name} takes a LengthTrackedBatch, got a {type(batch).__name__}: wrap it, "
-                "LengthTrackedBatch(padded, lengths) with a block [B, T, *F] and the steps of each row"
+                "LengthTrackedBatch(padded, lengths) with values [B, T, *F] and the length of each row"
             )
 
 
-def _keep(batch: Tracked, lengths: Tensor) -> _Kept:
+def _take_snapshot(batch: TrackedBatch, lengths: Tensor) -> _Snapshot:
+    """Copy a batch's lengths into its dictionary."""
     counts = to_array(lengths)
-    kept = vars(batch)[_KEPT] = _Kept(counts.copy(), counts.tobytes())
-    return kept
+    snapshot = vars(batch)[_SNAPSHOT] = _Snapshot(counts.copy(), counts.tobytes())
+    return snapshot
 
 
-def _check_places(batch: Tracked, kept: _Kept) -> None:
-    places = _memory_of(batch.permutation)
-    if places is None or places == kept.places:
+def _check_permutation(batch: TrackedBatch, snapshot: _Snapshot) -> None:
+    """Compare the permutation with the snapshot's.
+
+    Raises:
+        LengthError: It was written to.
+    """
+    contents = _memory_of(batch.permutation)
+    if contents is None or contents == snapshot.permutation:
         return
-    if kept.places is not None:
+    if snapshot.permutation is not None:
         raise LengthError(
-            f"the batch was made with permutation {np.frombuffer(kept.places, np.int64).tolist()}, and it was written "
-            f"to: it now is {batch.permutation.tolist()}, which rows and other fields do not follow. Make a new batch "
-            "with LengthTrackedBatch(padded, lengths, permutation=...)"
+            f"the batch was made with permutation {np.frombuffer(snapshot.permutation, np.int64).tolist()}, and it was "
+            f"written to: it now is {batch.permutation.tolist()}, which rows and other fields do not follow. Make a "
+            "new batch with LengthTrackedBatch(padded, lengths, permutation=...)"
         )
-    check_permutation(batch.permutation, len(kept.lengths))
-    kept.places = places
+    check_permutation(batch.permutation, len(snapshot.lengths))
+    snapshot.permutation = contents
 
 
-def _check_mask(batch: Tracked, kept: _Kept) -> None:
-    # The mask of a wide block is made when it is first used, and not for this.
+def _check_mask(batch: TrackedBatch, snapshot: _Snapshot) -> None:
+    """Compare the mask with the lengths, where torch has written to it or it is small.
+
+    Raises:
+        LengthError: It does not agree.
+    """
+    # The mask of a wide batch is made at its first use, and a check is no use.
     mask = vars(batch).get("mask")
     if type(mask) is not Tensor or not mask.is_cpu:
         return
     version = _version_of(mask)
-    if version == kept.version and (mask.numel() > _FEW_CELLS or _counts(mask, kept)):
+    if version == snapshot.version and (mask.numel() > _FEW_CELLS or _counts(mask, snapshot)):
         return
     values = _values_of(mask)
     if values is None:
         return
-    if kept.version is None:
-        check_mask(mask, torch.from_numpy(kept.lengths), batch.padded)
-    elif not np.array_equal(values, real := real_places(kept.lengths, values.shape[1])):
+    if snapshot.version is None:
+        check_mask(mask, torch.from_numpy(snapshot.lengths), batch.padded)
+    elif not np.array_equal(values, real := length_mask(snapshot.lengths, values.shape[1])):
         row = int(np.flatnonzero((values != real).any(1))[0])
         raise LengthError(
             f"the batch's mask was written to: row {row} now marks {int(values[row].sum())} steps, its length is "
-            f"{kept.lengths[row]}. A mask is the first `length` steps and nothing else: give sequence_loss weights= to "
-            "leave steps out, or make a new batch with with_padded(values, lengths=...)"
+            f"{snapshot.lengths[row]}. A mask is the first `length` steps and nothing else: give sequence_loss "
+            "weights= to leave steps out, or make a new batch with with_padded(values, lengths=...)"
         )
-    kept.version = version
+    snapshot.version = version
 
 
-def _counts(mask: Tensor, kept: _Kept) -> bool:
+def _counts(mask: Tensor, snapshot: _Snapshot) -> bool:
     """Whether a mask has as many real steps as there were, as far as it can be read."""
-    if kept.total is None:
-        kept.total = int(kept.lengths.sum())
+    if snapshot.total is None:
+        snapshot.total = int(snapshot.lengths.sum())
     values = _values_of(mask)
-    return values is None or np.count_nonzero(values) == kept.total
+    return values is None or np.count_nonzero(values) == snapshot.total
 
 
 def _version_of(mask: Tensor) -> int | None:
@@ -208,17 +232,18 @@ def _version_of(mask: Tensor) -> int | None:
     return 0 if mask.is_inference() else mask._version  # noqa: SLF001 - what autograd itself looks at
 
 
-def _memory_of(places: Tensor) -> bytes | None:
+def _memory_of(contents: Tensor) -> bytes | None:
     """The memory of integers on the host; None of what cannot be read, such as fake tensors and those of vmap."""
-    if type(places) is not Tensor or not places.is_cpu:
+    if type(contents) is not Tensor or not contents.is_cpu:
         return None
     try:
-        return places.numpy().tobytes()
+        return contents.numpy().tobytes()
     except RuntimeError:
         return None
 
 
-def _values_of(mask: Tensor) -> Array | None:
+def _values_of(mask: Tensor) -> HostArray | None:
+    """A mask as an array; None where no memory can be shared."""
     try:
         return mask.numpy()
     except RuntimeError:

@@ -11,8 +11,9 @@ from torch import Tensor
 from collate.batch import LengthTrackedBatch
 from collate.errors import LengthError
 from collate.lengths.tracking import check_tracked, check_unwritten, host_lengths
-from collate.lengths.validation import aligned
-from collate.packing import flat_places, gather_steps, scatter_steps
+from collate.tensors.masks import expand_like
+from collate.tensors.steps import flat_index, gather_steps, scatter_steps
+from collate.widths import check_count
 
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Reduction: TypeAlias = Literal["token", "sequence", "sum"]
@@ -26,10 +27,10 @@ def sequence_loss(
     weights: Tensor | None = None,
     reduction: Reduction = "token",
 ) -> Tensor:
-    """A loss over real steps; whatever the padding holds gives no value and gets no gradient, even NaN.
+    """A loss over real steps; whatever the padding holds contributes nothing and gets no gradient, even NaN.
 
     Args:
-        loss_fn: gives one loss per step: called once with `[M, *G]` and `[M, ...]`, returns `[M]`. A torch loss must
+        loss_fn: Gives one loss per step: called once with `[M, *G]` and `[M, ...]`, returns `[M]`. A torch loss must
             have `reduction="none"`.
         output: `[B, T, *G]`.
         target: `[B, T, ...]`, of the same rows in the same order.
@@ -81,9 +82,9 @@ def masked_mean(batch: LengthTrackedBatch) -> Tensor:
         raise TypeError(f"masked_mean needs floating-point values, got {batch.padded.dtype}: convert with .to(dtype)")
     # In half precision a sum overflows beyond 65,504, and so does a count.
     wide = torch.promote_types(batch.padded.dtype, torch.float32)
-    total = torch.where(aligned(batch.mask, batch.padded), batch.padded, 0).sum(1, dtype=wide)
+    total = torch.where(expand_like(batch.mask, batch.padded), batch.padded, 0).sum(1, dtype=wide)
     counts = batch.mask.sum(1).clamp(min=1).to(wide)
-    return (total / aligned(counts, total)).to(batch.padded.dtype)
+    return (total / expand_like(counts, total)).to(batch.padded.dtype)
 
 
 def last_step(batch: LengthTrackedBatch) -> Tensor:
@@ -97,7 +98,7 @@ def last_step(batch: LengthTrackedBatch) -> Tensor:
     check_unwritten(batch)
     last = (batch.mask.sum(1) - 1).clamp(min=0)
     values = batch.padded[torch.arange(len(batch), device=batch.device), last]
-    return torch.where(aligned(batch.mask[:, 0], values), values, 0)
+    return torch.where(expand_like(batch.mask[:, 0], values), values, 0)
 
 
 def token_scale(num_tokens: int, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -115,10 +116,10 @@ def token_scale(num_tokens: int, group: dist.ProcessGroup | None = None) -> Tens
         float64 scalar, on the CPU or where the group's backend communicates; 0 if there is no token anywhere.
 
     Raises:
-        ValueError: `num_tokens` is negative.
+        TypeError: `num_tokens` is not an int.
+        ValueError: It is negative.
     """
-    if num_tokens < 0:
-        raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
+    num_tokens = check_count("num_tokens", num_tokens, least=0, hint="give the real tokens of this rank")
     if not dist.is_available() or not dist.is_initialized():
         return torch.tensor(1 / num_tokens if num_tokens else 0.0, dtype=torch.float64, device="cpu")
     on_host = "cpu" in dist.get_backend_config(group)
@@ -129,6 +130,11 @@ def token_scale(num_tokens: int, group: dist.ProcessGroup | None = None) -> Tens
 
 
 def _check_pair(output: LengthTrackedBatch, target: LengthTrackedBatch) -> None:
+    """Check that output and target have the same rows, lengths and chunk.
+
+    Raises:
+        LengthError: They have not.
+    """
     if output.first_step != target.first_step:
         raise LengthError(
             f"output begins at step {output.first_step} of its sequences, target at step {target.first_step}: give "
@@ -163,18 +169,18 @@ def _flat_losses(
     """Each real step's loss and weight, `[M]`, or put back `[B, T]` with 0 in the padding: the loss sees no other."""
     _check_pair(output, target)
     shape = (output.padded.shape[0], output.padded.shape[1])
-    places = flat_places(host_lengths(output), shape[1], output.device)
+    index = flat_index(host_lengths(output), shape[1], output.device)
     # Fields of one width, as they come from a collator, lie alike.
-    alike = target.padded.shape[1] == shape[1] and target.device == output.device
-    labels = gather_steps(target.padded, places) if alike else target.flat()
-    losses = _per_step(loss_fn, gather_steps(output.padded, places), labels)
+    same_width = target.padded.shape[1] == shape[1] and target.device == output.device
+    labels = gather_steps(target.padded, index) if same_width else target.flat()
+    losses = _per_step(loss_fn, gather_steps(output.padded, index), labels)
     counts = None
     if weights is not None:
-        counts = gather_steps(weights, places).to(losses.dtype)
+        counts = gather_steps(weights, index).to(losses.dtype)
         losses = losses * counts
     if in_rows:
-        losses = scatter_steps(losses, places, shape)
-        counts = None if counts is None else scatter_steps(counts, places, shape)
+        losses = scatter_steps(losses, index, shape)
+        counts = None if counts is None else scatter_steps(counts, index, shape)
     return losses, counts
 
 
@@ -194,10 +200,15 @@ def _all_real(batch: LengthTrackedBatch) -> Tensor:
     steps = batch.padded.flatten(0, 1)
     stand_in = steps.detach().index_select(0, real.to(torch.uint8).argmax().reshape(1))
     # A batch without any real step has no such value; 0 is a class, and a number, wherever there is one.
-    return torch.where(aligned(real, steps), steps, torch.where(real.any(), stand_in, torch.zeros_like(stand_in)))
+    return torch.where(expand_like(real, steps), steps, torch.where(real.any(), stand_in, torch.zeros_like(stand_in)))
 
 
 def _per_step(loss_fn: LossFunction, output: Tensor, target: Tensor) -> Tensor:
+    """The losses of the time steps, one each, in float32 or wider.
+
+    Raises:
+        ValueError: The function gives another number of losses.
+    """
     losses = loss_fn(output, target)
     if losses.shape != output.shape[:1]:
         raise ValueError(
@@ -208,4 +219,5 @@ def _per_step(loss_fn: LossFunction, output: Tensor, target: Tensor) -> Tensor:
 
 
 def _not_zero(count: Tensor) -> Tensor:
+    """The count, and 1 for 0: the sum to be divided is 0 then."""
     return torch.where(count == 0, 1, count)

@@ -20,8 +20,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_se
 from torch.utils import _pytree as pytree
 
 from collate import LengthError, LengthTrackedBatch, apply_rnn, last_step, masked_mean, sequence_loss
-from collate.padding import real_places
-from collate.serialization import THROUGH_PIPE, send
+from collate.operations.serialization import THROUGH_PIPE, send
+from collate.tensors.masks import length_mask
 
 
 def agrees(batch: LengthTrackedBatch) -> None:
@@ -420,9 +420,9 @@ SPARSE = torch.ones(3).to_sparse()
         (lambda: LengthTrackedBatch(torch.zeros(2), [1, 1]), ValueError, r"\[B, T, ...\] .* got \[2\]"),
         (lambda: LengthTrackedBatch(torch.zeros(0, 2), []), ValueError, "at least one row"),
         (lambda: LengthTrackedBatch(torch.zeros(2, 0), [0, 0]), ValueError, "one step, got"),
-        (lambda: LengthTrackedBatch(BLOCK, [1, 2], permutation=[0, 0]), ValueError, "distinct places"),
-        (lambda: LengthTrackedBatch(BLOCK, [1, 2], permutation=[0, -1]), ValueError, "distinct places"),
-        (lambda: LengthTrackedBatch(BLOCK, [1, 2], permutation=[0]), ValueError, "one place per row"),
+        (lambda: LengthTrackedBatch(BLOCK, [1, 2], permutation=[0, 0]), ValueError, "distinct indices"),
+        (lambda: LengthTrackedBatch(BLOCK, [1, 2], permutation=[0, -1]), ValueError, "distinct indices"),
+        (lambda: LengthTrackedBatch(BLOCK, [1, 2], permutation=[0]), ValueError, "one sample index per row"),
         (lambda: LengthTrackedBatch(BLOCK, [1, 2], permutation=[0.0, 1.0]), TypeError, "permutation must be integers"),
         (lambda: LengthTrackedBatch(BLOCK, [1, 2], mask=BLOCK), TypeError, "mask must be bool"),
         (lambda: LengthTrackedBatch(BLOCK, [1, 2], mask=BLOCK[:1] > 0), ValueError, r"mask must be \[2, 3\]"),
@@ -473,7 +473,7 @@ SPARSE = torch.ones(3).to_sparse()
         (
             lambda: LengthTrackedBatch(BLOCK, [3, 1], first_step=-1),
             ValueError,
-            "first_step must not be negative, got -1",
+            "first_step must be at least 0, got -1",
         ),
         (lambda: LengthTrackedBatch(BLOCK, [3, 1], first_step=1.5), TypeError, "first_step must be an int, got 1.5"),
         (
@@ -619,7 +619,7 @@ def test_new_values_of_a_later_chunk_keep_its_first_step():
     assert chunk.with_padded(chunk.padded).first_step == 4
     strided = chunk.with_padded(chunk.padded[:, ::2], lengths=[1, 1], first_step=2)
     assert strided.position_ids.tolist() == [2, 2]
-    with pytest.raises(ValueError, match="first_step must not be negative, got -1"):
+    with pytest.raises(ValueError, match="first_step must be at least 0, got -1"):
         chunk.with_padded(chunk.padded, first_step=-1)
 
 
@@ -766,7 +766,7 @@ def test_a_large_mask_is_looked_at_where_torch_has_written_to_it():
     [
         (lambda part: ~part if part.dtype == torch.bool else part, "mask of row 0 marks 0 steps"),
         (lambda part: part.float() if part.dtype == torch.bool else part, "mask must be bool"),
-        (lambda part: torch.zeros_like(part) if part.tolist() == [2, 0, 1] else part, "distinct places"),
+        (lambda part: torch.zeros_like(part) if part.tolist() == [2, 0, 1] else part, "distinct indices"),
     ],
 )
 def test_masks_and_places_that_a_pytree_made_unfit_are_refused(change, message):
@@ -918,7 +918,7 @@ def test_a_batch_of_fake_tensors_is_made_without_reading_them():
 @pytest.mark.parametrize("width", [2**15 - 1, 2**15, 2**15 + 1, 70_000])
 def test_masks_of_wide_blocks_are_those_of_narrow_ones(width):
     counts = np.array([width, 0, 1, width - 1, 2**15 - 1, 2**14])
-    assert np.array_equal(real_places(counts, width), np.arange(width) < counts[:, None])
+    assert np.array_equal(length_mask(counts, width), np.arange(width) < counts[:, None])
 
 
 WIDE_ROWS = [torch.arange(float(n)) for n in (40_000, 3, 70_000, 0)]

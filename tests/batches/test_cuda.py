@@ -345,7 +345,7 @@ def test_a_gpu_is_filled_and_not_overrun():
     def step(rows, width):
         torch.ones(rows * width * 4096, dtype=torch.uint8, device=CUDA)
 
-    tokens = find_max_tokens(step, [256], device=CUDA, limit=4096 * MEGABYTE)
+    tokens = find_max_tokens(step, [256], device=CUDA, memory_limit=4096 * MEGABYTE)
     assert 0.8 * 943_718 <= tokens <= 943_718
 
 

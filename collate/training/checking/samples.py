@@ -71,10 +71,10 @@ class SampleVariants:
         """As in `Variants`."""
         real = self._steps(name)
         samples = list(self.whole)
-        for place in range(self.rows) if row is None else [row]:
-            value = self._values(name)[place].clone()
+        for index in range(self.rows) if row is None else [row]:
+            value = self._values(name)[index].clone()
             value[steps] = drawn(real, value[steps], self.generator, wild=wild)
-            samples[place] = _replaced(samples[place], name, value)
+            samples[index] = _replaced(samples[index], name, value)
         return samples
 
     def cut(self, name: str, row: int, steps: int) -> "SampleVariants":
@@ -86,17 +86,19 @@ class SampleVariants:
         return self.of(samples)
 
     def _values(self, name: str) -> list[Tensor]:
+        """The samples' values of a field."""
         return self.fields[name] if name in self.fields else self.fields[""]
 
     def _steps(self, name: str) -> Tensor:
+        """All time steps of a field: `[M, *F]`."""
         return torch.cat(self._values(name))
 
     # --- what the collate function did, for a finding to name
 
     def disagreement(self) -> str | None:
         """Two parts of the batch whose rows are in other orders, if that can be seen; None otherwise."""
-        places = {name: self._rows_of(name) for name in self.numbers}
-        known = {name: rows for name, rows in places.items() if rows is not None}
+        rows_of = {name: self._rows_of(name) for name in self.numbers}
+        known = {name: rows for name, rows in rows_of.items() if rows is not None}
         for name, rows in known.items():
             first, order = next(iter(known.items()))
             if rows != order:
@@ -133,10 +135,10 @@ class SampleVariants:
                     others = [step for step in few if not bool((step == value).all())]
                     if len(others) < 2:
                         continue
-                    like = torch.full_like(others[0], value)
-                    filled = self._without(name, like, others[0])
+                    padding = torch.full_like(others[0], value)
+                    filled = self._without(name, padding, others[0])
                     batches = [filled.ending_in(name, row, step) for step in others]
-                    batch = filled.ending_in(name, row, like)
+                    batch = filled.ending_in(name, row, padding)
                     if parts := _parts_that_follow(sorted(lengths), batches, batch):
                         what = (
                             f"the collate function takes the lengths of {name} from its values: with {value:g} at "
@@ -147,14 +149,14 @@ class SampleVariants:
                         return Guess(what, can_be_real, batch, _with_parts(batch, batches[0], parts))
         return None
 
-    def _without(self, name: str, like: Tensor, other: Tensor) -> "SampleVariants":
-        """The samples with another step wherever they have one like this, so that one within a row shows nothing."""
+    def _without(self, name: str, padding: Tensor, other: Tensor) -> "SampleVariants":
+        """The samples with another step instead of each that equals the padding: only last steps are under test."""
         samples = list(self.whole)
         for row, value in enumerate(self._values(name)):
-            where = (value == like)[..., None].flatten(1).all(1)
-            if where.any():
+            is_padding = (value == padding)[..., None].flatten(1).all(1)
+            if is_padding.any():
                 value = value.clone()
-                value[where] = other
+                value[is_padding] = other
                 samples[row] = _replaced(samples[row], name, value)
         return self.of(samples)
 
@@ -169,14 +171,15 @@ class SampleVariants:
         real = self._values(name)[0]
         found = {0.0}
         for _, part in parts_of(self.collate(self.whole)):
-            block = part.padded if isinstance(part, LengthTrackedBatch) else part
-            if isinstance(block, Tensor) and block.dim() == real.dim() + 1 and block.dtype == real.dtype:
-                found |= {float(end.flatten()[0]) for end in block[:, -1] if bool((end == end.flatten()[0]).all())}
+            values = part.padded if isinstance(part, LengthTrackedBatch) else part
+            if isinstance(values, Tensor) and values.dim() == real.dim() + 1 and values.dtype == real.dtype:
+                found |= {float(end.flatten()[0]) for end in values[:, -1] if bool((end == end.flatten()[0]).all())}
         # A negative whole number marks what is no target, as -100 does.
         exact = not real.is_floating_point()
         return sorted(value for value in found if value == value and not (exact and value < 0))[:4]
 
     def _loses(self, name: str, row: int, steps: slice) -> bool:
+        """Whether other values at these time steps of a sample change nothing in the batch."""
         base, wild = self._parts(self.whole), (False, False, True, True)
         changed = (self.changed(name, row, steps, wild=each) for each in wild)
         return not any(_rows_that_differ(base, self._parts(samples)) for samples in changed)
@@ -185,9 +188,9 @@ class SampleVariants:
         """The row that each sample's field went to, seen by what changes with it."""
         base, rows = self._parts(self.whole), []
         real = torch.cat([value.reshape(-1, *value.shape[1:]) for value in self.numbers[name]])
-        for place, value in enumerate(self.numbers[name]):
+        for index, value in enumerate(self.numbers[name]):
             other = drawn(real, value, self.generator, wild=False)
-            samples = [*self.whole[:place], _replaced(self.whole[place], name, other), *self.whole[place + 1 :]]
+            samples = [*self.whole[:index], _replaced(self.whole[index], name, other), *self.whole[index + 1 :]]
             differ = _rows_that_differ(base, self._parts(samples))
             if len(differ) != 1:
                 return None
@@ -195,6 +198,7 @@ class SampleVariants:
         return rows if len(set(rows)) == self.rows else None
 
     def _other_lengths(self, name: str, rows: Sequence[int]) -> str | None:
+        """A part of the batch that holds the right lengths in another order, in words."""
         lengths = [length for _, length in sorted(zip(rows, self.lengths[name], strict=True))]
         for part, values in self._parts(self.whole).items():
             found = [int(value) for value in values] if all(map(_is_integer, values)) else []
@@ -205,6 +209,7 @@ class SampleVariants:
         return None
 
     def _parts(self, samples: list[Any]) -> dict[str, list[Any]]:
+        """The rows of each part of the batch that the samples make."""
         return dict(_rows_of_parts(self.collate(samples), self.rows))
 
 
@@ -219,11 +224,12 @@ def _as_tensor(value: object) -> Tensor | None:
     return torch.from_numpy(np.array(array)) if array.dtype.kind in "biufc" else None
 
 
-def _as_before(like: object, value: Tensor) -> object:
-    if isinstance(like, Tensor):
-        return value.to(like.device)
-    if isinstance(like, (np.ndarray, np.generic)):
-        return value.numpy().astype(like.dtype)
+def _as_before(original: object, value: Tensor) -> object:
+    """A value in the type that the sample's field had."""
+    if isinstance(original, Tensor):
+        return value.to(original.device)
+    if isinstance(original, (np.ndarray, np.generic)):
+        return value.numpy().astype(original.dtype)
     return value.tolist()
 
 
@@ -244,6 +250,11 @@ def _replaced(sample: Any, name: str, value: Tensor) -> Any:
 
 
 def _rows_of_parts(batch: Any, rows: int) -> Iterator[tuple[str, list[Any]]]:
+    """The rows of each part of a batch that has an entry per sample.
+
+    Yields:
+        Pairs of a part's name and its rows.
+    """
     for name, part in parts_of(batch):
         if isinstance(part, LengthTrackedBatch) and len(part) == rows:
             yield name, list(part.padded)
@@ -255,6 +266,7 @@ def _rows_of_parts(batch: Any, rows: int) -> Iterator[tuple[str, list[Any]]]:
 
 
 def _rows_that_differ(base: dict[str, list[Any]], other: dict[str, list[Any]]) -> list[int]:
+    """The rows in which two batches differ in any part."""
     rows = set()
     for name, values in base.items():
         for row, (a, b) in enumerate(zip(values, other.get(name, values), strict=False)):
@@ -264,12 +276,12 @@ def _rows_that_differ(base: dict[str, list[Any]], other: dict[str, list[Any]]) -
     return sorted(rows)
 
 
-def _some(steps: Tensor, most: int = 6) -> list[Tensor]:
+def _some(steps: Tensor, count: int = 6) -> list[Tensor]:
     """Some different ones of steps `[M, *F]`."""
     if steps.dtype == torch.bool or steps.is_complex():
         return []
-    known = torch.unique(steps, dim=0)
-    return list(known[:: max(1, len(known) // most)][:most])
+    distinct = torch.unique(steps, dim=0)
+    return list(distinct[:: max(1, len(distinct) // count)][:count])
 
 
 def _parts_that_follow(lengths: list[int], batches: Sequence[Any], batch: Any) -> list[str]:
@@ -281,6 +293,11 @@ def _parts_that_follow(lengths: list[int], batches: Sequence[Any], batch: Any) -
 
 
 def _said(batch: Any) -> Iterator[tuple[str, list[int]]]:
+    """The lengths that each part of a batch states, sorted.
+
+    Yields:
+        Pairs of a part's name and lengths.
+    """
     for name, part in parts_of(batch):
         if (lengths := _as_lengths(part)) is not None:
             yield name or "a part", sorted(lengths)
@@ -289,10 +306,10 @@ def _said(batch: Any) -> Iterator[tuple[str, list[int]]]:
 def _with_parts(batch: Any, other: Any, names: Sequence[str]) -> Any:
     """A batch with some of its parts taken from another one."""
     parts, others = dict(parts_of(batch)), dict(parts_of(other))
-    known = {id(parts[name]): others[name] for name in names if name in parts}
+    replacements = {id(parts[name]): others[name] for name in names if name in parts}
 
     def change(part: Any) -> Any:
-        return known[id(part)] if id(part) in known else map_parts(part, change)
+        return replacements[id(part)] if id(part) in replacements else map_parts(part, change)
 
     return change(batch)
 
@@ -316,6 +333,7 @@ def _as_lengths(part: object) -> list[int] | None:
 
 
 def _is_integer(value: object) -> bool:
+    """Whether a value is one whole number."""
     if isinstance(value, Tensor):
         return value.dim() == 0 and not value.is_floating_point() and not value.is_complex()
     return isinstance(value, (int, np.integer))
