@@ -1,0 +1,172 @@
+"""Attempts at the recipes of an epoch: from those that mix best to plain best-fit decreasing, which always succeeds.
+
+An attempt spreads the long documents over all rows with noise, and places the short ones by best fit. The fewer are
+placed by best fit, the more the recipes differ between epochs, and the more attempts fail.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from samplers.planning.keyed_shuffle import Integers, derive_key, stream_keys
+from samplers.planning.packs.groups import Groups, Ranking, Tree
+
+# Shares, noise and jitter are counted in thousandths.
+WHOLE: Final = 1_000
+_HASH_BITS: Final = 20
+_HASH_SHIFT: Final = np.uint64(64 - _HASH_BITS)
+# What a key is for.
+_JITTER, _SPREAD, _FINISH = range(3)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """How an attempt places documents.
+
+    Attributes:
+        finish: Share of the tokens, the shortest documents, that is placed by best fit, in thousandths.
+        noise: Noise in the spread, as a share of the capacity, in thousandths.
+        jitter: Noise in the decreasing order of the finish, as a share of a length, in thousandths.
+        once: Whether each row takes one document of a class before any takes a second.
+    """
+
+    finish: int
+    noise: int = 0
+    jitter: int = 0
+    once: bool = True
+
+
+LADDER: Final = (
+    *(Rung(finish, noise) for finish in (20, 50, 100, 200) for noise in (1_000, 500, 200)),
+    Rung(WHOLE, jitter=300),
+    Rung(350, 200),
+    Rung(WHOLE, jitter=100),
+    Rung(600, 200),
+    Rung(WHOLE, jitter=30),
+    Rung(WHOLE),
+    *(Rung(WHOLE, jitter=jitter, once=False) for jitter in (300, 100, 30, 0)),
+)
+# The first rung that does not place each class once in a row.
+REPEATING: Final = next(index for index, rung in enumerate(LADDER) if not rung.once)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Documents of each class, and the rows that must hold them.
+
+    Attributes:
+        sizes: What a document of each class takes of each limit, int64 `[J, D]`, largest first.
+        counts: Documents of each class, int64 `[J]`.
+        limits: What a row holds of each limit, int64 `[D]`.
+    """
+
+    sizes: Integers
+    counts: Integers
+    limits: Integers
+
+    @property
+    def shares(self) -> Integers:
+        """Size of each class in units of the first limit, by the limit of which it takes most: int64 `[J]`."""
+        return np.asarray((-(-self.sizes * self.limits[0] // self.limits)).max(1), np.int64)
+
+    @property
+    def bound(self) -> int:
+        """Rows that any packing needs at least."""
+        return int((-(-(self.counts @ self.sizes) // self.limits)).max())
+
+
+def attempt(task: Task, rows: int, rung: Rung, key: int) -> Tree | None:
+    """Recipes for that many rows, or None where the attempt fails.
+
+    Args:
+        task: What to place.
+        rows: At most as many as documents.
+        rung: How.
+        key: Of the attempt.
+    """
+    groups = Groups(task.sizes, task.limits, rows)
+    remaining = list(_in_order(task, rung, key))
+    spread = _spread_classes(task, rung)
+    for turn, (number, count) in enumerate(remaining[:spread]):
+        ranking = _spread_ranking(derive_key(key, _SPREAD, turn), int(task.limits[0]) * rung.noise // WHOLE)
+        remaining[turn] = number, groups.place(number, count, ranking)
+    for turn, (number, count) in enumerate(remaining):
+        if count == 0:
+            continue
+        if rung.once:
+            count = groups.place(number, count, _finish_ranking(derive_key(key, _FINISH, turn)))
+        else:
+            count = groups.place_best_fit(number, count)
+        if count:
+            return None
+    return fill_empty(groups.tree())
+
+
+def fill_empty(tree: Tree) -> Tree:
+    """Give each empty row the last document of another row: of those that hold several, the longest last document."""
+    empty = int(tree.open_rows()[0])
+    if empty == 0:
+        return tree
+    parents, classes, rows = (column.tolist() for column in tree)
+    opened = tree.open_rows().tolist()
+    # Classes are numbered longest first.
+    candidates = sorted(
+        (number, group) for group, number in enumerate(classes) if opened[group] and parents[group] > 0
+    )[::-1]
+    while empty:
+        number, group = candidates.pop()
+        moved = min(empty, opened[group])
+        rows[group] -= moved
+        opened[group] -= moved
+        parents.append(0)
+        classes.append(number)
+        rows.append(moved)
+        empty -= moved
+        parent = parents[group]
+        opened[parent] += moved
+        if parents[parent] > 0:
+            candidates.append((classes[parent], parent))
+            candidates.sort(reverse=True)
+    return Tree(*(np.array(column) for column in (parents, classes, rows)))
+
+
+def _in_order(task: Task, rung: Rung, key: int) -> Iterator[tuple[int, int]]:
+    """Classes and their documents, in decreasing order of size with the rung's jitter."""
+    order = np.arange(len(task.counts))
+    if rung.jitter:
+        hashes = (stream_keys(derive_key(key, _JITTER), order) >> _HASH_SHIFT).astype(np.int64)
+        scores = task.shares * ((WHOLE << _HASH_BITS) - rung.jitter * hashes)
+        order = np.argsort(-scores, kind="stable")
+    return zip(order.tolist(), task.counts[order].tolist(), strict=True)
+
+
+def _spread_classes(task: Task, rung: Rung) -> int:
+    """How many of the first classes are spread."""
+    if rung.finish == WHOLE:
+        return 0
+    tokens = np.cumsum(task.sizes[:, 0] * task.counts)
+    before = np.concatenate([[0], tokens[:-1]])
+    return int((before * WHOLE < tokens[-1] * (WHOLE - rung.finish)).sum())
+
+
+def _spread_ranking(key: int, noise: int) -> Ranking:
+    """The emptiest groups first, with noise."""
+    passes = iter(range(1 << 40))
+
+    def rank(rooms: Integers, numbers: Integers) -> Integers:
+        hashes = (stream_keys(derive_key(key, next(passes)), numbers) >> _HASH_SHIFT).astype(np.int64)
+        return np.argsort(-((rooms << _HASH_BITS) + hashes * noise), kind="stable")
+
+    return rank
+
+
+def _finish_ranking(key: int) -> Ranking:
+    """The fullest groups first, those of equal room by a hash."""
+
+    def rank(rooms: Integers, numbers: Integers) -> Integers:
+        hashes = (stream_keys(key, numbers) >> _HASH_SHIFT).astype(np.int64)
+        return np.argsort((rooms << _HASH_BITS) + hashes, kind="stable")
+
+    return rank

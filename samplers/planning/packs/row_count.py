@@ -1,0 +1,117 @@
+"""How many rows there are: the same in every epoch, found before the first one, whatever the seed."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from samplers.planning.keyed_shuffle import derive_key
+from samplers.planning.packs.groups import Tree
+from samplers.planning.packs.ladder import LADDER, REPEATING, Rung, Task, attempt
+
+# Rows beyond best-fit's, in thousandths: room in which an attempt can place documents more freely.
+EXTRA: Final = 3
+# From so many rows on, one more is cheap enough to keep rows from freezing.
+ENOUGH_ROWS: Final = 100
+# With several limits: the rungs that decide whether a number of rows will do. Its excess over the bound, in thousandths,
+# doubles until one of them succeeds, and is halved again in so many steps.
+_TRIALS: Final = (Rung(20, 200), Rung(100, 200), Rung(350, 200))
+FIRST_EXCESS: Final = 3
+_HALVINGS: Final = 2
+# What a key is for.
+_CONSTRUCTION: Final = 40
+
+
+@dataclass(frozen=True, eq=False)
+class RowPlan:
+    """The number of rows, and how epochs fill them.
+
+    Attributes:
+        rows: In every epoch.
+        rungs: The rung of an epoch's first attempts, and of the next.
+        spare: Recipes that hold all documents, for epochs whose attempts fail.
+    """
+
+    rows: int
+    rungs: tuple[Rung, ...]
+    spare: Tree
+
+
+def choose_rows(task: Task, best_fit: tuple[int, int] | None) -> RowPlan:
+    """Choose the number of rows and the rung.
+
+    Args:
+        task: What to place.
+        best_fit: Rows of best-fit decreasing for the true lengths and for the slots; None with several limits.
+    """
+    documents = int(task.counts.sum())
+    if best_fit is None:
+        return _choose_by_trials(task, documents)
+    rows = min(documents, max(best_fit[0] + best_fit[0] * EXTRA // 1_000, best_fit[1]))
+    index, spare = _lowest_rung(task, rows, len(LADDER))
+    if index >= REPEATING and ENOUGH_ROWS <= rows < documents:
+        rows += 1
+        index, spare = _lowest_rung(task, rows, len(LADDER))
+    if spare is None:
+        raise RuntimeError(f"best-fit decreasing must fill {rows} rows, got a document that fits in none")
+    return RowPlan(rows, LADDER[index : index + 2], spare)
+
+
+def _choose_by_trials(task: Task, documents: int) -> RowPlan:
+    """With several limits best-fit is far from the bound: the least excess over the bound that a spread can fill."""
+    low = -1
+    high = FIRST_EXCESS if task.bound >= ENOUGH_ROWS else 0
+    # It ends: where there are as many rows as documents, an empty one always remains.
+    while (trial := _try_rows(task, high, documents)) is None:
+        low, high = high, max(2 * high, FIRST_EXCESS)
+    for _ in range(_HALVINGS):
+        middle = (low + high + 1) // 2
+        found = _try_rows(task, middle, documents) if low < middle < high else None
+        low, high, trial = (middle, high, trial) if found is None else (low, middle, found)
+    rows = min(documents, trial.rows + trial.rows * EXTRA // 1_000)
+    index, spare = _lowest_rung(task, rows, REPEATING)
+    if spare is None:
+        return trial
+    return RowPlan(rows, LADDER[index : index + 2], spare)
+
+
+def _try_rows(task: Task, excess: int, documents: int) -> RowPlan | None:
+    """Recipes for an excess over the bound, in thousandths, if one of the trial rungs succeeds."""
+    rows = min(documents, task.bound - (-task.bound * excess // 1_000))
+    for index, rung in enumerate(_TRIALS):
+        tree = attempt(task, rows, rung, derive_key(_CONSTRUCTION, index, excess))
+        if tree is not None:
+            return RowPlan(rows, (rung,), tree)
+    return None
+
+
+def _lowest_rung(task: Task, rows: int, count: int) -> tuple[int, Tree | None]:
+    """The first of `count` rungs that succeeds, and its recipes; None where not even the last one does.
+
+    A rung succeeds by two successes before two failures. It is found by strides that double and then by halving: rungs
+    further down succeed more often, as a rule, and where the rule has an exception a later rung than needed is taken.
+    """
+    low, high, stride = -1, 0, 1
+    while (tree := _try_twice(task, rows, high)) is None:
+        if high == count - 1:
+            return high, None
+        low, high, stride = high, min(high + stride, count - 1), stride * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = _try_twice(task, rows, middle)
+        low, high, tree = (middle, high, tree) if found is None else (low, middle, found)
+    return high, tree
+
+
+def _try_twice(task: Task, rows: int, index: int) -> Tree | None:
+    """Recipes of a rung that succeeds twice before it fails twice, or None."""
+    rung = LADDER[index]
+    trees: list[Tree] = []
+    for draw in range(3):
+        tree = attempt(task, rows, rung, derive_key(_CONSTRUCTION, index, draw))
+        if tree is not None:
+            trees.append(tree)
+        # The last rung draws nothing: once is enough.
+        if len(trees) == 2 or (tree is not None and rung == LADDER[-1]):
+            return tree
+        if draw + 1 - len(trees) == 2:
+            return None
+    return None
