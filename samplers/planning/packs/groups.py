@@ -14,12 +14,14 @@ with less room. Four rows of 10 take two documents of 6 and three of 4, the empt
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 
 from samplers.planning.keyed_shuffle import Integers
 
+# Room for so many groups is made at first.
+_BUFFER: Final = 256
 # From the room that is left in groups [n] and their numbers [n] to the order in which they are used, [n] indices.
 Ranking: TypeAlias = Callable[[Integers, Integers], Integers]
 
@@ -50,18 +52,24 @@ class Groups:
         sizes: What a document of each class takes of each limit, int64 `[J, D]`.
         limits: What a row holds of each, int64 `[D]`; the room of a group is measured in units of the first.
         rows: How many there are.
+
+    Attributes:
+        count: Groups so far.
+        lost: Room by the first limit that no document can use any more, over all rows.
     """
 
     def __init__(self, sizes: Integers, limits: Integers, rows: int) -> None:
         self._sizes: list[list[int]] = sizes.tolist()
         self._limits: list[int] = limits.tolist()
         self._least: list[int] = sizes.min(0).tolist()
-        self._numbers = np.zeros(1, np.int64)
-        self._rows = np.array([rows])
-        self._rooms = [np.array([limit]) for limit in self._limits]
+        # Open groups: number, rows without a child, and room by each limit. Where no row is left, the room is negative.
+        self._open = np.empty((2 + len(self._limits), _BUFFER), np.int64)
+        self._open[:, 0] = [0, rows, *self._limits]
+        self._used = 1
         self._made: list[tuple[Integers, int, Integers]] = []
         self._root_rows = rows
         self.count = 1
+        self.lost = 0
 
     def place(self, number: int, count: int, ranking: Ranking) -> int:
         """Place documents of a class, each row taking one in a pass, until all are placed or nothing fits.
@@ -78,12 +86,15 @@ class Groups:
             chosen = self._fitting(number)
             if len(chosen) == 0:
                 break
-            chosen = chosen[ranking(self._room(chosen), self._numbers[chosen])]
-            ends = np.cumsum(self._rows[chosen])
-            chosen = chosen[: int(np.searchsorted(ends, count)) + 1]
-            rows = self._rows[chosen]
-            rows[-1] -= max(0, int(ends[len(chosen) - 1]) - count)
-            count -= int(rows.sum())
+            if len(chosen) > 1:
+                chosen = chosen[ranking(self._room(chosen), self._open[0, chosen])]
+            rows = self._open[1, chosen]
+            ends = rows.cumsum()
+            last = int(ends.searchsorted(count))
+            if last < len(chosen):
+                chosen, rows = chosen[: last + 1], rows[: last + 1]
+                rows[-1] -= int(ends[last]) - count
+            count -= int(ends[-1]) if last == len(ends) else count
             self._add_children(chosen, number, rows)
         return count
 
@@ -97,84 +108,92 @@ class Groups:
         chosen = chosen[np.argsort(self._room(chosen), kind="stable")]
         # As many as the tightest limit allows.
         each = np.full(len(chosen), np.iinfo(np.int64).max)
-        for rooms, size in zip(self._rooms, self._sizes[number], strict=True):
+        for rooms, size in zip(self._open[2:], self._sizes[number], strict=True):
             if size:
                 np.minimum(each, rooms[chosen] // size, out=each)
-        for index, fill, rows in zip(chosen.tolist(), each.tolist(), self._rows[chosen].tolist(), strict=True):
+        fills, opened = each.tolist(), self._open[1, chosen].tolist()
+        # The buffer is emptied of full groups only where it is full: until then indices stay.
+        for index, group, fill, rows in zip(chosen.tolist(), self._open[0, chosen].tolist(), fills, opened, strict=True):
             taken = min(rows, count // fill)
-            self._add_chain(index, number, taken, fill)
+            chains = [(taken, fill)] if taken else []
             count -= taken * fill
             if taken < rows and count:
-                self._add_chain(index, number, 1, count)
+                chains.append((1, count))
                 count = 0
+            rooms = self._open[2:, index].copy()
+            self._open[1, index] -= sum(number_of_rows for number_of_rows, _ in chains)
+            if self._open[1, index] == 0:
+                self._open[2, index] = -1
+            for chain_rows, documents in chains:
+                self._add_chain(group, rooms, number, chain_rows, documents)
             if count == 0:
                 break
-        self._drop_full()
         return count
 
     def tree(self) -> Tree:
         """The groups so far."""
-        parents, classes, rows = [np.array([-1])], [np.array([-1])], [np.array([self._root_rows])]
-        for made, number, through in self._made:
-            parents.append(made)
-            classes.append(np.full(len(made), number))
-            rows.append(through)
-        return Tree(np.concatenate(parents), np.concatenate(classes), np.concatenate(rows))
+        sizes = [len(rows) for _, _, rows in self._made]
+        classes = np.repeat(np.array([-1, *(number for _, number, _ in self._made)]), [1, *sizes])
+        parents = np.concatenate([np.array([-1]), *(made for made, _, _ in self._made)])
+        rows = np.concatenate([np.array([self._root_rows]), *(through for _, _, through in self._made)])
+        return Tree(parents, classes, rows)
 
     def _fitting(self, number: int) -> Integers:
         """Where, among the open groups, those stand that hold a document of a class."""
         size = self._sizes[number]
-        fits = self._rooms[0] >= size[0]
-        for rooms, part in zip(self._rooms[1:], size[1:], strict=True):
-            fits &= rooms >= part
-        return np.flatnonzero(fits)
+        rooms = self._open[2:, : self._used]
+        fits = rooms[0] >= size[0]
+        for limit in range(1, len(size)):
+            fits &= rooms[limit] >= size[limit]
+        return fits.nonzero()[0]
 
     def _room(self, chosen: Integers) -> Integers:
         """The room of groups in units of the first limit: by the limit that is nearest."""
-        room = self._rooms[0][chosen]
-        for rooms, limit in zip(self._rooms[1:], self._limits[1:], strict=True):
+        room = self._open[2, chosen]
+        for rooms, limit in zip(self._open[3:], self._limits[1:], strict=True):
             np.minimum(room, rooms[chosen] * self._limits[0] // limit, out=room)
         return room
 
     def _add_children(self, chosen: Integers, number: int, rows: Integers) -> None:
-        """Let rows of some groups take a document each, and drop the groups that have none left."""
-        self._made.append((self._numbers[chosen], number, rows))
-        size = self._sizes[number]
-        children = [rooms[chosen] - part for rooms, part in zip(self._rooms, size, strict=True)]
-        numbers = np.arange(self.count, self.count + len(chosen))
+        """Let rows of some groups take a document each."""
+        self._made.append((self._open[0, chosen], number, rows))
+        children = self._open[:, chosen]
+        children[0] = np.arange(self.count, self.count + len(chosen))
+        children[1] = rows
+        for limit, part in enumerate(self._sizes[number], start=2):
+            children[limit] -= part
         self.count += len(chosen)
-        self._rows[chosen] -= rows
-        self._append(numbers, rows, children)
+        # All groups but the last give all their rows.
+        rest = int(self._open[1, chosen[-1]]) - int(rows[-1])
+        self._open[2, chosen if rest == 0 else chosen[:-1]] = -1
+        self._open[1, chosen[-1]] = rest
+        self._append(children)
 
-    def _add_chain(self, index: int, number: int, rows: int, documents: int) -> None:
+    def _add_chain(self, group: int, rooms: Integers, number: int, rows: int, documents: int) -> None:
         """Let rows of one group take several documents of a class each."""
-        if rows == 0:
-            return
         numbers = np.arange(self.count, self.count + documents)
-        self._made.append((np.append(self._numbers[index], numbers[:-1]), number, np.full(documents, rows)))
+        self._made.append((np.append(group, numbers[:-1]), number, np.full(documents, rows)))
         self.count += documents
-        self._rows[index] -= rows
-        size = self._sizes[number]
-        rooms = [room[index : index + 1] - part * documents for room, part in zip(self._rooms, size, strict=True)]
-        self._numbers = np.append(self._numbers, numbers[-1])
-        self._rows = np.append(self._rows, rows)
-        self._rooms = [np.append(old, new) for old, new in zip(self._rooms, rooms, strict=True)]
+        left = rooms - documents * np.array(self._sizes[number])
+        self._append(np.array([[numbers[-1]], [rows], *left[:, None]]), compact=False)
 
-    def _append(self, numbers: Integers, rows: Integers, children: list[Integers]) -> None:
-        keep = self._rows > 0
-        # Groups that hold not even the smallest document are done.
-        useful = children[0] >= self._least[0]
-        for rooms, least in zip(children[1:], self._least[1:], strict=True):
-            useful &= rooms >= least
-        self._numbers = np.concatenate([self._numbers[keep], numbers[useful]])
-        self._rows = np.concatenate([self._rows[keep], rows[useful]])
-        self._rooms = [
-            np.concatenate([old[keep], new[useful]]) for old, new in zip(self._rooms, children, strict=True)
-        ]
-
-    def _drop_full(self) -> None:
-        keep = self._rows > 0
-        for rooms, least in zip(self._rooms, self._least, strict=True):
-            keep &= rooms >= least
-        self._numbers, self._rows = self._numbers[keep], self._rows[keep]
-        self._rooms = [rooms[keep] for rooms in self._rooms]
+    def _append(self, children: Integers, *, compact: bool = True) -> None:
+        """Add open groups, but not those that hold not even the smallest document."""
+        useful = children[2] >= self._least[0]
+        for limit, least in enumerate(self._least[1:], start=3):
+            useful &= children[limit] >= least
+        if not useful.all():
+            lost = ~useful
+            self.lost += int(children[1, lost] @ children[2, lost])
+            children = children[:, useful]
+        if self._used + children.shape[1] > self._open.shape[1]:
+            if compact:
+                opened = self._open[2, : self._used] >= 0
+                kept = self._open[:, : self._used][:, opened]
+            else:
+                kept = self._open[:, : self._used]
+            self._used = kept.shape[1]
+            self._open = np.empty((len(kept), 2 * (self._used + children.shape[1]) + _BUFFER), np.int64)
+            self._open[:, : self._used] = kept
+        self._open[:, self._used : self._used + children.shape[1]] = children
+        self._used += children.shape[1]

@@ -18,7 +18,7 @@ WHOLE: Final = 1_000
 _HASH_BITS: Final = 20
 _HASH_SHIFT: Final = np.uint64(64 - _HASH_BITS)
 # What a key is for.
-_JITTER, _SPREAD, _FINISH = range(3)
+_JITTER, _SPREAD = range(2)
 
 
 @dataclass(frozen=True)
@@ -89,17 +89,16 @@ def attempt(task: Task, rows: int, rung: Rung, key: int) -> Tree | None:
     groups = Groups(task.sizes, task.limits, rows)
     remaining = list(_in_order(task, rung, key))
     spread = _spread_classes(task, rung)
+    hash_groups = _Noise(derive_key(key, _SPREAD))
+    ranking = _emptiest_first(hash_groups, int(task.limits[0]) * rung.noise // WHOLE)
     for turn, (number, count) in enumerate(remaining[:spread]):
-        ranking = _spread_ranking(derive_key(key, _SPREAD, turn), int(task.limits[0]) * rung.noise // WHOLE)
         remaining[turn] = number, groups.place(number, count, ranking)
-    for turn, (number, count) in enumerate(remaining):
-        if count == 0:
-            continue
-        if rung.once:
-            count = groups.place(number, count, _finish_ranking(derive_key(key, _FINISH, turn)))
-        else:
-            count = groups.place_best_fit(number, count)
-        if count:
+    ranking = _fullest_first(hash_groups)
+    spare = rows * int(task.limits[0]) - int(task.sizes[:, 0] @ task.counts)
+    for number, count in remaining:
+        rest = groups.place(number, count, ranking) if rung.once else groups.place_best_fit(number, count)
+        # What is lost for good tells of a failure before the last documents do.
+        if rest or groups.lost > spare:
             return None
     return fill_empty(groups.tree())
 
@@ -151,22 +150,41 @@ def _spread_classes(task: Task, rung: Rung) -> int:
     return int((before * WHOLE < tokens[-1] * (WHOLE - rung.finish)).sum())
 
 
-def _spread_ranking(key: int, noise: int) -> Ranking:
+class _Noise:
+    """A new number below 2**20 for each group in each turn: of a hash by its number, the top bits of a product."""
+
+    def __init__(self, key: int) -> None:
+        self._key = key
+        self._hashes = stream_keys(key, np.arange(1 << 10))
+        self._turn = 0
+
+    def __call__(self, numbers: Integers) -> Integers:
+        while int(numbers[-1]) >= len(self._hashes):
+            more = np.arange(len(self._hashes), 2 * len(self._hashes))
+            self._hashes = np.concatenate([self._hashes, stream_keys(self._key, more)])
+        self._turn += 1
+        # Odd factors are bijections of the hashes.
+        hashes = self._hashes[numbers] * np.uint64(derive_key(self._key, self._turn) | 1)
+        hashes >>= _HASH_SHIFT
+        return hashes.view(np.int64)
+
+
+def _emptiest_first(hash_groups: _Noise, noise: int) -> Ranking:
     """The emptiest groups first, with noise."""
-    passes = iter(range(1 << 40))
 
     def rank(rooms: Integers, numbers: Integers) -> Integers:
-        hashes = (stream_keys(derive_key(key, next(passes)), numbers) >> _HASH_SHIFT).astype(np.int64)
-        return np.argsort(-((rooms << _HASH_BITS) + hashes * noise), kind="stable")
+        scores = hash_groups(numbers)
+        scores *= -noise
+        scores -= rooms << _HASH_BITS
+        return scores.argsort(kind="stable")
 
     return rank
 
 
-def _finish_ranking(key: int) -> Ranking:
+def _fullest_first(hash_groups: _Noise) -> Ranking:
     """The fullest groups first, those of equal room by a hash."""
 
     def rank(rooms: Integers, numbers: Integers) -> Integers:
-        hashes = (stream_keys(key, numbers) >> _HASH_SHIFT).astype(np.int64)
-        return np.argsort((rooms << _HASH_BITS) + hashes, kind="stable")
+        return ((rooms << _HASH_BITS) + hash_groups(numbers)).argsort(kind="stable")
 
     return rank

@@ -86,32 +86,43 @@ def _try_rows(task: Task, excess: int, documents: int) -> RowPlan | None:
 def _lowest_rung(task: Task, rows: int, count: int) -> tuple[int, Tree | None]:
     """The first of `count` rungs that succeeds, and its recipes; None where not even the last one does.
 
-    A rung succeeds by two successes before two failures. It is found by strides that double and then by halving: rungs
-    further down succeed more often, as a rule, and where the rule has an exception a later rung than needed is taken.
+    Rungs further down succeed more often, as a rule. So one attempt each, at strides that double and then by halving,
+    finds the place to begin at; the rung is the first from there on that succeeds twice before it fails twice.
     """
+    trees: dict[int, Tree | None] = {}
+
+    def succeeds(index: int) -> bool:
+        trees[index] = _draw(task, rows, index, 0)
+        return trees[index] is not None
+
     low, high, stride = -1, 0, 1
-    while (tree := _try_twice(task, rows, high)) is None:
-        if high == count - 1:
-            return high, None
+    while high < count - 1 and not succeeds(high):
         low, high, stride = high, min(high + stride, count - 1), stride * 2
     while high - low > 1:
         middle = (low + high) // 2
-        found = _try_twice(task, rows, middle)
-        low, high, tree = (middle, high, tree) if found is None else (low, middle, found)
-    return high, tree
-
-
-def _try_twice(task: Task, rows: int, index: int) -> Tree | None:
-    """Recipes of a rung that succeeds twice before it fails twice, or None."""
-    rung = LADDER[index]
-    trees: list[Tree] = []
-    for draw in range(3):
-        tree = attempt(task, rows, rung, derive_key(_CONSTRUCTION, index, draw))
+        low, high = (low, middle) if succeeds(middle) else (middle, high)
+    for index in range(high, count):
+        if index not in trees:
+            succeeds(index)
+        tree = trees[index]
+        # The last rung draws nothing.
+        if index < len(LADDER) - 1:
+            tree = _confirm(task, rows, index, tree)
         if tree is not None:
-            trees.append(tree)
-        # The last rung draws nothing: once is enough.
-        if len(trees) == 2 or (tree is not None and rung == LADDER[-1]):
-            return tree
-        if draw + 1 - len(trees) == 2:
-            return None
-    return None
+            return index, tree
+    return count - 1, None
+
+
+def _confirm(task: Task, rows: int, index: int, tree: Tree | None) -> Tree | None:
+    """Recipes of a rung that succeeds twice before it fails twice, where its first attempt gave `tree`; or None."""
+    again = _draw(task, rows, index, 1)
+    if (again is None) == (tree is None):
+        return again
+    last = _draw(task, rows, index, 2)
+    if last is None:
+        return None
+    return last
+
+
+def _draw(task: Task, rows: int, index: int, draw: int) -> Tree | None:
+    return attempt(task, rows, LADDER[index], derive_key(_CONSTRUCTION, index, draw))
