@@ -74,7 +74,7 @@ def make_classes(units: Integers, capacity: tuple[int, ...]) -> LengthClasses:
         slots = sizes[ends - 1]
         sums = np.diff(np.cumsum(numbers)[ends - 1], prepend=0)
         rows = count_rows(slots[::-1].tolist(), sums[::-1].tolist(), capacity[0])
-        if rows <= exact + exact // 1_000:
+        if rows <= exact + (exact + 500) // 1_000:
             break
     starts = np.cumsum(sums) - sums
     return LengthClasses(slots[::-1, None], sums[::-1], starts[::-1], order, (tokens,), (exact, rows))

@@ -11,9 +11,12 @@ from samplers.planning.packs.ladder import LADDER, REPEATING, Rung, Task, attemp
 EXTRA: Final = 3
 # From so many rows on, one more is cheap enough to keep rows from freezing.
 ENOUGH_ROWS: Final = 100
+# Below so many documents in a row on average, the search for a rung begins further down.
+MANY_DOCUMENTS: Final = 12
+FEW_START: Final = 3
 # With several limits: the rungs that decide whether a number of rows will do. Its excess over the bound, in thousandths,
 # doubles until one of them succeeds, and is halved again in so many steps.
-_TRIALS: Final = (Rung(20, 200), Rung(100, 200), Rung(350, 200))
+_TRIALS: Final = (LADDER[0], LADDER[2], LADDER[5])
 FIRST_EXCESS: Final = 3
 _HALVINGS: Final = 2
 # What a key is for.
@@ -95,7 +98,8 @@ def _lowest_rung(task: Task, rows: int, count: int) -> tuple[int, Tree | None]:
         trees[index] = _draw(task, rows, index, 0)
         return trees[index] is not None
 
-    low, high, stride = -1, 0, 1
+    few = int(task.counts.sum()) < MANY_DOCUMENTS * rows
+    low, high, stride = -1, FEW_START if few else 0, 1
     while high < count - 1 and not succeeds(high):
         low, high, stride = high, min(high + stride, count - 1), stride * 2
     while high - low > 1:
