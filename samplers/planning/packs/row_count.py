@@ -16,7 +16,7 @@ MANY_DOCUMENTS: Final = 12
 FEW_START: Final = 3
 # With several limits: the rungs that decide whether a number of rows will do. Its excess over the bound, in thousandths,
 # doubles until one of them succeeds, and is halved again in so many steps.
-_TRIALS: Final = (LADDER[0], LADDER[2], LADDER[5])
+TRIALS: Final = (2, 5)
 FIRST_EXCESS: Final = 3
 _HALVINGS: Final = 2
 # What a key is for.
@@ -43,11 +43,12 @@ def choose_rows(task: Task, best_fit: tuple[int, int] | None) -> RowPlan:
 
     Args:
         task: What to place.
-        best_fit: Rows of best-fit decreasing for the true lengths and for the slots; None with several limits.
+        best_fit: Rows of best-fit decreasing by the first limit alone, for the true lengths and for the slots; None
+            where it is not known, with several fields.
     """
     documents = int(task.counts.sum())
-    if best_fit is None:
-        return _choose_by_trials(task, documents)
+    if best_fit is None or len(task.limits) > 1:
+        return _choose_by_trials(task, documents, 0 if best_fit is None else best_fit[0])
     rows = min(documents, max(best_fit[0] + best_fit[0] * EXTRA // 1_000, best_fit[1]))
     index, spare = _lowest_rung(task, rows, len(LADDER))
     if index >= REPEATING and ENOUGH_ROWS <= rows < documents:
@@ -58,18 +59,21 @@ def choose_rows(task: Task, best_fit: tuple[int, int] | None) -> RowPlan:
     return RowPlan(rows, LADDER[index : index + 2], spare)
 
 
-def _choose_by_trials(task: Task, documents: int) -> RowPlan:
+def _choose_by_trials(task: Task, documents: int, best_fit: int) -> RowPlan:
     """With several limits best-fit is far from the bound: the least excess over the bound that a spread can fill."""
     low = -1
     high = FIRST_EXCESS if task.bound >= ENOUGH_ROWS else 0
+    # Fewer rows than best-fit takes for one of the limits are hardly worth an attempt.
+    high = max(high, -(-1_000 * (best_fit - task.bound) // task.bound))
     # It ends: where there are as many rows as documents, an empty one always remains.
     while (trial := _try_rows(task, high, documents)) is None:
         low, high = high, max(2 * high, FIRST_EXCESS)
     for _ in range(_HALVINGS):
-        middle = (low + high + 1) // 2
-        found = _try_rows(task, middle, documents) if low < middle < high else None
-        low, high, trial = (middle, high, trial) if found is None else (low, middle, found)
-    rows = min(documents, trial.rows + trial.rows * EXTRA // 1_000)
+        if low >= 0 and high - low > FIRST_EXCESS:
+            middle = (low + high) // 2
+            found = _try_rows(task, middle, documents)
+            low, high, trial = (middle, high, trial) if found is None else (low, middle, found)
+    rows = min(documents, trial.rows + trial.rows // 1_000)
     index, spare = _lowest_rung(task, rows, REPEATING)
     if spare is None:
         return trial
@@ -79,10 +83,10 @@ def _choose_by_trials(task: Task, documents: int) -> RowPlan:
 def _try_rows(task: Task, excess: int, documents: int) -> RowPlan | None:
     """Recipes for an excess over the bound, in thousandths, if one of the trial rungs succeeds."""
     rows = min(documents, task.bound - (-task.bound * excess // 1_000))
-    for index, rung in enumerate(_TRIALS):
-        tree = attempt(task, rows, rung, derive_key(_CONSTRUCTION, index, excess))
+    for index in TRIALS:
+        tree = _draw(task, rows, index, 3 + excess)
         if tree is not None:
-            return RowPlan(rows, (rung,), tree)
+            return RowPlan(rows, (LADDER[index],), tree)
     return None
 
 
