@@ -69,10 +69,10 @@ class RowLimits:
 
     def fit_alone(self, units: Integers) -> npt.NDArray[np.bool_]:
         """Whether documents of these sizes `[n, K]` fit in a row of their own: `[n]`."""
-        fits = (units <= np.array(self.units)).all(1)
+        fits: npt.NDArray[np.bool_] = np.logical_and.reduce(units <= np.array(self.units), 1)
         if self.max_cost is not None:
             fits[fits] = self.costs(units[fits]) <= self.max_cost
-        return np.asarray(fits, np.bool_)
+        return fits
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +168,7 @@ def longest_units(limits: RowLimits) -> int:
 
 def _to_units(lengths: Integers, multiple: int) -> Integers:
     """Sizes in units: rounded up, and one for a document without a single step in any field."""
-    units: Integers = lengths.copy() if multiple == 1 else -(-lengths // multiple)
+    units: Integers = lengths.copy() if multiple == 1 else -(-lengths.astype(np.int64) // multiple)
     if lengths.shape[1] == 1:
         return np.maximum(units, 1, out=units)
     units[units.max(1) == 0, 0] = 1
@@ -187,10 +187,14 @@ def _overlong_documents(units: Integers, limits: RowLimits) -> Integers:
 
 
 def _cut_units(units: Integers, limits: RowLimits) -> Integers:
-    """The sizes `[n, K]` of documents that are cut to fit."""
+    """The sizes `[n, K]` of documents that are cut to fit.
+
+    Raises:
+        ValueError: Documents of several fields cost more than `max_cost`.
+    """
     if units.shape[1] == 1:
         return np.minimum(units, longest_units(limits))
-    shorter = np.minimum(units, np.array(limits.units))
+    shorter: Integers = np.minimum(units, np.array(limits.units))
     if not limits.fit_alone(shorter).all():
         raise ValueError(
             "overlong='cut' must be told where to cut documents of several fields that cost more than max_cost: cut "
@@ -200,7 +204,11 @@ def _cut_units(units: Integers, limits: RowLimits) -> Integers:
 
 
 def _split(lengths: Integers, longer: Integers, documents: Documents, limits: RowLimits, first: int) -> Documents:
-    """Documents of which some, `longer`, are split: their pieces follow the others, numbered from `first` on."""
+    """Documents of which some, `longer`, are split: their pieces follow the others, numbered from `first` on.
+
+    Raises:
+        ValueError: There are several fields.
+    """
     if documents.units.shape[1] > 1:
         raise ValueError("overlong='split' must have one field, got several: nobody knows where all fields divide")
     size = longest_units(limits) * limits.multiple
@@ -211,7 +219,9 @@ def _split(lengths: Integers, longer: Integers, documents: Documents, limits: Ro
     stops = np.minimum(starts + size, lengths[copies])
     samples = np.arange(len(documents.units)) if documents.samples is None else documents.samples
     rest = np.delete(np.arange(len(documents.units)), longer)
-    units = np.concatenate([documents.units[rest].astype(np.int64), _to_units((stops - starts)[:, None], limits.multiple)])
+    units = np.concatenate(
+        [documents.units[rest].astype(np.int64), _to_units((stops - starts)[:, None], limits.multiple)]
+    )
     indices = np.concatenate([samples[rest], first + np.arange(len(copies))])
     return Documents(units, indices, Pieces(samples[longer][copies], starts, stops))
 

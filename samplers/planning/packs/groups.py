@@ -113,7 +113,9 @@ class Groups:
                 np.minimum(each, rooms[chosen] // size, out=each)
         fills, opened = each.tolist(), self._open[1, chosen].tolist()
         # The buffer is emptied of full groups only where it is full: until then indices stay.
-        for index, group, fill, rows in zip(chosen.tolist(), self._open[0, chosen].tolist(), fills, opened, strict=True):
+        for index, group, fill, rows in zip(
+            chosen.tolist(), self._open[0, chosen].tolist(), fills, opened, strict=True
+        ):
             taken = min(rows, count // fill)
             chains = [(taken, fill)] if taken else []
             count -= taken * fill
@@ -145,11 +147,11 @@ class Groups:
         fits = rooms[0] >= size[0]
         for limit in range(1, len(size)):
             fits &= rooms[limit] >= size[limit]
-        return fits.nonzero()[0]
+        return np.flatnonzero(fits)
 
     def _room(self, chosen: Integers) -> Integers:
         """The room of groups in units of the first limit: by the limit that is nearest."""
-        room = self._open[2, chosen]
+        room: Integers = self._open[2, chosen]
         for rooms, limit in zip(self._open[3:], self._limits[1:], strict=True):
             np.minimum(room, rooms[chosen] * self._limits[0] // limit, out=room)
         return room

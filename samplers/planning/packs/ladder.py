@@ -38,8 +38,8 @@ class Rung:
     once: bool = True
 
 
-# In order of how rarely documents meet again. A noise of 0.7 succeeds where 0.5 or 1 often fail: with less, all rows come
-# to the finish with about equal room, with more, too many with too little.
+# In order of how rarely documents meet again. A noise of 0.7 succeeds where 0.5 or 1 often fail: with less, all rows
+# come to the finish with about equal room, with more, too many with too little.
 _NOISE: Final = 700
 LADDER: Final = (
     *(Rung(finish, _NOISE) for finish in (20, 50, 100, 200)),

@@ -171,7 +171,11 @@ def _cut_at_price(values: list[int], ends: list[int], price: int) -> Integers:
 
 
 def _cuts(values: Integers, counts: Integers) -> Iterator[Integers]:
-    """Classes with less and less slack; at last each length is one."""
+    """Classes with less and less slack; at last each length is one.
+
+    Yields:
+        Their ends, int64 `[J]`.
+    """
     cutter = _Cutter(values, counts)
     tokens = int(values @ counts)
     for slack in SLACKS:

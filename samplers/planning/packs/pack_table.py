@@ -34,7 +34,7 @@ DRAWS: Final = 4
 COST_UNITS: Final = 1 << 20
 # Positions of two epochs may be asked for in turn, at the end of one.
 _KEPT_EPOCHS: Final = 2
-_FOUND_AGAIN: Final = frozenset(["_recipes", "_domains"])
+_FOUND_AGAIN: Final = frozenset(["_recipes", "_domains", "_task"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,13 +198,13 @@ class PackTable:
 
     @cached_property
     def _task(self) -> Task:
-        return _make_task(self.classes, self.limits)
+        return make_task(self.classes, self.limits)
 
     @cached_property
     def _costs(self) -> Integers:
         """Cost of a slot of each class in whole units; its steps where there is no `cost`."""
         if self.limits.cost is None:
-            return self.classes.units.sum(1) * self.limits.multiple
+            return np.asarray(self.classes.units.sum(1) * self.limits.multiple, np.int64)
         return _cost_units(self.classes, self.limits)
 
     @cached_property
@@ -228,7 +228,8 @@ def check_lengths(lengths: npt.ArrayLike) -> Integers:
         value = int(array.min()) if int(array.min()) < 0 else int(array.max())
         sample = int((array == value).reshape(len(array), -1).any(1).argmax())
         raise ValueError(f"lengths must be from 0 to {LARGEST_CAPACITY - 1}, got {value} at sample {sample}")
-    return array
+    # Unsigned numbers of 64 bits become floats next to signed ones.
+    return array.astype(np.int64) if array.dtype == np.uint64 else array
 
 
 def make_limits(
@@ -273,7 +274,7 @@ def make_limits(
 def _plan(documents: Documents, limits: RowLimits) -> tuple[LengthClasses, RowPlan]:
     """Classes in the order in which their documents are placed, and the rows."""
     classes = make_classes(documents.units, limits.units)
-    task = _make_task(classes, limits)
+    task = make_task(classes, limits)
     if task.sizes.shape[1] > 1:
         order = np.argsort(-task.shares, kind="stable")
         classes = LengthClasses(
@@ -284,11 +285,12 @@ def _plan(documents: Documents, limits: RowLimits) -> tuple[LengthClasses, RowPl
             classes.tokens,
             classes.rows,
         )
-        task = _make_task(classes, limits)
+        task = make_task(classes, limits)
     return classes, choose_rows(task, classes.rows if task.sizes.shape[1] == 1 else None)
 
 
-def _make_task(classes: LengthClasses, limits: RowLimits) -> Task:
+def make_task(classes: LengthClasses, limits: RowLimits) -> Task:
+    """What a document of each class takes of each limit: fields, `max_documents`, `max_cost`."""
     columns, caps = [classes.units], list(limits.units)
     if limits.max_documents is not None:
         columns.append(np.ones((len(classes.counts), 1), np.int64))

@@ -14,8 +14,8 @@ ENOUGH_ROWS: Final = 100
 # Below so many documents in a row on average, the search for a rung begins further down.
 MANY_DOCUMENTS: Final = 12
 FEW_START: Final = 3
-# With several limits: the rungs that decide whether a number of rows will do. Its excess over the bound, in thousandths,
-# doubles until one of them succeeds, and is halved again in so many steps.
+# With several limits: the rungs that decide whether a number of rows will do. Its excess over the bound, in
+# thousandths, doubles until one of them succeeds, and is halved again in so many steps.
 TRIALS: Final = (2, 5)
 FIRST_EXCESS: Final = 3
 _HALVINGS: Final = 2
@@ -45,6 +45,9 @@ def choose_rows(task: Task, best_fit: tuple[int, int] | None) -> RowPlan:
         task: What to place.
         best_fit: Rows of best-fit decreasing by the first limit alone, for the true lengths and for the slots; None
             where it is not known, with several fields.
+
+    Raises:
+        RuntimeError: Best-fit decreasing does not fill the rows that it takes: a fault of this module.
     """
     documents = int(task.counts.sum())
     if best_fit is None or len(task.limits) > 1:
