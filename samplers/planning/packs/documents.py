@@ -14,8 +14,9 @@ Overlong: TypeAlias = Literal["error", "drop", "cut", "split"]
 # From lengths in steps, int64 [n] (or [n, K]), to costs [n].
 DocumentCost: TypeAlias = Callable[[Integers], Any]
 
-# Scores hold a residual and 20 bits of a hash in 63 bits.
-LARGEST_CAPACITY: Final = 1 << 40
+# Products of two capacities, and of a length with 30 bits of noise, stay within 63 bits.
+LARGEST_CAPACITY: Final = 1 << 31
+LONGEST: Final = 1 << 40
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

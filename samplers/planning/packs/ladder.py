@@ -147,8 +147,8 @@ def _spread_classes(task: Task, rung: Rung) -> int:
     if rung.finish == WHOLE:
         return 0
     tokens = np.cumsum(task.sizes[:, 0] * task.counts)
-    before = np.concatenate([[0], tokens[:-1]])
-    return int((before * WHOLE < tokens[-1] * (WHOLE - rung.finish)).sum())
+    # A class is spread if it begins before that share of the tokens.
+    return 1 + int(tokens.searchsorted(int(tokens[-1]) * (WHOLE - rung.finish) // WHOLE))
 
 
 class _Noise:

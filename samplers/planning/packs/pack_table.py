@@ -13,6 +13,7 @@ from collate.widths import check_count
 from samplers.planning.keyed_shuffle import Domains, Integers, derive_key, stream_keys
 from samplers.planning.packs.documents import (
     LARGEST_CAPACITY,
+    LONGEST,
     DocumentCost,
     Documents,
     Overlong,
@@ -176,14 +177,13 @@ class PackTable:
 
     def recipes(self, epoch: int) -> Recipes:
         """The recipes of an epoch; those of two epochs are kept."""
-        known = self._recipes
-        if epoch not in known:
+        recipes = self._recipes.get(epoch)
+        if recipes is None:
             recipes = self._find_recipes(epoch)
-            while len(known) >= _KEPT_EPOCHS:
-                known.pop(next(iter(known)), None)
-            known[epoch] = recipes
-            return recipes
-        return known[epoch]
+            while len(self._recipes) >= _KEPT_EPOCHS:
+                self._recipes.pop(next(iter(self._recipes)), None)
+            self._recipes[epoch] = recipes
+        return recipes
 
     def _find_recipes(self, epoch: int) -> Recipes:
         if self.shuffle:
@@ -224,10 +224,10 @@ def check_lengths(lengths: npt.ArrayLike) -> Integers:
         raise ValueError(f"lengths must be [N] or [N, K] with N >= 1, got {list(array.shape)}")
     if array.dtype.kind not in "iu":
         raise TypeError(f"lengths must be integers, got {array.dtype}: count whole steps")
-    if int(array.min()) < 0 or int(array.max()) >= LARGEST_CAPACITY:
+    if int(array.min()) < 0 or int(array.max()) > LONGEST:
         value = int(array.min()) if int(array.min()) < 0 else int(array.max())
         sample = int((array == value).reshape(len(array), -1).any(1).argmax())
-        raise ValueError(f"lengths must be from 0 to {LARGEST_CAPACITY - 1}, got {value} at sample {sample}")
+        raise ValueError(f"lengths must be from 0 to 2**40, got {value} at sample {sample}")
     # Unsigned numbers of 64 bits become floats next to signed ones.
     return array.astype(np.int64) if array.dtype == np.uint64 else array
 
@@ -255,7 +255,7 @@ def make_limits(
     for number in steps:
         check_count("capacity", number, least=1, hint="give the steps that a row holds")
         if number % multiple or number > LARGEST_CAPACITY:
-            raise ValueError(f"capacity must be a multiple of multiple={multiple}, at most 2**40, got {number}")
+            raise ValueError(f"capacity must be a multiple of multiple={multiple}, at most 2**31, got {number}")
     if max_documents is not None:
         max_documents = check_count("max_documents", max_documents, least=1, hint="give None for no such limit")
     if cost is not None and not callable(cost):
@@ -294,7 +294,7 @@ def make_task(classes: LengthClasses, limits: RowLimits) -> Task:
     columns, caps = [classes.units], list(limits.units)
     if limits.max_documents is not None:
         columns.append(np.ones((len(classes.counts), 1), np.int64))
-        caps.append(limits.max_documents)
+        caps.append(min(limits.max_documents, int(classes.counts.sum())))
     if limits.max_cost is not None:
         columns.append(_cost_units(classes, limits)[:, None])
         caps.append(COST_UNITS)
