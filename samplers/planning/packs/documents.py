@@ -10,13 +10,13 @@ import numpy.typing as npt
 from collate.errors import LengthError
 from samplers.planning.keyed_shuffle import Integers
 
-Overlong: TypeAlias = Literal["error", "drop", "cut", "split"]
+OverlongDocuments: TypeAlias = Literal["error", "drop", "cut", "split"]
 # From lengths in steps, int64 [n] (or [n, K]), to costs [n].
 DocumentCost: TypeAlias = Callable[[Integers], Any]
 
 # Products of two capacities, and of a length with 30 bits of noise, stay within 63 bits.
 LARGEST_CAPACITY: Final = 1 << 31
-LONGEST: Final = 1 << 40
+LONGEST_DOCUMENT: Final = 1 << 40
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,7 +109,7 @@ class Documents:
 
 
 def plan_documents(
-    lengths: Integers, limits: RowLimits, *, overlong: Overlong = "error", indices: Integers | None = None
+    lengths: Integers, limits: RowLimits, *, overlong: OverlongDocuments = "error", indices: Integers | None = None
 ) -> Documents:
     """The documents that samples of these lengths give.
 
@@ -124,8 +124,10 @@ def plan_documents(
         LengthError: A document does not fit in a row, with `overlong="error"`.
         ValueError: There are no documents, or `overlong` is unknown or cannot be done for several fields.
     """
-    if overlong not in get_args(Overlong):
-        raise ValueError(f"overlong must be one of {', '.join(map(repr, get_args(Overlong)))}, got {overlong!r}")
+    if overlong not in get_args(OverlongDocuments):
+        raise ValueError(
+            f"overlong must be one of {', '.join(map(repr, get_args(OverlongDocuments)))}, got {overlong!r}"
+        )
     lengths = lengths if lengths.ndim == 2 else lengths[:, None]
     taken = lengths if indices is None else lengths[indices]
     if len(taken) == 0:
@@ -136,7 +138,7 @@ def plan_documents(
         return Documents(units, indices)
     samples = np.arange(len(units)) if indices is None else indices
     if overlong == "error":
-        raise LengthError(_too_long(taken, samples, longer, limits))
+        raise LengthError(_describe_overlong(taken, samples, longer, limits))
     if overlong == "drop":
         rest = np.delete(np.arange(len(units)), longer)
         if len(rest) == 0:
@@ -227,7 +229,7 @@ def _split(lengths: Integers, longer: Integers, documents: Documents, limits: Ro
     return Documents(units, indices, Pieces(samples[longer][copies], starts, stops))
 
 
-def _too_long(lengths: Integers, samples: Integers, longer: Integers, limits: RowLimits) -> str:
+def _describe_overlong(lengths: Integers, samples: Integers, longer: Integers, limits: RowLimits) -> str:
     worst = longer[lengths[longer].sum(1).argmax()]
     steps = lengths[worst].tolist()
     limit = f"capacity {limits.capacity[0] if len(limits.capacity) == 1 else limits.capacity}"

@@ -54,7 +54,7 @@ REPEATING: Final = next(index for index, rung in enumerate(LADDER) if not rung.o
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class PackTask:
     """Documents of each class, and the rows that must hold them.
 
     Attributes:
@@ -78,7 +78,7 @@ class Task:
         return int((-(-(self.counts @ self.sizes) // self.limits)).max())
 
 
-def attempt(task: Task, rows: int, rung: Rung, key: int) -> Tree | None:
+def attempt(task: PackTask, rows: int, rung: Rung, key: int) -> Tree | None:
     """Recipes for that many rows, or None where the attempt fails.
 
     Args:
@@ -132,7 +132,7 @@ def fill_empty(tree: Tree) -> Tree:
     return Tree(*(np.array(column) for column in (parents, classes, rows)))
 
 
-def _in_order(task: Task, rung: Rung, key: int) -> Iterator[tuple[int, int]]:
+def _in_order(task: PackTask, rung: Rung, key: int) -> Iterator[tuple[int, int]]:
     """Classes and their documents, in decreasing order of size with the rung's jitter."""
     order = np.arange(len(task.counts))
     if rung.jitter:
@@ -142,7 +142,7 @@ def _in_order(task: Task, rung: Rung, key: int) -> Iterator[tuple[int, int]]:
     return zip(order.tolist(), task.counts[order].tolist(), strict=True)
 
 
-def _spread_classes(task: Task, rung: Rung) -> int:
+def _spread_classes(task: PackTask, rung: Rung) -> int:
     """How many of the first classes are spread."""
     if rung.finish == WHOLE:
         return 0

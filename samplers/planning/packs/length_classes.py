@@ -25,7 +25,7 @@ SLACK_UNIT: Final = 4_000
 FIELD_SLACK: Final = 14
 # More distinct lengths than this are rounded up by up to a 5,000th of the mean before they are cut into classes.
 MANY_LENGTHS: Final = 20_000
-ROUNDING: Final = 5_000
+LENGTH_ROUNDING: Final = 5_000
 # Prices of a class grow by 1/8 to 1/16 from one to the next.
 _OCTAVE: Final = 8
 _PRICES: Final = _OCTAVE * 60
@@ -66,7 +66,7 @@ def make_classes(units: Integers, capacity: tuple[int, ...]) -> LengthClasses:
         return _make_cells(units)
     column = units[:, 0]
     order = sort_stably(column)
-    values, counts = _count(column, order)
+    values, counts = _make_histogram(column, order)
     tokens = int(values @ counts)
     sizes, numbers = _merge_close(values, counts, capacity[0])
     exact = count_rows(sizes[::-1].tolist(), numbers[::-1].tolist(), capacity[0])
@@ -108,10 +108,10 @@ def cut_least_slack(values: Integers, counts: Integers, slack: int) -> Integers:
     Returns:
         Ascending, int64 `[J]`: class j ends before value `ends[j]`; the last is D.
     """
-    return _Cutter(values, counts).cut(slack)
+    return _ClassCutter(values, counts).cut(slack)
 
 
-class _Cutter:
+class _ClassCutter:
     """Cuts of one histogram at several prices; each is computed once."""
 
     def __init__(self, values: Integers, counts: Integers) -> None:
@@ -176,14 +176,14 @@ def _cuts(values: Integers, counts: Integers) -> Iterator[Integers]:
     Yields:
         Their ends, int64 `[J]`.
     """
-    cutter = _Cutter(values, counts)
+    cutter = _ClassCutter(values, counts)
     tokens = int(values @ counts)
     for slack in SLACKS:
         yield cutter.cut(tokens * slack // SLACK_UNIT)
     yield np.arange(1, len(values) + 1)
 
 
-def _count(column: Integers, order: npt.NDArray[np.signedinteger]) -> tuple[Integers, Integers]:
+def _make_histogram(column: Integers, order: npt.NDArray[np.signedinteger]) -> tuple[Integers, Integers]:
     """The distinct sizes, ascending, and the documents of each."""
     if int(column.max()) < _COUNTED:
         table = np.bincount(column)
@@ -198,7 +198,7 @@ def _merge_close(values: Integers, counts: Integers, capacity: int) -> tuple[Int
     """Sizes and counts with close ones rounded up to one, where too many are distinct."""
     if len(values) <= MANY_LENGTHS:
         return values, counts
-    step = max(1, int(values @ counts) // (ROUNDING * int(counts.sum())))
+    step = max(1, int(values @ counts) // (LENGTH_ROUNDING * int(counts.sum())))
     rounded = np.minimum(-(-values // step) * step, capacity)
     firsts = np.flatnonzero(np.diff(rounded, prepend=-1))
     return rounded[firsts], np.add.reduceat(counts, firsts)

@@ -9,13 +9,13 @@ import numpy.typing as npt
 from collate.widths import check_count
 from samplers.planning.packs.documents import DocumentCost, Documents, plan_documents
 from samplers.planning.packs.groups import Groups, Tree
-from samplers.planning.packs.ladder import Task, fill_empty
+from samplers.planning.packs.ladder import PackTask, fill_empty
 from samplers.planning.packs.length_classes import LengthClasses, sort_stably
-from samplers.planning.packs.pack_table import check_lengths, make_limits, make_task
+from samplers.planning.packs.pack_table import check_pack_lengths, make_limits, make_task
 from samplers.planning.packs.recipes import Recipes
 from samplers.planning.packs.row_count import choose_rows
 
-Rows: TypeAlias = list[list[int]]
+RowList: TypeAlias = list[list[int]]
 
 
 @overload
@@ -29,7 +29,7 @@ def pack(
     max_cost: float | None = None,
     multiple: int = 1,
     overlong: Literal["error", "drop", "cut"] = "error",
-) -> Rows: ...
+) -> RowList: ...
 
 
 @overload
@@ -43,7 +43,7 @@ def pack(
     max_cost: float | None = None,
     multiple: int = 1,
     overlong: Literal["error", "drop", "cut"] = "error",
-) -> list[Rows]: ...
+) -> list[RowList]: ...
 
 
 def pack(
@@ -56,7 +56,7 @@ def pack(
     max_cost: float | None = None,
     multiple: int = 1,
     overlong: Literal["error", "drop", "cut"] = "error",
-) -> Rows | list[Rows]:
+) -> RowList | list[RowList]:
     """Pack samples into rows: few rows, or as many for each rank and of even cost.
 
     Without `ranks` rows are filled by best-fit decreasing, or, under `max_documents` or `max_cost`, by whatever takes
@@ -90,7 +90,7 @@ def pack(
     """
     if overlong not in {"error", "drop", "cut"}:
         raise ValueError(f"overlong must be 'error', 'drop' or 'cut', got {overlong!r}: pieces need a PackTable")
-    array = check_lengths(lengths)
+    array = check_pack_lengths(lengths)
     if array.ndim > 1:
         raise ValueError(f"lengths must be [N], got {list(array.shape)}: rows of several fields need a PackTable")
     limits = make_limits(
@@ -118,7 +118,7 @@ def _exact_classes(documents: Documents) -> LengthClasses:
     return LengthClasses(units[::-1], counts[::-1], starts[::-1], order, (int(ascending.sum()),), None)
 
 
-def _few_rows(task: Task) -> Tree:
+def _few_rows(task: PackTask) -> Tree:
     """Rows by best fit; with several limits, the rows of a spread if they are fewer."""
     groups = Groups(task.sizes, task.limits, int(task.counts.sum()))
     for number, count in enumerate(task.counts.tolist()):
@@ -133,7 +133,7 @@ def _few_rows(task: Task) -> Tree:
     return plan.spare if plan.rows < rows[0] else tree
 
 
-def _as_lists(tree: Tree, classes: LengthClasses, documents: Documents) -> Rows:
+def _as_lists(tree: Tree, classes: LengthClasses, documents: Documents) -> RowList:
     numbers, slots, counts = Recipes(tree, classes.units[:, 0]).slots(np.arange(int(tree.rows[0])))
     samples = classes.order[classes.starts[numbers] + slots]
     if documents.samples is not None:
@@ -143,8 +143,8 @@ def _as_lists(tree: Tree, classes: LengthClasses, documents: Documents) -> Rows:
 
 
 def _share(
-    task: Task, tree: Tree, weights: npt.NDArray[np.float64], packed: tuple[LengthClasses, Documents], ranks: int
-) -> list[Rows]:
+    task: PackTask, tree: Tree, weights: npt.NDArray[np.float64], packed: tuple[LengthClasses, Documents], ranks: int
+) -> list[RowList]:
     """Rows of even cost for each rank; `tree` says how many are needed, and is used where even ones do not hold all.
 
     Raises:
@@ -178,7 +178,7 @@ def _samples_in_order(classes: LengthClasses, documents: Documents) -> list[int]
     return samples
 
 
-def _balance(task: Task, weights: npt.NDArray[np.float64], rows: int) -> list[int] | None:
+def _balance(task: PackTask, weights: npt.NDArray[np.float64], rows: int) -> list[int] | None:
     """The row of each document, the heaviest class first to the row with the least load that holds it; None if none.
 
     Args:
@@ -208,10 +208,10 @@ def _balance(task: Task, weights: npt.NDArray[np.float64], rows: int) -> list[in
     return [row for number in range(len(weights)) for row in owners[number]]
 
 
-def _to_ranks(lists: Rows, costs: list[float], ranks: int) -> list[Rows]:
+def _to_ranks(lists: RowList, costs: list[float], ranks: int) -> list[RowList]:
     """Rows to ranks: neighbours in cost are a step, in which the costliest goes to the rank with the least so far."""
     order = sorted(range(len(lists)), key=lambda index: (-costs[index], index))
-    shares: list[Rows] = [[] for _ in range(ranks)]
+    shares: list[RowList] = [[] for _ in range(ranks)]
     totals = [0.0] * ranks
     for first in range(0, len(order), ranks):
         lightest = sorted(range(ranks), key=lambda rank: (totals[rank], rank))

@@ -24,15 +24,15 @@ from collate.widths import check_count
 from samplers.planning.keyed_shuffle import Domains, Integers, derive_key, stream_keys
 from samplers.planning.packs.documents import (
     LARGEST_CAPACITY,
-    LONGEST,
+    LONGEST_DOCUMENT,
     DocumentCost,
     Documents,
-    Overlong,
+    OverlongDocuments,
     Pieces,
     RowLimits,
     plan_documents,
 )
-from samplers.planning.packs.ladder import LADDER, Task, attempt
+from samplers.planning.packs.ladder import LADDER, PackTask, attempt
 from samplers.planning.packs.length_classes import LengthClasses, make_classes
 from samplers.planning.packs.recipes import Recipes
 from samplers.planning.packs.row_count import RowPlan, choose_rows
@@ -46,7 +46,7 @@ DRAWS: Final = 4
 COST_UNITS: Final = 1 << 20
 # Positions of two epochs may be asked for in turn, at the end of one.
 _KEPT_EPOCHS: Final = 2
-_FOUND_AGAIN: Final = frozenset(["_recipes", "_domains", "_task"])
+_DERIVED: Final = frozenset(["_recipes", "_domains", "_task"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,7 @@ class PackTable:
         max_documents: int | None = None,
         cost: DocumentCost | None = None,
         max_cost: float | None = None,
-        overlong: Overlong = "error",
+        overlong: OverlongDocuments = "error",
         seed: int = 0,
         shuffle: bool = True,
         indices: Integers | None = None,
@@ -110,7 +110,7 @@ class PackTable:
             ValueError: A limit is below 1, `capacity` is not a multiple of `multiple` or not one for each field, there
                 are no documents, or `max_cost` has no `cost`.
         """
-        array = check_lengths(lengths)
+        array = check_pack_lengths(lengths)
         limits = make_limits(
             1 if array.ndim == 1 else array.shape[1],
             capacity=capacity,
@@ -130,7 +130,7 @@ class PackTable:
         return self.plan.rows
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in _FOUND_AGAIN}
+        return {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _recipes={})
@@ -208,7 +208,7 @@ class PackTable:
         return Recipes(self.plan.spare, self._costs)
 
     @cached_property
-    def _task(self) -> Task:
+    def _task(self) -> PackTask:
         return make_task(self.classes, self.limits)
 
     @cached_property
@@ -216,14 +216,14 @@ class PackTable:
         """Cost of a slot of each class in whole units; its steps where there is no `cost`."""
         if self.limits.cost is None:
             return np.asarray(self.classes.units.sum(1) * self.limits.multiple, np.int64)
-        return _cost_units(self.classes, self.limits)
+        return _slot_costs(self.classes, self.limits)
 
     @cached_property
     def _domains(self) -> Domains:
         return Domains(self.classes.counts)
 
 
-def check_lengths(lengths: npt.ArrayLike) -> Integers:
+def check_pack_lengths(lengths: npt.ArrayLike) -> Integers:
     """Check that lengths are integers `[N]` or `[N, K]` from 0.
 
     Raises:
@@ -235,7 +235,7 @@ def check_lengths(lengths: npt.ArrayLike) -> Integers:
         raise ValueError(f"lengths must be [N] or [N, K] with N >= 1, got {list(array.shape)}")
     if array.dtype.kind not in "iu":
         raise TypeError(f"lengths must be integers, got {array.dtype}: count whole steps")
-    if int(array.min()) < 0 or int(array.max()) > LONGEST:
+    if int(array.min()) < 0 or int(array.max()) > LONGEST_DOCUMENT:
         value = int(array.min()) if int(array.min()) < 0 else int(array.max())
         sample = int((array == value).reshape(len(array), -1).any(1).argmax())
         raise ValueError(f"lengths must be from 0 to 2**40, got {value} at sample {sample}")
@@ -300,19 +300,19 @@ def _plan(documents: Documents, limits: RowLimits) -> tuple[LengthClasses, RowPl
     return classes, choose_rows(task, classes.rows if task.sizes.shape[1] == 1 else None)
 
 
-def make_task(classes: LengthClasses, limits: RowLimits) -> Task:
+def make_task(classes: LengthClasses, limits: RowLimits) -> PackTask:
     """What a document of each class takes of each limit: fields, `max_documents`, `max_cost`."""
     columns, caps = [classes.units], list(limits.units)
     if limits.max_documents is not None:
         columns.append(np.ones((len(classes.counts), 1), np.int64))
         caps.append(min(limits.max_documents, int(classes.counts.sum())))
     if limits.max_cost is not None:
-        columns.append(_cost_units(classes, limits)[:, None])
+        columns.append(_slot_costs(classes, limits)[:, None])
         caps.append(COST_UNITS)
-    return Task(np.concatenate(columns, 1), classes.counts, np.array(caps))
+    return PackTask(np.concatenate(columns, 1), classes.counts, np.array(caps))
 
 
-def _cost_units(classes: LengthClasses, limits: RowLimits) -> Integers:
+def _slot_costs(classes: LengthClasses, limits: RowLimits) -> Integers:
     """The cost of a slot of each class, in whole units, rounded up."""
     costs = limits.costs(classes.units)
     most = float(costs.max()) if limits.max_cost is None else limits.max_cost

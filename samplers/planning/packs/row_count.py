@@ -5,7 +5,7 @@ from typing import Final
 
 from samplers.planning.keyed_shuffle import derive_key
 from samplers.planning.packs.groups import Tree
-from samplers.planning.packs.ladder import LADDER, REPEATING, Rung, Task, attempt
+from samplers.planning.packs.ladder import LADDER, REPEATING, PackTask, Rung, attempt
 
 # Rows beyond best-fit's, in thousandths: room in which an attempt can place documents more freely.
 EXTRA: Final = 3
@@ -38,7 +38,7 @@ class RowPlan:
     spare: Tree
 
 
-def choose_rows(task: Task, best_fit: tuple[int, int] | None) -> RowPlan:
+def choose_rows(task: PackTask, best_fit: tuple[int, int] | None) -> RowPlan:
     """Choose the number of rows and the rung.
 
     Args:
@@ -62,7 +62,7 @@ def choose_rows(task: Task, best_fit: tuple[int, int] | None) -> RowPlan:
     return RowPlan(rows, LADDER[index : index + 2], spare)
 
 
-def _choose_by_trials(task: Task, documents: int, best_fit: int) -> RowPlan:
+def _choose_by_trials(task: PackTask, documents: int, best_fit: int) -> RowPlan:
     """With several limits best-fit is far from the bound: the least excess over the bound that a spread can fill."""
     low = -1
     high = FIRST_EXCESS if task.bound >= ENOUGH_ROWS else 0
@@ -83,7 +83,7 @@ def _choose_by_trials(task: Task, documents: int, best_fit: int) -> RowPlan:
     return RowPlan(rows, LADDER[index : index + 2], spare)
 
 
-def _try_rows(task: Task, excess: int, documents: int) -> RowPlan | None:
+def _try_rows(task: PackTask, excess: int, documents: int) -> RowPlan | None:
     """Recipes for an excess over the bound, in thousandths, if one of the trial rungs succeeds."""
     rows = min(documents, task.bound - (-task.bound * excess // 1_000))
     for index in TRIALS:
@@ -93,7 +93,7 @@ def _try_rows(task: Task, excess: int, documents: int) -> RowPlan | None:
     return None
 
 
-def _lowest_rung(task: Task, rows: int, count: int) -> tuple[int, Tree | None]:
+def _lowest_rung(task: PackTask, rows: int, count: int) -> tuple[int, Tree | None]:
     """The first of `count` rungs that succeeds, and its recipes; None where not even the last one does.
 
     Rungs further down succeed more often, as a rule. So one attempt each, at strides that double and then by halving,
@@ -124,7 +124,7 @@ def _lowest_rung(task: Task, rows: int, count: int) -> tuple[int, Tree | None]:
     return count - 1, None
 
 
-def _confirm(task: Task, rows: int, index: int, tree: Tree | None) -> Tree | None:
+def _confirm(task: PackTask, rows: int, index: int, tree: Tree | None) -> Tree | None:
     """Recipes of a rung that succeeds twice before it fails twice, where its first attempt gave `tree`; or None."""
     again = _draw(task, rows, index, 1)
     if (again is None) == (tree is None):
@@ -135,5 +135,5 @@ def _confirm(task: Task, rows: int, index: int, tree: Tree | None) -> Tree | Non
     return last
 
 
-def _draw(task: Task, rows: int, index: int, draw: int) -> Tree | None:
+def _draw(task: PackTask, rows: int, index: int, draw: int) -> Tree | None:
     return attempt(task, rows, LADDER[index], derive_key(_CONSTRUCTION, index, draw))

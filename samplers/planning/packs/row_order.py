@@ -131,13 +131,13 @@ def share_rows(rows: list[Integers], units: list[Integers], limits: RowLimits, r
         order = sorted(range(len(rows)), key=lambda index: -int(weights[index].sum()))
         return [[rows[index] for index in order[replica::replicas]] for replica in range(replicas)]
     pooled, sizes, weight = np.concatenate(rows), np.concatenate(units), np.concatenate(weights)
-    shares = _deal(weight, replicas)
-    if all(_holds(sizes[share], limits) for share in shares):
+    shares = _pool_documents(weight, replicas)
+    if all(_fits_one_row(sizes[share], limits) for share in shares):
         return [[pooled[share]] for share in shares]
     return [[piece] for piece in _split_rows(rows, replicas)]
 
 
-def _deal(weights: Integers, replicas: int) -> list[Integers]:
+def _pool_documents(weights: Integers, replicas: int) -> list[Integers]:
     """The indices of documents for each replica, the heaviest first to the least load."""
     shares: list[list[int]] = [[] for _ in range(replicas)]
     loads = [(0, 0, replica) for replica in range(replicas)]
@@ -158,7 +158,7 @@ def _weigh(units: Integers, limits: RowLimits) -> Integers:
     return np.maximum(1, np.ceil(costs / most * (1 << 30))).astype(np.int64)
 
 
-def _holds(units: Integers, limits: RowLimits) -> bool:
+def _fits_one_row(units: Integers, limits: RowLimits) -> bool:
     """Whether documents of these sizes fit in one row."""
     if limits.max_documents is not None and len(units) > limits.max_documents:
         return False

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pack_oracles import corpora
 
 from samplers.planning.packs.groups import Tree
-from samplers.planning.packs.ladder import LADDER, Rung, Task, attempt, fill_empty
+from samplers.planning.packs.ladder import LADDER, PackTask, Rung, attempt, fill_empty
 from samplers.planning.packs.pack_table import PackTable
 
 
@@ -130,7 +130,7 @@ def test_only_the_samples_that_take_part_are_packed():
 def test_an_attempt_places_all_documents_or_says_that_it_failed(case, key, rung, more):
     lengths, capacity = np.maximum(case[0], 1), case[1]
     sizes, counts = np.unique(lengths, return_counts=True)
-    task = Task(sizes[::-1, None], counts[::-1], np.array([capacity]))
+    task = PackTask(sizes[::-1, None], counts[::-1], np.array([capacity]))
     rows = min(len(lengths), task.bound + more)
     tree = attempt(task, rows, rung, key)
     if tree is None:
@@ -152,7 +152,7 @@ def test_rows_without_a_document_get_the_longest_last_one_of_another():
 
 
 def test_as_many_rows_as_documents_always_succeed():
-    task = Task(np.array([[9, 1], [5, 1], [3, 1]]), np.array([3, 4, 5]), np.array([10, 1]))
+    task = PackTask(np.array([[9, 1], [5, 1], [3, 1]]), np.array([3, 4, 5]), np.array([10, 1]))
     for rung in (LADDER[0], Rung(350, 700), LADDER[-1]):
         assert attempt(task, 12, rung, 1) is not None
     assert attempt(task, 11, LADDER[0], 1) is None
