@@ -75,7 +75,7 @@ def from_lists(rows: list[list[int]]) -> Rows:
 
 
 def run_trl(lengths: Lengths, capacity: int, strategy: str, batch_size: int) -> tuple[int, float]:
-    """TRL's packing of documents of these lengths: its rows, and seconds."""
+    """TRL's packing of documents of these lengths: its rows, and seconds of this process."""
     from datasets import Dataset, disable_progress_bars  # noqa: PLC0415
     from trl import pack_dataset  # noqa: PLC0415
 
@@ -85,10 +85,10 @@ def run_trl(lengths: Lengths, capacity: int, strategy: str, batch_size: int) -> 
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     tokens = pa.array(np.zeros(int(offsets[-1]), np.int32))
     dataset = Dataset(pa.table({"input_ids": pa.ListArray.from_arrays(pa.array(offsets), tokens)}))
-    start = time.perf_counter()
+    start = time.process_time()
     options = {"batch_size": batch_size, "keep_in_memory": True, "load_from_cache_file": False}
     packed = pack_dataset(dataset, capacity, strategy, map_kwargs=options)
-    return len(packed), time.perf_counter() - start
+    return len(packed), time.process_time() - start
 
 
 def waste(lengths: Lengths, rows: int, capacity: int) -> float:
@@ -172,12 +172,12 @@ def step_spread(lengths: Lengths, rows: Rows, steps: Lengths) -> float:
 
 
 def fastest(call: Callable[[], object], rounds: int) -> float:
-    """The shortest of some calls, in seconds: others on the machine make a call longer, never shorter."""
+    """The shortest of some calls, in seconds of this process: it has one thread, and shares the machine with others."""
     times = []
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = time.process_time()
         call()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return min(times)
 
 

@@ -16,7 +16,7 @@ MANY_DOCUMENTS: Final = 12
 FEW_START: Final = 3
 # With several limits: the rungs that decide whether a number of rows will do. Its excess over the bound, in
 # thousandths, doubles until one of them succeeds, and is halved again in so many steps.
-TRIALS: Final = (2, 5)
+TRIALS: Final = (0, 2)
 FIRST_EXCESS: Final = 3
 _HALVINGS: Final = 2
 # What a key is for.
@@ -53,10 +53,11 @@ def choose_rows(task: PackTask, best_fit: tuple[int, int] | None) -> RowPlan:
     if best_fit is None or len(task.limits) > 1:
         return _choose_by_trials(task, documents, 0 if best_fit is None else best_fit[0])
     rows = min(documents, max(best_fit[0] + best_fit[0] * EXTRA // 1_000, best_fit[1]))
-    index, spare = _lowest_rung(task, rows, len(LADDER))
+    start = FEW_START if documents < MANY_DOCUMENTS * rows else 0
+    index, spare = _lowest_rung(task, rows, len(LADDER), start)
     if index >= REPEATING and ENOUGH_ROWS <= rows < documents:
         rows += 1
-        index, spare = _lowest_rung(task, rows, len(LADDER))
+        index, spare = _lowest_rung(task, rows, len(LADDER), start)
     if spare is None:
         raise RuntimeError(f"best-fit decreasing must fill {rows} rows, got a document that fits in none")
     return RowPlan(rows, LADDER[index : index + 2], spare)
@@ -77,7 +78,7 @@ def _choose_by_trials(task: PackTask, documents: int, best_fit: int) -> RowPlan:
             found = _try_rows(task, middle, documents)
             low, high, trial = (middle, high, trial) if found is None else (low, middle, found)
     rows = min(documents, trial.rows + trial.rows // 1_000)
-    index, spare = _lowest_rung(task, rows, REPEATING)
+    index, spare = _lowest_rung(task, rows, REPEATING, LADDER.index(trial.rungs[0]))
     if spare is None:
         return trial
     return RowPlan(rows, LADDER[index : index + 2], spare)
@@ -93,11 +94,17 @@ def _try_rows(task: PackTask, excess: int, documents: int) -> RowPlan | None:
     return None
 
 
-def _lowest_rung(task: PackTask, rows: int, count: int) -> tuple[int, Tree | None]:
+def _lowest_rung(task: PackTask, rows: int, count: int, start: int) -> tuple[int, Tree | None]:
     """The first of `count` rungs that succeeds, and its recipes; None where not even the last one does.
 
     Rungs further down succeed more often, as a rule. So one attempt each, at strides that double and then by halving,
     finds the place to begin at; the rung is the first from there on that succeeds twice before it fails twice.
+
+    Args:
+        task: What to place.
+        rows: Rows.
+        count: How many rungs are tried.
+        start: The rung that is tried first.
     """
     trees: dict[int, Tree | None] = {}
 
@@ -105,8 +112,7 @@ def _lowest_rung(task: PackTask, rows: int, count: int) -> tuple[int, Tree | Non
         trees[index] = _draw(task, rows, index, 0)
         return trees[index] is not None
 
-    few = int(task.counts.sum()) < MANY_DOCUMENTS * rows
-    low, high, stride = -1, FEW_START if few else 0, 1
+    low, high, stride = -1, start, 1
     while high < count - 1 and not succeeds(high):
         low, high, stride = high, min(high + stride, count - 1), stride * 2
     while high - low > 1:
