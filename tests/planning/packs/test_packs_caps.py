@@ -3,10 +3,12 @@
 import math
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pack_oracles import corpora
 
+from collate.errors import LengthError
 from samplers.planning.packs.groups import Tree
 from samplers.planning.packs.ladder import LADDER, PackTask, Rung, attempt, fill_empty
 from samplers.planning.packs.pack_table import PackTable
@@ -156,3 +158,19 @@ def test_as_many_rows_as_documents_always_succeed():
     for rung in (LADDER[0], Rung(350, 700), LADDER[-1]):
         assert attempt(task, 12, rung, 1) is not None
     assert attempt(task, 11, LADDER[0], 1) is None
+
+
+def test_a_document_is_overlong_if_any_of_its_fields_is():
+    pairs = np.array([[3, 9], [4, 0], [12, 2], [5, 4]])
+    with pytest.raises(LengthError, match=r"capacity \(10, 8\), got \[12, 2\] steps at sample 2 \(2 samples"):
+        PackTable.build(pairs, capacity=(10, 8))
+    dropped = PackTable.build(pairs, capacity=(10, 8), overlong="drop")
+    assert sorted(all_rows(dropped, 0)[0].tolist()) == [1, 3]
+    cut = PackTable.build(pairs, capacity=(10, 8), overlong="cut")
+    samples, _, firsts = all_rows(cut, 0)
+    assert sorted(samples.tolist()) == [0, 1, 2, 3]
+    assert (np.add.reduceat(np.minimum(pairs, (10, 8))[samples], firsts).max(0) <= (10, 8)).all()
+    with pytest.raises(ValueError, match="overlong='split' must have one field"):
+        PackTable.build(pairs, capacity=(10, 8), overlong="split")
+    with pytest.raises(ValueError, match="overlong='cut' must be told where to cut"):
+        PackTable.build(pairs, capacity=(10, 8), overlong="cut", cost=lambda n: n.sum(1), max_cost=5)
