@@ -9,8 +9,10 @@ from samplers.planning.packs.ladder import LADDER, REPEATING, PackTask, Rung, at
 
 # Rows beyond best-fit's, in thousandths: room in which an attempt can place documents more freely.
 EXTRA: Final = 3
-# From so many rows on, one more is cheap enough to keep rows from freezing.
+# From so many rows on, one more is cheap enough where only rungs from FREEZING on succeed: their rows change little.
+# With 174 rows of a corpus 1.37 % of the pairs met again in the next epoch, with 175 rows 0.58 %.
 ENOUGH_ROWS: Final = 100
+FREEZING: Final = 5
 # Below so many documents in a row on average, the search for a rung begins further down.
 MANY_DOCUMENTS: Final = 12
 FEW_START: Final = 3
@@ -55,7 +57,7 @@ def choose_rows(task: PackTask, best_fit: tuple[int, int] | None) -> RowPlan:
     rows = min(documents, max(best_fit[0] + best_fit[0] * EXTRA // 1_000, best_fit[1]))
     start = FEW_START if documents < MANY_DOCUMENTS * rows else 0
     index, spare = _lowest_rung(task, rows, len(LADDER), start)
-    if index >= REPEATING and ENOUGH_ROWS <= rows < documents:
+    if index >= FREEZING and ENOUGH_ROWS <= rows < documents:
         rows += 1
         index, spare = _lowest_rung(task, rows, len(LADDER), start)
     if spare is None:
