@@ -29,7 +29,7 @@ LAYERS = {
     "samplers.planning": [
         ["plan"],
         ["schedule", "report"],
-        ["tables", "clipping", "optimal_widths"],
+        ["tables", "packs", "clipping", "optimal_widths"],
         ["sorting"],
         ["options"],
         ["keyed_shuffle"],
@@ -39,6 +39,15 @@ LAYERS = {
         ["window_table", "pool_table"],
         ["batch_table", "window_order"],
         ["buckets", "epoch_order", "equal_lengths"],
+    ],
+    "samplers.planning.packs": [
+        ["row_order", "one_list"],
+        ["pack_table"],
+        ["recipes", "row_count"],
+        ["ladder"],
+        ["length_classes", "groups"],
+        ["best_fit"],
+        ["documents"],
     ],
     "samplers.progress": [
         ["loader"],

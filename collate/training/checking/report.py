@@ -90,7 +90,8 @@ class ProbeName(str):
     __slots__ = ()
 
     def __eq__(self, other: object) -> bool:
-        if other == "company" and str.__eq__(self, "other rows"):
+        # A comparison of two such names is not one with the former name.
+        if type(other) is str and other == "company" and str.__eq__(self, "other rows"):
             message = 'the probe "company" is now "other rows", and the old name goes with the next release'
             warnings.warn(message, DeprecationWarning, stacklevel=2)
             return True
