@@ -379,9 +379,9 @@ def test_a_state_at_a_buffer_of_a_thousand_is_under_a_kilobyte() -> None:
         ({"emitted": "xyz"}, "is not what state_dict gave"),
         ({"emitted": None}, "is not what state_dict gave"),
         ({"oldest": "many"}, "is not what state_dict gave"),
-        ({"arrivals": 40}, "must tell of arrivals 0 to 40, got 1 bytes"),
-        ({"oldest": 9}, "must tell of arrivals 9 to 5"),
-        ({"oldest": -1}, "must tell of arrivals -1 to 5"),
+        ({"arrivals": 40}, "must have a bit for each arrival 0 to 40, got 1 bytes"),
+        ({"oldest": 9}, "must have a bit for each arrival 9 to 5"),
+        ({"oldest": -1}, "must have a bit for each arrival -1 to 5"),
     ],
 )
 def test_a_damaged_state_is_refused(change: dict[str, Any], says: str) -> None:
