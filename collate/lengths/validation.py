@@ -117,7 +117,7 @@ def check_padding_intact(padded: Tensor, mask: Tensor, padding_value: PaddingVal
         value = values[~same[row, step].flatten()][0].item()
         raise LengthError(
             f"row {row} has {int(mask[row].sum())} steps, but its padding at step {step} holds {value!r} instead of "
-            f"padding_value {padding_value!r}: the length is too small, or the padding was written to after padding"
+            f"padding_value {padding_value!r}: the length is too small, or the batch was written to after padding"
         )
 
 

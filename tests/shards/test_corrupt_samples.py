@@ -379,7 +379,7 @@ def test_handlers_of_webdataset_and_functions_decide(corpus):
         ({"handler": SKIP, "max_failed": "1"}, TypeError, "max_failed must be a number, got '1'"),
         ({"handler": SKIP, "max_failed": True}, TypeError, "max_failed must be a number, got True"),
         ({"handler": SKIP, "max_failed": 1.5}, ValueError, "max_failed must be a fraction of samples, 0 to 1, got 1.5"),
-        ({"handler": SKIP, "max_failed": float("nan")}, ValueError, "max_failed must be a share"),
+        ({"handler": SKIP, "max_failed": float("nan")}, ValueError, "max_failed must be a fraction"),
         ({"max_failed": -1}, ValueError, "max_failed must be a fraction of samples, 0 to 1, got -1"),
     ],
 )

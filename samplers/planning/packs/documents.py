@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from collate.errors import LengthError
-from samplers.planning.keyed_shuffle import Integers
+from samplers.planning.budget import Integers
 
 OverlongDocuments: TypeAlias = Literal["error", "drop", "cut", "split"]
 # From lengths in steps, int64 [n] (or [n, K]), to costs [n].

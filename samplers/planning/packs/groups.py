@@ -18,7 +18,7 @@ from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 
-from samplers.planning.keyed_shuffle import Integers
+from samplers.planning.budget import Integers
 
 # Room for so many groups is made at first.
 _BUFFER: Final = 256

@@ -10,7 +10,8 @@ from typing import Final
 
 import numpy as np
 
-from samplers.planning.keyed_shuffle import Integers, derive_key, stream_keys
+from samplers.planning.budget import Integers
+from samplers.planning.keyed_shuffle import derive_key, stream_keys
 from samplers.planning.packs.groups import Groups, Ranking, Tree
 
 # Shares, noise and jitter are counted in thousandths.

@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from samplers.planning.keyed_shuffle import Integers
+from samplers.planning.budget import Integers
 from samplers.planning.packs.best_fit import count_rows
 
 # Shares of the tokens that slots may waste, in units of 1/4000; the first that costs no rows is taken.

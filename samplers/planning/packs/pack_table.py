@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from collate.widths import check_count
-from samplers.planning.keyed_shuffle import Domains, Integers, derive_key, stream_keys
+from samplers.planning.budget import Integers
+from samplers.planning.keyed_shuffle import Domains, derive_key, stream_keys
 from samplers.planning.packs.documents import (
     LARGEST_CAPACITY,
     LONGEST_DOCUMENT,

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from samplers.planning.keyed_shuffle import Integers
+from samplers.planning.budget import Integers
 from samplers.planning.packs.groups import Tree
 
 

@@ -10,7 +10,8 @@ from heapq import heapify, heappop, heappush, heapreplace
 
 import numpy as np
 
-from samplers.planning.keyed_shuffle import Integers, derive_key, permute, permute_one, stream_keys
+from samplers.planning.budget import Integers
+from samplers.planning.keyed_shuffle import derive_key, permute, permute_one, stream_keys
 from samplers.planning.packs.documents import RowLimits
 from samplers.planning.packs.pack_table import PackTable
 

@@ -39,6 +39,9 @@ class RemoteFile:
     def read(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes from `offset` on. Reads that follow each other read further and further ahead."""
         size = max(0, min(size, self.size - offset))
+        if not size:
+            # Past the end there is no range to ask for, and servers refuse one.
+            return b""
         start, data = self._window
         if not start <= offset <= start + len(data) - size:
             follows = start <= offset <= start + len(data) + _NEAR
