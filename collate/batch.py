@@ -6,7 +6,7 @@ Axes, here and in the whole package: B rows, T steps, F feature axes, M real ste
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Self, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, cast, overload
 
 import numpy as np
 import torch
@@ -85,6 +85,11 @@ class LengthTrackedBatch:
     permutation: Tensor = _DERIVED
     padding_value: Number | None = None
     first_step: int = 0
+
+    # The other kind of batch, which stands above this module and puts itself here.
+    varlen_class: ClassVar[Any] = None
+    # What a varlen batch of labels has in steps without a label; here all real steps count.
+    ignore_index: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         rows, width = _block_shape(self.padded)
@@ -264,7 +269,7 @@ class LengthTrackedBatch:
     @outside_graphs
     def flat(self) -> Tensor:
         """The real steps of all rows, row after row: `[M, *F]`; gradients flow back to those steps only."""
-        return gather_steps(self.padded, self._flat_places())
+        return gather_steps(self.padded, self.step_places())
 
     @outside_graphs
     def verify(self) -> None:
@@ -321,7 +326,7 @@ class LengthTrackedBatch:
         Raises:
             LengthError: All rows are empty, or the lengths were changed and no longer fit.
         """
-        return self._layout(self.device).pack(self.padded)
+        return self.packed_layout(self.device).pack(self.padded)
 
     @outside_graphs
     def unpack(self, packed: PackedSequence) -> Self:
@@ -335,7 +340,7 @@ class LengthTrackedBatch:
         """
         if not host_lengths(self).any():
             raise LengthError("a packed batch cannot come from rows that are all empty: these are not its lengths")
-        padded = self._layout(packed.data.device).unpack(packed)
+        padded = self.packed_layout(packed.data.device).unpack(packed)
         return self._changed(padded=padded, padding_value=0)
 
     @overload
@@ -404,7 +409,7 @@ class LengthTrackedBatch:
         for batch in batches:
             check_unwritten(batch)
         lengths = torch.cat([b.lengths for b in batches])
-        places, first_step = _joined_places(batches), batches[0].first_step
+        places, first_step = joined_places(batches), batches[0].first_step
         return cls.trusted(padded, lengths, None, places, padding_value=value, first_step=first_step)
 
     def split_steps(self, steps: int) -> list[Self]:
@@ -503,7 +508,7 @@ class LengthTrackedBatch:
     @outside_graphs
     def position_ids(self) -> Tensor:
         """Places int64 `[M]` on the block's device: each real step's in its sequence, in the order of `flat()`."""
-        return self._flat_places() % self.padded.shape[1] + self.first_step
+        return self.step_places() % self.padded.shape[1] + self.first_step
 
     @outside_graphs
     def nested(self) -> Tensor:
@@ -530,12 +535,111 @@ class LengthTrackedBatch:
                 raise ValueError(f"{key!r} names {attribute!r}, which is none of {', '.join(known)}")
         return {key: getattr(self, attribute) for key, attribute in names.items()}
 
-    # --- shared by the methods above
+    @outside_graphs
+    def to_varlen(
+        self,
+        *,
+        capacity: int | None = None,
+        rows: int | None = None,
+        align: int = 1,
+        max_documents: int | None = None,
+        max_seqlen: int | None = None,
+        arrange: Literal["given", "best-fit"] = "given",
+        documents_per_row: Integers | None = None,
+    ) -> Any:
+        """The sequences as the documents of a `VarlenBatch`, several in each row; gradients flow.
 
-    def _flat_places(self) -> Tensor:
+        Args:
+            capacity: steps of a row; None puts all into one row.
+            rows: as in `VarlenBatch.from_sequences`, as are the options that follow.
+            align: documents start at its multiples.
+            max_documents: documents that a row may have.
+            max_seqlen: the bound that kernels are told.
+            arrange: `"given"` cuts rows from the batch in its order, `"best-fit"` fills as few as hold it.
+            documents_per_row: int64 `[R]`, how many sequences go into each row, in batch order; in place of `arrange`.
+
+        Raises:
+            LengthError: The rows do not hold the sequences.
+            ValueError: An option means nothing, or this is a later chunk of `split_steps`.
+        """
+        if self.first_step:
+            raise ValueError("a later chunk of split_steps cannot be put into other rows: convert the whole batch")
+        options: dict[str, Any] = {"capacity": capacity, "rows": rows, "align": align, "max_documents": max_documents}
+        options |= {"max_seqlen": max_seqlen, "arrange": arrange}
+        return self.varlen_class.from_padded(self, options, documents_per_row)
+
+    # --- what losses, means and recurrent modules read of both kinds of batch
+
+    @property
+    def block(self) -> Tensor:
+        """The padded values, `[B, T, *F]`."""
+        return self.padded
+
+    def with_block(self, block: Tensor, padding_value: Number | None) -> Self:
+        """New values `[B, T, *G]` of the same steps, with what the padding holds; the mask stays."""
+        return self._changed(padded=block, padding_value=padding_value)
+
+    def host_lengths(self) -> Int64Array:
+        """The lengths that the batch was made with: int64 `[B]`, not to be written to.
+
+        Raises:
+            LengthError: They were written to since.
+        """
+        return host_lengths(self)
+
+    def check_unwritten(self) -> None:
+        """Check that lengths are those that the batch was made with; compiled code is not looked at.
+
+        Raises:
+            LengthError: They were written to.
+        """
+        check_unwritten(self)
+
+    def step_places(self) -> Tensor:
+        """Places of the real steps in `[0, B * T)`, row after row: int64 `[M]` on the block's device."""
         return flat_places(host_lengths(self), self.padded.shape[1], self.device)
 
-    def _layout(self, device: torch.device) -> Layout:
+    def sum_sequences(self, steps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Sums over each row of something that has one entry per step: `[B, T, *G]` -> `[B, *G]`, of a wider dtype."""
+        return steps.sum(1, dtype=dtype)
+
+    def pick_sequences(self, sums: Tensor) -> Tensor:
+        """The rows' own entries of what `sum_sequences` gives: all of them."""
+        return sums
+
+    def spread_weights(self, weights: Tensor) -> Tensor | None:
+        """Nothing: weights of rows are `[B, T]`, where one for each of B rows could be meant for T steps."""
+        del weights
+        return None
+
+    def last_values(self) -> tuple[Tensor, Tensor]:
+        """Each row's value at its last real step, `[B, *F]`, and whether it has one, bool `[B]`."""
+        last = (self.mask.sum(1) - 1).clamp(min=0)
+        return self.padded[torch.arange(len(self), device=self.device), last], self.mask[:, 0]
+
+    def difference(self, other: "LengthTrackedBatch") -> str | None:
+        """What keeps another batch from being of the same steps of the same rows; None where nothing does."""
+        if self.first_step != other.first_step:
+            return (
+                f"output begins at step {self.first_step} of its sequences, target at step {other.first_step}: give "
+                "both the same chunk of split_steps"
+            )
+        if not np.array_equal(host_lengths(self), host_lengths(other)):
+            return (
+                f"output has lengths {self.lengths.tolist()}, target has {other.lengths.tolist()}: they must be of the "
+                "same steps of the same rows"
+            )
+        if torch.equal(self.permutation, other.permutation):
+            return None
+        return (
+            f"output's rows are samples {self.permutation.tolist()}, target's are {other.permutation.tolist()}: "
+            "collate both fields together, or unsort both"
+        )
+
+    # --- shared by the methods above
+
+    def packed_layout(self, device: torch.device) -> Layout:
+        """How the rows lie in a `PackedSequence`; found once."""
         refuse_capture(device)
         lengths, width = host_lengths(self), self.padded.shape[1]
         known: Layout | None = self.__dict__.get("_known_layout")
@@ -605,7 +709,18 @@ def _widened(padded: Tensor, width: int, value: Number) -> Tensor:
     return torch.cat([padded, padded.new_full((len(padded), missing, *padded.shape[2:]), value)], 1)
 
 
-def _joined_places(batches: Sequence[LengthTrackedBatch]) -> Tensor:
+class HasPermutation(Protocol):
+    """What has places, one for each of its sequences."""
+
+    @property
+    def permutation(self) -> Tensor:
+        """Places, int64 `[N]` on the host."""
+
+    def __len__(self) -> int: ...
+
+
+def joined_places(batches: Sequence[HasPermutation]) -> Tensor:
+    """The permutation of several batches' sequences, one after the other; see `LengthTrackedBatch.concat`."""
     places = torch.cat([batch.permutation for batch in batches])
     if np.array_equal(np.sort(to_array(places)), np.arange(len(places))):
         return places

@@ -27,10 +27,14 @@ from collate.tensors.to_device import to_device
 MANY_BYTES: Final = 1 << 17
 
 
-def flat_places(lengths: Int64Array, width: int, device: torch.device) -> Tensor:
-    """Places of the real steps in row order, in a block of `[B * width]` steps: int64 `[sum L]` on `device`."""
+def flat_places(lengths: Int64Array, width: int, device: torch.device, *, firsts: Int64Array | None = None) -> Tensor:
+    """Places of the real steps in row order, in a block of `[B * width]` steps: int64 `[sum L]` on `device`.
+
+    `firsts`, int64 `[B]`, are the places of the first steps, where sequences lie otherwise than one in a row.
+    """
     ends = np.cumsum(lengths)
-    total, shifts = int(ends[-1]), np.arange(len(lengths)) * width - (ends - lengths)
+    firsts = np.arange(len(lengths)) * width if firsts is None else firsts
+    total, shifts = int(lengths.sum()), firsts - (ends - lengths)
     if device.type == "cpu":
         return torch.from_numpy(np.arange(total) + np.repeat(shifts, lengths))
     counts, moved = to_device(np.stack([lengths, shifts]), device)
@@ -60,13 +64,23 @@ class Layout:
     unsorted_indices: Tensor | None
 
     @classmethod
-    def of(cls, lengths: Int64Array, width: int, device: torch.device) -> Self:
+    def of(
+        cls,
+        lengths: Int64Array,
+        width: int,
+        device: torch.device,
+        *,
+        firsts: Int64Array | None = None,
+        rows: int | None = None,
+    ) -> Self:
         """Find the layout of rows of these lengths in a block of this width.
 
         Args:
             lengths: int64 `[B]`, in any order, each at most `width`.
             width: T of the padded block.
             device: where the block is.
+            firsts: int64 `[B]`, place of each sequence's first step, where they lie otherwise than one in a row.
+            rows: rows of the block, where they are not B.
 
         Raises:
             LengthError: Every row is empty, which a `PackedSequence` cannot say.
@@ -76,20 +90,22 @@ class Layout:
                 f"all {len(lengths)} rows have length 0, and a PackedSequence cannot hold an empty batch: "
                 "leave the batch out, or let apply_rnn run it"
             )
+        firsts = np.arange(len(lengths)) * width if firsts is None else firsts
         filled = np.flatnonzero(lengths)
         order = np.argsort(-lengths[filled], kind="stable")
-        rows = filled[order]
+        present = filled[order]
         in_order = np.array_equal(order, np.arange(len(order)))
         both = [] if in_order else [order, np.argsort(order)]
         if device.type == "cpu":
-            places, sizes = _places_and_sizes(lengths[rows], rows * width)
+            places, sizes = _places_and_sizes(lengths[present], firsts[present])
             indices = [torch.from_numpy(part) for part in both]
         else:
-            sizes = rows_running(lengths[rows])
-            parts = [rows * width, sizes, np.cumsum(sizes) - sizes, *both]
-            firsts, counts, starts, *indices = to_device(np.concatenate(parts), device).split(list(map(len, parts)))
-            places = spread_steps(firsts, counts, starts, total=int(sizes.sum()))
-        return cls(lengths.copy(), (len(lengths), width), places, sizes, order, *(indices or (None, None)))
+            sizes = rows_running(lengths[present])
+            parts = [firsts[present], sizes, np.cumsum(sizes) - sizes, *both]
+            begins, counts, starts, *indices = to_device(np.concatenate(parts), device).split(list(map(len, parts)))
+            places = spread_steps(begins, counts, starts, total=int(sizes.sum()))
+        shape = (len(lengths) if rows is None else rows, width)
+        return cls(lengths.copy(), shape, places, sizes, order, *(indices or (None, None)))
 
     def is_of(self, lengths: Int64Array, device: torch.device) -> bool:
         """Whether it is the layout of rows of these lengths, on this device."""

@@ -8,25 +8,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from collate.batch import LengthTrackedBatch
 from collate.errors import LengthError
-from collate.lengths.tracking import check_tracked, host_lengths
-from collate.packing import Layout
+from collate.lengths.tracking import check_tracked
 from collate.tensors.graphs import outside_graphs
 from collate.tensors.to_device import to_device
 from collate.training.cpu_rnn import each_part, is_faster_in_blocks, run_blocks
 from collate.training.rnn_modules import State, check_fit, is_plain
+from collate.training.sequences import Batch
 
 
 @outside_graphs
-def apply_rnn(rnn: nn.Module, batch: LengthTrackedBatch, hx: State | None = None) -> tuple[LengthTrackedBatch, State]:
-    """Run `nn.RNN`, `nn.GRU`, `nn.LSTM`, or a module of one's own around them, over the real steps of every row.
+def apply_rnn(rnn: nn.Module, batch: Batch, hx: State | None = None) -> tuple[Batch, State]:
+    """Run `nn.RNN`, `nn.GRU`, `nn.LSTM`, or a module of one's own around them, over the real steps of every sequence.
 
     Args:
         rnn: the module, `batch_first` or not: batches are `[B, T, ...]` either way. A module of one's own takes a
             `PackedSequence`, and a state where one is given, and returns a `PackedSequence` of as many steps and a
             state: a tensor `[*, B, *]` or a tuple of them, or None.
-        batch: values `[B, T, input_size]`.
+        batch: a `LengthTrackedBatch` or a `VarlenBatch` of values `[B, T, input_size]`. A sequence is a row of the one
+            and a document of the other, where the module starts again; there are B of them below.
         hx: initial states `[layers * directions, B, H]` in batch order (for an LSTM a pair of them), on the batch's
             device; None starts from zeros.
 
@@ -51,15 +51,15 @@ def apply_rnn(rnn: nn.Module, batch: LengthTrackedBatch, hx: State | None = None
         )
     hx = tuple(hx) if isinstance(hx, list) else hx
     _check_state(hx, len(batch))
-    lengths = host_lengths(batch)
+    lengths = batch.host_lengths()
     if not lengths.any():
         return _run_nothing(rnn, batch, hx)
-    layout = Layout.of(lengths, batch.padded.shape[1], batch.device)
+    layout = batch.packed_layout(batch.device)
     # A packed batch holds the rows that are not empty, and wants a state for just these.
     rows = None if lengths.all() else to_device(np.flatnonzero(lengths), batch.device)
     start = hx if rows is None else each_part(hx, partial(torch.index_select, dim=1, index=rows))
-    packed, state = _run(rnn, layout.pack(batch.padded), start)
-    outputs = _tracked(batch, layout.unpack(packed))
+    packed, state = _run(rnn, layout.pack(batch.block), start)
+    outputs = batch.with_block(layout.unpack(packed), 0)
     return outputs, state if rows is None else _put(state, rows, hx, len(batch))
 
 
@@ -76,12 +76,6 @@ def _run(rnn: nn.Module, packed: PackedSequence, hx: State | None) -> tuple[Pack
             f"got {type(result).__name__}"
         )
     return result
-
-
-def _tracked(batch: LengthTrackedBatch, padded: Tensor) -> LengthTrackedBatch:
-    return batch.trusted(
-        padded, batch.lengths, batch.mask, batch.permutation, padding_value=0, first_step=batch.first_step
-    )
 
 
 def _check_state(hx: State | None, rows: int) -> None:
@@ -103,21 +97,21 @@ def _put_part(part: Tensor, rows: Tensor, hx: Tensor | None, size: int) -> Tenso
     return kept.index_copy(1, rows, part)
 
 
-def _run_nothing(rnn: nn.Module, batch: LengthTrackedBatch, hx: State | None) -> tuple[LengthTrackedBatch, State]:
+def _run_nothing(rnn: nn.Module, batch: Batch, hx: State | None) -> tuple[Batch, State]:
     # What one step of one row gives says how wide outputs and states are; its values go nowhere.
-    step = PackedSequence(batch.padded.new_zeros(1, *batch.padded.shape[2:]), torch.tensor([1]))
+    step = PackedSequence(batch.block.new_zeros(1, *batch.block.shape[2:]), torch.tensor([1]))
     with torch.no_grad():
         packed, state = _run(rnn, step, each_part(hx, partial(torch.narrow, dim=1, start=0, length=1)))
     # Zero, but a zero that has every weight in its graph, and whatever made inputs and states, such as an embedding; no
     # value is read, so that NaN weights do not matter.
     states = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
-    sources = (*rnn.parameters(), batch.padded, *states)
+    sources = (*rnn.parameters(), batch.block, *states)
     anchor = sum((source.flatten()[:0].sum() for source in sources), torch.zeros((), device=batch.device))
 
     def zeros(like: Tensor, *shape: int) -> Tensor:
         return anchor.to(like.dtype).expand(shape).clone()
 
-    outputs = _tracked(batch, zeros(packed.data, *batch.padded.shape[:2], *packed.data.shape[1:]))
+    outputs = batch.with_block(zeros(packed.data, *batch.block.shape[:2], *packed.data.shape[1:]), 0)
     if hx is not None:
         return outputs, hx
     return outputs, each_part(state, lambda part: zeros(part, part.shape[0], len(batch), *part.shape[2:]))

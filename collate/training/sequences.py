@@ -1,0 +1,86 @@
+"""What losses, means and recurrent modules need of a batch, padded or varlen."""
+
+from typing import Any, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from collate.packing import Layout
+from collate.tensors.numpy_view import Int64Array
+
+
+class SequenceBatch(Protocol):
+    """A block of steps, and where its sequences are: a `LengthTrackedBatch` or a `VarlenBatch`.
+
+    A sequence is a row of the one and a document of the other. S is B, or the slots of the table of segments.
+    """
+
+    @property
+    def block(self) -> Tensor:
+        """Values `[B, T, *F]`."""
+
+    @property
+    def mask(self) -> Tensor:
+        """Real steps, bool `[B, T]`."""
+
+    @property
+    def device(self) -> torch.device:
+        """The block's."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Real steps."""
+
+    @property
+    def ignore_index(self) -> int | None:
+        """What steps without a label hold, in a batch of labels."""
+
+    @property
+    def first_step(self) -> int:
+        """Steps of the sequences that came before, in an earlier chunk."""
+
+    def __len__(self) -> int:
+        """Sequences."""
+
+    def host_lengths(self) -> Int64Array:
+        """Lengths int64 `[N]`."""
+
+    def check_unwritten(self) -> None:
+        """Check that nobody wrote to the lengths."""
+
+    def step_places(self) -> Tensor:
+        """Places of the real steps in `[0, B * T)`, sequence after sequence: int64 `[M]`."""
+
+    def packed_layout(self, device: torch.device) -> Layout:
+        """How the sequences lie in a `PackedSequence`."""
+
+    def with_block(self, block: Tensor, padding_value: Any) -> Self:
+        """New values of the same steps."""
+
+    def sum_sequences(self, steps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Sums over sequences: `[B, T, *G]` -> `[S, *G]`."""
+
+    def pick_sequences(self, sums: Tensor) -> Tensor:
+        """The entries of sequences: `[S, *G]` -> `[N, *G]`."""
+
+    def spread_weights(self, weights: Tensor) -> Tensor | None:
+        """Weights `[N]` as weights `[B, T]`."""
+
+    def last_values(self) -> tuple[Tensor, Tensor]:
+        """Last steps `[N, *F]`, and whether there is one, bool `[N]`."""
+
+    def difference(self, other: Any) -> str | None:
+        """What keeps another batch from being of the same steps."""
+
+
+Batch = TypeVar("Batch", bound=SequenceBatch)
+
+
+def labelled_steps(target: SequenceBatch) -> Tensor | None:
+    """The real steps that have labels, bool `[B, T]`; None where all have."""
+    if target.ignore_index is None:
+        return None
+    labels = target.block
+    has_label = labels != target.ignore_index
+    # Several labels of a step are one step.
+    return target.mask & (has_label if has_label.dim() == 2 else has_label.flatten(2).any(2))

@@ -1,0 +1,530 @@
+"""VarlenBatch: rows that hold several documents each, and what is known of where these lie, kept together and true.
+
+Axes: R rows, C steps of a row (its capacity), N documents, F feature axes, M real steps (`sum(lengths)`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self, cast, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from collate.batch import LengthTrackedBatch, joined_places
+from collate.errors import LengthError
+from collate.lengths.validation import Integers, aligned, check_declared, check_untouched
+from collate.options import Number, check_padding_value, same_nan
+from collate.packing import flat_places, gather_steps, scatter_steps
+from collate.padding import read_rows
+from collate.tensors.graphs import outside_graphs
+from collate.tensors.to_device import to_device
+from collate.varlen import pieces, values_of_rows
+from collate.varlen.context_parallel import ContextParallel
+from collate.varlen.layout import DocumentLayout, Offsets, check_layout
+from collate.varlen.offsets import aligned_lengths
+from collate.varlen.rows import Arrange, RowOptions
+from collate.varlen.serialization import reduce, travels
+from collate.varlen.views import DocumentViews
+from collate.widths import Widths, check_widths, padded_width
+
+_FOR_TRAINERS = (
+    *("values", "lengths", "mask", "document_ids", "position_ids", "permutation", "documents_per_row"),
+    *("cu_seqlens", "cu_seqlens_padded", "cu_seqlens_real", "max_seqlen"),
+)
+
+
+@travels
+@dataclass(frozen=True, eq=False, repr=False, init=False)
+class VarlenBatch(DocumentViews):
+    """Several sequences ("documents") in each row, with their lengths, rows, offsets and permutation.
+
+    Documents stand one after the other, each from a multiple of `align` on; all other steps of a row are gaps. Lengths
+    and the other integers of the host stay there wherever the values go, and are not to be written to, which is
+    noticed where they are used. What kernels need is made of them when the batch is made, and sent in one small piece;
+    nothing is ever read back. A subclass may add methods, but no fields.
+
+    Args:
+        values: `[R, C, *F]`, any dtype and device. With one row it is the padding-free form, and `values[0]` the flat
+            one.
+        lengths: int64 `[N]` on the host, documents in row order; a document may be empty.
+        documents_per_row: int64 `[R]` on the host; may be left out where there is one row.
+        permutation: int64 `[N]` on the host; document i was sample `permutation[i]` of the list that was collated; the
+            given order when None. A piece made by `split_rows` keeps the places that its documents had.
+        padding_value: what the gaps hold; None where that is unspecified, as after `with_values`.
+        align: documents start at its multiples: 1, 8, or twice the size of a context-parallel group.
+        max_documents: documents that a row may have. It fixes the number of slots of `cu_seqlens`, so that compiled
+            code sees one shape; None takes what this batch has.
+        max_seqlen: what kernels are told as the bound of all lengths, fixed for a run; None is C. See `longest`.
+        ignore_index: what a step without a label holds, where the values are labels; see `next_step_labels`.
+
+    Raises:
+        LengthError: Documents do not fit their rows or caps, integers are not on the host, or R x C is beyond int32.
+        TypeError: The values are no tensor, or lengths and permutation are not integers.
+        ValueError: The values have fewer than two axes, no row or no step; the permutation is none; the dtype cannot
+            hold the padding value; or C is no multiple of `align`.
+
+    Example:
+        >>> import torch
+        >>> from collate import VarlenBatch
+        >>> samples = [torch.tensor([1, 2]), torch.tensor([3, 4, 5]), torch.tensor([6])]
+        >>> batch = VarlenBatch.from_sequences(samples, capacity=4)
+        >>> batch.values
+        tensor([[3, 4, 5, 6],
+                [1, 2, 0, 0]])
+        >>> batch.lengths, batch.documents_per_row, batch.cu_seqlens
+        (tensor([3, 1, 2]), tensor([2, 1]), tensor([0, 3, 4, 6, 8, 8, 8], dtype=torch.int32))
+        >>> batch.unsort(batch.sequences())
+        [tensor([1, 2]), tensor([3, 4, 5]), tensor([6])]
+    """
+
+    values: Tensor
+    layout: DocumentLayout
+    offsets: Offsets
+    padding_value: Number | None
+    ignore_index: int | None
+
+    def __init__(
+        self,
+        values: Tensor,
+        lengths: Integers,
+        documents_per_row: Integers | None = None,
+        permutation: Integers | None = None,
+        *,
+        padding_value: Number | None = None,
+        align: int = 1,
+        max_documents: int | None = None,
+        max_seqlen: int | None = None,
+        ignore_index: int | None = None,
+    ) -> None:
+        rows, capacity = _shape_of_rows(values)
+        if documents_per_row is None:
+            if rows > 1:
+                raise ValueError(f"documents_per_row must say how many of the documents each of the {rows} rows holds")
+            documents_per_row = [len(lengths)]
+        # They become tensors when they are checked.
+        integers: dict[str, Any] = {"lengths": lengths, "documents_per_row": documents_per_row}
+        integers |= {"permutation": permutation, "first_steps": None}
+        options: dict[str, Any] = {"align": align, "max_documents": max_documents, "max_seqlen": max_seqlen}
+        layout = check_layout(DocumentLayout(**integers, capacity=capacity, **options))
+        if layout.num_rows != rows:
+            raise LengthError(f"documents_per_row must be one per row, [{rows}], got [{layout.num_rows}]")
+        for value in (padding_value, ignore_index):
+            if value is not None:
+                check_padding_value(value, values.dtype)
+        self._set(values, layout, _sent(layout, values.device), padding_value, ignore_index)
+
+    def _set(self, values: Tensor, layout: DocumentLayout, offsets: Offsets, *values_of: Number | None) -> None:
+        padding_value, ignore_index = values_of
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "layout", layout)
+        object.__setattr__(self, "offsets", offsets)
+        object.__setattr__(self, "padding_value", padding_value)
+        object.__setattr__(self, "ignore_index", ignore_index)
+        if padding_value is not None and not torch.compiler.is_compiling():
+            object.__setattr__(self, "padding_value", same_nan(padding_value))
+
+    @classmethod
+    def trusted(
+        cls,
+        values: Tensor,
+        layout: DocumentLayout,
+        offsets: Offsets | None = None,
+        *,
+        padding_value: Number | None = None,
+        ignore_index: int | None = None,
+    ) -> Self:
+        """Make a batch whose parts are known to agree, without reading them again; offsets are made when None."""
+        batch = object.__new__(cls)
+        offsets = _sent(layout, values.device) if offsets is None else offsets
+        batch._set(values, layout, offsets, padding_value, ignore_index)
+        return batch
+
+    @classmethod
+    @outside_graphs
+    def from_sequences(
+        cls,
+        sequences: Sequence[object],
+        *,
+        padding_value: Number = 0,
+        capacity: int | None = None,
+        rows: int | None = None,
+        align: int = 1,
+        max_documents: int | None = None,
+        max_seqlen: int | None = None,
+        arrange: Arrange = "best-fit",
+        lengths: Integers | None = None,
+    ) -> Self:
+        """Put a list of sequences into rows.
+
+        Args:
+            sequences: N >= 1 tensors or arrays `[L_i, *F]` of one dtype and feature shape, or lists of numbers; L_i
+                may be 0. Gradients flow back to tensors that require them.
+            padding_value: what the gaps hold; the dtype must be able to hold it.
+            capacity: C; None puts everything into one row that is as long as that takes.
+            rows: R, filled up with empty rows; None is as few as hold the documents.
+            align: as in the class.
+            max_documents: as in the class; rows are made with it.
+            max_seqlen: as in the class.
+            arrange: `"best-fit"`, or `"given"` for rows that are cut from the list in its order; see `VarlenCollator`.
+            lengths: declared lengths `[N]` in source order, checked against the real ones.
+
+        Raises:
+            LengthError: There is no sequence, a declared length is not the real one, or the rows do not hold them.
+            TypeError: Dtypes differ, or a sequence is not one.
+            ValueError: Feature shapes differ, an option means nothing, or the dtype cannot hold the padding value.
+        """
+        options = RowOptions(capacity, rows, align, max_documents, max_seqlen, arrange).checked()
+        items = read_rows(sequences)
+        if lengths is not None:
+            check_declared(lengths, items.lengths)
+        value = check_padding_value(padding_value, items.dtype)
+        order, per_row = options.fill(aligned_lengths(items.lengths, align).tolist())
+        layout = values_of_rows.make_layout(items.lengths[order], per_row, order, options)
+        return cls.trusted(values_of_rows.join_documents(items, layout, value), layout, padding_value=value)
+
+    @classmethod
+    @outside_graphs
+    def from_padded(
+        cls, batch: LengthTrackedBatch, row_options: Mapping[str, Any], documents_per_row: Integers | None = None
+    ) -> Self:
+        """Put the rows of a padded batch into rows of documents; what `LengthTrackedBatch.to_varlen` calls.
+
+        Args:
+            batch: values `[B, T, *F]`; gradients flow back to real steps.
+            row_options: as in `from_sequences`.
+            documents_per_row: int64 `[R]`: take the rows of the batch in their order, that many for each row.
+
+        Raises:
+            LengthError: The rows do not hold the documents.
+            ValueError: An option means nothing.
+        """
+        lengths, options = batch.host_lengths(), RowOptions(**row_options).checked()
+        if documents_per_row is None:
+            order, per_row = options.fill(aligned_lengths(lengths, options.align).tolist())
+        else:
+            order, per_row = np.arange(len(lengths)), np.asarray(documents_per_row, np.int64)
+        places = batch.permutation.numpy()[order]
+        layout = values_of_rows.make_layout(lengths[order], per_row, places, options)
+        if documents_per_row is not None:
+            layout = check_layout(layout)
+        width = batch.padded.shape[1]
+        # Steps are taken document after document, in the order of the new rows.
+        steps = gather_steps(batch.padded, flat_places(lengths[order], width, batch.device, firsts=order * width))
+        value = 0 if batch.padding_value is None else batch.padding_value
+        index = flat_places(lengths[order], layout.capacity, batch.device, firsts=layout.starts())
+        return cls.trusted(
+            scatter_steps(steps, index, (layout.num_rows, layout.capacity), value), layout, padding_value=value
+        )
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        travels(cls)
+
+    if not TYPE_CHECKING:
+        # Type checkers would take it for a promise that every attribute is there.
+        def __getattr__(self, name: str) -> Any:
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if hasattr(Tensor, name):
+                message += (
+                    ": a batch is no tensor. A recurrent module runs on it by apply_rnn(rnn, batch), a module that "
+                    "works on every step alone by batch.map(module); .values are its rows"
+                )
+            raise AttributeError(message)
+
+    # --- what it holds
+
+    def __repr__(self) -> str:
+        if not isinstance(self.values, Tensor) or not isinstance(self.layout.lengths, Tensor):
+            # A pytree of something else.
+            return f"VarlenBatch({self.values!r}, {self.layout.lengths!r})"
+        dtype = str(self.values.dtype).removeprefix("torch.")
+        rows, capacity = self.offsets.shape
+        gaps = 1 - self.layout.lengths.sum().item() / (rows * capacity)
+        return (
+            f"VarlenBatch({list(self.values.shape)} {dtype} on {self.device}, {len(self)} documents, "
+            f"gaps {gaps:.1%}, align={self.align})"
+        )
+
+    @outside_graphs
+    def verify(self) -> None:
+        """Check lengths, rows, permutation and offsets against each other, and what the gaps hold; waits for a device.
+
+        Raises:
+            LengthError: They do not agree, or a real value in a gap shows that a length is too small.
+            TypeError: Lengths or permutation are not integers.
+            ValueError: The permutation is none.
+        """
+        for name in ("lengths", "documents_per_row", "permutation"):
+            self.layout.array(name)
+        layout = check_layout(self.layout)
+        if not np.array_equal(layout.make_table(), self.offsets.table.cpu().numpy()):
+            raise LengthError("the offsets are not those of the lengths: make a new batch of the sequences")
+        if self.padding_value is not None:
+            check_untouched(self.values, self.mask, self.padding_value)
+
+    # --- new values, same documents
+
+    def with_values(self, values: Tensor) -> Self:
+        """The same documents with new values.
+
+        Args:
+            values: `[R, C, *G]` on any device, each document computed from itself; what its gaps hold is unspecified.
+
+        Raises:
+            LengthError: Rows or capacity differ.
+        """
+        return self.with_block(values, None)
+
+    def with_block(self, block: Tensor, padding_value: Number | None) -> Self:
+        """As `with_values`, with what the gaps hold.
+
+        Raises:
+            LengthError: Rows or capacity differ.
+        """
+        if tuple(block.shape[:2]) != self.offsets.shape:
+            raise LengthError(f"new values must be {[*self.offsets.shape]} and features, got {list(block.shape)}")
+        same = block.device == self.device
+        offsets = self.offsets if same else _sent(self.layout, block.device)
+        return self.trusted(block, self.layout, offsets, padding_value=padding_value)
+
+    def map(self, module: Callable[[Tensor], Tensor]) -> Self:
+        """The same documents after a module that works on every step alone, such as an embedding or a linear layer.
+
+        Raises:
+            LengthError: The module changed the number of rows or steps.
+        """
+        return self.with_values(module(self.values))
+
+    def next_step_labels(self, ignore_index: int = -100) -> Self:
+        """What each step is to predict: the next step of its own document.
+
+        Args:
+            ignore_index: what the last step of a document, and every gap, has in place of a label.
+
+        Returns:
+            Values `[R, C, *F]`. `sequence_loss` counts the steps of it that have labels; its loss function must give 0
+            for `ignore_index`, as `torch.nn.functional.cross_entropy` does for -100.
+
+        Raises:
+            ValueError: The dtype cannot hold `ignore_index`.
+        """
+        if not torch.compiler.is_compiling():
+            check_padding_value(ignore_index, self.values.dtype)
+        ids = self.document_ids
+        goes_on = torch.zeros_like(ids, dtype=torch.bool)
+        goes_on[:, :-1] = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
+        labels = torch.where(aligned(goes_on, self.values), self.values.roll(-1, 1), ignore_index)
+        return self.trusted(labels, self.layout, self.offsets, padding_value=ignore_index, ignore_index=ignore_index)
+
+    @outside_graphs
+    def to_padded(self, widths: Widths = None) -> LengthTrackedBatch:
+        """A padded batch with a row for each document, in the same order; gradients flow.
+
+        Args:
+            widths: what the padded width is rounded up to, as `LengthTrackedBatch.from_sequences` takes it.
+
+        Raises:
+            LengthError: There is no document, or one is wider than `widths`.
+        """
+        lengths = self.host_lengths()
+        if len(lengths) == 0:
+            raise LengthError("a padded batch needs at least one document, these rows are empty: leave them out")
+        width = padded_width(int(lengths.max()), check_widths(widths))
+        value = 0 if self.padding_value is None else self.padding_value
+        index = flat_places(lengths, width, self.device)
+        padded = scatter_steps(self.flat(), index, (len(lengths), width), value)
+        places = torch.from_numpy(self.layout.array("permutation").copy())
+        counts = torch.from_numpy(lengths.copy())
+        return LengthTrackedBatch.trusted(padded, counts, None, places, padding_value=value)
+
+    @overload
+    def unsort(self, entries: Tensor, dim: int = 0) -> Tensor: ...
+    @overload
+    def unsort(self, entries: list[Any], dim: int = 0) -> list[Any]: ...
+    def unsort(self, entries: Tensor | list[Any], dim: int = 0) -> Tensor | list[Any]:
+        """Anything that has one entry per document, back in source order.
+
+        Args:
+            entries: a tensor `[..., N, ...]`, or a list of N, such as `sequences()`.
+            dim: the axis of the documents.
+
+        Raises:
+            ValueError: There is not one entry per document.
+        """
+        count = entries.shape[dim] if isinstance(entries, Tensor) else len(entries)
+        if count != len(self):
+            raise ValueError(f"there must be one entry for each of the {len(self)} documents, got {count}")
+        back = np.argsort(self.layout.array("permutation"), kind="stable")
+        if isinstance(entries, Tensor):
+            return entries.index_select(dim, to_device(back, entries.device))
+        return [entries[place] for place in back.tolist()]
+
+    # --- in pieces
+
+    @outside_graphs
+    def split_rows(self, rows: int) -> list[Self]:
+        """Pieces of at most `rows` rows, as for gradient accumulation; `concat` joins them again.
+
+        Raises:
+            ValueError: `rows` is below one.
+        """
+        return [self._piece(*piece) for piece in pieces.split_rows(self.values, self.layout, rows)]
+
+    @outside_graphs
+    def split_steps(self, steps: int) -> list[Self]:
+        """Chunks of at most `steps` steps of all rows, for truncated back-propagation through time.
+
+        All documents are in every chunk, with length 0 where they do not reach into it, so that states that `apply_rnn`
+        carries from chunk to chunk equal those of whole documents. Positions go on. Labels are to be made before.
+
+        Raises:
+            ValueError: `steps` is below one, or no multiple of `align`.
+        """
+        return [self._piece(*piece) for piece in pieces.split_steps(self.values, self.layout, steps)]
+
+    def _piece(self, values: Tensor, layout: DocumentLayout) -> Self:
+        return self.trusted(values, layout, padding_value=self.padding_value, ignore_index=self.ignore_index)
+
+    @classmethod
+    @outside_graphs
+    def concat(cls, batches: Sequence["VarlenBatch"]) -> Self:
+        """One batch of all rows, in the order given.
+
+        The pieces of a split batch keep their places, so that the whole has its permutation again; otherwise source
+        orders follow each other, as in `LengthTrackedBatch.concat`.
+
+        Args:
+            batches: at least one, of one capacity, `align`, dtype, device and feature shape.
+
+        Raises:
+            LengthError: There is no batch.
+            ValueError: They differ in what must be the same.
+        """
+        if not batches:
+            raise LengthError("concat needs at least one batch, got none")
+        kinds = {(b.values.dtype, b.device, b.values.shape[1:], b.align, b.ignore_index) for b in batches}
+        if len(kinds) > 1:
+            raise ValueError(
+                "batches must share dtype, device, capacity, features, align and ignore_index, got "
+                f"{sorted(map(str, kinds))}"
+            )
+        values = {b.padding_value for b in batches}
+        layout = pieces.join([b.layout for b in batches], joined_places(batches))
+        return cls.trusted(
+            torch.cat([b.values for b in batches]),
+            layout,
+            padding_value=values.pop() if len(values) == 1 else None,
+            ignore_index=batches[0].ignore_index,
+        )
+
+    def context_parallel(self, rank: int, size: int) -> ContextParallel:
+        """The steps of each row that one rank of a context-parallel group computes: equal work for every rank.
+
+        Each document, with the gap that alignment leaves behind it, is cut into `2 * size` equal pieces; rank r takes
+        pieces r and `2 * size - 1 - r`.
+
+        Raises:
+            ValueError: `align` is no multiple of `2 * size`, or there is no such rank.
+        """
+        return ContextParallel.of(self.offsets, self.align, rank, size)
+
+    # --- elsewhere
+
+    def to(
+        self,
+        device: torch.device | torch.dtype | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        non_blocking: bool | None = None,
+    ) -> Self:
+        """The batch with its values and offsets on another device, or values of another dtype; lengths stay.
+
+        Args:
+            device: where to; a dtype may stand here as well, as in `Tensor.to`.
+            dtype: the values' new dtype.
+            non_blocking: None copies without waiting where the values are pinned.
+
+        Returns:
+            The batch itself where nothing changes.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        wait_not = self.values.is_pinned() if non_blocking is None and not self.values.is_cuda else bool(non_blocking)
+        values = self.values.to(device=device, dtype=dtype, non_blocking=wait_not)
+        if values is self.values:
+            return self
+        value = self.padding_value
+        if value is not None and values.dtype != self.values.dtype:
+            value = same_nan(torch.tensor(value, dtype=self.values.dtype).to(values.dtype).item())
+        offsets = self.offsets
+        if values.device != self.device:
+            offsets = Offsets(offsets.table.to(values.device, non_blocking=wait_not), offsets.shape)
+        return self.trusted(values, self.layout, offsets, padding_value=value, ignore_index=self.ignore_index)
+
+    def pin_memory(self) -> Self:
+        """The batch in page-locked memory, from where `to(device)` copies without waiting.
+
+        Raises:
+            RuntimeError: There is no accelerator to pin memory for.
+        """
+        offsets = Offsets(self.offsets.table.pin_memory(), self.offsets.shape)
+        facts = {"padding_value": self.padding_value, "ignore_index": self.ignore_index}
+        return self.trusted(self.values.pin_memory(), self.layout, offsets, **cast("Any", facts))
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tell the allocator that `stream` uses the values and the offsets, as `Tensor.record_stream` does."""
+        for tensor in (self.values, self.offsets.table):
+            tensor.record_stream(cast("torch.cuda.Stream", stream))
+
+    def as_dict(self, names: Mapping[str, str]) -> dict[str, Any]:
+        """A plain dict, for trainers that take nothing else.
+
+        Args:
+            names: the attribute that each key holds, such as `{"input_ids": "values", "position_ids": "position_ids"}`.
+
+        Raises:
+            ValueError: There is no such attribute.
+        """
+        for key, attribute in names.items():
+            if attribute not in _FOR_TRAINERS:
+                raise ValueError(f"{key!r} names {attribute!r}, which is none of {', '.join(_FOR_TRAINERS)}")
+        self.check_unwritten()
+        return {key: getattr(self, attribute) for key, attribute in names.items()}
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return reduce(self)
+
+    def __copy__(self) -> Self:
+        self.check_unwritten()
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        self.check_unwritten()
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__.update({name: deepcopy(part, memo) for name, part in self.__dict__.items()})
+        return copied
+
+
+# `collate.batch` stands below this module and cannot import it.
+LengthTrackedBatch.varlen_class = VarlenBatch
+
+
+def _sent(layout: DocumentLayout, device: torch.device) -> Offsets:
+    """The offsets of a layout on a device, sent in one piece."""
+    table = torch.from_numpy(layout.make_table())
+    return Offsets(table if device.type == "cpu" else to_device(table, device), (layout.num_rows, layout.capacity))
+
+
+def _shape_of_rows(values: Tensor) -> tuple[int, int]:
+    if not isinstance(values, Tensor):
+        raise TypeError(f"values must be a tensor [R, C, ...], got {type(values).__name__}: torch.as_tensor makes one")
+    if values.dim() < 2 or values.shape[0] < 1 or values.shape[1] < 1:
+        raise ValueError(
+            f"values must be [R, C, ...] with at least one row and one step, got {list(values.shape)}: a flat form "
+            "[T, ...] becomes one row by values[None]"
+        )
+    return values.shape[0], values.shape[1]
