@@ -10,6 +10,7 @@ from collate.training.max_tokens import find_max_tokens
 from collate.training.prefetch import DevicePrefetcher
 from collate.training.rnn import apply_rnn
 from collate.varlen.batch import VarlenBatch
+from collate.varlen.collator import VarlenCollator
 
 find_former_modules()
 del find_former_modules
@@ -20,6 +21,7 @@ __all__ = [
     "LengthTrackedBatch",
     "PadCollator",
     "VarlenBatch",
+    "VarlenCollator",
     "apply_rnn",
     "check_step",
     "find_max_tokens",

@@ -176,6 +176,23 @@ class PadCollator:
             TypeError: Samples differ in structure or dtype; or a field cannot travel from a worker.
             ValueError: Feature shapes differ, or an option names no field of these samples.
         """
+        columns = self.read(samples)
+        rows = {name: column for name, column in columns.items() if isinstance(column, Rows)}
+        order = self._order(rows, len(samples))
+        shape = self._shapes_of(rows, len(samples))
+        return assemble(samples[0], {name: self._field(name, column, order, shape) for name, column in columns.items()})
+
+    def read(self, samples: Sequence[object]) -> dict[str, Column]:
+        """Take samples apart into fields, checked and cut: what all collators share.
+
+        Returns:
+            Of each field its `Rows` where it is variable-length, else a tensor `[B, ...]` or a list, in source order.
+
+        Raises:
+            LengthError: As a call does.
+            TypeError: As a call does.
+            ValueError: As a call does.
+        """
         if len(samples) == 0:
             raise LengthError("cannot collate an empty list of samples: the sampler gave a batch without indices")
         columns = columns_of(samples)
@@ -183,12 +200,20 @@ class PadCollator:
         variable = {name: column for name, column in read.items() if isinstance(column, Rows)}
         self._check_names(columns, variable)
         self._check_lengths(variable, read, samples)
-        rows = {name: self._cut(name, column) for name, column in variable.items()}
-        order = self._order(rows, len(samples))
-        shape = self._shapes_of(rows, len(samples))
-        fields = {name: self._field(name, column, order, shape) for name, column in (read | rows).items()}
         _check_structure_can_travel(samples[0], columns)
-        return assemble(samples[0], fields)
+        return read | {name: self._cut(name, column) for name, column in variable.items()}
+
+    def padding_value_of(self, name: str, rows: Rows) -> Number:
+        """What the padding of a field holds.
+
+        Raises:
+            ValueError: Its dtype cannot hold it.
+        """
+        value = cast(Number, option_of(self.padding_value, name))
+        try:
+            return check_padding_value(value, rows.dtype)
+        except ValueError as error:
+            raise ValueError(f"{called(name)}: {error}") from None
 
     def _read(self, name: str, values: list[object]) -> Column:
         if name in self.stack:
@@ -198,11 +223,11 @@ class PadCollator:
             return _numbers(name, values, kinds)
         if all(issubclass(kind, (Tensor, np.ndarray, np.generic)) for kind in kinds):
             has_axis = cast("Tensor", values[0]).ndim > 0
-            return read_rows(values, _called(name)) if has_axis else _stacked(name, values)
+            return read_rows(values, called(name)) if has_axis else _stacked(name, values)
         if kinds == {list} and _are_numbers(cast("list[list[object]]", values)):
-            return read_rows(values, _called(name))
+            return read_rows(values, called(name))
         if any(issubclass(kind, (Tensor, np.ndarray, np.generic)) for kind in kinds):
-            raise TypeError(f"{_called(name)} must be of one kind, got {sorted(kind.__name__ for kind in kinds)}")
+            raise TypeError(f"{called(name)} must be of one kind, got {sorted(kind.__name__ for kind in kinds)}")
         _check_can_travel(name, values)
         return values
 
@@ -226,14 +251,14 @@ class PadCollator:
         for name, declared in self._declared(variable).items():
             if name not in variable or declared not in read:
                 raise ValueError(f"length_field says that {declared!r} is the length of {name!r}: no such field")
-            numbers = _declared_numbers(read[declared], _called(name))
-            check_declared(numbers, variable[name].lengths, _called(name), _keys(samples))
+            numbers = _declared_numbers(read[declared], called(name))
+            check_declared(numbers, variable[name].lengths, called(name), _keys(samples))
         if self.on_empty == "error":
             for name, rows in variable.items():
                 if not rows.lengths.all():
                     place = int(np.flatnonzero(rows.lengths == 0)[0])
                     raise LengthError(
-                        f"{_called(name)}: sample {place} is empty: leave it out with min_length=1 in the sampler, or "
+                        f"{called(name)}: sample {place} is empty: leave it out with min_length=1 in the sampler, or "
                         'allow it with on_empty="keep"'
                     )
 
@@ -286,11 +311,7 @@ class PadCollator:
         rows, widths = shape
         missing = rows - len(order)
         if isinstance(column, Rows):
-            value = cast(Number, option_of(self.padding_value, name))
-            try:
-                check_padding_value(value, column.dtype)
-            except ValueError as error:
-                raise ValueError(f"{_called(name)}: {error}") from None
+            value = self.padding_value_of(name, column)
             return LengthTrackedBatch.from_rows(column, order, (rows, widths[name]), value)
         if isinstance(column, Tensor):
             column = column.index_select(0, torch.from_numpy(order))
@@ -298,7 +319,8 @@ class PadCollator:
         return [column[place] for place in order.tolist()] + [None] * missing
 
 
-def _called(name: str) -> str:
+def called(name: str) -> str:
+    """What errors call a field."""
     return f"field {name!r}" if name else "samples"
 
 
@@ -323,18 +345,18 @@ def _declared_numbers(column: Column, name: str) -> Tensor:
 
 def _numbers(name: str, values: list[object], kinds: set[type]) -> Tensor:
     if len(kinds) > 1:
-        raise TypeError(f"{_called(name)} must be numbers of one kind, got {sorted(kind.__name__ for kind in kinds)}")
+        raise TypeError(f"{called(name)} must be numbers of one kind, got {sorted(kind.__name__ for kind in kinds)}")
     return torch.tensor(values, dtype=_NUMBERS[kinds.pop()])
 
 
 def _stacked(name: str, values: list[object]) -> Tensor:
-    refuse_masked(values, _called(name))
+    refuse_masked(values, called(name))
     rows = [value if isinstance(value, Tensor) else np.asarray(value) for value in values]
     like = rows[0]
     for place, row in enumerate(rows):
         if (type(row), row.dtype, tuple(row.shape)) != (type(like), like.dtype, tuple(like.shape)):
             raise ValueError(
-                f"{_called(name)} is stacked, so all samples must be alike, got {list(like.shape)} {like.dtype} in "
+                f"{called(name)} is stacked, so all samples must be alike, got {list(like.shape)} {like.dtype} in "
                 f"sample 0 and {list(row.shape)} {row.dtype} in sample {place}"
             )
     if isinstance(like, Tensor):
@@ -343,7 +365,7 @@ def _stacked(name: str, values: list[object]) -> Tensor:
         return stacked if get_worker_info() is None else stacked.detach()
     block = np.stack(rows)
     if block.dtype.kind not in "biufc":
-        raise TypeError(f"{_called(name)} cannot be stacked: torch has no dtype for {block.dtype}")
+        raise TypeError(f"{called(name)} cannot be stacked: torch has no dtype for {block.dtype}")
     block = block.astype(block.dtype.newbyteorder("="), copy=False)
     return torch.from_numpy(
         block.astype(np.float32) if type(values[0]) in (float, list) and block.dtype.kind == "f" else block
@@ -369,7 +391,7 @@ def _check_can_travel(name: str, values: list[object]) -> None:
             try_to_send(value)
         except Exception as error:
             raise TypeError(
-                f"{_called(name)}: the {type(value).__name__} in sample {place} cannot be sent from a worker "
+                f"{called(name)}: the {type(value).__name__} in sample {place} cannot be sent from a worker "
                 f"({error}): leave the field out of the samples, or make it picklable"
             ) from error
 

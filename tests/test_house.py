@@ -127,6 +127,7 @@ def test_the_public_names_are_those_that_were_promised():
     assert set(collate.__all__) == {
         *("LengthTrackedBatch", "PadCollator", "DevicePrefetcher", "apply_rnn", "sequence_loss", "masked_mean"),
         *("last_step", "token_scale", "check_step", "find_max_tokens", "LengthError", "VarlenBatch"),
+        "VarlenCollator",
     }
     assert set(samplers.__all__) == {
         *("LengthBucketBatchSampler", "BatchPlan", "plan_epoch", "optimal_widths", "bucket_by_length"),

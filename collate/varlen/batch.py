@@ -22,7 +22,7 @@ from collate.tensors.graphs import outside_graphs
 from collate.tensors.to_device import to_device
 from collate.varlen import pieces, values_of_rows
 from collate.varlen.context_parallel import ContextParallel
-from collate.varlen.layout import DocumentLayout, Offsets, check_layout
+from collate.varlen.layout import DocumentLayout, Offsets, check_arrays, check_fit, check_options
 from collate.varlen.offsets import aligned_lengths
 from collate.varlen.rows import Arrange, RowOptions
 from collate.varlen.serialization import reduce, travels
@@ -104,10 +104,9 @@ class VarlenBatch(DocumentViews):
                 raise ValueError(f"documents_per_row must say how many of the documents each of the {rows} rows holds")
             documents_per_row = [len(lengths)]
         # They become tensors when they are checked.
-        integers: dict[str, Any] = {"lengths": lengths, "documents_per_row": documents_per_row}
-        integers |= {"permutation": permutation, "first_steps": None}
-        options: dict[str, Any] = {"align": align, "max_documents": max_documents, "max_seqlen": max_seqlen}
-        layout = check_layout(DocumentLayout(**integers, capacity=capacity, **options))
+        options = check_options(capacity=capacity, align=align, max_documents=max_documents, max_seqlen=max_seqlen)
+        integers = {"lengths": lengths, "documents_per_row": documents_per_row, "permutation": permutation}
+        layout = DocumentLayout(check_arrays(integers, **options), **options)
         if layout.num_rows != rows:
             raise LengthError(f"documents_per_row must be one per row, [{rows}], got [{layout.num_rows}]")
         for value in (padding_value, ignore_index):
@@ -208,7 +207,7 @@ class VarlenBatch(DocumentViews):
         places = batch.permutation.numpy()[order]
         layout = values_of_rows.make_layout(lengths[order], per_row, places, options)
         if documents_per_row is not None:
-            layout = check_layout(layout)
+            check_fit(lengths, per_row, **layout.options)
         width = batch.padded.shape[1]
         # Steps are taken document after document, in the order of the new rows.
         steps = gather_steps(batch.padded, flat_places(lengths[order], width, batch.device, firsts=order * width))
@@ -236,12 +235,12 @@ class VarlenBatch(DocumentViews):
     # --- what it holds
 
     def __repr__(self) -> str:
-        if not isinstance(self.values, Tensor) or not isinstance(self.layout.lengths, Tensor):
+        if not isinstance(self.values, Tensor) or not isinstance(self.lengths, Tensor):
             # A pytree of something else.
-            return f"VarlenBatch({self.values!r}, {self.layout.lengths!r})"
+            return f"VarlenBatch({self.values!r}, {self.lengths!r})"
         dtype = str(self.values.dtype).removeprefix("torch.")
         rows, capacity = self.offsets.shape
-        gaps = 1 - self.layout.lengths.sum().item() / (rows * capacity)
+        gaps = 1 - self.lengths.sum().item() / (rows * capacity)
         return (
             f"VarlenBatch({list(self.values.shape)} {dtype} on {self.device}, {len(self)} documents, "
             f"gaps {gaps:.1%}, align={self.align})"
@@ -256,10 +255,10 @@ class VarlenBatch(DocumentViews):
             TypeError: Lengths or permutation are not integers.
             ValueError: The permutation is none.
         """
-        for name in ("lengths", "documents_per_row", "permutation"):
-            self.layout.array(name)
-        layout = check_layout(self.layout)
-        if not np.array_equal(layout.make_table(), self.offsets.table.cpu().numpy()):
+        self.check_unwritten()
+        names = ("lengths", "documents_per_row", "permutation")
+        check_arrays({name: self.layout.array(name) for name in names}, **self.layout.options)
+        if not np.array_equal(self.layout.make_table(), self.offsets.table.cpu().numpy()):
             raise LengthError("the offsets are not those of the lengths: make a new batch of the sequences")
         if self.padding_value is not None:
             check_untouched(self.values, self.mask, self.padding_value)

@@ -1,7 +1,7 @@
 """What the host knows of a batch's documents, checked, and the table of offsets that is made of it."""
 
-from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,84 +24,97 @@ from collate.varlen.offsets import (
 from collate.widths import check_count
 
 
-@dataclass(frozen=True, eq=False)
 class DocumentLayout:
     """Which documents are where: host integers only, shared by all batches of the same documents.
 
-    Attributes:
-        lengths: int64 `[N]` on the host, in row order.
-        documents_per_row: int64 `[R]` on the host.
-        permutation: int64 `[N]` on the host.
-        first_steps: int64 `[N]` on the host, the steps of each document before this chunk; None is all 0.
+    The integers are kept as arrays that nobody else has. Users get tensors with memory of their own, made when they
+    ask for them, so that a write to one is noticed.
+
+    Args:
+        arrays: int64 `lengths` and `permutation` `[N]` and `documents_per_row` `[R]`, known to be right, which become
+            the layout's; in a later chunk also `first_steps` `[N]`, the steps of each document before it.
+        tensors: the same as tensors that nobody has looked at, in place of arrays.
         capacity: C, steps of a row.
         align: documents start at its multiples within their row.
         max_documents: documents that a row may have, which fixes the number of slots; None is as many as there are.
         max_seqlen: bound of the lengths that is given to kernels; None is C.
     """
 
-    lengths: Tensor
-    documents_per_row: Tensor
-    permutation: Tensor
-    first_steps: Tensor | None
-    capacity: int
-    align: int = 1
-    max_documents: int | None = None
-    max_seqlen: int | None = None
-    # Copies, so that a write to the tensors is noticed; empty where nothing was checked yet.
-    copies: dict[str, Int64Array] = field(default_factory=dict, repr=False)
-
-    @classmethod
-    def of_arrays(
-        cls,
-        lengths: Int64Array,
-        per_row: Int64Array,
-        permutation: Int64Array,
-        first_steps: Int64Array | None,
-        **options: Any,
-    ) -> Self:
-        """A layout of integers that are known to be right; options as in the class."""
-        arrays = {"lengths": lengths, "documents_per_row": per_row, "permutation": permutation}
-        if first_steps is not None:
-            arrays["first_steps"] = first_steps
-        tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-        parts: dict[str, Any] = {"first_steps": None, **tensors, **options}
-        return cls(**parts, copies=arrays)
+    def __init__(
+        self,
+        arrays: Mapping[str, Int64Array] | None = None,
+        tensors: Mapping[str, Any] | None = None,
+        *,
+        capacity: int,
+        align: int = 1,
+        max_documents: int | None = None,
+        max_seqlen: int | None = None,
+    ) -> None:
+        self._arrays = dict(arrays or {})
+        self._tensors = dict(tensors or {})
+        self.capacity = capacity
+        self.align = align
+        self.max_documents = max_documents
+        self.max_seqlen = max_seqlen
+        self._starts: Int64Array | None = None
 
     @property
     def num_rows(self) -> int:
         """R."""
-        return self.documents_per_row.shape[0]
+        return len(self._arrays["documents_per_row"] if self._arrays else self.array("documents_per_row"))
 
     @property
     def options(self) -> dict[str, Any]:
-        """What is no tensor."""
+        """What is no array."""
         return {name: getattr(self, name) for name in ("capacity", "align", "max_documents", "max_seqlen")}
 
-    def array(self, name: str) -> Int64Array:
-        """One of the tensors as an array that is not to be written to: int64 `[N]`, or `[R]` documents per row.
+    @property
+    def has_first_steps(self) -> bool:
+        """Whether these are rows of a chunk, some of whose documents may have begun before."""
+        return "first_steps" in self._arrays or "first_steps" in self._tensors
+
+    def tensor(self, name: str) -> Tensor:
+        """One of the arrays as a tensor for users, the same whenever it is asked for; `first_steps` may be zeros."""
+        if name not in self._tensors:
+            self._tensors[name] = torch.from_numpy(self.array(name).copy())
+        return cast(Tensor, self._tensors[name])
+
+    def arrays(self) -> Mapping[str, Int64Array]:
+        """The arrays, by name, which are not to be written to.
 
         Raises:
-            LengthError: It was written to since the batch was made; or the layout was put together from a pytree's
-                leaves and its parts do not fit; or a program is being exported.
+            LengthError: A tensor of one was written to since the batch was made; or the layout was put together from a
+                pytree's leaves, and they do not fit; or a program is being exported.
         """
         refuse_export()
-        if not self.copies:
+        if not self._arrays:
             # A pytree is put together from any leaves, and looked at only when somebody needs them.
-            checked = check_layout(self)
-            self.copies.update(checked.copies)
-        if name == "first_steps" and name not in self.copies:
-            return np.zeros(len(self.copies["lengths"]), np.int64)
-        kept, present = self.copies[name], to_array(getattr(self, name))
-        if not np.array_equal(kept, present):
-            raise LengthError(
-                f"the batch was made with {name} {kept.tolist()}, and they were written to: they now are "
-                f"{present.tolist()}, which its rows do not follow. Make a new batch of the sequences"
-            )
-        return kept
+            self._arrays = check_arrays(self._tensors, **self.options)
+        for name, shown in self._tensors.items():
+            kept = self._arrays.get(name)
+            if kept is not None and not np.array_equal(kept, to_array(shown)):
+                raise LengthError(
+                    f"the batch was made with {name} {kept.tolist()}, and they were written to: they now are "
+                    f"{shown.tolist()}, which its rows do not follow. Make a new batch of the sequences"
+                )
+        return self._arrays
+
+    def array(self, name: str) -> Int64Array:
+        """One of the arrays; `first_steps` may be zeros.
+
+        Raises:
+            LengthError: As `arrays`.
+        """
+        arrays = self.arrays()
+        return arrays[name] if name in arrays else np.zeros(len(arrays["lengths"]), np.int64)
 
     def starts(self) -> Int64Array:
         """First step of each document in `[0, R * C]`: int64 `[N]`."""
-        return document_starts(self.array("lengths"), self.array("documents_per_row"), self.capacity, self.align)
+        arrays = self.arrays()
+        if self._starts is None:
+            per_row = arrays["documents_per_row"]
+            self._starts = document_starts(arrays["lengths"], per_row, self.capacity, self.align)
+        return self._starts
 
     def rows_of_documents(self) -> Int64Array:
         """The row of each document: int64 `[N]`."""
@@ -109,20 +122,18 @@ class DocumentLayout:
 
     def make_table(self) -> Int32Array:
         """The table of offsets: int32 `[5, slots + 1]`."""
-        per_row = self.array("documents_per_row")
-        most = int(per_row.max()) if self.max_documents is None else self.max_documents
+        starts, arrays = self.starts(), self._arrays
+        per_row = arrays["documents_per_row"]
+        most = max(per_row.tolist()) if self.max_documents is None else self.max_documents
         return offset_table(
-            self.array("lengths"),
+            arrays["lengths"],
             per_row,
-            None if self.first_steps is None else self.array("first_steps"),
+            starts,
+            first_steps=arrays.get("first_steps"),
             capacity=self.capacity,
             align=self.align,
             slots=count_slots(len(per_row), most, self.align),
         )
-
-    def changed(self, **parts: Any) -> Self:
-        """The layout with other parts, to be checked when they are used."""
-        return replace(self, **parts, copies={})
 
 
 class Offsets:
@@ -159,51 +170,62 @@ class Offsets:
         return self.table[row]
 
 
-def check_layout(layout: DocumentLayout) -> DocumentLayout:
-    """Check host integers against each other, and take them as int64 tensors in memory of their own.
+def check_arrays(
+    integers: Mapping[str, Integers | None],
+    *,
+    capacity: int,
+    align: int,
+    max_documents: int | None,
+    max_seqlen: int | None,
+) -> dict[str, Int64Array]:
+    """Check a layout's integers against each other, and take them as int64 arrays of their own.
+
+    Args:
+        integers: `lengths`, `documents_per_row`, and `permutation` and `first_steps`, which may be None.
+        capacity: as in `DocumentLayout`, as are the others.
+        align: a divisor of the capacity.
+        max_documents: a cap.
+        max_seqlen: a cap.
 
     Raises:
         LengthError: Integers are not on the host, a length is negative, documents do not fit their rows or are more
             than `max_documents` or longer than `max_seqlen`, documents per row do not sum to N, or offsets exceed
             int32.
         TypeError: They are not integers.
-        ValueError: An option has a value that means nothing, or the permutation is none.
+        ValueError: The permutation is none.
     """
-    options = check_options(layout)
-    lengths = _whole(layout.lengths, "lengths")
-    per_row = _whole(layout.documents_per_row, "documents_per_row")
+    arrays = {name: _whole(part, name) for name, part in integers.items() if part is not None and name != "permutation"}
+    lengths, per_row = arrays["lengths"], arrays["documents_per_row"]
+    check_int32(len(per_row), capacity)
     if per_row.sum() != len(lengths):
         raise LengthError(
             f"documents_per_row sums to {per_row.sum()}, there are {len(lengths)} lengths: each document is in one row"
         )
-    permutation = np.arange(len(lengths))
-    if layout.permutation is not None and len(lengths):
-        permutation = to_array(check_permutation(layout.permutation, len(lengths))).copy()
-    first_steps = None if layout.first_steps is None else _whole(layout.first_steps, "first_steps")
-    checked = DocumentLayout.of_arrays(lengths, per_row, permutation, first_steps, **options)
-    check_fit(lengths, per_row, **options)
-    return checked
+    arrays["permutation"] = np.arange(len(lengths))
+    permutation = integers["permutation"]
+    if permutation is not None and len(lengths):
+        arrays["permutation"] = to_array(check_permutation(permutation, len(lengths))).copy()
+    check_fit(lengths, per_row, capacity=capacity, align=align, max_documents=max_documents, max_seqlen=max_seqlen)
+    return arrays
 
 
-def check_options(layout: DocumentLayout) -> dict[str, Any]:
+def check_options(*, capacity: int, align: int, max_documents: int | None, max_seqlen: int | None) -> dict[str, Any]:
     """Check the options of a layout, and take them as Python ints.
 
     Raises:
-        LengthError: The rows have too many steps for int32 offsets.
-        ValueError: An option is below one, or capacity is no multiple of `align`.
         TypeError: An option is not an int.
+        ValueError: An option is below one, or capacity is no multiple of `align`.
     """
-    options: dict[str, Any] = {"capacity": layout.capacity, "align": layout.align}
-    options |= {"max_documents": layout.max_documents, "max_seqlen": layout.max_seqlen}
+    options: dict[str, Any] = {"capacity": capacity, "align": align}
+    options |= {"max_documents": max_documents, "max_seqlen": max_seqlen}
     for name, value in options.items():
         if value is not None:
             options[name] = check_count(name, value, least=1, hint="give a number of steps or documents")
     if options["capacity"] % options["align"]:
         raise ValueError(
-            f"capacity must be a multiple of align, got {layout.capacity} and {layout.align}: documents of a full row "
-            f"would not start at multiples; {-(-layout.capacity // layout.align) * layout.align} is one"
+            f"capacity must be a multiple of align, got {capacity} and {align}: documents of a full row would not "
+            f"start at multiples; {-(-capacity // align) * align} is one"
         )
-    check_int32(layout.num_rows, layout.capacity)
     return options
 
 

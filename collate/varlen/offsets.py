@@ -7,7 +7,7 @@ documents, the second one, and each document has a gap behind it:
 >>> starts = document_starts(lengths, per_row, capacity=8, align=4)
 >>> starts
 array([0, 4, 8])
->>> table = offset_table(lengths, per_row, np.zeros(3, np.int64), capacity=8, align=4, slots=8)
+>>> table = offset_table(lengths, per_row, starts, capacity=8, align=4, slots=8)
 >>> table[CU_SEQLENS]
 array([ 0,  3,  4,  6,  8, 12, 16, 16, 16], dtype=int32)
 >>> table[DOCUMENT]
@@ -65,13 +65,21 @@ def count_slots(rows: int, max_documents: int, align: int) -> int:
 
 
 def offset_table(
-    lengths: Int64Array, per_row: Int64Array, first_steps: Int64Array | None, *, capacity: int, align: int, slots: int
+    lengths: Int64Array,
+    per_row: Int64Array,
+    starts: Int64Array,
+    *,
+    first_steps: Int64Array | None = None,
+    capacity: int,
+    align: int,
+    slots: int,
 ) -> Int32Array:
     """All offsets of a batch as one block of integers.
 
     Args:
         lengths: int64 `[N]`, documents in row order.
         per_row: int64 `[R]`.
+        starts: int64 `[N]`, as from `document_starts`.
         first_steps: int64 `[N]`, the position of each document's first step; None is all 0.
         capacity: C.
         align: documents start at its multiples within their row.
@@ -83,23 +91,45 @@ def offset_table(
         with the gap that alignment leaves behind them, and of what is left of a row; `CU_SEQLENS_REAL`: real steps
         before each of these. Slots that are not used repeat the last offset.
     """
-    starts, total = document_starts(lengths, per_row, capacity, align), len(per_row) * capacity
-    table = np.empty((5, slots + 1), np.int32)
-    table[:3] = [[total], [-1], [0]]
-    bounds, documents = segments(starts, starts + lengths, per_row, capacity)
-    table[CU_SEQLENS, : len(bounds)] = bounds
-    table[DOCUMENT, : len(bounds)] = documents
+    table, total = np.empty((5, slots + 1), np.int32), len(per_row) * capacity
+    if align == 1 and len(per_row) == 1:
+        _fill_flat(table, starts, int(starts[-1] + lengths[-1]) if len(lengths) else 0, total)
+        bounds, documents = table[CU_SEQLENS], table[DOCUMENT]
+    else:
+        bounds, documents = segments(starts, starts + lengths, per_row, capacity)
+        table[CU_SEQLENS], table[DOCUMENT] = total, -1
+        table[CU_SEQLENS, : len(bounds)] = bounds
+        table[DOCUMENT, : len(bounds)] = documents
+        _fill_padded(table, lengths, (starts, per_row, capacity), align)
+    table[FIRST_POSITION] = 0
     if first_steps is not None:
-        real = documents >= 0
-        table[FIRST_POSITION, : len(bounds)][real] = first_steps
+        table[FIRST_POSITION, : len(bounds)][documents >= 0] = first_steps
+    return table
+
+
+def _fill_flat(table: Int32Array, starts: Int64Array, end: int, total: int) -> None:
+    """Fill the table of one row without alignment, where documents follow each other: there is one gap, at the end."""
+    size = len(starts)
+    real = table[CU_SEQLENS_REAL]
+    real[:size], real[size:] = starts, end
+    table[CU_SEQLENS] = real
+    if end < total:
+        table[CU_SEQLENS, size + 1 :] = total
+    table[CU_SEQLENS_PADDED] = table[CU_SEQLENS]
+    table[DOCUMENT, :size], table[DOCUMENT, size:] = np.arange(size), -1
+
+
+def _fill_padded(table: Int32Array, lengths: Int64Array, rows: tuple[Int64Array, Int64Array, int], align: int) -> None:
+    """Fill the offsets of documents with their alignment; without any they are those of all segments."""
+    starts, per_row, capacity = rows
+    bounds, documents = table[CU_SEQLENS], table[DOCUMENT]
     if align > 1:
         bounds, documents = segments(starts, starts + aligned_lengths(lengths, align), per_row, capacity)
-    table[CU_SEQLENS_PADDED] = total
+    table[CU_SEQLENS_PADDED] = len(per_row) * capacity
     table[CU_SEQLENS_PADDED, : len(bounds)] = bounds
-    steps = np.zeros(slots + 1, np.int64)
+    steps = np.zeros(table.shape[1] + 1, np.int64)
     steps[1 : len(bounds) + 1][documents >= 0] = lengths
-    np.cumsum(steps, out=table[CU_SEQLENS_REAL])
-    return table
+    np.cumsum(steps[:-1], out=table[CU_SEQLENS_REAL])
 
 
 def segments(starts: Int64Array, ends: Int64Array, per_row: Int64Array, capacity: int) -> tuple[Int64Array, Int64Array]:
@@ -111,18 +141,19 @@ def segments(starts: Int64Array, ends: Int64Array, per_row: Int64Array, capacity
         per_row: int64 `[R]`.
         capacity: C.
     """
-    size, rows = len(starts), len(per_row)
+    size, rows, through = len(starts), len(per_row), np.cumsum(per_row)
     # A document is followed by its gap, and a row begins with one, which has steps only where the row is empty.
-    bounds, documents = np.empty(2 * size + rows, np.int64), np.full(2 * size + rows, -1)
-    has_steps = np.ones(len(bounds), np.bool_)
-    through = np.cumsum(per_row)
+    width = 2 * size + rows
+    bounds, documents, has_steps = np.empty(width, np.int64), np.full(width, -1), np.ones(width, np.bool_)
     first = 2 * (through - per_row) + np.arange(rows)
-    place = 2 * np.arange(size) + (1 if rows == 1 else np.repeat(np.arange(1, rows + 1), per_row))
-    bounds[first], has_steps[first] = np.arange(rows) * capacity, per_row == 0
+    place = 2 * np.arange(size) + np.repeat(np.arange(1, rows + 1), per_row)
+    bounds[first], has_steps[first] = np.arange(0, rows * capacity, capacity), per_row == 0
     bounds[place], documents[place] = starts, np.arange(size)
-    following = np.append(starts[1:], rows * capacity)[:size]
+    # The next document begins where the gap ends; behind the last one of a row that is the row's end.
+    following = np.empty(size, np.int64)
+    following[:-1] = starts[1:]
     ending = per_row > 0
-    following[through[ending] - 1] = np.arange(1, rows + 1)[ending] * capacity
+    following[through[ending] - 1] = np.arange(capacity, (rows + 1) * capacity, capacity)[ending]
     bounds[place + 1], has_steps[place + 1] = ends, ends < following
     return bounds[has_steps], documents[has_steps]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch import Tensor
 
-from collate.tensors.numpy_view import Int64Array, to_array
+from collate.tensors.numpy_view import to_array
 from collate.varlen.layout import DocumentLayout, check_int32
 
 
@@ -22,17 +22,13 @@ def split_rows(values: Tensor, layout: DocumentLayout, rows: int) -> Iterator[tu
         raise ValueError(f"rows must be at least 1, got {rows}")
     per_row = layout.array("documents_per_row")
     bounds = np.append(0, np.cumsum(per_row))
-    first_steps = None if layout.first_steps is None else layout.array("first_steps")
     for start in range(0, len(per_row), rows):
         stop = min(start + rows, len(per_row))
         documents = slice(int(bounds[start]), int(bounds[stop]))
-        part = DocumentLayout.of_arrays(
-            layout.array("lengths")[documents],
-            per_row[start:stop],
-            layout.array("permutation")[documents],
-            None if first_steps is None else first_steps[documents],
-            **layout.options,
-        )
+        names = ("lengths", "permutation", *(["first_steps"] if layout.has_first_steps else []))
+        arrays = {name: layout.array(name)[documents] for name in names}
+        arrays["documents_per_row"] = per_row[start:stop]
+        part = DocumentLayout(arrays, **layout.options)
         yield values[start:stop], part
 
 
@@ -42,7 +38,8 @@ def split_steps(values: Tensor, layout: DocumentLayout, steps: int) -> Iterator[
     A row of 6 steps holds documents of 2 and 4 steps. Its chunks of 3 steps hold 2 and 1 steps of them, then 0 and 3:
 
     >>> import torch
-    >>> layout = DocumentLayout.of_arrays(np.array([2, 4]), np.array([2]), np.arange(2), None, capacity=6)
+    >>> arrays = {"lengths": np.array([2, 4]), "documents_per_row": np.array([2]), "permutation": np.arange(2)}
+    >>> layout = DocumentLayout(arrays, capacity=6)
     >>> chunks = split_steps(torch.arange(6)[None], layout, 3)
     >>> [(part.array("lengths").tolist(), part.array("first_steps").tolist()) for _, part in chunks]
     [([2, 1], [0, 0]), ([0, 3], [2, 1])]
@@ -63,13 +60,13 @@ def split_steps(values: Tensor, layout: DocumentLayout, steps: int) -> Iterator[
         options = layout.options | {"capacity": width}
         if layout.max_seqlen is not None:
             options["max_seqlen"] = min(width, layout.max_seqlen)
-        part = DocumentLayout.of_arrays(
-            np.clip(start + width - starts, 0, lengths) - before,
-            layout.array("documents_per_row"),
-            layout.array("permutation"),
-            first_steps + before,
-            **options,
-        )
+        arrays = {
+            "lengths": np.clip(start + width - starts, 0, lengths) - before,
+            "documents_per_row": layout.array("documents_per_row"),
+            "permutation": layout.array("permutation"),
+            "first_steps": first_steps + before,
+        }
+        part = DocumentLayout(arrays, **options)
         yield values[:, start : start + width], part
 
 
@@ -88,15 +85,8 @@ def join(layouts: Sequence[DocumentLayout], places: Tensor) -> DocumentLayout:
     for name in ("max_documents", "max_seqlen"):
         caps = [getattr(layout, name) for layout in layouts]
         options[name] = None if None in caps else max(caps)
-    has_steps = any(layout.first_steps is not None for layout in layouts)
-    return DocumentLayout.of_arrays(
-        _joined(layouts, "lengths"),
-        _joined(layouts, "documents_per_row"),
-        to_array(places),
-        _joined(layouts, "first_steps") if has_steps else None,
-        **options,
-    )
-
-
-def _joined(layouts: Sequence[DocumentLayout], name: str) -> Int64Array:
-    return np.concatenate([layout.array(name) for layout in layouts])
+    names = ["lengths", "documents_per_row"]
+    if any(layout.has_first_steps for layout in layouts):
+        names.append("first_steps")
+    arrays = {name: np.concatenate([layout.array(name) for layout in layouts]) for name in names}
+    return DocumentLayout({**arrays, "permutation": to_array(places)}, **options)

@@ -24,7 +24,13 @@ def sum_segments(steps: Tensor, cu_seqlens: Tensor) -> Tensor:
     """
     if not steps.is_floating_point():
         return sum_segments(steps.to(torch.float32), cu_seqlens)
-    return _sum(steps, cu_seqlens.to(torch.int64))
+    bounds = cu_seqlens.to(torch.int64)
+    # A graph cannot hold a function with a forward mode of its own; torch's has a derivative, but not a second one.
+    return _reduce(steps, bounds) if torch.compiler.is_compiling() else _sum(steps, bounds)
+
+
+def _reduce(steps: Tensor, offsets: Tensor) -> Tensor:
+    return torch.segment_reduce(steps.contiguous(), "sum", offsets=offsets, axis=0, unsafe=True, initial=0)
 
 
 def spread_segments(sums: Tensor, offsets: Tensor, steps: int) -> Tensor:
@@ -36,7 +42,7 @@ def spread_segments(sums: Tensor, offsets: Tensor, steps: int) -> Tensor:
 class _SumSegments(Function):
     @staticmethod
     def forward(steps: Tensor, offsets: Tensor) -> Tensor:
-        return torch.segment_reduce(steps.contiguous(), "sum", offsets=offsets, axis=0, unsafe=True, initial=0)
+        return _reduce(steps, offsets)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

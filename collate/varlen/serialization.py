@@ -3,17 +3,17 @@
 One tensor is sent, and the small integers inline; the table of offsets is made again on arrival.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Final, Protocol, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from collate.options import Number
 from collate.serialization import fits_pipe, tensor_of, type_name, values_of, with_own_storage
-from collate.tensors.numpy_view import Int64Array
 from collate.varlen.layout import DocumentLayout, Offsets
 
 _INTEGERS: Final = ("lengths", "documents_per_row", "permutation")
@@ -62,9 +62,16 @@ def travels(cls: type[Batch]) -> type[Batch]:
     """Make a class of varlen batches known to pytrees and to `torch.load` at its weights-only default."""
 
     def unflatten(parts: Iterable[Any], context: Sequence[Any]) -> Batch:
-        values, table, lengths, per_row, permutation, first_steps = parts
+        values, table, *integers = parts
         capacity, align, max_documents, max_seqlen, rows, padding_value, ignore_index = context
-        layout = DocumentLayout(lengths, per_row, permutation, first_steps, capacity, align, max_documents, max_seqlen)
+        layout = DocumentLayout(
+            None,
+            dict(zip((*_INTEGERS, "first_steps"), integers, strict=True)),
+            capacity=capacity,
+            align=align,
+            max_documents=max_documents,
+            max_seqlen=max_seqlen,
+        )
         offsets = Offsets(table, (rows, capacity))
         return cls.trusted(values, layout, offsets, padding_value=padding_value, ignore_index=ignore_index)
 
@@ -90,13 +97,13 @@ def reduce(batch: Batch) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 def unreduce_documents(
     cls: type[Batch],
     values: Tensor,
-    integers: Sequence[bytes],
+    integers: Mapping[str, bytes],
     options: dict[str, Any],
     marks: tuple[Number | None, int | None],
 ) -> Batch:
     """Make a batch from what `reduce` sent."""
-    lengths, per_row, permutation, *first = (_integers(part) for part in integers)
-    layout = DocumentLayout.of_arrays(lengths, per_row, permutation, first[0] if first else None, **options)
+    arrays = {name: np.frombuffer(part, np.int64) for name, part in integers.items()}
+    layout = DocumentLayout(arrays, **options)
     return cls.trusted(values, layout, padding_value=marks[0], ignore_index=marks[1])
 
 
@@ -115,24 +122,15 @@ def receive_documents(cls: type[Batch], values: tuple[Any, ...], *facts: Any) ->
 
 def _facts(batch: Traveller) -> tuple[Any, ...]:
     layout = batch.layout
-    names = _INTEGERS if layout.first_steps is None else (*_INTEGERS, "first_steps")
-    integers = tuple(layout.array(name).tobytes() for name in names)
+    names = (*_INTEGERS, "first_steps") if layout.has_first_steps else _INTEGERS
+    integers = {name: layout.array(name).tobytes() for name in names}
     return integers, layout.options, (batch.padding_value, batch.ignore_index)
-
-
-def _integers(part: bytes) -> Int64Array:
-    # torch reads from a buffer that can be written to alone, and refuses one without bytes.
-    return (
-        torch.frombuffer(bytearray(part), dtype=torch.int64).numpy()
-        if part
-        else torch.empty(0, dtype=torch.int64).numpy()
-    )
 
 
 def _flatten(batch: Traveller) -> tuple[list[Any], tuple[Any, ...]]:
     layout = batch.layout
-    first = torch.zeros_like(layout.lengths) if layout.first_steps is None else layout.first_steps
-    parts = [batch.values, batch.offsets.table, layout.lengths, layout.documents_per_row, layout.permutation, first]
+    integers = [layout.tensor(name) for name in (*_INTEGERS, "first_steps")]
+    parts = [batch.values, batch.offsets.table, *integers]
     options = tuple(layout.options.values())
     return parts, (*options, batch.offsets.shape[0], batch.padding_value, batch.ignore_index)
 

@@ -22,7 +22,7 @@ class DocumentViews:
     ignore_index: int | None
 
     def __len__(self) -> int:
-        return self.layout.lengths.shape[0]
+        return self.layout.tensor("lengths").shape[0]
 
     @property
     def device(self) -> torch.device:
@@ -32,17 +32,17 @@ class DocumentViews:
     @property
     def lengths(self) -> Tensor:
         """Real steps of each document, int64 `[N]` on the host, in row order."""
-        return self.layout.lengths
+        return self.layout.tensor("lengths")
 
     @property
     def documents_per_row(self) -> Tensor:
         """How many documents each row has, int64 `[R]` on the host."""
-        return self.layout.documents_per_row
+        return self.layout.tensor("documents_per_row")
 
     @property
     def permutation(self) -> Tensor:
         """The sample that each document was, int64 `[N]` on the host."""
-        return self.layout.permutation
+        return self.layout.tensor("permutation")
 
     @property
     def align(self) -> int:
@@ -131,7 +131,7 @@ class DocumentViews:
     @property
     def first_step(self) -> int:
         """Steps of documents that came before these rows, the most of any: 0, but in later chunks of `split_steps`."""
-        return 0 if self.layout.first_steps is None else int(self.layout.array("first_steps").max(initial=0))
+        return 0 if not self.layout.has_first_steps else int(self.layout.array("first_steps").max(initial=0))
 
     def host_lengths(self) -> Int64Array:
         """The lengths that the batch was made with: int64 `[N]`, not to be written to.
