@@ -16,6 +16,9 @@ Checked = TypeVar("Checked")
 
 def option_of(option: Option | Mapping[str, Option], name: str) -> Option:
     """What an option is for one field."""
+    # To ask whether an int is a mapping takes longer than all else here.
+    if option is None or type(option) is int:
+        return option
     return option[name] if isinstance(option, Mapping) else option
 
 

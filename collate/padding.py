@@ -302,8 +302,8 @@ def _lengths(items: Sequence[Tensor] | Sequence[Array], name: str) -> Int64Array
 
 
 def _check_dtypes(items: Sequence[Tensor] | Sequence[Array], name: str) -> None:
-    dtypes = [row.dtype for row in items]
-    if len(set(dtypes)) > 1:
+    if len({row.dtype for row in items}) > 1:
+        dtypes = [row.dtype for row in items]
         place = next(i for i, dtype in enumerate(dtypes) if dtype != dtypes[0])
         raise TypeError(
             f"{name}: all samples must have one dtype, got {dtypes[0]} in sample 0 and "

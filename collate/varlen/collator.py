@@ -156,7 +156,7 @@ class VarlenCollator:
             return [column[place] for place in places.tolist()]
         value = self.fields.padding_value_of(name, column)
         options = self.each[option_of(self.capacity, name)]
-        lengths = column.lengths[places]
+        lengths = column.lengths if self.capacity is None else column.lengths[places]
         # Fields of equal lengths share all that is made of them.
         for batch in batches:
             if options.capacity in {None, batch.layout.capacity} and np.array_equal(batch.host_lengths(), lengths):

@@ -28,7 +28,7 @@ from collate.tensors.numpy_view import Int64Array
 Int32Array: TypeAlias = npt.NDArray[np.int32]
 
 # The rows of a table of offsets, which is sent to a device in one piece.
-CU_SEQLENS, DOCUMENT, FIRST_POSITION, CU_SEQLENS_REAL, CU_SEQLENS_PADDED = range(5)
+CU_SEQLENS, CU_SEQLENS_PADDED, CU_SEQLENS_REAL, DOCUMENT, FIRST_POSITION = range(5)
 
 # Offsets are int32, as kernels want them.
 MOST_STEPS: Final = (1 << 31) - 1
@@ -110,12 +110,11 @@ def offset_table(
 def _fill_flat(table: Int32Array, starts: Int64Array, end: int, total: int) -> None:
     """Fill the table of one row without alignment, where documents follow each other: there is one gap, at the end."""
     size = len(starts)
-    real = table[CU_SEQLENS_REAL]
-    real[:size], real[size:] = starts, end
-    table[CU_SEQLENS] = real
+    # All three bounds are the same up to the gap.
+    table[: CU_SEQLENS_REAL + 1, :size] = starts
+    table[: CU_SEQLENS_REAL + 1, size:] = end
     if end < total:
-        table[CU_SEQLENS, size + 1 :] = total
-    table[CU_SEQLENS_PADDED] = table[CU_SEQLENS]
+        table[:CU_SEQLENS_REAL, size + 1 :] = total
     table[DOCUMENT, :size], table[DOCUMENT, size:] = np.arange(size), -1
 
 

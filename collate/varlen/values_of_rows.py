@@ -62,7 +62,8 @@ def join_documents(rows: Rows, layout: DocumentLayout, padding_value: Number) ->
     shape = layout.num_rows, layout.capacity
     total, steps = shape[0] * shape[1], sum(counts)
     order = layout.array("permutation").tolist()
-    items: list[Any] = [rows.items[place] for place in order]
+    all_items: Any = rows.items
+    items = [all_items[place] for place in order]
     if has_empty or steps < total:
         padding = _padding_of(rows, gaps_of(layout).tolist(), padding_value)
         items = _with_gaps(items, [counts[place] for place in order], padding)
