@@ -11,6 +11,7 @@ from collate.errors import LengthError
 from collate.lengths.tracking import check_tracked
 from collate.lengths.validation import aligned
 from collate.packing import gather_steps, scatter_steps
+from collate.tensors.graphs import is_making_graph
 from collate.training.sequences import SequenceBatch, labelled_steps
 
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -172,7 +173,7 @@ def _count_steps(batch: SequenceBatch) -> int | Tensor:
 
 def _has_fixed_shapes(batch: SequenceBatch) -> bool:
     """Whether a graph is being made, which serves other lengths as well: shapes and numbers must come from the mask."""
-    return torch.compiler.is_compiling() or (batch.mask.is_cuda and torch.cuda.is_current_stream_capturing())
+    return is_making_graph(batch.block)
 
 
 def _flat_losses(

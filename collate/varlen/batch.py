@@ -459,7 +459,11 @@ class VarlenBatch(DocumentViews):
             value = same_nan(torch.tensor(value, dtype=self.values.dtype).to(values.dtype).item())
         offsets = self.offsets
         if values.device != self.device:
-            offsets = Offsets(offsets.table.to(values.device, non_blocking=wait_not), offsets.shape)
+            table = offsets.table
+            # From pageable memory the copy would wait for the device, so that a small table is pinned in any case.
+            pinned = not table.is_cpu or table.is_pinned()
+            table = table.to(values.device, non_blocking=wait_not) if pinned else to_device(table, values.device)
+            offsets = Offsets(table, offsets.shape)
         return self.trusted(values, self.layout, offsets, padding_value=value, ignore_index=self.ignore_index)
 
     def pin_memory(self) -> Self:

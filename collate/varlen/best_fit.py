@@ -15,6 +15,10 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
 
+import numpy as np
+
+from collate.tensors.numpy_view import Int64Array
+
 
 def pack_best_fit(sizes: Sequence[int], capacity: int, max_items: int | None = None) -> list[list[int]]:
     """Pack by best fit, longest first.
@@ -68,4 +72,58 @@ def cut_in_order(sizes: Sequence[int], capacity: int, max_items: int | None = No
             free = capacity
         rows[-1].append(item)
         free -= size
+    return rows
+
+
+def pack_fields(sizes: Int64Array, capacities: Int64Array, max_items: int | None = None) -> list[list[int]]:
+    """Best fit for items of several sizes, none of which may exceed its capacity in any row.
+
+    Items come by the largest share that they take of a row, each into the row that has the least free shares. Rows are
+    looked at all together for each item, O(N R).
+
+    >>> pack_fields(np.array([[3, 2], [1, 4], [3, 6]]), np.array([4, 8]))
+    [[0, 1], [2]]
+
+    Args:
+        sizes: int64 `[N, K]`, at most the capacities.
+        capacities: int64 `[K]`.
+        max_items: as in `pack_best_fit`.
+
+    Returns:
+        As `pack_best_fit`.
+    """
+    rows: list[list[int]] = []
+    free = np.empty((len(sizes), len(capacities)))
+    shares = sizes / capacities
+    for item in np.argsort(-shares.max(1), kind="stable").tolist():
+        room = free[: len(rows)]
+        fits = np.flatnonzero((room >= sizes[item]).all(1))
+        if len(fits) == 0:
+            row = len(rows)
+            rows.append([])
+            free[row] = capacities
+        else:
+            row = int(fits[np.argmin((room[fits] / capacities).sum(1))])
+        rows[row].append(item)
+        free[row] -= sizes[item]
+        if len(rows[row]) == max_items:
+            # Nothing fits what is closed, not even an empty item.
+            free[row] = -1
+    return [sorted(row) for row in rows]
+
+
+def cut_fields(sizes: Int64Array, capacities: Int64Array, max_items: int | None = None) -> list[list[int]]:
+    """Cut a list of items of several sizes in its order: each row takes items as long as they fit.
+
+    >>> cut_fields(np.array([[3, 2], [1, 4], [3, 6]]), np.array([4, 8]))
+    [[0, 1], [2]]
+    """
+    rows: list[list[int]] = [[]]
+    free = capacities.copy()
+    for item, size in enumerate(sizes):
+        if (size > free).any() or len(rows[-1]) == max_items:
+            rows.append([])
+            free = capacities.copy()
+        rows[-1].append(item)
+        free = free - size
     return rows

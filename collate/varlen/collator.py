@@ -1,6 +1,5 @@
 """VarlenCollator: a list of samples -> rows that hold several of them, every field in the same rows."""
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
@@ -119,23 +118,17 @@ class VarlenCollator:
         return assemble(samples[0], fields)
 
     def _order(self, documents: Mapping[str, Rows], size: int) -> RowOrder:
-        """Put samples into rows by what they take in the fullest of their fields."""
+        """Put samples into rows, in which they are to fit in all of their fields."""
         if self.capacity is None or not documents:
             return self.options.fill([0] * size, "samples")
         capacities = [option_of(self.capacity, name) for name in documents]
         for (name, rows), steps in zip(documents.items(), capacities, strict=True):
             self._check_longest(name, rows, steps)
-        sizes = [aligned_lengths(rows.lengths, self.options.align).tolist() for rows in documents.values()]
-        if len(sizes) == 1:
-            return self.each[capacities[0]].fill(sizes[0], called(next(iter(documents))))
-        # Where fields have rows of different capacities, a step counts for as much of a row as it takes.
-        whole = math.lcm(*capacities)
-        shares = [whole // steps for steps in capacities]
-        weights = [
-            max(steps * share for steps, share in zip(sample, shares, strict=True))
-            for sample in zip(*sizes, strict=True)
-        ]
-        return replace(self.options, capacity=whole, align=1).fill(weights, "samples")
+        sizes = np.stack([aligned_lengths(rows.lengths, self.options.align) for rows in documents.values()], axis=1)
+        # Fields of equal lengths, such as tokens and labels, are one size.
+        if len(set(capacities)) == 1 and (sizes == sizes[:, :1]).all():
+            return self.each[capacities[0]].fill(sizes[:, 0].tolist(), called(next(iter(documents))))
+        return self.options.fill_fields(sizes, np.array(capacities))
 
     def _check_longest(self, name: str, rows: Rows, capacity: int | None) -> None:
         longest = int(rows.lengths.max())

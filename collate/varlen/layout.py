@@ -9,7 +9,7 @@ from torch import Tensor
 
 from collate.errors import LengthError
 from collate.lengths.validation import Integers, as_int64, check_permutation
-from collate.tensors.graphs import refuse_export
+from collate.tensors.graphs import is_making_graph, refuse_export
 from collate.tensors.numpy_view import Int64Array, to_array
 from collate.varlen.offsets import (
     CU_SEQLENS,
@@ -152,9 +152,9 @@ class Offsets:
     def spread(self) -> tuple[Tensor, Tensor, Tensor]:
         """Mask bool, document ids int32 and position ids int64, all `[R, C]` on the table's device; made once.
 
-        In compiled code they are made in the graph, whose shapes do not depend on lengths.
+        In compiled code, and in a CUDA graph, they are made in the graph, whose shapes do not depend on lengths.
         """
-        if torch.compiler.is_compiling():
+        if is_making_graph(self.table):
             documents, positions = spread_on_device(self.table, self.shape)
             return documents >= 0, documents, positions
         if self._spread is None:

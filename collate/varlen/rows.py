@@ -8,7 +8,7 @@ import numpy as np
 
 from collate.errors import LengthError
 from collate.tensors.numpy_view import Int64Array
-from collate.varlen.best_fit import cut_in_order, pack_best_fit
+from collate.varlen.best_fit import cut_fields, cut_in_order, pack_best_fit, pack_fields
 from collate.widths import check_count
 
 Arrange: TypeAlias = Literal["best-fit", "given"]
@@ -75,12 +75,29 @@ class RowOptions:
             )
         pack = pack_best_fit if self.arrange == "best-fit" else cut_in_order
         packs = pack(sizes, self.capacity, self.max_documents)
+        return self._counted(packs, f"{name}: {len(sizes)} documents of {sum(sizes)} steps", self.capacity)
+
+    def fill_fields(self, sizes: Int64Array, capacities: Int64Array) -> tuple[Int64Array, Int64Array]:
+        """The same for samples with several fields, which are to be in the same row in all of them.
+
+        Args:
+            sizes: int64 `[N, K]`, steps with alignment, each at most its field's capacity.
+            capacities: int64 `[K]`.
+
+        Raises:
+            LengthError: The rows are too few.
+        """
+        pack = pack_fields if self.arrange == "best-fit" else cut_fields
+        packs = pack(sizes, capacities, self.max_documents)
+        what = f"samples: {len(sizes)} of {sizes.sum(0).tolist()} steps in their fields"
+        return self._counted(packs, what, capacities.tolist())
+
+    def _counted(self, packs: list[list[int]], what: str, capacity: object) -> tuple[Int64Array, Int64Array]:
         if self.rows is not None:
             if len(packs) > self.rows:
                 raise LengthError(
-                    f"{name}: {len(sizes)} documents of {sum(sizes)} steps (align={self.align}, max_documents="
-                    f"{self.max_documents}) take {len(packs)} rows of {self.capacity} steps, rows is {self.rows}: "
-                    "collate fewer samples, or raise rows or capacity"
+                    f"{what} (align={self.align}, max_documents={self.max_documents}) take {len(packs)} rows of "
+                    f"{capacity} steps, rows is {self.rows}: collate fewer samples, or raise rows or capacity"
                 )
-            packs += [[]] * (self.rows - len(packs))
+            packs = packs + [[]] * (self.rows - len(packs))
         return np.array([item for items in packs for item in items], np.int64), np.array(list(map(len, packs)))

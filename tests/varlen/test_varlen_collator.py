@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from collate import LengthError, PadCollator, VarlenBatch, VarlenCollator
-from collate.varlen.best_fit import cut_in_order, pack_best_fit
+from collate.varlen.best_fit import cut_fields, cut_in_order, pack_best_fit
 
 SIZES = st.lists(st.integers(0, 20), max_size=40)
 
@@ -87,6 +87,24 @@ def test_fields_are_what_the_padding_collator_makes_of_them(lengths):
         for a, b in zip(mine.unsort(mine.sequences()), other.sequences(), strict=True):
             assert torch.equal(a, b)
     assert torch.equal(ours[0].unsort(ours[3]), theirs[3])
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12),
+    st.sampled_from([None, 1, 2]),
+    st.sampled_from(["best-fit", "given"]),
+)
+def test_rows_of_several_fields_break_no_cap_and_lose_nothing(lengths, most, arrange):
+    samples = [{"x": np.zeros(n), "y": np.zeros(m)} for n, m in lengths]
+    batch = VarlenCollator(capacity={"x": 9, "y": 18}, max_documents=most, arrange=arrange)(samples)
+    assert sorted(batch["x"].permutation.tolist()) == list(range(len(samples)))
+    for field in batch.values():
+        field.verify()
+        assert most is None or int(field.documents_per_row.max()) <= most
+    if arrange == "given":
+        assert batch["x"].permutation.tolist() == list(range(len(samples)))
+        packs = cut_fields(np.array(lengths), np.array([9, 18]), most)
+        assert batch["y"].documents_per_row.tolist() == list(map(len, packs))
 
 
 def test_pairs_stay_together():
