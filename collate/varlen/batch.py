@@ -75,7 +75,7 @@ class VarlenBatch(DocumentViews):
                 [1, 2, 0, 0]])
         >>> batch.lengths, batch.documents_per_row, batch.cu_seqlens
         (tensor([3, 1, 2]), tensor([2, 1]), tensor([0, 3, 4, 6, 8, 8, 8], dtype=torch.int32))
-        >>> batch.unsort(batch.sequences())
+        >>> batch.unsort()
         [tensor([1, 2]), tensor([3, 4, 5]), tensor([6])]
     """
 
@@ -339,19 +339,22 @@ class VarlenBatch(DocumentViews):
         return LengthTrackedBatch.trusted(padded, counts, None, places, padding_value=value)
 
     @overload
+    def unsort(self, entries: None = None, dim: int = 0) -> list[Tensor]: ...
+    @overload
     def unsort(self, entries: Tensor, dim: int = 0) -> Tensor: ...
     @overload
     def unsort(self, entries: list[Any], dim: int = 0) -> list[Any]: ...
-    def unsort(self, entries: Tensor | list[Any], dim: int = 0) -> Tensor | list[Any]:
+    def unsort(self, entries: Tensor | list[Any] | None = None, dim: int = 0) -> Tensor | list[Any]:
         """Anything that has one entry per document, back in source order.
 
         Args:
-            entries: a tensor `[..., N, ...]`, or a list of N, such as `sequences()`.
+            entries: a tensor `[..., N, ...]`, or a list of N; None is `sequences()`, the documents themselves.
             dim: the axis of the documents.
 
         Raises:
             ValueError: There is not one entry per document.
         """
+        entries = self.sequences() if entries is None else entries
         count = entries.shape[dim] if isinstance(entries, Tensor) else len(entries)
         if count != len(self):
             raise ValueError(f"there must be one entry for each of the {len(self)} documents, got {count}")

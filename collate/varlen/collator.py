@@ -96,6 +96,11 @@ class VarlenCollator:
             on_empty=on_empty,
         )
 
+    @property
+    def max_length(self) -> int | Mapping[str, int | None] | None:
+        """Steps that sequences are cut to, for all fields or per field; None cuts nothing."""
+        return self.fields.max_length
+
     def __call__(self, samples: Sequence[object]) -> Any:
         """Collate N >= 1 samples of one structure; see the class for what becomes of each field.
 

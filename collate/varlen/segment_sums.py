@@ -57,6 +57,13 @@ class _SumSegments(Function):
         return spread_segments(grad, offsets, ctx.steps), None
 
     @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, int | None], steps: Tensor, offsets: Tensor) -> tuple[Tensor, int]:
+        if in_dims[0] is None or in_dims[1] is not None:
+            raise NotImplementedError("offsets cannot be mapped over: they are the same for all")
+        # A mapped axis is one more feature.
+        return sum_segments(steps.movedim(in_dims[0], -1), offsets), -1
+
+    @staticmethod
     def jvp(ctx: Any, change: Tensor, offsets: None) -> Tensor:
         (bounds,) = ctx.saved_tensors
         return sum_segments(change, bounds)

@@ -180,6 +180,7 @@ def test_declared_lengths_and_cuts_are_those_of_the_padding_collator():
     collate = VarlenCollator(capacity=4, max_length=3, length_field={"x": "n"})
     batch = collate([{"x": [1, 2, 3, 4], "n": 4}, {"x": [5], "n": 1}])
     assert batch["x"].values.tolist() == [[1, 2, 3, 5]]
+    assert collate.max_length == 3
     with pytest.raises(LengthError, match="sample 1 has 1 steps, its declared length is 2"):
         collate([{"x": [1, 2], "n": 2}, {"x": [5], "n": 2}])
 

@@ -21,6 +21,7 @@ from collate import (
     sequence_loss,
     token_scale,
 )
+from collate.varlen.segment_sums import sum_segments
 
 ALIGNS = st.sampled_from([1, 1, 2, 8])
 
@@ -107,7 +108,7 @@ def test_agreement_order_and_conservation(case):
     assert batch.mask.sum() == batch.lengths.sum() == batch.num_tokens == sum(map(len, documents))
     assert sorted(batch.permutation.tolist()) == list(range(len(documents)))
     assert batch.documents_per_row.sum() == len(batch) == len(documents)
-    for ours, theirs in zip(batch.unsort(batch.sequences()), documents, strict=True):
+    for ours, theirs in zip(batch.unsort(), documents, strict=True):
         assert torch.equal(ours, theirs)
     assert torch.equal(batch.flat(), torch.cat(batch.sequences()))
     assert batch.longest == max(map(len, documents)) <= batch.max_seqlen == batch.values.shape[1]
@@ -369,6 +370,42 @@ def test_ranks_of_a_context_share_every_step_once_with_equal_work(case, size, sp
             local = part.index.flatten()[start // size : stop // size].tolist()
             assert local == head + tail
         assert all(int(part.cu_seqlens_padded[bounds.index(start)]) == start // size for part in parts)
+
+
+@given(floats(), st.integers(1, 3))
+def test_any_split_of_the_rows_gives_the_gradient_of_the_whole(case, rows):
+    documents, options = case
+    model = nn.Linear(3, 3, dtype=torch.float64)
+    rng = np.random.default_rng(0)
+    tokens = [torch.from_numpy(rng.integers(0, 3, len(document))) for document in documents]
+    output = VarlenBatch.from_sequences(documents, **options)
+    target = VarlenBatch.from_sequences(tokens, **options).next_step_labels()
+    loss_fn = nn.CrossEntropyLoss(reduction="none")
+    whole = sequence_loss(loss_fn, output.map(model), target)
+    parts = zip(output.split_rows(rows), target.split_rows(rows), strict=True)
+    split = sum(sequence_loss(loss_fn, part.map(model), labels, reduction="sum") for part, labels in parts)
+    ours = torch.autograd.grad(split * token_scale(target), model.parameters())
+    for mine, other in zip(ours, torch.autograd.grad(whole, model.parameters()), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+# Torch's own, when it loads its forward mode.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")
+@given(strategies.lengths(5, 4))
+def test_sums_of_segments_have_all_derivatives_and_are_mapped(lengths):
+    cu_seqlens = torch.tensor(np.append(0, np.cumsum(lengths)), dtype=torch.int32)
+    steps = torch.randn(int(cu_seqlens[-1]), 2, dtype=torch.float64, requires_grad=True)
+
+    def sums(values):
+        return sum_segments(values, cu_seqlens)
+
+    slow = torch.stack([part.sum(0) for part in steps.split(lengths)])
+    torch.testing.assert_close(sums(steps), slow)
+    if steps.numel():
+        assert torch.autograd.gradcheck(sums, steps, check_forward_ad=True, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(sums, steps)
+        mapped = torch.func.vmap(sums)(torch.stack([steps, 2 * steps]).detach())
+        torch.testing.assert_close(mapped, torch.stack([slow, 2 * slow]))
 
 
 def test_rows_that_are_all_empty_keep_parameters_in_the_graph():
