@@ -90,6 +90,7 @@ class LengthTrackedBatch:
     varlen_class: ClassVar[Any] = None
     # What a varlen batch of labels has in steps without a label; here all real steps count.
     ignore_index: ClassVar[None] = None
+    is_varlen: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         rows, width = _block_shape(self.padded)

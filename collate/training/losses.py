@@ -150,7 +150,7 @@ def _step_weights(output: SequenceBatch, target: SequenceBatch, weights: Tensor 
         ValueError: There is not one weight for each step or sequence.
     """
     shape = output.mask.shape
-    if hasattr(output, "values") != hasattr(target, "values"):
+    if output.is_varlen != target.is_varlen:
         raise TypeError(
             f"output is a {type(output).__name__}, target is a {type(target).__name__}: give two of one kind, "
             "to_padded() and to_varlen() make one of the other"

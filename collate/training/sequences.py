@@ -1,6 +1,6 @@
 """What losses, means and recurrent modules need of a batch, padded or varlen."""
 
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ class SequenceBatch(Protocol):
 
     A sequence is a row of the one and a document of the other. S is B, or the slots of the table of segments.
     """
+
+    is_varlen: ClassVar[bool]
 
     @property
     def block(self) -> Tensor:

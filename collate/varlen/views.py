@@ -1,5 +1,7 @@
 """What a varlen batch shows of its documents: offsets, masks, ids, and what losses and recurrent modules read."""
 
+from typing import ClassVar
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ class DocumentViews:
     layout: DocumentLayout
     offsets: Offsets
     ignore_index: int | None
+    is_varlen: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return self.layout.tensor("lengths").shape[0]
