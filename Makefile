@@ -1,25 +1,25 @@
-# Everything runs in .venv, made from nothing but Python 3.11 and the package index. Safe to run twice.
+# Everything runs in .venv, which needs only Python 3.11 and the package index. All targets can be run again.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-# A change of these files makes the environment anew.
+# The environment is made again when one of these files changes.
 READY := .venv/ready
 
-# The other files of the folder are what these share.
+# The other files of the folder are shared by these.
 BENCHMARKS := collation packing transport rnn language_model planning scale shards bucketing varlen
 
 .PHONY: help demo test check format lint types coverage frameworks fuzz storm bench gpu docs clean
 
 help:
-	@echo "make demo        environment, install, and the main job: a byte-level language model on Python's own library"
-	@echo "make test        environment, install, and all tests, doctests among them"
+	@echo "make demo        create the environment, then train the main job: a byte-level language model on Python's library"
+	@echo "make test        create the environment, then run all tests and doctests"
 	@echo "make check       format, lint, types, all tests with branch coverage"
-	@echo "make fuzz        20,000 mutated shards and indexes: the right data, or an error that names the file"
-	@echo "make storm       for STORM_MINUTES (10): everything that has state, in any order of saves, copies, breaks and restores"
-	@echo "make frameworks  the examples of frameworks (Lightning, accelerate, transformers, datasets, Ray), each run by a test"
-	@echo "make bench       the benchmarks, their tables on the terminal and as JSON in benchmarks/results"
-	@echo "make gpu         all tests and measurements that need a GPU, in some minutes; without one it says so"
-	@echo "make docs        the documentation as a site, with the reference of every public name: site/index.html"
-	@echo "make clean       remove the environment and what runs have left"
+	@echo "make fuzz        20,000 mutated shards and indexes give the right data, or an error that names the file"
+	@echo "make storm       all objects with state under random saves, copies, breaks and restores, for STORM_MINUTES (10)"
+	@echo "make frameworks  test the examples of frameworks (Lightning, accelerate, transformers, datasets, Ray)"
+	@echo "make bench       run the benchmarks; tables on the terminal, JSON in benchmarks/results"
+	@echo "make gpu         all tests and measurements that need a GPU, in a few minutes"
+	@echo "make docs        build the documentation and the reference as a site: site/index.html"
+	@echo "make clean       remove the environment and all files that runs have made"
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("lengthtrack needs Python 3.11 or newer, found %d.%d" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -43,7 +43,7 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# Reads what the last `make test` has measured.
+# Reads the data of the last `make test`.
 coverage: $(READY)
 	$(BIN)/python -m coverage combine --quiet --keep
 	$(BIN)/python -m coverage report --fail-under=90

@@ -1,7 +1,7 @@
-"""Bucketing streams whose lengths are not known before: oldest first beside queues, sorted windows and lhotse.
+"""Bucketing of streams with unknown lengths: oldest first, against queues, sorted windows and lhotse.
 
-Needs lhotse, and transformers for what is shared with `planning.py`. Every contender turns a stream of lengths into
-batches and is given the same `buffer`; what it holds, and for how long, is counted from outside.
+Needs lhotse, and transformers for code shared with `planning.py`. Every contender turns a stream of lengths into
+batches with the same `buffer`. The harness counts how many samples it buffers, and for how long.
 """
 
 import argparse
@@ -24,26 +24,26 @@ from samplers.dynamic.bucketer import Bucketer
 from samplers.planning.budget import Budget
 
 BUFFERS: Final = (500, 1_000, 2_000, 5_000, 10_000, 20_000)
-# For other corpora and orders than the first.
+# Buffer for all corpora and orders except the first.
 FEW_BUFFERS: Final = (1_000, 10_000)
 TIMED_BUFFERS: Final = (1_000, 5_000, 20_000)
 SOURCES: Final = 8
 
-Places: TypeAlias = Iterator[list[int]]
+ArrivalLists: TypeAlias = Iterator[list[int]]
 
 
 class Stream:
-    """A corpus in an order, which counts what has been taken of it.
+    """A corpus in one order, which counts the samples that were taken.
 
     Args:
-        corpus: whose lengths.
-        name: of the order.
-        order: samples in turn, int64 `[N]`.
+        corpus: Corpus of the lengths.
+        name: Name of the order.
+        order: Sample indices in this order, int64 `[N]`.
 
     Attributes:
-        lengths: by arrival, int64 `[N]`.
-        budget: padded tokens that a batch may have.
-        taken: samples of the present pass.
+        lengths: Lengths by arrival, int64 `[N]`.
+        budget: Largest number of padded tokens in a batch.
+        taken: Samples taken in the present pass.
     """
 
     def __init__(self, corpus: Corpus, name: str, order: Lengths) -> None:
@@ -61,27 +61,27 @@ class Stream:
         return self.counted(zip(self.lengths.tolist(), range(len(self.lengths)), strict=True))
 
     def counted(self, values: Iterable[Any]) -> Iterator[Any]:
-        """A pass over something that the stream gives."""
+        """One pass over the stream, or over items made from it."""
         self.taken = 0
         for value in values:
             self.taken += 1
             yield value
 
 
-Contender: TypeAlias = Callable[[Stream, int], Places]
+Contender: TypeAlias = Callable[[Stream, int], ArrivalLists]
 
 
-def ours(stream: Stream, buffer: int) -> Places:
-    """Oldest first; a sample over the budget is a batch of its own, as in all others."""
+def ours(stream: Stream, buffer: int) -> ArrivalLists:
+    """Oldest first. A sample over the budget is a batch of one, as with all contenders."""
     bucketer: Bucketer[int] = Bucketer(Budget(max_tokens=stream.budget), buffer_size=buffer, overlong="alone")
     return bucketer.batches_of(stream)
 
 
-def queues(stream: Stream, buffer: int) -> Places:
-    """A queue for each range of lengths, given out when it holds the rows that the budget has at its upper bound.
+def queues(stream: Stream, buffer: int) -> ArrivalLists:
+    """A queue for each range of lengths. It gives a batch when it holds as many rows as fit at its bound.
 
-    This is what tf.data's `bucket_by_sequence_length` does. The bounds are quantiles of all lengths, which it is told
-    before, and as many as the buffer allows if every queue is one short of full.
+    This is the rule of tf.data's `bucket_by_sequence_length`. The bounds are quantiles of all lengths, given in
+    advance, as many as the buffer allows if every queue is one sample short of full.
     """
     bounds = find_bounds(stream.lengths, stream.budget, buffer)
     rows = rows_at(bounds, stream.budget).tolist()
@@ -95,7 +95,7 @@ def queues(stream: Stream, buffer: int) -> Places:
 
 
 def find_bounds(lengths: Lengths, budget: int, buffer: int) -> Lengths:
-    """The most quantiles of the lengths, the longest among them, whose queues hold `buffer` samples at most."""
+    """As many quantiles of the lengths, including the largest, as have queues of at most `buffer` samples in total."""
     few, many = 1, len(lengths)
     while many - few > 1:
         count = (few + many) // 2
@@ -105,17 +105,17 @@ def find_bounds(lengths: Lengths, budget: int, buffer: int) -> Lengths:
 
 
 def quantiles(lengths: Lengths, count: int) -> Lengths:
-    """Upper bounds of `count` ranges of as many samples each, fewer where lengths recur: int64 `[n]`, ascending."""
+    """Upper bounds of `count` ranges with equal numbers of samples, fewer if lengths repeat: int64 `[n]`, ascending."""
     return np.unique(np.quantile(lengths, np.arange(1, count + 1) / count, method="higher"))
 
 
 def rows_at(bounds: Lengths, budget: int) -> Lengths:
-    """Rows of these widths that the budget holds, one at least."""
+    """Number of rows of these widths that the budget allows, at least one."""
     return np.maximum(1, budget // bounds)
 
 
-def sorted_windows(stream: Stream, buffer: int) -> Places:
-    """Read as many samples as the buffer holds, sort them, cut them where the budget ends, and begin anew."""
+def sorted_windows(stream: Stream, buffer: int) -> ArrivalLists:
+    """Fill the buffer, sort it, cut it into batches by the budget, and start again."""
     window: list[tuple[int, int]] = []
     for item in stream:
         window.append(item)
@@ -125,8 +125,8 @@ def sorted_windows(stream: Stream, buffer: int) -> Places:
     yield from cut(sorted(window, reverse=True), stream.budget)
 
 
-def cut(items: list[tuple[int, int]], budget: int) -> Places:
-    """Lengths and arrivals, longest first, as batches that use the budget."""
+def cut(items: list[tuple[int, int]], budget: int) -> ArrivalLists:
+    """Batches under the budget, longest first, of lengths and arrivals."""
     first = 0
     while first < len(items):
         last = first + max(1, budget // items[first][0])
@@ -135,7 +135,7 @@ def cut(items: list[tuple[int, int]], budget: int) -> Places:
 
 
 class Cuts:
-    """A stream as lhotse takes it: one pass for the bounds, and one for each epoch."""
+    """A stream in lhotse's form: one pass for the bounds, and one for each epoch."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
@@ -145,15 +145,15 @@ class Cuts:
 
 
 def bucket_cuts(stream: Stream, buffer: int) -> DynamicBucketingSampler:
-    """The sampler of lhotse, which finds bounds in the first 10,000 cuts."""
+    """Lhotse's sampler, which estimates bounds from the first 10,000 cuts."""
     budget = float(stream.budget)
     return DynamicBucketingSampler(
         Cuts(stream), max_duration=budget, num_buckets=BUCKETS, buffer_size=buffer, shuffle=True, world_size=1, rank=0
     )
 
 
-def lhotse(stream: Stream, buffer: int) -> Places:
-    """Dynamic bucketing by lhotse: a bucket at random, and of it samples at random."""
+def lhotse(stream: Stream, buffer: int) -> ArrivalLists:
+    """Dynamic bucketing of lhotse: random samples of a random bucket."""
     for batch in bucket_cuts(stream, buffer):
         yield [int(cut.id) for cut in batch]
 
@@ -168,14 +168,14 @@ CONTENDERS: Final[dict[str, Contender]] = {
 
 @dataclass(frozen=True)
 class Figures:
-    """What a contender makes of a stream.
+    """The figures of one contender on one stream.
 
     Attributes:
-        padding: share of padded tokens that are padding.
-        over: share of batches over the budget, of those with two rows or more.
-        worst: padded tokens of the worst of them, in budgets.
-        wait: the most arrivals between a sample's own and its batch.
-        held: the most samples that had come and were in no batch yet.
+        padding: Fraction of padding in the padded tokens.
+        over: Fraction of batches over the budget, among those with two rows or more.
+        worst: Padded tokens of the largest of them, in budgets.
+        wait: Largest number of arrivals between a sample and its batch.
+        held: Largest number of samples in the buffer.
     """
 
     corpus: str
@@ -191,7 +191,7 @@ class Figures:
 
 
 def measure(stream: Stream, name: str, buffer: int) -> Figures:
-    """All figures of one contender on one stream."""
+    """Measure one contender on one stream."""
     padded, several = [], []
     wait = held = given = 0
     for batch in CONTENDERS[name](stream, buffer):
@@ -218,10 +218,10 @@ def measure(stream: Stream, name: str, buffer: int) -> Figures:
 
 
 def orders_of(corpus: Corpus) -> dict[str, Lengths]:
-    """The orders in which a stream may come: int64 `[N]` each.
+    """The orders of a stream: int64 `[N]` each.
 
-    Grouped: by source one after the other, each with lengths of its own that overlap the others'. Drifting: all lengths
-    at any time, but ever more of the long ones.
+    Grouped: one source after the other, each with its range of lengths; the ranges overlap. Drifting: all lengths at
+    any time, but more and more long ones.
     """
     rng = np.random.default_rng(0)
     count = len(corpus.lengths)
@@ -239,7 +239,7 @@ def orders_of(corpus: Corpus) -> dict[str, Lengths]:
 
 
 def read_streams(folder: Path) -> list[Stream]:
-    """The files of a folder, 20,000 lengths of each at most, in the order in which they are stored."""
+    """The files of a folder, at most 20,000 lengths of each, in stored order."""
     streams = []
     for path in sorted(folder.glob("*.npy")):
         lengths = np.load(path).reshape(-1)[:SAMPLES].astype(np.int64)
@@ -249,7 +249,7 @@ def read_streams(folder: Path) -> list[Stream]:
 
 
 def compare_buffers(stream: Stream, buffers: Sequence[int]) -> list[Figures]:
-    """A table of one stream: a line for each buffer and contender."""
+    """A table of one stream with a line for each buffer and contender."""
     found = [measure(stream, name, buffer) for buffer in buffers for name in CONTENDERS]
     title = f"{stream.corpus}, {stream.name}: {len(stream.lengths):,} samples, budget {stream.budget:,}"
     show(title, [as_row(figures) for figures in found])
@@ -265,13 +265,13 @@ def as_row(figures: Figures) -> dict[str, str]:
         "padding": f"{figures.padding:.2%}",
         "over": f"{figures.over:.1%}",
         "worst": f"{figures.worst:.2f}x",
-        "greatest wait": f"{figures.wait:,}",
-        "most held": f"{figures.held:,}",
+        "longest wait": f"{figures.wait:,}",
+        "largest buffer": f"{figures.held:,}",
     }
 
 
 def time_streams(stream: Stream, buffer: int) -> Row:
-    """An epoch of every contender; and of our stage, on samples that hold arrays, as pipelines use it."""
+    """Time an epoch of every contender, and of our stage on samples with arrays, as in a pipeline."""
     options: dict[str, Any] = {"max_tokens": stream.budget, "buffer_size": buffer, "overlong": "alone"}
     stage = bucket_by_length("x", **options)
     bounded = bucket_by_length("x", max_bytes=1 << 40, **options)
@@ -287,8 +287,8 @@ def time_streams(stream: Stream, buffer: int) -> Row:
 
 
 def time_buffers(stream: Stream) -> dict[int, Row]:
-    """Time at several buffers, and a table of microseconds a sample."""
-    # Or the collector would walk all cuts again and again in what is timed.
+    """Time several buffers, and print a table of microseconds per sample."""
+    # Otherwise the garbage collector would visit all cuts repeatedly during the timing.
     gc.collect()
     gc.freeze()
     rows = {buffer: time_streams(stream, buffer) for buffer in TIMED_BUFFERS}
@@ -298,12 +298,12 @@ def time_buffers(stream: Stream) -> dict[int, Row]:
         }
         for name in rows[TIMED_BUFFERS[0]].microseconds
     }
-    show("us a sample", [{"": name} | figures for name, figures in each.items()])
+    show("us per sample", [{"": name} | figures for name, figures in each.items()])
     return rows
 
 
 def find_bars(figures: Sequence[Figures], rows: dict[int, Row]) -> list[Bar]:
-    """What was to be reached, what was, and whether it is enough."""
+    """The targets, the measured figures, and whether they meet the targets."""
     own = [one for one in figures if one.contender == "ours"]
     padding = {one.buffer: one.padding for one in own[: len(BUFFERS)]}
     over, wait, held = (
@@ -316,17 +316,19 @@ def find_bars(figures: Sequence[Figures], rows: dict[int, Row]) -> list[Bar]:
         ("padding, speech-like, buffer 10,000", "<= 1 %", f"{padding[10_000]:.2%}", padding[10_000] <= 0.01),
         ("padding, speech-like, buffer 1,000", "<= 4 %", f"{padding[1_000]:.2%}", padding[1_000] <= 0.04),
         ("batches over budget, every stream", "0", f"{over:.1%}", over == 0),
-        ("greatest wait, every stream, in buffers", "<= 3", f"{wait:.2f}", wait <= 3),
-        ("most held, every stream, in buffers", "<= 1", f"{held:.2f}", held <= 1),
-        ("us a sample, buffer 5,000", "<= 8", f"{times['ours']:.2f}", times["ours"] <= 8),
-        ("us a sample, buffer 5,000, stage", "<= 8", f"{times['ours, stage']:.2f}", times["ours, stage"] <= 8),
+        ("longest wait, every stream, in buffers", "<= 3", f"{wait:.2f}", wait <= 3),
+        ("largest buffer, every stream, in buffers", "<= 1", f"{held:.2f}", held <= 1),
+        ("us per sample, buffer 5,000", "<= 8", f"{times['ours']:.2f}", times["ours"] <= 8),
+        ("us per sample, buffer 5,000, stage", "<= 8", f"{times['ours, stage']:.2f}", times["ours, stage"] <= 8),
     ]
 
 
 def main() -> None:
     """Print and save all tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--lengths", type=Path, metavar="FOLDER", help="of .npy files, lengths [N] each, in order")
+    parser.add_argument(
+        "--lengths", type=Path, metavar="FOLDER", help="folder of .npy files, lengths [N] each, in order"
+    )
     folder = parser.parse_args().lengths
     warnings.filterwarnings("ignore", category=UserWarning, module="lhotse")
     torch.set_num_threads(1)

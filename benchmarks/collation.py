@@ -1,7 +1,7 @@
-"""`PadCollator` against `pad_sequence` alone, a collate function as one writes it by hand, peers, and a memcpy.
+"""`PadCollator` against `pad_sequence` alone, a collate function by hand, peers, and a memcpy.
 
-transformers and lhotse are measured where they are installed. `pad_sequence` and lhotse give the padded block alone,
-transformers block and mask, the one by hand all that `PadCollator` gives.
+transformers and lhotse are measured if they are installed. `pad_sequence` and lhotse make only the padded tensor,
+transformers also the mask, and the function by hand everything that `PadCollator` makes.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ Calls: TypeAlias = dict[str, Callable[[], object]]
 
 
 def by_hand(rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The collate function that everybody writes: sort, pad, lengths, mask."""
+    """The usual collate function by hand: sort, pad, lengths, mask."""
     lengths = torch.tensor([len(row) for row in rows])
     order = lengths.argsort(descending=True, stable=True)
     padded = pad_sequence([rows[i] for i in order.tolist()], batch_first=True)
@@ -42,7 +42,7 @@ def by_hand(rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def with_lhotse(samples: list[Array] | list[Tensor]) -> Calls:
-    """Its function for rows of so many axes, if it is installed; it takes arrays and tensors."""
+    """Lhotse's function for rows with this number of axes, if lhotse is installed; it takes arrays and tensors."""
     if lhotse is None:
         return {}
     if samples[0].ndim == 1:
@@ -51,21 +51,21 @@ def with_lhotse(samples: list[Array] | list[Tensor]) -> Calls:
 
 
 def compare_lists(case: str, arrays: list[Array]) -> list[Row]:
-    """Lists of ints in dicts, which `DataCollatorWithPadding` takes best: it turns tensors into lists first."""
+    """Lists of ints in dicts, the fastest input of `DataCollatorWithPadding`: it converts tensors to lists first."""
     if DataCollatorWithPadding is None:
         return []
-    # The least tokenizer that it takes: a word and a padding token.
+    # The smallest tokenizer that it accepts: a word and a padding token.
     words = Tokenizer(WordLevel({"[PAD]": 0, "word": 1}, unk_token="word"))
     pad = DataCollatorWithPadding(PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]"))
     samples = [{"input_ids": array.tolist()} for array in arrays]
     collate = PadCollator()
-    # The mask is bool by ours, int64 by theirs.
+    # Our mask is bool, theirs is int64.
     calls: Calls = {"PadCollator": lambda: collate(samples), "DataCollatorWithPadding": lambda: pad(samples)}
     return [compare(f"{case} from dicts of lists", "PadCollator", calls)]
 
 
 def measure(count: int, steps: int, features: tuple[int, ...], dtype: str, bar: str) -> list[Row]:
-    """One shape, from arrays and from tensors, and tokens from lists as well."""
+    """One shape, from arrays and tensors, and for tokens from lists."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.normal(steps, steps / 4, count), 1, None).astype(int)
     arrays = [rng.integers(1, 100, (length, *features)).astype(dtype) for length in lengths]
@@ -91,7 +91,7 @@ def main() -> None:
     keep_pages()
     for name, peer in (("transformers", DataCollatorWithPadding), ("lhotse", lhotse)):
         if peer is None:
-            print(f"{name} is not installed and is left out: `pip install {name}`")
+            print(f"{name} is not installed, so it is left out: `pip install {name}`")
     shapes: list[tuple[int, int, tuple[int, ...], str, str]] = [
         (32, 30, (), "int64", ""),
         (256, 30, (), "int64", "4x of pad_sequence from arrays, 3x from tensors"),

@@ -1,6 +1,6 @@
-"""Corpora and the samplers that plan them: ours, transformers', lhotse's, and two that one writes by hand.
+"""Corpora and the samplers that plan them: ours, transformers', lhotse's, and two by hand.
 
-Every contender gives, for an epoch, all batches of all ranks: rank r takes batch `t * W + r` in step t.
+Every contender gives all batches of all ranks for an epoch: rank r takes batch `t * W + r` in step t.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ SEEDS: Final = 20
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Lengths int64 `[N]`, and the padded tokens that a batch may have."""
+    """Lengths int64 `[N]`, and the budget of padded tokens of a batch."""
 
     name: str
     lengths: Lengths
@@ -37,12 +37,12 @@ class Corpus:
 
     @property
     def rows(self) -> int:
-        """For samplers of fixed batch size: as many rows as use the budget on average."""
+        """Batch size for samplers with a fixed one: as many rows as use the budget on average."""
         return int(self.budget / self.lengths.mean())
 
     @cached_property
     def cuts(self) -> list[MonoCut]:
-        """The samples as lhotse sees them; a second is a step."""
+        """The samples as lhotse cuts; one second is one time step."""
         return [
             MonoCut(id=str(sample), start=0, duration=float(length), channel=0, supervisions=[])
             for sample, length in enumerate(self.lengths.tolist())
@@ -53,7 +53,7 @@ Contender: TypeAlias = Callable[[Corpus, int, int, int], Batches]
 
 
 def ours(corpus: Corpus, epoch: int, seed: int, replicas: int, window: int | None = None) -> Batches:
-    """Our plan; a sample over the budget is a batch of its own, as in all others."""
+    """Our plan. A sample over the budget is a batch of one, as with all contenders."""
     plan = plan_epoch(
         corpus.lengths,
         epoch=epoch,
@@ -67,14 +67,14 @@ def ours(corpus: Corpus, epoch: int, seed: int, replicas: int, window: int | Non
 
 
 def length_grouped(corpus: Corpus, epoch: int, seed: int, _: int) -> Batches:
-    """Grouping by transformers; accelerate deals its batches to ranks one after the other."""
+    """Transformers' length grouping; accelerate deals its batches to the ranks in turn."""
     generator = torch.Generator().manual_seed(SEEDS * epoch + seed)
     sampler = LengthGroupedSampler(corpus.rows, lengths=corpus.lengths.tolist(), generator=generator)
     return list(BatchSampler(sampler, corpus.rows, drop_last=False))
 
 
 class EveryRankRebalance(BatchRebalanceSampler):
-    """Gives the batches of all ranks; as it stands, each rank computes them all and gives its own."""
+    """Gives the batches of all ranks. In the original each rank computes all of them and gives its own."""
 
     def _yield_global_batch(self, batch_indices: list[int]) -> Iterator[list[int]]:
         ranks = self._assign(batch_indices, [self.lengths[sample] for sample in batch_indices])
@@ -83,17 +83,17 @@ class EveryRankRebalance(BatchRebalanceSampler):
 
 
 def rebalanced(corpus: Corpus, epoch: int, seed: int, replicas: int, groups: int) -> Batches:
-    """Rebalancing by transformers, with so many micro-batches in an optimizer step over all ranks."""
+    """Transformers' rebalancing, with a number of micro-batches per optimizer step over all ranks."""
     accumulate = max(1, groups // replicas)
     rows = corpus.rows * replicas * accumulate
     sampler = EveryRankRebalance(corpus.lengths.tolist(), rows, replicas, accumulate, seed=seed, drop_last=False)
-    # Its seed and epoch are added, so that seed 0 in epoch 1 would be seed 1 in epoch 0.
+    # It adds seed and epoch: seed 0 in epoch 1 equals seed 1 in epoch 0.
     sampler.set_epoch(SEEDS * epoch)
     return list(sampler)
 
 
 class EveryRankBucketing(DynamicBucketingSampler):
-    """Gives the batches of all ranks; as it stands, each rank computes them all and gives its own."""
+    """Gives the batches of all ranks. In the original each rank computes all of them and gives its own."""
 
     def __next__(self) -> CutSet:
         return self._next_batch()
@@ -102,7 +102,7 @@ class EveryRankBucketing(DynamicBucketingSampler):
 def bucketed(
     corpus: Corpus, order: Sequence[int], seed: int, replicas: int, kind: type[DynamicBucketingSampler]
 ) -> DynamicBucketingSampler:
-    """Dynamic bucketing by lhotse, over samples that come in this order."""
+    """Lhotse's dynamic bucketing of samples in this order."""
     return kind(
         [corpus.cuts[sample] for sample in order],
         max_duration=float(corpus.budget),
@@ -116,7 +116,7 @@ def bucketed(
 
 
 def dynamic_bucketing(corpus: Corpus, epoch: int, seed: int, replicas: int) -> Batches:
-    """lhotse, with its source shuffled anew each epoch: from a fixed order more pairs meet again."""
+    """lhotse, with its source shuffled again in each epoch: from a fixed order more pairs meet again."""
     order = np.random.default_rng([seed, epoch]).permutation(len(corpus.lengths)).tolist()
     sampler = bucketed(corpus, order, seed, replicas, EveryRankBucketing)
     sampler.set_epoch(epoch)
@@ -124,7 +124,7 @@ def dynamic_bucketing(corpus: Corpus, epoch: int, seed: int, replicas: int) -> B
 
 
 def fill(corpus: Corpus, samples: list[int]) -> Iterator[list[int]]:
-    """Samples as they come, each batch as long as its budget holds."""
+    """Samples in their order, each batch filled up to the budget."""
     batch: list[int] = []
     longest = 0
     for sample, length in zip(samples, corpus.lengths[samples].tolist(), strict=True):
@@ -137,13 +137,13 @@ def fill(corpus: Corpus, samples: list[int]) -> Iterator[list[int]]:
 
 
 def at_random(corpus: Corpus, epoch: int, seed: int, _: int) -> Batches:
-    """Random order, batches filled up to the budget."""
+    """Random order, each batch filled up to the budget."""
     order = np.random.default_rng([seed, epoch]).permutation(len(corpus.lengths))
     return list(fill(corpus, order.tolist()))
 
 
 def in_chunks(corpus: Corpus, epoch: int, seed: int, _: int, chunk: int | None = None) -> Batches:
-    """What one writes by hand: shuffle, sort chunks of 50 batches, fill up to the budget, shuffle the batches."""
+    """The usual code by hand: shuffle, sort chunks of 50 batches, fill up to the budget, shuffle the batches."""
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(corpus.lengths))
     chunk = chunk or 50 * corpus.rows
@@ -151,7 +151,7 @@ def in_chunks(corpus: Corpus, epoch: int, seed: int, _: int, chunk: int | None =
     for first in range(0, len(order), chunk):
         part = order[first : first + chunk]
         batches += fill(corpus, part[np.argsort(-corpus.lengths[part], kind="stable")].tolist())
-    return [batches[place] for place in rng.permutation(len(batches))]
+    return [batches[index] for index in rng.permutation(len(batches))]
 
 
 CONTENDERS: Final[dict[str, Contender]] = {
@@ -166,13 +166,13 @@ CONTENDERS: Final[dict[str, Contender]] = {
 
 
 def speech_like(samples: int) -> Lengths:
-    """Log-normal, median 4.5 s, 0.5 to 30 s, in steps of 10 ms: int64 `[samples]`."""
+    """Log-normal lengths, median 4.5 s, 0.5 to 30 s, in frames of 10 ms: int64 `[samples]`."""
     drawn = np.random.default_rng(0).lognormal(np.log(MEDIAN), 0.6, samples)
     return np.clip(drawn, 50, 3_000).astype(np.int64)
 
 
 def make_corpora(folder: Path | None) -> list[Corpus]:
-    """Speech-like lengths, four made-up distributions, and what a folder holds, 20,000 samples of each at most."""
+    """Speech-like lengths, four other distributions, and the files of a folder, at most 20,000 samples of each."""
     rng = np.random.default_rng(0)
     two = np.where(rng.random(SAMPLES) < 0.7, rng.normal(40, 8, SAMPLES), rng.normal(400, 60, SAMPLES))
     drawn = {

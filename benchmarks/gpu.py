@@ -1,7 +1,7 @@
-"""All that is claimed of a GPU, checked and measured in one run of some minutes: tests, packing, steps, feeding.
+"""All claims about GPUs, tested and measured in one run of a few minutes: tests, packing, steps, feeding.
 
-It begins with the tests that are marked `cuda`. Without a GPU it says so and ends with status 2. `--device cpu` runs
-the program itself on small sizes, prints, and saves nothing: its figures mean nothing.
+It starts with the tests that are marked `cuda`. Without a GPU it says so and exits with status 2. `--device cpu` only
+tries the program on small sizes: it prints figures without meaning, and saves nothing.
 """
 
 import argparse
@@ -36,17 +36,17 @@ Sample = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured: on a GPU, and where only the program is tried.
+    """Sizes of the measurements, on a GPU and for a trial of the program.
 
     Attributes:
-        steps: T of the packed blocks.
-        rows: B of the packed blocks.
-        hidden: H of the packed blocks.
-        samples: in the corpus.
-        budget: padded tokens of a batch.
-        width: hidden size of the LSTM.
-        workers: of the loaders.
-        rounds: how often contenders take turns, for calls and for whole epochs.
+        steps: T of the padded tensors that are packed.
+        rows: B of these tensors.
+        hidden: H of these tensors.
+        samples: Samples in the corpus.
+        budget: Padded tokens of a batch.
+        width: Hidden size of the LSTM.
+        workers: Numbers of workers of the loaders.
+        rounds: Rounds of `compare`, for calls and for whole epochs.
     """
 
     steps: tuple[int, ...] = (50, 400, 2000)
@@ -63,12 +63,12 @@ SMALL = Sizes(steps=(5, 10), rows=4, hidden=8, samples=64, budget=1600, width=8,
 
 
 def main() -> int:
-    """Check, measure, print and save; the exit status: 1 where a test has failed."""
+    """Test, measure, print and save. Returns the exit status: 1 if a test has failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
     device = torch.device(parser.parse_args().device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        print("no GPU: this benchmark needs a CUDA device, and measures nothing without one", file=sys.stderr)
+        print("no GPU: this benchmark needs a CUDA device, and measures nothing without it", file=sys.stderr)
         return 2
     sizes = Sizes() if device.type == "cuda" else SMALL
     torch.manual_seed(0)
@@ -88,7 +88,7 @@ def main() -> int:
 
 
 def facts_of(device: torch.device) -> dict[str, object]:
-    """The device, its driver, and the libraries that matter."""
+    """The device, its driver, and the relevant libraries."""
     if device.type != "cuda":
         return {"device": str(device)}
     driver = subprocess.run(
@@ -106,8 +106,8 @@ def facts_of(device: torch.device) -> dict[str, object]:
 
 
 def run_marked_tests() -> dict[str, int]:
-    """Run the tests that need a GPU; how many passed, failed and were skipped."""
-    # Other files may need trainers that are not there.
+    """Run the tests that need a GPU. Returns the numbers of passed, failed and skipped tests."""
+    # Other files may need trainers that are not installed.
     files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.cuda" in path.read_text()]
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -122,7 +122,7 @@ def run_marked_tests() -> dict[str, int]:
 
 
 def finished(call: Callable[[], object], device: torch.device) -> Callable[[], None]:
-    """The call, and all that the device was told to do by it."""
+    """Run a call, and record the work that it gives to the device."""
 
     def run() -> None:
         call()
@@ -133,7 +133,7 @@ def finished(call: Callable[[], object], device: torch.device) -> Callable[[], N
 
 
 def launches(call: Callable[[], object]) -> int:
-    """Kernels, copies and fills that a call asks the device for."""
+    """Kernels, copies and fills that a call launches."""
     call()
     with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
         call()
@@ -144,7 +144,7 @@ def launches(call: Callable[[], object]) -> int:
 
 
 def waits(call: Callable[[], object], device: torch.device) -> int | None:
-    """How often the host waits for the device in a call, as torch notices; None where there is nothing to wait for."""
+    """Number of host syncs in a call that torch detects; None without a GPU."""
     if device.type != "cuda":
         return None
     call()
@@ -158,7 +158,7 @@ def waits(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 class Sent(TorchDispatchMode):
-    """Counts the bytes that go from the host to another device while it is on."""
+    """Counts the bytes that are sent from the host to another device while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class Sent(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Do what was asked, and count it."""
+        """Run the call, and count its bytes."""
         result = func(*args, **(kwargs or {}))
         pair = {"_to_copy": (args[0], result), "copy_": args[1::-1]}.get(func.overloadpacket.__name__) if args else None
         if pair is not None and pair[0].is_cpu and not pair[1].is_cpu:
@@ -179,7 +179,7 @@ class Sent(TorchDispatchMode):
 
 
 def measure_packing(device: torch.device, sizes: Sizes) -> list[dict[str, object]]:
-    """Pack, unpack, and both with the backward pass, against torch's own calls: times and launches."""
+    """Pack, unpack, and both with the backward pass, against torch's calls: times and launches."""
     rows = []
     rng = np.random.default_rng(0)
     for steps in sizes.steps:
@@ -198,7 +198,7 @@ def measure_packing(device: torch.device, sizes: Sizes) -> list[dict[str, object
 
 
 def packing_calls(batch: LengthTrackedBatch, *, in_order: bool) -> dict[str, dict[str, Callable[[], object]]]:
-    """What is measured on a batch, ours and torch's."""
+    """The calls to measure on a batch, ours and torch's."""
     ours = batch.pack()
     leaf = batch.padded.clone().requires_grad_()
     tracked, weights = batch.with_padded(leaf), torch.randn_like(leaf)
@@ -229,7 +229,7 @@ def packing_calls(batch: LengthTrackedBatch, *, in_order: bool) -> dict[str, dic
 
 
 class Tagger(nn.Module):
-    """A class for every frame: an LSTM of two layers over packed frames."""
+    """Predicts a class for every frame with an LSTM of two layers over packed frames."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -241,7 +241,7 @@ class Tagger(nn.Module):
         return sequence_loss(PER_STEP, apply_rnn(self.rnn, frames)[0].map(self.head), tags)
 
     def textbook(self, frames: Tensor, tags: Tensor, lengths: Tensor) -> Tensor:
-        """The same as it is usually written: torch's packing, and a boolean mask on the loss."""
+        """The same in the usual way: torch's packing, and a boolean mask on the loss."""
         packed = pack_padded_sequence(frames, lengths, batch_first=True, enforce_sorted=False)
         hidden, _ = pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
         mask = torch.arange(hidden.shape[1], device=hidden.device) < lengths.to(hidden.device)[:, None]
@@ -249,7 +249,7 @@ class Tagger(nn.Module):
 
 
 class Attention(nn.Module):
-    """A class for every frame: two layers of attention over padded frames, which pay for padding."""
+    """Predicts a class for every frame with two layers of attention over padded frames, which compute padding too."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -265,25 +265,25 @@ class Attention(nn.Module):
 
 
 def corpus_of(sizes: Sizes) -> list[Sample]:
-    """Frames `[L, 80]` and tags `[L]` of log-normal lengths, median 120, from 10 to 400."""
+    """Frames `[L, 80]` and tags `[L]` with log-normal lengths, median 120, from 10 to 400."""
     rng = np.random.default_rng(1)
     lengths = np.clip(rng.lognormal(np.log(120), 0.6, sizes.samples), 10, 400).astype(int)
     return [(torch.randn(int(n), FEATURES), torch.randint(0, CLASSES, (int(n),))) for n in lengths]
 
 
 def lengths_of(samples: Sequence[Sample]) -> list[int]:
-    """Frames of each sample."""
+    """Number of frames of each sample."""
     return [len(frames) for frames, _ in samples]
 
 
 def by_hand(samples: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor]:
-    """The collate function that everybody writes."""
+    """The usual collate function by hand."""
     frames, tags = (pad_sequence(list(field), batch_first=True) for field in zip(*samples, strict=True))
     return frames, tags, torch.tensor(lengths_of(samples))
 
 
 def loader_of(samples: Sequence[Sample], batches: Any, workers: int, collate: Any, device: torch.device) -> Any:
-    """A loader whose workers stay from epoch to epoch."""
+    """A loader with persistent workers."""
     return DataLoader(
         samples,  # type: ignore[arg-type]
         batch_sampler=batches,
@@ -303,17 +303,17 @@ def epoch(step: Callable[[Batch], Tensor], optimizer: torch.optim.Optimizer, bat
 
 
 def trainer(model: nn.Module) -> Callable[[Iterable[Batch]], None]:
-    """An epoch of `model`'s own step, with an optimizer of its own."""
+    """A call that trains one epoch with the step of `model` and a separate optimizer."""
     return partial(epoch, lambda batch: model(*batch), torch.optim.SGD(model.parameters(), lr=1e-3))
 
 
 def moved(batches: Iterable[Batch], device: torch.device) -> Iterable[Batch]:
-    """The plain loop: each batch is sent when it is asked for."""
+    """The plain loop: each batch is sent when it is needed."""
     return ([part.to(device) for part in batch] for batch in batches)
 
 
 def measure_steps(device: torch.device, sizes: Sizes, samples: list[Sample]) -> dict[str, object]:
-    """A training step on bucketed batches, and how often the host waits in it, against the textbook loop."""
+    """A training step on bucketed batches and its host syncs, against the usual loop."""
     plan = LengthBucketBatchSampler(lengths_of(samples), max_tokens=sizes.budget).plan(0).batches[:16]
     chosen = [[samples[i] for i in batch] for batch in plan]
     model = Tagger(sizes.width).to(device)
@@ -335,12 +335,12 @@ def measure_steps(device: torch.device, sizes: Sizes, samples: list[Sample]) -> 
         rounds=sizes.rounds[1],
     )
     counted = {name: waits(call, device) for name, call in calls.items()}
-    print(f"    host waits in {len(plan)} steps: {counted}", flush=True)
+    print(f"    host syncs in {len(plan)} steps: {counted}", flush=True)
     return asdict(row) | {"steps": len(plan), "waits": counted}
 
 
 def measure_feeding(device: torch.device, sizes: Sizes, samples: list[Sample]) -> dict[str, object]:
-    """An epoch fed by loaders of some workers, with the prefetcher and without, against batches that lie there."""
+    """An epoch from loaders with workers, with the prefetcher and without, against batches on the device."""
     plan = LengthBucketBatchSampler(lengths_of(samples), max_tokens=sizes.budget).plan(0).batches
     train, collate = trainer(Tagger(sizes.width).to(device)), PadCollator()
     resident = [collate([samples[i] for i in batch]) for batch in plan]
@@ -356,7 +356,7 @@ def measure_feeding(device: torch.device, sizes: Sizes, samples: list[Sample]) -
 
 
 def measure_bytes(device: torch.device, sizes: Sizes, samples: list[Sample]) -> dict[str, float]:
-    """Bytes that are sent to the device in a step, for each real token, beside those of the values alone."""
+    """Bytes sent to the device per real token, next to those of the values alone."""
     plan = LengthBucketBatchSampler(lengths_of(samples), max_tokens=sizes.budget).plan(0).batches[:16]
     chosen = [[samples[i] for i in batch] for batch in plan]
     tokens = sum(sum(lengths_of(batch)) for batch in chosen)
@@ -367,10 +367,10 @@ def measure_bytes(device: torch.device, sizes: Sizes, samples: list[Sample]) -> 
             model(frames.to(device), tags.to(device))
     usual = 0
     for frames, tags, lengths in map(by_hand, chosen):
-        # The padded fields, a mask, the lengths, and the order with its inverse, each as it usually is.
+        # The padded fields, a mask, the lengths, and the order with its inverse, in their usual dtypes.
         usual += frames.nbytes + tags.nbytes + tags.numel() + 3 * lengths.nbytes
     found = {"values alone": values / tokens, "ours": ours.bytes / tokens, "with mask and indices": usual / tokens}
-    print(f"bytes sent for each real token: {', '.join(f'{name} {share:.2f}' for name, share in found.items())}")
+    print(f"bytes sent per real token: {', '.join(f'{name} {share:.2f}' for name, share in found.items())}")
     return found
 
 
@@ -378,7 +378,7 @@ def measure_bytes(device: torch.device, sizes: Sizes, samples: list[Sample]) -> 
 
 
 def random_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """A shuffle, cut wherever the next sample would exceed the budget of padded tokens."""
+    """Shuffled samples, cut where the next one would exceed the budget of padded tokens."""
     batches: list[list[int]] = [[]]
     width = 0
     for i in np.random.default_rng(0).permutation(len(lengths)).tolist():
@@ -391,7 +391,7 @@ def random_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def measure_batches(device: torch.device, sizes: Sizes, samples: list[Sample]) -> dict[str, object]:
-    """Real tokens per second, end to end, of random, bucketed and closed batches under one budget."""
+    """Real tokens per second, end to end, for random batches, bucketed batches and closed widths under one budget."""
     lengths = lengths_of(samples)
     closed = LengthBucketBatchSampler(lengths, max_tokens=sizes.budget, widths=optimal_widths(lengths, 8))
     ways = {

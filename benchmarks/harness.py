@@ -1,4 +1,4 @@
-"""Ratios measured side by side in one process: every contender takes its turn in every round."""
+"""Speed ratios, measured in one process: every round times each contender once, alternately."""
 
 import ctypes
 import datetime
@@ -18,10 +18,10 @@ from typing import TypeAlias
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-# A turn lasts at least so long: what takes microseconds would else be measured cold, after the others' turns.
+# A turn lasts at least this long: a call of some microseconds would otherwise be timed with a cold cache.
 TURN_MICROSECONDS = 5_000
 
-# A figure, what was to be reached, what was, and whether that is enough.
+# A figure, its target, the measured value, and whether it meets the target.
 Bar: TypeAlias = tuple[str, str, str, bool]
 
 
@@ -30,12 +30,12 @@ class Row:
     """One case.
 
     Attributes:
-        case: what is measured.
-        ours: the contender that the others are held against.
-        microseconds: each contender's median time of one call.
-        calls: how often each is called in one turn.
-        times_as_fast: how many times as fast as each other contender ours is: the lowest, median and highest round.
-        bar: what was to be reached, in words.
+        case: Name of the measurement.
+        ours: The contender that the others are compared with.
+        microseconds: Median time of one call, for each contender.
+        calls: Calls in one turn, for each contender.
+        times_as_fast: Speed-up of ours over each other contender: the lowest, median and highest round.
+        bar: The target, in words.
     """
 
     case: str
@@ -47,10 +47,10 @@ class Row:
 
 
 def keep_pages() -> None:
-    """Make glibc keep the memory that is freed, for all contenders alike; other C libraries are left as they are.
+    """Make glibc keep freed memory, for all contenders. Other C libraries are not changed.
 
-    Whether a freed block of some megabytes goes back to the system depends on what else lies on the heap, and taking
-    its pages anew costs several times what filling them does: the ratios would be those of two heaps.
+    Whether glibc returns some freed megabytes to the system depends on the rest of the heap. Getting the pages again
+    takes several times as long as filling them, so the ratios would compare two heaps.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -62,19 +62,19 @@ def keep_pages() -> None:
 def compare(
     case: str, ours: str, contenders: Mapping[str, Callable[[], object]], *, rounds: int = 21, bar: str = ""
 ) -> Row:
-    """Time all contenders in turn, `rounds` times; a turn is as many calls as last 5 ms.
+    """Time all contenders in turn, `rounds` times. A turn is as many calls as take 5 ms.
 
-    Every second round goes backwards: what one leaves behind, in caches and on the heap, is not always the same one's.
+    Every second round has the reverse order, so that the caches and the heap are not always left by the same contender.
 
     Args:
-        case: what is measured.
-        ours: the contender that the others are held against.
-        contenders: what to call, by name.
-        rounds: how often.
-        bar: what was to be reached, in words.
+        case: Name of the measurement.
+        ours: The contender that the others are compared with.
+        contenders: The calls to time, by name.
+        rounds: Number of rounds.
+        bar: The target, in words.
 
     Returns:
-        Median times of one call in microseconds, and the ratios of each contender's time to ours, round by round.
+        Median times of one call in microseconds, and the ratios of each contender's time to ours in the same round.
     """
     gc.collect()
     calls = {name: calls_of_a_turn(call) for name, call in contenders.items()}
@@ -90,9 +90,9 @@ def compare(
 
 
 def time_turn(call: Callable[[], object], calls: int) -> float:
-    """Microseconds that so many calls take together; where they are several, after one that does not count."""
+    """Microseconds of all calls together. If there are several, one call before them is not timed."""
     if calls > 1:
-        # Pages that the one before has given back to the system would be counted here.
+        # Otherwise this turn would pay for pages that the last contender has returned to the system.
         call()
     start = time.perf_counter()
     for _ in range(calls):
@@ -101,7 +101,7 @@ def time_turn(call: Callable[[], object], calls: int) -> float:
 
 
 def calls_of_a_turn(call: Callable[[], object]) -> int:
-    """How many calls make a turn: twice as many, until they last as long; one before them warms up."""
+    """Number of calls in a turn, doubled until they take long enough, after one call to warm up."""
     call()
     calls = 1
     while time_turn(call, calls) < TURN_MICROSECONDS:
@@ -110,14 +110,16 @@ def calls_of_a_turn(call: Callable[[], object]) -> int:
 
 
 def spread_of(others: Sequence[float], own: Sequence[float]) -> tuple[float, float, float]:
-    """The lowest, median and highest ratio of times taken in the same round."""
+    """The lowest, median and highest ratio of two times of the same round."""
     ratios = sorted(other / mine for other, mine in zip(others, own, strict=True))
     return ratios[0], statistics.median(ratios), ratios[-1]
 
 
 def as_text(row: Row) -> str:
     """A case as lines of a table."""
-    head = f"{row.case}: {row.ours} {row.microseconds[row.ours]:,.1f} us" + (f"   (bar: {row.bar})" if row.bar else "")
+    head = f"{row.case}: {row.ours} {row.microseconds[row.ours]:,.1f} us" + (
+        f"   (target: {row.bar})" if row.bar else ""
+    )
     lines = [
         f"    {name:<28}{row.microseconds[name]:>14,.1f} us   ours is {middle:.2f} times as fast [{low:.2f}-{high:.2f}]"
         for name, (low, middle, high) in row.times_as_fast.items()
@@ -126,7 +128,7 @@ def as_text(row: Row) -> str:
 
 
 def run_through(source: Iterable[object]) -> int:
-    """Take everything that comes, and keep nothing: how many there were."""
+    """Consume an iterable, and return the number of its items."""
     return sum(1 for _ in source)
 
 
@@ -140,12 +142,12 @@ def show(title: str, rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def show_bars(bars: Sequence[Bar]) -> None:
-    """Print what was to be reached, and what was."""
-    show("bars", [{"figure": a, "bar": b, "reached": c, "met": "yes" if d else "NO"} for a, b, c, d in bars])
+    """Print the targets and the measured figures."""
+    show("targets", [{"figure": a, "target": b, "measured": c, "met": "yes" if d else "NO"} for a, b, c, d in bars])
 
 
 def save(name: str, results: object) -> None:
-    """Write results with what they were measured on to `benchmarks/results/NAME.json`."""
+    """Write results, with command, date, machine and versions, to `benchmarks/results/NAME.json`."""
     facts = {
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

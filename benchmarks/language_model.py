@@ -1,4 +1,4 @@
-"""The main job's training step on bucketed batches and on random ones of the same budget: real tokens a second."""
+"""The training step of the main job on bucketed and on random batches of the same budget: real tokens per second."""
 
 import statistics
 import sys
@@ -22,17 +22,17 @@ MAX_TOKENS, STEPS = 16_384, 30
 
 
 def random_batches(lengths: np.ndarray) -> Iterator[list[int]]:
-    """Samples as they come from a shuffle, each batch filled up to the budget."""
+    """Shuffled samples, each batch filled up to the budget."""
     batch: list[int] = []
-    for place in np.random.default_rng(0).permutation(np.flatnonzero(lengths <= MAX_TOKENS)).tolist():
-        if batch and (len(batch) + 1) * max(lengths[batch].max(), lengths[place]) > MAX_TOKENS:
+    for index in np.random.default_rng(0).permutation(np.flatnonzero(lengths <= MAX_TOKENS)).tolist():
+        if batch and (len(batch) + 1) * max(lengths[batch].max(), lengths[index]) > MAX_TOKENS:
             yield batch
             batch = []
-        batch.append(place)
+        batch.append(index)
 
 
 def main() -> None:
-    """Train on both kinds in turn, step by step; print and save padding and speed."""
+    """Train on both kinds of batches alternately; print and save padding and speed."""
     dataset = open_corpus(Path("runs/stdlib"))
     lengths = dataset.index.lengths[:, 0]
     kinds = {

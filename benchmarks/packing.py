@@ -16,7 +16,7 @@ BAR = "never slower than torch by more than 5 %"
 
 
 def batch_of(steps: int, *, is_sorted: bool) -> LengthTrackedBatch:
-    """Random values float32 `[64, T, 256]` of lengths from T / 2 to T, longest first or in random order."""
+    """Random values float32 `[64, T, 256]` with lengths from T / 2 to T, longest first or in random order."""
     lengths = np.random.default_rng(0).integers(steps // 2, steps + 1, ROWS)
     lengths[0] = steps
     order = "longest" if is_sorted else "given"
@@ -24,17 +24,17 @@ def batch_of(steps: int, *, is_sorted: bool) -> LengthTrackedBatch:
 
 
 def pack_by_torch(batch: LengthTrackedBatch, *, is_sorted: bool) -> PackedSequence:
-    """The call as users write it."""
+    """Torch's packing, as users call it."""
     return pack_padded_sequence(batch.padded, batch.lengths, batch_first=True, enforce_sorted=is_sorted)
 
 
 def unpack_by_torch(packed: PackedSequence, width: int) -> Tensor:
-    """The call as users write it, back to the batch's width."""
+    """Torch's unpacking, as users call it, to the width of the batch."""
     return pad_packed_sequence(packed, batch_first=True, total_length=width)[0]
 
 
 def derive(there_and_back: Callable[[], Tensor], gradient: Tensor, block: Tensor) -> Tensor:
-    """Pack and unpack, and run the gradient back to the block."""
+    """Pack, unpack, and compute the gradient of the padded tensor."""
     (found,) = torch.autograd.grad(there_and_back(), block, gradient)
     return found
 
@@ -49,7 +49,7 @@ def measure(steps: int, *, is_sorted: bool) -> list[Row]:
         "unpack": {
             "lengthtrack": lambda: batch.unpack(packed),
             "torch": lambda: unpack_by_torch(packed, steps),
-            # torch's block is a view of a time-major one; ours is contiguous.
+            # torch returns a view of a time-major tensor; ours is contiguous.
             "torch, contiguous": lambda: unpack_by_torch(packed, steps).contiguous(),
         },
         "both with gradients": {

@@ -1,6 +1,6 @@
-"""Writes the tables of the documentation from `benchmarks/results`: run it after a benchmark.
+"""Write the tables of the documentation from the JSON files in `benchmarks/results`. Run it after a benchmark.
 
-A table stands on a page between `<!-- table NAME -->` and `<!-- end -->`; a test holds all pages against the results.
+A table is between `<!-- table NAME -->` and `<!-- end -->` on a page. A test compares every page with the results.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any, Final, TypeAlias
 ROOT: Final = Path(__file__).parents[1]
 TABLE: Final = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-# Of the streams that are bucketed: as many samples, at most, and the buffer that is shown of all.
+# The bucketing benchmark times a stream of this many samples; the table of all streams shows this buffer size.
 SAMPLES: Final = 20_000
 SHOWN_BUFFER: Final = 10_000
 
@@ -21,59 +21,135 @@ Cells: TypeAlias = Mapping[str, str]
 
 
 def main() -> None:
-    """Renew the tables of all pages."""
+    """Rewrite the tables of all pages."""
     for page in pages():
         page.write_text(renewed(page.read_text()))
 
 
 def pages() -> list[Path]:
     """The pages that may have tables."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [ROOT / "README.md", ROOT / "benchmarks" / "results" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def renewed(text: str) -> str:
-    """A page with its tables as the results have them now."""
+    """The text of a page with its tables made from the present results."""
     return TABLE.sub(lambda found: f"{found[1]}\n{table(found[2])}\n\n{found[3]}", text)
 
 
 def table(name: str) -> str:
-    """A table in Markdown, with a line that says where it was measured."""
+    """A table in Markdown, with a line that names the command, the machine and the versions."""
+    if name == "highlights":
+        return highlights()
     file, rows = TABLES.get(name, (name, ratio_rows))
-    facts = json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text())
+    facts = facts_of(file)
     versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
     origin = f"`{facts['command']}`, {facts['date']}, {facts['machine']}, Python {facts['python']}, {versions}"
     return f"{as_markdown(rows(facts['results']))}\n\n{origin}"
 
 
+def facts_of(file: str) -> dict[str, Any]:
+    """The results of one benchmark with its command, date, machine and versions."""
+    facts: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text())
+    return facts
+
+
+def highlights() -> str:
+    """Four lines for the README, each with a measured figure."""
+    return "\n".join(f"- {line}" for line in (training_line(), plan_line(), rnn_line(), disk_line()))
+
+
+def training_line() -> str:
+    """Throughput and padding of the main job."""
+    steps = facts_of("language_model")["results"]
+    bucketed, random = steps["bucketed"], steps["random"]
+    times = bucketed["real tokens a second"] / random["real tokens a second"]
+    return (
+        f"**Less padding.** The training step of `make demo` processes {times:.1f} times as many real tokens per "
+        f"second as with random batches of the same budget: {bucketed['padding']:.1%} padding instead of "
+        f"{random['padding']:.1%}."
+    )
+
+
+def plan_line() -> str:
+    """Batches over the budget, and the time to resume in the largest corpus."""
+    plans = facts_of("planning")["results"]["plans"]
+    ours = max(plan["worst"] for plan in plans if plan["contender"] == "ours" and plan["corpus"] == "speech-like")
+    largest = max(facts_of("scale")["results"], key=lambda row: row["samples"])
+    return (
+        f"**A hard budget, exact resume.** The largest batch uses {ours:.0%} of the budget, never more. In a corpus of "
+        f"{largest['samples']:,} sequences, `seek` into an epoch and the first batch take "
+        f"{largest['seek, batch']:.1f} ms."
+    )
+
+
+def rnn_line() -> str:
+    """Training of recurrent modules against torch's packed run."""
+    low, high = zip(*(rnn_range(module) for module in ("LSTM", "GRU")), strict=True)
+    return (
+        f"**Fast recurrent training.** On a CPU, `apply_rnn` trains an LSTM {low[0]:.1f} to {high[0]:.1f} times as "
+        f"fast as torch's packed run, a GRU {low[1]:.1f} to {high[1]:.1f} times."
+    )
+
+
+def rnn_range(module: str) -> tuple[float, float]:
+    """The lowest and the highest median speed-up over torch's packed run, in training."""
+    medians = [
+        row["times_as_fast"]["torch packed"][1]
+        for row in facts_of("rnn")["results"]
+        if row["case"].startswith(module) and "training" in row["case"]
+    ]
+    return min(medians), max(medians)
+
+
+def disk_line() -> str:
+    """From disk to padded batches, against the faster of the two webdataset pipelines."""
+    case = facts_of("shards")["results"]["disk to batches"]["tokens"]
+    rates = case["samples a second"]
+    ours = rates["ShardDataset, blocks"]
+    peer = max(rate for name, rate in rates.items() if name.startswith("webdataset"))
+    return (
+        f"**Fast shards.** Two workers read {ours:,.0f} token sequences per second from disk into padded batches, "
+        f"{ours / peer:.0f} times as many as with webdataset."
+    )
+
+
 def as_markdown(rows: Sequence[Cells]) -> str:
-    """Rows with the same keys, which head the columns."""
+    """A Markdown table of rows; their common keys are the headings."""
     names = list(rows[0])
     lines = [names, ["---", *["--:"] * (len(names) - 1)], *([row[name] for name in names] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def ratio_rows(results: Results) -> list[Cells]:
-    """Cases of `harness.compare`: our time, and how many times as fast as each peer, median and range."""
+    """Cases of `harness.compare`: our time, and the speed-up over each peer (median and range)."""
     peers = list(dict.fromkeys(peer for row in results for peer in row["times_as_fast"]))
-    bars = any(row["bar"] for row in results)
     return [
         {
             "case": row["case"],
             row["ours"]: duration(row["microseconds"][row["ours"]]),
             **{peer: ratio(row["times_as_fast"].get(peer)) for peer in peers},
-            **({"bar": row["bar"]} if bars else {}),
         }
         for row in results
     ]
 
 
+def target_rows(results: Results) -> list[Cells]:
+    """The cases of `harness.compare` that have a target: the target, and the speed-up over each peer."""
+    peers = list(dict.fromkeys(peer for row in results for peer in row["times_as_fast"]))
+    return [
+        {"case": row["case"], "target": row["bar"]} | {peer: ratio(row["times_as_fast"].get(peer)) for peer in peers}
+        for row in results
+        if row["bar"]
+    ]
+
+
 def duration(microseconds: float) -> str:
-    """A time that a reader can take in."""
+    """Microseconds below 10,000 us, milliseconds above."""
     return f"{microseconds:,.0f} us" if microseconds < 10_000 else f"{microseconds / 1000:,.0f} ms"
 
 
 def ratio(spread: Sequence[float] | None) -> str:
-    """The lowest, median and highest ratio; ours is so many times as fast."""
+    """Our speed-up over a peer: median, and in brackets the lowest and highest round."""
     return "" if spread is None else f"{spread[1]:.2f}x [{spread[0]:.2f}-{spread[2]:.2f}]"
 
 
@@ -96,7 +172,7 @@ def plan_rows(results: Results) -> list[Cells]:
 
 
 def corpus_rows(results: Results) -> list[Cells]:
-    """Our sampler, and the nearest peers, on every corpus: padding, and pairs that meet again."""
+    """Our sampler and the closest peers on every corpus: padding, and pairs that meet again."""
     shown = ("ours", "lhotse bucketing", "sort in chunks, by hand", "random")
     found: dict[str, dict[str, str]] = {}
     for plan in results["plans"]:
@@ -108,7 +184,7 @@ def corpus_rows(results: Results) -> list[Cells]:
 
 
 def small_rows(results: Results) -> list[Cells]:
-    """Small corpora: our default beside sorted chunks at an equal share of pairs that meet again."""
+    """Small corpora: our default next to sorted chunks that let as many pairs meet again."""
     return [
         {
             "corpus": f"{one['corpus']}, {one['samples']:,} samples",
@@ -122,7 +198,7 @@ def small_rows(results: Results) -> list[Cells]:
 
 
 def window_rows(results: Results) -> list[Cells]:
-    """Padding and meeting again by how many samples are sorted together."""
+    """Padding and pairs that meet again, for each number of samples that are sorted together."""
     found: dict[str, dict[str, str]] = {}
     for name, points in results["windows"].items():
         for point in points:
@@ -133,10 +209,16 @@ def window_rows(results: Results) -> list[Cells]:
     return list(found.values())
 
 
+def epoch_rows(results: Results) -> list[Cells]:
+    """Time to plan one epoch and take all its batches, for each sampler."""
+    [case] = results["epochs"]
+    return [{"sampler": name, case["case"]: f"{us / 1000:,.0f} ms"} for name, us in case["microseconds"].items()]
+
+
 def bar_rows(results: Results) -> list[Cells]:
-    """What was to be reached, and what was."""
+    """The targets of a benchmark, the measured figures, and whether they meet the targets."""
     return [
-        {"figure": figure, "bar": bar, "reached": reached, "met": "yes" if met else "no"}
+        {"figure": figure, "target": bar, "measured": reached, "met": "yes" if met else "no"}
         for figure, bar, reached, met in results["bars"]
     ]
 
@@ -150,14 +232,14 @@ def scale_rows(results: Results) -> list[Cells]:
             "construct": f"{row['construct']:,.0f} ms",
             "first batch": f"{row['first batch']:.2f} ms",
             "seek, then a batch": f"{row['seek, batch']:.2f} ms",
-            "own memory": f"{row['own after'] - row['own before']:,.0f} MiB",
+            "memory added": f"{row['own after'] - row['own before']:,.0f} MiB",
         }
         for row in results
     ]
 
 
 def kind_rows(results: Results) -> list[Cells]:
-    """The main job's step on bucketed and on random batches."""
+    """The training step of the main job on bucketed and on random batches."""
     return [
         {"batches": kind, **{name: f"{value:,.3f}" if value < 1 else f"{value:,.0f}" for name, value in row.items()}}
         for kind, row in results.items()
@@ -165,7 +247,7 @@ def kind_rows(results: Results) -> list[Cells]:
 
 
 def buffer_rows(results: Results) -> list[Cells]:
-    """Bucketing of the speech-like stream: padding and the greatest wait at every buffer."""
+    """Bucketing of the speech-like stream: padding and the longest wait for each buffer size."""
     found: dict[str, dict[str, str]] = {}
     for one in results["streams"]:
         if (one["corpus"], one["order"]) == ("speech-like", "random"):
@@ -175,7 +257,7 @@ def buffer_rows(results: Results) -> list[Cells]:
 
 
 def stream_rows(results: Results) -> list[Cells]:
-    """Bucketing of every stream at one buffer: padding, and the worst batch where it is over the budget."""
+    """Bucketing of every stream with one buffer size: padding, and the largest batch if it exceeds the budget."""
     found: dict[str, dict[str, str]] = {}
     for one in results["streams"]:
         if one["buffer"] == SHOWN_BUFFER:
@@ -186,7 +268,7 @@ def stream_rows(results: Results) -> list[Cells]:
 
 
 def bucketing_time_rows(results: Results) -> list[Cells]:
-    """Time a sample, by buffer."""
+    """Time per sample for each buffer size."""
     found: dict[str, dict[str, str]] = {}
     for buffer, row in results["times"].items():
         for name, microseconds in row["microseconds"].items():
@@ -196,7 +278,7 @@ def bucketing_time_rows(results: Results) -> list[Cells]:
 
 
 def rate_rows(kind: str) -> Callable[[Results], list[Cells]]:
-    """A function to the rates of one kind of work on shards, over both corpora."""
+    """A function from results to the rates of one task on shards, for both corpora."""
 
     def rows(results: Results) -> list[Cells]:
         cases = results[kind]
@@ -209,7 +291,7 @@ def rate_rows(kind: str) -> Callable[[Results], list[Cells]]:
 
 
 def rate(case: Results, name: str) -> list[tuple[str, str]]:
-    """Cells of one contender in one case: samples and megabytes a second."""
+    """Cells of one contender in one case: samples and megabytes per second."""
     samples, nbytes = case["samples a second"][name], case["bytes a second"][name]
     return [(case["case"], f"{samples:,.0f} /s, {nbytes / 1e6:,.0f} MB/s")]
 
@@ -219,17 +301,22 @@ TABLES: Final[dict[str, tuple[str, Callable[[Results], list[Cells]]]]] = {
     "corpora": ("planning", corpus_rows),
     "windows": ("planning", window_rows),
     "small": ("planning", small_rows),
-    "planning-bars": ("planning", bar_rows),
     "scale": ("scale", scale_rows),
     "bucketing-buffers": ("bucketing", buffer_rows),
     "bucketing-streams": ("bucketing", stream_rows),
     "bucketing-times": ("bucketing", bucketing_time_rows),
-    "bucketing-bars": ("bucketing", bar_rows),
     "shards-read": ("shards", rate_rows("read")),
     "shards-index": ("shards", rate_rows("index")),
     "shards-load": ("shards", rate_rows("disk to batches")),
-    "shards-bars": ("shards", bar_rows),
     "language_model": ("language_model", kind_rows),
+    "collation-targets": ("collation", target_rows),
+    "packing-targets": ("packing", target_rows),
+    "rnn-targets": ("rnn", target_rows),
+    "transport-targets": ("transport", target_rows),
+    "epochs": ("planning", epoch_rows),
+    "planning-targets": ("planning", bar_rows),
+    "bucketing-targets": ("bucketing", bar_rows),
+    "shards-targets": ("shards", bar_rows),
 }
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The planner beside other samplers: padding, mixing, balance, speed and scale, each figure beside its bar.
+"""The planner against other samplers: padding, mixing, balance, speed and scale, each figure with its target.
 
-Needs transformers and lhotse. Every contender gives, for an epoch, all batches of all ranks: rank r takes batch
+Needs transformers and lhotse. Every contender gives all batches of all ranks for an epoch: rank r takes batch
 `t * W + r` in step t.
 """
 
@@ -44,32 +44,32 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from samplers import LengthBucketBatchSampler
 
 PICTURE: Final = Path(__file__).parents[1] / "docs" / "pictures" / "planning.svg"
-WINDOWS: Final = (500, 1_000, 2_000, 4_000, 7_000, 10_000, 20_000)
-# Epochs later in which pairs of a batch are looked for, and the first epochs over which the shares are averaged.
+WINDOWS: Final = (500, 1_000, 2_000, 4_000, 7_000, 10_000)
+# Pairs of a batch are looked for this many epochs later; the fractions are averaged over the first STARTS epochs.
 LAGS: Final = (1, 2, 5)
 STARTS: Final = 4
-# Small corpora: samples, and rows of a batch on average.
+# Small corpora: number of samples, and mean rows of a batch.
 SMALL: Final = ((60, 8), (240, 60), (240, 16), (700, 32), (2_000, 100), (2_000, 32), (6_000, 32))
 SMALL_EPOCHS: Final = 24
-# Below so many batches, the lag-1 autocorrelation of a random order is itself some hundredths.
+# With fewer batches, the lag-1 autocorrelation of a random order is itself a few hundredths.
 ENOUGH_BATCHES: Final = 500
 LARGE: Final = (1_000_000, 10_000_000)
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What a contender makes of a corpus.
+    """The figures of one contender on one corpus.
 
     Attributes:
-        batches: at W = 1.
-        padding: share of padded tokens that are padding.
-        over: share of batches over the budget, of those with two rows or more.
-        worst: padded tokens of the worst of them, in budgets.
-        meeting: of the pairs that share a batch, the share that does so epochs later, by how many, mean over epochs.
-        lag_one: lag-1 autocorrelation of the batches' mean length, mean over seeds; None of too few batches.
-        imbalance: for each W, the sum over steps of W x the greatest padded tokens / all padded tokens, and the
-            greatest such ratio of a single step; None where there is no step. A last step with fewer batches than
-            ranks is left out; ours is split and counts.
+        batches: Number of batches at W = 1.
+        padding: Fraction of padding in the padded tokens.
+        over: Fraction of batches over the budget, among those with two rows or more.
+        worst: Padded tokens of the largest of them, in budgets.
+        meeting: By lag in epochs: fraction of the pairs in a batch that share a batch again, mean over epochs.
+        lag_one: Lag-1 autocorrelation of the mean length of batches, mean over seeds; None with too few batches.
+        imbalance: For each W, the sum over steps of W x the largest padded tokens / all padded tokens, and the
+            largest such ratio of a single step; None without a step. A last step with fewer batches than ranks
+            is left out; ours is split and counts.
     """
 
     corpus: str
@@ -84,7 +84,7 @@ class Figures:
 
 
 def measure(corpus: Corpus, name: str, contender: Contender) -> Figures:
-    """All figures of one contender on one corpus."""
+    """Measure one contender on one corpus."""
     epochs = [contender(corpus, epoch, 0, 1) for epoch in range(STARTS + max(LAGS))]
     first = epochs[0]
     padded = padded_tokens(corpus, first)
@@ -109,7 +109,7 @@ def padded_tokens(corpus: Corpus, batches: Batches) -> Lengths:
 
 
 def share_meeting(samples: int, first: Batches, second: Batches) -> float:
-    """Of all pairs of samples that share a batch of the first epoch, the share that shares one of the second."""
+    """Fraction of the pairs that share a batch in the first epoch and again in the second."""
     later = np.full(samples, -1)
     for number, batch in enumerate(second):
         later[batch] = number
@@ -122,7 +122,7 @@ def share_meeting(samples: int, first: Batches, second: Batches) -> float:
 
 
 def mean_meeting(corpus: Corpus, epochs: Sequence[Batches]) -> dict[int, float]:
-    """The share of pairs that meet again at each lag, mean over all but the last epochs."""
+    """Fraction of pairs that meet again at each lag, mean over all epochs but the last ones."""
     return {
         lag: float(
             np.mean(
@@ -137,7 +137,7 @@ def mean_meeting(corpus: Corpus, epochs: Sequence[Batches]) -> dict[int, float]:
 
 
 def mean_lag_one(corpus: Corpus, contender: Contender) -> float:
-    """Lag-1 autocorrelation of the batches' mean length, mean over seeds."""
+    """Lag-1 autocorrelation of the mean length of batches, mean over seeds."""
     found = []
     for seed in range(SEEDS):
         means = np.array([corpus.lengths[batch].mean() for batch in contender(corpus, 0, seed, 1)])
@@ -147,7 +147,7 @@ def mean_lag_one(corpus: Corpus, contender: Contender) -> float:
 
 
 def imbalance(corpus: Corpus, contender: Contender, replicas: int) -> tuple[float, float] | None:
-    """How long the ranks wait for the greatest of each step, as a ratio to no waiting: of all steps, of the worst."""
+    """Time lost to the largest batch of each step, as a ratio to no waiting: over all steps, and in the worst step."""
     padded = padded_tokens(corpus, contender(corpus, 0, 0, replicas))
     steps = len(padded) // replicas
     if steps == 0:
@@ -158,7 +158,7 @@ def imbalance(corpus: Corpus, contender: Contender, replicas: int) -> tuple[floa
 
 
 def as_row(figures: Figures) -> dict[str, str]:
-    """A contender's line of its corpus's table."""
+    """The line of a contender in the table of its corpus."""
     row = {
         "sampler": figures.contender,
         "batches": f"{figures.batches:,}",
@@ -175,7 +175,7 @@ def as_row(figures: Figures) -> dict[str, str]:
 
 
 BARS: Final = {
-    "sampler": "(bar for ours)",
+    "sampler": "(target for ours)",
     "batches": "",
     "padding": "<= 1.60%",
     "meet again, lag 1": "<= 21%",
@@ -187,12 +187,12 @@ BARS: Final = {
     "W=8: imbalance (worst step)": "<= 1.030",
     "W=64: imbalance (worst step)": "<= 1.030",
 }
-# Padding and meeting again have a bar on speech-like lengths only; lag-1 where there are batches enough.
+# Padding and pairs have a target on speech-like lengths only; lag-1 only with enough batches.
 ANYWHERE: Final = BARS | {"padding": "", "meet again, lag 1": ""}
 
 
 def compare_plans(corpora: Sequence[Corpus]) -> list[Figures]:
-    """A table for each corpus."""
+    """Print a table for each corpus."""
     found = []
     for corpus in corpora:
         figures = [measure(corpus, name, contender) for name, contender in CONTENDERS.items()]
@@ -204,7 +204,7 @@ def compare_plans(corpora: Sequence[Corpus]) -> list[Figures]:
 
 
 def compare_windows(corpus: Corpus) -> dict[str, list[dict[str, float]]]:
-    """Padding and meeting again over windows of ours, and over chunks sorted by hand."""
+    """Padding and pairs that meet again, for our windows and for chunks sorted by hand."""
     curves: dict[str, list[dict[str, float]]] = {}
     kinds: dict[str, Callable[..., Batches]] = {"ours": ours, "sort in chunks, by hand": in_chunks}
     for (name, contender), option in zip(kinds.items(), ("window", "chunk"), strict=True):
@@ -221,23 +221,23 @@ def compare_windows(corpus: Corpus) -> dict[str, list[dict[str, float]]]:
                 }
             )
     rows = []
-    for place, size in enumerate(WINDOWS):
+    for index, size in enumerate(WINDOWS):
         row = {"samples sorted together": f"{size:,}"}
         for name, curve in curves.items():
-            row |= {f"{name}: {figure}": f"{curve[place][figure]:.2%}" for figure in ("padding", "meeting")}
+            row |= {f"{name}: {figure}": f"{curve[index][figure]:.2%}" for figure in ("padding", "meeting")}
         rows.append(row)
-    show(f"{corpus.name}: what more samples sorted together buy and cost", rows)
+    show(f"{corpus.name}: effect of the number of samples sorted together", rows)
     return curves
 
 
 def mean_padding(corpus: Corpus, epochs: Sequence[Batches]) -> float:
-    """Share of padded tokens that are padding, mean over epochs."""
+    """Fraction of padding, mean over epochs."""
     real = int(corpus.lengths.sum())
     return float(np.mean([1 - real / int(padded_tokens(corpus, batches).sum()) for batches in epochs]))
 
 
 def compare_small(corpora: Sequence[Corpus]) -> list[dict[str, Any]]:
-    """Small corpora: our default beside chunks of as many windows as let as many pairs meet again."""
+    """Small corpora: our default next to chunks by hand that let as many pairs meet again."""
     found = []
     for whole in corpora:
         for samples, rows in SMALL:
@@ -271,17 +271,17 @@ def compare_small(corpora: Sequence[Corpus]) -> list[dict[str, Any]]:
         }
         for one in found
     ]
-    show("small corpora: padding beside sorted chunks at an equal share of pairs that meet again", rows)
+    show("small corpora: padding next to sorted chunks that let as many pairs meet again", rows)
     return found
 
 
 def draw_plans(figures: Sequence[Figures], curves: dict[str, list[dict[str, float]]]) -> None:
-    """Padding over meeting again, all contenders on speech-like lengths."""
-    # Text stays text and ids do not change, so that a picture of the same figures is the same file.
+    """Draw padding against pairs that meet again, for all contenders on speech-like lengths."""
+    # Text stays text and ids do not change: equal figures give equal files.
     plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "planning", "font.size": 9}
     picture, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
-    for place, one in enumerate(figures):
-        colour, curve = f"C{place}", curves.get(one.contender, [])
+    for index, one in enumerate(figures):
+        colour, curve = f"C{index}", curves.get(one.contender, [])
         axes.plot([p["meeting"] for p in curve], [p["padding"] for p in curve], marker=".", linewidth=1, color=colour)
         axes.scatter(
             [np.mean(list(one.meeting.values()))],
@@ -290,7 +290,7 @@ def draw_plans(figures: Sequence[Figures], curves: dict[str, list[dict[str, floa
             color=colour,
             zorder=3,
         )
-        # Labels stand away from the curves and from one another.
+        # Offsets keep the labels away from the curves and from each other.
         above = one.contender not in ("sort in chunks, by hand", "ours", "lhotse bucketing")
         offset = (5, 4) if above else (-4, -12)
         align = "left" if above else "right"
@@ -319,23 +319,23 @@ def draw_plans(figures: Sequence[Figures], curves: dict[str, list[dict[str, floa
 
 
 def plan_batches(corpus: Corpus, replicas: int = 1) -> LengthBucketBatchSampler:
-    """Our sampler, made anew: this sorts the lengths."""
+    """A new sampler of ours, which sorts the lengths."""
     return LengthBucketBatchSampler(corpus.lengths, max_tokens=corpus.budget, num_replicas=replicas, rank=0)
 
 
 def group_lengths(corpus: Corpus) -> BatchSampler:
-    """Batches grouped by transformers, from a list of lengths, which it reads faster than an array."""
+    """Transformers' length grouping, from a list of lengths, which it reads faster than an array."""
     grouped = LengthGroupedSampler(corpus.rows, lengths=corpus.lengths.tolist())
     return BatchSampler(grouped, corpus.rows, drop_last=False)
 
 
 def bucket_cuts(corpus: Corpus, replicas: int = 1) -> DynamicBucketingSampler:
-    """The sampler of lhotse, made anew: this finds the buckets' bounds."""
+    """A new sampler of lhotse, which estimates the bounds of its buckets."""
     return bucketed(corpus, range(len(corpus.lengths)), 0, replicas, DynamicBucketingSampler)
 
 
 def time_epochs(corpus: Corpus, rounds: int, peers: Sequence[str]) -> Row:
-    """Plan and yield an epoch: ours against transformers' grouping and some of `PEERS`."""
+    """Plan an epoch and take its batches: ours against transformers' grouping and some of `PEERS`."""
     planner, grouped = plan_batches(corpus), group_lengths(corpus)
     calls: dict[str, Callable[[], object]] = {
         "ours": lambda: run_through(planner),
@@ -349,7 +349,7 @@ def time_epochs(corpus: Corpus, rounds: int, peers: Sequence[str]) -> Row:
         {"sampler": name, "us": f"{microseconds / len(corpus.lengths):.3f}"}
         for name, microseconds in row.microseconds.items()
     ]
-    show("us a sample", lines)
+    show("us per sample", lines)
     return row
 
 
@@ -363,7 +363,7 @@ PEERS: Final[dict[str, Callable[[Corpus], object]]] = {
 
 
 def time_steps(corpus: Corpus) -> dict[str, dict[int, float]]:
-    """Microseconds a step of one rank, over a whole epoch, at several W; ours on a million lengths as well."""
+    """Microseconds per step of one rank, over a whole epoch, at several W; ours also on a million lengths."""
     million = Corpus("ours, 1,000,000 samples", speech_like(1_000_000), BUDGET)
     makers: dict[str, Callable[[int], Any]] = {
         "ours": partial(plan_batches, corpus),
@@ -379,21 +379,21 @@ def time_steps(corpus: Corpus) -> dict[str, dict[int, float]]:
     for name, replicas in pairs:
         found[name][replicas] = row.microseconds[f"{name}, W={replicas}"] / run_through(made[name, replicas])
     show(
-        "us a step of one rank   (bar: ours does not grow with W; an epoch of few steps is mostly its fixed cost)",
+        "us per step of one rank   (target: ours does not grow with W; in short epochs the fixed cost dominates)",
         [{"sampler": name} | {f"W={w}": f"{us:,.1f}" for w, us in each.items()} for name, each in found.items()],
     )
     return found
 
 
 def time_resume(corpus: Corpus) -> list[Row]:
-    """The first batch at 90 % of an epoch against a fresh start, of the same sampler and of a new one; and lhotse's."""
+    """The first batch at 90 % of an epoch against one at the start, for the same sampler, a new one, and lhotse."""
     planner, (state, _) = plan_batches(corpus), states(corpus)
     start, late = planner.position(0), planner.position(len(planner) * 9 // 10)
     again: dict[str, Callable[[], object]] = {
         "at 90 %": lambda: resume(planner, late),
         "at the start": lambda: resume(planner, start),
     }
-    anew: dict[str, Callable[[], object]] = {
+    new_sampler: dict[str, Callable[[], object]] = {
         "at 90 %": lambda: resume(plan_batches(corpus), late),
         "at the start": lambda: resume(plan_batches(corpus), start),
         "at the start, no seek": lambda: next(iter(plan_batches(corpus))),
@@ -406,13 +406,13 @@ def time_resume(corpus: Corpus) -> list[Row]:
     print()
     return [
         compare("ours, first batch, same sampler", "at 90 %", again, rounds=201, bar=bar),
-        compare("ours, first batch, new sampler", "at 90 %", anew, rounds=51, bar=bar),
-        compare("first batch, new sampler, with lhotse", "at 90 %", anew | peer, rounds=7),
+        compare("ours, first batch, new sampler", "at 90 %", new_sampler, rounds=51, bar=bar),
+        compare("first batch, new sampler, with lhotse", "at 90 %", new_sampler | peer, rounds=7),
     ]
 
 
 def states(corpus: Corpus) -> tuple[str, str]:
-    """What must be saved at 90 % of an epoch, as JSON: lhotse's and ours."""
+    """The saved state at 90 % of an epoch, as JSON: lhotse's and ours."""
     cuts, planner = bucket_cuts(corpus), plan_batches(corpus)
     for _ in islice(cuts, run_through(cuts) * 9 // 10):
         pass
@@ -426,9 +426,9 @@ def resume(planner: LengthBucketBatchSampler, position: dict[str, int | str]) ->
 
 
 def resume_cuts(cuts: DynamicBucketingSampler, state: str) -> CutSet:
-    """The first batch after a state, which lhotse finds by taking all batches before it."""
+    """The first batch after a state; lhotse takes all batches before it."""
     held = json.loads(state)
-    # JSON makes strings of the epochs' numbers.
+    # JSON turns the epoch numbers into strings.
     epochs = held["diagnostics"]["stats_per_epoch"]
     held["diagnostics"]["stats_per_epoch"] = {int(epoch): figures for epoch, figures in epochs.items()}
     cuts.load_state_dict(held)
@@ -436,7 +436,7 @@ def resume_cuts(cuts: DynamicBucketingSampler, state: str) -> CutSet:
 
 
 def bars_of_plans(figures: Sequence[Figures]) -> list[Bar]:
-    """What was to be reached, what was, and whether it is enough: of batches."""
+    """The targets for batches, the measured figures, and whether they meet the targets."""
     own = [one for one in figures if one.contender == "ours"]
     speech = own[0]
     over = max(one.over for one in own)
@@ -459,7 +459,7 @@ def bars_of_plans(figures: Sequence[Figures]) -> list[Bar]:
 
 
 def bars_of_epochs(rows: dict[int, Row]) -> list[Bar]:
-    """The same, of the time to plan and yield an epoch of so many samples."""
+    """The targets for the time to plan an epoch and take its batches."""
     lhotse = rows[SAMPLES].microseconds["lhotse bucketing"] / SAMPLES
     bars = []
     for samples, row in rows.items():
@@ -470,12 +470,12 @@ def bars_of_epochs(rows: dict[int, Row]) -> list[Bar]:
             ("against lhotse at 20,000", 150, lhotse * samples / row.microseconds["ours"]),
         ]
         for name, least, ratio in ratios:
-            bars.append((f"us a sample, {samples:,}, {name}", f"{least}x", f"{ratio:.1f}x", ratio >= least))
+            bars.append((f"us per sample, {samples:,}, {name}", f"{least}x", f"{ratio:.1f}x", ratio >= least))
     return bars
 
 
 def bars_of_resume(rows: Sequence[Row], state: str) -> list[Bar]:
-    """The same, of resuming at 90 % of an epoch."""
+    """The targets for resuming at 90 % of an epoch."""
     bars = [("state in bytes", "< 1,000", f"{len(state)}", len(state) < 1_000)]
     for row in rows[:2]:
         ratio = 1 / row.times_as_fast["at the start"][1]
@@ -486,8 +486,8 @@ def bars_of_resume(rows: Sequence[Row], state: str) -> list[Bar]:
 def main() -> None:
     """Print and save all tables, and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--lengths", type=Path, metavar="FOLDER", help="of .npy files, lengths [N] each")
-    parser.add_argument("--large", action="store_true", help="epochs of one and of ten million lengths as well")
+    parser.add_argument("--lengths", type=Path, metavar="FOLDER", help="folder of .npy files, lengths [N] each")
+    parser.add_argument("--large", action="store_true", help="also epochs of one and of ten million lengths")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning, module="lhotse")
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""`apply_rnn` on the CPU against torch's packed run and the padded one that ignores lengths."""
+"""`apply_rnn` on the CPU against torch's packed run, and its padded run that ignores lengths."""
 
 from dataclasses import asdict
 
@@ -21,7 +21,7 @@ def batch_of(lengths: np.ndarray) -> LengthTrackedBatch:
 def measure(
     name: str, kind: type[nn.RNNBase], batch: LengthTrackedBatch, *, both: bool, layers: int, train: bool
 ) -> Row:
-    """One case: time a forward run, in training with the backward one."""
+    """Time one case: the forward pass, and in training also the backward pass."""
     rnn = kind(FEATURES, HIDDEN, num_layers=layers, bidirectional=both, batch_first=True)
 
     def finish(output: torch.Tensor) -> None:

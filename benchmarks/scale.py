@@ -1,4 +1,4 @@
-"""The batch sampler on memory-mapped lengths, a million to a thousand million of them: times and memory."""
+"""The batch sampler on memory-mapped lengths, from a million to a billion: times and memory."""
 
 import gc
 import json
@@ -19,16 +19,16 @@ from samplers import LengthBucketBatchSampler
 
 BUDGET: Final = 20_000
 SIZES: Final = (1_000_000, 10_000_000, 100_000_000, 1_000_000_000)
-# Sorting needs some 20 bytes a sample besides the order.
+# Sorting needs about 20 bytes per sample in addition to the order.
 MOST_SORTED: Final = 100_000_000
 CHUNK: Final = 1 << 24
-# Odd and not a multiple of 5: multiplying by it permutes the numbers below any power of ten.
+# Odd and not a multiple of 5: multiplication by it permutes the numbers below any power of ten.
 STRIDE: Final = 618_033_989
 
 
 @dataclass(frozen=True, eq=False)
 class Ranked:
-    """Lengths kept on disk with their order, as a `LengthIndex` keeps them."""
+    """Lengths on disk with their order, as in a `LengthIndex`."""
 
     lengths: npt.NDArray[Any]
     order: npt.NDArray[Any]
@@ -43,28 +43,28 @@ def write_corpus(folder: Path, samples: int) -> None:
     with (folder / "lengths").open("wb") as lengths, (folder / "order").open("wb") as order:
         for first in range(0, samples, CHUNK):
             numbers = np.arange(first, min(first + CHUNK, samples))
-            # A sample's place in the order, and which sample stands at a place.
+            # The sorted index of a sample, and the sample at a sorted index.
             ranks, standing = (multiply(numbers, factor % samples, samples) for factor in (STRIDE, back))
             quantiles[ranks * len(quantiles) // samples].astype(np.uint16).tofile(lengths)
             standing.astype(np.int32).tofile(order)
 
 
 def multiply(numbers: npt.NDArray[np.int64], factor: int, modulus: int) -> npt.NDArray[np.int64]:
-    """`numbers * factor % modulus`, for numbers and factors below a thousand million."""
+    """`numbers * factor % modulus`, for numbers and factors below a billion."""
     return numbers * factor % modulus
 
 
 def probe(folder: Path, *, sorts: bool) -> dict[str, float]:
-    """Milliseconds of a sampler's steps on mapped lengths, and memory in MiB, in a process of its own.
+    """Milliseconds of a sampler's calls on mapped lengths, and memory in MiB, in a separate process.
 
     Args:
-        folder: where `lengths` and `order` are.
-        sorts: whether the order has to be found here.
+        folder: Folder of `lengths` and `order`.
+        sorts: Whether the sampler must sort the lengths.
     """
     lengths: Any = np.memmap(folder / "lengths", np.uint16, "r")
     if not sorts:
         lengths = Ranked(lengths, np.memmap(folder / "order", np.int32, "r"), "1")
-    # Or a collection over all that was imported would fall into what is timed.
+    # Otherwise a garbage collection of all imported objects may run during the timing.
     gc.freeze()
     found = {"own before": memory("RssAnon")}
 
@@ -83,27 +83,27 @@ def probe(folder: Path, *, sorts: bool) -> dict[str, float]:
 
 
 def resume(planner: LengthBucketBatchSampler, position: dict[str, int | str]) -> list[int]:
-    """The first batch from a position on."""
+    """The first batch after a position."""
     planner.seek(position)
     return next(iter(planner))
 
 
 def memory(kind: str) -> float:
-    """Memory of this process in MiB: `"RssAnon"` is its own, `"VmHWM"` the most it held, pages of mapped files too."""
-    # `getrusage` would give the parent's, which a process inherits when it starts another program.
+    """Memory of this process in MiB: `"RssAnon"` is private, `"VmHWM"` is the peak, including pages of mapped files."""
+    # `getrusage` would give the peak of the parent, which a process inherits when it starts another program.
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{kind}:")[1].split()[0]) / 1024
 
 
 def run_probe(folder: str, kind: str) -> dict[str, float]:
-    """A probe's answer."""
+    """The result of a probe."""
     command = [sys.executable, __file__, folder, kind]
     answer = subprocess.run(command, capture_output=True, check=True, text=True).stdout
     return dict(json.loads(answer))
 
 
 def main() -> None:
-    """Print and save what each size takes: times in ms, memory in MiB."""
+    """Print and save times in ms and memory in MiB for each size."""
     if len(sys.argv) == 3:
         print(json.dumps(probe(Path(sys.argv[1]), sorts=sys.argv[2] == "sorts")))
         return
@@ -114,7 +114,7 @@ def main() -> None:
             for kind in ("sorts", "order on disk"):
                 if kind == "sorts" and samples > MOST_SORTED:
                     continue
-                # The first turn reads the files in: the figures are those of a warm map.
+                # The first turn loads the files: the figures are for a warm map.
                 run_probe(folder, kind)
                 results.append({"samples": samples, "kind": kind} | run_probe(folder, kind))
                 row = results[-1]

@@ -1,7 +1,7 @@
-"""Shards: what reads them, what measures them, and what makes batches of them, beside webdataset.
+"""Shards against webdataset: reading them, finding their lengths, and making batches of them.
 
-Everything is read from the page cache, in one process unless it says otherwise, one contender after the other in every
-round. Rates count what samples hold, not what files hold.
+Everything is read from the page cache, in one process unless stated otherwise. Each round times all contenders in turn.
+Rates count the bytes of the samples, not of the files.
 """
 
 import argparse
@@ -24,23 +24,23 @@ from samplers import LengthBucketBatchSampler, LengthIndex, ShardDataset, ShardS
 
 ROUNDS: Final = 5
 WORKERS: Final = 2
-# Samples that are sorted together by hand.
+# Samples that are sorted together in the pipeline by hand.
 BUFFER: Final = 5_000
-# So many shards, that two workers have as much to do each.
+# Number of shards; it gives two workers equal work.
 SHARDS: Final = 10
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The same samples in both layouts, each with its index.
+    """One corpus in both layouts, each with its index.
 
     Attributes:
-        field: the sequence's name.
-        budget: padded steps that a batch may have.
-        folder: of the folders `blocks` and `plain`.
-        samples: how many.
-        nbytes: what they hold.
-        files: bytes of the shards of each layout.
+        field: Name of the sequence.
+        budget: Largest number of padded steps in a batch.
+        folder: Folder that contains `blocks` and `plain`.
+        samples: Number of samples.
+        nbytes: Bytes of all samples.
+        files: Bytes of the shards, for each layout.
     """
 
     name: str
@@ -59,19 +59,19 @@ class Corpus:
 def tokens(count: int) -> Iterator[dict[str, Any]]:
     """Short sequences: int64 of about 30 steps."""
     rng = np.random.default_rng(0)
-    for place, length in enumerate(np.clip(rng.normal(30, 10, count), 1, None).astype(int).tolist()):
-        yield {"__key__": f"{place:08}", "tokens": rng.integers(0, 30_000, length)}
+    for index, length in enumerate(np.clip(rng.normal(30, 10, count), 1, None).astype(int).tolist()):
+        yield {"__key__": f"{index:08}", "tokens": rng.integers(0, 30_000, length)}
 
 
 def frames(count: int) -> Iterator[dict[str, Any]]:
     """Long sequences: float32 of about 200 steps of 16 features."""
     rng = np.random.default_rng(0)
-    for place, length in enumerate(np.clip(rng.normal(200, 50, count), 1, None).astype(int).tolist()):
-        yield {"__key__": f"{place:08}", "frames": rng.random((length, 16), np.float32)}
+    for index, length in enumerate(np.clip(rng.normal(200, 50, count), 1, None).astype(int).tolist()):
+        yield {"__key__": f"{index:08}", "frames": rng.random((length, 16), np.float32)}
 
 
 def write(name: str, samples: list[dict[str, Any]], budget: int, folder: Path) -> Corpus:
-    """Put samples into shards of both layouts."""
+    """Write samples to shards of both layouts."""
     files = {}
     for layout in ("blocks", "plain"):
         with ShardWriter(folder / layout, layout=layout, max_samples=-(-len(samples) // SHARDS)) as writer:
@@ -84,34 +84,34 @@ def write(name: str, samples: list[dict[str, Any]], budget: int, folder: Path) -
 
 
 def read_files(paths: list[str]) -> None:
-    """The limit: each file whole into memory."""
+    """The limit: read each whole file into memory."""
     for path in paths:
         Path(path).read_bytes()
 
 
 def read_planned(data: ShardDataset, sampler: LengthBucketBatchSampler) -> None:
-    """Samples by place, a planned batch at a time."""
+    """Read samples by index, one planned batch at a time."""
     for batch in sampler:
         data.__getitems__(batch)
 
 
 def decode(corpus: Corpus) -> wds.WebDataset:
-    """The plain shards as webdataset's README reads them: one sample after the other, decoded."""
+    """Read plain shards as in webdataset's README: one decoded sample after the other."""
     return wds.WebDataset(corpus.shards("plain"), shardshuffle=False).decode()
 
 
 def sequences(corpus: Corpus) -> wds.WebDataset:
-    """The same as tuples of one array."""
+    """The same, as tuples of one array."""
     return decode(corpus).to_tuple(f"{corpus.field}.npy")
 
 
 def plan(corpus: Corpus, data: ShardDataset) -> LengthBucketBatchSampler:
-    """Batches alike in length."""
+    """Batches of similar length."""
     return LengthBucketBatchSampler(data.index, max_tokens=corpus.budget)
 
 
 def compare_reading(corpus: Corpus) -> Row:
-    """Every way to read all samples, in one process."""
+    """Time every way to read all samples in one process."""
     calls: dict[str, Callable[[], object]] = {}
     for layout in ("blocks", "plain"):
         data = ShardDataset(corpus.folder / layout)
@@ -129,7 +129,7 @@ def compare_reading(corpus: Corpus) -> Row:
 
 
 def compare_indexing(corpus: Corpus) -> Row:
-    """What it takes to know all lengths: headers alone, checksums too, or a pass that decodes."""
+    """Time to find all lengths: from headers only, with checksums, or by decoding all samples."""
     plain, blocks = corpus.shards("plain"), corpus.shards("blocks")
     calls: dict[str, Callable[[], object]] = {
         "index, plain": lambda: LengthIndex.build(plain),
@@ -142,23 +142,23 @@ def compare_indexing(corpus: Corpus) -> Row:
 
 
 def pad(rows: list[tuple[Any]]) -> tuple[Tensor, Tensor]:
-    """The collate function that everybody writes: padded rows and their lengths."""
+    """The usual collate function by hand: padded rows and their lengths."""
     sequences = [torch.from_numpy(row[0]) for row in rows]
     return pad_sequence(sequences, batch_first=True), torch.tensor([len(sequence) for sequence in sequences])
 
 
 class SortByHand:
-    """The bucketing that one writes by hand as a stage: sort what a buffer holds, cut it by the budget, pad.
+    """The usual bucketing stage by hand: sort a buffer, cut it by the budget, pad.
 
     Args:
-        budget: padded steps that a batch may have.
+        budget: Largest number of padded steps in a batch.
     """
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
 
     def __call__(self, source: Iterable[tuple[Any]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of samples."""
+        """The batches of a stream of samples."""
         window: list[tuple[Any]] = []
         for sample in source:
             window.append(sample)
@@ -168,7 +168,7 @@ class SortByHand:
         yield from self.batches(window)
 
     def batches(self, window: list[tuple[Any]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """A window's batches, longest first."""
+        """The batches of a window, longest first."""
         window.sort(key=lambda sample: len(sample[0]), reverse=True)
         first = 0
         while first < len(window):
@@ -198,7 +198,7 @@ def compare_loaders(corpus: Corpus) -> Row:
 
 
 def show_rates(corpus: Corpus, row: Row) -> None:
-    """A table of samples and megabytes a second."""
+    """Print samples and megabytes per second."""
     print(f"\n{row.case}: {corpus.samples:,} samples, {corpus.nbytes / 1e6:,.0f} MB, files {corpus.files}")
     for name, microseconds in row.microseconds.items():
         seconds = microseconds / 1e6
@@ -220,7 +220,7 @@ def as_result(corpus: Corpus, row: Row) -> dict[str, Any]:
 
 
 def find_bars(reading: Row, loading: Row, indexing: list[Row]) -> list[Bar]:
-    """What was to be reached against the faster way of webdataset, what was, and whether it is enough."""
+    """The targets against the faster way of webdataset, the measured figures, and whether they meet the targets."""
     found = [
         *bars_of(reading, ("ShardDataset, blocks", "ShardStream, blocks"), 30),
         *bars_of(loading, ("ShardDataset, blocks", "ShardStream, blocks"), 10),
@@ -231,7 +231,7 @@ def find_bars(reading: Row, loading: Row, indexing: list[Row]) -> list[Bar]:
 
 
 def bars_of(row: Row, names: tuple[str, ...], least: float) -> list[Bar]:
-    """The bar of each of ours in one case."""
+    """The targets of our contenders in one case."""
     own = {name: 1.0 if name == row.ours else row.times_as_fast[name][1] for name in names}
     peer = min(times[1] for name, times in row.times_as_fast.items() if name.startswith("webdataset"))
     ratios = {name: peer / other for name, other in own.items()}
@@ -241,7 +241,9 @@ def bars_of(row: Row, names: tuple[str, ...], least: float) -> list[Bar]:
 def main() -> None:
     """Print and save all tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=100_000, help="short ones; a tenth as many long ones")
+    parser.add_argument(
+        "--samples", type=int, default=100_000, help="number of short sequences; there are a tenth as many long ones"
+    )
     count = parser.parse_args().samples
     torch.set_num_threads(1)
     keep_pages()

@@ -1,4 +1,4 @@
-"""A batch from a worker process to the main one, against a bare padded tensor and a dict of four tensors."""
+"""Sending a batch from a worker to the main process, against a bare padded tensor and a dict of four tensors."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -16,7 +16,7 @@ BATCHES = 100
 
 
 class Endless(IterableDataset[object]):
-    """The same batch again and again, in memory of its own each time, as a collator would make it."""
+    """Copies of one batch, each in new memory, like the batches of a collator."""
 
     def __init__(self, make: Callable[[], object]) -> None:
         self.make = make
@@ -27,7 +27,7 @@ class Endless(IterableDataset[object]):
 
 
 def take_from(make: Callable[[], object]) -> Callable[[], None]:
-    """A call that takes 100 batches from a worker of its own."""
+    """A call that takes 100 batches from a worker."""
     batches = iter(DataLoader(Endless(make), batch_size=None, num_workers=1))
 
     def take() -> None:
@@ -38,13 +38,13 @@ def take_from(make: Callable[[], object]) -> Callable[[], None]:
 
 
 def four_tensors(batch: LengthTrackedBatch) -> dict[str, Tensor]:
-    """What a collate function by hand sends."""
+    """The output of a collate function by hand."""
     names = ("padded", "lengths", "mask", "permutation")
     return {name: getattr(batch, name).clone() for name in names}
 
 
 def measure(rows: int, steps: int, dtype: torch.dtype) -> Row:
-    """One shape: `[rows, steps]`, lengths from half of the steps to all."""
+    """Time one shape: `[rows, steps]`, with lengths from half of the time steps to all."""
     lengths = np.random.default_rng(0).integers(steps // 2, steps + 1, rows)
     batch = LengthTrackedBatch.from_sequences([torch.ones(int(n), dtype=dtype) for n in lengths])
     calls = {

@@ -1,4 +1,10 @@
-"""Padded batches that carry their lengths, and what runs on them."""
+"""What lives here: padded batches that carry their lengths, the collator that makes them, functions that run on them.
+
+May import: torch and NumPy, and nothing of `samplers`; inside, from top to bottom: `training`, `collator`, `batch`,
+`operations`, `lengths`, `packing` and `padding`, `widths`, `tensors`, `errors`.
+Words: *length* is the number of real time steps of a row, *width* that of padded ones; axes are B rows, T time steps, F
+features and M real time steps.
+"""
 
 from collate.batch import LengthTrackedBatch
 from collate.collator import PadCollator

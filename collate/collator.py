@@ -1,7 +1,7 @@
 """PadCollator: a list of samples -> batches, every field in one row order."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol, Self, TypeAlias, cast
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal, Protocol, Self, cast
 
 import numpy as np
 import torch
@@ -10,32 +10,33 @@ from torch.utils.data import get_worker_info
 
 from collate.batch import LengthTrackedBatch
 from collate.errors import LengthError
-from collate.lengths.validation import check_declared, row_order
-from collate.options import (
-    Number,
-    Shape,
-    check_max_length,
-    check_padding_value,
-    check_shape_list,
-    each_checked,
-    option_of,
+from collate.lengths.permutation import row_order
+from collate.lengths.validation import check_declared
+from collate.operations.construct import padded_batch
+from collate.operations.serialization import try_to_send
+from collate.padding.columns import (
+    NUMBER_DTYPES,
+    Column,
+    are_numbers,
+    declared_numbers,
+    stack_numbers,
+    stack_samples,
+    titled,
 )
-from collate.padding import Rows, read_rows, refuse_masked
-from collate.serialization import try_to_send
-from collate.tensors.nested import Columns, assemble, columns_of
+from collate.padding.options import check_max_length, check_shape_list, each_checked, field_widths, option_of
+from collate.padding.padding_value import check_padding_value
+from collate.padding.rows import RaggedRows, measure_rows
+from collate.tensors.nested import FieldValues, assemble, columns_of
 from collate.tensors.numpy_view import Int64Array
-from collate.widths import AllowedWidths, Widths, check_widths, padded_width
+from collate.tensors.steps import PaddingValue
+from collate.widths import AllowedWidths, PaddedShape, Widths, check_widths, padded_width
 
-Column: TypeAlias = Rows | Tensor | list[object]
-
-_NUMBERS: dict[type, torch.dtype | None] = {bool: torch.bool, int: torch.int64, float: None}
-_SCALARS = (int, float, np.number, np.bool_)
-# What needs no trial to know that it can travel between processes.
+# Types that surely can be pickled, so that no trial is needed.
 _PLAIN = (str, bytes, int, float, bool, type(None))
 
 
 class PlansLengths(Protocol):
-    """What a sampler says of the lengths that it has planned."""
+    """The options of a sampler by which lengths are planned."""
 
     @property
     def max_length(self) -> Any:
@@ -54,30 +55,30 @@ class PadCollator:
     `LengthTrackedBatch`; fields named in `stack`, numbers and 0-d arrays become one tensor `[B, ...]`; everything else
     becomes a list. All fields come in one row order. No sample is ever dropped, no buffer used twice.
 
-    A Python list has no type of its own, so there a batch decides: where all lists are empty, they are taken for
-    integers; a list of strings among them makes the field a list; lists of ints beside lists of floats are refused.
+    A Python list has no dtype, so the values in a batch decide: where all lists are empty, they are taken for
+    integers; a list of strings among them makes the field a list; lists of ints next to lists of floats are refused.
     Make arrays or tensors of what may be empty or mixed, and the type is the same in every batch.
 
-    Fields are named by their keys or positions, nested ones by dotted paths (`"audio.frames"`, `"0"`); a sample that is
+    Fields are named by their keys or indices, nested ones by dotted paths (`"audio.frames"`, `"0"`); a sample that is
     a single tensor is the field `""`. Where an option is given per field, every variable-length field must be in it.
 
     Args:
-        padding_value: what the padding holds, for all fields or per field (0 for tokens, -100 for labels).
-        sort_by: the field whose lengths give the row order, longest first; None takes the first variable-length field,
+        padding_value: What the padding holds, for all fields or per field (0 for tokens, -100 for labels).
+        sort_by: The field whose lengths give the row order, longest first; None takes the first variable-length field,
             False keeps the order of the samples.
-        stack: fields of one fixed shape, to be stacked.
+        stack: Fields of one fixed shape, to be stacked.
         widths: None, an int or the allowed widths, for all fields or per field; see `padded_width`.
-        shapes: a sampler's closed list of (rows, width): a batch is filled with padding and empty rows to the smallest
+        shapes: A sampler's closed list of (rows, width): a batch is filled with padding and empty rows to the smallest
             shape that holds it. A width may be a tuple, one for each variable-length field in order. Stacked fields are
             filled with zeros, lists with None.
-        max_length: sequences are cut to so many steps, for all fields or per field.
-        length_field: the field that declares another's length, as `{"tokens": "num_tokens"}`, or its name alone where
-            only one field is variable-length. Declared lengths are held against the real ones, before `max_length`.
+        max_length: Sequences are cut to this many time steps, for all fields or per field.
+        length_field: The field that declares another's length, as `{"tokens": "num_tokens"}`, or its name alone where
+            only one field is variable-length. Declared lengths are compared with the real ones, before `max_length`.
         on_empty: `"keep"` empty samples, or raise an `"error"`.
 
     Raises:
         TypeError: An option has the wrong type.
-        ValueError: An option has a value that means nothing.
+        ValueError: An option has an impossible value.
 
     Example:
         >>> import torch
@@ -92,12 +93,12 @@ class PadCollator:
 
     def __init__(
         self,
-        padding_value: Number | Mapping[str, Number] = 0,
+        padding_value: PaddingValue | Mapping[str, PaddingValue] = 0,
         *,
         sort_by: str | Literal[False] | None = None,
         stack: Collection[str] = (),
         widths: Widths | Mapping[str, Widths] = None,
-        shapes: Sequence[Shape] | None = None,
+        shapes: Sequence[PaddedShape] | None = None,
         max_length: int | Mapping[str, int] | None = None,
         length_field: str | Mapping[str, str] | None = None,
         on_empty: Literal["keep", "error"] = "keep",
@@ -124,7 +125,7 @@ class PadCollator:
 
     @classmethod
     def for_sampler(
-        cls, sampler: PlansLengths, padding_value: Number | Mapping[str, Number] = 0, **options: Any
+        cls, sampler: PlansLengths, padding_value: PaddingValue | Mapping[str, PaddingValue] = 0, **options: Any
     ) -> Self:
         """Make a collator that cuts and pads as a sampler has planned, so that batches keep to its budget.
 
@@ -177,7 +178,8 @@ class PadCollator:
             ValueError: Feature shapes differ, or an option names no field of these samples.
         """
         columns = self.read(samples)
-        rows = {name: column for name, column in columns.items() if isinstance(column, Rows)}
+        rows = {name: column for name, column in columns.items() if isinstance(column, RaggedRows)}
+        # One order for all fields, from the lengths of one: see `row_order` for an example with two.
         order = self._order(rows, len(samples))
         shape = self._shapes_of(rows, len(samples))
         return assemble(samples[0], {name: self._field(name, column, order, shape) for name, column in columns.items()})
@@ -186,10 +188,12 @@ class PadCollator:
         """Take samples apart into fields, checked and cut: what all collators share.
 
         Returns:
-            Of each field its `Rows` where it is variable-length, else a tensor `[B, ...]` or a list, in source order.
+            For each field its `RaggedRows` where it is variable-length, else a tensor `[B, ...]` or a list, in source
+            order.
 
         Raises:
-            LengthError: As a call does.
+            LengthError: There is no sample, a declared length is not the real one, or a sample is empty though
+                `on_empty="error"`.
             TypeError: As a call does.
             ValueError: As a call does.
         """
@@ -197,72 +201,92 @@ class PadCollator:
             raise LengthError("cannot collate an empty list of samples: the sampler gave a batch without indices")
         columns = columns_of(samples)
         read = {name: self._read(name, values) for name, values in columns.items()}
-        variable = {name: column for name, column in read.items() if isinstance(column, Rows)}
+        variable = {name: column for name, column in read.items() if isinstance(column, RaggedRows)}
         self._check_names(columns, variable)
         self._check_lengths(variable, read, samples)
         _check_structure_can_travel(samples[0], columns)
         return read | {name: self._cut(name, column) for name, column in variable.items()}
 
-    def padding_value_of(self, name: str, rows: Rows) -> Number:
+    def padding_value_of(self, name: str, rows: RaggedRows) -> PaddingValue:
         """What the padding of a field holds.
 
         Raises:
             ValueError: Its dtype cannot hold it.
         """
-        value = cast(Number, option_of(self.padding_value, name))
+        value = cast(PaddingValue, option_of(self.padding_value, name))
         try:
             return check_padding_value(value, rows.dtype)
         except ValueError as error:
-            raise ValueError(f"{called(name)}: {error}") from None
+            raise ValueError(f"{titled(name)}: {error}") from None
 
     def _read(self, name: str, values: list[object]) -> Column:
+        """A field's values as rows, a stacked tensor or a list, by their types alone.
+
+        Raises:
+            TypeError: The values are tensors or arrays and something else.
+        """
         if name in self.stack:
-            return _stacked(name, values)
+            return stack_samples(name, values)
         kinds = set(map(type, values))
-        if kinds <= _NUMBERS.keys():
-            return _numbers(name, values, kinds)
+        if kinds <= NUMBER_DTYPES.keys():
+            return stack_numbers(name, values, kinds)
         if all(issubclass(kind, (Tensor, np.ndarray, np.generic)) for kind in kinds):
             has_axis = cast("Tensor", values[0]).ndim > 0
-            return read_rows(values, called(name)) if has_axis else _stacked(name, values)
-        if kinds == {list} and _are_numbers(cast("list[list[object]]", values)):
-            return read_rows(values, called(name))
+            return measure_rows(values, titled(name)) if has_axis else stack_samples(name, values)
+        if kinds == {list} and are_numbers(cast("list[list[object]]", values)):
+            return measure_rows(values, titled(name))
         if any(issubclass(kind, (Tensor, np.ndarray, np.generic)) for kind in kinds):
-            raise TypeError(f"{called(name)} must be of one kind, got {sorted(kind.__name__ for kind in kinds)}")
+            raise TypeError(f"{titled(name)} must be of one kind, got {sorted(kind.__name__ for kind in kinds)}")
         _check_can_travel(name, values)
         return values
 
     def _check_names(self, columns: Collection[str], variable: Collection[str]) -> None:
-        # An option that names a field which is not there was meant for something else.
+        """Refuse an option that names a field which is not there: it was meant for something else.
+
+        Raises:
+            ValueError: An option names such a field, or lacks one.
+        """
         if isinstance(self.sort_by, str) and self.sort_by not in variable:
             raise ValueError(f"sort_by names {self.sort_by!r}, the variable-length fields are {sorted(variable)}")
         if not self.stack <= set(columns):
             raise ValueError(f"stack names {sorted(self.stack - set(columns))}, the fields are {sorted(columns)}")
         for option in ("padding_value", "widths", "max_length"):
-            given = getattr(self, option)
-            if isinstance(given, Mapping) and set(given) != set(variable):
+            value = getattr(self, option)
+            if isinstance(value, Mapping) and set(value) != set(variable):
                 raise ValueError(
-                    f"{option} is given for {sorted(given)}, the variable-length fields are {sorted(variable)}: "
+                    f"{option} is given for {sorted(value)}, the variable-length fields are {sorted(variable)}: "
                     "name each of them"
                 )
 
     def _check_lengths(
-        self, variable: Mapping[str, Rows], read: Mapping[str, Column], samples: Sequence[object]
+        self, variable: Mapping[str, RaggedRows], read: Mapping[str, Column], samples: Sequence[object]
     ) -> None:
+        """Check declared lengths and empty samples, before rows are cut.
+
+        Raises:
+            LengthError: A declared length is not the real one, or a sample is empty and must not be.
+            ValueError: There is no such field.
+        """
         for name, declared in self._declared(variable).items():
             if name not in variable or declared not in read:
                 raise ValueError(f"length_field says that {declared!r} is the length of {name!r}: no such field")
-            numbers = _declared_numbers(read[declared], called(name))
-            check_declared(numbers, variable[name].lengths, called(name), _keys(samples))
+            numbers = declared_numbers(read[declared], titled(name))
+            check_declared(numbers, variable[name].lengths, titled(name), _sample_keys(samples))
         if self.on_empty == "error":
             for name, rows in variable.items():
                 if not rows.lengths.all():
-                    place = int(np.flatnonzero(rows.lengths == 0)[0])
+                    index = int(np.flatnonzero(rows.lengths == 0)[0])
                     raise LengthError(
-                        f"{called(name)}: sample {place} is empty: leave it out with min_length=1 in the sampler, or "
+                        f"{titled(name)}: sample {index} is empty: leave it out with min_length=1 in the sampler, or "
                         'allow it with on_empty="keep"'
                     )
 
-    def _declared(self, variable: Mapping[str, Rows]) -> Mapping[str, str]:
+    def _declared(self, variable: Mapping[str, RaggedRows]) -> Mapping[str, str]:
+        """The length field of each variable-length field that has one.
+
+        Raises:
+            ValueError: One name is given for several variable-length fields.
+        """
         if self.length_field is None or isinstance(self.length_field, Mapping):
             return self.length_field or {}
         if len(variable) != 1:
@@ -272,30 +296,31 @@ class PadCollator:
             )
         return {next(iter(variable)): self.length_field}
 
-    def _cut(self, name: str, rows: Rows) -> Rows:
-        most = option_of(self.max_length, name)
-        return rows if most is None else rows.clipped(most)
+    def _cut(self, name: str, rows: RaggedRows) -> RaggedRows:
+        """Rows cut to `max_length`."""
+        limit = option_of(self.max_length, name)
+        return rows if limit is None else rows.clipped(limit)
 
-    def _order(self, rows: Mapping[str, Rows], size: int) -> Int64Array:
+    def _order(self, rows: Mapping[str, RaggedRows], size: int) -> Int64Array:
+        """The order of all fields' rows: int64 `[B]`."""
         if self.sort_by is False or not rows:
             return np.arange(size)
         by = next(iter(rows)) if self.sort_by is None else self.sort_by
         return row_order(rows[by].lengths, "longest")
 
-    def _shapes_of(self, rows: Mapping[str, Rows], size: int) -> tuple[int, dict[str, int]]:
-        # The rows of the batch, and the width of each variable-length field.
+    def _shapes_of(self, rows: Mapping[str, RaggedRows], size: int) -> tuple[int, dict[str, int]]:
+        """The rows of the batch, and the width of each variable-length field.
+
+        Raises:
+            LengthError: No shape holds the batch.
+        """
         longest = {name: int(column.lengths.max()) for name, column in rows.items()}
         if self.shapes is None:
-            return size, {name: padded_width(most, option_of(self.widths, name)) for name, most in longest.items()}
-        for count, width in self.shapes:
-            if isinstance(width, tuple) and len(width) != len(longest):
-                raise ValueError(
-                    f"the shape {(count, width)} has {len(width)} widths, the variable-length fields are "
-                    f"{sorted(longest)}: give one width for each, or one for all"
-                )
-            widths = width if isinstance(width, tuple) else (width,) * len(longest)
-            if count >= size and all(w >= most for w, most in zip(widths, longest.values(), strict=True)):
-                return count, dict(zip(longest, widths, strict=True))
+            return size, {name: padded_width(limit, option_of(self.widths, name)) for name, limit in longest.items()}
+        for shape in self.shapes:
+            widths = field_widths(shape, list(longest))
+            if shape[0] >= size and all(widths[name] >= limit for name, limit in longest.items()):
+                return shape[0], widths
         raise LengthError(
             f"no shape holds {size} rows of {longest} steps, the largest are {self.shapes[-3:]}: "
             "collate with the shapes of the sampler that made the batch"
@@ -308,95 +333,53 @@ class PadCollator:
         order: Int64Array,
         shape: tuple[int, dict[str, int]],
     ) -> object:
+        """A field in row order, padded or filled to the rows of the shape.
+
+        Raises:
+            ValueError: The dtype cannot hold the padding value.
+        """
         rows, widths = shape
         missing = rows - len(order)
-        if isinstance(column, Rows):
+        if isinstance(column, RaggedRows):
             value = self.padding_value_of(name, column)
-            return LengthTrackedBatch.from_rows(column, order, (rows, widths[name]), value)
+            return padded_batch(LengthTrackedBatch, column, order, shape=(rows, widths[name]), padding_value=value)
         if isinstance(column, Tensor):
             column = column.index_select(0, torch.from_numpy(order))
             return torch.cat([column, column.new_zeros(missing, *column.shape[1:])]) if missing else column
-        return [column[place] for place in order.tolist()] + [None] * missing
+        return [column[index] for index in order.tolist()] + [None] * missing
 
 
-def called(name: str) -> str:
-    """What errors call a field."""
-    return f"field {name!r}" if name else "samples"
-
-
-def _keys(samples: Sequence[object]) -> list[object]:
+def _sample_keys(samples: Sequence[object]) -> list[object]:
     """The samples' keys, where they have any (webdataset's `__key__`), for errors to name."""
     return [sample.get("__key__") if isinstance(sample, Mapping) else None for sample in samples]
 
 
-def _declared_numbers(column: Column, name: str) -> Tensor:
-    """One number for each sample, of whatever dtype they are: `[B]`.
+def _check_can_travel(name: str, values: list[object]) -> None:
+    """In a worker, refuse objects that cannot be pickled: they would hang the loader instead of failing.
 
     Raises:
-        TypeError: The samples hold something else.
+        TypeError: There is one; the message names the first.
     """
-    if isinstance(column, Rows) and not column.features and (column.lengths == 1).all():
-        return column.join(list(column.items), len(column.items))
-    if isinstance(column, Tensor):
-        return column.flatten() if column.numel() == len(column) else column
-    kind = "LengthTrackedBatch" if isinstance(column, Rows) else "list"
-    raise TypeError(f"declared lengths of {name} must be integers, got {kind}: one whole number for each sample")
-
-
-def _numbers(name: str, values: list[object], kinds: set[type]) -> Tensor:
-    if len(kinds) > 1:
-        raise TypeError(f"{called(name)} must be numbers of one kind, got {sorted(kind.__name__ for kind in kinds)}")
-    return torch.tensor(values, dtype=_NUMBERS[kinds.pop()])
-
-
-def _stacked(name: str, values: list[object]) -> Tensor:
-    refuse_masked(values, called(name))
-    rows = [value if isinstance(value, Tensor) else np.asarray(value) for value in values]
-    like = rows[0]
-    for place, row in enumerate(rows):
-        if (type(row), row.dtype, tuple(row.shape)) != (type(like), like.dtype, tuple(like.shape)):
-            raise ValueError(
-                f"{called(name)} is stacked, so all samples must be alike, got {list(like.shape)} {like.dtype} in "
-                f"sample 0 and {list(row.shape)} {row.dtype} in sample {place}"
-            )
-    if isinstance(like, Tensor):
-        stacked = torch.stack(cast("list[Tensor]", rows))
-        # A graph cannot leave a worker.
-        return stacked if get_worker_info() is None else stacked.detach()
-    block = np.stack(rows)
-    if block.dtype.kind not in "biufc":
-        raise TypeError(f"{called(name)} cannot be stacked: torch has no dtype for {block.dtype}")
-    block = block.astype(block.dtype.newbyteorder("="), copy=False)
-    return torch.from_numpy(
-        block.astype(np.float32) if type(values[0]) in (float, list) and block.dtype.kind == "f" else block
-    )
-
-
-def _are_numbers(values: Iterable[Iterable[object]]) -> bool:
-    kinds = {kind for value in values for kind in set(map(type, value))}
-    if list in kinds:
-        rows = (row for value in values for row in value if isinstance(row, list))
-        return all(issubclass(kind, (list, *_SCALARS)) for kind in kinds) and _are_numbers(list(rows))
-    return all(issubclass(kind, _SCALARS) for kind in kinds)
-
-
-def _check_can_travel(name: str, values: list[object]) -> None:
-    # In a worker, an object that cannot be pickled would hang the loader instead of failing.
     if get_worker_info() is None:
         return
-    for place, value in enumerate(values):
+    for index, value in enumerate(values):
         if isinstance(value, _PLAIN):
             continue
         try:
             try_to_send(value)
         except Exception as error:
             raise TypeError(
-                f"{called(name)}: the {type(value).__name__} in sample {place} cannot be sent from a worker "
+                f"{titled(name)}: the {type(value).__name__} in sample {index} cannot be sent from a worker "
                 f"({error}): leave the field out of the samples, or make it picklable"
             ) from error
 
 
-def _check_structure_can_travel(sample: object, columns: Columns) -> None:
+def _check_structure_can_travel(sample: object, columns: FieldValues) -> None:
+    """In a worker, refuse samples whose own type cannot be pickled.
+
+    Raises:
+        TypeError: It cannot.
+    """
     if get_worker_info() is None:
         return
     try:

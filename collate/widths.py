@@ -20,6 +20,8 @@ from collate.errors import LengthError
 Widths: TypeAlias = int | Sequence[int] | None
 # What `check_widths` makes of them: ascending, Python ints.
 AllowedWidths: TypeAlias = int | tuple[int, ...] | None
+# Rows and width of a batch; with several fields a width for each.
+PaddedShape: TypeAlias = tuple[int, int | tuple[int, ...]]
 
 _WIDEST: Final = 1 << 62
 _HINT: Final = "give a multiple (an int), the allowed widths (ints), or None to pad to the longest row"
@@ -62,6 +64,11 @@ def check_widths(widths: Widths) -> AllowedWidths:
 
 
 def _check_width(width: object) -> int:
+    """Check one width.
+
+    Raises:
+        ValueError: It is below one or above 2**62.
+    """
     width = check_count("widths", width, least=1, hint=_HINT)
     if width > _WIDEST:
         raise ValueError(f"widths must be at most 2**62, got {width}: {_HINT}")
@@ -108,6 +115,7 @@ def padded_widths(longest: npt.NDArray[np.int64], widths: AllowedWidths) -> npt.
 
 
 def _too_long(longest: int, widths: tuple[int, ...]) -> str:
+    """The message for a row that no width holds."""
     return (
         f"widths must reach the longest sequence, {longest} steps, got at most {widths[-1]}: "
         "add a width, or cut sequences with max_length"

@@ -53,13 +53,13 @@ class Model(nn.Module):
         """Logits of every step, tracked like the tokens."""
         packed = isinstance(tokens, VarlenBatch)
         ids = tokens.document_ids if packed else tokens.mask.int()
-        positions = tokens.position_ids if packed else torch.arange(tokens.block.shape[1])
+        positions = tokens.position_ids if packed else torch.arange(tokens.step_values.shape[1])
         # Gaps and padding look at each other, so that no row of the mask is empty.
         allowed = (ids[:, :, None] == ids[:, None]).tril()[:, None]
-        hidden = self.bytes(tokens.block) + self.positions(positions)
+        hidden = self.bytes(tokens.step_values) + self.positions(positions)
         for block in self.blocks:
             hidden = block(hidden, allowed)
-        return tokens.with_block(self.head(hidden), None)
+        return tokens.with_step_values(self.head(hidden), None)
 
 
 def documents_of(count: int) -> list[dict[str, Tensor]]:
@@ -79,8 +79,8 @@ def packed_lists(lengths: list[int]) -> list[list[int]]:
 def losses_of(model: Model, batch: dict[str, Batch]) -> Tensor:
     """Each document's mean loss, in the order of the list that was collated."""
     logits, labels = model(batch["tokens"]), batch["labels"]
-    steps = LOSS(logits.block.flatten(0, 1), labels.block.flatten()).view(labels.mask.shape)
-    return labels.unsort(masked_mean(labels.with_block(steps, None)))
+    steps = LOSS(logits.step_values.flatten(0, 1), labels.step_values.flatten()).view(labels.mask.shape)
+    return labels.unsort(masked_mean(labels.with_step_values(steps, None)))
 
 
 def train(model: Model, batches: Iterable[dict[str, Batch]]) -> tuple[float, float]:

@@ -1,6 +1,6 @@
-"""The five-minute way in: a list of tensors, a DataLoader, and PadCollator.
+"""A five-minute introduction: a list of tensors, a DataLoader, and PadCollator.
 
-Every batch carries its lengths, so the mask, the packed run, the loss and the way back need nothing else.
+Every batch has its lengths. The mask, the packed run, the loss and the original order follow from them.
 """
 
 import torch
@@ -11,7 +11,7 @@ from collate import PadCollator, apply_rnn, sequence_loss
 
 
 def main() -> None:
-    """Train a tagger to say whether each number so far makes an odd sum; print the loss and one batch."""
+    """Train a tagger: after each bit, is the sum so far odd? Print the loss and one batch."""
     torch.manual_seed(0)
     inputs = [torch.randint(0, 2, (length,)) for length in torch.randint(1, 30, (512,)).tolist()]
     samples = [{"bits": bits, "odd": bits.cumsum(0) % 2} for bits in inputs]

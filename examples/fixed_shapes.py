@@ -1,6 +1,6 @@
-"""Fixed shapes: every batch has one of a few shapes, so that a step is compiled, or captured, once for each.
+"""Fixed shapes: every batch has one of a few shapes, so a step is compiled or captured once per shape.
 
-On a GPU the step becomes one CUDA graph per shape; on the CPU it is compiled, or runs as it is without a C++ compiler.
+On a GPU the step becomes one CUDA graph per shape. On the CPU it is compiled if there is a C++ compiler.
 """
 
 import argparse
@@ -20,7 +20,7 @@ TOKENS, WORDS = 1024, 64
 
 
 class Tagger(nn.Module):
-    """Says of each word whether its row holds it twice: attention, masked, and nothing that reads host lengths."""
+    """Predicts whether a word occurs twice in its row, with masked attention. It reads no lengths on the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,8 +41,8 @@ def samples_of(count: int) -> list[dict[str, Tensor]]:
 
 
 def compiled(model: nn.Module, device: torch.device, shapes: int) -> Callable[..., Tensor]:
-    """The model's step, made anew for each shape, and for nothing else."""
-    # Torch gives up after eight variants of a function unless it is told to expect more.
+    """The model's step, compiled once per shape."""
+    # torch stops compiling a function after eight variants unless this limit is higher.
     dynamo.recompile_limit = max(dynamo.recompile_limit, shapes + 1)
     if device.type == "cuda":
         return torch.compile(model, mode="reduce-overhead", dynamic=False)
@@ -50,10 +50,10 @@ def compiled(model: nn.Module, device: torch.device, shapes: int) -> Callable[..
 
 
 def main() -> None:
-    """Print what closing the shapes costs in padding, then train, and print how long steps of each shape take."""
+    """Print the padding that closed shapes cost, then train, and print the time per step of each shape."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--widths", type=int, default=4, help="how many padded widths (4)")
-    parser.add_argument("--epochs", type=int, default=3, help="how often to go over the 2,000 rows (3)")
+    parser.add_argument("--widths", type=int, default=4, help="number of padded widths (4)")
+    parser.add_argument("--epochs", type=int, default=3, help="number of epochs over the 2,000 rows (3)")
     parser.add_argument("--eager", action="store_true", help="do not compile")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -82,13 +82,15 @@ def main() -> None:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                value = loss.item()  # Waits for the step, so that its time can be told.
+                value = loss.item()  # Waits for the end of the step, for its time.
                 times.setdefault(tuple(batch["words"].padded.shape), []).append(time.perf_counter() - start)
                 real, padded = real + batch["words"].num_tokens, padded + batch["words"].mask.numel()
-            print(f"epoch {epoch}: loss {value:.3f}, padding {1 - real / padded:.1%} with the rows that fill shapes up")
+            print(
+                f"epoch {epoch}: loss {value:.3f}, padding {1 - real / padded:.1%} including rows that fill up a shape"
+            )
     for shape, seconds in sorted(times.items()):
         later = sorted(seconds[1:] or seconds)[len(seconds) // 2 - 1] * 1000
-        print(f"shape {shape}: first step {seconds[0] * 1000:,.0f} ms, later ones {later:.1f} ms ({len(seconds) - 1})")
+        print(f"shape {shape}: first step {seconds[0] * 1000:,.0f} ms, later steps {later:.1f} ms ({len(seconds) - 1})")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Shards behind a web server: an epoch by place, which fetches ranges, and one by stream, which fetches shards whole.
+"""Shards on a web server: one epoch reads by index and fetches ranges, one epoch streams whole shards.
 
-The corpus is written to a temporary folder and served by a process of its own, which counts what it sends. For HTTP
+The corpus is written to a temporary folder. A separate process serves it and counts the bytes that it sends. For HTTP,
 fsspec needs aiohttp: pip install aiohttp.
 """
 
@@ -21,7 +21,7 @@ from samplers import LengthBucketBatchSampler, ShardDataset, ShardStream, ShardW
 
 
 def write_corpus(folder: str) -> int:
-    """Write 3,000 sequences of 100 to 8,000 tokens to six shards, and give their bytes."""
+    """Write 3,000 sequences of 100 to 8,000 tokens to six shards. Returns the bytes of the shards."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(7.5, 0.6, 3_000), 100, 8_000).astype(int)
     with ShardWriter(folder, max_samples=500) as writer:
@@ -31,7 +31,7 @@ def write_corpus(folder: str) -> int:
 
 
 def serve(folder: str, listening: socket) -> None:
-    """Serve a folder; `/sent` tells the requests and the bytes sent since it was last asked."""
+    """Serve a folder. `/sent` returns the number of requests and bytes since the last call of `/sent`."""
     sent = [0, 0]
 
     async def count(request: web.Request, response: web.StreamResponse) -> None:
@@ -50,7 +50,7 @@ def serve(folder: str, listening: socket) -> None:
 
 
 def report(name: str, root: str, batches: Iterable[dict[str, Any]]) -> None:
-    """Read an epoch; print what it held, and what the server has sent for it."""
+    """Read an epoch. Print its samples and padding, and the requests and bytes of the server."""
     fields = [batch["tokens"] for batch in batches]
     padding = 1 - sum(field.num_tokens for field in fields) / sum(field.padded.numel() for field in fields)
     with urllib.request.urlopen(f"{root}/sent") as answer:
@@ -59,7 +59,7 @@ def report(name: str, root: str, batches: Iterable[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Write, serve, and read an epoch in each way."""
+    """Write and serve a corpus, and read one epoch in each way."""
     with tempfile.TemporaryDirectory() as folder, create_server(("127.0.0.1", 0)) as listening:
         print(f"the shards have {write_corpus(folder):,} bytes")
         server = multiprocessing.Process(target=serve, args=(folder, listening), daemon=True)
@@ -67,7 +67,7 @@ def main() -> None:
         root = "http://{}:{}".format(*listening.getsockname())
         data, collate = ShardDataset(f"{root}/corpus/shard.ltx"), PadCollator()
         sampler = LengthBucketBatchSampler(data.index, max_tokens=65_536)
-        report("by place", root, DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=2))
+        report("by index", root, DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=2))
         # Each worker of a stream fetches the shards of its own batches.
         stream = ShardStream(f"{root}/corpus/shard.ltx", collate_fn=collate, max_tokens=65_536)
         report("stream", root, DataLoader(stream, batch_size=None, num_workers=1))

@@ -1,4 +1,4 @@
-"""A corpus that every machine has: the functions of Python's own standard library, as byte sequences."""
+"""A corpus that every machine has: the functions of Python's standard library, as byte sequences."""
 
 import ast
 import shutil
@@ -17,18 +17,18 @@ STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
 
 def open_corpus(folder: Path, most: int | None = None) -> ShardDataset:
-    """Open the shards in `folder` and check them; write them first where there are none.
+    """Open the shards in `folder` and check them. If there are none, write them first.
 
     Args:
-        folder: where the shards are, or will be.
-        most: write only so many functions; None writes all.
+        folder: Folder of the shards; made if it does not exist.
+        most: Largest number of functions to write; None writes all.
     """
     if folder.exists():
         dataset = ShardDataset(folder)
         dataset.index.verify()
         print(f"found {len(dataset):,} functions in {folder}, index and shards agree")
         return dataset
-    # Written beside its place and then renamed: what a kill leaves is never taken for a corpus.
+    # Write to a temporary folder and rename it: a killed run leaves no folder that looks like a corpus.
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     with ShardWriter(partial, max_samples=10_000) as writer:
@@ -41,7 +41,7 @@ def open_corpus(folder: Path, most: int | None = None) -> ShardDataset:
 
 
 def next_byte(text: bytes) -> dict[str, np.ndarray]:
-    """A sequence of bytes as what a model reads, uint8 `[L]`, and what it should say next, int16 `[L]`."""
+    """The model's input, uint8 `[L]`, and the target at each step, the next byte, int16 `[L]`."""
     tokens = np.frombuffer(text, np.uint8)
     return {"input": tokens[:-1], "target": tokens[1:].astype(np.int16)}
 
@@ -53,20 +53,20 @@ def functions() -> Iterator[tuple[str, bytes]]:
 
 
 def stdlib_files() -> list[Path]:
-    """The running interpreter's own source files, in one order on every machine; installed packages are left out."""
+    """The source files of the running interpreter, sorted, without installed packages."""
     return sorted(path for path in STDLIB.rglob("*.py") if not {"site-packages", "dist-packages"} & set(path.parts))
 
 
 def functions_in(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Each outermost function or method of a file: where it stands, and its source text as bytes."""
+    """Each outermost function or method of a file: its file and line, and its source as bytes."""
     source = path.read_bytes()
     try:
         with warnings.catch_warnings():
-            # Old files hold escapes that newer compilers warn of.
+            # Old files contain escapes for which newer compilers warn.
             warnings.simplefilter("ignore")
             tree = ast.parse(source)
     except (SyntaxError, ValueError):
-        # Some of the library's own test files are broken on purpose.
+        # Some test files of the library are invalid on purpose.
         return
     lines = source.splitlines(keepends=True)
     waiting: list[ast.AST] = [tree]

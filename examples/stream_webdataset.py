@@ -1,7 +1,7 @@
-"""The shards of the main job as a plain webdataset stream: no index, lengths bucketed as samples come.
+"""The shards of the main job as a plain webdataset stream, without an index, bucketed as samples arrive.
 
-A webdataset pipeline reads the tars, `decode_groups` takes their blocks apart (and never unpickles anything),
-`bucket_by_length` makes batches alike in length within a bounded buffer, and `PadCollator` pads them in the worker.
+A webdataset pipeline reads the tars. `decode_groups` splits their blocks into samples (and never unpickles).
+`bucket_by_length` makes batches of similar length from a bounded buffer. `PadCollator` pads them in the worker.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from stdlib_corpus import open_corpus
 
 from collate import PadCollator
 from samplers import bucket_by_length
-from samplers.shards.format.samples import decode_groups
+from samplers.shards import decode_groups
 
 PADDING = {"input": 0, "target": -100}
 
@@ -26,7 +26,7 @@ def in_turn(collate: Callable[[list[Any]], Any], batches: Iterable[list[Any]]) -
 
 
 def as_they_come(max_tokens: int, samples: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """What one does without bucketing: fill each batch with the samples that come next."""
+    """The usual way without bucketing: fill each batch with the next samples."""
     batch: list[dict[str, Any]] = []
     width = 0
     for sample in samples:
@@ -54,7 +54,7 @@ def batches_of(shards: list[str], workers: int, stage: Callable[[Iterable[Any]],
 
 
 def report(name: str, batches: Iterable[dict[str, Any]]) -> None:
-    """Print what went by, and how much of it was padding."""
+    """Print the number of sequences and batches, and the padding."""
     fields = [batch["input"] for batch in batches]
     real, padded = sum(field.num_tokens for field in fields), sum(field.mask.numel() for field in fields)
     sequences = sum(map(len, fields))
@@ -62,14 +62,16 @@ def report(name: str, batches: Iterable[dict[str, Any]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Stream the corpus twice: bucketed, and in the order of arrival under the same budget."""
+    """Stream the corpus twice under the same budget: bucketed, and in the order of arrival."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data", type=Path, default=Path("runs/stdlib"), help="folder of the shards; written if absent (%(default)s)"
     )
-    parser.add_argument("--max-tokens", type=int, default=16_384, help="padded tokens a batch may hold (%(default)s)")
     parser.add_argument(
-        "--buffer-size", type=int, default=2_000, help="samples that wait at most in each worker (%(default)s)"
+        "--max-tokens", type=int, default=16_384, help="largest number of padded tokens in a batch (%(default)s)"
+    )
+    parser.add_argument(
+        "--buffer-size", type=int, default=2_000, help="size of the buffer of each worker, in samples (%(default)s)"
     )
     parser.add_argument("--workers", type=int, default=2, help="processes that read, bucket and collate (%(default)s)")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""A training step and the tests that hold it to the lengths, to be copied and filled with a step of your own.
+"""A training step and tests that it respects the lengths. Copy this file and replace the step with yours.
 
 Run it with `python -m pytest examples/test_my_step.py`.
 """
@@ -20,12 +20,12 @@ class Tagger(nn.Module):
         self.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(32, 5))
 
     def loss(self, batch: dict) -> Tensor:
-        """The step: the loss of a batch, without `backward` and without the optimizer."""
+        """The training step: the loss of a batch, without `backward` and without the optimizer."""
         hidden, _ = apply_rnn(self.gru, batch["tokens"].map(self.embedding))
         return sequence_loss(nn.CrossEntropyLoss(reduction="none"), hidden.map(self.head), batch["tags"])
 
     def wrong_loss(self, batch: dict) -> Tensor:
-        """The same, with a backward direction that begins in the padding and a mean that counts it."""
+        """The same, but the backward direction starts in the padding and the mean counts padding."""
         hidden, _ = self.gru(self.embedding(batch["tokens"].padded))
         return nn.functional.cross_entropy(self.head(hidden).transpose(1, 2), batch["tags"].padded.clamp(min=0))
 
@@ -35,23 +35,23 @@ collate = PadCollator({"tokens": 0, "tags": -100})
 
 @pytest.fixture
 def samples() -> list[dict]:
-    """Samples of different lengths, none of them empty and none of them sorted."""
+    """Samples of different lengths, not sorted and not empty."""
     torch.manual_seed(0)
     lengths = (4, 9, 2, 6)
     return [{"tokens": torch.randint(1, 20, (n,)), "tags": torch.randint(0, 5, (n,))} for n in lengths]
 
 
 def test_the_training_step_respects_the_lengths(samples):
-    """The first test to write for a step."""
+    """Write this test first."""
     check_step(Tagger().loss, collate(samples)).raise_if_broken()
 
 
-def test_the_collate_function_respects_them_too(samples):
-    """The same with what makes the batch: the second test to write, if that is a function of your own."""
+def test_the_collate_function_respects_the_lengths(samples):
+    """Write this test second, if the collate function is yours."""
     check_step(Tagger().loss, samples=samples, collate=collate).raise_if_broken()
 
 
 def test_a_step_that_counts_padding_is_found(samples):
-    """The test can fail: a wrong variant of the step is named."""
+    """The first test can fail: the check names the mistake of a wrong step."""
     with pytest.raises(LengthError, match="a loss or mean that is not masked"):
         check_step(Tagger().wrong_loss, collate(samples)).raise_if_broken()

@@ -1,6 +1,6 @@
-"""A corpus that every machine can make: strings of digits, dialled as touch-tones in noise, as wav files in shards.
+"""A corpus that every machine can make: strings of digits as touch-tones in noise, in wav files in shards.
 
-Beside it stands how such files are read.
+The functions that read such files are here too.
 """
 
 import io
@@ -12,7 +12,7 @@ import webdataset as wds
 
 RATE = 8_000
 LOW, HIGH = (697, 770, 852, 941), (1209, 1336, 1477)
-# Low and high tone of each digit; 0 stands in the middle of the last row.
+# Low and high tone of each digit; 0 is in the middle of the last row.
 TONES = {digit: (LOW[(digit - 1) // 3], HIGH[(digit - 1) % 3]) for digit in range(1, 10)} | {0: (LOW[3], HIGH[1])}
 
 
@@ -41,7 +41,7 @@ def write_dialled(folder: Path, count: int = 1_500) -> None:
 
 
 def count_steps(field: str, data: bytes) -> int:
-    """Samples in a wav file, from its header: what the index keeps. It must be at 8 kHz."""
+    """Number of samples in a wav file, from its header, for the index. The file must be at 8 kHz."""
     info = soundfile.info(io.BytesIO(data))
     if info.samplerate != RATE:
         raise ValueError(f"wav files must be at {RATE} Hz, got {info.samplerate}")
@@ -54,5 +54,5 @@ def read_wav(data: bytes) -> np.ndarray:
 
 
 def read_digits(data: bytes) -> np.ndarray:
-    """Digits as classes from 1 on, int64 `[D]`; 0 is CTC's blank."""
+    """Digits as classes from 1, int64 `[D]`; 0 is CTC's blank."""
     return np.array([int(digit) + 1 for digit in data.decode()])

@@ -1,8 +1,8 @@
-"""From files on disk to a trained, packed GRU: a byte-level language model of Python's own standard library.
+"""From files on disk to a trained, packed GRU: a byte-level language model of Python's standard library.
 
-The way of a length: written to shards with each sequence, read back from their index, planned into batches under a
-budget of padded tokens, carried by every batch through packing and loss, and back in source order. Stop it at any step
-(Ctrl-C, or kill -9) and start it again with --resume: it goes on with exactly the batches that were left.
+The lengths are written to shards with the sequences, read from the index, and used to plan batches under a budget of
+padded tokens. Each batch takes them through packing and loss, and back to the order of the samples. Stop the program at
+any step (Ctrl-C, or kill -9) and start it again with --resume: it continues with exactly the remaining batches.
 """
 
 import argparse
@@ -24,16 +24,15 @@ from tqdm import tqdm
 
 from collate import DevicePrefetcher, LengthTrackedBatch, PadCollator, apply_rnn, check_step, sequence_loss
 from samplers import LengthBucketBatchSampler
-from samplers.planning.random_batches import random_padding
 
 PADDING = {"input": 0, "target": -100}
-# One function in so many is never trained on.
+# Every hundredth function is held out of training.
 HELD_OUT = 100
 LOSS = nn.CrossEntropyLoss(reduction="none")
 
 
 class ByteModel(nn.Module):
-    """Embedding, GRU, linear: logits of the next byte at every step."""
+    """Embedding, GRU, linear layer: logits of the next byte at every step."""
 
     def __init__(self, hidden: int = 128) -> None:
         super().__init__()
@@ -53,7 +52,7 @@ def loss_of(model: ByteModel, batch: dict[str, Any], reduction: Any = "token") -
 
 
 class Run:
-    """What a run is at a step: the model, its optimizer, and how far it has come; saved together, atomically."""
+    """The state of a run: the model, its optimizer and the position. They are saved together, atomically."""
 
     def __init__(self, sampler: LengthBucketBatchSampler, device: torch.device, path: Path) -> None:
         torch.manual_seed(0)
@@ -64,7 +63,7 @@ class Run:
         self.byte_counts = torch.zeros(256, dtype=torch.int64)
 
     def load(self) -> None:
-        """Go on from the last checkpoint."""
+        """Resume from the last checkpoint."""
         saved = torch.load(self.path)
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -72,7 +71,7 @@ class Run:
         self.sampler.seek(saved["position"])
 
     def save(self) -> None:
-        """Write all of it beside the old checkpoint, then put it in its place: there is always a whole one."""
+        """Write a new file and rename it, so that there is always a complete checkpoint."""
         saved = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -90,7 +89,7 @@ class Run:
         partial.replace(self.path)
 
     def take(self, batch: dict[str, Any]) -> float:
-        """One training step; the checksum runs over the ids of all samples taken so far."""
+        """One training step. The checksum covers the ids of all samples so far."""
         loss = loss_of(self.model, batch)
         self.optimizer.zero_grad()
         loss.backward()
@@ -104,14 +103,14 @@ class Run:
 
 
 def endless(loader: Any, run: Run) -> Iterator[dict[str, Any]]:
-    """Epoch after epoch."""
+    """The batches of one epoch after the other, without end."""
     while True:
         run.in_epoch = 0
         yield from loader
 
 
 def train(run: Run, loader: Any, args: argparse.Namespace) -> bool:
-    """Train up to `args.steps`, saving every `args.save_every`; False where Ctrl-C came before."""
+    """Train up to `args.steps`, saving every `args.save_every`. Returns False after Ctrl-C."""
     asked_to_stop: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: asked_to_stop.append(number))
     bar = tqdm(total=args.steps, initial=run.step, desc="train", unit="step")
@@ -129,25 +128,25 @@ def train(run: Run, loader: Any, args: argparse.Namespace) -> bool:
     signal.signal(signal.SIGINT, before)
     run.save()
     print(
-        f"trained {run.step} steps, {tokens:,} real tokens at {tokens / (time.perf_counter() - started):,.0f} a second"
+        f"trained {run.step} steps, {tokens:,} real tokens, {tokens / (time.perf_counter() - started):,.0f} per second"
     )
     print(f"checksum of the sample ids so far: {run.checksum:08x}")
     return run.step >= int(args.steps)
 
 
 def evaluate(run: Run, held_out: list[dict[str, Any]]) -> None:
-    """Print the loss on functions it has not seen, beside that of a model that knows byte frequencies only."""
+    """Print the loss on held-out functions, and the loss of a model that knows only byte frequencies."""
     run.model.eval()
     with torch.no_grad():
         losses = [loss_of(run.model, batch, "sum").item() for batch in held_out]
     targets = torch.cat([batch["target"].flat() for batch in held_out]).long().cpu()
     frequencies = (run.byte_counts + 1).double()
     by_frequency = -(frequencies / frequencies.sum()).log()[targets].mean().item()
-    print(f"held-out loss: {sum(losses) / len(targets):.3f} nats a byte; byte frequencies alone: {by_frequency:.3f}")
+    print(f"held-out loss: {sum(losses) / len(targets):.3f} nats per byte; byte frequencies alone: {by_frequency:.3f}")
 
 
 def prove(model: ByteModel, samples: list[dict[str, Any]], device: torch.device) -> None:
-    """Show that a batch gives what its sequences give one at a time, in the order they came in."""
+    """Compare the outputs of a batch with those of its sequences one at a time, in their order."""
     whole = on_device(samples, device)
     with torch.no_grad():
         output, state = model(whole["input"])
@@ -155,13 +154,13 @@ def prove(model: ByteModel, samples: list[dict[str, Any]], device: torch.device)
         losses = whole["input"].unsort(torch.stack([sequence_loss(LOSS, *row) for row in rows]))
         outputs, states = output.unsort().sequences(), whole["input"].unsort(state, dim=1)
         drift = {"outputs": 0.0, "final states": 0.0, "losses": 0.0}
-        for place, sample in enumerate(samples):
+        for index, sample in enumerate(samples):
             alone = on_device([sample], device)
             one, last = model(alone["input"])
             pairs = (
-                (outputs[place], one.padded[0]),
-                (states[:, place], last[:, 0]),
-                (losses[place], loss_of(model, alone)),
+                (outputs[index], one.padded[0]),
+                (states[:, index], last[:, 0]),
+                (losses[index], loss_of(model, alone)),
             )
             for name, (batched, single) in zip(drift, pairs, strict=True):
                 drift[name] = max(drift[name], (batched - single).abs().max().item())
@@ -169,13 +168,13 @@ def prove(model: ByteModel, samples: list[dict[str, Any]], device: torch.device)
         np.array_equal(row.cpu().numpy(), sample["input"])
         for row, sample in zip(whole["input"].unsort().sequences(), samples, strict=True)
     )
-    print(f"{len(samples)} held-out sequences, batched against one at a time, greatest difference:")
+    print(f"{len(samples)} held-out sequences, as a batch and one at a time, largest difference:")
     for name, value in drift.items():
         print(f"  {name:<13} {value:.1e}  {'equal to rounding' if value < 1e-4 else 'DIFFERENT'}")
     print(f"  source order  {'restored' if in_order else 'LOST'}")
     if not in_order or max(drift.values()) >= 1e-4:
-        raise SystemExit("the batch does not give what its sequences give")
-    # The same, as one would have it in one's own tests: padding, row order and company changed, real steps as well.
+        raise SystemExit("the batch and its sequences give different outputs")
+    # The check for a test suite: it changes padding, row order, the other rows, and real steps.
     shortest = sorted(samples, key=lambda sample: len(sample["input"]))[:4]
     report = check_step(lambda batch: loss_of(model, batch), on_device(shortest, device), module=model)
     print(report)
@@ -193,20 +192,23 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--data", type=Path, default=Path("runs/stdlib"), help="folder of the shards; written if absent (%(default)s)"
     )
-    parser.add_argument("--functions", type=int, help="write only so many functions (all)")
-    parser.add_argument("--max-tokens", type=int, default=16_384, help="padded tokens a batch may hold (%(default)s)")
+    parser.add_argument("--functions", type=int, help="number of functions to write (all)")
     parser.add_argument(
-        "--steps", type=int, default=120, help="training steps in all, those before a resume counted (%(default)s)"
+        "--max-tokens", type=int, default=16_384, help="largest number of padded tokens in a batch (%(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=120, help="total training steps, including those before a resume (%(default)s)"
     )
     parser.add_argument("--workers", type=int, default=2, help="processes that read and collate (%(default)s)")
     parser.add_argument("--device", help="cpu, cuda, ... (the accelerator if there is one)")
     parser.add_argument(
-        "--checkpoint", type=Path, default=Path("runs/language_model.pt"), help="where the run is kept (%(default)s)"
+        "--checkpoint",
+        type=Path,
+        default=Path("runs/language_model.pt"),
+        help="checkpoint file of the run (%(default)s)",
     )
     parser.add_argument("--save-every", type=int, default=20, help="steps between checkpoints (%(default)s)")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the checkpoint; any number of workers will do"
-    )
+    parser.add_argument("--resume", action="store_true", help="resume from the checkpoint, with any number of workers")
     args = parser.parse_args(argv)
     args.device = torch.device(args.device or torch.accelerator.current_accelerator() or "cpu")
     if args.resume and not args.checkpoint.exists():
@@ -215,26 +217,27 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def ignore_interrupts(worker: int) -> None:
-    """Ctrl-C goes to the whole terminal: the main process stops after its step, workers are told by it."""
+    """Ctrl-C reaches all processes of the terminal. Workers ignore it; the main process stops them after its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write or check the shards, plan, train, evaluate, prove."""
+    """Write or check the shards, plan, train, evaluate, and compare a batch with its samples."""
     args = arguments(argv)
-    # The workers need cores too, and small kernels gain nothing from a second thread that has to wait for its core.
+    # The workers need cores too, and a thread that waits for a core does not speed up small kernels.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) - args.workers))
     dataset = open_corpus(args.data, args.functions)
-    places = np.arange(len(dataset))
-    # Input and target are equally long, so one column of lengths plans both.
+    indices = np.arange(len(dataset))
+    # Input and target have the same length, so one column of lengths plans both.
     lengths = dataset.index.lengths[:, 0]
-    train_on = places[places % HELD_OUT != 0]
+    train_on = indices[indices % HELD_OUT != 0]
     sampler = LengthBucketBatchSampler(lengths, max_tokens=args.max_tokens, overlong="drop", indices=train_on)
     plan = sampler.plan(0)
     report = plan.report()
-    print(f"{report}\nin random batches of the same budget the padding is {random_padding(plan):.2%}")
+    print(f"{report}\nin random batches of the same budget the padding is {plan.random_padding:.2%}")
     print(
-        f"{report.dropped} functions of more than {args.max_tokens:,} bytes exceed the budget alone: dropped, not cut"
+        f"{report.overlong_dropped} functions of more than {args.max_tokens:,} bytes exceed the budget alone: dropped, "
+        "not cut"
     )
 
     loader = StatefulDataLoader(
@@ -251,10 +254,10 @@ def main(argv: list[str] | None = None) -> None:
     with DevicePrefetcher(loader, args.device) as batches:
         finished = train(run, batches, args)
     if not finished:
-        print("stopped; start again with --resume to go on from here")
+        print("stopped; start again with --resume to continue")
         raise SystemExit(130)
 
-    held_out = places[::HELD_OUT][:256].tolist()
+    held_out = indices[::HELD_OUT][:256].tolist()
     parts = [held_out[first : first + 16] for first in range(0, len(held_out), 16)]
     evaluate(run, [on_device(dataset.__getitems__(part), args.device) for part in parts])
     prove(run.model, dataset.__getitems__(held_out[:16]), args.device)

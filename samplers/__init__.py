@@ -1,7 +1,22 @@
-"""Length-bucketed plans, samplers, shards and streams."""
+"""Batches of similar lengths: plans, batch samplers, streams and shards.
+
+Contents: the files here are the loaders; the rooms are `planning` (lengths to batches), `progress` (positions),
+`dynamic` (streams without known lengths), `shards` (lengths and samples on disk) and `cli` (the command).
+It imports `errors` and `widths` from `collate`, nothing else. CONTRIBUTING defines the words.
+"""
+
+import sys
+
+try:
+    from collate.errors import LengthError
+except ModuleNotFoundError as error:
+    # Python says only that `collate` is not a package.
+    hidden = f"{getattr(sys.modules.get('collate'), '__file__', None)} has the name of lengthtrack's package 'collate'"
+    raise ImportError(f"{hidden}, which `samplers` needs: rename that file, or `import lengthtrack` first") from error
 
 from samplers.batch_sampler import LengthBucketBatchSampler
-from samplers.dynamic.streams import LengthBucketNode, bucket_by_length
+from samplers.dynamic.node import LengthBucketNode
+from samplers.dynamic.stage import bucket_by_length
 from samplers.planning.optimal_widths import optimal_widths
 from samplers.planning.plan import BatchPlan, plan_epoch
 from samplers.shard_stream import ShardStream
@@ -13,6 +28,7 @@ __all__ = [
     "BatchPlan",
     "LengthBucketBatchSampler",
     "LengthBucketNode",
+    "LengthError",
     "LengthIndex",
     "ShardDataset",
     "ShardStream",

@@ -1,4 +1,4 @@
-"""What torchdata expects of a node, tried out on any node: state and order hold wherever it is saved and restored."""
+"""`check_node`: whether a node keeps the contract of `torchdata.nodes`, wherever it is saved and restored."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice, zip_longest
@@ -10,31 +10,31 @@ from torch.utils import _pytree as pytree
 from torchdata.nodes import BaseNode, Prefetcher
 
 _NOTHING: Final = object()
-# Items that are taken between a restart and the next save.
-_BETWEEN: Final = 2
+# Items that are taken after a restart, before the next save.
+_TAKEN_BETWEEN: Final = 2
 
 Make = Callable[[], BaseNode[Any]]
 
 
 def check_node(make: Make, *, every: int = 1) -> int:
-    """Hold a node to the contract of `torchdata.nodes`, two of its epochs long.
+    """Check a node against the contract of `torchdata.nodes`, over two of its epochs.
 
-    An epoch is the same from every new node, and ends for good; `reset()` begins another. A state that was saved after
-    any item leads another node to the items behind it, and so does a state that this one saves; no state changes when
-    the node that gave it, or one that took it, goes on. The same is tried in the second epoch, after a whole one and
-    after one that was broken off, and under a `Prefetcher`, which saves in a thread of its own, ahead of what was
-    taken.
+    Every new node gives the same epoch, which ends for good; `reset()` begins another. A state that was saved after any
+    item leads another node to the items after it, and so does a state that this node saves; no state changes when the
+    node that saved it, or one that loaded it, continues. The same is checked in the second epoch, after a whole epoch
+    and after one that was broken off, and under a `Prefetcher`, which saves in its own thread, ahead of the items that
+    were taken.
 
     Args:
-        make: gives a new node each time, of a source that gives the same each time. Tensors and arrays in items are
-            compared by dtype, shape and value, everything else by `==`.
-        every: save after each so many items; an epoch of n items costs some n * n / every.
+        make: Returns a new node each time, over a source that gives the same items each time. Tensors and arrays in
+            items are compared by dtype, shape and value, everything else by `==`.
+        every: Save after each `every` items; an epoch of n items costs about n * n / every.
 
     Returns:
-        How many items an epoch has.
+        Number of items in an epoch.
 
     Raises:
-        AssertionError: The contract is broken: how, and after which item.
+        AssertionError: The contract is broken; the message says how, and after which item.
         ValueError: `every` is below one.
 
     Example:
@@ -44,85 +44,104 @@ def check_node(make: Make, *, every: int = 1) -> int:
     """
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}")
-    items = list(_rest_of(_started(make)))
+    items = list(_remaining(_start(make)))
     _check_epochs(make, items)
-    for under, kind in (("", make), ("under a Prefetcher, ", lambda: Prefetcher(make(), prefetch_factor=2))):
-        _check_states(kind, items, every, 0, under)
-        _check_states(kind, items, every, len(items), f"{under}in the epoch after a whole one, ")
-        _check_states(kind, items, every, len(items) // 2, f"{under}in the epoch after one that was broken off, ")
+    for context, wrapped in (("", make), ("under a Prefetcher, ", lambda: Prefetcher(make(), prefetch_factor=2))):
+        whole, broken = f"{context}in the epoch after a whole one, ", f"{context}in the epoch after a broken off one, "
+        _check_states(wrapped, items, every, before=0, context=context)
+        _check_states(wrapped, items, every, before=len(items), context=whole)
+        _check_states(wrapped, items, every, before=len(items) // 2, context=broken)
     return len(items)
 
 
 def _check_epochs(make: Make, items: list[Any]) -> None:
-    node = _started(make)
-    _compare(_rest_of(node), items, "a second new node does not give the same")
-    _compare(_rest_of(node), [], "the node goes on after StopIteration")
+    """Check that new nodes and `reset()` give the same epoch, and that its end is final."""
+    node = _start(make)
+    _compare(_remaining(node), items, "a second new node does not give the same")
+    _compare(_remaining(node), [], "the node continues after StopIteration")
     node.reset()
-    _compare(_rest_of(node), items, "the epoch after reset() is not the same")
+    _compare(_remaining(node), items, "the epoch after reset() is not the same")
     node.reset()
     list(islice(node, len(items) // 2))
     node.reset()
-    _compare(_rest_of(node), items, "the epoch after reset() in the midst of one is not the same")
+    _compare(_remaining(node), items, "the epoch after reset() in the middle of one is not the same")
 
 
-def _check_states(make: Make, items: list[Any], every: int, before: int, under: str) -> None:
-    """Save everywhere in an epoch, the first if no items were taken before, and restore from each state."""
-    node, states = _started(make), []
+def _check_states(make: Make, items: list[Any], every: int, *, before: int, context: str) -> None:
+    """Save everywhere in the epoch that begins after `before` items of another, and restore from each state."""
+    node, states = _start(make), []
     if before:
         list(islice(node, before))
         node.reset()
-    for place in range(len(items) + 1):
-        # The state after the last item is the one that an epoch's end saves.
-        if place % every == 0 or place == len(items):
-            states.append((place, node.state_dict()))
+    for count in range(len(items) + 1):
+        # The state after the last item is the one that a loader saves at an epoch's end.
+        if count % every == 0 or count == len(items):
+            states.append((count, node.state_dict()))
         next(node, None)
-    # Only now is any restored: a state that is alive has gone on with the node.
-    for place, state in states:
-        where = f"{under}restored from the state after {place} items"
-        second = _restored(make, state, where)
-        taken = [item for _, item in zip(range(_BETWEEN), _rest_of(second), strict=False)]
+    # Restore only now: a state that shares objects with its node has changed by now.
+    for count, state in states:
+        where = f"{context}restored from the state after {count} items"
+        second = _restore_node(make, state, where)
+        taken = [item for _, item in zip(range(_TAKEN_BETWEEN), _remaining(second), strict=False)]
         again = second.state_dict()
-        _compare([*taken, *_rest_of(second)], items[place:], where)
-        then = f"{where}, and from that of {_BETWEEN} items more"
-        _compare(_rest_of(_restored(make, again, then)), items[place + len(taken) :], then)
-        _compare(_rest_of(_restored(make, state, where)), items[place:], f"{where} a second time")
+        _compare([*taken, *_remaining(second)], items[count:], where)
+        then = f"{where}, and from that of {_TAKEN_BETWEEN} items more"
+        _compare(_remaining(_restore_node(make, again, then)), items[count + len(taken) :], then)
+        _compare(_remaining(_restore_node(make, state, where)), items[count:], f"{where} a second time")
         second.reset()
-        _compare(_rest_of(second), items, f"{where}, ended and reset()")
+        _compare(_remaining(second), items, f"{where}, ended and reset()")
 
 
-def _started(make: Make, state: dict[str, Any] | None = None) -> BaseNode[Any]:
+def _start(make: Make, state: dict[str, Any] | None = None) -> BaseNode[Any]:
+    """A new node at the start of its first epoch, or at a state."""
     node = make()
     node.reset(state)
     return node
 
 
-def _restored(make: Make, state: dict[str, Any], where: str) -> BaseNode[Any]:
+def _restore_node(make: Make, state: dict[str, Any], where: str) -> BaseNode[Any]:
+    """A new node at a state.
+
+    Raises:
+        AssertionError: It cannot load the state.
+    """
     try:
-        return _started(make, state)
+        return _start(make, state)
     except Exception as error:
         raise AssertionError(f"{where}: {type(error).__name__}: {error}") from error
 
 
-def _rest_of(node: BaseNode[Any]) -> Iterator[Any]:
-    # A node is its own iterator, and must not be started anew by asking for one.
+def _remaining(node: BaseNode[Any]) -> Iterator[Any]:
+    """All items until StopIteration.
+
+    Yields:
+        The items.
+    """
+    # Not `for item in node`: a node is its own iterator, and `iter(node)` would reset it.
     while (item := next(node, _NOTHING)) is not _NOTHING:
         yield item
 
 
-def _compare(found: Any, expected: list[Any], where: str) -> None:
-    for place, (ours, theirs) in enumerate(zip_longest(found, expected, fillvalue=_NOTHING)):
+def _compare(actual: Any, expected: list[Any], where: str) -> None:
+    """Compare items one by one.
+
+    Raises:
+        AssertionError: Two differ, or one is missing.
+    """
+    for index, (ours, theirs) in enumerate(zip_longest(actual, expected, fillvalue=_NOTHING)):
         if not same_items(ours, theirs):
-            raise AssertionError(f"{where}: item {place} is {_text(ours)}, expected {_text(theirs)}")
+            raise AssertionError(f"{where}: item {index} is {_describe_item(ours)}, expected {_describe_item(theirs)}")
 
 
 def same_items(one: Any, other: Any) -> bool:
-    """Whether two items, or states, are equal in all that they hold; tensors and arrays by dtype, shape and value."""
+    """Whether two items, or states, are equal in all their parts; tensors and arrays by dtype, shape and value."""
     leaves, shape = pytree.tree_flatten(one)
     others, another = pytree.tree_flatten(other)
     return shape == another and all(map(_same_leaf, leaves, others))
 
 
 def _same_leaf(one: Any, other: Any) -> bool:
+    """Whether two values that are no containers are equal."""
     if type(one) is not type(other):
         return False
     if isinstance(one, torch.Tensor):
@@ -132,5 +151,6 @@ def _same_leaf(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _text(item: Any) -> str:
+def _describe_item(item: Any) -> str:
+    """An item in an error message."""
     return "missing" if item is _NOTHING else f"{item!r:.200}"

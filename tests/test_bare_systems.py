@@ -61,7 +61,7 @@ def test_shards_are_written_and_read_without_the_modules_of_unix(tmp_path):
         writer.write({"__key__": "last", "x": np.arange(9)})
     data = ShardDataset(folder)
     assert [len(sample["x"]) for sample in data.__getitems__(range(len(data)))] == [0, 1, 2, 3, 4, 9]
-    data.index.verify(payload=True)
+    data.index.verify(checksums=True)
     with open(folder / "lock", "wb") as stream:
         print(lock(stream))
     """

@@ -25,7 +25,50 @@ RELEASES = sorted(path.name for path in FOLDER.iterdir() if (path / "saved.json"
 # What a release has renamed since: `name(parameter)`, `name.method(parameter)` or `name.attribute` of the old surface
 # to what stands in its place; the same name for a parameter whose default or kind alone is another. Whoever adds a line
 # says so in the changelog, and keeps the old name for one release.
-RENAMED: dict[str, str] = {}
+REPORTED = {
+    "short": "too_short",
+    "dropped": "overlong_dropped",
+    "unused": "last_dropped",
+    "alone": "overlong_alone",
+    "meeting_again": "repeated_pairs",
+    "meeting_again_in_2": "repeated_pairs_in_2",
+    "meeting_again_in_5": "repeated_pairs_in_5",
+    "worst_step": "worst_imbalance",
+}
+REPORT = "samplers.measure.PlanReport"
+PLANNED = ("samplers.LengthBucketBatchSampler", "samplers.ShardStream", "samplers.plan_epoch")
+RENAMED: dict[str, str] = {
+    "collate.find_max_tokens(limit)": "memory_limit",
+    "collate.find_max_tokens(share)": "memory_fraction",
+    "collate.find_max_tokens(most)": "upper",
+    "collate.find_max_tokens(step)": "run_shape",
+    "samplers.LengthIndex.build(fields)": "length_fields",
+    "samplers.LengthIndex.verify(payload)": "checksums",
+    "samplers.ShardDataset(check)": "checksums",
+    **{f"{name}(count)": "count_tokens" for name in (*PLANNED, "samplers.budget.Budget")},
+    "samplers.budget.Budget.count": "count_tokens",
+    # The options of a sampler are those of its typed dict now: their defaults stand in the docstring.
+    **{f"{name}.position(steps)": "batches" for name in PLANNED[:2]},
+    **{f"{REPORT}({old})": new for old, new in REPORTED.items()},
+    # What no user calls: plans are made by `plan_epoch` and by `plan`, positions are read by `seek`.
+    "samplers.BatchPlan(layout)": "table",
+    "samplers.ShardStream.read": "read_position",
+    "samplers.ShardStream.course_from": "schedule_from",
+}
+
+# Kinds of pickles that an older release has written and this one does not load. A saved run holds positions and states,
+# which stay; these objects hold the planner's own tables, which have other classes since 0.2. Workers that are started
+# with spawn pickle them as well, but within one release.
+NOT_KEPT = {
+    "sampler": "holds tables of batches: make a new one, and seek its position",
+    "facts of a sampler": "the same",
+    "iterator": "holds a table of batches: its state_dict stays",
+    "plan": "holds a table of batches: plan the epoch again",
+    "stream": "holds options and a cursor of other classes: make a new one, and seek its position",
+}
+
+# Methods that only the packages called, which no page told of, and which are gone.
+INTERNAL = {f"collate.LengthTrackedBatch.{method}" for method in ("from_rows", "trusted", "rebuilt")}
 
 NO_DEFAULT = {"variadic positional", "variadic keyword"}
 
@@ -79,6 +122,8 @@ def test_a_public_name_is_there_with_all_that_it_took(release, entry):
     new = surface.describe(RENAMED.get(name, name))
     assert_takes(name, old, new)
     for method, signature in old.get("methods", {}).items():
+        if f"{name}.{method}" in INTERNAL:
+            continue
         kept = RENAMED.get(f"{name}.{method}", method)
         assert kept in new["methods"], f"{name}.{method} is gone: keep it, or name what stands for it in RENAMED"
         assert_takes(f"{name}.{method}", signature, new["methods"][kept])
@@ -163,7 +208,7 @@ def test_a_writer_goes_on_behind_old_shards(release, layout, folders, tmp_path):
     data = ShardDataset(folder)
     assert plain.tell_samples(data)[:before] == told(release)[layout]["samples"]
     assert plain.tell_samples(data)[before:] == [plain.tell_batch(sample) for sample in added(before)]
-    data.index.verify(payload=True)
+    data.index.verify(checksums=True)
 
 
 def added(first: int) -> list[dict[str, Any]]:
@@ -185,6 +230,7 @@ def test_parts_of_a_killed_run_are_taken_over(release, folders, tmp_path):
 # --- plans, positions and states
 
 
+@pytest.mark.filterwarnings("ignore:count= of a plan is now called:DeprecationWarning")
 @pytest.mark.parametrize(("release", "entry"), entries("plans.json"))
 def test_a_plan_and_its_fingerprint_stay_as_they_were(release, entry):
     sampler = loaders.make(entry["recipe"], FOLDER)
@@ -210,7 +256,12 @@ def test_a_position_within_an_epoch_planned_otherwise_is_refused(release, entry,
 
 
 def objects(*forms: str) -> list[Any]:
-    return [case for case in entries("saved.json") if case.values[1]["form"] in forms]
+    return [case for case in entries("saved.json") if case.values[1]["form"] in forms and is_kept(case.values[1])]
+
+
+def is_kept(entry: dict[str, Any]) -> bool:
+    """Whether this release loads what was saved."""
+    return entry["kind"] not in NOT_KEPT
 
 
 @pytest.mark.parametrize(("release", "entry"), objects("pickle", "torch.save"))
@@ -218,7 +269,17 @@ def test_what_was_saved_loads_as_it_was(release, entry, folders):
     value = load(entry["form"], decode(entry["data"]), folders[release])
     assert [name for name in plain.READ.get(entry["kind"], []) if not hasattr(value, name)] == []
     result = json.loads(json.dumps(plain.tell(entry["kind"], value)))
-    assert result == entry["result"]
+    assert result == (renamed_report(entry["result"]) if entry["kind"] == "plan report" else entry["result"])
+
+
+def renamed_report(result: dict[str, Any]) -> dict[str, Any]:
+    """What is told of a report, by the present names of its figures."""
+    values = {REPORTED.get(name, name): value for name, value in result["values"].items()}
+    lines = [
+        f"{REPORTED.get(label.replace(' ', '_'), label).replace('_', ' '):<20}{figure}"
+        for label, figure in ((line[:20].strip(), line[20:]) for line in result["text"].splitlines())
+    ]
+    return {"values": values, "text": "\n".join(lines)}
 
 
 @pytest.mark.parametrize(("release", "entry"), objects("text"))
@@ -232,7 +293,8 @@ def test_the_tree_of_a_batch_that_an_export_holds_is_known(release, entry):
 def test_what_was_saved_loads_in_a_process_that_has_imported_nothing(release, folders, tmp_path):
     # Here all modules are imported by now, which may be what makes an old name known.
     saved = json.loads((FOLDER / release / "saved.json").read_text())
-    for number, entry in enumerate(entry for entry in saved if entry["form"] in {"pickle", "torch.save"}):
+    kept = [entry for entry in saved if entry["form"] in {"pickle", "torch.save"} and is_kept(entry)]
+    for number, entry in enumerate(kept):
         data = decode(entry["data"])
         moved = pickles.move(data, ANYWHERE, str(folders[release])) if entry["form"] == "pickle" else data
         (tmp_path / f"{number:03}-{entry['form']}").write_bytes(moved)

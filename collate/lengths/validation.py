@@ -1,27 +1,26 @@
-"""Law 1, checked: what must hold between the fields of a batch.
+"""The checks of a batch's parts against each other.
 
-Host facts (`check_lengths`, `check_permutation`, `check_mask` on the CPU) are read whenever a batch is made; what
-lies in the padding (`check_untouched`) only when somebody asks.
+Parts on the host (`check_batch_lengths`, `check_permutation`, `check_mask` on the CPU) are checked whenever a batch is
+made; the padding (`check_padding_intact`) only by `verify`, since it may wait for a device.
 """
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from collate.errors import LengthError
-from collate.options import Number
-from collate.padding import real_places
-from collate.tensors.numpy_view import Array, Int64Array, to_array
-from collate.tensors.to_device import to_device
+from collate.tensors.masks import device_mask
+from collate.tensors.numpy_view import HostArray, Int64Array, to_array
+from collate.tensors.steps import PaddingValue
+from collate.widths import check_count
 
-Integers: TypeAlias = Tensor | Array | Sequence[int]
-Order: TypeAlias = Literal["longest", "given"] | Integers
+IntegersLike: TypeAlias = Tensor | HostArray | Sequence[int]
 
 
-def check_lengths(lengths: Integers, rows: int, width: int) -> Tensor:
+def check_batch_lengths(lengths: IntegersLike, rows: int, width: int) -> Tensor:
     """Take lengths as they should be: int64 `[rows]` on the host, each from 0 to `width`.
 
     Raises:
@@ -47,33 +46,33 @@ def check_lengths(lengths: Integers, rows: int, width: int) -> Tensor:
     return counts
 
 
-def check_permutation(permutation: Integers, rows: int) -> Tensor:
-    """Take a permutation as it should be: int64 `[rows]` on the host, distinct places from 0.
+def check_permutation(permutation: IntegersLike, rows: int) -> Tensor:
+    """Take a permutation as it should be: int64 `[rows]` on the host, distinct sample indices from 0.
 
-    In a batch as collated the places are exactly `range(rows)`; a piece of a batch keeps the places its rows had.
+    In a batch as collated the indices are exactly `range(rows)`; a piece of a batch keeps the indices its rows had.
 
     Raises:
         TypeError: It does not hold integers.
-        ValueError: It has another number of places, a negative one, or one twice.
+        ValueError: It has another number of indices, a negative one, or one twice.
     """
-    places = as_int64(permutation.cpu() if isinstance(permutation, Tensor) else permutation, "permutation")
-    if places.shape != (rows,):
-        raise ValueError(f"permutation must be one place per row, [{rows}], got shape {list(places.shape)}")
-    if type(places) is not Tensor:
-        return places
-    ordered = np.sort(to_array(places))
+    indices = as_int64(permutation.cpu() if isinstance(permutation, Tensor) else permutation, "permutation")
+    if indices.shape != (rows,):
+        raise ValueError(f"permutation must be one sample index per row, [{rows}], got shape {list(indices.shape)}")
+    if type(indices) is not Tensor:
+        return indices
+    ordered = np.sort(to_array(indices))
     if (ordered[0] < 0) or (ordered[1:] == ordered[:-1]).any():
-        raise ValueError(f"permutation must hold distinct places from 0, got {places.tolist()}")
-    return places
+        raise ValueError(f"permutation must hold distinct indices of at least 0, got {indices.tolist()}")
+    return indices
 
 
 def check_mask(mask: Tensor, lengths: Tensor, padded: Tensor) -> Tensor:
-    """Check a given mask: bool `[B, T]` on the padded block's device; its values are read where that needs no wait.
+    """Check a user's mask: bool `[B, T]` on the device of `padded`; its values are read on the host only.
 
     Raises:
         TypeError: It is no tensor, or not bool.
         ValueError: It has another shape or device.
-        LengthError: It says otherwise than the lengths.
+        LengthError: It does not agree with the lengths.
     """
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a bool tensor, True where a step is real, got {type(mask).__name__}")
@@ -89,12 +88,12 @@ def check_mask(mask: Tensor, lengths: Tensor, padded: Tensor) -> Tensor:
 
 
 def check_mask_values(mask: Tensor, lengths: Tensor) -> None:
-    """Hold every value of a mask `[B, T]` against the lengths; on an accelerator this waits for the device.
+    """Check every value of a mask `[B, T]` against the lengths; on an accelerator this waits for the device.
 
     Raises:
         LengthError: They differ in a row; the message names the first one.
     """
-    wrong = (mask.cpu() != real_steps(lengths, mask.shape[1])).any(1)
+    wrong = (mask.cpu() != device_mask(lengths, mask.shape[1])).any(1)
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise LengthError(
@@ -103,8 +102,8 @@ def check_mask_values(mask: Tensor, lengths: Tensor) -> None:
         )
 
 
-def check_untouched(padded: Tensor, mask: Tensor, padding_value: Number) -> None:
-    """Check that all padding still holds `padding_value`; a real value there betrays a deflated length.
+def check_padding_intact(padded: Tensor, mask: Tensor, padding_value: PaddingValue) -> None:
+    """Check that all padding still holds `padding_value`; a real value there reveals a length that is too small.
 
     Raises:
         LengthError: A padding step holds something else; the message names row, step and value.
@@ -118,77 +117,40 @@ def check_untouched(padded: Tensor, mask: Tensor, padding_value: Number) -> None
         value = values[~same[row, step].flatten()][0].item()
         raise LengthError(
             f"row {row} has {int(mask[row].sum())} steps, but its padding at step {step} holds {value!r} instead of "
-            f"padding_value {padding_value!r}: the length is too small, or the block was written to after padding"
+            f"padding_value {padding_value!r}: the length is too small, or the padding was written to after padding"
         )
 
 
-def row_order(lengths: Int64Array, order: Order) -> Int64Array:
-    """The sample that each row of a batch takes: int64 `[B]`.
-
-    Args:
-        lengths: int64 `[B]` in source order.
-        order: `"longest"`, `"given"` or a permutation.
-
-    Raises:
-        TypeError: The permutation is not made of integers.
-        ValueError: It is not a permutation of the rows, or no order of that name is known.
-    """
-    if isinstance(order, str):
-        if order == "longest":
-            return np.argsort(-lengths, kind="stable")
-        if order == "given":
-            return np.arange(len(lengths))
-        raise ValueError(f"order must be 'longest', 'given' or a permutation, got {order!r}")
-    places = to_array(as_int64(order, "order"))
-    if not np.array_equal(np.sort(places), np.arange(len(lengths))):
-        raise ValueError(f"order must be a permutation of the {len(lengths)} rows, got {places.tolist()}")
-    return places
-
-
 def check_declared(
-    declared: Integers, lengths: Int64Array, name: str = "sequences", keys: Sequence[object] = ()
+    declared: IntegersLike, lengths: Int64Array, name: str = "sequences", keys: Sequence[object] = ()
 ) -> None:
-    """Hold declared lengths `[B]` against the real ones, both in source order.
+    """Check declared lengths `[B]` against the real ones, both in source order.
 
     Args:
-        declared: what somebody says the lengths are.
-        lengths: what they are, int64 `[B]`.
-        name: what errors call the sequences.
-        keys: the samples' names, where they have any, for the error.
+        declared: The declared lengths.
+        lengths: The real ones, int64 `[B]`.
+        name: What errors call the sequences.
+        keys: The samples' names, where they have any, for the error.
 
     Raises:
         LengthError: They differ; the message names the first sample and both numbers.
         TypeError: The declared lengths are not integers.
     """
-    given = to_array(as_int64(declared, f"declared lengths of {name}"))
-    if given.shape != lengths.shape:
-        raise LengthError(f"{name}: {len(lengths)} samples came with declared lengths of shape {list(given.shape)}")
-    wrong = np.flatnonzero(given != lengths)
+    counts = to_array(as_int64(declared, f"declared lengths of {name}"))
+    if counts.shape != lengths.shape:
+        raise LengthError(f"{name}: {len(lengths)} samples came with declared lengths of shape {list(counts.shape)}")
+    wrong = np.flatnonzero(counts != lengths)
     if len(wrong):
-        place = int(wrong[0])
-        key = f" (key {keys[place]!r})" if keys and keys[place] is not None else ""
-        kind = "inflated" if given[place] > lengths[place] else "deflated"
+        index = int(wrong[0])
+        key = f" (key {keys[index]!r})" if keys and keys[index] is not None else ""
+        kind = "inflated" if counts[index] > lengths[index] else "deflated"
         raise LengthError(
-            f"{name}: sample {place}{key} has {lengths[place]} steps, its declared length is {given[place]} ({kind}; "
+            f"{name}: sample {index}{key} has {lengths[index]} steps, its declared length is {counts[index]} ({kind}; "
             f"{len(wrong)} of {len(lengths)} samples differ): mend what wrote the lengths, or leave them out"
         )
 
 
-def real_steps(lengths: Tensor, width: int, device: torch.device | None = None) -> Tensor:
-    """The mask that lengths int64 `[B]` make: bool `[B, width]` on `device`, True where a step is real."""
-    device = device or lengths.device
-    if device.type == "cpu" and type(lengths) is Tensor and not torch.compiler.is_compiling():
-        return torch.from_numpy(real_places(to_array(lengths), width))
-    sent = lengths.to(device, non_blocking=True) if torch.compiler.is_compiling() else to_device(lengths, device)
-    return torch.arange(width, device=device) < sent[:, None]
-
-
-def aligned(rows: Tensor, values: Tensor) -> Tensor:
-    """Give `rows` (`[B]` or `[B, T]`) as many trailing axes of one as `values` `[B, ..., *F]` has more."""
-    return rows.reshape(*rows.shape, *[1] * (values.dim() - rows.dim()))
-
-
-def as_int64(values: Integers, name: str) -> Tensor:
+def as_int64(values: IntegersLike, name: str) -> Tensor:
     """Integers of any kind as an int64 tensor on the host; floats and bools are refused, not truncated.
 
     Raises:
@@ -206,5 +168,34 @@ def as_int64(values: Integers, name: str) -> Tensor:
         # An empty list has no integers in it, and NumPy calls it float64.
         integral, kind = values.dtype.kind in "iu" or values.size == 0, values.dtype
     if not integral:
-        raise TypeError(f"{name} must be integers, got {kind}: a length or a place is a whole number")
-    return torch.as_tensor(values if isinstance(values, Tensor) else values.astype(np.int64)).to(torch.int64)
+        raise TypeError(f"{name} must be integers, got {kind}: a length or an index is a whole number")
+    return values.to(torch.int64) if isinstance(values, Tensor) else torch.from_numpy(values.astype(np.int64))
+
+
+def copied_if_same(checked: Tensor, original: object) -> Tensor:
+    """Checked integers in memory that nobody else writes to: checking returns its argument where it fits as it is."""
+    return checked.clone() if checked is original else checked
+
+
+def check_first_step(steps: object) -> None:
+    """Check how many time steps come before a batch.
+
+    Raises:
+        TypeError: It is not an int.
+        ValueError: It is negative.
+    """
+    check_count("first_step", steps, least=0, hint="give the time steps of the sequences before these")
+
+
+def check_padded(padded: Tensor) -> tuple[int, int]:
+    """Rows and width of padded values.
+
+    Raises:
+        TypeError: They are no tensor.
+        ValueError: They have fewer than two axes, no row or no time step.
+    """
+    if not isinstance(padded, Tensor):
+        raise TypeError(f"padded must be a tensor [B, T, ...], got {type(padded).__name__}: torch.as_tensor makes one")
+    if padded.dim() < 2 or padded.shape[0] < 1 or padded.shape[1] < 1:
+        raise ValueError(f"padded must be [B, T, ...] with at least one row and one step, got {list(padded.shape)}")
+    return padded.shape[0], padded.shape[1]

@@ -1,4 +1,4 @@
-"""What cannot be in a compiled or exported graph, since it depends on lengths on the host."""
+"""Calls that read lengths on the host, and so cannot be in a compiled or exported graph."""
 
 from collections.abc import Callable
 from typing import Final, ParamSpec, TypeVar, cast
@@ -21,8 +21,8 @@ Result = TypeVar("Result")
 _REASON: Final = (
     "what depends on host lengths (apply_rnn, pack, unpack, flat, sequences, num_tokens, position_ids, nested) cannot "
     "be in a graph, which would keep these lengths for every batch. Compile without fullgraph=True: the graph is "
-    "broken there and goes on behind it. Export what reads the mask; a recurrent module that is batch_first and has "
-    "one direction gives the same outputs at real steps from batch.with_padded(module(batch.padded)[0]): see "
+    "broken there and resumes after the call. Export what reads the mask; a recurrent module that is batch_first and "
+    "has one direction gives the same outputs at real steps from batch.with_padded(module(batch.padded)[0]): see "
     "docs/export.md"
 )
 

@@ -1,28 +1,35 @@
-"""Samples <-> columns: nested mappings and tuples taken apart into named fields, and put together again.
+"""Nested containers: samples taken apart into named fields and put together again, and one walker over parts.
 
 A field's name is its key or position, joined by dots where samples are nested; a sample without structure is the one
-field `""`.
+field `""`:
+
+>>> fields = columns_of([{"x": 1, "y": (2, 3)}, {"x": 4, "y": (5, 6)}])
+>>> fields
+{'x': [1, 4], 'y.0': [2, 5], 'y.1': [3, 6]}
+>>> assemble({"x": 1, "y": (2, 3)}, {name: sum(values) for name, values in fields.items()})
+{'x': 5, 'y': (7, 9)}
 """
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from copy import copy
 from typing import Any, TypeAlias, cast
 
-Columns: TypeAlias = dict[str, list[object]]
+# The values of each field by its name.
+FieldValues: TypeAlias = dict[str, list[object]]
 
 
-def columns_of(samples: Sequence[object], name: str = "") -> Columns:
+def columns_of(samples: Sequence[object], name: str = "") -> FieldValues:
     """Turn B samples of one structure into fields of B values each.
 
     Raises:
         TypeError: Samples differ in structure; the message names the first that does.
         ValueError: A sample lacks a field or has one more, or two fields have one name.
     """
-    keys = _keys(samples[0])
+    keys = _field_labels(samples[0])
     if keys is None:
         return {name: list(samples)}
     _check_alike(samples, name)
-    columns: Columns = {}
+    columns: FieldValues = {}
     for key, label in keys.items():
         values = [cast("Mapping[object, object]", sample)[key] for sample in samples]
         inner = columns_of(values, f"{name}.{label}" if name else label)
@@ -32,25 +39,25 @@ def columns_of(samples: Sequence[object], name: str = "") -> Columns:
     return columns
 
 
-def assemble(like: object, fields: Mapping[str, object], name: str = "") -> object:
+def assemble(sample: object, fields: Mapping[str, object], name: str = "") -> object:
     """Put fields together in the structure of one sample; mappings become dicts."""
-    keys = _keys(like)
+    keys = _field_labels(sample)
     if keys is None:
         return fields[name]
     parts = {
-        key: assemble(cast("Mapping[object, object]", like)[key], fields, f"{name}.{label}" if name else label)
+        key: assemble(cast("Mapping[object, object]", sample)[key], fields, f"{name}.{label}" if name else label)
         for key, label in keys.items()
     }
-    if isinstance(like, Mapping):
+    if isinstance(sample, Mapping):
         return parts
-    kind = cast("Any", type(like))
-    return kind(*parts.values()) if hasattr(like, "_fields") else kind(parts.values())
+    kind = cast("Any", type(sample))
+    return kind(*parts.values()) if hasattr(sample, "_fields") else kind(parts.values())
 
 
 def map_parts(batch: Any, change: Callable[[Any], Any]) -> Any:
-    """A mapping, tuple, named tuple or list of changed parts; what is none of these is given back as it is.
+    """A mapping, tuple, named tuple or list of changed parts; anything else comes back as it is.
 
-    Kinds stay as they are, but for a mapping that cannot be changed, which becomes a dict.
+    The types stay, except that a mapping that cannot be changed becomes a dict.
     """
     if isinstance(batch, Mapping):
         parts = {key: change(part) for key, part in batch.items()}
@@ -66,35 +73,53 @@ def map_parts(batch: Any, change: Callable[[Any], Any]) -> Any:
     return batch
 
 
+def labelled_parts(container: Any) -> list[tuple[str, Any]]:
+    """The parts of a mapping, tuple or list with their keys or indices as text; none for anything else.
+
+    >>> labelled_parts({"x": 1}), labelled_parts([7, 8]), labelled_parts(9)
+    ([('x', 1)], [('0', 7), ('1', 8)], [])
+    """
+    if isinstance(container, Mapping):
+        return [(str(key), part) for key, part in container.items()]
+    return [(str(index), part) for index, part in enumerate(container)] if isinstance(container, (tuple, list)) else []
+
+
 def fresh(batch: Any) -> Any:
-    """The batch in containers of its own: steps pop their labels, and collate functions sort their samples in place."""
+    """The batch in new containers: steps pop their labels, and collate functions sort their samples in place."""
     return map_parts(batch, fresh)
 
 
-def _keys(sample: object) -> dict[object, str] | None:
-    """What to look fields up by, and what they are called; None where a sample is a field itself."""
+def _field_labels(sample: object) -> dict[object, str] | None:
+    """The key and the name of each field; None where a sample is a field itself."""
     if isinstance(sample, Mapping):
         return {key: str(key) for key in sample}
     if isinstance(sample, tuple):
         labels = getattr(sample, "_fields", range(len(sample)))
-        return {place: str(label) for place, label in enumerate(labels)}
+        return {index: str(label) for index, label in enumerate(labels)}
     return None
 
 
 def _check_alike(samples: Sequence[object], name: str) -> None:
+    """Check that samples have the type and the fields of the first.
+
+    Raises:
+        TypeError: One has another type.
+        ValueError: One has other fields.
+    """
     first = cast("Mapping[object, object]", samples[0])
-    where = f"field {name!r} of " if name else ""
-    for place, sample in enumerate(samples):
+    context = f"field {name!r} of " if name else ""
+    for index, sample in enumerate(samples):
         if type(sample) is not type(first) and not (isinstance(sample, Mapping) and isinstance(first, Mapping)):
             raise TypeError(
-                f"{where}sample {place} must be a {type(first).__name__} like sample 0, got {type(sample).__name__}"
+                f"{context}sample {index} must be a {type(first).__name__} like sample 0, got {type(sample).__name__}"
             )
         other = cast("Mapping[object, object]", sample)
         if len(other) != len(first) or (isinstance(first, Mapping) and other.keys() != first.keys()):
-            raise ValueError(f"{where}sample {place} must have the fields of sample 0: {_difference(first, other)}")
+            raise ValueError(f"{context}sample {index} must have the fields of sample 0: {_difference(first, other)}")
 
 
 def _difference(first: Mapping[object, object], other: Mapping[object, object]) -> str:
+    """What one sample lacks or has in addition, for the message."""
     if not isinstance(first, Mapping):
         return f"got {len(other)} instead of {len(first)}"
     lacks, has = sorted(map(repr, first.keys() - other.keys())), sorted(map(repr, other.keys() - first.keys()))

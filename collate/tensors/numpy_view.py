@@ -7,10 +7,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Array: TypeAlias = npt.NDArray[np.generic]
+HostArray: TypeAlias = npt.NDArray[np.generic]
 Int64Array: TypeAlias = npt.NDArray[np.int64]
 
-# NumPy has no name for bfloat16 and its like: their bits cross it as integers of the same size.
+# NumPy has no dtype for bfloat16 and similar ones: their bits are taken as integers of the same size.
 CARRIERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -34,9 +34,9 @@ def shares_memory(tensor: Tensor) -> bool:
     return True
 
 
-def bits_of(tensor: Tensor) -> Array:
+def bits_of(tensor: Tensor) -> HostArray:
     """A contiguous CPU tensor's memory as an array; dtypes NumPy lacks appear as integers of their size."""
     try:
-        return cast(Array, tensor.numpy())
+        return cast(HostArray, tensor.numpy())
     except TypeError:
-        return cast(Array, tensor.view(CARRIERS[tensor.dtype.itemsize]).numpy())
+        return cast(HostArray, tensor.view(CARRIERS[tensor.dtype.itemsize]).numpy())

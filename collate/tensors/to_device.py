@@ -1,4 +1,4 @@
-"""Integers that the host knows -> an accelerator, without waiting for it."""
+"""IntegersLike that the host knows -> an accelerator, without waiting for it."""
 
 from typing import Any
 
@@ -13,13 +13,13 @@ from collate.errors import LengthError
 def to_device(integers: npt.NDArray[np.integer[Any]] | Tensor, device: torch.device) -> Tensor:
     """Send integers of any shape to the device without waiting for it: pinned on the way to a GPU.
 
-    From pageable memory the copy would wait for all that the GPU has been told to do.
+    From pageable memory the copy would wait for all work that is queued on the GPU: milliseconds for some 100 bytes.
 
     Raises:
         LengthError: A CUDA graph is being captured: it would keep these lengths for every batch it is replayed on.
     """
     refuse_capture(device)
-    sent = torch.as_tensor(integers)
+    sent = integers if isinstance(integers, Tensor) else torch.from_numpy(integers)
     return sent.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else sent.to(device)
 
 

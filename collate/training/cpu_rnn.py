@@ -1,8 +1,19 @@
-"""Run a packed batch in dense blocks, from row end to row end.
+"""Run a packed batch on the CPU in dense segments, from row end to row end.
 
-Between two ends the number of rows is constant, so that the packed steps are a dense block `[steps, rows, F]` just as
-they lie. It is run by torch's dense kernel, the state is carried on, and the states of rows that end are set aside. A
-backward direction is the same over steps that are reversed row by row.
+Between two row ends the number of rows is constant, so that the packed steps are a dense segment `[steps, rows, F]` as
+they lie in memory. torch's dense kernel runs it, the state goes to the next segment, and the states of rows that end
+are set aside. A backward direction is the same over steps that are reversed row by row.
+
+Rows of 5, 2 and 2 time steps have the sizes 3, 3, 1, 1, 1: two segments, of 2 time steps x 3 rows and 3 x 1.
+
+>>> row_counts, steps = torch.unique_consecutive(torch.tensor([3, 3, 1, 1, 1]), return_counts=True)
+>>> list(zip(steps.tolist(), row_counts.tolist()))
+[(2, 3), (3, 1)]
+
+Reversed row by row, packed step 0 (row 0, time step 0) comes from packed step 8 (row 0, time step 4):
+
+>>> reversed_steps(np.array([3, 3, 1, 1, 1]))
+tensor([8, 4, 5, 7, 1, 2, 6, 3, 0])
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +27,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from collate.tensors.numpy_view import Int64Array, to_array
-from collate.training.rnn_modules import State
+from collate.training.rnn_modules import RnnState
 
 _KERNELS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "RNN_TANH": torch.rnn_tanh,
@@ -30,12 +41,12 @@ _KERNELS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 _CAST = {torch.float32, torch.bfloat16}
 
 
-def is_faster_in_blocks(rnn: nn.RNNBase, packed: PackedSequence, hx: State | None) -> bool:
-    """Whether blocks are the fastest exact way for a plain module, on this device, with or without gradients.
+def is_faster_in_segments(rnn: nn.RNNBase, packed: PackedSequence, hx: RnnState | None) -> bool:
+    """Whether segments are the fastest exact way for a plain module, on this device, with or without gradients.
 
-    The CPU's packed kernels slice all steps once per step, and differentiating that is quadratic in T: blocks train
+    The CPU's packed kernels slice all steps once per step, and differentiating that is quadratic in T: segments train
     1.7 to 3.1 times (GRU) and 3.2 to 12 times (LSTM) as fast (`benchmarks/rnn.py`). Without gradients only the LSTM
-    gains, through oneDNN. cuDNN takes packed batches well. Mixed dtypes that torch cannot join blocks in, under
+    gains, through oneDNN. cuDNN takes packed batches well. Mixed dtypes that torch cannot join segments in, under
     autocast, are left to the module.
     """
     if not packed.data.is_cpu or not (isinstance(rnn, nn.LSTM) or torch.is_grad_enabled()):
@@ -51,7 +62,7 @@ def is_faster_in_blocks(rnn: nn.RNNBase, packed: PackedSequence, hx: State | Non
     return dtypes <= _CAST or dtypes == {torch.float64}
 
 
-def run_blocks(rnn: nn.RNNBase, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
+def run_segments(rnn: nn.RNNBase, packed: PackedSequence, hx: RnnState | None) -> tuple[PackedSequence, RnnState]:
     """Do what `rnn(packed, hx)` does.
 
     Args:
@@ -67,18 +78,18 @@ def run_blocks(rnn: nn.RNNBase, packed: PackedSequence, hx: State | None) -> tup
     if rnn.bidirectional:
         data, final = _run_directions(rnn, packed.data, sizes, state)
     else:
-        data, final = _run(_kernel(rnn, range(rnn.num_layers)), packed.data, sizes, state)
+        data, final = _run_direction(_kernel(rnn, range(rnn.num_layers)), packed.data, sizes, state)
     return packed._replace(data=data), _reordered(final, packed.unsorted_indices)
 
 
-def each_part(state: State | None, change: Callable[[Tensor], Tensor]) -> Any:
+def each_part(state: RnnState | None, change: Callable[[Tensor], Tensor]) -> Any:
     """Change a state that may be absent, or a tuple of tensors."""
     if isinstance(state, tuple):
         return tuple(map(change, state))
     return None if state is None else change(state)
 
 
-def _run_directions(rnn: nn.RNNBase, data: Tensor, sizes: Tensor, state: State) -> tuple[Tensor, State]:
+def _run_directions(rnn: nn.RNNBase, data: Tensor, sizes: Tensor, state: RnnState) -> tuple[Tensor, RnnState]:
     """Run layer by layer: a layer reads both directions of the one before."""
     reverse = reversed_steps(to_array(sizes))
     finals = []
@@ -86,48 +97,48 @@ def _run_directions(rnn: nn.RNNBase, data: Tensor, sizes: Tensor, state: State) 
         if layer and rnn.dropout:
             data = F.dropout(data, rnn.dropout, rnn.training)
         outputs = []
-        for place, order in ((2 * layer, None), (2 * layer + 1, reverse)):
-            start = each_part(state, partial(torch.narrow, dim=0, start=place, length=1))
+        for index, order in ((2 * layer, None), (2 * layer + 1, reverse)):
+            start = each_part(state, partial(torch.narrow, dim=0, start=index, length=1))
             steps = data if order is None else data.index_select(0, order)
-            output, final = _run(_kernel(rnn, [place]), steps, sizes, start)
+            output, final = _run_direction(_kernel(rnn, [index]), steps, sizes, start)
             outputs.append(output if order is None else output.index_select(0, order))
             finals.append(final)
         data = torch.cat(outputs, -1)
     return data, _joined(finals, dim=0)
 
 
-def _run(
-    kernel: Callable[[Tensor, State], tuple[Tensor, State]], data: Tensor, sizes: Tensor, state: State
-) -> tuple[Tensor, State]:
+def _run_direction(
+    kernel: Callable[[Tensor, RnnState], tuple[Tensor, RnnState]], data: Tensor, sizes: Tensor, state: RnnState
+) -> tuple[Tensor, RnnState]:
     """Run time-major steps `[M, F]` of `sizes[t]` rows at each step t, longest row first."""
     counts, steps = torch.unique_consecutive(sizes, return_counts=True)
     outputs: list[Tensor] = []
-    ended: list[State] = []
-    blocks = data.split((counts * steps).tolist())
-    for block, rows, length in zip(blocks, counts.tolist(), steps.tolist(), strict=True):
+    ended: list[RnnState] = []
+    segments = data.split((counts * steps).tolist())
+    for segment, rows, length in zip(segments, counts.tolist(), steps.tolist(), strict=True):
         if outputs:
-            ended.append(each_part(state, partial(_rows, rows=slice(rows, None))))
-            state = each_part(state, partial(_rows, rows=slice(rows)))
-        output, state = kernel(block.view(length, rows, -1), state)
+            ended.append(each_part(state, partial(_state_rows, rows=slice(rows, None))))
+            state = each_part(state, partial(_state_rows, rows=slice(rows)))
+        output, state = kernel(segment.view(length, rows, -1), state)
         outputs.append(output.flatten(0, 1))
     return torch.cat(outputs), _joined([state, *ended[::-1]], dim=1)
 
 
-def _kernel(rnn: nn.RNNBase, places: Sequence[int]) -> Callable[[Tensor, State], tuple[Tensor, State]]:
+def _kernel(rnn: nn.RNNBase, indices: Sequence[int]) -> Callable[[Tensor, RnnState], tuple[Tensor, RnnState]]:
     """Torch's dense kernel with the weights of some layers, or of one direction of one layer."""
-    weights = [weight for place in places for weight in rnn.all_weights[place]]
+    weights = [weight for index in indices for weight in rnn.all_weights[index]]
 
     options = {
         "has_biases": rnn.bias,
-        "num_layers": len(places),
+        "num_layers": len(indices),
         "dropout": rnn.dropout,
         "train": rnn.training,
         "bidirectional": False,
         "batch_first": False,
     }
 
-    def call(block: Tensor, state: State) -> tuple[Tensor, State]:
-        output, *final = _KERNELS[rnn.mode](block, state, weights, **options)
+    def call(segment: Tensor, state: RnnState) -> tuple[Tensor, RnnState]:
+        output, *final = _KERNELS[rnn.mode](segment, state, weights, **options)
         return output, (final[0], final[1]) if len(final) == 2 else final[0]
 
     return call
@@ -150,21 +161,25 @@ def reversed_steps(sizes: Int64Array) -> Tensor:
     return torch.from_numpy(starts[mirrored] + ranks)
 
 
-def _zeros(rnn: nn.RNNBase, packed: PackedSequence) -> State:
+def _zeros(rnn: nn.RNNBase, packed: PackedSequence) -> RnnState:
+    """Initial states of zeros, for an LSTM a pair."""
     layers, rows = rnn.num_layers * (2 if rnn.bidirectional else 1), int(packed.batch_sizes[0])
     h = packed.data.new_zeros(layers, rows, rnn.proj_size or rnn.hidden_size)
     return (h, packed.data.new_zeros(layers, rows, rnn.hidden_size)) if rnn.mode == "LSTM" else h
 
 
-def _rows(part: Tensor, rows: slice) -> Tensor:
+def _state_rows(part: Tensor, rows: slice) -> Tensor:
+    """Some rows of a state `[layers, B, H]`."""
     return part[:, rows]
 
 
-def _reordered(state: State, order: Tensor | None) -> State:
-    return state if order is None else cast(State, each_part(state, partial(torch.index_select, dim=1, index=order)))
+def _reordered(state: RnnState, order: Tensor | None) -> RnnState:
+    """A state with its rows in another order."""
+    return state if order is None else cast(RnnState, each_part(state, partial(torch.index_select, dim=1, index=order)))
 
 
-def _joined(states: Sequence[State], dim: int) -> State:
+def _joined(states: Sequence[RnnState], dim: int) -> RnnState:
+    """States joined along an axis."""
     if isinstance(states[0], tuple):
         h, c = zip(*cast("list[tuple[Tensor, Tensor]]", states), strict=True)
         return torch.cat(h, dim), torch.cat(c, dim)

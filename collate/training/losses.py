@@ -1,7 +1,7 @@
 """Losses, means and last steps that see real steps only."""
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -9,10 +9,11 @@ from torch import Tensor
 
 from collate.errors import LengthError
 from collate.lengths.tracking import check_tracked
-from collate.lengths.validation import aligned
-from collate.packing import gather_steps, scatter_steps
 from collate.tensors.graphs import is_making_graph
-from collate.training.sequences import SequenceBatch, labelled_steps
+from collate.tensors.masks import expand_like
+from collate.tensors.steps import gather_steps, scatter_steps
+from collate.training.sequences import SequenceBatch, count_labelled_steps, labelled_steps
+from collate.widths import check_count
 
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Reduction: TypeAlias = Literal["token", "sequence", "sum"]
@@ -26,16 +27,16 @@ def sequence_loss(
     weights: Tensor | None = None,
     reduction: Reduction = "token",
 ) -> Tensor:
-    """A loss over real steps; whatever the padding holds gives no value and gets no gradient, even NaN.
+    """A loss over real steps; whatever the padding holds contributes nothing and gets no gradient, even NaN.
 
     Args:
-        loss_fn: gives one loss per step: called once with `[M, *G]` and `[M, ...]`, returns `[M]`. A torch loss must
+        loss_fn: Gives one loss per step: called once with `[M, *G]` and `[M, ...]`, returns `[M]`. A torch loss must
             have `reduction="none"`.
-        output: a `LengthTrackedBatch` or a `VarlenBatch` of values `[B, T, *G]`.
-        target: `[B, T, ...]`, of the same kind, and of the same sequences in the same order. Of labels that
-            `next_step_labels` has made, the steps that have a label count, and no others.
-        weights: on the output's device: `[B, T]`, a factor for each step (0 for the steps of a prompt), or `[N]`, for
-            each document of a `VarlenBatch`; None is all 1.
+        output: A `LengthTrackedBatch` or a `VarlenBatch` of values `[B, T, *G]`.
+        target: `[B, T, ...]`, of the same kind, and of the same sequences in the same order. In labels that
+            `next_step_labels` has made, only the steps that have a label count.
+        weights: On the output's device: `[B, T]`, a factor for each step (0 for the steps of a prompt), or `[N]`, one
+            for each document of a `VarlenBatch`; None is all 1.
         reduction: `"token"`: the sum over real steps by their number, or by the sum of their weights; class weights
             and `ignore_index` inside `loss_fn` do not change that number. `"sequence"`: each sequence's mean, and the
             mean of these over the sequences that are not empty (or not weighted to zero). `"sum"`: the sum over real
@@ -48,14 +49,22 @@ def sequence_loss(
     Raises:
         LengthError: Output and target differ in their lengths, in their rows, their order or the chunk that they are of
             (not looked at in compiled code); or lengths were written to.
-        TypeError: Output or target is a tensor, or they are of two kinds.
-        ValueError: `loss_fn` does not give one loss per step, weights are of another shape, or the reduction is
-            unknown.
+        TypeError: Output or target is a tensor, they are of two kinds, or weights are no tensor.
+        ValueError: `loss_fn` does not give one loss per step, weights have another shape, or the reduction is unknown.
     """
     check_tracked("sequence_loss", output, target)
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be 'token', 'sequence' or 'sum', got {reduction!r}")
-    weights = _step_weights(output, target, weights)
+    if output.is_varlen != target.is_varlen:
+        raise TypeError(
+            f"output is a {type(output).__name__}, target is a {type(target).__name__}: give two of one kind, "
+            "to_padded() and to_varlen() make one of the other"
+        )
+    if weights is not None:
+        weights = _weights_of_steps(output, weights)
+    labelled = labelled_steps(target)
+    if labelled is not None:
+        weights = _weights_of_labels(labelled, weights, output.step_values.dtype)
     if _has_fixed_shapes(output):
         losses, counts = _dense_losses(loss_fn, output, target, weights)
     else:
@@ -79,14 +88,14 @@ def masked_mean(batch: SequenceBatch) -> Tensor:
     """
     check_tracked("masked_mean", batch)
     batch.check_unwritten()
-    values = batch.block
+    values = batch.step_values
     if not values.is_floating_point() and not values.is_complex():
         raise TypeError(f"masked_mean needs floating-point values, got {values.dtype}: convert with .to(dtype)")
     # In half precision a sum overflows beyond 65,504, and so does a count.
     wide = torch.promote_types(values.dtype, torch.float32)
-    total = batch.sum_sequences(torch.where(aligned(batch.mask, values), values, 0), wide)
+    total = batch.sum_sequences(torch.where(expand_like(batch.mask, values), values, 0), wide)
     counts = batch.sum_sequences(batch.mask).clamp(min=1).to(wide)
-    return batch.pick_sequences(total / aligned(counts, total)).to(values.dtype)
+    return batch.pick_sequences(total / expand_like(counts, total)).to(values.dtype)
 
 
 def last_step(batch: SequenceBatch) -> Tensor:
@@ -101,7 +110,7 @@ def last_step(batch: SequenceBatch) -> Tensor:
     check_tracked("last_step", batch)
     batch.check_unwritten()
     values, has_steps = batch.last_values()
-    return torch.where(aligned(has_steps, values), values, 0)
+    return torch.where(expand_like(has_steps, values), values, 0)
 
 
 def token_scale(num_tokens: int | SequenceBatch, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -112,7 +121,7 @@ def token_scale(num_tokens: int | SequenceBatch, group: dist.ProcessGroup | None
     of all micro-batches.
 
     Args:
-        num_tokens: real tokens of this rank, host integer; or a batch, whose real steps are counted, and of labels
+        num_tokens: Real tokens of this rank, host integer; or a batch, whose real steps are counted, and of labels
             those that have one.
         group: the process group; None is the default one, or a single process where none is initialised.
 
@@ -120,60 +129,62 @@ def token_scale(num_tokens: int | SequenceBatch, group: dist.ProcessGroup | None
         float64 scalar, on the CPU or where the group's backend communicates; 0 if there is no token anywhere.
 
     Raises:
-        ValueError: `num_tokens` is negative.
+        TypeError: `num_tokens` is neither an int nor a batch.
+        ValueError: It is negative.
     """
-    count = num_tokens if isinstance(num_tokens, int) else _count_steps(num_tokens)
-    if isinstance(count, int) and count < 0:
-        raise ValueError(f"num_tokens must not be negative, got {count}")
+    if hasattr(num_tokens, "is_varlen"):
+        count = count_labelled_steps(cast("SequenceBatch", num_tokens))
+    else:
+        count = check_count("num_tokens", num_tokens, least=0, hint="give the real tokens of this rank, or a batch")
     if not dist.is_available() or not dist.is_initialized():
         if isinstance(count, int):
-            return torch.tensor(1 / count if count else 0.0, dtype=torch.float64)
+            return torch.tensor(1 / count if count else 0.0, dtype=torch.float64, device="cpu")
         return torch.where(count > 0, 1 / count.to(torch.float64).clamp(min=1), 0)
     on_host = "cpu" in dist.get_backend_config(group)
-    device = None if on_host else torch.accelerator.current_accelerator(check_available=True)
+    device = "cpu" if on_host else torch.accelerator.current_accelerator(check_available=True)
     total = torch.as_tensor(count, dtype=torch.int64, device=device).clone()
     dist.all_reduce(total, group=group)
     return torch.where(total > 0, dist.get_world_size(group) / total.to(torch.float64).clamp(min=1), 0)
 
 
 def _check_pair(output: SequenceBatch, target: SequenceBatch) -> None:
+    """Check that output and target have the same rows, lengths and chunk.
+
+    Raises:
+        LengthError: They have not.
+    """
     difference = output.difference(target)
     if difference is not None:
         raise LengthError(difference)
 
 
-def _step_weights(output: SequenceBatch, target: SequenceBatch, weights: Tensor | None) -> Tensor | None:
-    """Weights of all steps `[B, T]`, 0 where a step has no label; None is all 1.
+def _weights_of_steps(output: SequenceBatch, weights: Tensor) -> Tensor:
+    """One weight for each step, `[B, T]`.
 
     Raises:
-        TypeError: Output and target are of two kinds.
-        ValueError: There is not one weight for each step or sequence.
+        TypeError: The weights are no tensor.
+        ValueError: There is not one for each step, or for each document.
     """
-    shape = output.mask.shape
-    if output.is_varlen != target.is_varlen:
-        raise TypeError(
-            f"output is a {type(output).__name__}, target is a {type(target).__name__}: give two of one kind, "
-            "to_padded() and to_varlen() make one of the other"
-        )
-    steps = weights if weights is None or weights.shape == shape else output.spread_weights(weights)
-    if weights is not None and steps is None:
-        raise ValueError(f"weights must be [B, T] = {list(shape)}, or of documents [N], got {list(weights.shape)}")
-    labelled = labelled_steps(target)
-    if labelled is None:
-        return steps
+    if not isinstance(weights, Tensor):
+        way_out = "pass its values" if hasattr(weights, "is_varlen") else "torch.as_tensor makes one"
+        raise TypeError(f"weights must be a tensor [B, T], got {type(weights).__name__}: {way_out}")
+    shape = output.step_values.shape[:2]
+    steps = weights if weights.shape == shape else output.spread_weights(weights)
     if steps is None:
-        return labelled.to(torch.promote_types(torch.float32, output.block.dtype))
-    return torch.where(labelled, steps, 0)
+        raise ValueError(f"weights must be [B, T] = {list(shape)}, or of documents [N], got {list(weights.shape)}")
+    return steps
 
 
-def _count_steps(batch: SequenceBatch) -> int | Tensor:
-    labelled = labelled_steps(batch)
-    return batch.num_tokens if labelled is None else labelled.sum()
+def _weights_of_labels(labelled: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weights `[B, T]`, 0 where a step has no label."""
+    if weights is None:
+        return labelled.to(torch.promote_types(torch.float32, dtype))
+    return torch.where(labelled, weights, 0)
 
 
 def _has_fixed_shapes(batch: SequenceBatch) -> bool:
     """Whether a graph is being made, which serves other lengths as well: shapes and numbers must come from the mask."""
-    return is_making_graph(batch.block)
+    return is_making_graph(batch.step_values)
 
 
 def _flat_losses(
@@ -186,19 +197,19 @@ def _flat_losses(
 ) -> tuple[Tensor, Tensor | None]:
     """Each real step's loss and weight, `[M]`, or put back `[B, T]` with 0 in the padding: the loss sees no other."""
     _check_pair(output, target)
-    shape = (output.block.shape[0], output.block.shape[1])
-    places = output.step_places()
+    shape = (output.step_values.shape[0], output.step_values.shape[1])
+    index = output.real_step_index()
     # Fields of one width, as they come from a collator, lie alike.
-    alike = target.block.shape[1] == shape[1] and target.device == output.device
-    labels = gather_steps(target.block, places if alike else target.step_places())
-    losses = _per_step(loss_fn, gather_steps(output.block, places), labels)
+    same_width = target.step_values.shape[1] == shape[1] and target.device == output.device
+    labels = gather_steps(target.step_values, index if same_width else target.real_step_index())
+    losses = _per_step(loss_fn, gather_steps(output.step_values, index), labels)
     counts = None
     if weights is not None:
-        counts = gather_steps(weights, places).to(losses.dtype)
+        counts = gather_steps(weights, index).to(losses.dtype)
         losses = losses * counts
     if in_rows:
-        losses = scatter_steps(losses, places, shape)
-        counts = None if counts is None else scatter_steps(counts, places, shape)
+        losses = scatter_steps(losses, index, shape)
+        counts = None if counts is None else scatter_steps(counts, index, shape)
     return losses, counts
 
 
@@ -215,13 +226,18 @@ def _dense_losses(
 def _all_real(batch: SequenceBatch) -> Tensor:
     """All steps `[B * T, *F]`, with a real step's value wherever there is padding, so that any loss can take them."""
     real = batch.mask.flatten()
-    steps = batch.block.flatten(0, 1)
+    steps = batch.step_values.flatten(0, 1)
     stand_in = steps.detach().index_select(0, real.to(torch.uint8).argmax().reshape(1))
     # A batch without any real step has no such value; 0 is a class, and a number, wherever there is one.
-    return torch.where(aligned(real, steps), steps, torch.where(real.any(), stand_in, torch.zeros_like(stand_in)))
+    return torch.where(expand_like(real, steps), steps, torch.where(real.any(), stand_in, torch.zeros_like(stand_in)))
 
 
 def _per_step(loss_fn: LossFunction, output: Tensor, target: Tensor) -> Tensor:
+    """The losses of the time steps, one each, in float32 or wider.
+
+    Raises:
+        ValueError: The function gives another number of losses.
+    """
     losses = loss_fn(output, target)
     if losses.shape != output.shape[:1]:
         raise ValueError(
@@ -232,4 +248,5 @@ def _per_step(loss_fn: LossFunction, output: Tensor, target: Tensor) -> Tensor:
 
 
 def _not_zero(count: Tensor) -> Tensor:
+    """The count, and 1 for 0: the sum to be divided is 0 then."""
     return torch.where(count == 0, 1, count)

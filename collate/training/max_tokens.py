@@ -1,148 +1,170 @@
-"""The budget that fits memory: the largest number of padded tokens whose training step a device can hold."""
+"""The budget that fits memory: the largest number of padded tokens whose training step a device can run."""
 
 import gc
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from copy import deepcopy
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeAlias, cast
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
+
+from collate.training.renamed import renamed_parameters
+from collate.training.restore import restored_training
+from collate.widths import PaddedShape, check_count
 
 resource: ModuleType | None
 try:
     import resource
 except ImportError:
-    # It is a module of Unix.
+    # Windows has no such module: there `peak_resident` raises an error that says so.
     resource = None
 
-Width: TypeAlias = int | tuple[int, ...]
-Shape: TypeAlias = tuple[int, Width]
-Step: TypeAlias = Callable[[int, Any], object]
+# A call of the user's function: rows, and the width as the shapes give it (a tuple for several fields).
+SizedStep: TypeAlias = Callable[[int, Any], object]
+# Inside, a width is always a tuple, with one entry for each field.
+FieldWidths: TypeAlias = tuple[int, ...]
 
-# Widths that are tried for each budget: where more will come, so many of them, spread from the least to the greatest.
-TRIED = 5
-# The answer is within this share of the largest budget that fits.
-GRAIN = 0.05
+# Distinct widths that are tried for each budget, spread evenly over all of them: 5 bound the time of the search.
+NUM_WIDTHS: Final = 5
+# The result is within this fraction of the largest budget that fits.
+PRECISION: Final = 0.05
 
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
+@renamed_parameters(step="run_shape", limit="memory_limit", share="memory_fraction", most="upper")
 def find_max_tokens(
-    step: Step,
-    shapes: Sequence[Shape] | Sequence[int],
+    run_shape: SizedStep,
+    shapes: Sequence[PaddedShape] | Sequence[int],
     *,
     device: torch.device | str | int | None = None,
-    limit: int | None = None,
-    share: float = 0.9,
-    most: int = 1 << 24,
+    memory_limit: int | None = None,
+    memory_fraction: float = 0.9,
+    upper: int = 1 << 24,
     module: nn.Module | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> int:
-    """Find the greatest `max_tokens` whose steps fit in memory, by doubling and then halving the interval.
+    """Find the largest `max_tokens` whose training steps fit in memory, by doubling and then bisection.
 
-    Each budget is tried with real steps over the widths that will come, as many rows as it holds. On CUDA a step that
-    runs out of memory is caught. On the CPU nothing stops a step that is too large: one step may reach twice the limit,
-    so leave room for it. There the whole process counts, measured by its peak resident memory; what the process held
-    before counts as well, and pages that Python keeps make small limits (below some 100 MB) unreliable.
+    Each budget is tried with real training steps over the widths that will come, with as many rows as it holds. On CUDA
+    a step that runs out of memory is caught. On the CPU nothing stops a step that is too large: one step may take twice
+    the limit, so leave room for it. There the memory of the whole process counts, measured by its peak resident memory;
+    what the process held before counts as well, and pages that Python keeps make limits below about 100 MB unreliable.
+
+    The names `step`, `limit`, `share` and `most` of release 0.1 still work, with a `DeprecationWarning`.
 
     Args:
-        step: `step(rows, width)` makes a batch of that size, runs forward and backward, and may move the optimizer. The
-            width is a tuple where that of the shapes is, one for each field.
-        shapes: a sampler's `shapes`, or the widths alone.
-        device: where the step runs; None takes the accelerator, or the CPU where there is none.
-        limit: bytes that count as all memory; None takes the GPU's own, and must be given elsewhere.
-        share: how much of the limit may be filled.
-        most: the greatest budget to try, in padded tokens; of several fields, those of all of them count.
-        module: its parameters, gradients and buffers are given back afterwards.
-        optimizer: its state is given back afterwards.
+        run_shape: `run_shape(rows, width)` makes a batch of that size, runs forward and backward, and may call the
+            optimizer. The width is a tuple where that of the shapes is, with one entry for each field.
+        shapes: A sampler's `shapes`, or the widths alone.
+        device: Where the training step runs; None takes the accelerator, or the CPU where there is none.
+        memory_limit: Bytes that count as all memory; None takes the GPU's memory, and must be given elsewhere.
+        memory_fraction: Fraction of the limit that may be used.
+        upper: The largest budget to try, in padded tokens; with several fields, the tokens of all of them count.
+        module: Its parameters, gradients and buffers are restored afterwards.
+        optimizer: Its state is restored afterwards.
 
     Returns:
-        Padded tokens, within 5 % of the greatest that fits, at most `most`.
+        Padded tokens, within 5 % of the largest budget that fits, at most `upper`.
 
     Raises:
-        OSError: The step runs on the CPU, and the system does not say how much memory a process takes.
-        ValueError: There is no width, `share` is not in (0, 1], `most` is less than one row of the greatest width, or
-            there is no limit and no GPU.
-        MemoryError: Not even one row of the greatest width fits.
+        OSError: The step runs on the CPU, and the system does not tell how much memory a process takes.
+        TypeError: `upper` or `memory_limit` is not an int, or an argument is given by its old and its new name.
+        ValueError: There is no width, `memory_fraction` is not in (0, 1], `upper` is less than one row of the largest
+            width, or there is no limit and no GPU.
+        MemoryError: Not even one row of the largest width fits.
     """
-    widths = _widths_to_try(shapes)
-    if not 0 < share <= 1:
-        raise ValueError(f"share must be above 0 and at most 1, got {share}")
-    least = tokens_of(widths[-1])
-    if most < least:
-        raise ValueError(f"most must hold one row of {widths[-1]} steps, got {most}: {least} tokens at least")
-    where = torch.device(device) if device is not None else _accelerator() or torch.device("cpu")
-    allowed = int(share * _whole_memory(where, limit))
+    widths, is_tuple = _widths_to_try(shapes)
+    if not 0 < memory_fraction <= 1:
+        raise ValueError(f"memory_fraction must be above 0 and at most 1, got {memory_fraction}")
+    smallest, widest = sum(widths[-1]), widths[-1] if is_tuple else widths[-1][0]
+    upper = check_count("upper", upper, least=1, hint="give the largest budget to try, in padded tokens")
+    if upper < smallest:
+        raise ValueError(f"upper must hold one row of {widest} steps, got {upper}: {smallest} tokens at least")
+    target = torch.device(device) if device is not None else _accelerator() or torch.device("cpu")
+    allowed = int(memory_fraction * _whole_memory(target, memory_limit))
 
     def fits(tokens: int) -> bool:
-        return all(_peak(step, tokens // tokens_of(width), width, where) <= allowed for width in widths)
+        return all(
+            _peak(run_shape, tokens // sum(width), width if is_tuple else width[0], target) <= allowed
+            for width in widths
+        )
 
-    with _undisturbed(module, optimizer, where):
-        if not fits(least):
+    with restored_training(module, optimizer, target):
+        if not fits(smallest):
             raise MemoryError(
-                f"not even one row of {widths[-1]} steps fits in {allowed:,} bytes: cut rows with max_length, use a "
+                f"not even one row of {widest} steps fits in {allowed:,} bytes: cut rows with max_length, use a "
                 "smaller model, or raise the limit"
             )
-        return _largest(fits, least, most)
+        return largest_that_fits(fits, smallest, upper)
 
 
-def _largest(fits: Callable[[int], bool], low: int, most: int) -> int:
-    high = low
-    while high == low and low < most:
-        high = min(2 * low, most)
-        if fits(high):
-            low = high
-    while high - low > GRAIN * low:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+def largest_that_fits(fits: Callable[[int], bool], lower: int, upper: int) -> int:
+    """The largest budget that fits, to 5 %: `lower` fits, and is doubled until a budget does not; then bisection.
+
+    Where 3,000 tokens fit, 1,000 is doubled to 2,000; 4,000 fails; 3,000 fits and 3,500, 3,250 and 3,125 do not:
+
+    >>> tried = []
+    >>> largest_that_fits(lambda tokens: tried.append(tokens) or tokens <= 3000, 1000, 1 << 24), tried
+    (3000, [2000, 4000, 3000, 3500, 3250, 3125])
+    """
+    failed = lower
+    while failed == lower and lower < upper:
+        failed = min(2 * lower, upper)
+        if fits(failed):
+            lower = failed
+    while failed - lower > PRECISION * lower:
+        middle = (lower + failed) // 2
+        lower, failed = (middle, failed) if fits(middle) else (lower, middle)
+    return lower
 
 
 def _accelerator() -> torch.device | None:
+    """The accelerator, if there is one."""
     # A build for CUDA names one that is not there, unless it is asked to look.
     return torch.accelerator.current_accelerator(check_available=True)
 
 
-def tokens_of(width: Width) -> int:
-    """Padded tokens of one row: the sum of its widths, where it has several fields."""
-    return sum(width) if isinstance(width, tuple) else width
+def _widths_to_try(shapes: Sequence[PaddedShape] | Sequence[int]) -> tuple[list[FieldWidths], bool]:
+    """Up to five of the distinct widths, fewest tokens first; and whether the shapes give tuples.
 
-
-def _widths_to_try(shapes: Sequence[Shape] | Sequence[int]) -> list[Width]:
-    given = [shape[1] if isinstance(shape, (tuple, list)) else shape for shape in shapes]
-    different = {_as_width(width) for width in given}
-    if len({np.shape(width) for width in different}) > 1:
-        raise ValueError(f"shapes must name widths of one number of fields, got {given[:5]}: give a sampler's shapes")
-    widths = sorted(different, key=lambda width: (tokens_of(width), width))
-    if not widths or min(int(np.min(width)) for width in widths) < 1:
+    Raises:
+        ValueError: There is no width, one is below 1, or widths are of different numbers of fields.
+    """
+    all_widths = [shape[1] if isinstance(shape, (tuple, list)) else shape for shape in shapes]
+    if len({np.shape(width) for width in all_widths}) > 1:
+        raise ValueError(
+            f"shapes must name widths of one number of fields, got {all_widths[:5]}: give a sampler's shapes"
+        )
+    is_tuple = bool(all_widths) and isinstance(all_widths[0], (tuple, list))
+    distinct = {tuple(map(int, np.atleast_1d(width))) for width in all_widths}
+    widths = sorted(distinct, key=lambda width: (sum(width), width))
+    if not widths or min(map(min, widths)) < 1:
         raise ValueError(f"shapes must name widths of at least 1, got {list(shapes)[:5]}: give a sampler's shapes")
-    if len(widths) <= TRIED:
-        return widths
-    return [widths[place * (len(widths) - 1) // (TRIED - 1)] for place in range(TRIED)]
-
-
-def _as_width(width: object) -> Width:
-    if isinstance(width, (tuple, list)):
-        return tuple(map(int, width))
-    return int(cast(int, width))
+    if len(widths) > NUM_WIDTHS:
+        # Of 9 widths those of index 0, 2, 4, 6 and 8.
+        widths = [widths[index * (len(widths) - 1) // (NUM_WIDTHS - 1)] for index in range(NUM_WIDTHS)]
+    return widths, is_tuple
 
 
 def _whole_memory(device: torch.device, limit: int | None) -> int:
+    """Bytes that count as all memory.
+
+    Raises:
+        ValueError: There is no limit and no GPU.
+    """
     if limit is not None:
-        return limit
+        return check_count("memory_limit", limit, least=1, hint="give the bytes that count as all memory")
     if device.type != "cuda":
-        raise ValueError(f"limit must be given on {device}: the bytes that the whole process may take")
+        raise ValueError(f"memory_limit must be given on {device}: the bytes that the whole process may take")
     return int(torch.cuda.get_device_properties(device).total_memory)
 
 
-def _peak(step: Step, rows: int, width: Width, device: torch.device) -> int:
-    """Run a step; the greatest memory in bytes that was in use meanwhile, more than any limit if it ran out.
+def _peak(run_shape: SizedStep, rows: int, width: int | FieldWidths, device: torch.device) -> int:
+    """Run a training step and return its peak memory in bytes; more than any limit if it ran out of memory.
 
     Raises:
         RuntimeError: The step failed for another reason.
@@ -151,11 +173,11 @@ def _peak(step: Step, rows: int, width: Width, device: torch.device) -> int:
     try:
         if device.type != "cuda":
             _forget_peak()
-            step(rows, width)
+            run_shape(rows, width)
             return peak_resident()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        step(rows, width)
+        run_shape(rows, width)
         torch.cuda.synchronize(device)
     except MemoryError:
         return sys.maxsize
@@ -167,17 +189,18 @@ def _peak(step: Step, rows: int, width: Width, device: torch.device) -> int:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    # cuBLAS and cuDNN have their own words for it (CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_ALLOC_FAILED), and so has
+    """Whether an error of torch or its libraries says that memory ran out."""
+    # cuBLAS and cuDNN have their own texts (CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_ALLOC_FAILED), and so has
     # torch on the host (DefaultCPUAllocator: can't allocate memory).
     words = ("out of memory", "ALLOC_FAILED", "DefaultCPUAllocator")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def peak_resident() -> int:
-    """The process's greatest resident memory in bytes: since `_forget_peak` on Linux, since its start elsewhere.
+    """The process's peak resident memory in bytes: since `_forget_peak` on Linux, since its start elsewhere.
 
     Raises:
-        OSError: The system does not say.
+        OSError: The system does not tell.
     """
     if _STATUS.exists():
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
@@ -192,43 +215,7 @@ def peak_resident() -> int:
 
 
 def _forget_peak() -> None:
+    """Reset the process's peak memory to what is resident now; Linux only."""
     if _CLEAR_REFS.exists():
         # "5" sets the peak back to what is resident now (Linux, proc(5)).
         _CLEAR_REFS.write_text("5")
-
-
-@contextmanager
-def _undisturbed(
-    module: nn.Module | None, optimizer: torch.optim.Optimizer | None, device: torch.device
-) -> Iterator[None]:
-    """Give back weights, gradients, buffers, optimizer state and random states; copies wait on the host."""
-    weights = [(weight, _kept(weight), weight.grad) for weight in (module.parameters() if module else [])]
-    buffers = [(buffer, _kept(buffer)) for buffer in (module.buffers() if module else [])]
-    state = _kept_state(optimizer) if optimizer else None
-    for weight, _, _ in weights:
-        weight.grad = None
-    # Only the step's own device: others would be woken up for nothing.
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            for weight, value, gradient in weights:
-                weight.data.copy_(value)
-                weight.grad = gradient
-            for buffer, value in buffers:
-                buffer.data.copy_(value)
-            if optimizer and state is not None:
-                optimizer.load_state_dict(state)
-
-
-def _kept(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
-
-
-def _kept_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    whole = optimizer.state_dict()
-    # Options stay where they are: loading moves an optimizer's state to its weights, but no tensor among these.
-    return {
-        "state": pytree.tree_map_only(Tensor, _kept, whole["state"]),
-        "param_groups": deepcopy(whole["param_groups"]),
-    }

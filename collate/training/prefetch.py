@@ -1,4 +1,13 @@
-"""Host -> device, a few batches ahead of the step that uses them."""
+"""Host -> device, a few batches ahead of the training step that uses them.
+
+The hand-over between streams, with `depth=1`. The copy stream begins to copy batch 1 while the current stream still
+computes on batch 0. When batch 1 is asked for, three things happen, in this order:
+
+1. The iterator takes batch 2 from the loader and starts its copy, and records an event behind it.
+2. The current stream waits for batch 1's event, which is long over in the normal case; the host never waits.
+3. `record_stream` tells the allocator that the current stream uses batch 1. Its memory belongs to the copy stream:
+   otherwise a later copy could overwrite batch 1 as soon as Python drops it, before its kernels have run.
+"""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,29 +19,30 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from collate.tensors.nested import map_parts
+from collate.tensors.nested import labelled_parts, map_parts
+from collate.widths import check_count
 
-Batch = TypeVar("Batch")
+LoaderBatch = TypeVar("LoaderBatch")
 
-_END: Any = object()
+_EXHAUSTED: Any = object()
 
 
-class DevicePrefetcher(Generic[Batch]):
-    """Wrap a loader so that its batches arrive on the device while the step before is still running.
+class DevicePrefetcher(Generic[LoaderBatch]):
+    """Wrap a loader so that its batches arrive on the device while the training step before is still running.
 
-    On the CPU batches pass straight through. On an accelerator each batch is pinned if the loader did not, copied on a
-    stream of its own up to `depth` batches ahead, and handed over with an event for the current stream to wait on. What
-    a loader calls `sampler`, `batch_sampler` or `dataset` stays reachable, so that a trainer's `set_epoch` finds it.
+    On the CPU batches pass straight through. On an accelerator each batch is pinned if the loader did not do it, copied
+    on a separate stream up to `depth` batches ahead, and handed over with an event that the current stream waits on.
+    The loader's `sampler`, `batch_sampler` and `dataset` stay reachable, so that a trainer's `set_epoch` finds them.
     An error of the loader comes after the batches before it, as it does without the prefetcher. One pass runs at a
-    time: when another begins, the earlier one raises a `RuntimeError` where it is asked for more.
+    time: when another begins, the earlier one raises a `RuntimeError` at its next batch.
 
     Batches are tensors, objects that have `to(device, non_blocking=...)` (`LengthTrackedBatch`, `PackedSequence`),
     mappings, tuples, named tuples and lists of these; anything else passes untouched.
 
     Args:
         loader: any iterable of batches.
-        device: where to.
-        depth: batches on the way at most; 0 copies when asked.
+        device: The target.
+        depth: Batches on the way at most; 0 copies each batch when it is asked for.
 
     Raises:
         TypeError: `depth` is not an int.
@@ -40,29 +50,25 @@ class DevicePrefetcher(Generic[Batch]):
     """
 
     def __init__(self, loader: Any, device: torch.device | str | int, *, depth: int = 2) -> None:
-        if isinstance(depth, bool) or not isinstance(depth, int):
-            raise TypeError(f"depth must be an int, got {depth!r} of type {type(depth).__name__}")
-        if depth < 0:
-            raise ValueError(f"depth must not be negative, got {depth}: 0 copies each batch when it is asked for")
         self.loader = loader
         self.device = torch.device(device)
-        self.depth = depth
-        self._bookmark = Bookmark(loader)
-        self._transfer: Transfer | None = None
-        # An iterator that its user has dropped, as after a break, takes what is on the way with it.
-        self._running: ref[Pass[Batch]] | None = None
+        self.depth = check_count("depth", depth, least=0, hint="0 copies each batch when it is asked for")
+        self._loader_position = LoaderPosition(loader)
+        self._copies: CopyStream | None = None
+        # Weak: an iterator that its user has dropped, as after a break, drops the batches on the way too.
+        self._running: ref[PrefetchIterator[LoaderBatch]] | None = None
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[LoaderBatch]:
         """One epoch, which begins at its first batch; a pass that is still running is closed, and raises if asked."""
         earlier = None if self._running is None else self._running()
         if earlier is not None:
             earlier.give_way()
         if self.device.type == "cpu":
-            running = Pass[Batch](self.loader, self._bookmark, None, 0)
+            running = PrefetchIterator[LoaderBatch](self.loader, self._loader_position, None, 0)
         else:
             # One stream for all epochs: the allocator keeps memory for each stream that it has seen.
-            self._transfer = self._transfer or Transfer(self.device)
-            running = Pass[Batch](self.loader, self._bookmark, self._transfer, self.depth)
+            self._copies = self._copies or CopyStream(self.device)
+            running = PrefetchIterator[LoaderBatch](self.loader, self._loader_position, self._copies, self.depth)
         self._running = ref(running)
         return running
 
@@ -83,10 +89,15 @@ class DevicePrefetcher(Generic[Batch]):
 
     def __getstate__(self) -> dict[str, Any]:
         # A pass that is under way stays with the original, and so does its stream.
-        return self.__dict__ | {"_running": None, "_transfer": None}
+        return self.__dict__ | {"_running": None, "_copies": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Pickles up to release 0.2 have these two under other names.
+        former = {"_bookmark": "_loader_position", "_transfer": "_copies"}
+        self.__dict__.update({former.get(name, name): value for name, value in state.items()})
 
     def close(self) -> None:
-        """Drop what is on the way, and the loader's iterator with it."""
+        """Drop the batches on the way, and the loader's iterator with them."""
         running = None if self._running is None else self._running()
         if running is not None:
             running.close()
@@ -101,44 +112,46 @@ class DevicePrefetcher(Generic[Batch]):
         Raises:
             TypeError: The loader has neither.
         """
-        return self._bookmark.read()
+        return self._loader_position.read()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the loader go on from a state; what is on the way is dropped.
+        """Let the loader resume from a state; batches on the way are dropped.
 
         Raises:
-            TypeError: The loader cannot go on from a state.
+            TypeError: The loader cannot resume from a state.
         """
         self.close()
-        self._bookmark.load(state)
+        self._loader_position.load(state)
 
 
-class Pass(Iterator[Batch]):
+class PrefetchIterator(Iterator[LoaderBatch]):
     """One pass over a loader: batches are taken ahead and handed over in order.
 
-    It raises what the loader raises, and a `RuntimeError` where another pass has taken its place.
+    It raises what the loader raises, and a `RuntimeError` where another pass has begun.
 
     Args:
-        loader: whose batches; it is opened for the first one.
-        bookmark: told where the loader stands whenever a batch is handed over.
-        transfer: sends batches to a device; None leaves them as they are.
-        depth: batches taken ahead.
+        loader: Source of the batches; it is opened for the first one.
+        loader_position: Learns the loader's state whenever a batch is handed over.
+        copies: Sends batches to a device; None leaves them as they are.
+        depth: Batches taken ahead.
     """
 
-    def __init__(self, loader: Iterable[Batch], bookmark: "Bookmark", transfer: "Transfer | None", depth: int) -> None:
+    def __init__(
+        self, loader: Iterable[LoaderBatch], loader_position: "LoaderPosition", copies: "CopyStream | None", depth: int
+    ) -> None:
         self._loader = loader
-        self._bookmark = bookmark
-        self._transfer = transfer
+        self._loader_position = loader_position
+        self._copies = copies
         self._depth = depth
-        self._source: Iterator[Batch] | None = None
+        self._source: Iterator[LoaderBatch] | None = None
         self._taken = 0
-        self._waiting: deque[tuple[Batch, Any, Any]] = deque()
+        self._queue: deque[tuple[LoaderBatch, Any, Any]] = deque()
         self._error: Exception | None = None
-        self._over = False
+        self._finished = False
         self._gave_way = False
         self._handed_over = 0
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> LoaderBatch:
         if self._gave_way:
             raise RuntimeError(
                 f"this pass ended after {self._handed_over} batches, because another pass over the same prefetcher "
@@ -146,48 +159,50 @@ class Pass(Iterator[Batch]):
                 "list"
             )
         self._fill()
-        if not self._waiting:
+        if not self._queue:
             self._end()
-        batch, arrived, state = self._waiting.popleft()
+        batch, arrived, state = self._queue.popleft()
         self._handed_over += 1
-        if self._transfer is not None:
-            self._transfer.receive(batch, arrived)
-        self._bookmark.state = state
+        if self._copies is not None:
+            self._copies.receive(batch, arrived)
+        self._loader_position.state = state
         return batch
 
     def give_way(self) -> None:
-        """End the pass here, for another: who asks it for more raises, unless it has given all."""
-        self._gave_way = not self._over or bool(self._waiting) or self._error is not None
+        """End the pass here, for another: its next batch raises, unless it has given all."""
+        self._gave_way = not self._finished or bool(self._queue) or self._error is not None
         self.close()
 
     def close(self) -> None:
         """End the pass here; batches on the way are dropped."""
-        self._waiting.clear()
+        self._queue.clear()
         self._source = self._error = None
-        self._over = True
+        self._finished = True
 
     def _fill(self) -> None:
-        while not self._over and self._error is None and len(self._waiting) <= self._depth:
+        """Take batches until `depth` are waiting behind the next one."""
+        while not self._finished and self._error is None and len(self._queue) <= self._depth:
             try:
                 self._take()
             except Exception as error:
-                if not self._waiting:
+                if not self._queue:
                     raise
                 self._error = error
 
     def _take(self) -> None:
+        """Take one batch from the loader and start its copy."""
         if self._source is None:
             self._source = iter(self._loader)
-        batch = next(self._source, _END)
-        if batch is _END:
-            self._over = True
+        batch = next(self._source, _EXHAUSTED)
+        if batch is _EXHAUSTED:
+            self._finished = True
             return
         self._taken += 1
-        state = self._bookmark.after(self._taken, ahead=self._depth > 0)
+        state = self._loader_position.after(self._taken, ahead=self._depth > 0)
         arrived = None
-        if self._transfer is not None:
-            batch, arrived = self._transfer.send(batch)
-        self._waiting.append((batch, arrived, state))
+        if self._copies is not None:
+            batch, arrived = self._copies.send(batch)
+        self._queue.append((batch, arrived, state))
 
     def _end(self) -> None:
         """Raise what comes after the last batch that was taken.
@@ -200,11 +215,11 @@ class Pass(Iterator[Batch]):
             raise error
         if self._source is not None:
             self._source = None
-            self._bookmark.finish()
+            self._loader_position.finish()
         raise StopIteration
 
 
-class Bookmark:
+class LoaderPosition:
     """Where a loader stands after the batches that were handed over, and not after those that it has given.
 
     Args:
@@ -222,18 +237,21 @@ class Bookmark:
         self._loader = loader
         self._stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
         parts = [loader, *(getattr(loader, name, None) for name in ("batch_sampler", "sampler", "dataset"))]
-        self._placed: Any = next((part for part in parts if hasattr(part, "next_position")), None)
+        self._seekable: Any = next((part for part in parts if hasattr(part, "next_position")), None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({"_seekable" if name == "_placed" else name: value for name, value in state.items()})
 
     def after(self, taken: int, *, ahead: bool) -> Any:
         """The state after the batch that the loader has just given, its `taken`-th of this pass."""
         if self._stateful:
-            # A loader without workers may give out what its dataset goes on to change.
+            # A loader without workers may give out an object that its dataset changes later.
             return deepcopy(self._loader.state_dict()) if ahead else None
-        if self._placed is None:
+        if self._seekable is None:
             return None
         if taken == 1:
             self._start = self._mark()
-        return self._placed.position(taken), self._start
+        return self._seekable.position(taken), self._start
 
     def finish(self) -> None:
         """Note that all batches were handed over: a loader with a state of its own knows what comes then."""
@@ -250,13 +268,13 @@ class Bookmark:
         if self._stateful:
             state = self._loader.state_dict() if self.state is None else deepcopy(self.state)
         else:
-            # Where another epoch was set or a position sought since, the next pass does not begin behind the last.
-            goes_on = self.state is not None and self.state[1] == self._mark()
-            state = dict(self.state[0]) if goes_on else self._placed.next_position
+            # Where another epoch was set or a position sought since, the next pass does not begin after the last.
+            resumes = self.state is not None and self.state[1] == self._mark()
+            state = dict(self.state[0]) if resumes else self._seekable.next_position
         return cast("dict[str, Any]", state)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Let the loader go on from a state.
+        """Let the loader resume from a state.
 
         Raises:
             TypeError: It cannot.
@@ -266,22 +284,31 @@ class Bookmark:
         if self._stateful:
             self._loader.load_state_dict(state)
         else:
-            self._placed.seek(state)
+            self._seekable.seek(state)
 
     def _mark(self) -> tuple[Any, Any]:
         """Where the present pass began and where the next will: another once an epoch is set or a position sought."""
-        return self._placed.position(0), self._placed.next_position
+        return self._seekable.position(0), self._seekable.next_position
 
     def _check(self) -> None:
-        if not self._stateful and self._placed is None:
+        """Check that there is a state to read.
+
+        Raises:
+            TypeError: There is none.
+        """
+        if not self._stateful and self._seekable is None:
             raise TypeError(
                 f"a {type(self._loader).__name__} has no state, nor has its batch sampler or dataset a position: use a "
                 "StatefulDataLoader, or a LengthBucketBatchSampler"
             )
 
 
-class Transfer:
-    """Copies on a stream of their own: the only place that touches streams and events.
+# Pickles of release 0.1 and 0.2 name the class so.
+Bookmark = LoaderPosition
+
+
+class CopyStream:
+    """Copies on a separate stream: the only class that touches streams and events.
 
     Args:
         device: an accelerator.
@@ -323,11 +350,12 @@ def record_stream(batch: Any, stream: torch.Stream) -> None:
     if hasattr(batch, "record_stream") and not (isinstance(batch, Tensor) and batch.is_cpu):
         batch.record_stream(stream)
     else:
-        for part in _parts_of(batch):
+        for part in _parts_in(batch):
             record_stream(part, stream)
 
 
 def _can_be_pinned(batch: Any, device: torch.device) -> bool:
+    """Whether a batch is on the host, not pinned, and its target reads page-locked memory."""
     # Only an accelerator reads page-locked memory; what is pinned already is not copied again.
     if device.type in ("cpu", "meta") or not hasattr(batch, "pin_memory"):
         return False
@@ -336,21 +364,24 @@ def _can_be_pinned(batch: Any, device: torch.device) -> bool:
 
 
 def _tensors_of(batch: Any) -> Iterator[Tensor]:
+    """All tensors in a batch.
+
+    Yields:
+        The tensors.
+    """
     if isinstance(batch, Tensor):
         yield batch
     else:
-        for part in _parts_of(batch):
+        for part in _parts_in(batch):
             yield from _tensors_of(part)
 
 
-def _parts_of(batch: Any) -> Iterable[Any]:
+def _parts_in(batch: Any) -> Iterable[Any]:
     """What containers hold, and objects that can be moved; a tensor and anything else has no parts."""
     if isinstance(batch, Tensor):
         return ()
-    if isinstance(batch, Mapping):
-        return batch.values()
-    if isinstance(batch, (tuple, list)):
-        return batch
+    if isinstance(batch, (Mapping, tuple, list)):
+        return [part for _, part in labelled_parts(batch)]
     if not hasattr(batch, "to"):
         return ()
     if is_dataclass(batch):

@@ -1,4 +1,4 @@
-"""torch's recurrent modules: what calling one leads to, and what its kernels take for granted."""
+"""torch's recurrent modules: whether a call runs torch's own kernels, and the checks that these kernels leave out."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.rnn import PackedSequence
 
-State: TypeAlias = Tensor | tuple[Tensor, ...]
+RnnState: TypeAlias = Tensor | tuple[Tensor, ...]
 
-# What a call of these modules leads to, unless somebody has put something else in its place.
+# What a call of these modules runs, unless it was replaced.
 _FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (nn.RNN, nn.GRU, nn.LSTM)}
 _INTERCEPTED = ("forward", "_call_impl", "_slow_forward")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -29,7 +29,7 @@ def is_plain(rnn: nn.Module) -> bool:
     return not replaced and not any(own[name] for name in _HOOKS) and not _has_any_global_hook()
 
 
-def check_fit(rnn: nn.RNNBase, packed: PackedSequence, hx: State | None) -> None:
+def check_fit(rnn: nn.RNNBase, packed: PackedSequence, hx: RnnState | None) -> None:
     """Check sizes, dtypes and devices of input, states and weights against each other.
 
     oneDNN's kernel checks nothing and reads and writes beyond its memory. torch's own LSTM hands it packed sequences of
@@ -60,11 +60,17 @@ def check_fit(rnn: nn.RNNBase, packed: PackedSequence, hx: State | None) -> None
 
 
 def _is_autocast(device_type: str) -> bool:
-    # Of some devices, such as meta, torch does not let one ask.
+    """Whether autocast is on for a type of device."""
+    # torch refuses the question for some devices, such as meta.
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def _states(rnn: nn.RNNBase, packed: PackedSequence, hx: State | None) -> Sequence[Tensor]:
+def _states(rnn: nn.RNNBase, packed: PackedSequence, hx: RnnState | None) -> Sequence[Tensor]:
+    """The initial states as a sequence of tensors, after torch's own checks.
+
+    Raises:
+        TypeError: An LSTM has no pair, or another module a tuple.
+    """
     if hx is None:
         return ()
     pair = rnn.mode == "LSTM"
@@ -78,6 +84,11 @@ def _states(rnn: nn.RNNBase, packed: PackedSequence, hx: State | None) -> Sequen
 
 
 def _check_devices(data: Tensor, others: Sequence[Tensor]) -> None:
+    """Check that all tensors are on the input's device.
+
+    Raises:
+        RuntimeError: One is not.
+    """
     for other in others:
         if other.device != data.device:
             raise RuntimeError(

@@ -5,12 +5,12 @@ from typing import Any, ClassVar, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from collate.packing import Layout
+from collate.packing import PackingMap
 from collate.tensors.numpy_view import Int64Array
 
 
 class SequenceBatch(Protocol):
-    """A block of steps, and where its sequences are: a `LengthTrackedBatch` or a `VarlenBatch`.
+    """Values of time steps, and where the sequences are: a `LengthTrackedBatch` or a `VarlenBatch`.
 
     A sequence is a row of the one and a document of the other. S is B, or the slots of the table of segments.
     """
@@ -18,7 +18,7 @@ class SequenceBatch(Protocol):
     is_varlen: ClassVar[bool]
 
     @property
-    def block(self) -> Tensor:
+    def step_values(self) -> Tensor:
         """Values `[B, T, *F]`."""
 
     @property
@@ -27,7 +27,7 @@ class SequenceBatch(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """The block's."""
+        """The device of the values."""
 
     @property
     def num_tokens(self) -> int:
@@ -39,7 +39,7 @@ class SequenceBatch(Protocol):
 
     @property
     def first_step(self) -> int:
-        """Steps of the sequences that came before, in an earlier chunk."""
+        """Time steps of the sequences before these, in earlier chunks."""
 
     def __len__(self) -> int:
         """Sequences."""
@@ -50,13 +50,13 @@ class SequenceBatch(Protocol):
     def check_unwritten(self) -> None:
         """Check that nobody wrote to the lengths."""
 
-    def step_places(self) -> Tensor:
-        """Places of the real steps in `[0, B * T)`, sequence after sequence: int64 `[M]`."""
+    def real_step_index(self) -> Tensor:
+        """Flat index of every real step, sequence after sequence: int64 `[M]`."""
 
-    def packed_layout(self, device: torch.device) -> Layout:
-        """How the sequences lie in a `PackedSequence`."""
+    def packing_map(self, device: torch.device) -> PackingMap:
+        """The index map between padded and packed."""
 
-    def with_block(self, block: Tensor, padding_value: Any) -> Self:
+    def with_step_values(self, values: Tensor, padding_value: Any) -> Self:
         """New values of the same steps."""
 
     def sum_sequences(self, steps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -72,17 +72,23 @@ class SequenceBatch(Protocol):
         """Last steps `[N, *F]`, and whether there is one, bool `[N]`."""
 
     def difference(self, other: Any) -> str | None:
-        """What keeps another batch from being of the same steps."""
+        """Why another batch is not of the same steps; None where it is."""
 
 
-Batch = TypeVar("Batch", bound=SequenceBatch)
+SequencesT = TypeVar("SequencesT", bound=SequenceBatch)
 
 
 def labelled_steps(target: SequenceBatch) -> Tensor | None:
     """The real steps that have labels, bool `[B, T]`; None where all have."""
     if target.ignore_index is None:
         return None
-    labels = target.block
+    labels = target.step_values
     has_label = labels != target.ignore_index
     # Several labels of a step are one step.
     return target.mask & (has_label if has_label.dim() == 2 else has_label.flatten(2).any(2))
+
+
+def count_labelled_steps(batch: SequenceBatch) -> int | Tensor:
+    """The number of real steps, in a batch of labels of those that have one."""
+    labelled = labelled_steps(batch)
+    return batch.num_tokens if labelled is None else labelled.sum()

@@ -12,22 +12,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from collate.batch import LengthTrackedBatch, joined_places
-from collate.errors import LengthError
-from collate.lengths.validation import Integers, aligned, check_declared, check_untouched
-from collate.options import Number, check_padding_value, same_nan
-from collate.packing import flat_places, gather_steps, scatter_steps
-from collate.padding import read_rows
+from collate.batch import LengthTrackedBatch
+from collate.lengths.validation import IntegersLike
+from collate.operations.sequences import PaddedSequences
+from collate.padding.padding_value import check_padding_value
 from collate.tensors.graphs import outside_graphs
+from collate.tensors.masks import expand_like
+from collate.tensors.steps import PaddingValue
 from collate.tensors.to_device import to_device
-from collate.varlen import pieces, values_of_rows
+from collate.varlen import checks, pieces
+from collate.varlen.construct import (
+    check_documents,
+    join_sequences,
+    move_from_padded,
+    move_to_padded,
+    replace_documents,
+    send_offsets,
+    set_parts,
+    trusted_documents,
+)
 from collate.varlen.context_parallel import ContextParallel
-from collate.varlen.layout import DocumentLayout, Offsets, check_arrays, check_fit, check_options
-from collate.varlen.offsets import aligned_lengths
+from collate.varlen.layout import DocumentLayout, Offsets
 from collate.varlen.rows import Arrange, RowOptions
 from collate.varlen.serialization import reduce, travels
 from collate.varlen.views import DocumentViews
-from collate.widths import Widths, check_widths, padded_width
+from collate.widths import Widths
 
 _FOR_TRAINERS = (
     *("values", "lengths", "mask", "document_ids", "position_ids", "permutation", "documents_per_row"),
@@ -82,63 +91,30 @@ class VarlenBatch(DocumentViews):
     values: Tensor
     layout: DocumentLayout
     offsets: Offsets
-    padding_value: Number | None
+    padding_value: PaddingValue | None
     ignore_index: int | None
 
     def __init__(
         self,
         values: Tensor,
-        lengths: Integers,
-        documents_per_row: Integers | None = None,
-        permutation: Integers | None = None,
+        lengths: IntegersLike,
+        documents_per_row: IntegersLike | None = None,
+        permutation: IntegersLike | None = None,
         *,
-        padding_value: Number | None = None,
+        padding_value: PaddingValue | None = None,
         align: int = 1,
         max_documents: int | None = None,
         max_seqlen: int | None = None,
         ignore_index: int | None = None,
     ) -> None:
-        rows, capacity = _shape_of_rows(values)
-        if documents_per_row is None:
-            if rows > 1:
-                raise ValueError(f"documents_per_row must say how many of the documents each of the {rows} rows holds")
-            documents_per_row = [len(lengths)]
-        # They become tensors when they are checked.
-        options = check_options(capacity=capacity, align=align, max_documents=max_documents, max_seqlen=max_seqlen)
         integers = {"lengths": lengths, "documents_per_row": documents_per_row, "permutation": permutation}
-        layout = DocumentLayout(check_arrays(integers, **options), **options)
-        if layout.num_rows != rows:
-            raise LengthError(f"documents_per_row must be one per row, [{rows}], got [{layout.num_rows}]")
+        caps = {"max_documents": max_documents, "max_seqlen": max_seqlen}
+        layout = check_documents(values, integers, align=align, **caps)
         for value in (padding_value, ignore_index):
             if value is not None:
                 check_padding_value(value, values.dtype)
-        self._set(values, layout, _sent(layout, values.device), padding_value, ignore_index)
-
-    def _set(self, values: Tensor, layout: DocumentLayout, offsets: Offsets, *values_of: Number | None) -> None:
-        padding_value, ignore_index = values_of
-        object.__setattr__(self, "values", values)
-        object.__setattr__(self, "layout", layout)
-        object.__setattr__(self, "offsets", offsets)
-        object.__setattr__(self, "padding_value", padding_value)
-        object.__setattr__(self, "ignore_index", ignore_index)
-        if padding_value is not None and not torch.compiler.is_compiling():
-            object.__setattr__(self, "padding_value", same_nan(padding_value))
-
-    @classmethod
-    def trusted(
-        cls,
-        values: Tensor,
-        layout: DocumentLayout,
-        offsets: Offsets | None = None,
-        *,
-        padding_value: Number | None = None,
-        ignore_index: int | None = None,
-    ) -> Self:
-        """Make a batch whose parts are known to agree, without reading them again; offsets are made when None."""
-        batch = object.__new__(cls)
-        offsets = _sent(layout, values.device) if offsets is None else offsets
-        batch._set(values, layout, offsets, padding_value, ignore_index)
-        return batch
+        offsets = send_offsets(layout, values.device)
+        set_parts(self, values, layout, offsets, padding_value=padding_value, ignore_index=ignore_index)
 
     @classmethod
     @outside_graphs
@@ -146,14 +122,14 @@ class VarlenBatch(DocumentViews):
         cls,
         sequences: Sequence[object],
         *,
-        padding_value: Number = 0,
+        padding_value: PaddingValue = 0,
         capacity: int | None = None,
         rows: int | None = None,
         align: int = 1,
         max_documents: int | None = None,
         max_seqlen: int | None = None,
         arrange: Arrange = "best-fit",
-        lengths: Integers | None = None,
+        lengths: IntegersLike | None = None,
     ) -> Self:
         """Put a list of sequences into rows.
 
@@ -175,18 +151,12 @@ class VarlenBatch(DocumentViews):
             ValueError: Feature shapes differ, an option means nothing, or the dtype cannot hold the padding value.
         """
         options = RowOptions(capacity, rows, align, max_documents, max_seqlen, arrange).checked()
-        items = read_rows(sequences)
-        if lengths is not None:
-            check_declared(lengths, items.lengths)
-        value = check_padding_value(padding_value, items.dtype)
-        order, per_row = options.fill(aligned_lengths(items.lengths, align).tolist())
-        layout = values_of_rows.make_layout(items.lengths[order], per_row, order, options)
-        return cls.trusted(values_of_rows.join_documents(items, layout, value), layout, padding_value=value)
+        return join_sequences(cls, sequences, options, padding_value=padding_value, lengths=lengths)
 
     @classmethod
     @outside_graphs
     def from_padded(
-        cls, batch: LengthTrackedBatch, row_options: Mapping[str, Any], documents_per_row: Integers | None = None
+        cls, batch: LengthTrackedBatch, row_options: Mapping[str, Any], documents_per_row: IntegersLike | None = None
     ) -> Self:
         """Put the rows of a padded batch into rows of documents; what `LengthTrackedBatch.to_varlen` calls.
 
@@ -199,23 +169,7 @@ class VarlenBatch(DocumentViews):
             LengthError: The rows do not hold the documents.
             ValueError: An option means nothing.
         """
-        lengths, options = batch.host_lengths(), RowOptions(**row_options).checked()
-        if documents_per_row is None:
-            order, per_row = options.fill(aligned_lengths(lengths, options.align).tolist())
-        else:
-            order, per_row = np.arange(len(lengths)), np.asarray(documents_per_row, np.int64)
-        places = batch.permutation.numpy()[order]
-        layout = values_of_rows.make_layout(lengths[order], per_row, places, options)
-        if documents_per_row is not None:
-            check_fit(lengths, per_row, **layout.options)
-        width = batch.padded.shape[1]
-        # Steps are taken document after document, in the order of the new rows.
-        steps = gather_steps(batch.padded, flat_places(lengths[order], width, batch.device, firsts=order * width))
-        value = 0 if batch.padding_value is None else batch.padding_value
-        index = flat_places(lengths[order], layout.capacity, batch.device, firsts=layout.starts())
-        return cls.trusted(
-            scatter_steps(steps, index, (layout.num_rows, layout.capacity), value), layout, padding_value=value
-        )
+        return move_from_padded(cls, batch, RowOptions(**row_options).checked(), documents_per_row)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -224,27 +178,12 @@ class VarlenBatch(DocumentViews):
     if not TYPE_CHECKING:
         # Type checkers would take it for a promise that every attribute is there.
         def __getattr__(self, name: str) -> Any:
-            message = f"{type(self).__name__!r} object has no attribute {name!r}"
-            if hasattr(Tensor, name):
-                message += (
-                    ": a batch is no tensor. A recurrent module runs on it by apply_rnn(rnn, batch), a module that "
-                    "works on every step alone by batch.map(module); .values are its rows"
-                )
-            raise AttributeError(message)
+            raise AttributeError(checks.missing_attribute(self, name))
 
     # --- what it holds
 
     def __repr__(self) -> str:
-        if not isinstance(self.values, Tensor) or not isinstance(self.lengths, Tensor):
-            # A pytree of something else.
-            return f"VarlenBatch({self.values!r}, {self.lengths!r})"
-        dtype = str(self.values.dtype).removeprefix("torch.")
-        rows, capacity = self.offsets.shape
-        gaps = 1 - self.lengths.sum().item() / (rows * capacity)
-        return (
-            f"VarlenBatch({list(self.values.shape)} {dtype} on {self.device}, {len(self)} documents, "
-            f"gaps {gaps:.1%}, align={self.align})"
-        )
+        return checks.describe_documents(self)
 
     @outside_graphs
     def verify(self) -> None:
@@ -256,12 +195,7 @@ class VarlenBatch(DocumentViews):
             ValueError: The permutation is none.
         """
         self.check_unwritten()
-        names = ("lengths", "documents_per_row", "permutation")
-        check_arrays({name: self.layout.array(name) for name in names}, **self.layout.options)
-        if not np.array_equal(self.layout.make_table(), self.offsets.table.cpu().numpy()):
-            raise LengthError("the offsets are not those of the lengths: make a new batch of the sequences")
-        if self.padding_value is not None:
-            check_untouched(self.values, self.mask, self.padding_value)
+        checks.verify_documents(self)
 
     # --- new values, same documents
 
@@ -274,19 +208,15 @@ class VarlenBatch(DocumentViews):
         Raises:
             LengthError: Rows or capacity differ.
         """
-        return self.with_block(values, None)
+        return replace_documents(self, values, None)
 
-    def with_block(self, block: Tensor, padding_value: Number | None) -> Self:
+    def with_step_values(self, values: Tensor, padding_value: PaddingValue | None) -> Self:
         """As `with_values`, with what the gaps hold.
 
         Raises:
             LengthError: Rows or capacity differ.
         """
-        if tuple(block.shape[:2]) != self.offsets.shape:
-            raise LengthError(f"new values must be {[*self.offsets.shape]} and features, got {list(block.shape)}")
-        same = block.device == self.device
-        offsets = self.offsets if same else _sent(self.layout, block.device)
-        return self.trusted(block, self.layout, offsets, padding_value=padding_value)
+        return replace_documents(self, values, padding_value)
 
     def map(self, module: Callable[[Tensor], Tensor]) -> Self:
         """The same documents after a module that works on every step alone, such as an embedding or a linear layer.
@@ -314,8 +244,10 @@ class VarlenBatch(DocumentViews):
         ids = self.document_ids
         goes_on = torch.zeros_like(ids, dtype=torch.bool)
         goes_on[:, :-1] = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
-        labels = torch.where(aligned(goes_on, self.values), self.values.roll(-1, 1), ignore_index)
-        return self.trusted(labels, self.layout, self.offsets, padding_value=ignore_index, ignore_index=ignore_index)
+        labels = torch.where(expand_like(goes_on, self.values), self.values.roll(-1, 1), ignore_index)
+        return trusted_documents(
+            type(self), labels, self.layout, self.offsets, padding_value=ignore_index, ignore_index=ignore_index
+        )
 
     @outside_graphs
     def to_padded(self, widths: Widths = None) -> LengthTrackedBatch:
@@ -327,16 +259,7 @@ class VarlenBatch(DocumentViews):
         Raises:
             LengthError: There is no document, or one is wider than `widths`.
         """
-        lengths = self.host_lengths()
-        if len(lengths) == 0:
-            raise LengthError("a padded batch needs at least one document, these rows are empty: leave them out")
-        width = padded_width(int(lengths.max()), check_widths(widths))
-        value = 0 if self.padding_value is None else self.padding_value
-        index = flat_places(lengths, width, self.device)
-        padded = scatter_steps(self.flat(), index, (len(lengths), width), value)
-        places = torch.from_numpy(self.layout.array("permutation").copy())
-        counts = torch.from_numpy(lengths.copy())
-        return LengthTrackedBatch.trusted(padded, counts, None, places, padding_value=value)
+        return move_to_padded(self, widths)
 
     @overload
     def unsort(self, entries: None = None, dim: int = 0) -> list[Tensor]: ...
@@ -372,7 +295,7 @@ class VarlenBatch(DocumentViews):
         Raises:
             ValueError: `rows` is below one.
         """
-        return [self._piece(*piece) for piece in pieces.split_rows(self.values, self.layout, rows)]
+        return pieces.as_batches(self, pieces.split_rows(self.values, self.layout, rows))
 
     @outside_graphs
     def split_steps(self, steps: int) -> list[Self]:
@@ -384,10 +307,7 @@ class VarlenBatch(DocumentViews):
         Raises:
             ValueError: `steps` is below one, or no multiple of `align`.
         """
-        return [self._piece(*piece) for piece in pieces.split_steps(self.values, self.layout, steps)]
-
-    def _piece(self, values: Tensor, layout: DocumentLayout) -> Self:
-        return self.trusted(values, layout, padding_value=self.padding_value, ignore_index=self.ignore_index)
+        return pieces.as_batches(self, pieces.split_steps(self.values, self.layout, steps))
 
     @classmethod
     @outside_graphs
@@ -404,22 +324,7 @@ class VarlenBatch(DocumentViews):
             LengthError: There is no batch.
             ValueError: They differ in what must be the same.
         """
-        if not batches:
-            raise LengthError("concat needs at least one batch, got none")
-        kinds = {(b.values.dtype, b.device, b.values.shape[1:], b.align, b.ignore_index) for b in batches}
-        if len(kinds) > 1:
-            raise ValueError(
-                "batches must share dtype, device, capacity, features, align and ignore_index, got "
-                f"{sorted(map(str, kinds))}"
-            )
-        values = {b.padding_value for b in batches}
-        layout = pieces.join([b.layout for b in batches], joined_places(batches))
-        return cls.trusted(
-            torch.cat([b.values for b in batches]),
-            layout,
-            padding_value=values.pop() if len(values) == 1 else None,
-            ignore_index=batches[0].ignore_index,
-        )
+        return pieces.concat_documents(cls, batches)
 
     def context_parallel(self, rank: int, size: int) -> ContextParallel:
         """The steps of each row that one rank of a context-parallel group computes: equal work for every rank.
@@ -451,23 +356,7 @@ class VarlenBatch(DocumentViews):
         Returns:
             The batch itself where nothing changes.
         """
-        if isinstance(device, torch.dtype):
-            device, dtype = None, device
-        wait_not = self.values.is_pinned() if non_blocking is None and not self.values.is_cuda else bool(non_blocking)
-        values = self.values.to(device=device, dtype=dtype, non_blocking=wait_not)
-        if values is self.values:
-            return self
-        value = self.padding_value
-        if value is not None and values.dtype != self.values.dtype:
-            value = same_nan(torch.tensor(value, dtype=self.values.dtype).to(values.dtype).item())
-        offsets = self.offsets
-        if values.device != self.device:
-            table = offsets.table
-            # From pageable memory the copy would wait for the device, so that a small table is pinned in any case.
-            pinned = not table.is_cpu or table.is_pinned()
-            table = table.to(values.device, non_blocking=wait_not) if pinned else to_device(table, values.device)
-            offsets = Offsets(table, offsets.shape)
-        return self.trusted(values, self.layout, offsets, padding_value=value, ignore_index=self.ignore_index)
+        return pieces.move_documents(self, device, dtype, non_blocking)
 
     def pin_memory(self) -> Self:
         """The batch in page-locked memory, from where `to(device)` copies without waiting.
@@ -475,9 +364,14 @@ class VarlenBatch(DocumentViews):
         Raises:
             RuntimeError: There is no accelerator to pin memory for.
         """
-        offsets = Offsets(self.offsets.table.pin_memory(), self.offsets.shape)
-        facts = {"padding_value": self.padding_value, "ignore_index": self.ignore_index}
-        return self.trusted(self.values.pin_memory(), self.layout, offsets, **cast("Any", facts))
+        return trusted_documents(
+            type(self),
+            self.values.pin_memory(),
+            self.layout,
+            Offsets(self.offsets.table.pin_memory(), self.offsets.shape),
+            padding_value=self.padding_value,
+            ignore_index=self.ignore_index,
+        )
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Tell the allocator that `stream` uses the values and the offsets, as `Tensor.record_stream` does."""
@@ -515,22 +409,5 @@ class VarlenBatch(DocumentViews):
         return copied
 
 
-# `collate.batch` stands below this module and cannot import it.
-LengthTrackedBatch.varlen_class = VarlenBatch
-
-
-def _sent(layout: DocumentLayout, device: torch.device) -> Offsets:
-    """The offsets of a layout on a device, sent in one piece."""
-    table = torch.from_numpy(layout.make_table())
-    return Offsets(table if device.type == "cpu" else to_device(table, device), (layout.num_rows, layout.capacity))
-
-
-def _shape_of_rows(values: Tensor) -> tuple[int, int]:
-    if not isinstance(values, Tensor):
-        raise TypeError(f"values must be a tensor [R, C, ...], got {type(values).__name__}: torch.as_tensor makes one")
-    if values.dim() < 2 or values.shape[0] < 1 or values.shape[1] < 1:
-        raise ValueError(
-            f"values must be [R, C, ...] with at least one row and one step, got {list(values.shape)}: a flat form "
-            "[T, ...] becomes one row by values[None]"
-        )
-    return values.shape[0], values.shape[1]
+# `collate.operations` stands below this module and cannot import it.
+PaddedSequences.varlen_class = VarlenBatch

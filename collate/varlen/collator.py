@@ -8,13 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from collate.collator import PadCollator, called
+from collate.collator import PadCollator
 from collate.errors import LengthError
-from collate.options import Number, option_of
-from collate.padding import Rows
+from collate.padding.columns import titled
+from collate.padding.options import option_of
+from collate.padding.rows import RaggedRows
 from collate.tensors.nested import assemble
 from collate.tensors.numpy_view import Int64Array
+from collate.tensors.steps import PaddingValue
 from collate.varlen.batch import VarlenBatch
+from collate.varlen.construct import trusted_documents
 from collate.varlen.offsets import aligned_lengths
 from collate.varlen.rows import Arrange, RowOptions
 from collate.varlen.values_of_rows import join_documents, make_layout
@@ -70,7 +73,7 @@ class VarlenCollator:
 
     def __init__(
         self,
-        padding_value: Number | Mapping[str, Number] = 0,
+        padding_value: PaddingValue | Mapping[str, PaddingValue] = 0,
         *,
         capacity: int | Mapping[str, int] | None = None,
         rows: int | None = None,
@@ -111,7 +114,7 @@ class VarlenCollator:
             ValueError: Feature shapes differ, or an option names no field of these samples.
         """
         columns = self.fields.read(samples)
-        documents = {name: column for name, column in columns.items() if isinstance(column, Rows)}
+        documents = {name: column for name, column in columns.items() if isinstance(column, RaggedRows)}
         if type(self.capacity) is dict and self.capacity.keys() != documents.keys():
             raise ValueError(
                 f"capacity is given for {sorted(self.capacity)}, the variable-length fields are {sorted(documents)}: "
@@ -122,7 +125,7 @@ class VarlenCollator:
         fields = {name: self._field(name, column, order, batches) for name, column in columns.items()}
         return assemble(samples[0], fields)
 
-    def _order(self, documents: Mapping[str, Rows], size: int) -> RowOrder:
+    def _order(self, documents: Mapping[str, RaggedRows], size: int) -> RowOrder:
         """Put samples into rows, in which they are to fit in all of their fields."""
         if self.capacity is None or not documents:
             return self.options.fill([0] * size, "samples")
@@ -132,34 +135,36 @@ class VarlenCollator:
         sizes = np.stack([aligned_lengths(rows.lengths, self.options.align) for rows in documents.values()], axis=1)
         # Fields of equal lengths, such as tokens and labels, are one size.
         if len(set(capacities)) == 1 and (sizes == sizes[:, :1]).all():
-            return self.each[capacities[0]].fill(sizes[:, 0].tolist(), called(next(iter(documents))))
+            return self.each[capacities[0]].fill(sizes[:, 0].tolist(), titled(next(iter(documents))))
         return self.options.fill_fields(sizes, np.array(capacities))
 
-    def _check_longest(self, name: str, rows: Rows, capacity: int | None) -> None:
+    def _check_longest(self, name: str, rows: RaggedRows, capacity: int | None) -> None:
         longest = int(rows.lengths.max())
         for option, limit in (("capacity", capacity), ("max_seqlen", self.options.max_seqlen)):
             if limit is not None and longest > limit:
                 raise LengthError(
-                    f"{called(name)}: sample {int(rows.lengths.argmax())} has {longest} steps, {option} is {limit}: "
+                    f"{titled(name)}: sample {int(rows.lengths.argmax())} has {longest} steps, {option} is {limit}: "
                     f"cut with max_length, leave it out in the sampler, or raise {option}"
                 )
 
     def _field(
         self, name: str, column: Any, order: RowOrder, batches: list[VarlenBatch]
     ) -> VarlenBatch | Tensor | list[Any]:
-        places, per_row = order
+        indices, per_row = order
         if isinstance(column, Tensor):
-            return column.index_select(0, torch.from_numpy(places))
-        if not isinstance(column, Rows):
-            return [column[place] for place in places.tolist()]
+            return column.index_select(0, torch.from_numpy(indices))
+        if not isinstance(column, RaggedRows):
+            return [column[index] for index in indices.tolist()]
         value = self.fields.padding_value_of(name, column)
         options = self.each[option_of(self.capacity, name)]
-        lengths = column.lengths if self.capacity is None else column.lengths[places]
+        lengths = column.lengths if self.capacity is None else column.lengths[indices]
         # Fields of equal lengths share all that is made of them.
         for batch in batches:
             if options.capacity in {None, batch.layout.capacity} and np.array_equal(batch.host_lengths(), lengths):
                 values = join_documents(column, batch.layout, value)
-                return VarlenBatch.trusted(values, batch.layout, batch.offsets, padding_value=value)
-        layout = make_layout(lengths, per_row, places, options)
-        batches.append(VarlenBatch.trusted(join_documents(column, layout, value), layout, padding_value=value))
+                return trusted_documents(VarlenBatch, values, batch.layout, batch.offsets, padding_value=value)
+        layout = make_layout(lengths, per_row, indices, options)
+        batches.append(
+            trusted_documents(VarlenBatch, join_documents(column, layout, value), layout, padding_value=value)
+        )
         return batches[-1]

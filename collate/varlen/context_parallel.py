@@ -19,7 +19,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from collate.packing import gather_steps, scatter_steps
+from collate.tensors.steps import gather_steps, scatter_steps
 from collate.varlen.layout import Offsets
 from collate.varlen.offsets import CU_SEQLENS_PADDED
 from collate.widths import check_count

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from collate.errors import LengthError
-from collate.lengths.validation import Integers, as_int64, check_permutation
+from collate.lengths.validation import IntegersLike, as_int64, check_permutation
 from collate.tensors.graphs import is_making_graph, refuse_export
 from collate.tensors.numpy_view import Int64Array, to_array
 from collate.varlen.offsets import (
@@ -171,7 +171,7 @@ class Offsets:
 
 
 def check_arrays(
-    integers: Mapping[str, Integers | None],
+    integers: Mapping[str, IntegersLike | None],
     *,
     capacity: int,
     align: int,
@@ -188,7 +188,7 @@ def check_arrays(
         max_seqlen: a cap.
 
     Raises:
-        LengthError: Integers are not on the host, a length is negative, documents do not fit their rows or are more
+        LengthError: IntegersLike are not on the host, a length is negative, documents do not fit their rows or are more
             than `max_documents` or longer than `max_seqlen`, documents per row do not sum to N, or offsets exceed
             int32.
         TypeError: They are not integers.
@@ -278,8 +278,8 @@ def check_fit(
         )
 
 
-def _whole(integers: Integers, name: str) -> Int64Array:
-    """Integers of at least 0 on the host, as an array of their own.
+def _whole(integers: IntegersLike, name: str) -> Int64Array:
+    """IntegersLike of at least 0 on the host, as an array of their own.
 
     Raises:
         LengthError: They are on a device, negative, or not one-dimensional.

@@ -74,7 +74,7 @@ def offset_table(
     align: int,
     slots: int,
 ) -> Int32Array:
-    """All offsets of a batch as one block of integers.
+    """All offsets of a batch as one array of integers.
 
     Args:
         lengths: int64 `[N]`, documents in row order.

@@ -3,10 +3,16 @@
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from collate.errors import LengthError
+from collate.lengths.permutation import join_permutations
+from collate.padding.padding_value import cast_padding_value
 from collate.tensors.numpy_view import to_array
-from collate.varlen.layout import DocumentLayout, check_int32
+from collate.tensors.to_device import to_device
+from collate.varlen.construct import DocumentBatch, DocumentsT, trusted_documents
+from collate.varlen.layout import DocumentLayout, Offsets, check_int32
 
 
 def split_rows(values: Tensor, layout: DocumentLayout, rows: int) -> Iterator[tuple[Tensor, DocumentLayout]]:
@@ -70,12 +76,12 @@ def split_steps(values: Tensor, layout: DocumentLayout, steps: int) -> Iterator[
         yield values[:, start : start + width], part
 
 
-def join(layouts: Sequence[DocumentLayout], places: Tensor) -> DocumentLayout:
+def join_layouts(layouts: Sequence[DocumentLayout], permutation: Tensor) -> DocumentLayout:
     """The layout of all rows of several batches, one after the other.
 
     Args:
         layouts: at least one, of one capacity and `align`.
-        places: int64 `[N]`, the permutation of the whole.
+        permutation: int64 `[N]`, of the whole.
 
     Raises:
         LengthError: The rows have too many steps for int32 offsets.
@@ -89,4 +95,68 @@ def join(layouts: Sequence[DocumentLayout], places: Tensor) -> DocumentLayout:
     if any(layout.has_first_steps for layout in layouts):
         names.append("first_steps")
     arrays = {name: np.concatenate([layout.array(name) for layout in layouts]) for name in names}
-    return DocumentLayout({**arrays, "permutation": to_array(places)}, **options)
+    return DocumentLayout({**arrays, "permutation": to_array(permutation)}, **options)
+
+
+def as_batches(batch: DocumentsT, parts: Iterator[tuple[Tensor, DocumentLayout]]) -> list[DocumentsT]:
+    """Pieces of a batch as batches of its kind."""
+    marks = {"padding_value": batch.padding_value, "ignore_index": batch.ignore_index}
+    return [trusted_documents(type(batch), values, layout, **marks) for values, layout in parts]  # type: ignore[arg-type]
+
+
+def concat_documents(kind: type[DocumentsT], batches: Sequence[DocumentBatch]) -> DocumentsT:
+    """One batch of all rows, in the order given.
+
+    Raises:
+        LengthError: There is no batch.
+        ValueError: They differ in what must be the same.
+    """
+    if not batches:
+        raise LengthError("concat needs at least one batch, got none")
+    kinds = {(b.values.dtype, b.values.device, b.values.shape[1:], b.layout.align, b.ignore_index) for b in batches}
+    if len(kinds) > 1:
+        raise ValueError(
+            "batches must share dtype, device, capacity, features, align and ignore_index, got "
+            f"{sorted(map(str, kinds))}"
+        )
+    padding_values = {b.padding_value for b in batches}
+    permutation = join_permutations([b.layout.tensor("permutation") for b in batches])
+    return trusted_documents(
+        kind,
+        torch.cat([b.values for b in batches]),
+        join_layouts([b.layout for b in batches], permutation),
+        # Gaps of different values are unspecified.
+        padding_value=padding_values.pop() if len(padding_values) == 1 else None,
+        ignore_index=batches[0].ignore_index,
+    )
+
+
+def move_documents(
+    batch: DocumentsT,
+    device: torch.device | torch.dtype | str | int | None,
+    dtype: torch.dtype | None,
+    non_blocking: bool | None,  # noqa: FBT001 - internal, as `Tensor.to` has it
+) -> DocumentsT:
+    """The batch on another device or of another dtype; the batch itself where nothing changes."""
+    if isinstance(device, torch.dtype):
+        device, dtype = None, device
+    if non_blocking is None:
+        non_blocking = not batch.values.is_cuda and batch.values.is_pinned()
+    values = batch.values.to(device=device, dtype=dtype, non_blocking=non_blocking)
+    if values is batch.values:
+        return batch
+    offsets = batch.offsets
+    if values.device != batch.values.device:
+        table = offsets.table
+        # From pageable memory the copy would wait for the device, so that a small table is pinned in any case.
+        pinned = not table.is_cpu or table.is_pinned()
+        table = table.to(values.device, non_blocking=non_blocking) if pinned else to_device(table, values.device)
+        offsets = Offsets(table, offsets.shape)
+    return trusted_documents(
+        type(batch),
+        values,
+        batch.layout,
+        offsets,
+        padding_value=cast_padding_value(batch.padding_value, batch.values.dtype, values.dtype),
+        ignore_index=batch.ignore_index,
+    )

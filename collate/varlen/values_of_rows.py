@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from collate.options import Number
-from collate.padding import Rows, check_shapes
+from collate.padding.rows import RaggedRows, check_shapes
 from collate.tensors.numpy_view import Int64Array
+from collate.tensors.steps import PaddingValue
 from collate.varlen.layout import DocumentLayout, check_fit, check_int32
 from collate.varlen.offsets import aligned_lengths
 from collate.varlen.rows import RowOptions
@@ -39,7 +39,7 @@ def make_layout(
     return DocumentLayout(arrays, capacity=capacity, align=options.align, **caps)
 
 
-def join_documents(rows: Rows, layout: DocumentLayout, padding_value: Number) -> Tensor:
+def join_documents(rows: RaggedRows, layout: DocumentLayout, padding_value: PaddingValue) -> Tensor:
     """Join documents and the gaps between them: every step of the rows is written once.
 
     Args:
@@ -80,12 +80,12 @@ def gaps_of(layout: DocumentLayout) -> Int64Array:
     return gaps
 
 
-def _padding_of(rows: Rows, gaps: list[int], padding_value: Number) -> list[Any]:
+def _padding_of(rows: RaggedRows, gaps: list[int], padding_value: PaddingValue) -> list[Any]:
     """What each gap holds, of the rows' own kind; None where it has no steps."""
     like = rows.items[0]
     device = like.device if isinstance(like, Tensor) else None
-    block = torch.full((max(gaps), *rows.features), padding_value, dtype=rows.dtype, device=device)
-    padding: Any = block if isinstance(like, Tensor) else block.numpy()
+    filled = torch.full((max(gaps), *rows.features), padding_value, dtype=rows.dtype, device=device)
+    padding: Any = filled if isinstance(like, Tensor) else filled.numpy()
     return [padding[:gap] if gap else None for gap in gaps]
 
 

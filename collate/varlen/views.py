@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from collate.packing import Layout, flat_places, gather_steps
+from collate.packing import PackingMap
 from collate.tensors.graphs import outside_graphs
 from collate.tensors.numpy_view import Int64Array
+from collate.tensors.steps import flat_index, gather_steps
 from collate.tensors.to_device import refuse_capture, to_device
 from collate.varlen.layout import DocumentLayout, Offsets
 from collate.varlen.offsets import CU_SEQLENS_PADDED, CU_SEQLENS_REAL, document_slots
@@ -122,12 +123,12 @@ class DocumentViews:
     @outside_graphs
     def flat(self) -> Tensor:
         """The real steps of all documents, without gaps: `[M, *F]`; gradients flow back to those steps only."""
-        return gather_steps(self.values, self.step_places())
+        return gather_steps(self.values, self.real_step_index())
 
     # --- what losses, means and recurrent modules read of both kinds of batch
 
     @property
-    def block(self) -> Tensor:
+    def step_values(self) -> Tensor:
         """The values, `[R, C, *F]`."""
         return self.values
 
@@ -154,11 +155,11 @@ class DocumentViews:
             for name in ("lengths", "documents_per_row", "permutation"):
                 self.layout.array(name)
 
-    def step_places(self) -> Tensor:
+    def real_step_index(self) -> Tensor:
         """Places of the real steps in `[0, R * C)`, document after document: int64 `[M]` on the values' device."""
-        return flat_places(self.host_lengths(), self.layout.capacity, self.device, firsts=self.layout.starts())
+        return flat_index(self.host_lengths(), self.layout.capacity, self.device, firsts=self.layout.starts())
 
-    def packed_layout(self, device: torch.device) -> Layout:
+    def packing_map(self, device: torch.device) -> PackingMap:
         """How the documents lie in a `PackedSequence`.
 
         Raises:
@@ -166,7 +167,7 @@ class DocumentViews:
         """
         refuse_capture(device)
         shape = self.offsets.shape
-        return Layout.of(self.host_lengths(), shape[1], device, firsts=self.layout.starts(), rows=shape[0])
+        return PackingMap.of(self.host_lengths(), shape[1], device, firsts=self.layout.starts(), num_rows=shape[0])
 
     def sum_sequences(self, steps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Sums over each segment of something that has one entry per step: `[R, C, *G]` -> `[slots, *G]`.

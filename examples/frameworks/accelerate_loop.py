@@ -1,4 +1,4 @@
-"""accelerate: a batch sampler for all processes, which `prepare` deals out; saved, and resumed, in mid-epoch.
+"""accelerate: `prepare` deals the batches of one sampler to all processes. Saved and resumed mid-epoch.
 
 accelerate launch --cpu --num_processes 2 examples/frameworks/accelerate_loop.py
 """
@@ -20,18 +20,18 @@ ACCELERATOR = Accelerator(cpu=True)
 
 
 def make_loader(position: dict[str, Any] | None = None) -> tuple[LengthBucketBatchSampler, Any]:
-    """The batches of all processes, and the loader that gives each process every W-th of them."""
+    """A sampler of the batches of all processes, and the loader that gives each process every W-th of them."""
     sampler = LengthBucketBatchSampler(DATA.lengths, max_tokens=MAX_TOKENS, rank="all")
     loader = ACCELERATOR.prepare(DataLoader(DATA, batch_sampler=sampler, collate_fn=COLLATE))
     if position:
         sampler.seek(position)
-        # The loader tells the sampler its own count of epochs, which would begin at 0 and forget the position.
+        # The loader sets the sampler's epoch from its own count. A count of 0 would clear the position.
         loader.set_epoch(position["epoch"])
     return sampler, loader
 
 
 def train(model: Any, optimizer: Any, batches: Any, tally: Tally) -> None:
-    """Take steps whose gradient is that of the mean over the tokens of all processes."""
+    """Train on batches; the gradient is that of the mean over the tokens of all processes."""
     for batch in batches:
         loss = loss_of(model, batch, "sum") * token_scale(batch["bits"].num_tokens)
         optimizer.zero_grad()
@@ -41,7 +41,7 @@ def train(model: Any, optimizer: Any, batches: Any, tally: Tally) -> None:
 
 
 def main() -> None:
-    """Two epochs and a third, the second in two parts: its rest comes from another sampler and loader."""
+    """Train three epochs. The second one stops, and resumes with another sampler and loader."""
     model = Tagger()
     model, optimizer = ACCELERATOR.prepare(model, torch.optim.Adam(model.parameters(), lr=0.02))
     tallies = [Tally(len(DATA)) for _ in range(3)]

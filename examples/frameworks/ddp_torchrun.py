@@ -1,4 +1,4 @@
-"""Plain DDP under torchrun: stopped in the middle of an epoch, and resumed on another number of processes.
+"""Plain DDP under torchrun: stopped mid-epoch, and resumed on another number of processes.
 
 torchrun --nproc-per-node 2 examples/frameworks/ddp_torchrun.py run.pt 50
 torchrun --nproc-per-node 1 examples/frameworks/ddp_torchrun.py run.pt
@@ -23,10 +23,10 @@ DATA, EPOCHS = Parity(), 3
 
 
 class Run:
-    """The parts of a training run; the tally only shows that nothing is lost, training does not need it."""
+    """The parts of a training run. The tally only shows that no sample is lost; training does not need it."""
 
     def __init__(self) -> None:
-        # The sampler finds W and its rank in the process group, which must be there by now.
+        # The sampler reads W and its rank from the process group, which must exist.
         self.sampler = LengthBucketBatchSampler(DATA.lengths, max_tokens=MAX_TOKENS)
         self.loader = DataLoader(DATA, batch_sampler=self.sampler, collate_fn=COLLATE, num_workers=1)
         self.model = DistributedDataParallel(Tagger())
@@ -34,7 +34,7 @@ class Run:
         self.tally = Tally(len(DATA))
 
     def step(self, batch: dict[str, Any]) -> None:
-        """One step; the factor makes DDP's averaged gradient that of the mean over the tokens of all processes."""
+        """One training step; its averaged gradient is that of the mean over the tokens of all processes."""
         loss = loss_of(self.model, batch, "sum") * token_scale(batch["bits"].num_tokens)
         self.optimizer.zero_grad()
         loss.backward()
@@ -42,13 +42,13 @@ class Run:
         self.tally.add(batch["id"], batch["bits"].mask, loss.item())
 
     def save(self, path: Path, steps: int) -> None:
-        """Write where the run stands so many steps after it began, or resumed, its present epoch."""
+        """Save the run; `steps` counts from the start of the present epoch, or from where it was resumed."""
         state = {"position": self.sampler.position(steps), "tally": asdict(self.tally.gathered())}
         if dist.get_rank() == 0:
             torch.save(state | {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, path)
 
     def load(self, path: Path) -> None:
-        """Go on from there."""
+        """Resume from a saved run."""
         state = torch.load(path)
         self.sampler.seek(state["position"])
         self.model.load_state_dict(state["model"])
@@ -57,7 +57,7 @@ class Run:
 
 
 def main(file: str, stop_after: str = "0") -> None:
-    """Train from the file on, if there is one, to the end, or to the step after which to save and stop."""
+    """Resume from the file if it exists. Train to the end, or save and stop after `stop_after` steps."""
     run, path, done = Run(), Path(file), 0
     if path.exists():
         run.load(path)

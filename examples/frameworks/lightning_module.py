@@ -1,4 +1,4 @@
-"""Lightning: a Trainer that stops amid an epoch, and another that goes on from its checkpoint; one process or two.
+"""Lightning: a Trainer stops mid-epoch, and another resumes from its checkpoint, on one process or two.
 
 python examples/frameworks/lightning_module.py
 torchrun --nproc-per-node 2 examples/frameworks/lightning_module.py
@@ -26,33 +26,33 @@ TALLIES: dict[int, Tally] = defaultdict(lambda: Tally(len(DATA)))
 
 
 class Module(LightningModule):
-    """Trains a tagger, and tallies each epoch."""
+    """Trains a tagger, and counts the samples of each epoch."""
 
     def __init__(self) -> None:
         super().__init__()
         self.tagger = Tagger()
 
     def train_dataloader(self) -> StatefulDataLoader:
-        """Made in this hook, when there is a process group; its state goes into the checkpoints by itself."""
+        """Make the loader here, when the process group exists. Lightning saves its state in the checkpoints."""
         sampler = LengthBucketBatchSampler(DATA.lengths, max_tokens=MAX_TOKENS)
         sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
         return StatefulDataLoader(DATA, batch_sampler=sampler, collate_fn=COLLATE)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        """A loss whose averaged gradient is that of the mean over the tokens of all processes."""
+        """The loss; its averaged gradient is that of the mean over the tokens of all processes."""
         loss = loss_of(self.tagger, batch, "sum") * token_scale(batch["bits"].num_tokens)
-        # Lightning would guess the number of rows, and not well.
+        # Lightning would guess the batch size from the first tensor that it finds.
         self.log("loss", loss, batch_size=len(batch["bits"]))
         TALLIES[self.current_epoch].add(batch["id"], batch["bits"].mask, loss.item())
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam."""
+        """The optimizer."""
         return torch.optim.Adam(self.parameters(), lr=0.02)
 
 
 def fit(folder: str, checkpoint: str | None = None, **limits: int) -> Trainer:
-    """Train with a new Trainer, which must leave the sampler as it is."""
+    """Train with a new Trainer, which must not replace the sampler."""
     saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=STOP_AFTER, save_top_k=-1)
     silent = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler"), False)
     strategy = "ddp" if PROCESSES > 1 else "auto"
@@ -62,7 +62,7 @@ def fit(folder: str, checkpoint: str | None = None, **limits: int) -> Trainer:
 
 
 def main() -> None:
-    """Stop in the second epoch and go on; the first process's folder is the one that is written to."""
+    """Stop in the second epoch and resume. Only the first process writes to its folder."""
     with tempfile.TemporaryDirectory() as folder:
         first = fit(folder, max_steps=STOP_AFTER)
         fit(folder, first.checkpoint_callback.best_model_path, max_epochs=3)

@@ -1,4 +1,4 @@
-"""What the examples of this folder train: say after each bit whether the ones so far are odd in number."""
+"""The task of the examples in this folder: after each bit, is the number of ones so far odd?"""
 
 from typing import Any
 
@@ -15,15 +15,15 @@ MAX_TOKENS = 256
 
 
 class Parity(Dataset[dict[str, Any]]):
-    """Sample i: `id` i, `bits` int64 `[L]` and `odd` int64 `[L]`, drawn from i; log-normal lengths, 1 to 60 steps."""
+    """Sample i has `id` i, `bits` and `odd` int64 `[L]`, drawn with seed i; log-normal lengths, 1 to 60 time steps."""
 
     def __init__(self, size: int = 1200) -> None:
         spread = torch.randn(size, generator=torch.Generator().manual_seed(0))
         self.lengths = spread.mul(0.8).add(2.2).exp().long().clamp(1, 60).tolist()
 
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        bits = torch.randint(2, (self.lengths[place],), generator=torch.Generator().manual_seed(place))
-        return {"id": place, "bits": bits, "odd": bits.cumsum(0) % 2}
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        bits = torch.randint(2, (self.lengths[index],), generator=torch.Generator().manual_seed(index))
+        return {"id": index, "bits": bits, "odd": bits.cumsum(0) % 2}
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -43,12 +43,12 @@ class Tagger(nn.Module):
 
 
 def loss_of(model: nn.Module, batch: dict[str, Any], reduction: Any = "token") -> Tensor:
-    """Cross entropy over the batch's real steps."""
+    """Cross entropy over the real steps of a batch."""
     return sequence_loss(nn.CrossEntropyLoss(reduction="none"), model(batch["bits"]), batch["odd"], reduction=reduction)
 
 
 def take_step(model: nn.Module, optimizer: Optimizer, batch: dict[str, Any], tally: Tally) -> None:
-    """A step of training in one process; those with several need a factor."""
+    """One training step in a single process; with several processes the loss needs a factor."""
     loss = loss_of(model, batch)
     optimizer.zero_grad()
     loss.backward()

@@ -1,4 +1,4 @@
-"""Ray: a corpus of tars indexed by many processes and trained on by two, on a cluster of this machine.
+"""Ray: many processes index a corpus of tars, and two train on it, on a cluster of one machine.
 
 python examples/frameworks/ray_data.py
 """
@@ -22,22 +22,22 @@ from samplers import LengthBucketBatchSampler, LengthIndex, ShardDataset
 
 
 def index_shard(row: dict[str, str]) -> dict[str, str]:
-    """A task of Ray's: read the headers of one shard, and leave its index beside it."""
+    """A Ray task: read the headers of one shard, and write its index next to it."""
     path = f"{row['item']}.ltx"
-    LengthIndex.build([row["item"]], fields=["bits"]).save(path)
+    LengthIndex.build([row["item"]], length_fields=["bits"]).save(path)
     return {"path": path}
 
 
 class Collate(NumpyBatchCollateFn):
-    """Ray hands out a dict of columns, and a PadCollator takes a list of samples."""
+    """Ray passes a dict of columns, but a PadCollator takes a list of samples."""
 
     def __call__(self, columns: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Samples from columns, and a batch from those."""
+        """Turn the columns into samples, and the samples into a batch."""
         return COLLATE([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
 
 
 def train(config: dict[str, str]) -> dict[str, str]:
-    """What both workers do, from fresh weights each: two epochs as Ray streams them, and two as the sampler plans."""
+    """The function of each worker: two epochs that Ray streams, then, with new weights, two that the sampler plans."""
     data, facts = ShardDataset(config["corpus"]), {}
     streamed = ray.train.get_dataset_shard("train").iter_torch_batches(batch_size=19, collate_fn=Collate())
     sampler = LengthBucketBatchSampler(data.index, max_tokens=MAX_TOKENS)
@@ -51,7 +51,7 @@ def train(config: dict[str, str]) -> dict[str, str]:
 
 
 def train_epoch(model: Any, optimizer: Any, batches: Any, tally: Tally) -> Tally:
-    """Take steps as with DDP, and tell what the epoch held."""
+    """Train as with DDP, and return the tally of the epoch."""
     for batch in batches:
         loss = loss_of(model, batch, "sum") * token_scale(batch["bits"].num_tokens)
         optimizer.zero_grad()
@@ -62,7 +62,7 @@ def train_epoch(model: Any, optimizer: Any, batches: Any, tally: Tally) -> Tally
 
 
 def main(folder: str) -> None:
-    """Write tars, index them, join the indexes, train."""
+    """Write tars, index them, join the indexes, and train."""
     shards, corpus = ray.data.from_items(write_shards(folder)), f"{folder}/corpus.ltx"
     indexes = sorted(row["path"] for row in shards.map(index_shard).take_all())
     LengthIndex.concat([LengthIndex.open(path) for path in indexes]).save(corpus)

@@ -1,4 +1,4 @@
-"""StatefulDataLoader: save in the middle of an epoch with workers running ahead, load, and go on.
+"""StatefulDataLoader: save mid-epoch while workers run ahead, load, and resume.
 
 python examples/frameworks/stateful_dataloader.py
 """
@@ -22,29 +22,29 @@ class Run:
 
     def __init__(self) -> None:
         sampler = LengthBucketBatchSampler(DATA.lengths, max_tokens=MAX_TOKENS)
-        # It asks the sampler's iterator for its state by itself.
+        # The loader asks the sampler's iterator for its state.
         self.loader = StatefulDataLoader(DATA, batch_sampler=sampler, collate_fn=COLLATE, num_workers=2)
         self.model, self.tally = Tagger(), Tally(len(DATA))
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.02)
 
     def train(self, steps: int | None = None) -> None:
-        """Take so many steps, or the rest of the epoch."""
+        """Train for a number of steps, or for the rest of the epoch."""
         for batch in islice(self.loader, steps):
             take_step(self.model, self.optimizer, batch, self.tally)
 
     def save(self, path: Path) -> None:
-        """Write everything; batches that the workers have made ready do not count as taken."""
+        """Save all states. Batches that the workers have prepared do not count as taken."""
         parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "loader")}
         torch.save(parts, path)
 
     def load(self, path: Path) -> None:
-        """Read everything; `torch.load` needs no exception, since the state is primitive."""
+        """Load all states. They are primitive values, so the default of `torch.load` accepts them."""
         for name, state in torch.load(path).items():
             getattr(self, name).load_state_dict(state)
 
 
 def main(folder: str) -> None:
-    """Train an epoch, a part of the next one, and its rest with new objects; print what each epoch held."""
+    """Train an epoch, part of the next one, and the rest with new objects. Print the tally of each epoch."""
     first, second, path = Run(), Run(), Path(folder, "run.pt")
     first.train()
     show("epoch 0", first.tally)

@@ -1,4 +1,4 @@
-"""What an epoch held, counted over all processes: how the examples of this folder show that nothing is lost."""
+"""Counts the samples of an epoch over all processes. The examples use it to show that no sample is lost."""
 
 from dataclasses import dataclass, field
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 @dataclass
 class Tally:
-    """What an epoch held.
+    """The samples and sums of an epoch.
 
     Attributes:
-        size: samples that it should hold, over all processes.
-        ids: those that it held.
-        batches, real, padded, loss: sums over the batches: 1, real tokens, padded tokens, and the loss.
+        size: Number of samples in the dataset, over all processes.
+        ids: Ids of the samples that came.
+        batches, real, padded, loss: Sums over the batches: 1, real tokens, padded tokens, and the loss.
     """
 
     size: int
@@ -24,7 +24,7 @@ class Tally:
     loss: float = 0.0
 
     def add(self, ids: Tensor, mask: Tensor, loss: float) -> None:
-        """Note a batch of this process: `ids` `[B]`, `mask` bool `[B, T]`."""
+        """Add a batch of this process: `ids` `[B]`, `mask` bool `[B, T]`."""
         self.join(Tally(0, ids.tolist(), 1, int(mask.sum()), mask.numel(), loss))
 
     def join(self, other: "Tally") -> None:
@@ -33,7 +33,7 @@ class Tally:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def gathered(self) -> "Tally":
-        """That of all processes together; each of them must ask for it."""
+        """The sum of the tallies of all processes. Every process must call this."""
         whole, parts = Tally(self.size), [self]
         if dist.is_initialized():
             parts *= dist.get_world_size()
@@ -51,7 +51,7 @@ class Tally:
 
 
 def show(title: object, tally: Tally) -> None:
-    """Print a tally of all processes, on the first of them."""
+    """Print the sum of all tallies, on the first process."""
     whole = tally.gathered()
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(f"{title}: {whole}", flush=True)

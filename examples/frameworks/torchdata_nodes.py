@@ -1,4 +1,4 @@
-"""torchdata.nodes: batches alike in length from a stream of samples, saved with a prefetcher ahead, and restored.
+"""torchdata.nodes: length-bucketed batches from a stream of samples, saved behind a prefetcher, and restored.
 
 python examples/frameworks/torchdata_nodes.py
 """
@@ -17,17 +17,17 @@ DATA = Parity()
 
 
 def make_loader() -> Loader:
-    """Places in random order -> samples -> batches alike in length -> padded, in threads of their own."""
-    # Of torch's random samplers this one's order depends on the epoch's number alone, so that it can be given again.
-    places = SamplerWrapper(DistributedSampler(DATA, num_replicas=1, rank=0))
-    samples = ParallelMapper(places, DATA.__getitem__, num_workers=2, method="thread")
+    """Indices in random order -> samples -> batches of similar length -> padded batches, in threads."""
+    # The order of this sampler depends only on the epoch number, so a resumed run gets the same order.
+    indices = SamplerWrapper(DistributedSampler(DATA, num_replicas=1, rank=0))
+    samples = ParallelMapper(indices, DATA.__getitem__, num_workers=2, method="thread")
     batches = LengthBucketNode(samples, "bits", max_tokens=MAX_TOKENS, buffer_size=300)
     padded = ParallelMapper(batches, COLLATE, num_workers=2, method="thread")
     return Loader(Prefetcher(padded, prefetch_factor=4))
 
 
 def main() -> None:
-    """Train two epochs, the second in two parts, of which another loader gives the other."""
+    """Train two epochs. The second one stops, and another loader resumes it."""
     model = Tagger()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     first, second = make_loader(), make_loader()

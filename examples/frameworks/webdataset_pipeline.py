@@ -1,4 +1,4 @@
-"""webdataset: plain tars of `.npy` members, bucketed by length as they stream by, in two workers.
+"""webdataset: a stream of plain tars with `.npy` members, bucketed by length in two workers.
 
 python examples/frameworks/webdataset_pipeline.py
 """
@@ -21,7 +21,7 @@ DATA = Parity()
 
 
 def write_shards(folder: str) -> list[str]:
-    """Write the toy as tars; `mtime=0` makes them smaller, and the same each time."""
+    """Write the toy data as tars; `mtime=0` makes them smaller and reproducible."""
     with wds.ShardWriter(f"{folder}/%03d.tar", maxcount=300, mtime=0, verbose=0) as shards:
         for sample in map(DATA.__getitem__, range(len(DATA))):
             arrays = {f"{name}.npy": sample[name].numpy() for name in ("bits", "odd")}
@@ -30,13 +30,13 @@ def write_shards(folder: str) -> list[str]:
 
 
 def decode(sample: dict[str, Any]) -> dict[str, Any]:
-    """Arrays from bytes, and nothing else: `.decode()` would unpickle what a shard holds."""
+    """Read only arrays: `.decode()` would unpickle the content of a shard."""
     arrays = {name: np.load(io.BytesIO(sample[f"{name}.npy"]), allow_pickle=False) for name in ("bits", "odd")}
     return {"id": int(sample["__key__"]), **arrays}
 
 
 def make_loader(shards: list[str], stage: Callable[[Any], Iterator[Any]]) -> wds.WebLoader:
-    """Decoded, shuffled, batched by the stage and padded in the workers, which share the shards."""
+    """Decode, shuffle, batch with the stage, and pad, in workers that share the shards."""
     stream = wds.WebDataset(shards, shardshuffle=False).map(decode).shuffle(100, seed=0).compose(stage).map(COLLATE)
     return wds.WebLoader(stream, batch_size=None, num_workers=2)
 

@@ -1,4 +1,4 @@
-"""Mistake 5, trusting padding: it changes final states, looks like a real zero, and is attended to."""
+"""Mistake 5, trusting padding: it changes final states, looks like a real zero, and attention sees it."""
 
 import warnings
 
@@ -16,13 +16,13 @@ LSTM, GRU = nn.LSTM(8, 16, batch_first=True, bidirectional=True).double(), nn.GR
 
 
 def final_states(direction: int) -> dict[str, float]:
-    """An LSTM's final states, forward (0) or backward (1)."""
+    """Drift of the final states of an LSTM, forward (0) or backward (1)."""
     alone = torch.cat([LSTM(x[None])[1][0][direction] for x in SEQUENCES])
     return drifts(alone, torch=LSTM(BATCH.padded)[1][0][direction], lengthtrack=apply_rnn(LSTM, BATCH)[1][0][direction])
 
 
 def carried_states() -> dict[str, float]:
-    """A GRU's final states after chunks of 4 steps, each begun with the states of the one before."""
+    """Drift of the final states of a GRU over chunks of 4 time steps; each chunk starts with the last states."""
     plain = tracked = None
     for chunk in BATCH.split_steps(4):
         plain, tracked = GRU(chunk.padded, plain)[1], apply_rnn(GRU, chunk, tracked)[1]
@@ -30,7 +30,7 @@ def carried_states() -> dict[str, float]:
 
 
 def attention() -> dict[str, float]:
-    """Self-attention at the real steps `[20, 8]`; in torch's attn_mask True is what is attended to."""
+    """Drift of self-attention at the real steps `[20, 8]`; torch's attn_mask is True for keys that may be seen."""
     x, mask, bounds = BATCH.padded, ~BATCH.key_padding_mask[:, None], BATCH.cu_seqlens[1:-1].tolist()
     jagged = BATCH.with_padded(x[:, :, None]).nested().transpose(1, 2)
     nested = attend(jagged, jagged, jagged).transpose(1, 2).values()[:, 0]
@@ -41,12 +41,12 @@ def attention() -> dict[str, float]:
 
 
 def drifts(alone: Tensor, **found: Tensor) -> dict[str, float]:
-    """||a - b|| / ||b||, where b runs one sequence at a time."""
+    """||a - b|| / ||b||, where b comes from one sequence at a time."""
     return {name: ((a - alone).norm() / alone.norm()).item() for name, a in found.items()}
 
 
 def main() -> None:
-    """Print what padding does to states, to a mask by value, and to attention."""
+    """Print the effect of padding on states, on a mask by value, and on attention."""
     tables = {"h_n forward": final_states(0), "h_n backward": final_states(1)}
     tables |= {"h_n over chunks": carried_states(), "attention": attention()}
     for title, table in tables.items():

@@ -1,4 +1,4 @@
-"""Mistake 3, padding by hand: to the corpus maximum, with a class as padding, and rows sorted but never put back."""
+"""Mistake 3, padding by hand: to the corpus maximum, with a class as padding, or with rows left in sorted order."""
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ RNN, HEAD = nn.GRU(4, 16, batch_first=True).double(), nn.Linear(16, 5).double()
 
 
 def cells_per_token() -> dict[str, list[float]]:
-    """Cells of padded blocks for each real token of 1,280 log-normal lengths, 32 rows a batch."""
+    """Padded cells per real token, for 1,280 log-normal lengths and 32 rows per batch."""
     planned = LengthBucketBatchSampler(CORPUS.numpy(), batch_size=32)
     cut = {"padded to the corpus maximum": [CORPUS], "padded to each batch's maximum": CORPUS.split(32)}
     cut["that, by LengthBucketBatchSampler"] = [CORPUS[rows] for rows in planned]
@@ -24,7 +24,7 @@ def cells_per_token() -> dict[str, list[float]]:
 
 
 def losses() -> dict[str, list[float]]:
-    """Loss, and its gradient in the bias of class 0, of a batch whose targets are padded with that class."""
+    """Loss and its gradient for the bias of class 0; the targets of the batch are padded with that class."""
     x, y = (LengthTrackedBatch.from_sequences(rows) for rows in (INPUTS, TARGETS))
     logits = apply_rnn(RNN, x)[0].map(HEAD)
     found = {"one by one": cross_entropy(torch.cat([HEAD(RNN(x)[0]) for x in INPUTS]), torch.cat(TARGETS))}
@@ -47,7 +47,7 @@ def state_drifts() -> dict[str, list[float]]:
 
 
 def main() -> None:
-    """Print the cost of padding, what a class as padding does to its own gradient, and what sorting does to rows."""
+    """Print the cost of padding, the gradient of a class that is used as padding, and the effect of sorting rows."""
     titles = ("cells per real token", "loss of 16 real tokens, gradient of class 0", "drift of final states")
     for title, figures in zip(titles, (cells_per_token(), losses(), state_drifts()), strict=True):
         print(title)

@@ -1,4 +1,4 @@
-"""Mistake 2, padding in the loss: it takes part in the mean, and masks come too late or no longer fit."""
+"""Mistake 2, padding in the loss: the mean counts it, and masks come too late or no longer fit."""
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,13 @@ PER_STEP = nn.CrossEntropyLoss(reduction="none")
 
 
 def unpack(lengths: list[int]) -> Tensor:
-    """Plain PyTorch: logits of the block 8 wide, packed and unpacked: `[3, max(lengths), 6]`."""
+    """Plain PyTorch: logits of the rows padded to width 8, packed and unpacked: `[3, max(lengths), 6]`."""
     packed = pack_padded_sequence(X.padded, torch.tensor(lengths), batch_first=True)
     return HEAD(pad_packed_sequence(RNN(packed)[0], batch_first=True)[0])
 
 
 def losses() -> dict[str, tuple[Tensor, Tensor]]:
-    """PyTorch's mean over all unpacked cells and lengthtrack's losses, each beside that of one sequence at a time."""
+    """PyTorch's mean over all unpacked cells and lengthtrack's losses, each with the loss of one sequence at a time."""
     cells = PER_STEP(unpack([5, 3, 2]).flatten(0, 1), Y.padded[:, :5].flatten())
     rows = [PER_STEP(HEAD(RNN(x)[0]), y) for x, y in zip(X.sequences(), Y.sequences(), strict=True)]
     token, sequence = torch.cat(rows).mean(), torch.stack([row.mean() for row in rows]).mean()
@@ -31,13 +31,13 @@ def losses() -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def drifts(got: Tensor, want: Tensor) -> list[float]:
-    """||got - want|| / ||want|| of a loss and of its gradients in GRU weights, head weights and head bias."""
+    """||got - want|| / ||want|| of a loss and its gradients for GRU weights, head weights and head bias."""
     grads = [torch.autograd.grad(x, [RNN.weight_hh_l0, HEAD.weight, HEAD.bias], retain_graph=True) for x in (got, want)]
     return [((a - b).norm() / b.norm()).item() for a, b in [(got, want), *zip(*grads, strict=True)]]
 
 
 def times_mask(lengths: list[int]) -> str:
-    """The shape of what torch unpacks, and what it gives times the block's mask: a shape, or an error."""
+    """The shape that torch unpacks, and its product with the mask: a shape or an error."""
     try:
         return f"{list(unpack(lengths).shape)} times its mask: {list((unpack(lengths) * X.mask[..., None]).shape)}"
     except RuntimeError as error:
@@ -51,8 +51,8 @@ def main() -> None:
         print(f"{name:33}", *(f"{round(drift, 12):13.3g}" for drift in drifts(*pair)))
     mean = losses()["torch, all cells"][0].item()
     print(f"\nmean of all cells {mean:.6f}, times the mask over its sum {(mean * X.mask).sum() / X.mask.sum():.6f}")
-    print("lengths 5, 3, 2 in a block 8 wide: torch unpacks", times_mask([5, 3, 2]))
-    print("lengths 1, 1, 1 in a block 8 wide: torch unpacks", times_mask([1, 1, 1]))
+    print("lengths 5, 3, 2 padded to width 8: torch unpacks", times_mask([5, 3, 2]))
+    print("lengths 1, 1, 1 padded to width 8: torch unpacks", times_mask([1, 1, 1]))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ LENGTHS = {
 
 
 def answer(library: str, lengths: list[float]) -> str:
-    """What a library packs of the block under these lengths, or its error."""
+    """The packed data that a library makes with these lengths, or its error."""
     try:
         packed = PACK[library](torch.tensor(lengths))
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
@@ -43,8 +43,8 @@ def last_step_drifts() -> list[float]:
 
 
 def main() -> None:
-    """Print what packing makes of a block under right and wrong lengths, and where its last steps are."""
-    print(f"{[row.tolist() for row in ROWS]} in a block 6 wide")
+    """Print packed data for right and wrong lengths, and the drift of the last steps."""
+    print(f"{[row.tolist() for row in ROWS]} padded to width 6")
     for name, lengths in LENGTHS.items():
         print(f"{name}: {lengths}", *(f"  {library:12}{answer(library, lengths)}" for library in PACK), sep="\n")
     width = pad_packed_sequence(PACK["torch"](BATCH.lengths), batch_first=True)[0].shape[1]

@@ -14,7 +14,7 @@ PADDED = pad_sequence(SEQUENCES, batch_first=True)
 
 
 def drifts(lengths: list[int] | None) -> list[float]:
-    """Drift of states, loss and gradient from one sequence at a time; None: lengthtrack, told no lengths."""
+    """Drift of states, loss and gradient from one sequence at a time; None: lengthtrack, without declared lengths."""
     tracked, declared = LengthTrackedBatch.from_sequences(SEQUENCES), torch.tensor(lengths or TRUE)
     packed = pack_padded_sequence(PADDED, declared, batch_first=True)
     batched = _train(lambda rnn: (apply_rnn(rnn, tracked) if lengths is None else rnn(packed))[1][0][0])
@@ -31,7 +31,7 @@ def _train(run: Callable[[nn.LSTM], Tensor]) -> list[Tensor]:
 
 
 def answer(call: Callable[..., object], *args: object, **options: object) -> str:
-    """The error that a call raises, if it raises one."""
+    """The error of a call, or "no error"."""
     try:
         call(*args, **options)
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
@@ -40,14 +40,14 @@ def answer(call: Callable[..., object], *args: object, **options: object) -> str
 
 
 def main() -> None:
-    """Print the drift under wrong lengths, then who says something about them."""
+    """Print the drift with wrong lengths, and which calls raise an error."""
     print("drift from one sequence at a time           h_n      loss  gradient")
     for n in (TRUE, INFLATED, DEFLATED, None):
         shown = [f"{round(drift, 12):10.3g}" for drift in drifts(n)]
         print(f"{f'torch, declared {n}' if n else 'lengthtrack':37}{''.join(shown)}")
     for n in (INFLATED, DEFLATED, BEYOND):
         samples = [{"x": x, "steps": steps} for x, steps in zip(SEQUENCES, n, strict=True)]
-        print(f"\ntrue {TRUE}, declared {n}, block 5 wide")
+        print(f"\ntrue {TRUE}, declared {n}, padded to width 5")
         print("  pack_padded_sequence:", answer(pack_padded_sequence, PADDED, torch.tensor(n), batch_first=True))
         print("  from_sequences:", answer(LengthTrackedBatch.from_sequences, SEQUENCES, lengths=n))
         print("  PadCollator:", answer(PadCollator(length_field="steps"), samples))

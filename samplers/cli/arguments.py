@@ -1,4 +1,4 @@
-"""What commands are given: lists, widths, indexes and shards; and errors as one line with a way out."""
+"""Arguments of commands: lists, widths, indexes and shards. And errors as one line with a remedy."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -13,43 +13,27 @@ import numpy.typing as npt
 
 from collate.widths import Widths
 from samplers.planning.optimal_widths import optimal_widths
-from samplers.planning.sorting import Lengths, check_lengths
-from samplers.shards.indexing.index import LengthIndex
-from samplers.shards.indexing.index_file import SUFFIX
+from samplers.planning.sorting import Lengths, as_length_array
+from samplers.shards.indexing.index import LengthIndex, open_index
 from samplers.shards.indexing.measuring import Decoder, Measure
 from samplers.shards.storage.atomic import local_path
-from samplers.shards.storage.paths import expand_shards
 from samplers.shards.storage.process_pool import ProcessKilledError
+from samplers.shards.storage.reading import Shards
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-# What the library tells a program to do, and what a command line does instead.
-_IN_PYTHON: Final = {
-    "LengthIndex.build(shards).save(path)": "lengthtrack index",
-    "give shards= where they are now": "put it back there",
-    "give another prefix=": "give another --prefix",
-    'choose layout="blocks"': "choose --layout blocks",
-    "set max_length, or choose overlong='drop' or overlong='alone'": (
-        "set --max-length, or choose --overlong drop or --overlong alone"
-    ),
-    "build it with checksums=True": "make it with lengthtrack index --checksums",
-    "give length=, a function (field, bytes) -> steps": (
-        "give --length MODULE:FUNCTION, a function (field, bytes) -> steps, or --decode FIELD=MODULE:FUNCTION"
-    ),
-    "name the fields whose lengths count, and give length= to measure other encodings": (
-        "name the fields whose lengths count with --fields, and give --length MODULE:FUNCTION to measure others"
-    ),
-}
-_USERS_ERRORS: Final = (
+# Errors that mean wrong input. All others are bugs, and show a traceback.
+_INPUT_ERRORS: Final = (
     *(ValueError, TypeError, IndexError, OSError, ImportError, EOFError, BrokenExecutor, ProcessKilledError),
 )
 
 
 class WrittenPath(click.Path):
-    """A path that is to be written: on this machine."""
+    """A local path for output."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The path, or an error of the command line where it is a URL."""
+        """The path, or a usage error if it is a URL."""
+        # "-" is stdout.
         if value != "-":
             try:
                 value = str(local_path(value, "it"))
@@ -65,23 +49,23 @@ class OneLineErrors(click.Group):
         """Run the command that was asked for.
 
         Raises:
-            ClickException: It failed: what was wrong, and the way out.
-            BrokenPipeError: Who reads the output has left.
-            Exception: What failed, as it was raised, where a traceback is asked for.
+            ClickException: The command failed. The message has the error and its remedy.
+            BrokenPipeError: The reader of the output has ended.
+            Exception: The original error, with `--traceback`.
         """
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            # Not a failure: click ends quietly.
+            # Not a failure, for example with `| head`. click ends without a message.
             raise
-        except _USERS_ERRORS as error:
+        except _INPUT_ERRORS as error:
             if ctx.params["traceback"]:
                 raise
             raise click.ClickException(_one_line(error)) from error
 
 
 def parse_numbers(text: str) -> list[int]:
-    """Whole numbers above zero, separated by commas.
+    """Positive integers, separated by commas.
 
     Raises:
         BadParameter: They are not.
@@ -89,12 +73,12 @@ def parse_numbers(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     for part in parts:
         if not part.isdecimal() or int(part) == 0:
-            raise click.BadParameter(f"{part!r} is not a whole number above zero")
+            raise click.BadParameter(f"{part!r} is not a positive integer")
     return [int(part) for part in parts]
 
 
 def parse_windows(text: str) -> list[int | None]:
-    """Whole numbers above zero, or `auto`, which is None, separated by commas.
+    """Positive integers or `auto`, which is None, separated by commas.
 
     Raises:
         BadParameter: They are not.
@@ -115,15 +99,15 @@ def parse_names(text: str) -> list[str]:
 
 
 def flatten(lists: Sequence[list[Any]]) -> list[Any]:
-    """The entries of an option that may be given several times, without repetition."""
+    """The entries of an option that may come several times, each once."""
     return [*dict.fromkeys(entry for entries in lists for entry in entries)]
 
 
 def parse_pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
-    """`NAME=VALUE` or `NAME`, which is its own value.
+    """Parse `NAME=VALUE` or `NAME`, where the value is the name.
 
     Raises:
-        BadParameter: A name is empty or given twice.
+        BadParameter: A name is empty or comes twice.
     """
     pairs: dict[str, str] = {}
     for text in texts:
@@ -135,49 +119,53 @@ def parse_pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
 
 
 def parse_dtypes(texts: Sequence[str]) -> dict[str, np.dtype[Any]]:
-    """`FIELD=DTYPE`, as NumPy spells number types.
+    """Parse `FIELD=DTYPE`, with NumPy's names of numeric dtypes.
 
     Raises:
-        BadParameter: There is no such type of numbers.
+        BadParameter: There is no such numeric dtype.
     """
     dtypes = {}
     for name, spelled in parse_pairs("--dtype", texts).items():
         try:
             dtypes[name] = np.dtype(spelled)
         except TypeError:
+            # Refused below, with the dtypes that are not numeric.
             dtypes[name] = np.dtype(object)
         if dtypes[name].kind not in "biuf":
-            raise click.BadParameter(f"{spelled!r} is no type of numbers, as int32 or float32 is", param_hint="--dtype")
+            raise click.BadParameter(
+                f"{spelled!r} is not a numeric dtype such as int32 or float32", param_hint="--dtype"
+            )
     return dtypes
 
 
 def load_function(text: str, option: str) -> Callable[..., Any]:
-    """The function that `MODULE:NAME` is, of a module that can be imported from here or from the working directory.
+    """Import the function `MODULE:NAME`. The module may also be in the working directory.
 
     Raises:
         BadParameter: There is no such module or function.
     """
     module, colon, name = text.partition(":")
     here = str(Path.cwd())
+    # An installed script does not have the working directory on its path.
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
-        found: Any = import_module(module) if module and colon and name else None
+        value: Any = import_module(module) if module and colon and name else None
         for part in name.split("."):
-            found = getattr(found, part, None)
+            value = getattr(value, part, None)
     except ImportError as error:
         raise click.BadParameter(f"{text!r}: {error}", param_hint=option) from error
-    if not callable(found):
+    if not callable(value):
         raise click.BadParameter(f"{text!r} must be MODULE:FUNCTION, and name a function", param_hint=option)
-    function: Callable[..., Any] = found
+    function: Callable[..., Any] = value
     return function
 
 
 def load_measure(length: str | None, decode: Sequence[str]) -> Measure:
-    """How to measure lengths that no header tells.
+    """The functions that measure lengths that no header has.
 
     Raises:
-        BadParameter: There is no such function, or a field is named twice.
+        BadParameter: There is no such function, or a field comes twice.
     """
     decoders: dict[str, Decoder] = {
         name: load_function(text, "--decode") for name, text in parse_pairs("--decode", decode).items()
@@ -186,25 +174,28 @@ def load_measure(length: str | None, decode: Sequence[str]) -> Measure:
 
 
 def measuring_options(command: Command) -> Command:
-    """Add the options that say how lengths are measured that no header tells."""
+    """Add the options for functions that measure lengths."""
     options = [
         click.option(
-            "--length", metavar="MODULE:FUNCTION", help="Measures fields that are no arrays: (field, bytes) -> steps."
+            "--length",
+            metavar="MODULE:FUNCTION",
+            help="Function that measures fields that are not arrays: (field, bytes) -> steps.",
         ),
         click.option(
             "--decode",
             metavar="FIELD=MODULE:FUNCTION",
             multiple=True,
-            help="Decodes such a field, bytes to a sequence, whose length counts.",
+            help="Function that decodes such a field, bytes to a sequence; its length counts.",
         ),
     ]
+    # click lists options in reverse order of decoration.
     for option in reversed(options):
         command = option(command)
     return command
 
 
 def parse_widths(text: str | None, lengths: Lengths) -> Widths:
-    """`8` for multiples of eight, `128,256` for a list, `best:6` for the six widths that waste least.
+    """Parse `8` (multiples of 8), `128,256` (these widths), or `best:6` (the six widths that waste least).
 
     Raises:
         BadParameter: It is none of these.
@@ -216,79 +207,68 @@ def parse_widths(text: str | None, lengths: Lengths) -> Widths:
     if best == text:
         return numbers[0] if len(numbers) == 1 else numbers
     if len(numbers) > 1:
+        # The best widths depend on their number, so there is no list of them.
         raise click.BadParameter(f"{text!r}: best: takes one number", param_hint="--widths")
-    return optimal_widths(check_lengths(lengths), numbers[0])
+    return optimal_widths(as_length_array(lengths), numbers[0])
 
 
-def find_corpora(folder: Path) -> list[Path]:
-    """The index files in a folder that are of more than one shard."""
-    return sorted(file for file in folder.glob(f"*{SUFFIX}") if not file.name.endswith(f".tar{SUFFIX}"))
-
-
-def find_index(sources: Sequence[str]) -> list[str]:
-    """The index files of what was given: themselves, the one of a folder, or those beside shards.
-
-    Raises:
-        FileNotFoundError: A pattern matches no file.
-        ValueError: A folder holds several corpora, or indexes and shards are mixed.
-    """
-    if len(sources) == 1 and Path(sources[0]).is_dir():
-        corpora = find_corpora(Path(sources[0]))
-        if len(corpora) > 1:
-            raise ValueError(f"{sources[0]} holds several corpora: give one of {', '.join(map(str, corpora))}")
-        if corpora:
-            return [str(corpora[0])]
-    indexes = [source for source in sources if source.endswith(SUFFIX)]
-    if indexes and len(indexes) < len(sources):
-        raise ValueError(f"{indexes[0]} is an index and {(set(sources) - set(indexes)).pop()} is not: give one kind")
-    return indexes or [f"{shard}{SUFFIX}" for shard in expand_shards(list(sources))]
-
-
-def open_index(sources: Sequence[str]) -> LengthIndex:
-    """The index of what was given.
+def open_sources(sources: Sequence[str]) -> LengthIndex:
+    """The index of the sources: of index files, of one folder, or of the files next to shards.
 
     Raises:
         FileNotFoundError: There is none.
-        ValueError: It is damaged, or there are several.
+        ValueError: It is damaged, or a folder has several.
     """
-    indexes = find_index(sources)
-    return LengthIndex.open(indexes[0]) if len(indexes) == 1 else LengthIndex.open_all(indexes)
+    return open_index(as_shards(sources))
+
+
+def as_shards(sources: Sequence[str]) -> Shards:
+    """The sources as the library takes them: a single one may be a folder with a corpus file."""
+    return sources[0] if len(sources) == 1 else list(sources)
 
 
 def open_lengths(sources: Sequence[str]) -> Lengths:
-    """The lengths in a `.npy` file, mapped, or the index of what was given.
+    """The lengths in a `.npy` file, mapped, or the index of the sources.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is damaged, or holds Python objects.
+        ValueError: It is damaged, or has Python objects.
     """
     if len(sources) == 1 and sources[0].endswith(".npy"):
         try:
             lengths: npt.NDArray[Any] = np.load(sources[0], mmap_mode="r", allow_pickle=False)
         except ValueError as error:
-            raise ValueError(f"{sources[0]}: {error} Save whole numbers, as np.save does of an integer array") from None
+            raise ValueError(f"{sources[0]}: {error} Save an integer array with np.save") from None
         return lengths
-    return open_index(sources)
+    return open_sources(sources)
 
 
 def plan_options(command: Command) -> Command:
     """Add the planner's options, except for `--max-tokens` and `--window`."""
     options = [
-        click.option("--batch-size", type=click.IntRange(1), help="Rows in a batch at most."),
-        click.option("--count", type=click.Choice(["padded", "real"]), default="padded", help="What tokens count."),
-        click.option("--replicas", "num_replicas", type=click.IntRange(1), default=1, help="Ranks that train."),
+        click.option("--batch-size", type=click.IntRange(1), help="Largest number of rows in a batch."),
+        click.option(
+            "--count",
+            "count_tokens",
+            type=click.Choice(["padded", "real"]),
+            default="padded",
+            help="Tokens that count against the budget.",
+        ),
+        click.option(
+            "--replicas", "num_replicas", type=click.IntRange(1), default=1, help="Number of ranks that train."
+        ),
         click.option("--widths", help="Padded widths: 8 (multiples), 128,256 (these), best:6 (the six best)."),
-        click.option("--min-length", type=click.IntRange(0), default=0, help="Shorter samples are left out."),
-        click.option("--max-length", type=click.IntRange(1), help="Longer samples are cut to it."),
+        click.option("--min-length", type=click.IntRange(0), default=0, help="Leave out shorter samples."),
+        click.option("--max-length", type=click.IntRange(1), help="Cut longer samples to this length."),
         click.option(
             "--overlong",
             type=click.Choice(["alone", "drop", "error"]),
             default="alone",
-            help="What is done with samples over the budget.",
+            help="What to do with samples over the budget.",
         ),
         click.option("--drop-last", is_flag=True, help="Drop the last, partial step."),
-        click.option("--seed", type=click.IntRange(0), default=0, help="Of the shuffles."),
-        click.option("--epoch", type=click.IntRange(0), default=0, help="Which epoch is planned."),
+        click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the shuffles."),
+        click.option("--epoch", type=click.IntRange(0), default=0, help="Epoch to plan."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -296,14 +276,14 @@ def plan_options(command: Command) -> Command:
 
 
 def examples(*lines: str) -> str:
-    """The end of a command's help: lines that can be pasted."""
+    """Examples for the end of a command's help."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def _one_line(error: BaseException) -> str:
+    """The message of an error, on one line."""
+    # Some messages, as of NumPy, have line breaks.
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename or 'a file'}: {error.strerror}"
-    for python, command in _IN_PYTHON.items():
-        text = text.replace(python, command)
     return text or type(error).__name__

@@ -1,4 +1,4 @@
-"""Rows of Parquet files and Hugging Face datasets as arrays; needs pyarrow, and for datasets `datasets`."""
+"""Rows of Parquet files and Hugging Face datasets as arrays. Needs pyarrow, and for datasets also `datasets`."""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -12,22 +12,22 @@ import pyarrow.parquet as pq
 
 from samplers.cli.extras import load_extra
 
-# Rows that are in memory at a time.
-ROWS: Final = 1000
+# Rows in memory at a time.
+ROWS_AT_ONCE: Final = 1000
 
 
 def read_parquet(paths: Sequence[str], columns: Sequence[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of Parquet files, a thousand at a time.
 
     Args:
-        paths: of the files, in order.
-        columns: which to read; None reads all.
+        paths: Paths of the files, in order.
+        columns: Columns to read. None for all.
 
     Yields:
-        Where a row stands, and its values by column: arrays `[L, *F]`, NumPy scalars and text.
+        The origin of a row, and its values by column: arrays `[L, *F]`, NumPy scalars and text.
 
     Raises:
-        ValueError: A file is damaged, a column is not there, or its kind has no fixed dtype and shape.
+        ValueError: A file is damaged, or a column does not exist or is not text or numbers of one dtype and shape.
     """
     for path in paths:
         try:
@@ -40,15 +40,15 @@ def read_dataset(path: str, columns: Sequence[str] | None, split: str | None) ->
     """The rows of a dataset that `Dataset.save_to_disk` has written, a thousand at a time.
 
     Args:
-        path: its folder.
-        columns: which to read; None reads all.
-        split: of a folder of several.
+        path: Folder of the dataset.
+        columns: Columns to read. None for all.
+        split: Split of a dataset that has several.
 
     Yields:
         As `read_parquet` does.
 
     Raises:
-        ValueError: A column or split is not there, or a column's kind has no fixed dtype and shape.
+        ValueError: A column or split does not exist, or a column is not text or numbers of one dtype and shape.
     """
     dataset = load_extra("datasets", "convert").load_from_disk(path)
     if isinstance(dataset, dict):
@@ -56,79 +56,92 @@ def read_dataset(path: str, columns: Sequence[str] | None, split: str | None) ->
             raise ValueError(f"{path}: holds the splits {list(dataset)}, got {split!r}: choose one with --split")
         dataset = dataset[split]
     _check_columns(dataset.column_names, columns, path)
+    # Without this, `datasets` would also read the columns that are not wanted.
     chosen = dataset if columns is None else dataset.select_columns(list(columns))
-    for number, table in enumerate(chosen.with_format("arrow").iter(ROWS)):
-        yield from _rows(table.combine_chunks().to_batches()[0], path, number * ROWS)
+    for number, table in enumerate(chosen.with_format("arrow").iter(ROWS_AT_ONCE)):
+        yield from _batch_rows(table.combine_chunks().to_batches()[0], path, number * ROWS_AT_ONCE)
 
 
 def _read_file(path: str, columns: Sequence[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
     with pq.ParquetFile(path) as file:
         _check_columns(file.schema_arrow.names, columns, path)
         first = 0
-        for batch in file.iter_batches(ROWS, columns=columns):
-            yield from _rows(batch, path, first)
+        # A row group may be larger than memory, so rows come in batches.
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns):
+            yield from _batch_rows(batch, path, first)
             first += len(batch)
 
 
-def _check_columns(found: Sequence[str], columns: Sequence[str] | None, path: str) -> None:
-    missing = [name for name in columns or () if name not in found]
+def _check_columns(names: Sequence[str], columns: Sequence[str] | None, path: str) -> None:
+    missing = [name for name in columns or () if name not in names]
     if missing:
-        raise ValueError(f"{path}: no column {missing[0]!r}, there are {list(found)}")
+        raise ValueError(f"{path}: no column {missing[0]!r}, there are {list(names)}")
 
 
-def _rows(batch: Any, path: str, first: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def _batch_rows(batch: Any, path: str, first: int) -> Iterator[tuple[str, dict[str, Any]]]:
     names = batch.schema.names
-    where = f"{path}, rows {first} to {first + len(batch) - 1}"
-    columns = [_values(batch.column(name), f"{where}, column {name!r}") for name in names]
+    context = f"{path}, rows {first} to {first + len(batch) - 1}"
+    columns = [_values(batch.column(name), f"{context}, column {name!r}") for name in names]
     for number, values in enumerate(zip(*columns, strict=True), start=first):
         yield f"{path}, row {number}", dict(zip(names, values, strict=True))
 
 
-def _values(column: Any, where: str) -> list[Any] | npt.NDArray[Any]:
-    """A value for each row."""
-    column = _plain(column, where)
+def _values(column: Any, context: str) -> list[Any] | npt.NDArray[Any]:
+    """The values of a column, one for each row."""
+    column = _plain(column, context)
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         return list(column.to_pylist())
     if not _is_list(column.type):
-        return _dense(column, where)
-    ends = np.cumsum(_lengths(column)).tolist()
-    steps = _dense(column.flatten(), where)
+        return _dense_array(column, context)
+    # One flat array, cut into rows: to convert row by row is many times slower.
+    ends = np.cumsum(_list_lengths(column)).tolist()
+    steps = _dense_array(column.flatten(), context)
     return [steps[first:last] for first, last in pairwise([0, *ends])]
 
 
-def _dense(column: Any, where: str) -> npt.NDArray[Any]:
-    """A column without text, null or rows of different lengths as one array `[n, *F]`.
+def _dense_array(column: Any, context: str) -> npt.NDArray[Any]:
+    """A column of numbers, or of lists of one length, as one array `[n, *F]`.
 
     Raises:
         ValueError: It is not such a column.
     """
-    column = _plain(column, where)
-    kind = column.type
-    if pa.types.is_fixed_size_list(kind):
-        inner = _dense(column.flatten(), where)
-        return inner.reshape(len(column), kind.list_size, *inner.shape[1:])
-    if _is_list(kind):
-        sizes = np.unique(_lengths(column))
+    column = _plain(column, context)
+    arrow_type = column.type
+    if pa.types.is_fixed_size_list(arrow_type):
+        inner = _dense_array(column.flatten(), context)
+        return inner.reshape(len(column), arrow_type.list_size, *inner.shape[1:])
+    if _is_list(arrow_type):
+        # Lists of one length are an axis of the steps.
+        sizes = np.unique(_list_lengths(column))
         if len(sizes) > 1:
-            raise ValueError(f"{where}: steps must be alike in shape, got lists of {sizes[0]} and {sizes[-1]} values")
-        inner = _dense(column.flatten(), where)
+            raise ValueError(f"{context}: steps must have one shape, got lists of {sizes[0]} and {sizes[-1]} values")
+        inner = _dense_array(column.flatten(), context)
         return inner.reshape(len(column), sizes[0] if len(sizes) else 0, *inner.shape[1:])
-    if not (pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-        raise ValueError(f"{where}: {kind} is not a number, a text or a list of numbers: choose others with --fields")
+    if not (pa.types.is_boolean(arrow_type) or pa.types.is_integer(arrow_type) or pa.types.is_floating(arrow_type)):
+        raise ValueError(
+            f"{context}: {arrow_type} is not a number, a text or a list of numbers: choose others with --fields"
+        )
     return np.asarray(column.to_numpy(zero_copy_only=False))
 
 
-def _plain(column: Any, where: str) -> Any:
+def _plain(column: Any, context: str) -> Any:
+    """A column without extension types and null.
+
+    Raises:
+        ValueError: It has null.
+    """
     column = column.storage if isinstance(column, pa.ExtensionArray) else column
     if column.null_count:
         row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
-        raise ValueError(f"{where}: holds null, first at value {row}: fill it in, or choose others with --fields")
+        raise ValueError(f"{context}: holds null, first at value {row}: fill it in, or choose others with --fields")
     return column
 
 
-def _is_list(kind: Any) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+def _is_list(arrow_type: Any) -> bool:
+    return bool(
+        pa.types.is_list(arrow_type) or pa.types.is_large_list(arrow_type) or pa.types.is_fixed_size_list(arrow_type)
+    )
 
 
-def _lengths(column: Any) -> npt.NDArray[np.int64]:
+def _list_lengths(column: Any) -> npt.NDArray[np.int64]:
     return np.asarray(pc.list_value_length(column).to_numpy(zero_copy_only=False), np.int64)

@@ -3,9 +3,9 @@
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import click
 from tqdm import tqdm
@@ -13,14 +13,13 @@ from tqdm import tqdm
 from samplers.cli.arguments import (
     OneLineErrors,
     WrittenPath,
+    as_shards,
     examples,
-    find_corpora,
-    find_index,
     flatten,
     load_measure,
     measuring_options,
-    open_index,
     open_lengths,
+    open_sources,
     parse_dtypes,
     parse_names,
     parse_numbers,
@@ -29,32 +28,33 @@ from samplers.cli.arguments import (
     parse_windows,
     plan_options,
 )
-from samplers.cli.comparison import compare_plans, describe_lengths, trace_windows
-from samplers.cli.convert import Choice, SampleMaker, check_exists, read_rows, stacked_fields
+from samplers.cli.compare import compare_plans, describe_lengths, trace_windows
+from samplers.cli.convert import ColumnSelection, SampleMaker, read_input_rows, stacked_fields
 from samplers.cli.extras import load_extra
+from samplers.cli.folder_index import index_of_folder, open_earlier, unlisted_shards
 from samplers.cli.printing import count, describe_index, describe_reading, judge, print_batch, print_report, print_rows
-from samplers.planning.plan import BatchPlan, plan_epoch
+from samplers.planning.options import Options
+from samplers.planning.plan import BatchPlan
+from samplers.planning.tables.pool_table import choose_table
 from samplers.shards.dataset import ShardDataset
-from samplers.shards.indexing.index import LengthIndex
+from samplers.shards.indexing.find_index import find_index_files
+from samplers.shards.indexing.index import LengthIndex, tables_of
 from samplers.shards.indexing.index_file import SUFFIX, read_index
-from samplers.shards.indexing.measuring import Measure
-from samplers.shards.indexing.scan import LengthOf
+from samplers.shards.indexing.measuring import LengthOf, Measure
 from samplers.shards.indexing.verify import find_errors
 from samplers.shards.storage.paths import expand_shards
+from samplers.shards.storage.process_pool import ItemT
 from samplers.shards.writing.writer import ShardWriter
 
-T = TypeVar("T")
-
-# Exit status where nothing differs, but not everything was measured; 2 is the command line's.
+# Exit status if nothing differs, but not everything was measured. 2 is a usage error, by convention.
 NOT_MEASURED: Final = 3
-CORPUS: Final = f"corpus{SUFFIX}"
-# A worker pays off from about so many shards on.
+# With fewer shards a worker takes longer to start than it saves.
 SHARDS_PER_WORKER: Final = 8
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(package_name="lengthtrack")
-@click.option("--traceback", is_flag=True, help="Show where in the program an error was raised.")
+@click.option("--traceback", is_flag=True, help="Show the traceback of an error.")
 def main(*, traceback: bool) -> None:
     """Corpora of variable-length sequences: their shards, their lengths, and batches under a budget.
 
@@ -75,12 +75,14 @@ def main(*, traceback: bool) -> None:
     "--fields",
     type=parse_names,
     metavar="NAME[,NAME...]",
-    help="Those whose lengths count; by default all arrays with an axis.",
+    help="Fields whose lengths count; by default all arrays with an axis.",
 )
 @measuring_options
-@click.option("--length-id", help="A name for what measures; by default one of its source. Kept in the index.")
-@click.option("--checksums/--no-checksums", default=None, help="Read every payload too, and keep its checksum.")
-@click.option("--workers", type=click.IntRange(0), help="Processes; by default up to one for each CPU.")
+@click.option(
+    "--length-id", help="Name of the measuring function, stored in the index; by default made from its source."
+)
+@click.option("--checksums/--no-checksums", default=None, help="Read every payload too, and store its checksum.")
+@click.option("--workers", type=click.IntRange(0), help="Number of processes; by default up to one for each CPU.")
 def index(
     *,
     shards: tuple[str, ...],
@@ -94,14 +96,15 @@ def index(
 ) -> None:
     """Build or refresh the index of SHARDS.
 
-    Headers are read, and payloads only for --checksums. A refreshed index keeps the fields and checksums of the one
-    before, unless options say otherwise.
+    Reads headers, and payloads only for --checksums. A refreshed index has the fields and checksums of the former one,
+    unless options change them.
     """
-    target = Path(output) if output else _index_of_folder(shards)
-    before = _open_earlier(target)
+    target = Path(output) if output else index_of_folder(shards)
+    before = open_earlier(target)
+    # A second `lengthtrack index` refreshes: it must not drop fields or checksums that the first one was asked for.
     if before is not None:
         fields = list(before.fields) if fields is None else fields
-        checksums = before.tables.crcs is not None if checksums is None else checksums
+        checksums = tables_of(before).crcs is not None if checksums is None else checksums
     paths = expand_shards(list(shards))
     built = LengthIndex.build(
         paths,
@@ -126,10 +129,10 @@ def index(
     )
 )
 @click.argument("sources", nargs=-1, required=True, metavar="INDEX|SHARDS...")
-@click.option("--quick", is_flag=True, help="Hold headers and lengths against the index, and leave payloads unread.")
+@click.option("--quick", is_flag=True, help="Check headers and lengths only, without payloads.")
 @measuring_options
-@click.option("--errors", type=click.IntRange(1), default=5, help="How many errors are named.")
-@click.option("--workers", type=click.IntRange(0), help="Processes; by default up to one for each CPU.")
+@click.option("--errors", type=click.IntRange(1), default=5, help="Number of errors to print.")
+@click.option("--workers", type=click.IntRange(0), help="Number of processes; by default up to one for each CPU.")
 @click.pass_context
 def verify(
     ctx: click.Context,
@@ -141,27 +144,29 @@ def verify(
     errors: int,
     workers: int | None,
 ) -> None:
-    """Hold an index against its shards, and lengths against payloads.
+    """Check an index against its shards, and lengths against payloads.
 
-    Exit status 0: all agree. 1: something differs; the first errors are named. 3: what was read agrees, and the lengths
-    of some fields were not measured, since no header tells them: --length or --decode does.
+    Exit status 0: all agree. 1: something differs; the first errors are printed. 3: nothing differs, but the lengths of
+    some fields were not measured, because no header has them: give --length or --decode.
     """
     _refuse_quick(quick, length or decode)
     measure = load_measure(length, decode)
-    for path in find_index(sources):
+    # `LengthIndex.open` does not check files over 256 MiB: verify checks all.
+    for path in find_index_files(as_shards(sources)):
         read_index(path, checked_up_to=None)
-    known = open_index(sources)
-    payload = not quick and known.tables.crcs is not None
-    shards = known.shards
-    missing = [name for name in known.tables.measured if not measure.measures(name)]
-    found = find_errors(known, payload=payload, measure=measure, workers=_count_workers(workers, len(shards)))
-    wrong = [*filter(None, _progress(found, len(shards), "shard")), *_unknown_shards(sources, shards)]
-    for error in wrong[:errors]:
-        click.echo(f"{click.style('FAILED', fg='red')} {error}")
-    if len(wrong) > errors:
-        click.echo(f"... and {len(wrong) - errors:,} more: --errors {len(wrong)} names them all")
-    click.echo(f"{describe_index(known)}: {describe_reading(known, missing, quick=quick)}, {judge(wrong, missing)}")
-    ctx.exit(1 if wrong else NOT_MEASURED if missing else 0)
+    corpus = open_sources(sources)
+    tables, shards = tables_of(corpus), corpus.shards
+    checksums = not quick and tables.crcs is not None
+    missing = [name for name in tables.measured if not measure.measures(name)]
+    results = find_errors(tables, checksums=checksums, measure=measure, workers=_count_workers(workers, len(shards)))
+    problems = [*filter(None, _progress(results, len(shards), "shard")), *unlisted_shards(sources, shards)]
+    for problem in problems[:errors]:
+        click.echo(f"{click.style('FAILED', fg='red')} {problem}")
+    if len(problems) > errors:
+        click.echo(f"... and {len(problems) - errors:,} more: --errors {len(problems)} prints them all")
+    reading = describe_reading(corpus, missing, quick=quick)
+    click.echo(f"{describe_index(corpus)}: {reading}, {judge(problems, missing)}")
+    ctx.exit(1 if problems else NOT_MEASURED if missing else 0)
 
 
 @main.command(
@@ -178,17 +183,20 @@ def verify(
     type=parse_numbers,
     metavar="N[,N...]",
     multiple=True,
-    help="Tokens in a batch at most, one or several.",
+    help="Largest number of tokens in a batch, one or several.",
 )
 @click.option(
     "--window", type=parse_windows, metavar="N[,N...]", multiple=True, default=["auto"], help="Samples sorted together."
 )
 @plan_options
 @click.option(
-    "--json", "json_path", type=WrittenPath(dir_okay=False, allow_dash=True), help="All figures; - is stdout."
+    "--json",
+    "json_path",
+    type=WrittenPath(dir_okay=False, allow_dash=True),
+    help="Write all figures as JSON; - is stdout.",
 )
 @click.option(
-    "--plot", type=WrittenPath(dir_okay=False), help="A figure, .png, .svg or .pdf; needs lengthtrack[plots]."
+    "--plot", type=WrittenPath(dir_okay=False), help="Draw a figure, .png, .svg or .pdf; needs lengthtrack[plots]."
 )
 def report(
     *,
@@ -199,23 +207,25 @@ def report(
     plot: str | None,
     **options: Any,
 ) -> None:
-    """What an epoch would cost, by budget and window.
+    """Report what an epoch would cost, by budget and window.
 
-    A column for each, before anything is trained. Only the index is opened, and no shard.
+    One column for each plan, before any training. Opens only the index, no shards.
     """
     _require_budget(max_tokens, options)
     lengths = open_lengths(sources)
     options["widths"] = parse_widths(options["widths"], lengths)
+    # Before the plans, so that a missing matplotlib is an error at once.
     pictures = load_extra("samplers.cli.plots", "plots") if plot else None
-    candidates = compare_plans(lengths, flatten(max_tokens) or [None], flatten(window), **options)
+    summaries = compare_plans(lengths, flatten(max_tokens) or [None], flatten(window), **options)
+    # JSON on stdout must be the only output.
     if json_path != "-":
-        print_report(sources, lengths, candidates)
+        print_report(sources, lengths, summaries)
     if json_path is not None:
         figures = {"sources": list(sources), "lengths": describe_lengths(lengths)}
-        text = json.dumps(figures | {"plans": [candidate.as_json() for candidate in candidates]}, indent=2)
+        text = json.dumps(figures | {"plans": [summary.as_json() for summary in summaries]}, indent=2)
         click.echo(text) if json_path == "-" else Path(json_path).write_text(text + "\n", encoding="utf-8")
     if pictures is not None:
-        pictures.draw_comparison(lengths, candidates, trace_windows(lengths, candidates), Path(str(plot)))
+        pictures.draw_comparison(lengths, summaries, trace_windows(lengths, summaries), Path(str(plot)))
 
 
 @main.command(
@@ -229,14 +239,23 @@ def report(
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.argument("folder", type=WrittenPath(file_okay=False))
 @click.option(
-    "--fields", type=parse_names, metavar="NAME[,NAME...]", help="What is kept, as NAME or NAME=COLUMN; by default all."
+    "--fields",
+    type=parse_names,
+    metavar="NAME[,NAME...]",
+    help="Fields to store, as NAME or NAME=COLUMN; by default all.",
 )
-@click.option("--key", help="The column that names samples; by default __key__, or else the row's number.")
-@click.option("--text", type=parse_names, metavar="NAME[,NAME...]", help="Fields of text to store as UTF-8 bytes.")
-@click.option("--stack", type=parse_names, metavar="NAME[,NAME...]", help="Arrays of the same size in every sample.")
+@click.option("--key", help="Column of the samples' keys; by default __key__, or else the row number.")
+@click.option("--text", type=parse_names, metavar="NAME[,NAME...]", help="Text fields, stored as UTF-8 bytes.")
+@click.option(
+    "--stack", type=parse_names, metavar="NAME[,NAME...]", help="Arrays that have the same size in every sample."
+)
 @click.option("--dtype", multiple=True, metavar="FIELD=DTYPE", help="Store a field as int32, float32 ...")
 @click.option(
-    "--round", "rounded", type=parse_names, metavar="NAME[,NAME...]", help="Fields whose numbers float32 may round."
+    "--round",
+    "rounded",
+    type=parse_names,
+    metavar="NAME[,NAME...]",
+    help="Fields whose numbers may be rounded to their dtype.",
 )
 @click.option("--layout", type=click.Choice(["blocks", "plain"]), default="blocks", help="Of the shards.")
 @click.option("--max-samples", type=click.IntRange(1), default=100_000, help="Most samples in a shard.")
@@ -259,16 +278,19 @@ def convert(
 ) -> None:
     """Write the samples of INPUT to shards in FOLDER, with their index.
 
-    INPUT is shards, JSON lines (.jsonl, .jsonl.gz), Parquet files, or the folder of a Hugging Face dataset that
-    save_to_disk has written; the last two need lengthtrack[convert]. Lists become sequences, numbers stay numbers.
+    INPUT is shards, JSON lines (.jsonl, .jsonl.gz), Parquet files, or a folder that save_to_disk of a Hugging Face
+    dataset has written; the last two need lengthtrack[convert]. Lists become sequences, numbers stay numbers.
     """
-    named = None if fields is None else parse_pairs("--fields", fields)
-    choice = Choice(fields=named, key=key, text=text or (), dtypes=parse_dtypes(dtype), rounded=rounded or ())
-    stack = stack or stacked_fields(inputs, choice)
-    maker, samples = SampleMaker(choice), 0
+    columns = None if fields is None else parse_pairs("--fields", fields)
+    selection = ColumnSelection(
+        fields=columns, key=key, text=text or (), dtypes=parse_dtypes(dtype), rounded=rounded or ()
+    )
+    # Blocks say which fields have a fixed size. Rows of other inputs do not.
+    stack = stack or stacked_fields(inputs, selection)
+    maker, samples = SampleMaker(selection), 0
     with ShardWriter(folder, layout=layout, max_samples=max_samples, prefix=prefix, stack=stack) as writer:
-        for where, row in _progress(read_rows(inputs, choice, split), None, "sample"):
-            _write(writer, where, maker.make(where, row))
+        for context, row in _progress(read_input_rows(inputs, selection, split), None, "sample"):
+            _write(writer, context, maker.make(context, row))
             samples += 1
     shards = len(writer.shards)
     click.echo(
@@ -283,81 +305,67 @@ def convert(
     )
 )
 @click.argument("sources", nargs=-1, required=True, metavar="INDEX|SHARDS")
-@click.option("--max-tokens", type=click.IntRange(1), help="Tokens in a batch at most.")
-@click.option("--window", type=click.IntRange(1), help="Samples sorted together; by default from the batches.")
+@click.option("--max-tokens", type=click.IntRange(1), help="Largest number of tokens in a batch.")
+@click.option("--window", type=click.IntRange(1), help="Samples sorted together; by default chosen from the batches.")
 @plan_options
-@click.option("--step", type=click.IntRange(0), default=0, help="Which batch of the epoch.")
-@click.option("--rank", type=click.IntRange(0), default=0, help="Whose batch.")
-@click.option("--rows", type=click.IntRange(0), default=20, help="Rows that are printed.")
+@click.option("--step", type=click.IntRange(0), default=0, help="Step of the epoch.")
+@click.option("--rank", type=click.IntRange(0), default=0, help="Rank whose batch is shown.")
+@click.option("--rows", type=click.IntRange(0), default=20, help="Number of rows to print.")
 def show(*, sources: tuple[str, ...], step: int, rank: int, rows: int, **options: Any) -> None:
     """Print a batch: fields, padding and rows."""
     _require_budget(options["max_tokens"], options)
-    known = open_index(sources)
-    options["widths"] = parse_widths(options["widths"], known)
-    plan = plan_epoch(known, **options)
+    corpus = open_sources(sources)
+    options["widths"] = parse_widths(options["widths"], corpus)
+    epoch, num_replicas = options.pop("epoch"), options.pop("num_replicas")
+    table = choose_table(corpus, Options(**options))
+    plan = BatchPlan(table, epoch, num_replicas)
     batch = plan.batches[_check_step(plan, step, rank)]
-    samples = ShardDataset(known.shards, known).__getitems__(batch)
+    samples = ShardDataset(corpus.shards, corpus).__getitems__(batch)
     click.secho(f"step {step:,} of {plan.steps:,}, rank {rank} of {plan.num_replicas}, epoch {plan.epoch}", bold=True)
-    print_batch(known, plan, batch, samples)
-    print_rows(known, batch, samples, rows)
+    print_batch(corpus, table, batch, samples)
+    print_rows(corpus, batch, samples, rows)
 
 
 def _refuse_quick(quick: object, measures: object) -> None:
+    """Refuse options that exclude each other.
+
+    Raises:
+        UsageError: Both are given.
+    """
     if quick and measures:
         raise click.UsageError("--quick leaves payloads unread, and --length and --decode read them: choose one")
 
 
-def _write(writer: ShardWriter, where: str, sample: dict[str, Any]) -> None:
+def _write(writer: ShardWriter, context: str, sample: dict[str, Any]) -> None:
+    """Write a sample, with its origin in errors.
+
+    Raises:
+        ValueError: The writer refuses it.
+    """
     try:
         writer.write(sample)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{context}: {error}") from error
 
 
 def _length_of(measure: Measure) -> LengthOf | None:
-    # The function itself where there is no decoder, for the index records its name.
+    """The length function for an index."""
+    # Without decoders the function itself, because the index records its name.
     return measure if measure.decode else measure.length
 
 
-def _index_of_folder(shards: Sequence[str]) -> Path:
-    check_exists(shards[0])
-    folder = Path(shards[0])
-    if len(shards) > 1 or not folder.is_dir():
-        raise click.UsageError("say where the index goes with --output FILE.ltx, or give one folder as SHARDS")
-    corpora = find_corpora(folder)
-    if len(corpora) > 1:
-        raise click.UsageError(f"{folder} holds several indexes: choose one with --output {corpora[0]}")
-    return corpora[0] if corpora else folder / CORPUS
-
-
-def _open_earlier(target: Path) -> LengthIndex | None:
-    try:
-        return LengthIndex.open(target)
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        click.echo(f"built anew, with what the options say: {error}", err=True)
-        return None
-
-
-def _count_workers(given: int | None, shards: int) -> int:
-    # One process alone needs no pool.
+def _count_workers(workers: int | None, shards: int) -> int:
+    """The number of workers: the option, or one for each CPU and eight shards."""
+    if workers is not None:
+        return workers
     fitting = min(os.cpu_count() or 1, shards // SHARDS_PER_WORKER)
-    return given if given is not None else fitting if fitting > 1 else 0
+    # One worker alone is slower than this process.
+    return fitting if fitting > 1 else 0
 
 
-def _progress(items: Iterable[T], total: int | None, unit: str) -> Iterable[T]:
-    bar: Iterable[T] = tqdm(items, total=total, unit=unit, disable=not sys.stderr.isatty(), leave=False)
+def _progress(items: Iterable[ItemT], total: int | None, unit: str) -> Iterable[ItemT]:
+    bar: Iterable[ItemT] = tqdm(items, total=total, unit=unit, disable=not sys.stderr.isatty(), leave=False)
     return bar
-
-
-def _unknown_shards(sources: Sequence[str], known: Sequence[str]) -> list[str]:
-    """The shards in a folder that its index does not list."""
-    if len(sources) > 1 or not Path(sources[0]).is_dir():
-        return []
-    listed = {str(Path(shard).absolute()) for shard in known}
-    found = [str(path) for path in sorted(Path(sources[0]).glob("*.tar")) if str(path.absolute()) not in listed]
-    return [f"{path}: not in the index: lengthtrack index {sources[0]}" for path in found]
 
 
 def _require_budget(max_tokens: object, options: dict[str, Any]) -> None:

@@ -1,54 +1,55 @@
-"""Numbers from lists as arrays, and from one dtype to another: each stays what it was, or an error names it."""
+"""Convert numbers from lists to arrays and between dtypes exactly: a number that would change is an error."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from samplers.shards.format.npy import AnyArray
 
 
-def as_numbers(value: Any, where: str) -> Array:
-    """A number or a list of numbers, or of lists that are alike, as an array of NumPy's choice.
+def as_numbers(value: Any, context: str) -> AnyArray:
+    """A number, a list of numbers, or nested lists of one shape, as an array of NumPy's choice.
 
     Args:
-        value: what JSON holds, or an array.
-        where: it stands, for messages.
+        value: A value from JSON, or an array.
+        context: Origin of the value, for messages.
 
     Raises:
-        ValueError: It holds no numbers, lists of different lengths, true or false beside numbers, or a whole number
-            that none of NumPy's dtypes holds as it is.
+        ValueError: It has values that are not numbers, lists of different lengths, booleans mixed with numbers, or an
+            integer that no dtype stores exactly.
     """
     try:
         array = np.asarray(value)
     except OverflowError:
-        raise ValueError(f"{where}: holds a whole number of more than 64 bits, and no dtype does") from None
+        raise ValueError(f"{context}: holds an integer of more than 64 bits, and no dtype does") from None
     except ValueError:
-        raise ValueError(f"{where}: is a list of lists of different lengths: steps must be alike in shape") from None
+        raise ValueError(f"{context}: is a list of lists of different lengths: steps must have one shape") from None
     if array.dtype.kind not in "biuf":
         big = next(
-            (number for number in _leaves([value]) if type(number) is int and not -(2**63) <= number < 2**64), ""
+            (number for number in _numbers_in([value]) if type(number) is int and not -(2**63) <= number < 2**64), ""
         )
-        what = f"the whole number {big}, of more than 64 bits" if big else "values that are not numbers"
-        raise ValueError(f"{where}: holds {what}: choose fields with --fields")
+        what = f"the integer {big}, of more than 64 bits" if big else "values that are not numbers"
+        raise ValueError(f"{context}: holds {what}: choose fields with --fields")
     if isinstance(value, list):
-        _check_leaves(value, array, where)
+        _check_numbers(value, array, context)
     return array
 
 
-def cast_exactly(array: Array, dtype: np.dtype[Any], where: str, *, rounds: bool = False, hint: str = "") -> Array:
+def cast_exactly(
+    array: AnyArray, dtype: np.dtype[Any], context: str, *, rounds: bool = False, hint: str = ""
+) -> AnyArray:
     """The same numbers in another dtype.
 
     Args:
-        array: of numbers.
-        dtype: of numbers.
-        where: it stands, for messages.
-        rounds: numbers may become the nearest ones of a dtype of floats.
-        hint: the way out, for messages.
+        array: Array of numbers.
+        dtype: Numeric dtype.
+        context: Origin of the array, for messages.
+        rounds: Whether numbers may be rounded to a dtype of floats.
+        hint: The remedy, for messages.
 
     Raises:
-        ValueError: A number would become another one; both are named.
+        ValueError: A number would change. The message has both values.
     """
     with np.errstate(all="ignore"):
         cast = array.astype(dtype)
@@ -57,49 +58,61 @@ def cast_exactly(array: Array, dtype: np.dtype[Any], where: str, *, rounds: bool
     lost = np.isinf(cast) & np.isfinite(array) if rounds and dtype.kind == "f" else _changed(array, cast)
     if lost.any():
         value, other = array[lost].flat[0].item(), cast[lost].flat[0].item()
-        raise ValueError(f"{where}: {value} does not fit {dtype}, in which it would be {other}{hint}")
+        raise ValueError(f"{context}: {value} does not fit {dtype}, in which it would be {other}{hint}")
     return cast
 
 
-def _check_leaves(value: list[Any], array: Array, where: str) -> None:
-    kinds = set(map(type, _leaves(value)))
-    if bool in kinds and len(kinds) > 1:
-        raise ValueError(f"{where}: mixes true or false with numbers: write 1 and 0, or true and false alone")
-    # Whole numbers beside fractions, or beyond both kinds of 64 bits, become floats.
-    if array.dtype.kind == "f" and int in kinds:
-        for number in _leaves(value):
+def _check_numbers(value: list[Any], array: AnyArray, context: str) -> None:
+    """Check the numbers of nested lists against the array that NumPy has made.
+
+    Raises:
+        ValueError: Booleans are mixed with numbers, or an integer was rounded.
+    """
+    types = set(map(type, _numbers_in(value)))
+    if bool in types and len(types) > 1:
+        raise ValueError(f"{context}: mixes true or false with numbers: write 1 and 0, or true and false alone")
+    # NumPy makes floats of integers that are mixed with fractions, or that fit neither int64 nor uint64.
+    if array.dtype.kind == "f" and int in types:
+        for number in _numbers_in(value):
             if type(number) is int and float(number) != number:
                 raise ValueError(
-                    f"{where}: {number} does not fit float64, in which it would be {float(number):.0f} beside fractions"
+                    f"{context}: {number} does not fit float64, in which it would be {float(number):.0f}, and next to "
+                    "fractions integers become floats"
                 )
 
 
-def _leaves(value: Iterable[Any]) -> Iterator[Any]:
+def _numbers_in(value: Iterable[Any]) -> Iterator[Any]:
+    """The numbers in nested lists.
+
+    Yields:
+        Numbers.
+    """
     for each in value:
         if isinstance(each, list):
-            yield from _leaves(each)
+            yield from _numbers_in(each)
         else:
             yield each
 
 
-def _changed(array: Array, cast: Array) -> Any:
-    """Where numbers are others than they were: bool, of the array's shape."""
+def _changed(array: AnyArray, cast: AnyArray) -> Any:
+    """Which numbers a cast has changed: bool, of the array's shape."""
     floats = array.dtype.kind == "f", cast.dtype.kind == "f"
     if floats == (True, True):
         return (cast.astype(np.result_type(array, cast)) != array) & ~np.isnan(array)
     if floats == (False, True):
         return _changed_to_floats(array, cast)
     if floats == (True, False):
-        # In float64, for the limits of most dtypes are infinite in float16.
+        # In float64, because the limits of most dtypes are infinite in float16.
         array = array.astype(np.float64)
         low, high = (0, 2) if cast.dtype.kind == "b" else (np.iinfo(cast.dtype).min, np.iinfo(cast.dtype).max + 1)
         return ~(np.isfinite(array) & (array == np.floor(array)) & (array >= float(low)) & (array < float(high)))
-    # Both ways, for a sign may be lost and come back.
+    # Compare signs too: int64 -1 becomes uint64 2**64 - 1, and back again -1.
     return (cast.astype(array.dtype) != array) | ((cast < 0) != (array < 0))
 
 
-def _changed_to_floats(array: Array, cast: Array) -> Any:
-    # Numbers of few bits are exact; the rest are few, and Python compares them exactly.
+def _changed_to_floats(array: AnyArray, cast: AnyArray) -> Any:
+    """Which integers a cast to floats has changed."""
+    # float32 has 24 bits: every integer up to 2**24 is exact. The few others are compared exactly, in Python.
     exact = 1 << (np.finfo(cast.dtype).nmant + 1)
     changed = np.zeros(array.shape, np.bool_)
     if array.dtype.kind != "b":

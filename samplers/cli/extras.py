@@ -1,18 +1,18 @@
-"""Modules that only an extra installs, loaded when they are needed."""
+"""Modules of optional dependencies (extras), imported when they are used."""
 
 from importlib import import_module
 from typing import Any
 
 
 def load_extra(module: str, extra: str) -> Any:
-    """A module that needs an extra.
+    """Import a module that needs an extra.
 
     Args:
-        module: its full name.
-        extra: of this distribution, for the message.
+        module: Full name of the module.
+        extra: Extra of this distribution, for the message.
 
     Raises:
-        ModuleNotFoundError: What it needs is not installed; the command that installs it is named.
+        ModuleNotFoundError: A dependency is not installed. The message has the command that installs it.
     """
     try:
         return import_module(module)

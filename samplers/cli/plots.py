@@ -1,4 +1,4 @@
-"""A comparison of plans as a figure; needs matplotlib."""
+"""Draw a comparison of plans. Needs matplotlib."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from samplers.cli.comparison import Candidate, Curve, total_lengths
+from samplers.cli.compare import Curve, PlanSummary, total_lengths
 from samplers.planning.sorting import Lengths
 
 STEPS: Final = 80
-# Lengths so far above the median are drawn on a logarithmic axis.
+# If the longest sample is 20 times the median, the axis of lengths is logarithmic.
 LOG_FROM: Final = 20
 BINS: Final = 60
-# Okabe and Ito's colours, which stay apart for readers who are colour-blind.
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLE: Final[Any] = {
     "font.size": 8,
@@ -37,41 +37,41 @@ STYLE: Final[Any] = {
 }
 
 
-def draw_comparison(lengths: Lengths, candidates: Sequence[Candidate], curves: Sequence[Curve], path: Path) -> None:
-    """Draw the lengths and bucket edges, padding and meeting again over windows, and the cost of steps.
+def draw_comparison(lengths: Lengths, summaries: Sequence[PlanSummary], curves: Sequence[Curve], path: Path) -> None:
+    """Draw four panels: lengths and buckets, padding and repeated pairs over windows, and the cost of steps.
 
     Args:
-        lengths: of the corpus.
-        candidates: the first is the one whose edges and steps are shown.
-        curves: one for each budget.
-        path: a file whose suffix says the format: `.png`, `.svg`, `.pdf`.
+        lengths: Lengths of the corpus.
+        summaries: Plans. The first one gives the buckets and the steps.
+        curves: One for each budget.
+        path: Output file. Its suffix is the format: `.png`, `.svg`, `.pdf`.
 
     Raises:
-        ValueError: matplotlib does not know the format.
+        ValueError: matplotlib does not have the format.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 5.0), layout="constrained")
         panels = figure.subplots(2, 2)
-        _draw_lengths(panels[0, 0], total_lengths(lengths), candidates[0])
-        _draw_curves(panels[0, 1], curves, candidates, "padding", "Padding")
-        _draw_curves(panels[1, 0], curves, candidates, "meeting_again", "Pairs that meet again")
-        _draw_steps(panels[1, 1], candidates[0])
+        _draw_lengths(panels[0, 0], total_lengths(lengths), summaries[0])
+        _draw_curves(panels[0, 1], curves, summaries, measure="padding", title="Padding")
+        _draw_curves(panels[1, 0], curves, summaries, measure="repeated_pairs", title="Pairs that meet again")
+        _draw_steps(panels[1, 1], summaries[0])
         for letter, axes in zip("abcd", panels.flat, strict=True):
             axes.set_title(f"({letter}) {axes.get_title('left')}")
         figure.savefig(path, dpi=200)
 
 
-def _draw_lengths(axes: Axes, totals: Any, candidate: Candidate) -> None:
+def _draw_lengths(axes: Axes, totals: Any, summary: PlanSummary) -> None:
     spread = bool(totals.max() > LOG_FROM * max(1.0, float(np.median(totals))))
     heights, _, _ = axes.hist(np.maximum(totals, 1), bins=_bins(totals, spread=spread), color=COLOURS[0])
-    edges = sorted({sum(edge.width) for edge in candidate.plan.layout.edges})
-    # A rug above the bars: hundreds of lines through them would hide them.
+    edges = sorted({sum(bucket.width) for bucket in summary.table.buckets})
+    # Marks above the bars, because hundreds of lines would hide the bars.
     top = float(np.max(heights))
     axes.vlines(edges, 1.06 * top, 1.16 * top, color="#222222", linewidth=0.5)
     label = f"{len(edges):,} bucket edges"
     axes.text(1, 1.18 * top, label, ha="right", fontsize=7, transform=axes.get_yaxis_transform())
     axes.set_ylim(0, 1.28 * top)
-    axes.set_title(f"Lengths and buckets, {candidate.name}")
+    axes.set_title(f"Lengths and buckets, {summary.name}")
     axes.set_xlabel("length (steps)")
     axes.set_ylabel("samples")
     if spread:
@@ -82,7 +82,7 @@ def _draw_lengths(axes: Axes, totals: Any, candidate: Candidate) -> None:
 
 
 def _bins(totals: Any, *, spread: bool) -> list[float]:
-    """Edges halfway between whole lengths, so that all bars of a linear axis stand for as many lengths."""
+    """Edges halfway between integers, so that all bars of a linear axis contain the same number of lengths."""
     low, high = max(1, int(totals.min())), max(1, int(totals.max()))
     width = -(-(high - low + 1) // BINS)
     edges = (
@@ -92,56 +92,56 @@ def _bins(totals: Any, *, spread: bool) -> list[float]:
 
 
 def _draw_curves(
-    axes: Axes, curves: Sequence[Curve], candidates: Sequence[Candidate], measure: str, title: str
+    axes: Axes, curves: Sequence[Curve], summaries: Sequence[PlanSummary], *, measure: str, title: str
 ) -> None:
-    random = {candidate.name: candidate.random for candidate in candidates}
+    random = {summary.name: summary.random for summary in summaries}
     for curve, colour in zip(curves, _colours(len(curves)), strict=True):
         label = f"{curve.name} (random batches {random[curve.name]:.0%})" if measure == "padding" else curve.name
         axes.plot(curve.windows, getattr(curve, measure), color=colour, marker="o", markersize=3, label=label)
-        for candidate in candidates:
-            if candidate.name == curve.name:
-                value = getattr(candidate.report, measure)
-                axes.plot(candidate.window, value, color=colour, marker="D", markersize=5, markerfacecolor="white")
+        for summary in summaries:
+            if summary.name == curve.name:
+                value = getattr(summary.report, measure)
+                axes.plot(summary.window, value, color=colour, marker="D", markersize=5, markerfacecolor="white")
     axes.plot(
         [], [], color="#555555", marker="D", markersize=5, markerfacecolor="white", ls="none", label="as reported"
     )
     axes.set_title(f"{title} against window")
     axes.set_xlabel("window (samples)")
     axes.set_xscale("log")
-    axes.set_ylabel("share of padded tokens" if measure == "padding" else "share of pairs in a batch")
+    axes.set_ylabel("fraction of padding" if measure == "padding" else "fraction of pairs in a batch")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_formatter(_thousands())
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.legend(loc="best")
 
 
-def _draw_steps(axes: Axes, candidate: Candidate) -> None:
-    costs = candidate.step_costs(STEPS)
+def _draw_steps(axes: Axes, summary: PlanSummary) -> None:
+    costs = summary.step_costs(STEPS)
     steps, replicas = costs.shape
-    places = np.arange(steps)
-    axes.scatter(np.repeat(places, replicas), costs.reshape(-1), s=4, color=COLOURS[0], linewidths=0, label="a rank")
+    numbers = np.arange(steps)
+    axes.scatter(np.repeat(numbers, replicas), costs.reshape(-1), s=4, color=COLOURS[0], linewidths=0, label="a rank")
     if replicas > 1:
         axes.step(
-            places,
+            numbers,
             costs.max(1),
             where="mid",
             color=COLOURS[1],
             linewidth=0.9,
-            label="the dearest rank, for which all wait",
+            label="the slowest rank",
         )
-    axes.set_title(f"Cost of steps, {candidate.name}, {replicas} rank{'s' * (replicas > 1)}")
-    axes.set_xlabel(f"step (first {steps:,} of {candidate.report.steps:,})")
-    axes.set_ylabel("share of the budget")
-    # A batch of one may exceed it.
+    axes.set_title(f"Cost of steps, {summary.name}, {replicas} rank{'s' * (replicas > 1)}")
+    axes.set_xlabel(f"step (first {steps:,} of {summary.report.steps:,})")
+    axes.set_ylabel("fraction of the budget")
+    # A batch of one over-long sample may exceed the budget.
     axes.set_ylim(0, max(1.05, 1.05 * float(costs.max())))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    imbalance = f"imbalance {candidate.report.imbalance:.3f}" if replicas > 1 else None
+    imbalance = f"imbalance {summary.report.imbalance:.3f}" if replicas > 1 else None
     axes.legend(loc="lower left", title=imbalance, alignment="left")
 
 
 def _colours(count: int) -> list[str]:
-    return [COLOURS[place % len(COLOURS)] for place in range(count)]
+    return [COLOURS[index % len(COLOURS)] for index in range(count)]
 
 
 def _thousands() -> FuncFormatter:

@@ -1,1 +1,12 @@
-"""To be said."""
+"""Bucketing of streams whose lengths are not known in advance: a stage for webdataset, a node for torchdata.
+
+Imports `planning` (budget and options), `shards` (skipping), `testing`, and of `collate` the errors and `widths`.
+Terms: a sample *waits* in the buffer and is *emitted* in a batch; an *arrival* counts the samples of the source, with
+those that are left out; a batch is *due* when a limit of the buffer is reached; a *snapshot* is a state of the source,
+and a *stale* one still describes the epoch before.
+"""
+
+from samplers.dynamic.node import LengthBucketNode
+from samplers.dynamic.stage import BucketStage, bucket_by_length
+
+__all__ = ["BucketStage", "LengthBucketNode", "bucket_by_length"]

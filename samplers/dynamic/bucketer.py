@@ -1,18 +1,39 @@
-"""Batches alike in length from a stream whose lengths are not known before: oldest first.
+"""Bucket a stream: batches of similar lengths, the oldest sample first.
 
-Samples wait in a buffer, sorted by length. When it is full, in samples or in bytes, or when the oldest sample has
-waited long enough, the oldest is taken together with its nearest neighbours in length, as many as the budget holds.
-Rare lengths cannot starve, since every sample becomes the oldest in the end. When the source has ended, nothing new
-will fill the gaps that neighbours leave: what still waits is cut from the longest down, each batch as long as the
-budget holds, and these batches come oldest first as well.
+Samples wait in a buffer, sorted by length. A batch is due when the buffer is full, in samples or in bytes, or when the
+oldest sample has waited for `max_wait` arrivals. The batch is the oldest sample with its nearest neighbours in length,
+as many as the budget allows. So rare lengths cannot starve: every sample becomes the oldest at some time.
+
+A budget of 8 padded tokens and a buffer of 4, for the lengths 5, 1, 4, 2, 2, 1:
+
+>>> bucketer = Bucketer(Budget(max_tokens=8), buffer_size=4)
+>>> for length in [5, 1, 4, 2]:
+...     bucketer.push(length, length)
+>>> bucketer.is_due, bucketer.pop()
+(True, [5])
+
+The oldest sample, of 5 steps, is alone: with 4 it would take 2 x 5 = 10 tokens. Next comes the sample of 1 step:
+
+>>> bucketer.push(2, 2), bucketer.is_due, bucketer.pop()
+(None, True, [1, 2, 2])
+
+Three rows of 2 steps are 6 tokens. A fourth row, of 4 steps, would make it 4 x 4 = 16.
+
+When the source has ended, no new sample fills the gaps between neighbours. The remaining samples are cut from the
+longest down, each batch as large as the budget allows. These batches come oldest first as well:
+
+>>> bucketer.push(1, 1)
+>>> bucketer.end()
+>>> bucketer.pop()
+[1, 4]
 """
 
+import sys
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from math import inf
-from sys import getsizeof
 from typing import Any, Final, Generic, TypeVar
 
 import numpy as np
@@ -22,29 +43,29 @@ from collate.widths import check_count
 from samplers.planning.budget import Budget
 from samplers.planning.options import Overlong
 
-Sample = TypeVar("Sample")
-State = dict[str, Any]
+SampleT = TypeVar("SampleT")
+BucketerState = dict[str, Any]
 
-VERSION: Final = 1
+BUCKETER_VERSION: Final = 1
 
 
-class Bucketer(Generic[Sample]):
-    """The buffer and its rule: push samples as they come, pop a batch whenever one is due, and all at the end.
+class Bucketer(Generic[SampleT]):
+    """A buffer of samples: push each sample, pop a batch whenever one is due, and pop all batches at the end.
 
     Args:
-        budget: what a batch may cost; the width that counts is its longest sample, or 1 if all are empty.
-        buffer_size: samples that wait at most.
-        max_wait: arrivals for which a sample waits at most; None is three times the buffer.
-        max_bytes: bytes of the samples that wait, at most, as `bytes_of` counts them; None for no such limit, and
-            nothing is counted. The newest sample comes on top until the batches that it makes due are out.
-        overlong: what becomes of a sample that alone exceeds the budget: `"error"`, `"drop"` (counted in `dropped`) or
-            `"alone"` (a batch of one, counted in `alone`).
+        budget: Limit of a batch. The width is that of its longest sample, or 1 if all are empty.
+        buffer_size: Largest number of samples in the buffer.
+        max_wait: Largest number of arrivals for which a sample waits. None is three times the buffer.
+        max_bytes: Largest number of bytes in the buffer, as `bytes_of` counts them. None is no limit, and nothing is
+            counted. The newest sample may exceed the limit until the batches it triggers are emitted.
+        overlong: What to do with a sample that alone exceeds the budget: `"error"`, `"drop"` (counted in `dropped`)
+            or `"alone"` (a batch of one, counted in `alone`).
 
     Attributes:
-        arrivals: samples that have come.
-        dropped: over-long samples that were left out.
-        alone: over-long samples that are a batch of one.
-        ended: whether the source has ended.
+        arrivals: Number of samples that came from the source.
+        dropped: Number of over-long samples that were left out.
+        alone: Number of over-long samples in a batch of one.
+        ended: Whether the source has ended.
 
     Raises:
         TypeError: A size is not an int.
@@ -61,25 +82,29 @@ class Bucketer(Generic[Sample]):
         overlong: Overlong = "error",
     ) -> None:
         self.budget = budget
-        self.buffer_size = check_count("buffer_size", buffer_size, least=1, hint="samples that wait at most")
+        self.buffer_size = check_count(
+            "buffer_size", buffer_size, least=1, hint="the largest number of samples in the buffer"
+        )
         wait = 3 * self.buffer_size if max_wait is None else max_wait
-        self.max_wait = check_count("max_wait", wait, least=1, hint="arrivals that a sample waits at most")
+        self.max_wait = check_count(
+            "max_wait", wait, least=1, hint="the largest number of arrivals for which a sample waits"
+        )
         self.max_bytes = max_bytes
         if max_bytes is not None:
-            self.max_bytes = check_count("max_bytes", max_bytes, least=1, hint="give None for no such limit")
+            self.max_bytes = check_count("max_bytes", max_bytes, least=1, hint="give None for no limit")
         if overlong not in {"error", "drop", "alone"}:
             raise ValueError(f"overlong must be 'error', 'drop' or 'alone', got {overlong!r}")
         self.overlong = overlong
         self.arrivals = self.dropped = self.alone = 0
-        # What waits, by length and arrival, and by arrival, with its bytes where they are counted.
+        # The waiting samples: (length, arrival), sorted; and by arrival: length, sample, bytes (0 if not counted).
         self._order: list[tuple[int, int]] = []
-        self._waiting: dict[int, tuple[int, Sample, int]] = {}
+        self._waiting: dict[int, tuple[int, SampleT, int]] = {}
         self._held = 0
-        # The shortest of each batch that is left when the source has ended, by length and arrival, ascending.
+        # When the source has ended: the shortest sample of each remaining batch, (length, arrival), ascending.
         self.ended = False
         self._edges: list[tuple[int, int]] = []
-        # Byte i tells whether arrival `_oldest + i` is out; the first is 0. After a state is loaded they reach further
-        # than `arrivals`, until the source has given again what it had given before.
+        # Byte i is 1 if arrival `_oldest + i` is out of the buffer. Byte 0 is always 0. After a state is loaded there
+        # are bytes behind `arrivals`, until the source has repeated the samples that it gave before.
         self._oldest = 0
         self._out = bytearray()
 
@@ -88,12 +113,12 @@ class Bucketer(Generic[Sample]):
 
     @property
     def oldest(self) -> int:
-        """The arrival number of the oldest sample that waits; that of the next arrival if none does."""
+        """The arrival of the oldest waiting sample. The next arrival if none waits."""
         return self._oldest
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the samples that wait; 0 without `max_bytes`."""
+        """Bytes of the waiting samples. 0 without `max_bytes`."""
         return self._held
 
     @property
@@ -107,28 +132,29 @@ class Bucketer(Generic[Sample]):
 
     @property
     def is_repeated(self) -> bool:
-        """Whether the next sample to come was out before the state was saved: it need only be skipped."""
-        place = self.arrivals - self._oldest
-        return place < len(self._out) and bool(self._out[place])
+        """Whether the next sample was emitted before the state was saved, so that it must be skipped."""
+        age = self.arrivals - self._oldest
+        return age < len(self._out) and bool(self._out[age])
 
-    def push(self, length: int, sample: Sample) -> None:
-        """Take in a sample of `length` steps; after an error it has not come.
+    def push(self, length: int, sample: SampleT) -> None:
+        """Add a sample of `length` steps. After an error the sample does not count as an arrival.
 
         Raises:
             TypeError: The length is not an int.
-            ValueError: It is negative, or the source has ended.
-            LengthError: It alone exceeds the budget, and `overlong` is `"error"`.
-            RuntimeError: There is `max_bytes`, and the sample holds a sparse tensor, whose bytes torch does not tell.
+            ValueError: The source has ended.
+            LengthError: The length is negative, or the sample alone exceeds the budget and `overlong` is `"error"`. A
+                `ValueError`.
+            RuntimeError: With `max_bytes`: the sample has a sparse tensor, whose size torch does not report.
         """
         if self.ended:
             raise ValueError("a sample must be pushed before the end of its source, got one after end()")
         arrival = self.arrivals
-        place = arrival - self._oldest
-        is_new = place == len(self._out)
-        if not is_new and self._out[place]:
+        age = arrival - self._oldest
+        is_new = age == len(self._out)
+        if not is_new and self._out[age]:
             self.arrivals += 1
             return
-        length = check_count("length", length, least=0, hint="steps of a sample")
+        length = self._check_length(length, sample)
         size = 0 if self.max_bytes is None else bytes_of(sample)
         if self.budget.max_rows(length or 1) == 0:
             if self.overlong == "error":
@@ -146,13 +172,13 @@ class Bucketer(Generic[Sample]):
         self._held += size
 
     def skip(self) -> None:
-        """Count a sample that has come from the source, but is left out."""
+        """Count a sample of the source that is left out."""
         if self.arrivals == self._oldest + len(self._out):
             self._out.append(0)
         self.arrivals += 1
         self._let_out([self.arrivals - 1])
 
-    def pop(self) -> list[Sample]:
+    def pop(self) -> list[SampleT]:
         """The next batch, shortest sample first.
 
         Raises:
@@ -169,8 +195,8 @@ class Bucketer(Generic[Sample]):
             self._held -= sum(self._waiting[arrival][2] for arrival in taken)
         return [self._waiting.pop(arrival)[1] for arrival in taken]
 
-    def batches_of(self, source: Iterable[tuple[int, Sample]]) -> Iterator[list[Sample]]:
-        """All batches of a stream of (length, sample), the rest of the buffer included.
+    def batches_of(self, source: Iterable[tuple[int, SampleT]]) -> Iterator[list[SampleT]]:
+        """All batches of a stream of (length, sample), also those of the samples that remain at its end.
 
         Yields:
             Batches, each as soon as it is due.
@@ -184,25 +210,28 @@ class Bucketer(Generic[Sample]):
             yield self.pop()
 
     def end(self) -> None:
-        """Know that no sample will come any more: the rest is popped in batches that leave no gaps."""
+        """Note the end of the source, and cut the remaining samples into batches, from the longest down."""
         self.ended = True
         first = len(self._order)
-        edges = []
+        starts = []
         while first > 0:
             longest = self._order[first - 1][0]
             first = max(0, first - max(1, self.budget.max_rows(longest or 1)))
-            edges.append(self._order[first])
-        self._edges = edges[::-1]
+            starts.append(self._order[first])
+        self._edges = starts[::-1]
 
-    def state_dict(self) -> State:
-        """What is needed to go on: small, primitive and fresh. No sample is in it: the source must give them again.
+    def state_dict(self) -> BucketerState:
+        """The state to resume from: small, primitive and a copy. It has no samples: the source must repeat them.
+
+        With the arrivals 0 to 5, of which 0, 1 and 3 are emitted, `oldest` is 2, `arrivals` is 6, and `emitted` has
+        the bits 0100 for the arrivals 2 to 5, padded with zeros to 0100 0000: "40".
 
         Returns:
-            `oldest` is the arrival from which the source must be replayed, `arrivals` how many had come, and `emitted`
-            holds a bit, in hexadecimal, for each between them: whether it is out.
+            `oldest`, the arrival from which the source must repeat its samples; `arrivals`, their number so far; and
+            `emitted`, a bit for each arrival between them, in hexadecimal: whether it is out.
         """
         return {
-            "version": VERSION,
+            "version": BUCKETER_VERSION,
             "oldest": self._oldest,
             "arrivals": self._oldest + len(self._out),
             "emitted": np.packbits(np.frombuffer(self._out, np.uint8)).tobytes().hex(),
@@ -211,16 +240,18 @@ class Bucketer(Generic[Sample]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; the next sample pushed must be the one that was arrival number `state["oldest"]`.
+        """Resume from a state. The next sample to push must be the one of arrival `state["oldest"]`.
 
-        With the same options the rest is identical; with others it is the same samples, each once.
+        With the same options the remaining batches are identical. With other options they have the same samples, each
+        once.
 
         Raises:
             ValueError: The state is of another version, or damaged.
         """
-        if state.get("version") != VERSION:
+        if state.get("version") != BUCKETER_VERSION:
             raise ValueError(
-                f"the state must be of version {VERSION}, got version {state.get('version')!r}: start anew"
+                f"the state must be of version {BUCKETER_VERSION}, got version {state.get('version')!r}: start without "
+                "a state"
             )
         try:
             oldest, arrivals, dropped, alone = (int(state[name]) for name in ("oldest", "arrivals", "dropped", "alone"))
@@ -228,7 +259,9 @@ class Bucketer(Generic[Sample]):
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the state is not what state_dict gave: {error!r}") from None
         if not 0 <= oldest <= arrivals or len(bits) != -(-(arrivals - oldest) // 8):
-            raise ValueError(f"the state must tell of arrivals {oldest} to {arrivals}, got {len(bits)} bytes of them")
+            raise ValueError(
+                f"the state must have a bit for each arrival {oldest} to {arrivals}, got {len(bits)} bytes"
+            )
         self._order, self._waiting = [], {}
         self._held = 0
         self.ended = False
@@ -237,9 +270,10 @@ class Bucketer(Generic[Sample]):
         self.dropped, self.alone = dropped, alone
 
     def _cut(self, start: int) -> tuple[int, int]:
-        """The batch around a place, of those into which the rest was cut.
+        """The remaining batch that contains the sample at `start` in the order: (first, last).
 
-        All but the shortest are full, so that what is left of a rest is cut where the whole was: a state needs no cuts.
+        All of these batches but the shortest are full. So after a resume the remaining samples are cut at the same
+        borders, and the state needs no borders.
         """
         order, edges = self._order, self._edges
         following = bisect_right(edges, order[start])
@@ -247,7 +281,11 @@ class Bucketer(Generic[Sample]):
         return bisect_left(order, edges[following - 1]), high
 
     def _grow(self, start: int) -> tuple[int, int]:
-        """The run of neighbours around a place that the budget holds; each step takes the side that pads less."""
+        """The neighbours of the sample at `start` that fit the budget: (first, last). Takes the side that pads less.
+
+        With the lengths 1, 4, 5, 9 around 5: on the left, 4 in width 5 pads 1 step. On the right, 9 would pad the
+        rows of width 5 by 9 - 5 = 4 steps each. So 4 comes first.
+        """
         order, max_rows = self._order, self.budget.max_rows
         low, high, end = start, start + 1, len(order)
         width = order[start][0]
@@ -262,13 +300,14 @@ class Bucketer(Generic[Sample]):
                 if rows < wider_room:
                     high, width, room = high + 1, wider, wider_room
                     continue
-                # What does not fit now fits no better later.
+                # Wider samples do not fit later either, because the batch only grows.
                 end = high
             if rows >= room or low == 0:
                 return low, high
             low -= 1
 
     def _let_out(self, arrivals: list[int]) -> None:
+        """Mark arrivals as out, and move `oldest` to the first that is not."""
         out, oldest = self._out, self._oldest
         for arrival in arrivals:
             out[arrival - oldest] = 1
@@ -277,38 +316,62 @@ class Bucketer(Generic[Sample]):
         del out[:passed]
         self._oldest += passed
 
-    def _describe_overlong(self, length: int, sample: Sample) -> str:
-        key = f" (key {sample['__key__']!r})" if isinstance(sample, Mapping) and "__key__" in sample else ""
+    def _check_length(self, length: int, sample: SampleT) -> int:
+        """The length as a Python int.
+
+        Raises:
+            LengthError: It is negative.
+        """
+        # Not `least=0`, because a negative length is a `LengthError` everywhere.
+        length = check_count("length", length, least=-sys.maxsize, hint="give the steps of a sample")
+        if length < 0:
+            raise LengthError(
+                f"length must be at least 0, got {length} for the sample at arrival {self.arrivals}{_key(sample)}: "
+                "give the steps of a sample"
+            )
+        return length
+
+    def _describe_overlong(self, length: int, sample: SampleT) -> str:
         return (
-            f"the sample at arrival {self.arrivals}{key} has {length} steps, which alone exceeds the budget: raise the "
-            "budget, cut the sample, or set overlong to 'drop' or 'alone'"
+            f"the sample at arrival {self.arrivals}{_key(sample)} has {length} steps, which alone exceeds the budget: "
+            "raise the budget, cut the sample, or set overlong to 'drop' or 'alone'"
         )
 
 
 def bytes_of(sample: object) -> int:
-    """Memory that a sample takes, in bytes.
+    """Memory of a sample in bytes.
 
-    What Python says that an object takes (`sys.getsizeof`), or its `nbytes` where that is more, as with tensors; so too
-    for all that mappings (their keys apart), lists, tuples, sets, dataclasses and arrays of objects hold, however deep,
-    each object once. A view counts as what it shows, not as what it keeps alive; what other objects hold is not seen.
+    Counts `sys.getsizeof` of an object, or its `nbytes` if that is more (tensors). Adds the contents of mappings
+    (without keys), lists, tuples, sets, dataclasses and object arrays at any depth, each object once. A view counts its
+    own elements, not the memory that it keeps alive. The contents of other objects are not counted.
+
+    >>> import numpy as np
+    >>> bytes_of(np.zeros(1000)[:10]) < 1000 < bytes_of([np.zeros(1000)])
+    True
 
     Raises:
         RuntimeError: A tensor is sparse.
     """
-    total, ahead = 0, [sample]
-    # The objects themselves: the numbers of those that are gone would be given to others.
+    total, stack = 0, [sample]
+    # Keeps the objects alive, because Python gives the id of a dead object to a new one.
     seen: dict[int, object] = {}
-    while ahead:
-        value = ahead.pop()
+    while stack:
+        value = stack.pop()
         if id(value) not in seen:
             seen[id(value)] = value
-            total += max(getsizeof(value), getattr(value, "nbytes", 0))
-            ahead += _parts_of(value)
+            total += max(sys.getsizeof(value), getattr(value, "nbytes", 0))
+            stack += _contents(value)
     return total
 
 
-def _parts_of(value: Any) -> Iterable[Any]:
-    # First what most values are: to ask for an abstract type takes its time.
+def _key(sample: object) -> str:
+    """The key of a sample for messages, if it has one."""
+    return f" (key {sample['__key__']!r})" if isinstance(sample, Mapping) and "__key__" in sample else ""
+
+
+def _contents(value: Any) -> Iterable[Any]:
+    """The objects in a container."""
+    # The most frequent types first, because a check against an abstract class is slow.
     if isinstance(value, (str, bytes, int, float)):
         return ()
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The length of a sample of a stream: by a function, or by a field."""
+"""The length of a sample of a stream: by a function, or from a field."""
 
 from collections.abc import Callable, Mapping, Sized
 from typing import Any, TypeAlias
@@ -9,18 +9,21 @@ Length: TypeAlias = Callable[[Any], int] | str | int
 
 
 def length_of(sample: Any, length: Length) -> int:
-    """A sample's steps, by a function or by the field that holds its sequence or its length.
+    """The length of a sample in steps: by a function, or from the field that holds the sequence or its length.
+
+    >>> length_of({"tokens": [7, 8, 9]}, "tokens"), length_of({"length": 5}, "length"), length_of("abc", len)
+    (3, 5, 3)
 
     Raises:
-        MissingFieldError: The sample has no such field: a `KeyError`.
+        MissingFieldError: The sample has no such field. A `KeyError`.
     """
     if callable(length):
         return length(sample)
     try:
         value = sample[length]
     except (KeyError, IndexError):
-        known = list(sample) if isinstance(sample, Mapping) else f"0 to {len(sample) - 1}"
-        raise MissingFieldError(f"length names the field {length!r}, the sample has {known}") from None
-    # Whether a number is one of steps is for the bucketer to say; a 0-d array has a length that raises.
+        fields = list(sample) if isinstance(sample, Mapping) else f"0 to {len(sample) - 1}"
+        raise MissingFieldError(f"length names the field {length!r}, the sample has {fields}") from None
+    # An array without an axis is a number, but its `len` raises. The bucketer checks whether a number is a length.
     value = value.item() if getattr(value, "ndim", None) == 0 else value
     return len(value) if isinstance(value, Sized) else value

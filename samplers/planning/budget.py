@@ -1,4 +1,4 @@
-"""What a batch may cost: padded or real tokens, rows, or a user's own measure."""
+"""What a batch may cost: padded or real tokens, rows, or a custom cost function."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,26 +21,33 @@ MANY_ROWS: Final = 1 << 40
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """The limits that a batch of two rows or more must hold; all that are given hold together.
+    """The limits of a batch of two rows or more; a batch must hold all limits that are given.
 
     Args:
-        max_tokens: tokens in a batch, counted as `count` says.
-        batch_size: rows in a batch.
-        cost: a measure of one's own, in shares of what a batch may cost: `cost(rows, width) <= 1` fits. It is called
-            with int64 arrays `[n]` (`width` is `[n, K]` where samples have K fields), returns `[n]` numbers, and must
-            not fall when a batch gets more rows or more steps.
-        count: `"padded"`: `max_tokens` is rows x padded width, summed over fields. `"real"`: it is the sum of lengths,
-            for training without padding.
+        max_tokens: Tokens in a batch, counted as `count_tokens` says.
+        batch_size: Rows in a batch.
+        cost: A custom cost function: a batch fits if `cost(rows, width) <= 1`. It is called with int64 arrays `[n]`
+            (`width` is `[n, K]` if samples have K fields), returns `[n]` numbers, and must not fall when a batch gets
+            more rows or more time steps.
+        count_tokens: With `"padded"`, `max_tokens` limits rows x padded width, summed over fields. With `"real"`, it
+            limits the sum of lengths, for training without padding.
 
     Raises:
-        TypeError: A limit is not an int, or `cost` cannot be called.
-        ValueError: A limit is below one, none is given, or `count` is unknown or has no `max_tokens`.
+        TypeError: A limit is not an int, or `cost` is not callable.
+        ValueError: A limit is below one, no limit is given, or `count_tokens` is unknown or has no `max_tokens`.
+
+    Example:
+        A budget of 20 padded tokens holds 2 rows of width 9, and 5 rows of width 4:
+
+        >>> budget = Budget(max_tokens=20)
+        >>> budget.max_rows(9), budget.max_rows(4)
+        (2, 5)
     """
 
     max_tokens: int | None = None
     batch_size: int | None = None
     cost: Cost | None = None
-    count: Count = "padded"
+    count_tokens: Count = "padded"
 
     def __post_init__(self) -> None:
         if self.max_tokens is None and self.batch_size is None and self.cost is None:
@@ -52,18 +59,18 @@ class Budget:
                 object.__setattr__(self, name, check_count(name, value, least=1, hint=hint))
         if self.cost is not None and not callable(self.cost):
             raise TypeError(f"cost must be a function of (rows, width), got {self.cost!r}")
-        if self.count not in {"padded", "real"}:
-            raise ValueError(f"count must be 'padded' or 'real', got {self.count!r}")
-        if self.count == "real" and self.max_tokens is None:
-            raise ValueError("count='real' says how max_tokens is counted, got no max_tokens: set it as well")
+        if self.count_tokens not in {"padded", "real"}:
+            raise ValueError(f"count_tokens must be 'padded' or 'real', got {self.count_tokens!r}")
+        if self.count_tokens == "real" and self.max_tokens is None:
+            raise ValueError("count_tokens='real' says how max_tokens is counted, got no max_tokens: set it as well")
 
     def use(self, rows: Integers, widths: Integers, tokens: Integers) -> Floats:
-        """The share of the budget that batches use: the greatest of their shares of each limit.
+        """The share of the budget that batches use: the largest of their shares of each limit.
 
         Args:
             rows: int64 `[n]`.
-            widths: padded widths, int64 `[n]` or `[n, K]`.
-            tokens: real tokens, int64 `[n]`.
+            widths: Padded widths, int64 `[n]` or `[n, K]`.
+            tokens: Real tokens, int64 `[n]`.
 
         Returns:
             float64 `[n]`; a batch fits if its share is at most 1.
@@ -71,9 +78,10 @@ class Budget:
         Raises:
             ValueError: `cost` returns another shape than `[n]`, or NaN.
         """
+        # 3 rows of width 10 are 0.75 of 40 tokens and 0.6 of 5 rows: they use 0.75 of the budget.
         shares = np.zeros(len(rows))
         if self.max_tokens is not None:
-            counted = tokens if self.count == "real" else rows * _across(widths)
+            counted = tokens if self.count_tokens == "real" else rows * _across(widths)
             shares = counted / self.max_tokens
         if self.batch_size is not None:
             shares = np.maximum(shares, rows / self.batch_size)
@@ -82,31 +90,32 @@ class Budget:
         return shares
 
     def fits(self, rows: int, width: Sequence[int], tokens: int) -> bool:
-        """Whether a single batch holds every limit: `use` for Python ints, for batches that grow row by row.
+        """Whether one batch holds every limit: as `use`, but in Python ints, for batches that grow row by row.
 
         Args:
-            rows: of the batch.
-            width: padded width of each field.
-            tokens: real tokens over all fields.
+            rows: Rows of the batch.
+            width: Padded width of each field.
+            tokens: Real tokens over all fields.
         """
         if self.batch_size is not None and rows > self.batch_size:
             return False
-        counted = tokens if self.count == "real" else rows * sum(width)
+        counted = tokens if self.count_tokens == "real" else rows * sum(width)
         if self.max_tokens is not None and counted > self.max_tokens:
             return False
         return self.cost is None or self._affords(rows, np.array([width[0] if len(width) == 1 else width], np.int64))
 
     def max_rows(self, width: int | tuple[int, ...]) -> int:
-        """The most rows that fit at a padded width, whatever their real lengths: 0 where not even one does."""
-        if width not in self._known:
-            self._known[width] = self._find_rows(width)
-        return self._known[width]
+        """The largest number of rows that fit at a padded width, whatever their real lengths; 0 if one row does not."""
+        if width not in self._cached_rows:
+            self._cached_rows[width] = self._find_rows(width)
+        return self._cached_rows[width]
 
     @cached_property
-    def _known(self) -> dict[int | tuple[int, ...], int]:
+    def _cached_rows(self) -> dict[int | tuple[int, ...], int]:
         return {}
 
     def _find_rows(self, width: int | tuple[int, ...]) -> int:
+        """`max_rows`, computed."""
         most = MANY_ROWS if self.batch_size is None else self.batch_size
         if self.max_tokens is not None:
             most = min(most, self.max_tokens // max(1, sum(width) if isinstance(width, tuple) else width))
@@ -115,7 +124,8 @@ class Budget:
         return self._rows_within_cost(np.array([width], np.int64), most)
 
     def _rows_within_cost(self, width: Integers, most: int) -> int:
-        # Doubling first: a cost function may overflow, or take its time, at row counts that no batch reaches.
+        """The largest number of rows, up to `most`, whose cost is at most one: found by bisection."""
+        # Doubling first: a cost function may overflow, or be slow, at row counts that no batch reaches.
         high = 1
         while high <= most and self._affords(high, width):
             high *= 2
@@ -126,17 +136,24 @@ class Budget:
         return low
 
     def _affords(self, rows: int, width: Integers) -> bool:
+        """Whether the cost function accepts this many rows."""
         return bool(self._costs(np.array([rows], np.int64), width)[0] <= 1)
 
     def _costs(self, rows: Integers, widths: Integers) -> Floats:
+        """The checked results of the cost function: float64 `[n]`.
+
+        Raises:
+            ValueError: They have another shape, or one is NaN.
+        """
         costs = np.asarray(0.0 if self.cost is None else self.cost(rows, widths), np.float64)
         if costs.shape != rows.shape:
             raise ValueError(f"cost must return one number per batch, {list(rows.shape)}, got {list(costs.shape)}")
         if np.isnan(costs).any():
-            place = int(np.isnan(costs).argmax())
-            raise ValueError(f"cost must return numbers, got nan for {rows[place]} rows of width {widths[place]}")
+            entry = int(np.isnan(costs).argmax())
+            raise ValueError(f"cost must return numbers, got nan for {rows[entry]} rows of width {widths[entry]}")
         return costs
 
 
 def _across(widths: Integers) -> Integers:
+    """The width of each batch over all fields: `[n]`."""
     return widths if widths.ndim == 1 else widths.sum(1)

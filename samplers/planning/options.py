@@ -1,4 +1,4 @@
-"""The planner's options: checked once, on creation, and then passed on as one value."""
+"""The planner's options: checked once, on creation, and then passed as one value."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,9 @@ from typing import Any, Final, Literal, TypeAlias, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from collate.widths import Widths, check_count, check_widths
+from collate.widths import AllowedWidths, Widths, check_count, check_widths
+from samplers.deprecated import with_present_names
+from samplers.masked import refuse_masked
 from samplers.planning.budget import Budget, Cost, Count
 
 Overlong: TypeAlias = Literal["error", "drop", "alone"]
@@ -18,12 +20,15 @@ LARGEST_SEED: Final = (1 << 64) - 1
 
 
 class PlanOptions(TypedDict, total=False):
-    """The keyword options that every planned loader takes; `Options` says what they mean."""
+    """The keyword options of every planned loader and of `plan_epoch`, for type checkers.
+
+    `LengthBucketBatchSampler` documents them; `Options` has their defaults and checks.
+    """
 
     max_tokens: int | None
     batch_size: int | None
     cost: Cost | None
-    count: Count
+    count_tokens: Count
     window: int | None
     shuffle: bool
     seed: int
@@ -37,24 +42,9 @@ class PlanOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Options:
-    """What a plan is made by, apart from the lengths, the epoch and the number of replicas.
+    """All that decides a plan, except the lengths, the epoch and the number of replicas.
 
-    Args:
-        max_tokens: tokens in a batch, counted as `count` says.
-        batch_size: rows in a batch.
-        cost: a user's measure; `cost(rows, width) <= 1` fits, see `Budget`.
-        count: whether `max_tokens` counts padded or real tokens.
-        window: samples that are sorted by length together. More: less padding, and more pairs that meet again in the
-            next epoch. None: as many as keep both low, from the number of batches.
-        shuffle: False for batches in the order of length, longest first, the same each epoch.
-        seed: of the shuffles, 0 to 2**64 - 1.
-        min_length: shorter samples are left out and counted (with several fields: if any field is shorter).
-        max_length: longer ones count as this long; whoever makes the batches cuts them to it.
-        overlong: what happens to a sample that alone exceeds the budget: `"error"`, `"drop"` (left out and counted) or
-            `"alone"` (a batch of one, counted).
-        drop_last: drop the last, partial step, and the batch that `batch_size` leaves short; both are counted.
-        widths: padded widths: a multiple, or the allowed ones; None pads to the longest row.
-        indices: plan these samples only; None plans all.
+    Args: those of `PlanOptions`, as `LengthBucketBatchSampler` documents them.
 
     Raises:
         TypeError: An option has the wrong type.
@@ -64,7 +54,7 @@ class Options:
     max_tokens: int | None = None
     batch_size: int | None = None
     cost: Cost | None = None
-    count: Count = "padded"
+    count_tokens: Count = "padded"
     window: int | None = None
     shuffle: bool = True
     seed: int = 0
@@ -76,17 +66,19 @@ class Options:
     indices: Indices | None = None
 
     def __post_init__(self) -> None:
+        # The checks of `budget` and `allowed_widths` run when these are first read: here, so that a wrong option is
+        # refused where it is given.
         _ = self.budget
         check_flag("shuffle", self.shuffle)
         check_flag("drop_last", self.drop_last)
-        self._count("seed", 0, "give a number from 0 to 2**64 - 1")
+        self._check_count("seed", 0, "give a number from 0 to 2**64 - 1")
         if self.seed > LARGEST_SEED:
             raise ValueError(f"seed must be at most 2**64 - 1, got {self.seed}: take it modulo 2**64")
-        self._count("min_length", 0, "0 keeps every sample")
+        self._check_count("min_length", 0, "0 keeps every sample")
         if self.window is not None:
-            self._count("window", 1, "give a number of samples, or None for a default")
+            self._check_count("window", 1, "give a number of samples, or None for a default")
         if self.max_length is not None:
-            self._count("max_length", 1, "give a number of steps, or None for no limit")
+            self._check_count("max_length", 1, "give a number of time steps, or None for no limit")
         if self.overlong not in {"error", "drop", "alone"}:
             raise ValueError(f"overlong must be 'error', 'drop' or 'alone', got {self.overlong!r}")
         _ = self.allowed_widths
@@ -94,15 +86,38 @@ class Options:
     @cached_property
     def budget(self) -> Budget:
         """What a batch may cost."""
-        return Budget(max_tokens=self.max_tokens, batch_size=self.batch_size, cost=self.cost, count=self.count)
+        return Budget(
+            max_tokens=self.max_tokens,
+            batch_size=self.batch_size,
+            cost=self.cost,
+            count_tokens=self.count_tokens,
+        )
 
     @cached_property
-    def allowed_widths(self) -> int | tuple[int, ...] | None:
+    def allowed_widths(self) -> AllowedWidths:
         """The checked `widths`, as `padded_widths` takes them."""
         return check_widths(self.widths)
 
-    def _count(self, name: str, least: int, hint: str) -> None:
+    def _check_count(self, name: str, least: int, hint: str) -> None:
+        """Check an integer option, and store it as a Python int."""
+        # A NumPy integer would end in saved positions, which JSON does not hold. The class is frozen, so not `setattr`.
         object.__setattr__(self, name, check_count(name, getattr(self, name), least=least, hint=hint))
+
+
+def make_options(options: PlanOptions) -> Options:
+    """Check the options that a user gave as keywords; `count` is the former name of `count_tokens`.
+
+    Raises:
+        TypeError: An option is unknown, has the wrong type, or is given by both names.
+        ValueError: An option is out of its range, or no budget is given.
+    """
+    present: dict[str, Any] = dict(options)
+    if "count" in present:
+        with_present_names(present, {"count": "count_tokens"}, "a plan", stacklevel=5)
+    unknown = sorted(present.keys() - Options.__dataclass_fields__.keys())
+    if unknown:
+        raise TypeError(f"options must be among {', '.join(Options.__dataclass_fields__)}, got {', '.join(unknown)}")
+    return Options(**present)
 
 
 def check_flag(name: str, value: object) -> None:
@@ -118,10 +133,15 @@ def check_flag(name: str, value: object) -> None:
 def check_indices(indices: Indices, samples: int) -> npt.NDArray[np.int64]:
     """The chosen samples, ascending: int64 `[n]`.
 
+    Args:
+        indices: Indices of samples, in any order.
+        samples: Size of the dataset.
+
     Raises:
-        TypeError: They are not integers.
-        ValueError: One is out of range or named twice, or there is none.
+        TypeError: They are not integers, or masked.
+        ValueError: One is out of range or given twice, or there is none.
     """
+    refuse_masked(indices, "indices", "leave them out with .compressed()")
     array = np.asarray(indices)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"indices must name at least one sample, got shape {list(array.shape)}: None plans all")
@@ -129,8 +149,9 @@ def check_indices(indices: Indices, samples: int) -> npt.NDArray[np.int64]:
         raise TypeError(f"indices must be integers, got {array.dtype}: np.flatnonzero turns a mask into indices")
     outside = (array < 0) | (array >= samples)
     if outside.any():
-        place = int(outside.argmax())
-        raise ValueError(f"indices must be in range({samples}), got {array[place]} at place {place}")
+        entry = int(outside.argmax())
+        raise ValueError(f"indices must be in range({samples}), got {array[entry]} as entry {entry}")
+    # Indices 3, 0 and 3 have the counts 1, 0, 0 and 2: sample 3 was given twice.
     times = np.bincount(array, minlength=samples)
     if times.max() > 1:
         raise ValueError(f"indices must differ, got sample {times.argmax()} {times.max()} times")

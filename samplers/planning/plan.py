@@ -1,4 +1,4 @@
-"""Lengths to batches: a plan holds all batches of an epoch, and is decided by lengths alone."""
+"""BatchPlan: all batches of an epoch, decided by the lengths alone."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -7,13 +7,21 @@ from typing import Any, TypeVar, Unpack, overload
 import numpy as np
 
 from collate.widths import check_count
-from samplers.planning.batch_table import Layout, Shape, Sizes
 from samplers.planning.budget import Integers
-from samplers.planning.choose_table import lay_out
-from samplers.planning.options import Options, PlanOptions
-from samplers.planning.report import LAGS, PlanReport, count_meeting, count_pairs, imbalance, lag_one
-from samplers.planning.schedule import Course, Epoch
+from samplers.planning.options import PlanOptions, make_options
+from samplers.planning.report import (
+    LAGS,
+    PlanReport,
+    autocorrelation,
+    count_pairs,
+    count_repeated_pairs,
+    measure_imbalance,
+    simulate_random_padding,
+)
+from samplers.planning.schedule import Schedule, check_steps, make_schedule
 from samplers.planning.sorting import Lengths
+from samplers.planning.tables.batch_table import BatchSizes, BatchTable, Shape
+from samplers.planning.tables.pool_table import choose_table
 
 T = TypeVar("T")
 
@@ -24,14 +32,14 @@ def plan_epoch(
     """Plan an epoch: the same lengths and options give the same plan on every rank, machine and version.
 
     Args:
-        lengths: of all samples, in steps: integers `[N]`, or `[N, K]` for samples of K fields; a list, an array or a
-            memory map, or an index that holds them.
-        epoch: which one.
-        num_replicas: W, how many share each step.
-        options: those of `LengthBucketBatchSampler`.
+        lengths: Lengths of all samples, in time steps: integers `[N]`, or `[N, K]` for samples of K fields; a list, an
+            array or a memory map, or an index that holds them.
+        epoch: Number of the epoch.
+        num_replicas: W, how many replicas share each step.
+        options: Those of `LengthBucketBatchSampler`.
 
     Returns:
-        The plan; its batches are computed as they are asked for.
+        The plan; its batches are computed when they are asked for.
 
     Raises:
         TypeError: Lengths or an option have the wrong type.
@@ -45,57 +53,54 @@ def plan_epoch(
         ([[1, 3], [2, 0, 4]], [9, 4])
     """
     epoch = check_count("epoch", epoch, least=0, hint="count epochs from 0")
-    replicas = check_count("num_replicas", num_replicas, least=1, hint="one process is 1")
-    return BatchPlan(lay_out(lengths, Options(**options)), epoch, replicas)
+    num_replicas = check_count("num_replicas", num_replicas, least=1, hint="one process is 1")
+    return BatchPlan(choose_table(lengths, make_options(options)), epoch, num_replicas)
 
 
 class BatchPlan:
     """All batches of an epoch, over all replicas: replica r takes batch `t * num_replicas + r` in step t.
 
+    `plan_epoch` makes one, and so does `plan` of a batch sampler or a shard stream.
+
     Args:
-        layout: the batches by number, from `lay_out`.
-        epoch: which one.
+        table: The batches of any epoch.
+        epoch: Number of the epoch.
         num_replicas: W, batches in a step.
 
     Raises:
         ValueError: The last step has fewer rows than replicas, or there is no step at all.
     """
 
-    def __init__(self, layout: Layout, epoch: int, num_replicas: int) -> None:
-        self.layout = layout
+    def __init__(self, table: BatchTable, epoch: int, num_replicas: int) -> None:
         self.epoch = epoch
         self.num_replicas = num_replicas
-        self.course = Course(Epoch(layout.of_epoch(epoch, num_replicas), epoch, num_replicas), 0, num_replicas)
-        if self.course.steps == 0:
-            raise ValueError(
-                f"an epoch must have a batch for each of {num_replicas} replicas, got {len(layout)} batches in all and "
-                "drop_last=True: use fewer replicas or smaller batches"
-            )
+        self._table = table
+        # A schedule has the order of this epoch; the table has what is the same in all, such as the shapes.
+        self._schedule = make_schedule(table, epoch, num_replicas)
+        check_steps(self._schedule)
 
     def __repr__(self) -> str:
         return f"BatchPlan(epoch={self.epoch}, batches={len(self.batches)}, num_replicas={self.num_replicas})"
 
     @property
     def batches(self) -> "PlannedBatches":
-        """The batches as lists of Python ints, samples of one field longest first; computed as they are asked for."""
-        return PlannedBatches(self.course)
+        """The batches as lists of Python ints, samples of one field longest first; computed when they are asked for."""
+        return PlannedBatches(self._schedule)
 
     @property
     def steps(self) -> int:
-        """Batches that every replica takes."""
-        return self.course.steps
+        """Batches of each replica."""
+        return self._schedule.steps
 
     @property
     def shapes(self) -> list[Shape]:
-        """The closed list of (rows, width) that batches of any epoch have at most; many are smaller."""
-        return self.layout.shapes
+        """Shapes `(rows, (width, ...))`, a width for each field, that hold every batch of any epoch."""
+        return self._table.shapes
 
     @property
     def batch_shapes(self) -> list[Shape]:
-        """The different (rows, padded width) of this epoch's batches, widest first: what a compiled model sees."""
-        rows, widths, _ = self._sizes
-        shapes = np.unique(np.column_stack([widths, rows]), axis=0)[::-1].tolist()
-        return [(rows, width[0] if len(width) == 1 else tuple(width)) for *width, rows in shapes]
+        """The different shapes of this epoch's batches, widest first: the shapes that a compiled model meets."""
+        return self._sizes.shapes
 
     @property
     def widths(self) -> Integers:
@@ -109,102 +114,114 @@ class BatchPlan:
         tokens: Integers = self._sizes.tokens.reshape(-1, self.num_replicas).sum(1)
         return tokens
 
+    @cached_property
+    def random_padding(self) -> float:
+        """Share of padding if the samples came in random order under the same budget: 0 to 1.
+
+        It is simulated when it is first asked for, on at most a hundred thousand random samples.
+        """
+        return simulate_random_padding(self._table.sorted_lengths, self._table.options)
+
     def report(self) -> PlanReport:
         """What the plan holds, wastes and leaves out; this computes four whole epochs."""
-        sizes, layout = self._sizes, self.layout
-        later = [type(self)(layout, self.epoch + lag, self.num_replicas) for lag in LAGS]
-        meeting = [self._share_meeting_again(plan) for plan in later]
-        corpus = layout.corpus
+        sizes, table, sorted_lengths = self._sizes, self._table, self._table.sorted_lengths
+        later = [make_schedule(table, self.epoch + lag, self.num_replicas) for lag in LAGS]
+        repeated = [self._share_repeated_pairs(schedule) for schedule in later]
+        all_sizes = [sizes, *(schedule.measure_batches() for schedule in later)]
+        # Three samples of widths 8 and 2 are 3 x (8 + 2) padded tokens.
         padded = sizes.rows * sizes.widths.sum(1)
-        use = layout.use_of(sizes)
+        use = table.budget_use(sizes)
+        # Slots are numbered step by step, so that a row of this array is a step.
         rows = sizes.rows.reshape(-1, self.num_replicas).sum(1)
-        overall, worst = imbalance(padded.reshape(-1, self.num_replicas))
-        sequences, real = int(sizes.rows.sum()), int(sizes.tokens.sum())
+        imbalance, worst_imbalance = measure_imbalance(padded.reshape(-1, self.num_replicas))
+        sequences, real_tokens = int(sizes.rows.sum()), int(sizes.tokens.sum())
         return PlanReport(
             sequences=sequences,
-            real_tokens=real,
+            real_tokens=real_tokens,
             padded_tokens=int(padded.sum()),
             batches=len(padded),
             steps=self.steps,
-            padding=1 - real / int(padded.sum()),
+            padding=1 - real_tokens / int(padded.sum()),
             budget_use=float(use.mean()),
             greatest_use=float(use[sizes.rows > 1].max(initial=0)),
-            short=corpus.short,
-            dropped=corpus.dropped,
-            unused=len(corpus) - sequences,
-            alone=corpus.alone,
-            meeting_again=meeting[0],
-            meeting_again_in_2=meeting[1],
-            meeting_again_in_5=meeting[2],
-            shapes=len(self.batch_shapes),
-            shapes_of_4=len({shape for plan in (self, *later) for shape in plan.batch_shapes}),
-            autocorrelation=lag_one(self.tokens / rows),
-            imbalance=overall,
-            worst_step=worst,
+            too_short=sorted_lengths.too_short,
+            overlong_dropped=sorted_lengths.overlong_dropped,
+            last_dropped=len(sorted_lengths) - sequences,
+            overlong_alone=sorted_lengths.overlong_alone,
+            repeated_pairs=repeated[0],
+            repeated_pairs_in_2=repeated[1],
+            repeated_pairs_in_5=repeated[2],
+            shapes=len(sizes.shapes),
+            shapes_of_4=len({shape for each in all_sizes for shape in each.shapes}),
+            autocorrelation=autocorrelation(self.tokens / rows),
+            imbalance=imbalance,
+            worst_imbalance=worst_imbalance,
         )
 
     def unsort(self, outputs: Sequence[Sequence[T]]) -> list[T | None]:
         """Put a whole epoch's results into the dataset's order.
 
         Args:
-            outputs: a result for each batch of the plan, in the order of `batches`: a list, array or tensor with an
-                entry for each of the batch's samples, in the order in which the batch names them.
+            outputs: A result for each batch of the plan, in the order of `batches`: a list, array or tensor with an
+                entry for each of the batch's samples, in the order of the batch.
 
         Returns:
-            `[N]`: an entry for each sample of the dataset, None for one that the plan leaves out.
+            `[N]`: an entry for each sample of the dataset, None for a sample that the plan leaves out.
 
         Raises:
-            ValueError: Batches, or a batch's entries, are not as many as the plan's.
+            ValueError: The number of batches, or of a batch's entries, is not the plan's.
         """
         if len(outputs) != len(self.batches):
             raise ValueError(f"outputs must hold the plan's {len(self.batches)} batches, got {len(outputs)}")
-        ordered: list[T | None] = [None] * len(self.layout.corpus.lengths)
-        for number, (batch, output) in enumerate(zip(self.batches, outputs, strict=True)):
+        ordered: list[T | None] = [None] * len(self._table.sorted_lengths.lengths)
+        for slot, (batch, output) in enumerate(zip(self.batches, outputs, strict=True)):
             if len(output) != len(batch):
-                raise ValueError(
-                    f"outputs must match the plan, got {len(output)} for {len(batch)} rows, batch {number}"
-                )
-            for sample, entry in zip(batch, output, strict=True):
-                ordered[sample] = entry
+                raise ValueError(f"outputs must match the plan, got {len(output)} for {len(batch)} rows, batch {slot}")
+            for sample_index, entry in zip(batch, output, strict=True):
+                ordered[sample_index] = entry
         return ordered
 
     @cached_property
-    def _sizes(self) -> Sizes:
-        parts = [self.layout.sizes_of(*self.course.samples_of(numbers)) for numbers in self.course.chunks()]
-        return Sizes(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+    def _sizes(self) -> BatchSizes:
+        return self._schedule.measure_batches()
 
-    def _share_meeting_again(self, plan: "BatchPlan") -> float:
-        """The share of this epoch's pairs that share a batch of another one's."""
-        later = np.full(len(self.layout.corpus.lengths), -1, np.int32)
-        for numbers in plan.course.chunks():
-            samples, rows = plan.course.samples_of(numbers)
-            later[samples] = np.repeat(numbers, rows)
-        met = 0
-        for numbers in self.course.chunks():
-            samples, rows = self.course.samples_of(numbers)
-            met += count_meeting(np.repeat(numbers, rows), later[samples])
-        return met / max(1, count_pairs(self._sizes.rows))
+    def _share_repeated_pairs(self, later: Schedule) -> float:
+        """The share of this epoch's pairs that share a batch of another epoch."""
+        # By sample index; -1 for samples that are in no batch, e.g. those that `drop_last` drops there.
+        later_slot = np.full(len(self._table.sorted_lengths.lengths), -1, np.int32)
+        for slots, samples in later.sample_slots():
+            later_slot[samples] = slots
+        repeated = 0
+        for slots, samples in self._schedule.sample_slots():
+            repeated += count_repeated_pairs(slots, later_slot[samples])
+        return repeated / max(1, count_pairs(self._sizes.rows))
 
 
 class PlannedBatches(Sequence[list[int]]):
-    """The batches of a course, computed as they are asked for."""
+    """The batches of a schedule, computed when they are asked for."""
 
-    def __init__(self, course: Course) -> None:
-        self._course = course
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
 
     def __len__(self) -> int:
-        return self._course.batches
+        return self._schedule.slots
 
     @overload
-    def __getitem__(self, place: int) -> list[int]: ...
+    def __getitem__(self, slot: int) -> list[int]: ...
     @overload
-    def __getitem__(self, place: slice) -> list[list[int]]: ...
-    def __getitem__(self, place: int | slice) -> Any:
-        numbers = np.arange(len(self))[place]
-        if not isinstance(place, slice):
-            return self._course.lists_of(np.array([numbers]))[0]
-        return [self._course.lists_of(np.array([number]))[0] for number in numbers]
+    def __getitem__(self, slot: slice) -> list[list[int]]: ...
+    def __getitem__(self, slot: int | slice) -> Any:
+        slots = np.arange(len(self))[slot]
+        if not isinstance(slot, slice):
+            return self._schedule.index_lists(np.array([slots]))[0]
+        # One by one, since a slice may be in any order.
+        return [self._schedule.index_lists(np.array([one]))[0] for one in slots]
 
     def __iter__(self) -> Iterator[list[int]]:
-        for numbers in self._course.chunks():
-            yield from self._course.lists_of(numbers)
+        for slots in self._schedule.slot_ranges():
+            yield from self._schedule.index_lists(slots)
+
+
+def random_padding(plan: BatchPlan) -> float:
+    """`plan.random_padding`, under the name that it had before it was a property."""
+    return plan.random_padding

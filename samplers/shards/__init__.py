@@ -1,1 +1,14 @@
-"""Lengths and samples on disk."""
+"""Corpora on disk: samples in tar shards, their lengths in an index, writers and a dataset.
+
+Rooms from bottom to top: `storage`, `format`, `indexing`, then `dataset`, then `writing`. They import nothing of
+`planning`, and of `collate` only `errors` and `widths`.
+Terms: a *shard* is a tar of samples; its *layout* is `"plain"` or `"blocks"`; an *index* holds the lengths; a *corpus*
+is the shards of one index; a *sample index* counts the samples of a corpus, an *offset* the bytes of a file.
+"""
+
+from samplers.shards.dataset import ShardDataset
+from samplers.shards.format.samples import decode_groups
+from samplers.shards.indexing.index import LengthIndex
+from samplers.shards.writing.writer import ShardWriter
+
+__all__ = ["LengthIndex", "ShardDataset", "ShardWriter", "decode_groups"]

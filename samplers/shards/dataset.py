@@ -1,34 +1,36 @@
-"""Samples by place: a map-style dataset that reads slices of shards and holds every length against the index."""
+"""Samples by index: a map-style dataset that reads slices of shards, and checks every length against the index."""
 
 import operator
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from errno import EMFILE, ENFILE
 from functools import lru_cache, partial
 from importlib import import_module
 from itertools import pairwise, repeat
-from pathlib import Path
 from typing import Any, Final, NoReturn, TypeAlias
 from zlib import crc32
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from collate.errors import LengthError
-from samplers.shards.block_check import Columns, check_block
-from samplers.shards.format.samples import Sample, decode_member, field_of
-from samplers.shards.indexing.index import LengthIndex
-from samplers.shards.indexing.index_file import REBUILD, SUFFIX
-from samplers.shards.indexing.tables import Array, Field
+from samplers.shards.deprecation import renamed_argument
+from samplers.shards.field_value import check_length, decode_field
+from samplers.shards.format.keys import decode_key
+from samplers.shards.format.npy import AnyArray
+from samplers.shards.format.samples import Sample
+from samplers.shards.indexing.index import LengthIndex, open_index, tables_of
+from samplers.shards.indexing.index_file import REBUILD
+from samplers.shards.indexing.measuring import Decoder
+from samplers.shards.indexing.tables import Field
+from samplers.shards.indexing.verify import ReadColumns, check_block
 from samplers.shards.skipping import Failed, Handler, is_damage, make_skipping, read_apart
-from samplers.shards.storage.paths import expand_shards
 from samplers.shards.storage.reading import RandomAccess, Shards, open_file
 
-Decoder: TypeAlias = Callable[[bytes], Any]
-
-# Shards that a process keeps open, and the share of all files it may open: the program has others.
+# Shards that a process keeps open: 128, but at most an eighth of the files that it may open, because the program opens
+# other files too.
 HANDLES: Final = 128
 _SHARE: Final = 8
+# Attributes that are not pickled.
 _OF_A_PROCESS: Final = frozenset(["_tables", "_files", "_checked", "_process"])
 
 # Open shards, and the part of a batch that is read from each.
@@ -36,13 +38,13 @@ Files: TypeAlias = list[tuple[RandomAccess, slice]]
 
 
 class ShardDataset(Dataset[Sample]):
-    """The samples of a corpus by place, in the order of its index.
+    """The samples of a corpus by index, in the order of its `LengthIndex`.
 
-    A sample is `{"__key__": str, field: array [L, *F] or scalar, ...}`; its arrays are writable, in native byte order
-    and share memory with nothing. The length of what is read is the index's, or an error says where it is not.
+    A sample is `{"__key__": str, field: array [L, *F] or scalar, ...}`. Its arrays are writable copies in native byte
+    order. Every sample has the length that the index says, or an error names it.
 
     Attributes:
-        index: the corpus's lengths, for a sampler.
+        index: The lengths of the corpus, for a sampler.
     """
 
     def __init__(
@@ -52,42 +54,46 @@ class ShardDataset(Dataset[Sample]):
         fields: Collection[str] | None = None,
         *,
         decode: Mapping[str, Decoder] | None = None,
-        check: bool = True,
+        checksums: bool = True,
         handler: Handler | None = None,
         max_failed: float | None = None,
+        check: bool | None = None,
     ) -> None:
-        """Open the index; shards are opened, and held against it, when they are first read.
+        """Open the index. Shards are opened, and checked against it, when they are first read.
 
         Args:
-            shards: a folder or `.ltx` file that `ShardWriter` has made, or paths, brace patterns, wildcards or URLs.
-            index: of these shards, in their order, or its file; None for the files beside them.
-            fields: what samples hold beside their key; the others are not read. None for all.
-            decode: functions from bytes for fields in other encodings than npy, cls, txt and json, which stay bytes
-                without; what they give must have the length in the index.
-            check: hold what is read against its crc32, where the index has one.
-            handler: what becomes of a sample of a batch that cannot be read: a function from the error to True to skip
-                it, or False to raise, as `webdataset.warn_and_continue`; None raises.
-            max_failed: the share of samples that may be skipped, 0 to 1; None is a tenth, but no fewer than 99.
+            shards: A folder or `.ltx` file that `ShardWriter` has made, or paths, brace patterns, wildcards or URLs.
+            index: Index of these shards, in their order, or its file. None for the files next to them.
+            fields: Fields of the samples besides the key. Others are not read. None for all.
+            decode: Functions from bytes, for fields in other encodings than npy, cls, txt and json. Without one such a
+                field stays bytes. Their results must have the length in the index.
+            checksums: Compare what is read with its crc32, if the index has checksums.
+            handler: Called with the error of a sample of a batch that cannot be read. It returns True to skip the
+                sample, or False to raise, as `webdataset.warn_and_continue` does. None raises.
+            max_failed: Fraction of samples that may be skipped, 0 to 1. None is a tenth, but at least 99 samples.
+            check: Former name of `checksums`, until the next release.
 
         Raises:
             FileNotFoundError: There is no index.
-            TypeError: `fields` is a single string, `handler` no function, or `max_failed` no number.
-            ValueError: The index is damaged or of other shards, a field is not there, or `max_failed` is no share.
+            TypeError: `fields` is a single string, `handler` not a function, or `max_failed` not a number.
+            ValueError: The index is damaged or of other shards, a field does not exist, or `max_failed` is not
+                between 0 and 1.
         """
+        checksums = renamed_argument("ShardDataset", ("check", check), ("checksums", checksums))
         if isinstance(fields, str):
             raise TypeError(f"fields must be a list of names, got the string {fields!r}")
         self.index = _open_index(shards, index)
-        self._tables = self.index.tables
-        self._check_crcs = check and self._tables.crcs is not None
+        self._tables = tables_of(self.index)
+        self._check_crcs = checksums and self._tables.crcs is not None
         self._decode = dict(decode or {})
-        self._columns = _choose(self._tables.fields, fields, self._decode)
+        self._columns = _select_columns(self._tables.fields, fields, self._decode)
         self._ends = self.index.starts[1:]
         self._skipping = make_skipping(handler, max_failed, len(self.index))
         self._forget()
 
     @property
     def skipped(self) -> dict[str, dict[str, int]]:
-        """Samples that were skipped so far, in all workers: `{shard: {reason: count}}`.
+        """Skipped samples so far, in all workers: `{shard: {reason: count}}`.
 
         The reasons are `length`, `missing` (a shard), `unreadable`, `field` (missing) and `damaged`.
         """
@@ -96,106 +102,116 @@ class ShardDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, place: int) -> Sample:
-        """The sample at one place; an error is raised, whatever the handler. The errors are those of a batch."""
-        return self._read(self._check_places([operator.index(place)]))[0]
+    def __getitem__(self, index: int) -> Sample:
+        """The sample of one index. Errors are those of `__getitems__`, and are raised even with a handler."""
+        return self._read(self._check_indices([operator.index(index)]))[0]
 
-    def __getitems__(self, places: Sequence[int]) -> list[Sample]:
-        """The samples at these places, read in the order of the files, given in the order asked for.
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        """The samples of these indices, in this order. They are read in the order of the files.
 
-        With a handler those that it skips are missing.
+        With a handler, skipped samples are left out.
 
         Raises:
             FileNotFoundError: A shard is absent.
-            IndexError: A place is not in the corpus.
-            LengthError: The length of a sample is not that in the index; shard, key, field and both numbers are named.
-            RuntimeError: All samples of the batch were skipped, or too many in all; those that failed are listed.
-            TypeError: Places are not integers.
+            IndexError: An index is not in the corpus.
+            LengthError: The length of a sample differs from the index. The message has shard, key, field and both
+                lengths.
+            RuntimeError: All samples of the batch were skipped, or too many in total. The message lists the failures.
+            TypeError: Indices are not integers.
             ValueError: A shard has changed since it was indexed, or is damaged.
         """
-        found = self._find(places)
-        return found if self._skipping is None else self._skipping.sift(found)
+        samples = self._read_in_order(indices)
+        return samples if self._skipping is None else self._skipping.sift(samples)
 
-    def _find(self, places: Sequence[int]) -> list[Any]:
-        """Samples in the order asked for; with a handler, `Failed` in place of those that cannot be read."""
-        wanted = self._check_places(places)
-        order = np.argsort(wanted, kind="stable")
-        read = self._read if self._skipping is None else self._read_whole
-        samples = read(wanted[order]) if len(wanted) else []
-        given: list[Any] = [None] * len(samples)
-        for place, sample in zip(order.tolist(), samples, strict=True):
-            given[place] = sample
-        return given
+    def _read_in_order(self, indices: Sequence[int]) -> list[Any]:
+        """Samples in the given order. With a handler, `Failed` stands for those that cannot be read."""
+        rows = self._check_indices(indices)
+        order = np.argsort(rows, kind="stable")
+        read = self._read if self._skipping is None else self._read_tolerantly
+        samples = read(rows[order]) if len(rows) else []
+        batch: list[Any] = [None] * len(samples)
+        for slot, sample in zip(order.tolist(), samples, strict=True):
+            batch[slot] = sample
+        return batch
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in _OF_A_PROCESS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._tables = self.index.tables
+        self._tables = tables_of(self.index)
         self._forget()
 
     def _forget(self) -> None:
-        # What belongs to a process: open files, and which blocks it has held against the index.
+        """Start without the state of another process: open files, and the blocks that were checked."""
         self._process = os.getpid()
         self._files = lru_cache(maxsize=_count_handles())(open_file)
         blocks = self._tables.blocks
         self._checked = np.zeros(0 if blocks is None else len(blocks), np.bool_)
 
-    def _check_places(self, places: Sequence[int]) -> Array:
-        wanted = np.asarray(places) if len(places) else np.arange(0)
-        if wanted.dtype.kind not in "iu" or wanted.ndim != 1:
-            raise TypeError(f"places must be a list of integers, got {wanted.dtype} {list(wanted.shape)}")
-        total = len(self)
-        wanted = np.where(wanted < 0, wanted + total, wanted)
-        odd = np.flatnonzero((wanted < 0) | (wanted >= total))
-        if len(odd):
-            raise IndexError(f"place {places[odd[0]]} is not among the {total} samples of the corpus")
-        return wanted
+    def _check_indices(self, indices: Sequence[int]) -> AnyArray:
+        """Indices as rows of the tables; negative ones count from the end.
 
-    def _read_whole(self, rows: Array) -> list[Any]:
+        Raises:
+            IndexError: One is not in the corpus.
+            TypeError: They are not integers.
+        """
+        rows = np.asarray(indices) if len(indices) else np.arange(0)
+        if rows.dtype.kind not in "iu" or rows.ndim != 1:
+            raise TypeError(f"indices must be a list of integers, got {rows.dtype} {list(rows.shape)}")
+        total = len(self)
+        rows = np.where(rows < 0, rows + total, rows)
+        outside = np.flatnonzero((rows < 0) | (rows >= total))
+        if len(outside):
+            raise IndexError(f"index {indices[outside[0]]} is not among the {total} samples of the corpus")
+        return rows
+
+    def _read_tolerantly(self, rows: AnyArray) -> list[Any]:
+        """Read samples. `Failed` stands for those whose data is damaged."""
         try:
             return self._read(rows)
         except Exception as error:
             if not is_damage(error):
                 raise
         shards = np.searchsorted(self._ends, rows, side="right")
-        found = []
+        samples = []
         for shard in np.unique(shards).tolist():
             try:
                 self._file(shard)
             except Exception as error:
                 if not is_damage(error):
                     raise
-                # None of its samples can be read: one attempt tells.
-                found += [self._fail(error, row) for row in rows[shards == shard].tolist()]
+                # Then none of its samples can be read: one attempt is enough.
+                samples += [self._fail(error, row) for row in rows[shards == shard].tolist()]
             else:
-                found += read_apart(self._read, rows[shards == shard], self._fail)
-        return found
+                samples += read_apart(self._read, rows[shards == shard], self._fail)
+        return samples
 
     def _fail(self, error: Exception, row: int) -> Failed:
+        """The failure of a sample, with its key and shard."""
         shard = self._tables.shards[int(np.searchsorted(self._ends, row, side="right"))]
         return Failed(error, self.index.keys[row], shard.path)
 
-    def _read(self, rows: Array) -> list[Sample]:
+    def _read(self, rows: AnyArray) -> list[Sample]:
+        """The samples of ascending rows."""
         if self._process != os.getpid():
             self._forget()
         shards = np.searchsorted(self._ends, rows, side="right")
-        edges = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(rows)]
+        # Rows 3, 5 and 9 of the shards 0, 0 and 2 give the bounds 0, 2, 3: two shards, with two samples and one.
+        bounds = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(rows)]
         at_once = self._files.cache_parameters()["maxsize"]
         samples: list[Sample] = []
-        # No more shards than are kept open: a batch of short samples may be of a thousand.
-        for first in range(0, len(edges) - 1, at_once):
-            some = edges[first : first + at_once + 1]
-            part = rows[some[0] : some[-1]]
-            samples += self._read_shards(part, shards[some[0] : some[-1]], [edge - some[0] for edge in some])
+        # At most as many shards as may be open: a batch of short samples may come from a thousand.
+        for first in range(0, len(bounds) - 1, at_once):
+            part = bounds[first : first + at_once + 1]
+            within = slice(part[0], part[-1])
+            samples += self._read_shards(rows[within], shards[within], [bound - part[0] for bound in part])
         return samples
 
-    def _read_shards(self, rows: Array, shards: Array, edges: list[int]) -> list[Sample]:
-        files = [(self._file(int(shards[first])), slice(first, last)) for first, last in pairwise(edges)]
-        samples: list[Sample] = [
-            {"__key__": key.decode("utf-8", "surrogateescape")} for key in self._tables.keys[rows].tolist()
-        ]
+    def _read_shards(self, rows: AnyArray, shards: AnyArray, bounds: list[int]) -> list[Sample]:
+        """The samples of some shards, whose rows lie between neighbouring bounds."""
+        files = [(self._file(int(shards[first])), slice(first, last)) for first, last in pairwise(bounds)]
+        samples: list[Sample] = [{"__key__": decode_key(key)} for key in self._tables.keys[rows].tolist()]
         if self._tables.blocks is not None:
             self._check_blocks(files, rows, self._tables.blocks)
             self._read_blocks(files, rows, samples)
@@ -204,35 +220,49 @@ class ShardDataset(Dataset[Sample]):
         return samples
 
     def _file(self, shard: int) -> RandomAccess:
-        known = self._tables.shards[shard]
+        """An open shard.
+
+        Raises:
+            FileNotFoundError: It is absent.
+            ValueError: Its size differs from the index.
+        """
+        indexed = self._tables.shards[shard]
         try:
-            file = self._open(known.path)
+            file = self._open(indexed.path)
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"no shard {known.path}, which the index lists: give shards= where they are now, or {REBUILD}"
+                f"no shard {indexed.path}, which the index lists: put it back, give shards= their new paths, or "
+                f"{REBUILD}"
             ) from None
-        if file.size != known.size:
+        if file.size != indexed.size:
             raise ValueError(
-                f"{known.path}: {file.size} bytes, the index says {known.size}: changed since it was indexed; {REBUILD}"
+                f"{indexed.path}: {file.size} bytes, the index says {indexed.size}: changed since it was indexed; "
+                f"{REBUILD}"
             )
         return file
 
     def _open(self, path: str) -> RandomAccess:
+        """Open a file, or take it from the cache.
+
+        Raises:
+            OSError: It cannot be opened.
+        """
         try:
             return self._files(path)
         except OSError as error:
             if error.errno not in {EMFILE, ENFILE}:
                 raise
-            # The rest of the program has more files open than was thought: those that only wait are closed.
+            # The rest of the program has more files open than expected. Close the shards that are not in use.
             self._files.cache_clear()
             return self._files(path)
 
-    def _read_blocks(self, files: Files, rows: Array, samples: list[Sample]) -> None:
+    def _read_blocks(self, files: Files, rows: AnyArray, samples: list[Sample]) -> None:
+        """Read the fields of samples in blocks: slices of flat arrays."""
         steps = self._tables.lengths[rows]
-        for column, field, measure in self._columns:
+        for column, field, length_column in self._columns:
             shapes = [field.shape] * len(rows)
             if field.variable:
-                counts = steps[:, measure].tolist()
+                counts = steps[:, length_column].tolist()
                 shapes = [(count, *field.shape) for count in counts] if field.shape else counts
             arrays = list(map(np.empty, shapes, repeat(np.dtype(field.dtype))))
             self._fill(files, arrays, rows, column)
@@ -240,21 +270,27 @@ class ShardDataset(Dataset[Sample]):
             for sample, value in zip(samples, values, strict=True):
                 sample[field.name] = value
 
-    def _read_plain(self, files: Files, rows: Array, samples: list[Sample], sizes: Array) -> None:
-        for column, field, measure in self._columns:
+    def _read_plain(self, files: Files, rows: AnyArray, samples: list[Sample], sizes: AnyArray) -> None:
+        """Read the fields of plain samples: whole members.
+
+        Raises:
+            ValueError: A member is not within the shard.
+        """
+        for column, field, length_column in self._columns:
             for file, part in files:
-                starts, counts = self._tables.places[rows[part], column], sizes[rows[part], column]
+                starts, counts = self._tables.offsets[rows[part], column], sizes[rows[part], column]
                 if ((starts < 0) | (counts < 0) | (starts > file.size - counts)).any():
                     raise ValueError(f"{file.path}: the index says that a member is not within the shard: {REBUILD}")
             arrays = [np.empty(size, np.uint8) for size in sizes[rows, column].tolist()]
             self._fill(files, arrays, rows, column)
             for sample, row, array in zip(samples, rows.tolist(), arrays, strict=True):
-                # A sample may lack a field whose length does not count.
-                if self._tables.places[row, column]:
-                    sample[field.name] = self._decode_field(field, array.tobytes(), row, measure)
+                # Offset 0: a sample may lack a field whose length does not count.
+                if self._tables.offsets[row, column]:
+                    sample[field.name] = self._decode_field(field, array.tobytes(), row, length_column)
 
-    def _fill(self, files: Files, arrays: list[Array], rows: Array, column: int) -> None:
-        offsets = self._tables.places[rows, column].tolist()
+    def _fill(self, files: Files, arrays: list[AnyArray], rows: AnyArray, column: int) -> None:
+        """Read a field of each row into an array, and compare checksums."""
+        offsets = self._tables.offsets[rows, column].tolist()
         for file, part in files:
             file.fill(arrays[part], offsets[part])
         if self._check_crcs and self._tables.crcs is not None:
@@ -263,95 +299,67 @@ class ShardDataset(Dataset[Sample]):
             if list(map(crc32, buffers)) != expected:
                 self._refuse_damage(arrays, expected, rows, column)
 
-    def _refuse_damage(self, arrays: list[Array], expected: list[int], rows: Array, column: int) -> NoReturn:
+    def _refuse_damage(self, arrays: list[AnyArray], expected: list[int], rows: AnyArray, column: int) -> NoReturn:
+        """Refuse the first sample whose checksum differs.
+
+        Raises:
+            ValueError: Always.
+        """
         buffers: Iterable[Any] = arrays
         row = int(rows[[crc32(buffer) != crc for buffer, crc in zip(buffers, expected, strict=True)].index(True)])
         raise ValueError(
-            f"{self._where(row, self._tables.fields[column])}, at offset {self._tables.places[row, column]}: the bytes "
-            "do not have the checksum in the index: the shard is damaged or has changed"
+            f"{self._context(row, self._tables.fields[column])}, at offset {self._tables.offsets[row, column]}: the "
+            "bytes do not have the checksum in the index: the shard is damaged or has changed"
         )
 
-    def _decode_field(self, field: Field, data: bytes, row: int, measure: int) -> Any:
-        decode = self._decode.get(field.name)
-        # To say where a sample is takes a quarter of the time of reading it: only an error says it.
-        where = partial(self._where, row, field)
-        value = _ask(decode, data, where) if decode else _decode(field, data, where)
-        # Left undecoded, bytes do not tell their steps.
+    def _decode_field(self, field: Field, data: bytes, row: int, length_column: int) -> Any:
+        """The value of a plain field, with the length that the index says."""
+        context = partial(self._context, row, field)
+        value = decode_field(field, data, self._decode.get(field.name), context)
+        # Bytes that stay undecoded have no length in steps.
         if field.variable and not isinstance(value, bytes):
-            _hold_steps(value, int(self._tables.lengths[row, measure]), where)
+            check_length(value, int(self._tables.lengths[row, length_column]), context)
         return value
 
-    def _check_blocks(self, files: Files, rows: Array, starts: Array) -> None:
-        blocks = np.searchsorted(starts[:, 0], rows, side="right") - 1
+    def _check_blocks(self, files: Files, rows: AnyArray, table: AnyArray) -> None:
+        """Compare the blocks of these rows with the index, each once in this process."""
+        blocks = np.searchsorted(table[:, 0], rows, side="right") - 1
         if self._checked[blocks].all():
             return
         for file, part in files:
             for block in np.unique(blocks[part][~self._checked[blocks[part]]]).tolist():
-                first, *members = starts[block].tolist()
-                last = int(starts[block + 1, 0]) if block + 1 < len(starts) else len(self)
-                check_block(file, self._tables, members, slice(first, last), self._columns)
+                check_block(file, self._tables, block, self._columns)
                 self._checked[block] = True
 
-    def _where(self, row: int, field: Field) -> str:
+    def _context(self, row: int, field: Field) -> str:
         shard = self._tables.shards[int(np.searchsorted(self._ends, row, side="right"))]
         return f"{shard.path}: sample {self.index.keys[row]!r}, field {field.name!r}"
 
 
 def _count_handles() -> int:
+    """Number of shards that a process keeps open."""
     try:
-        # Windows has no such limit.
-        most = import_module("resource").getrlimit(import_module("resource").RLIMIT_NOFILE)[0]
+        # Windows has no such limit, and no such module.
+        limit = import_module("resource").getrlimit(import_module("resource").RLIMIT_NOFILE)[0]
     except ImportError:
         return HANDLES
-    return HANDLES if most < 0 else max(1, min(HANDLES, most // _SHARE))
-
-
-def _ask(decode: Decoder, data: bytes, where: Callable[[], str]) -> Any:
-    try:
-        return decode(data)
-    except Exception as error:
-        error.add_note(f"decode= was given {where()}")
-        raise
-
-
-def _decode(field: Field, data: bytes, where: Callable[[], str]) -> Any:
-    encoding = field_of(field.suffix)[1]
-    try:
-        return decode_member(encoding, data, "")
-    except ValueError:
-        return decode_member(encoding, data, where())
-
-
-def _hold_steps(value: Any, expected: int, where: Callable[[], str]) -> None:
-    try:
-        steps = len(value)
-    except TypeError:
-        raise LengthError(
-            f"{where()}: the index says {expected} steps, the shard holds a single value: {REBUILD}"
-        ) from None
-    if steps != expected:
-        raise LengthError(f"{where()}: the index says {expected} steps, the shard {steps}: {REBUILD}")
+    return HANDLES if limit < 0 else max(1, min(HANDLES, limit // _SHARE))
 
 
 def _open_index(shards: Shards, index: LengthIndex | str | os.PathLike[str] | None) -> LengthIndex:
+    """The given index for these shards, or the one that lies with them."""
     if index is not None:
         index = index if isinstance(index, LengthIndex) else LengthIndex.open(index)
         return index.moved_to(shards)
-    if isinstance(shards, (str, os.PathLike)):
-        path = Path(shards)
-        if path.suffix == SUFFIX:
-            return LengthIndex.open(shards)
-        corpora = [file for file in path.glob(f"*{SUFFIX}") if not file.name.endswith(f".tar{SUFFIX}")]
-        if len(corpora) > 1:
-            raise ValueError(f"{path} holds several corpora: give one of {sorted(map(str, corpora))}")
-        if corpora:
-            return LengthIndex.open(corpora[0])
-    indexes = [f"{shard}{SUFFIX}" for shard in expand_shards(shards)]
-    # Absolute, for workers may stand in another folder.
-    return LengthIndex.open_all([index if "://" in index else str(Path(index).absolute()) for index in indexes])
+    return open_index(shards)
 
 
-def _choose(fields: Sequence[Field], chosen: Collection[str] | None, decode: Collection[str]) -> Columns:
+def _select_columns(fields: Sequence[Field], chosen: Collection[str] | None, decode: Collection[str]) -> ReadColumns:
+    """The columns of the fields to read.
+
+    Raises:
+        ValueError: There is no such field.
+    """
     names = [field.name for field in fields]
     unknown = sorted({*(chosen or ()), *decode} - set(names))
     if unknown:

@@ -1,9 +1,12 @@
 """Corrupt samples: which errors may be skipped, how they are counted, and when there are too many.
 
-A handler decides, as in webdataset: it is given the error, and returns True to skip the sample. It is asked only about
-damage to data: `ValueError` (`LengthError` among them), `OSError`, `EOFError`, `zlib.error`, `struct.error`, and a
-field that a sample lacks. All other errors are mistakes of a program, or want of memory, files or disk: they are
-raised.
+A handler decides, as in webdataset: it gets the error, and returns True to skip the sample. It is called only for
+damaged data: `ValueError` (also `LengthError`), `OSError`, `EOFError`, `zlib.error`, `struct.error`, and a missing
+field. All other errors are raised: they are bugs, or a lack of memory, file descriptors or disk.
+
+The limit, with `max_failed=0.1` and a corpus of 1,000 samples: the samples that were taken are rounded up to whole
+epochs. After 30 samples, 25 of them damaged, 25 <= 0.1 x 1,000 is fine; the 101st damaged sample of the first epoch is
+an error.
 """
 
 import struct
@@ -21,33 +24,33 @@ from collate.errors import LengthError
 from samplers.shards.skip_counts import Tally
 
 Handler: TypeAlias = Callable[[Exception], Any]
-Rows: TypeAlias = npt.NDArray[Any]
+RowIndices: TypeAlias = npt.NDArray[Any]
 
-# So many failures in a row are no accident.
+# This many failures in a row are not an accident.
 IN_A_ROW: Final = 100
-# A share is one of so many samples, or of a corpus with fewer: of the first ones that are taken all might fail.
+# A fraction counts from 10,000 samples on, or from a smaller corpus: the first few samples may all be damaged.
 LEAST: Final = 10_000
 MAX_FAILED: Final = 0.1
 REASONS: Final = ("length", "missing", "unreadable", "field", "damaged")
 
 _SHORTAGES: Final = frozenset([EMFILE, ENFILE, ENOMEM, ENOSPC, EDQUOT])
-# To count a single sample in shared memory takes half as long as to bucket it.
+# Counting one sample in shared memory takes half as long as bucketing it. So 64 samples are counted together.
 _TOLD_EVERY: Final = 64
 _LONGEST_MESSAGE: Final = 300
 _SHOWN_SHARDS: Final = 20
 
 
 class MissingFieldError(KeyError):
-    """A sample lacks a field; a `KeyError` of any other origin is a program's."""
+    """A sample lacks a field. Any other `KeyError` is a bug."""
 
 
 class Failed(NamedTuple):
-    """Stands where a sample should.
+    """A sample that could not be read.
 
     Attributes:
-        error: why it could not be read.
-        key: of the sample; "" where nobody knows.
-        shard: path or URL; "" where nobody knows.
+        error: The error.
+        key: Key of the sample, "" if unknown.
+        shard: Path or URL of its shard, "" if unknown.
     """
 
     error: Exception
@@ -61,17 +64,17 @@ class Failed(NamedTuple):
 
 
 class Skipping:
-    """What becomes of samples that cannot be read.
+    """Skips samples that cannot be read, counts them, and raises when there are too many.
 
     Args:
-        handler: from an error to True to skip the sample; False, None or an exception raises.
-        max_failed: the share of samples that may be skipped, 0 to 1: of those that were taken in all processes, rounded
-            up to whole times `least`, so that a corpus may hold its damage at the start of each epoch. None is a tenth,
-            from the hundredth sample that is skipped on: of a small corpus a few are easily more.
-        least: samples of the corpus; 10,000 where there are more, or nobody knows.
+        handler: Called with an error. Returns True to skip the sample; False, None or an exception raises.
+        max_failed: Fraction of samples that may be skipped, 0 to 1. It refers to the samples taken in all processes,
+            rounded up to a multiple of `least`, so that a corpus may have its damage at the start of each epoch. None
+            is a tenth, and allows 99 samples in any case: in a small corpus a few are easily more than a tenth.
+        least: Samples of the corpus, 10,000 if it has more or the number is unknown.
 
     Raises:
-        TypeError: The handler cannot be called, or `max_failed` is no number.
+        TypeError: The handler cannot be called, or `max_failed` is not a number.
         ValueError: `max_failed` is not between 0 and 1.
     """
 
@@ -81,43 +84,43 @@ class Skipping:
                 f"handler must be a function from an error to True or False, got {handler!r}: give "
                 "webdataset.warn_and_continue, or None to raise"
             )
-        self._max_failed = _check_share(max_failed)
+        self._max_failed = _check_max_failed(max_failed)
         self._spared = IN_A_ROW - 1 if max_failed is None else 0
         self._handler, self._least = handler, max(1, min(least, LEAST))
         self._tally = Tally(REASONS)
         self._in_a_row = self._untold = 0
-        # The last failures of this process, in words.
+        # Descriptions of the last failures of this process.
         self._last: deque[str] = deque(maxlen=IN_A_ROW)
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
-        """How many samples were skipped so far, by shard and then by reason, in all processes."""
+        """Number of skipped samples so far, by shard and then by reason, in all processes."""
         return self._tally.by_shard()
 
-    def sift(self, found: Sequence[Any]) -> list[Any]:
-        """The samples among what was read for one batch; all count as taken.
+    def sift(self, batch: Sequence[Any]) -> list[Any]:
+        """The samples of a batch without those that could not be read. All count as taken.
 
         Args:
-            found: samples, and `Failed` in place of those that could not be read.
+            batch: Samples, with `Failed` for those that could not be read.
 
         Raises:
-            Exception: The handler did not skip an error; it is raised.
-            RuntimeError: No sample is left, or too many have failed.
+            Exception: An error that the handler did not skip.
+            RuntimeError: No sample remains, or too many have failed.
         """
-        self._tally.take(len(found))
+        self._tally.take(len(batch))
         samples = []
-        for each in found:
-            if isinstance(each, Failed):
-                self._skip(each)
+        for entry in batch:
+            if isinstance(entry, Failed):
+                self._skip(entry)
             else:
-                samples.append(each)
+                samples.append(entry)
                 self._in_a_row = 0
-        if found and not samples:
-            lost = [str(each) for each in found]
+        if batch and not samples:
+            failures = [str(entry) for entry in batch]
             raise RuntimeError(
-                f"none of a batch's {len(found)} samples could be read, and without it this replica would have a "
-                f"batch fewer than others: mend the shards, or leave these samples out\n{self._list(lost)}"
-            ) from found[0].error
+                f"none of a batch's {len(batch)} samples could be read, and without it this replica would have a "
+                f"batch fewer than others: repair the shards, or leave these samples out\n{self._list(failures)}"
+            ) from batch[0].error
         return samples
 
     def take(self) -> None:
@@ -128,14 +131,15 @@ class Skipping:
             self._tell()
 
     def _tell(self) -> None:
+        """Add the samples since the last time to the shared count."""
         self._tally.take(self._untold)
         self._untold = 0
 
     def skip(self, failed: Failed) -> None:
-        """Skip a sample if its error allows it and the handler says so, and count it.
+        """Skip a sample if its error and the handler allow it, and count it.
 
         Raises:
-            Exception: It must not be skipped, or the handler did not skip it; it is raised.
+            Exception: The error, if it must not be skipped or the handler did not skip it.
             RuntimeError: Too many have failed.
         """
         self._untold += 1
@@ -143,6 +147,12 @@ class Skipping:
         self._skip(failed)
 
     def _skip(self, failed: Failed) -> None:
+        """Skip a sample that is already counted as taken. The errors are those of `skip`.
+
+        Raises:
+            Exception: The error, if it is not skipped.
+            RuntimeError: Too many have failed.
+        """
         if not is_damage(failed.error):
             raise failed.error
         answer = self._handler(failed.error)
@@ -158,27 +168,33 @@ class Skipping:
         self._check_share(self._least)
 
     def finish(self) -> None:
-        """Know that a source has ended: what was taken is all that there is.
+        """Note the end of the source: the samples that were taken are all of them.
 
         Raises:
             RuntimeError: Too many have failed.
         """
         self._tell()
         info = get_worker_info()
-        # Other workers may have most of their samples before them.
+        # With several workers, others may still have most of their samples to read.
         if info is None or info.num_workers == 1:
             self._check_share(1)
 
     def _check_share(self, least: int) -> None:
+        """Check the number of skipped samples against the limit.
+
+        Raises:
+            RuntimeError: There are too many.
+        """
         taken, skipped = self._tally.totals()
         samples = -(-taken // least) * least
         if skipped > max(self._max_failed * samples, self._spared):
             raise RuntimeError(
                 f"{skipped} of {taken} samples could not be read, more than max_failed={self._max_failed:g} of "
-                f"{samples}: mend the data, or raise max_failed\n{self._list(self._last)}"
+                f"{samples}: repair the data, or raise max_failed\n{self._list(self._last)}"
             )
 
     def _list(self, last: Sequence[str]) -> str:
+        """The counts by shard, and the last failures, as lines."""
         counts = self.counts
         lines = [
             f"{shard or 'an unknown shard'}: " + ", ".join(f"{count} {reason}" for reason, count in reasons.items())
@@ -189,24 +205,24 @@ class Skipping:
 
 
 def make_skipping(handler: Handler | None, max_failed: float | None, least: int = LEAST) -> Skipping | None:
-    """The rule for a handler; None where errors are raised. The errors are those of `Skipping`."""
-    # A wrong share is an error also while the handler is left out.
-    _check_share(max_failed)
+    """The `Skipping` of a handler, None without one. The errors are those of `Skipping`."""
+    # A wrong fraction is an error even without a handler.
+    _check_max_failed(max_failed)
     return None if handler is None else Skipping(handler, max_failed, least)
 
 
-def _check_share(max_failed: float | None) -> float:
+def _check_max_failed(max_failed: float | None) -> float:
     if max_failed is None:
         return MAX_FAILED
     if isinstance(max_failed, bool) or not isinstance(max_failed, (int, float, np.integer, np.floating)):
-        raise TypeError(f"max_failed must be a number, got {max_failed!r}: give a share of samples, 0 to 1")
+        raise TypeError(f"max_failed must be a number, got {max_failed!r}: give a fraction of samples, 0 to 1")
     if not 0 <= max_failed <= 1:
-        raise ValueError(f"max_failed must be a share of samples, 0 to 1, got {max_failed}")
+        raise ValueError(f"max_failed must be a fraction of samples, 0 to 1, got {max_failed}")
     return float(max_failed)
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether an error tells of damage to data, and not of a mistake in a program or of a machine in want."""
+    """Whether an error means damaged data, and not a bug or a lack of resources."""
     if isinstance(error, OSError):
         return error.errno not in _SHORTAGES
     return isinstance(error, (ValueError, EOFError, zlib.error, struct.error, MissingFieldError))
@@ -214,28 +230,37 @@ def is_damage(error: Exception) -> bool:
 
 def find_reason(error: Exception) -> str:
     """The reason under which an error is counted."""
-    kinds: Mapping[str, Any] = {
+    classes: Mapping[str, Any] = {
         "length": LengthError,
         "missing": FileNotFoundError,
         "unreadable": (OSError, EOFError),
         "field": MissingFieldError,
     }
-    return next((reason for reason, kind in kinds.items() if isinstance(error, kind)), "damaged")
+    return next((reason for reason, each in classes.items() if isinstance(error, each)), "damaged")
 
 
-def read_apart(read: Callable[[Rows], list[Any]], rows: Rows, fail: Callable[[Exception, int], Failed]) -> list[Any]:
-    """Read samples together where that goes, and where it does not, in halves, down to those that fail.
+def read_apart(
+    read: Callable[[RowIndices], list[Any]], rows: RowIndices, fail: Callable[[Exception, int], Failed]
+) -> list[Any]:
+    """Read samples together. If that fails, read them in halves, and so on, down to the samples that fail.
+
+    >>> def read(rows):
+    ...     if 6 in rows:
+    ...         raise ValueError("damaged")
+    ...     return [f"sample {row}" for row in rows]
+    >>> read_apart(read, np.array([4, 5, 6, 7]), lambda error, row: f"failed {row}")
+    ['sample 4', 'sample 5', 'failed 6', 'sample 7']
 
     Args:
-        read: from rows to their samples.
-        rows: integers `[n]`.
-        fail: from an error and a row to what stands in the sample's place.
+        read: Reads the samples of rows.
+        rows: Integers `[n]`.
+        fail: Makes the entry of a sample that failed, from its error and row.
 
     Returns:
-        n samples, or what stands in their place.
+        The n entries.
 
     Raises:
-        Exception: It is no damage to data.
+        Exception: An error that does not mean damaged data.
     """
     try:
         return read(rows)

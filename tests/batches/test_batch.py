@@ -20,8 +20,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_se
 from torch.utils import _pytree as pytree
 
 from collate import LengthError, LengthTrackedBatch, apply_rnn, last_step, masked_mean, sequence_loss
-from collate.padding import real_places
-from collate.serialization import THROUGH_PIPE, send
+from collate.operations.serialization import THROUGH_PIPE, send
+from collate.tensors.masks import length_mask
 
 
 def agrees(batch: LengthTrackedBatch) -> None:
@@ -403,6 +403,7 @@ def test_two_steps_of_a_pinned_batch_need_an_accelerator():
 
 BLOCK = torch.zeros(2, 3)
 TRACKED = LengthTrackedBatch(torch.zeros(2, 3, 4), [3, 1])
+SPARSE = torch.ones(3).to_sparse()
 
 
 @pytest.mark.parametrize(
@@ -419,9 +420,9 @@ TRACKED = LengthTrackedBatch(torch.zeros(2, 3, 4), [3, 1])
         (lambda: LengthTrackedBatch(torch.zeros(2), [1, 1]), ValueError, r"\[B, T, ...\] .* got \[2\]"),
         (lambda: LengthTrackedBatch(torch.zeros(0, 2), []), ValueError, "at least one row"),
         (lambda: LengthTrackedBatch(torch.zeros(2, 0), [0, 0]), ValueError, "one step, got"),
-        (lambda: LengthTrackedBatch(BLOCK, [1, 2], permutation=[0, 0]), ValueError, "distinct places"),
-        (lambda: LengthTrackedBatch(BLOCK, [1, 2], permutation=[0, -1]), ValueError, "distinct places"),
-        (lambda: LengthTrackedBatch(BLOCK, [1, 2], permutation=[0]), ValueError, "one place per row"),
+        (lambda: LengthTrackedBatch(BLOCK, [1, 2], permutation=[0, 0]), ValueError, "distinct indices"),
+        (lambda: LengthTrackedBatch(BLOCK, [1, 2], permutation=[0, -1]), ValueError, "distinct indices"),
+        (lambda: LengthTrackedBatch(BLOCK, [1, 2], permutation=[0]), ValueError, "one sample index per row"),
         (lambda: LengthTrackedBatch(BLOCK, [1, 2], permutation=[0.0, 1.0]), TypeError, "permutation must be integers"),
         (lambda: LengthTrackedBatch(BLOCK, [1, 2], mask=BLOCK), TypeError, "mask must be bool"),
         (lambda: LengthTrackedBatch(BLOCK, [1, 2], mask=BLOCK[:1] > 0), ValueError, r"mask must be \[2, 3\]"),
@@ -472,7 +473,7 @@ TRACKED = LengthTrackedBatch(torch.zeros(2, 3, 4), [3, 1])
         (
             lambda: LengthTrackedBatch(BLOCK, [3, 1], first_step=-1),
             ValueError,
-            "first_step must not be negative, got -1",
+            "first_step must be at least 0, got -1",
         ),
         (lambda: LengthTrackedBatch(BLOCK, [3, 1], first_step=1.5), TypeError, "first_step must be an int, got 1.5"),
         (
@@ -528,11 +529,98 @@ TRACKED = LengthTrackedBatch(torch.zeros(2, 3, 4), [3, 1])
             LengthError,
             "rows that are all empty",
         ),
+        # Red before, all of these: torch's words about storage and sizes, an AttributeError, or bounds that wrapped.
+        (
+            lambda: LengthTrackedBatch.from_sequences([torch.ones(3).to_sparse()] * 2),
+            TypeError,
+            r"sample 0 is a sparse tensor \(torch.sparse_coo\): make it dense with .to_dense",
+        ),
+        (lambda: LengthTrackedBatch.from_sequences([torch.ones(3), SPARSE]), TypeError, "sample 1 is a sparse tensor"),
+        (lambda: LengthTrackedBatch.from_sequences([np.ones(3), SPARSE]), TypeError, "sample 1 is a sparse tensor"),
+        (
+            lambda: LengthTrackedBatch.from_sequences([torch.ones(9**5), torch.ones(9**5).to_sparse()]),
+            TypeError,
+            "sample 1 is a sparse tensor",
+        ),
+        (
+            lambda: LengthTrackedBatch.from_sequences([torch.eye(3), torch.eye(3).to_sparse()]),
+            TypeError,
+            "sample 1 is a sparse tensor",
+        ),
+        (
+            lambda: LengthTrackedBatch.from_sequences([torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])]),
+            TypeError,
+            r"sample 0 is a nested tensor, .* \.unbind\(\)",
+        ),
+        (
+            lambda: LengthTrackedBatch.from_sequences([torch.eye(3), TRACKED.nested()]),
+            TypeError,
+            "sample 1 is a nested tensor",
+        ),
+        (
+            lambda: TRACKED.unsort([torch.ones(1)] * 2),
+            TypeError,
+            "unsort takes a tensor .* list of tensors: unsort each",
+        ),
+        (lambda: TRACKED.unsort(["a", "b"]), TypeError, r"got a list: .* batch.permutation.argsort\(\)"),
+        (lambda: TRACKED.unsort(TRACKED), TypeError, r"got a LengthTrackedBatch: call its own unsort\(\)"),
+        (
+            lambda: sequence_loss(torch.sub, TRACKED, TRACKED, weights=TRACKED),
+            TypeError,
+            r"weights must be a tensor \[B, T\], got LengthTrackedBatch: pass its .padded",
+        ),
+        (
+            lambda: sequence_loss(torch.sub, TRACKED, TRACKED, weights=[[1.0] * 3] * 2),
+            TypeError,
+            "got list: torch.as_tensor",
+        ),
+        (
+            lambda: LengthTrackedBatch(torch.empty(2, 2**30, device="meta"), [2**30] * 2).cu_seqlens,
+            LengthError,
+            r"int32, .* 2 rows have 2147483648 real steps, .* split\(rows\)",
+        ),
     ],
 )
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse CSR")
 def test_bad_input_is_refused_with_what_where_and_the_way_out(make, kind, message):
     with pytest.raises(kind, match=message):
         make()
+
+
+BYTES = {
+    torch.float8_e4m3fn: ({0, -1.0, 448, float("nan")}, {float("inf"), -float("inf"), 449}),
+    torch.float8_e5m2: ({0, -1.0, float("inf"), -float("inf")}, {1e5}),
+    torch.float8_e4m3fnuz: ({0, -1.0, float("nan")}, {float("inf"), 241}),
+    torch.float8_e5m2fnuz: ({0, -1.0}, {float("inf"), -float("inf")}),
+    torch.float8_e8m0fnu: ({1, 0.5}, {0, -1.0, float("inf")}),
+}
+
+
+@pytest.mark.parametrize("dtype", BYTES, ids=str)
+def test_a_float_of_eight_bits_is_padded_by_what_it_can_hold(dtype):
+    """Red before: infinity was taken for each of them, and became nan in four; so was 0 where there is none."""
+    held, others = BYTES[dtype]
+    rows = [torch.ones(n).to(dtype) for n in (3, 1)]
+    for value in held:
+        padded = LengthTrackedBatch.from_sequences(rows, padding_value=value).padded.to(torch.float64)
+        assert torch.equal(padded[1, 1:], torch.full((2,), value, dtype=torch.float64)) or value != value
+        assert bool(padded.isnan().any()) == (value != value)
+    for value in others:
+        with pytest.raises(ValueError, match="cannot be held by torch.float8"):
+            LengthTrackedBatch.from_sequences(rows, padding_value=value)
+
+
+def test_new_values_of_a_later_chunk_keep_its_first_step():
+    """Red before: with new lengths, the chunk was taken for one from the beginning."""
+    chunk = LengthTrackedBatch.from_sequences([torch.arange(6.0), torch.arange(5.0)]).split_steps(4)[1]
+    shorter = chunk.with_padded(chunk.padded[:, :1], lengths=chunk.lengths.clamp(max=1))
+    assert shorter.first_step == chunk.first_step == 4
+    assert shorter.position_ids.tolist() == [4, 4]
+    assert chunk.with_padded(chunk.padded).first_step == 4
+    strided = chunk.with_padded(chunk.padded[:, ::2], lengths=[1, 1], first_step=2)
+    assert strided.position_ids.tolist() == [2, 2]
+    with pytest.raises(ValueError, match="first_step must be at least 0, got -1"):
+        chunk.with_padded(chunk.padded, first_step=-1)
 
 
 # --- lengths that are written to after the batch was made
@@ -604,6 +692,89 @@ def test_lengths_that_were_written_to_are_noticed_wherever_they_are_used(use):
         write(batch.lengths)
         with pytest.raises(LengthError, match=rf"made with lengths \[{before[0]}, .* were written to"):
             USES[use](batch)
+
+
+OTHER_WRITES = {
+    "mask in place": (
+        lambda b: b.mask.__setitem__((1, 1), False),
+        "mask was written to: row 1 now marks 3 steps, .* 4",
+    ),
+    "mask cleared": (lambda b: b.mask.zero_(), "mask was written to: row 0 now marks 0 steps"),
+    "mask moved": (lambda b: b.mask.copy_(b.mask.flip(1)), "mask was written to: row 1"),
+    "mask, NumPy": (lambda b: b.mask.numpy().__setitem__((0, 0), False), "mask was written to: row 0"),
+    "mask, data": (lambda b: b.mask.data.fill_(True), "mask was written to: row 1 now marks 6 steps"),
+    "places in place": (lambda b: b.permutation.copy_(b.permutation.flip(0)), "permutation .* and it was written to"),
+    "places zeroed": (lambda b: b.permutation.zero_(), r"it now is \[0, 0, 0\]"),
+    "places, NumPy": (lambda b: b.permutation.numpy().__setitem__(0, 7), r"it now is \[7, 1, 2\]"),
+    "places, data": (lambda b: b.permutation.data.add_(1), r"it now is \[1, 2, 3\]"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("use", USES)
+@torch.no_grad()
+def test_mask_and_places_that_were_written_to_are_noticed_too(use):
+    """Red before for all but `verify`: means used the mask, losses the lengths, and `unsort` other places."""
+    for make, (write, message) in itertools.product(BATCHES.values(), OTHER_WRITES.values()):
+        batch = make()
+        USES[use](batch)
+        write(batch)
+        with pytest.raises(LengthError, match=message):
+            USES[use](batch)
+
+
+def test_places_written_to_are_not_taken_over_with_new_lengths():
+    """Red before: only what unsorted in the end showed it."""
+    batch = BATCHES["made"]()
+    batch.permutation.copy_(torch.tensor([1, 0, 2]))
+    with pytest.raises(LengthError, match="it was written to"):
+        batch.with_padded(batch.padded, lengths=[6, 4, 2])
+    with pytest.raises(LengthError, match="it was written to"):
+        batch.unsort(torch.ones(3))
+
+
+def test_a_mask_that_is_written_to_and_still_right_is_let_be():
+    batch, mask = BATCHES["made"](), torch.arange(6) < torch.tensor([[6], [4], [2]])
+    given = LengthTrackedBatch(batch.padded, batch.lengths, mask=mask)
+    for made in (batch, given):
+        made.mask.logical_or_(mask)
+        masked_mean(made)
+        made.pack()
+    mask.zero_()
+    with pytest.raises(LengthError, match="mask was written to: row 0 now marks 0"):
+        given.pack()
+
+
+def test_masks_written_to_in_inference_mode_are_noticed():
+    with torch.inference_mode():
+        batch = BATCHES["made"]()
+        batch.mask[0, 5] = False
+        with pytest.raises(LengthError, match="mask was written to"):
+            batch.pack()
+
+
+def test_a_large_mask_is_looked_at_where_torch_has_written_to_it():
+    batch = LengthTrackedBatch(torch.zeros(2, 40_000), [40_000, 3])
+    batch.pack()
+    batch.mask[1, 3] = True
+    with pytest.raises(LengthError, match="mask was written to: row 1 now marks 4 steps, its length is 3"):
+        batch.pack()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda part: ~part if part.dtype == torch.bool else part, "mask of row 0 marks 0 steps"),
+        (lambda part: part.float() if part.dtype == torch.bool else part, "mask must be bool"),
+        (lambda part: torch.zeros_like(part) if part.tolist() == [2, 0, 1] else part, "distinct indices"),
+    ],
+)
+def test_masks_and_places_that_a_pytree_made_unfit_are_refused(change, message):
+    """Red before: law 1 says that `pack` checks what a pytree was put together from."""
+    batch = LengthTrackedBatch.from_sequences([[1, 2], [3], [4, 5, 6]])
+    assert batch.permutation.tolist() == [2, 0, 1]
+    with pytest.raises((LengthError, TypeError, ValueError), match=message):
+        pytree.tree_map(change, batch).pack()
 
 
 @pytest.mark.parametrize("given_as", ["tensor", "array"])
@@ -747,7 +918,69 @@ def test_a_batch_of_fake_tensors_is_made_without_reading_them():
 @pytest.mark.parametrize("width", [2**15 - 1, 2**15, 2**15 + 1, 70_000])
 def test_masks_of_wide_blocks_are_those_of_narrow_ones(width):
     counts = np.array([width, 0, 1, width - 1, 2**15 - 1, 2**14])
-    assert np.array_equal(real_places(counts, width), np.arange(width) < counts[:, None])
+    assert np.array_equal(length_mask(counts, width), np.arange(width) < counts[:, None])
+
+
+WIDE_ROWS = [torch.arange(float(n)) for n in (40_000, 3, 70_000, 0)]
+JOURNEYS = {
+    "at once": lambda batch: batch,
+    "copied": copy.copy,
+    "deeply copied": copy.deepcopy,
+    "replaced": dataclasses.replace,
+    "pickled": lambda batch: pickle.loads(pickle.dumps(batch)),
+    "a pytree": lambda batch: pytree.tree_map(torch.clone, batch),
+    "mapped": lambda batch: batch.map(torch.sin),
+    "moved": lambda batch: batch.to(torch.float64),
+    "unsorted and back": lambda batch: LengthTrackedBatch.from_sequences(batch.unsort().sequences()),
+    "packed": lambda batch: batch.unpack(batch.pack()),
+    "split": lambda batch: LengthTrackedBatch.concat(batch.split(3)),
+}
+
+
+@pytest.mark.parametrize("journey", JOURNEYS.values(), ids=JOURNEYS)
+@pytest.mark.parametrize("kind", ["tensors", "arrays"])
+def test_a_wide_batch_has_a_mask_wherever_it_goes(journey, kind):
+    """A collator does not make it, since nothing may use it before it goes to a device, where it is made anew."""
+    rows = WIDE_ROWS if kind == "tensors" else [row.numpy() for row in WIDE_ROWS]
+    batch = LengthTrackedBatch.from_sequences(rows, padding_value=5)
+    assert batch.num_tokens == 110_003
+    there = journey(batch)
+    agrees_widely(there)
+    agrees_widely(batch)
+    assert batch.mask is batch.mask
+    there.verify()
+
+
+def agrees_widely(batch):
+    assert batch.lengths.tolist() == [70_000, 40_000, 3, 0]
+    assert torch.equal(batch.mask, torch.arange(70_000) < batch.lengths[:, None])
+
+
+def test_writes_are_noticed_in_a_wide_batch_before_and_after_its_mask_is_made():
+    batch = LengthTrackedBatch.from_sequences(WIDE_ROWS)
+    batch.lengths[1] = 4
+    with pytest.raises(LengthError, match="they were written to"):
+        batch.mask  # noqa: B018
+    for first in (lambda batch: batch.pack(), lambda batch: batch.mask):
+        batch = LengthTrackedBatch.from_sequences(WIDE_ROWS)
+        first(batch)
+        batch.mask[2, 3] = True
+        with pytest.raises(LengthError, match="mask was written to: row 2 now marks 4 steps, its length is 3"):
+            masked_mean(batch)
+
+
+def test_compiled_code_takes_wide_batches_with_and_without_a_mask():
+    def used(batch):
+        return torch.where(batch.mask, batch.padded, 0).sum(1) + masked_mean(batch)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(used, backend="eager", fullgraph=True)
+    for count in (2, 3, 4):
+        for read in (False, True):
+            batch = LengthTrackedBatch.from_sequences(WIDE_ROWS[:count])
+            assert batch.mask.any() or not read
+            fresh = LengthTrackedBatch.from_sequences(WIDE_ROWS[:count])
+            assert torch.equal(compiled(batch if read else fresh), used(batch))
 
 
 LONG = {

@@ -14,7 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from collate import LengthError, LengthTrackedBatch, packing
-from collate.packing import MANY_BYTES, Layout, flat_places, gather_steps, scatter_steps
+from collate.packing import PackingMap
+from collate.tensors import steps as steps_module
+from collate.tensors.steps import MANY_BYTES, flat_index, gather_steps, scatter_steps
 from collate.training.cpu_rnn import reversed_steps
 
 HOST = torch.device("cpu")
@@ -31,6 +33,7 @@ def far(monkeypatch):
         return torch.as_tensor(integers)
 
     monkeypatch.setattr(packing, "to_device", send)
+    monkeypatch.setattr(steps_module, "to_device", send)
     return torch.device("meta"), sent
 
 
@@ -39,9 +42,9 @@ def test_a_device_finds_the_layout_that_the_host_finds(far, counts, more):
     device, sent = far
     sent.clear()
     width = max(counts) + more
-    here, there = (Layout.of(np.array(counts), width, where) for where in (HOST, device))
+    here, there = (PackingMap.of(np.array(counts), width, where) for where in (HOST, device))
     assert len(sent) == 1
-    assert torch.equal(here.places, there.places)
+    assert torch.equal(here.index, there.index)
     assert np.array_equal(here.sizes, there.sizes)
     for ours, theirs in ((here.sorted_indices, there.sorted_indices), (here.unsorted_indices, there.unsorted_indices)):
         assert (ours is None) == (theirs is None)
@@ -53,7 +56,7 @@ def test_a_device_finds_the_places_of_real_steps_that_the_host_finds(far, counts
     device, sent = far
     sent.clear()
     width = max(counts) + more
-    here, there = (flat_places(np.array(counts), width, where) for where in (HOST, device))
+    here, there = (flat_index(np.array(counts), width, where) for where in (HOST, device))
     assert len(sent) == 1
     assert torch.equal(here, there)
     mask = torch.arange(width) < torch.tensor(counts)[:, None]
@@ -63,10 +66,10 @@ def test_a_device_finds_the_places_of_real_steps_that_the_host_finds(far, counts
 def test_a_device_is_sent_a_few_integers_for_each_row_and_step_and_not_one_for_each_token(far):
     device, sent = far
     counts = np.random.default_rng(0).integers(200, 401, 64)
-    Layout.of(counts, 400, device)
+    PackingMap.of(counts, 400, device)
     assert sum(part.size for part in sent) <= 3 * 64 + 2 * 400 < counts.sum() / 15
     sent.clear()
-    flat_places(counts, 400, device)
+    flat_index(counts, 400, device)
     assert sum(part.size for part in sent) == 2 * 64
 
 
@@ -190,7 +193,7 @@ def test_many_bytes_are_written_where_few_are(dtype, features):
     lengths = np.random.default_rng(0).integers(0, 400, 40)
     shape = (int(lengths.sum()), 64, *features)
     steps = torch.randint(0, 2, shape).to(dtype)[:, ::2]
-    index = flat_places(lengths, 400, torch.device("cpu"))
+    index = flat_index(lengths, 400, torch.device("cpu"))
     assert steps.nbytes > MANY_BYTES
     for padding_value in (0, 1):
         block = scatter_steps(steps, index, (40, 400), padding_value)
@@ -201,8 +204,8 @@ def test_many_bytes_are_written_where_few_are(dtype, features):
 
 def test_the_layout_of_a_batch_is_found_once(monkeypatch):
     batch, found = LengthTrackedBatch.from_sequences([torch.ones(n, 2) for n in (4, 3, 1)]), []
-    of = Layout.of
-    monkeypatch.setattr(Layout, "of", lambda *facts: found.append(facts) or of(*facts))
+    of = PackingMap.of
+    monkeypatch.setattr(PackingMap, "of", lambda *facts: found.append(facts) or of(*facts))
     assert torch.equal(batch.unpack(batch.pack()).padded, batch.padded)
     assert len(found) == 1
 
@@ -228,9 +231,9 @@ def reversed_by_matrix(sizes):
 @given(FILLED, st.integers(0, 3))
 def test_places_and_reversed_steps_are_those_of_the_whole_matrix(counts, more):
     counts = np.array(counts)
-    layout = Layout.of(counts, counts.max() + more, HOST)
+    layout = PackingMap.of(counts, counts.max() + more, HOST)
     places, sizes = places_by_matrix(counts, counts.max() + more)
-    assert layout.places.tolist() == places.tolist()
+    assert layout.index.tolist() == places.tolist()
     assert layout.sizes.tolist() == sizes.tolist()
     assert reversed_steps(sizes).tolist() == reversed_by_matrix(sizes).tolist()
 
@@ -239,10 +242,10 @@ def test_places_and_reversed_steps_are_those_of_the_whole_matrix(counts, more):
 def test_one_long_row_among_many_costs_memory_for_its_steps_alone(make):
     """Red before: 200,000 x 2,000 steps were written out, 400 MB and 3.2 GB."""
     counts = np.array([200_000] + [3] * 1_999)
-    sizes = Layout.of(counts, 200_000, HOST).sizes
+    sizes = PackingMap.of(counts, 200_000, HOST).sizes
     tracemalloc.start()
     try:
-        Layout.of(counts, 200_000, HOST) if make == "pack" else reversed_steps(sizes)
+        PackingMap.of(counts, 200_000, HOST) if make == "pack" else reversed_steps(sizes)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

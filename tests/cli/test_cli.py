@@ -24,13 +24,12 @@ import pytest
 from click.testing import CliRunner, Result
 from corpora import assert_same, tokens, write
 
-from samplers.cli.arguments import find_index
 from samplers.cli.commands import main
 from samplers.cli.extras import load_extra
 from samplers.planning.plan import plan_epoch
 from samplers.shards.dataset import ShardDataset
+from samplers.shards.indexing.find_index import find_index_files
 from samplers.shards.indexing.index import LengthIndex
-from samplers.shards.indexing.verify import cut_shard
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = sorted(main.commands)
@@ -125,17 +124,17 @@ def test_index_is_what_build_makes(work, workers):
     output = run("index", "shards/*.tar", "--output", "new.ltx", "--workers", workers).output
     assert output == "new.ltx: built, 400 samples in 4 shards, lengths of tokens\n"
     new, built = LengthIndex.open("new.ltx"), LengthIndex.build("shards")
-    assert (new.fingerprint, new.tables.crcs) == (built.fingerprint, None)
+    assert (new.fingerprint, new._tables.crcs) == (built.fingerprint, None)
 
 
 def test_index_of_a_folder_refreshes_the_index_that_is_there(work):
     assert "unchanged" in run("index", "shards").output
-    assert find_index(["shards"]) == ["shards/shard.ltx"]
+    assert find_index_files("shards") == ["shards/shard.ltx"]
     write(work / "more", tokens([5, 6], first=1000), prefix="zzz")
     shutil.copy(work / "more/zzz-000000.tar", work / "shards")
     assert "shards/shard.ltx: refreshed, 402 samples in 5 shards" in run("index", "shards").output
     # The writer's index has checksums, and a refreshed one keeps them.
-    assert LengthIndex.open("shards/shard.ltx").tables.crcs is not None
+    assert LengthIndex.open("shards/shard.ltx")._tables.crcs is not None
     assert run("verify", "shards").output.rstrip().endswith("all agree")
 
 
@@ -149,14 +148,14 @@ def test_index_of_a_folder_without_one_is_its_corpus_file(work):
 def test_a_damaged_index_is_built_anew_and_says_so(work):
     (work / "corpus.ltx").write_bytes(b"no index")
     result = run("index", "shards", "--output", "corpus.ltx")
-    assert "built anew" in result.stderr
+    assert "built from the options alone" in result.stderr
     assert ": built" in result.stdout
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_verify_names_every_bad_shard_and_goes_on(work, workers):
     index = LengthIndex.open("shards/shard.ltx")
-    flip(work / "shards/shard-000000.tar", int(index.tables.places[3, 0]) + 8)
+    flip(work / "shards/shard-000000.tar", int(index._tables.offsets[3, 0]) + 8)
     (work / "shards/shard-000002.tar").unlink()
     shutil.copy(work / "shards/shard-000001.tar", work / "shards/stranger.tar")
     output = run("verify", "shards", "--workers", workers, status=1).output
@@ -169,13 +168,13 @@ def test_verify_names_every_bad_shard_and_goes_on(work, workers):
 
 def test_verify_quick_leaves_payloads_unread(work):
     index = LengthIndex.open("shards/shard.ltx")
-    flip(work / "shards/shard-000000.tar", int(index.tables.places[3, 0]) + 8)
+    flip(work / "shards/shard-000000.tar", int(index._tables.offsets[3, 0]) + 8)
     assert "headers and lengths read, all agree" in run("verify", "shards", "--quick").output
     run("verify", "shards", status=1)
 
 
 def test_verify_names_both_lengths_where_they_differ(work):
-    tables = LengthIndex.open("corpus.ltx").tables
+    tables = LengthIndex.open("corpus.ltx")._tables
     lengths = tables.lengths.copy()
     lengths[150] += 1
     LengthIndex(replace(tables, lengths=lengths)).save("wrong.ltx")
@@ -185,7 +184,7 @@ def test_verify_names_both_lengths_where_they_differ(work):
 
 def test_verify_says_when_there_are_no_checksums(work):
     run("index", "shards", "--output", "bare.ltx")
-    assert "no checksums to hold payloads against" in run("verify", "bare.ltx").output
+    assert "no checksums to compare payloads with" in run("verify", "bare.ltx").output
 
 
 @pytest.mark.parametrize("layout", ["blocks", "plain"])
@@ -193,7 +192,7 @@ def test_an_index_cut_to_a_shard_is_the_index_of_that_shard(tmp_path, layout):
     folder = write(tmp_path / "shards", tokens([3, 1, 2, 5, 4]), layout=layout, max_samples=2, block_size=1)
     whole = LengthIndex.open(folder / "shard.ltx")
     for number, shard in enumerate(whole.shards):
-        part, alone = cut_shard(whole, number), LengthIndex.open(f"{shard}.ltx").tables
+        part, alone = whole._tables.of_shard(number), LengthIndex.open(f"{shard}.ltx")._tables
         assert (part.layout, part.fields, part.shards) == (alone.layout, alone.fields, alone.shards)
         assert part.arrays.keys() == alone.arrays.keys()
         for name, array in alone.arrays.items():
@@ -210,7 +209,9 @@ def test_report_gives_the_numbers_of_the_plan(work):
         for window in windows
     ]
     assert [entry["report"] for entry in figures["plans"]] == [asdict(plan.report()) for plan in plans]
-    assert [entry["shapes"] for entry in figures["plans"]] == [list(map(list, plan.batch_shapes)) for plan in plans]
+    assert [entry["shapes"] for entry in figures["plans"]] == json.loads(
+        json.dumps([plan.batch_shapes for plan in plans])
+    )
     assert [(e["options"]["max_tokens"], e["options"]["window"]) for e in figures["plans"]] == [
         (budget, window) for budget in budgets for window in windows
     ]
@@ -225,7 +226,7 @@ def test_report_prints_a_column_for_each_budget_and_window(work):
     lines = {label: values for label, *values in cells}
     assert lines["max tokens"] == ["2,000", "5,000"]
     assert lines["padding"][1] == f"{report.padding:.2%}"
-    assert lines["pairs that meet again"][1] == f"{report.meeting_again:.2%}"
+    assert lines["pairs that meet again"][1] == f"{report.repeated_pairs:.2%}"
     assert lines["autocorrelation"][1] == f"{report.autocorrelation:.3f}"
 
 
@@ -250,7 +251,7 @@ def test_report_names_samples_over_the_budget(work):
     assert f"{over} over-long at 590 tokens, they are batches of one here: k{worst} ({LENGTHS[worst]} steps)" in output
     assert "are left out here" in run("report", "corpus.ltx", "--max-tokens", 590, "--overlong", "drop").output
     refused = run("report", "corpus.ltx", "--max-tokens", 590, "--overlong", "error", status=1)
-    assert "choose --overlong drop" in refused.stderr
+    assert "choose overlong='drop'" in refused.stderr
 
 
 def test_report_of_two_fields_counts_both(tmp_path):
@@ -266,7 +267,7 @@ def test_report_of_two_fields_counts_both(tmp_path):
 def test_the_picture_tells_lengths_padding_and_steps(work):
     run("report", "corpus.ltx", "--max-tokens", "2000,4000", "--replicas", 2, "--plot", "figure.svg")
     drawn = Path("figure.svg").read_text()
-    for text in ("length (steps)", "bucket edges", "Padding against window", "4,000 tokens", "share of the budget"):
+    for text in ("length (steps)", "bucket edges", "Padding against window", "4,000 tokens", "fraction of the budget"):
         assert text in drawn
     refused = run("report", "corpus.ltx", "--max-tokens", 2000, "--plot", "figure.xyz", status=1)
     assert "xyz" in refused.stderr
@@ -351,21 +352,33 @@ def test_text_is_stored_as_its_bytes_and_numbers_as_the_dtype_asked_for(work):
     ]
 
 
+@pytest.mark.parametrize("first", ['{"x": [1]}\n', "\n", ""])
+def test_a_file_of_json_lines_may_begin_with_a_byte_order_mark(work, first):
+    # Red: "line 1: not JSON".
+    for number in range(2):
+        Path(f"part-{number}.jsonl").write_text(first + f'{{"x": [{number}]}}\n', encoding="utf-8-sig")
+    run("convert", "part-*.jsonl", "out")
+    ones = [[1]] * first.count("x")
+    assert [sample["x"].tolist() for sample in samples_of(work / "out")] == [*ones, [0], *ones, [1]]
+
+
 @pytest.mark.parametrize(
     ("lines", "options", "message"),
     [
+        ('{"x": [1]}\n\ufeff{"x": [1]}', [], "rows.jsonl, line 2: not JSON: a byte order mark, which only a file"),
+        ('\ufeff\ufeff{"x": [1]}', [], "rows.jsonl, line 1: not JSON: a byte order mark"),
         ('{"x": [1]}\n{"x": [1', [], "rows.jsonl, line 2: not JSON"),
         ('{"x": [1]}\n[1]', [], "line 2: must be an object"),
         ('{"x": [1]}\n{"y": [1]}', [], "field 'x' is missing"),
         ('{"x": "text"}', [], "--text x"),
         ('{"x": null}', [], "is NoneType"),
-        ('{"x": [[1], [2, 3]]}', [], "steps must be alike in shape"),
+        ('{"x": [[1], [2, 3]]}', [], "steps must have one shape"),
         ('{"x": []}', [], "--dtype x=int64"),
         ('{"x": [1]}\n{"x": [0.5]}', [], "holds float64, and int64 before"),
         ('{"x": [0.5]}', ["--dtype", "x=int64"], "0.5 does not fit int64"),
         ('{"x": [300]}', ["--dtype", "x=uint8"], "300 does not fit uint8"),
         ('{"x": [1], "id": 1}\n{"x": [1], "id": 1}', ["--key", "id"], "'1' was written before"),
-        ('{"x": [1]}', ["--key", "id"], "the key 'id' must be a text or a whole number"),
+        ('{"x": [1]}', ["--key", "id"], "the key 'id' must be a text or an integer"),
         ('{"x": [1]}', ["--fields", "y"], "no field 'y', there are ['x']"),
         ('{"X": [1]}', [], "must be named in lower case"),
         ("", [], "a corpus needs a sample"),
@@ -384,7 +397,7 @@ def test_rows_that_are_no_samples_are_refused_with_their_place(work, lines, opti
     [
         (pa.array([[1], None]), "holds null"),
         (pa.array([[1, None]]), "holds null"),
-        (pa.array([[[1], [1, 2]]]), "steps must be alike in shape"),
+        (pa.array([[[1], [1, 2]]]), "steps must have one shape"),
         (pa.array([{"a": 1}]), "is not a number"),
         (pa.array(["text"]), "--text x"),
     ],
@@ -420,8 +433,8 @@ def test_show_reads_every_kind_of_field(tmp_path):
     [
         ("report nothing.ltx --max-tokens 9", 1, "no index"),
         ("report lengths.npy", 2, "give --max-tokens or --batch-size"),
-        ("report lengths.npy --max-tokens 9,x", 2, "'x' is not a whole number above zero"),
-        ("report lengths.npy --max-tokens 900 --window 0", 2, "'0' is not a whole number"),
+        ("report lengths.npy --max-tokens 9,x", 2, "'x' is not a positive integer"),
+        ("report lengths.npy --max-tokens 900 --window 0", 2, "'0' is not a positive integer"),
         ("report lengths.npy --max-tokens 900 --widths best:1,2", 2, "takes one number"),
         ("report lengths.npy --max-tokens 900 --widths 8,16", 1, "add a width"),
         ("report lengths.npy corpus.ltx --max-tokens 900", 1, "give one kind"),
@@ -434,11 +447,11 @@ def test_show_reads_every_kind_of_field(tmp_path):
         ("convert nothing.jsonl out", 1, "no file or folder nothing.jsonl"),
         ("convert corpus.csv out", 1, "give a folder or pattern of .tar shards"),
         ("convert dataset out", 1, "choose one with --split"),
-        ("convert corpus.jsonl shards --key id", 1, "give another --prefix"),
+        ("convert corpus.jsonl shards --key id", 1, "give another prefix"),
         ("convert data.parquet out --fields nothing", 1, "no column 'nothing'"),
-        ("convert corpus.jsonl out --dtype tokens=word", 2, "is no type of numbers"),
+        ("convert corpus.jsonl out --dtype tokens=word", 2, "is not a numeric dtype"),
         ("show corpus.ltx --max-tokens 4000 --step 9999", 2, "the epoch has steps 0 to"),
-        ("show moved.ltx --max-tokens 4000", 1, "put it back there"),
+        ("show moved.ltx --max-tokens 4000", 1, "put it back, give"),
         ("lengths", 2, "No such command"),
     ],
 )

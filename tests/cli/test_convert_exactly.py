@@ -85,7 +85,7 @@ def test_a_cast_gives_the_same_numbers_or_names_one_that_it_would_change(data, b
         ('{"t": [[true], [2]]}', [], "line 1, field 't': mixes true or false with numbers"),
         ('{"t": [2]}', ["--dtype", "t=bool"], "2 does not fit bool"),
         ('{"t": [1], "t": [2]}', [], "line 1: not JSON: 't' comes twice in one object"),
-        ('{"t": [1e400]}', [], "line 1: not JSON: 1e400 is greater than any float64"),
+        ('{"t": [1e400]}', [], "line 1: not JSON: 1e400 is larger than any float64"),
         ('{"t": [9223372036854775808]}', ["--dtype", "t=int64"], "9223372036854775808 does not fit int64"),
         ('{"t": [1e30]}', ["--dtype", "t=int64"], "1e+30 does not fit int64"),
         ('{"t": [NaN]}', ["--dtype", "t=int64"], "nan does not fit int64"),

@@ -88,7 +88,8 @@ def _read(shards: Path) -> Iterator[tuple[str, str, Any]]:
         yield "dataset", f"a dataset of {layout}", samplers.ShardDataset(shards / layout)
     skips = samplers.ShardDataset(shards / "blocks", handler=webdataset.warn_and_continue, max_failed=0.5)
     yield "dataset", "a dataset that skips", skips
-    yield "dataset", "a dataset of one field", samplers.ShardDataset(shards / "blocks", fields=["tokens"], check=False)
+    data = samplers.ShardDataset(shards / "blocks", fields=["tokens"], checksums=False)
+    yield "dataset", "a dataset of one field", data
     sampler = samplers.LengthBucketBatchSampler(index, max_tokens=16)
     yield "sampler", "a sampler of an index", sampler
     for layout in ("blocks", "plain"):

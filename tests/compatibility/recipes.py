@@ -10,7 +10,7 @@ PLANS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "small, in order": (FEW, BUDGET | {"shuffle": False}),
     "small, seed and window": (FEW, BUDGET | {"seed": 2**64 - 1, "window": 20}),
     "small, rows": (FEW, {"batch_size": 7, "drop_last": True}),
-    "small, real tokens": (FEW, BUDGET | {"count": "real", "batch_size": 6}),
+    "small, real tokens": (FEW, BUDGET | {"count_tokens": "real", "batch_size": 6}),
     "small, widths as multiple": (FEW, BUDGET | {"widths": 16, "min_length": 5}),
     "small, widths as list": (FEW, BUDGET | {"widths": [16, 48, 97], "indices": list(range(3, 50))}),
     "small, over-long dropped": (FEW, {"max_tokens": 80, "overlong": "drop"}),

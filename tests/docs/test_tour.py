@@ -1,4 +1,4 @@
-"""The tours on the pages: their programs are written, their commands run, and they print what the pages show."""
+"""The tour of the command line: its programs are written, its commands run, and they print what the page shows."""
 
 import re
 import shlex
@@ -12,11 +12,11 @@ from click.testing import CliRunner
 from samplers.cli.commands import main
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "command-line.md"]
+PAGE = ROOT / "docs" / "command-line.md"
 # A file by its name, or commands behind a $ with what they print.
 BLOCK = re.compile(r'^```(python title="(?P<file>[\w.]+)"|console)\n(?P<body>.*?)^```$', re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", re.MULTILINE)
-# Where the pages are read, in place of a folder that differs from run to run.
+# The page shows this folder instead of the temporary one.
 FOLDER = "/home/me/tour"
 LOSS = re.compile(r"(?<=loss )\d+\.\d+")
 
@@ -53,10 +53,9 @@ class Tour:
         return printed.replace(str(self.folder), FOLDER)
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda page: page.name)
-def test_the_commands_of_a_tour_print_what_its_page_shows(path, tmp_path, monkeypatch):
+def test_the_commands_of_the_tour_print_what_the_page_shows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shown = path.read_text()
+    shown = PAGE.read_text()
     printed = Tour(tmp_path).page(shown)
     # Losses are rounded differently from machine to machine.
     assert LOSS.sub("", printed) == LOSS.sub("", shown)
@@ -66,5 +65,5 @@ def test_the_commands_of_a_tour_print_what_its_page_shows(path, tmp_path, monkey
 
 
 def test_every_command_is_on_the_tour():
-    shown = (ROOT / "docs" / "command-line.md").read_text()
+    shown = PAGE.read_text()
     assert set(main.commands) <= set(re.findall(r"^\$ lengthtrack (\w+)", shown, re.MULTILINE))

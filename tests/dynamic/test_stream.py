@@ -20,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collate import LengthError
-from samplers.dynamic.streams import SNAPSHOT_EVERY, LengthBucketNode, bucket_by_length
+from samplers.dynamic.node import SNAPSHOT_EVERY, LengthBucketNode
+from samplers.dynamic.stage import bucket_by_length
 
 Batches = list[list[Any]]
 

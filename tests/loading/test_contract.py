@@ -137,7 +137,7 @@ def test_a_node_that_counts_rightly_keeps_the_contract():
         (Forgetful, r"after 0 items, and from that of 2 items more: item 0 is 1, expected 3"),
         (Greedy, r"restored from the state after 0 items.*: item 0 is .*, expected 1"),
         (Tired, r"the epoch after reset\(\) is not the same: item 0 is missing, expected 1"),
-        (Endless, r"the node goes on after StopIteration: item 0 is 4, expected missing"),
+        (Endless, r"the node continues after StopIteration: item 0 is 4, expected missing"),
         (Aging, r"a second new node does not give the same: item 5 is 6, expected missing"),
         (Careless, r"after 1 items, and from that of 2 items more: item 0 is 3, expected 4"),
     ],

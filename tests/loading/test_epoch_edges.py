@@ -239,7 +239,7 @@ def test_a_workers_state_is_not_taken_for_a_position(shards):
         ({"epoch": 2**70}, ValueError, "epoch must be at most 2147483647"),
         ({"batches": 2**70}, ValueError, "batches must be at most 2147483647"),
         ({"version": True}, TypeError, "version must be an int, got True"),
-        ({"version": 3}, ValueError, "version 2, got version 3: go on with the release that saved it"),
+        ({"version": 3}, ValueError, "version 2, got version 3: resume with the release that saved it"),
     ],
 )
 def test_a_position_with_a_wild_number_is_refused_by_name(kind, change, error, says, shards):

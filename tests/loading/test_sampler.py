@@ -267,9 +267,9 @@ def test_position_counts_the_batches_of_the_present_iteration() -> None:
     assert (sampler.position(2)["epoch"], sampler.position(2)["batches"]) == (0, 2)
     sampler.set_epoch(3)
     assert sampler.position(0)["epoch"] == 3
-    with pytest.raises(ValueError, match=f"steps must be at most {len(sampler)}"):
+    with pytest.raises(ValueError, match=f"batches must be at most {len(sampler)}"):
         sampler.position(len(sampler) + 1)
-    with pytest.raises(ValueError, match="steps must be at least 0"):
+    with pytest.raises(ValueError, match="batches must be at least 0"):
         sampler.position(-1)
 
 

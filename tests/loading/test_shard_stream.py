@@ -152,7 +152,7 @@ def test_the_shapes_are_known_before_the_first_batch(corpus):
     shapes = data.shapes
     for batch in data:
         rows, width = batch["x"].padded.shape
-        assert any(rows <= most and width <= limit for most, limit in shapes)
+        assert any(rows <= most and width <= limit for most, (limit,) in shapes)
 
 
 def test_left_out_samples_are_those_that_an_option_names(corpus):

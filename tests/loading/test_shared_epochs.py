@@ -2,6 +2,7 @@
 
 import copy
 import multiprocessing
+import os
 import pickle
 from itertools import islice
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from samplers import LengthBucketBatchSampler, ShardStream, ShardWriter
+from samplers.progress.shared_cursor import Record, Token, _find_iteration
 from samplers.shards.skip_counts import shared_zeros
 
 COUNT = 200
@@ -160,6 +162,47 @@ def test_two_loaders_at_once_take_an_epoch_each(shards):
     assert sorted(rest) == sorted(epochs(shards, 0, 1))
 
 
+@pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
+@pytest.mark.parametrize("options", [{}, {"multiprocessing_context": "spawn"}, {"persistent_workers": True}])
+def test_loaders_at_once_of_one_seed_take_an_epoch_each(kind, options, shards):
+    # Red: the second took the first one's epoch, since workers knew those of their loader by its seed alone.
+    data = stream(shards)
+    running, taken = [], []
+    for _ in range(3):
+        torch.manual_seed(0)
+        running.append(iter(loader(data, 2, kind, **options)))
+        # Each worker has begun.
+        taken.append(list(islice(running[-1], 2)))
+    assert [[*first, *rest] for first, rest in zip(taken, running, strict=True)] == epochs(shards, 0, 1, 2)
+    assert data.epoch == 3
+
+
+def test_a_pass_that_is_held_while_the_next_has_its_seed_is_no_part_of_it(shards):
+    running, held = loader(stream(shards), 3), []
+    for epoch in range(4):
+        torch.manual_seed(0)
+        held.append(iter(running))
+        assert list(islice(held[-1], 3)) == epochs(shards, epoch)[0][:3]
+
+
+def test_loaders_of_one_seed_that_begin_together_take_whole_epochs(shards):
+    # Before all workers of the first have begun, the second may take its epoch, but never a part of it.
+    data = stream(shards)
+    running = []
+    for _ in range(3):
+        torch.manual_seed(0)
+        running.append(iter(loader(data, 3)))
+    assert all(list(each) in epochs(shards, 0, 1, 2) for each in running)
+
+
+def test_workers_whose_births_are_mixed_up_know_their_loader(shards):
+    # Threads that start processes side by side: births differ within a loader, seeds do not.
+    mine = [Token(5, 1, os.getpid(), worker, birth) for worker, birth in ((0, 7), (1, 8), (2, 11))]
+    records = [Record(1, 4, 0, 1, 0, **mine[0]._asdict())]
+    assert all(_find_iteration(records, token._replace(process=1)) == records[0] for token in mine[1:])
+    assert _find_iteration(records, mine[0]._replace(process=1, birth=20)) is None
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_position_counts_from_where_a_loaders_state_led(workers, shards):
     # Red: it counted from where the iteration began that had saved the state.
@@ -179,7 +222,7 @@ def test_a_position_counts_from_where_a_loaders_state_led(workers, shards):
 
 def test_a_half_written_record_is_not_read(shards):
     data = stream(shards, 2)
-    data._cursor._table[0, 0, :3] = 99, 4, 50
+    data._cursor._numbers[0, 0, :3] = 99, 4, 50
     assert data.epoch == 2
 
 

@@ -1,10 +1,13 @@
 """Everything that has state, in any order of rules: a bounded part of `make storm`."""
 
+from itertools import product
+
 import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from storm.adapters import ADAPTERS
 from storm.machine import machine_for
+from storm.model import Place
 
 # Processes take their time: what starts some is left to `make storm`, but for one of each kind of loader.
 WITH_WORKERS = {"sampler, DataLoader, workers", "stream, DataLoader, workers", "stream, StatefulDataLoader, workers"}
@@ -22,3 +25,20 @@ def test_epochs_come_as_listed_whatever_is_saved_copied_or_broken_off(name):
         print_blob=False,
     )
     run_state_machine_as_test(machine_for(adapter), settings=chosen)
+
+
+@pytest.mark.parametrize(("laid", "replicas"), [*product((1, 2, 3), repeat=2)])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_step_goes_on_where_it_was_left_after_other_replicas(laid, replicas, steps):
+    """An example that the model could not follow: a state within a step of an epoch that other replicas began."""
+    state = machine_for(ADAPTERS["sampler of all"])()
+    state.begin(replicas=laid - 1, workers=0)
+    state.take(steps * laid)
+    state.change_replicas_and_workers(number=steps, replicas=replicas - 1, workers=0)
+    for given in range(10**6):
+        state.restore(save=state.save(), workers=0)
+        assert state.place.within == given % replicas
+        if not state.take(1):
+            break
+    assert given == state.book.steps(Place(0, laid, steps * laid), replicas) * replicas
+    state.teardown()

@@ -49,7 +49,7 @@ def test_fields_are_padded_each_and_paid_together() -> None:
 
 
 def test_real_tokens_are_the_lengths_whatever_the_width() -> None:
-    budget = Budget(max_tokens=100, count="real")
+    budget = Budget(max_tokens=100, count_tokens="real")
     assert budget.use(np.array([3]), np.array([90]), np.array([100])).tolist() == [1.0]
     assert budget.fits(3, [90], 100)
 
@@ -74,8 +74,12 @@ def test_a_cost_that_overflows_far_from_any_batch_is_not_asked_there() -> None:
         ({"batch_size": True}, TypeError, "batch_size must be an int, got True"),
         ({"max_tokens": 100.0}, TypeError, "max_tokens must be an int, got 100.0"),
         ({"cost": 3}, TypeError, "cost must be a function"),
-        ({"max_tokens": 9, "count": "tokens"}, ValueError, "count must be 'padded' or 'real', got 'tokens'"),
-        ({"batch_size": 9, "count": "real"}, ValueError, "got no max_tokens"),
+        (
+            {"max_tokens": 9, "count_tokens": "tokens"},
+            ValueError,
+            "count_tokens must be 'padded' or 'real', got 'tokens'",
+        ),
+        ({"batch_size": 9, "count_tokens": "real"}, ValueError, "got no max_tokens"),
     ],
 )
 def test_a_budget_that_makes_no_sense_is_refused_by_name(

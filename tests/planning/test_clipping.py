@@ -175,6 +175,17 @@ def test_a_stream_refuses_a_collator_of_other_widths(corpus, collated):
         stream(corpus, PadCollator(), widths=16)
 
 
+@pytest.mark.parametrize("collated", [8, (20, 40), {"x": None, "y": 8}])
+def test_a_stream_without_widths_refuses_a_collator_that_has_some(corpus, collated):
+    # Red: it was taken, and 3 rows of 39 steps under max_tokens=120 were padded to 3 x 40 and more.
+    with pytest.raises(ValueError, match=r"collate_fn's widths must be the stream's, got .* and None for field '[xy]'"):
+        stream(corpus, PadCollator(widths=collated))
+    stream(corpus, PadCollator(widths={"x": None, "y": None}))
+    # A multiple of one rounds nothing up.
+    stream(corpus, PadCollator(widths=1))
+    stream(corpus, PadCollator(), widths=1)
+
+
 def test_a_stream_takes_a_collator_of_its_widths_or_of_shapes(corpus):
     made = stream(corpus, PadCollator(widths=(40, 20)), widths=[20, 40])
     assert made.widths == [20, 40]

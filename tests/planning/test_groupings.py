@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from samplers.planning.options import Options
-from samplers.planning.window_table import WindowCourse, WindowEpoch, WindowLayout, lay_out_windows
+from samplers.planning.schedule import make_schedule
+from samplers.planning.tables.window_table import WindowTable, make_window_table
 
 SHARDS = 10
 
@@ -23,22 +24,24 @@ class Index:
         self.lengths = lengths
 
 
-def lay_out(samples: int = 8_000, shards: int = SHARDS, **options: Any) -> WindowLayout:
+def make_table(samples: int = 8_000, shards: int = SHARDS, **options: Any) -> WindowTable:
     lengths = np.random.default_rng(0).integers(1, 200, samples)
-    return lay_out_windows(Index(lengths), np.arange(shards + 1) * samples // shards, Options(**options))
+    return make_window_table(Index(lengths), np.arange(shards + 1) * samples // shards, Options(**options))
 
 
 def pairs_in(windows: Any) -> set[tuple[int, int]]:
     return {pair for window in windows for pair in combinations(sorted(window), 2)}
 
 
-@pytest.mark.parametrize("budget", [{"max_tokens": 3_000}, {"batch_size": 32}, {"max_tokens": 3_000, "count": "real"}])
+@pytest.mark.parametrize(
+    "budget", [{"max_tokens": 3_000}, {"batch_size": 32}, {"max_tokens": 3_000, "count_tokens": "real"}]
+)
 def test_sources_stored_shard_by_shard_meet_as_often_as_with_random_groups(budget: dict[str, Any]) -> None:
     met, expected = [], []
     rng = np.random.default_rng(0)
     for seed in range(20):
-        layout = lay_out(window=1_600, seed=seed, **budget)
-        met.append(len(set.union(*(pairs_in(layout.of_epoch(epoch, 1).windows) for epoch in range(10)))))
+        table = make_table(window=1_600, seed=seed, **budget)
+        met.append(len(set.union(*(pairs_in(table.for_epoch(epoch, 1).windows) for epoch in range(10)))))
         groups = [np.array_split(rng.permutation(SHARDS), SHARDS // 2) for _ in range(10)]
         expected.append(len(set.union(*(pairs_in(group) for group in groups))))
     assert np.mean(met) >= 0.95 * np.mean(expected)
@@ -62,29 +65,31 @@ def test_every_epoch_has_every_sample_once_in_as_many_batches(
 ) -> None:
     lengths = np.random.default_rng(1).integers(1, 200, 1_000)
     starts = np.array([0, 90, 200, 230, 500, 640, 700, 900, 1_000])
-    first = lay_out_windows(Index(lengths), starts, Options(**options), interleave)
+    first = make_window_table(Index(lengths), starts, Options(**options), interleave)
     for epoch in range(4):
-        layout = first.of_epoch(epoch, 1)
-        assert len(layout) == len(first)
-        course = WindowCourse(WindowEpoch(layout, epoch, replicas), 0, replicas)
-        samples = [sample for numbers in course.chunks() for batch in course.lists_of(numbers) for sample in batch]
+        table = first.for_epoch(epoch, 1)
+        assert len(table) == len(first)
+        schedule = make_schedule(first, epoch, replicas)
+        samples = [
+            sample for slots in schedule.slot_ranges() for batch in schedule.index_lists(slots) for sample in batch
+        ]
         assert len(samples) == len(set(samples))
         assert options.get("drop_last") or len(samples) == len(lengths)
 
 
 def test_the_closed_list_of_shapes_holds_for_every_grouping() -> None:
-    layout = lay_out(window=1_600, max_tokens=3_000, widths=16)
-    shapes = layout.shapes
+    table = make_table(window=1_600, max_tokens=3_000, widths=16)
+    shapes = table.shapes
     for epoch in range(20):
-        present = layout.of_epoch(epoch, 1)
-        sizes = present.sizes_of(*present.samples_of(np.arange(len(layout)), key=epoch))
+        present = table.for_epoch(epoch, 1)
+        sizes = present.measure_batches(*present.batch_samples(np.arange(len(table)), key=epoch))
         for rows, width in set(zip(sizes.rows.tolist(), sizes.widths[:, 0].tolist(), strict=True)):
-            assert any(rows <= most and width <= widest for most, widest in shapes)  # type: ignore[operator]
+            assert any(rows <= most and width <= widest for most, (widest,) in shapes)
 
 
 def test_which_windows_an_epoch_has_does_not_depend_on_those_before() -> None:
-    first, second = lay_out(window=1_600, max_tokens=3_000), lay_out(window=1_600, max_tokens=3_000)
+    first, second = make_table(window=1_600, max_tokens=3_000), make_table(window=1_600, max_tokens=3_000)
     for epoch in (9, 2, 5, 9, 0):
-        first.of_epoch(epoch, 1)
-    assert [first.of_epoch(e, 1).windows for e in (7, 3)] == [second.of_epoch(e, 1).windows for e in (7, 3)]
-    assert len({first.of_epoch(epoch, 1).windows for epoch in range(10)}) > 7
+        first.for_epoch(epoch, 1)
+    assert [first.for_epoch(e, 1).windows for e in (7, 3)] == [second.for_epoch(e, 1).windows for e in (7, 3)]
+    assert len({first.for_epoch(epoch, 1).windows for epoch in range(10)}) > 7

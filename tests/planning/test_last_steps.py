@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from samplers import LengthBucketBatchSampler
 from samplers.planning.options import Options
-from samplers.planning.window_table import WindowCourse, WindowEpoch, WindowLayout, lay_out_windows
+from samplers.planning.schedule import make_schedule
+from samplers.planning.tables.window_table import WindowTable, make_window_table
 
 EPOCHS = 30
 SEEDS = st.integers(0, 2**32 - 1)
@@ -28,11 +29,11 @@ def draw(seed: int, samples: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(1, 60, samples)
 
 
-def refused_epochs(layout: WindowLayout, replicas: int, epochs: Iterable[int]) -> list[int]:
+def refused_epochs(table: WindowTable, replicas: int, epochs: Iterable[int]) -> list[int]:
     refused = []
     for epoch in epochs:
         try:
-            WindowCourse(WindowEpoch(layout.of_epoch(epoch, replicas), epoch, replicas), 0, replicas)
+            make_schedule(table, epoch, replicas)
         except ValueError:
             refused.append(epoch)
     return refused
@@ -59,7 +60,7 @@ def test_a_stream_is_shared_in_every_epoch_or_refused_at_once(
 ) -> None:
     starts = np.unique(np.append(np.arange(0, samples, 30), samples))
     options = Options(max_tokens=100, batch_size=rows, window=window, overlong="alone")
-    layout = lay_out_windows(Index(draw(seed, samples)), starts, options)
+    table = make_window_table(Index(draw(seed, samples)), starts, options)
     # Red before: in epochs 8, 9, 10, 13 and 17 of one, for example.
-    if not refused_epochs(layout, replicas, layout.trials):
-        assert not refused_epochs(layout, replicas, range(EPOCHS))
+    if not refused_epochs(table, replicas, table.trial_epochs):
+        assert not refused_epochs(table, replicas, range(EPOCHS))

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,8 @@ from hypothesis import strategies as st
 from collate.errors import LengthError
 from samplers.planning.options import Options
 from samplers.planning.plan import BatchPlan, plan_epoch
-from samplers.planning.random_batches import random_padding
-from samplers.planning.schedule import split_each
-from samplers.planning.sorting import longest_first
+from samplers.planning.schedule import split_batches
+from samplers.planning.sorting import argsort_longest_first
 
 Array = npt.NDArray[np.int64]
 # By epoch and number of replicas.
@@ -72,7 +72,7 @@ def corpora(draw: st.DrawFn, fields: int = 3, most: int = 120) -> Array:
 def cases(draw: st.DrawFn) -> tuple[Array, dict[str, Any]]:
     lengths, options = draw(corpora()), {**draw(BUDGETS), **draw(OPTIONS)}
     if "max_tokens" in options and draw(st.booleans()):
-        options["count"] = "real"
+        options["count_tokens"] = "real"
     if draw(st.booleans()):
         options["indices"] = draw(st.sets(st.integers(0, len(lengths) - 1), min_size=1).map(list))
     return lengths, options
@@ -101,7 +101,7 @@ def padded_width(longest: int, widths: Any) -> int:
 def slow_cost(rows: list[list[int]], options: dict[str, Any]) -> bool:
     """Whether a batch of these rows holds the budget."""
     width = sum(padded_width(max(column), options.get("widths")) for column in zip(*rows, strict=True))
-    tokens = sum(map(sum, rows)) if options.get("count") == "real" else len(rows) * width
+    tokens = sum(map(sum, rows)) if options.get("count_tokens") == "real" else len(rows) * width
     return (
         tokens <= options.get("max_tokens", 10**9)
         and len(rows) <= options.get("batch_size", 10**9)
@@ -124,10 +124,12 @@ def test_every_sample_comes_once_or_is_counted_as_left_out(
     report = plan.report()
     assert set(times.values()) == {1}
     assert set(times) <= chosen - short - (over if options["overlong"] == "drop" else set())
-    assert (report.short, report.sequences) == (len(short), len(times))
-    assert (report.dropped, report.alone) == ((len(over), 0) if options["overlong"] == "drop" else (0, len(over)))
-    assert report.unused == len(chosen) - len(short) - report.dropped - len(times)
-    assert report.unused == 0 or options.get("drop_last")
+    assert (report.too_short, report.sequences) == (len(short), len(times))
+    assert (report.overlong_dropped, report.overlong_alone) == (
+        (len(over), 0) if options["overlong"] == "drop" else (0, len(over))
+    )
+    assert report.last_dropped == len(chosen) - len(short) - report.overlong_dropped - len(times)
+    assert report.last_dropped == 0 or options.get("drop_last")
 
 
 @given(cases(), st.integers(0, 3), st.integers(1, 5))
@@ -172,7 +174,7 @@ def test_drop_last_drops_less_than_a_step_and_says_how_much(
 ) -> None:
     plan = plan_or_skip(lengths, batch_size=batch_size, num_replicas=replicas, drop_last=True, shuffle=shuffle)
     assert {len(batch) for batch in plan.batches} == {batch_size}
-    assert plan.report().unused == len(lengths) % (batch_size * replicas)
+    assert plan.report().last_dropped == len(lengths) % (batch_size * replicas)
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=60), st.integers(30, 90))
@@ -203,7 +205,7 @@ def test_an_epoch_of_unlike_fields_ends_with_a_batch_of_most_rows_too() -> None:
 
 def test_rows_of_unlike_fields_are_not_pooled_beyond_the_budget() -> None:
     plan = plan_epoch([(19, 1)] * 28 + [(1, 19)] * 32, max_tokens=80, num_replicas=16, shuffle=False)
-    assert len(plan.layout) == 15
+    assert len(plan._table) == 15
     assert plan.report().greatest_use <= 1
 
 
@@ -224,6 +226,19 @@ def test_an_epoch_differs_in_what_batches_hold_and_in_their_order() -> None:
     assert [len(batch) for batch in first.batches] != [len(batch) for batch in second.batches]
 
 
+@given(st.integers(24, 400), st.integers(1, 3), st.integers(1, 2_000), st.sampled_from([{}, {"num_replicas": 2}]))
+def test_no_window_is_so_large_that_epochs_have_the_same_batches(
+    samples: int, fields: int, window: int, options: dict[str, Any]
+) -> None:
+    # Red from two thirds of the samples on: with one window, batches of lengths that all differ never changed.
+    lengths = np.arange(samples * fields).reshape(fields, samples).T + 1
+    plans = [plan_epoch(lengths, batch_size=4, window=window, epoch=epoch, **options) for epoch in range(4)]
+    held = [{frozenset(batch) for batch in plan.batches} for plan in plans]
+    for first, second in combinations(range(4), 2):
+        assert 2 * len(held[first] & held[second]) < len(held[first])
+        assert [*plans[first].batches] != [*plans[second].batches]
+
+
 @pytest.mark.parametrize(("epoch", "replicas", "window"), GOLDEN)
 def test_the_plan_is_a_golden_one_on_every_machine_and_version(epoch: int, replicas: int, window: int) -> None:
     lengths = [5, 3, 8, 1, 9, 2, 7, 4, 6, 3, 8, 2, 9, 5, 1, 4, 7, 6, 3, 5]
@@ -234,7 +249,7 @@ def test_the_plan_is_a_golden_one_on_every_machine_and_version(epoch: int, repli
 def test_pairs_meet_again_about_as_rarely_at_every_lag() -> None:
     plans = [plan_epoch(speech_lengths(), max_tokens=20_000, window=5_000, epoch=epoch) for epoch in range(8)]
     reports = [plan.report() for plan in plans]
-    shares = np.array([[each.meeting_again, each.meeting_again_in_2, each.meeting_again_in_5] for each in reports])
+    shares = np.array([[each.repeated_pairs, each.repeated_pairs_in_2, each.repeated_pairs_in_5] for each in reports])
     # Edges that stayed would let 22 % meet again; turns let about two thirds of these.
     assert shares.mean(0).max() < 0.2
     assert shares.mean() < 0.17
@@ -256,7 +271,7 @@ def test_a_corpus_of_over_long_samples_alone_is_planned(lengths: list[int]) -> N
 def test_a_report_counts_the_shapes_that_batches_have() -> None:
     lengths = np.arange(5_000) * 7 % 83 + 1
     plans = [plan_epoch(lengths, max_tokens=700, widths=16, num_replicas=4, epoch=epoch) for epoch in (3, 4, 5, 8)]
-    seen = [{(len(batch), -(-int(lengths[batch].max()) // 16) * 16) for batch in plan.batches} for plan in plans]
+    seen = [{(len(batch), (-(-int(lengths[batch].max()) // 16) * 16,)) for batch in plan.batches} for plan in plans]
     report = plans[0].report()
     assert set(plans[0].batch_shapes) == seen[0]
     assert report.shapes == len(seen[0]) >= len({width for _, width in seen[0]})
@@ -274,7 +289,7 @@ def test_list_array_memory_map_and_index_give_one_plan(tmp_path: Any) -> None:
             self.lengths = lengths
 
     class Ranked(Index):
-        order = longest_first(lengths)
+        order = argsort_longest_first(lengths)
 
     given_as = [lengths.tolist(), lengths, lengths[:, None], np.load(tmp_path / "lengths.npy", mmap_mode="r")]
     plans = [list(plan_epoch(each, max_tokens=500).batches) for each in [*given_as, Index(), Ranked()]]
@@ -295,7 +310,7 @@ def global_states() -> tuple[Any, ...]:
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=200))
 def test_the_radix_sort_is_the_stable_sort(values: list[int]) -> None:
     expected = sorted(range(len(values)), key=lambda place: -values[place])
-    assert longest_first(np.array(values)).tolist() == expected
+    assert argsort_longest_first(np.array(values)).tolist() == expected
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.data())
@@ -303,7 +318,7 @@ def test_a_split_step_gives_each_replica_rows_of_one_batch(sizes: list[int], dat
     replicas = data.draw(st.integers(len(sizes), sum(sizes)))
     ends = np.cumsum(sizes)
     batches = [np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-    pieces = split_each(batches, replicas)
+    pieces = split_batches(batches, replicas)
     assert len(pieces) == replicas
     assert min(map(len, pieces)) >= 1
     assert np.concatenate(pieces).tolist() == list(range(sum(sizes)))
@@ -318,10 +333,10 @@ def test_speech_like_lengths_pad_little_and_rarely_meet_again() -> None:
     plan = plan_epoch(speech_lengths(), max_tokens=20_000)
     report = plan.report()
     assert report.padding <= 0.016
-    assert report.meeting_again <= 0.15
+    assert report.repeated_pairs <= 0.15
     assert report.greatest_use <= 1
     assert abs(report.autocorrelation) < 0.15
-    assert random_padding(plan) > 0.4
+    assert plan.random_padding > 0.4
 
 
 @pytest.mark.parametrize("replicas", [8, 64])
@@ -334,7 +349,7 @@ def test_a_report_counts_what_a_slow_count_counts() -> None:
     plan, following = (plan_epoch(lengths, max_tokens=700, epoch=epoch) for epoch in (4, 5))
     pairs = [{(a, b) for batch in each.batches for a in batch for b in batch if a < b} for each in (plan, following)]
     report = plan.report()
-    assert report.meeting_again == len(pairs[0] & pairs[1]) / len(pairs[0])
+    assert report.repeated_pairs == len(pairs[0] & pairs[1]) / len(pairs[0])
     assert report.padded_tokens == sum(len(batch) * lengths[batch].max() for batch in plan.batches)
     means = np.array([lengths[batch].mean() for batch in plan.batches])
     assert report.autocorrelation == pytest.approx(
@@ -350,7 +365,7 @@ def test_imbalance_is_what_replicas_wait_for_the_slowest() -> None:
     steps = [costs[first : first + 4] for first in range(0, len(costs), 4)]
     report = plan.report()
     assert report.imbalance == sum(4 * max(step) for step in steps) / sum(costs)
-    assert report.worst_step == max(4 * max(step) / sum(step) for step in steps)
+    assert report.worst_imbalance == max(4 * max(step) / sum(step) for step in steps)
 
 
 @given(corpora(fields=1), st.integers(1, 4))
@@ -387,7 +402,7 @@ def test_a_sample_over_the_budget_is_an_error_that_names_how_many_and_the_worst(
         plan_epoch([3, 11, 99, 10], max_tokens=10)
     with pytest.raises(LengthError, match="2 of 3 samples alone exceed.*sample 2 of length .90 20."):
         plan_epoch([(3, 2), (11, 7), (90, 20)], max_tokens=10)
-    assert plan_epoch([3, 11, 99, 10], max_tokens=10, max_length=10).report().alone == 0
+    assert plan_epoch([3, 11, 99, 10], max_tokens=10, max_length=10).report().overlong_alone == 0
 
 
 @pytest.mark.parametrize(
@@ -433,6 +448,42 @@ def test_what_cannot_be_planned_is_refused_with_its_name_and_the_way_out(
         plan_epoch(lengths, **budget, **options)
 
 
+HOLES = np.ma.array([5, 7, 9, 3], mask=[False, True, False, True])
+
+
+# Red: the values beneath the mask were planned as lengths, and as indices.
+@pytest.mark.parametrize(
+    ("lengths", "options", "says"),
+    [
+        (HOLES, {}, r"lengths must be known, .* masks 2 of 4 \(at 1, 3\).* indices=np.flatnonzero"),
+        (np.ma.array([5, 7], mask=True), {}, r"lengths .* masks 2 of 2 \(at 0, 1\)"),
+        (np.ma.masked_equal(np.arange(9) % 2, 0), {}, r"lengths .* masks 5 of 9 \(at 0, 2, 4, 6, 8\)"),
+        (np.ma.masked_equal(np.zeros(9, int), 0), {}, r"lengths .* masks 9 of 9 \(at 0, 1, 2, 3, 4, ...\)"),
+        (np.ma.array([[5, 7], [9, 3]], mask=[[0, 0], [0, 1]]), {}, r"lengths .* masks 1 of 2 \(at 1\)"),
+        ([np.ma.array([9, 3], mask=[0, 1]), [5, 7]], {}, r"lengths .* masks 1 of 2 \(at 0\)"),
+        ([5, 7, 9, 3], {"indices": HOLES % 4}, r"indices must be known, .* masks 2 of 4 \(at 1, 3\).*compressed"),
+    ],
+)
+def test_masked_lengths_and_indices_are_refused_with_the_way_out(
+    lengths: Any, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(TypeError, match=says):
+        plan_epoch(lengths, max_tokens=100, **options)
+
+
+@pytest.mark.filterwarnings("ignore:Warning. converting a masked element to nan")
+def test_a_masked_number_in_a_list_of_lengths_is_named() -> None:
+    with pytest.raises(TypeError, match=r"lengths .* masks 2 of 4 \(at 1, 3\)"):
+        plan_epoch(list(HOLES), max_tokens=100)
+
+
+def test_the_way_out_of_masked_lengths_plans_the_others() -> None:
+    known = np.flatnonzero(~np.ma.getmaskarray(HOLES))
+    plan = plan_epoch(HOLES.filled(0), max_tokens=100, indices=known)
+    assert sorted(sample for batch in plan.batches for sample in batch) == [0, 2]
+    assert plan_epoch(np.ma.array([5, 7]), max_tokens=100).batches[0] == [1, 0]
+
+
 def test_options_are_checked_values() -> None:
     assert Options(max_tokens=np.int64(9)).budget.max_tokens == 9
     assert Options(max_tokens=9, widths=[8, 4]).allowed_widths == (4, 8)
@@ -441,6 +492,6 @@ def test_options_are_checked_values() -> None:
 def test_a_plan_of_a_million_lengths_holds_no_python_object_for_each() -> None:
     lengths = np.arange(1_000_000) % 1000 + 1
     plan = plan_epoch(lengths, max_tokens=100_000)
-    held = [plan.layout.corpus.order, plan.layout.corpus.lengths]
+    held = [plan._table.sorted_lengths.order, plan._table.sorted_lengths.lengths]
     assert sum(array.nbytes for array in held) == 12_000_000
-    assert len(plan.layout.edges) < 2000
+    assert len(plan._table.buckets) < 2000

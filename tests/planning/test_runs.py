@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samplers.planning.equal_lengths import Extents
 from samplers.planning.options import Options
 from samplers.planning.plan import plan_epoch
-from samplers.planning.window_table import lay_out_windows
+from samplers.planning.tables.equal_lengths import RunFinder
+from samplers.planning.tables.window_table import make_window_table
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.writing.writer import ShardWriter
 
@@ -31,20 +31,20 @@ class Index:
 
 
 @given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=30), min_size=1, max_size=4))
-def test_extents_are_those_of_a_walk_over_the_order(regions: list[list[int]]) -> None:
+def test_runs_are_those_of_a_walk_over_the_order(regions: list[list[int]]) -> None:
     regions = [sorted(region, reverse=True) for region in regions]
     widths = np.array([width for region in regions for width in region])
     owner = np.repeat(np.arange(len(regions)), list(map(len, regions)))
-    extents = Extents(lambda places: widths[places], np.cumsum([0, *map(len, regions)]))
+    finder = RunFinder(lambda places: widths[places], np.cumsum([0, *map(len, regions)]))
     places = np.arange(len(widths))
     alike = [[int(o) == int(p) for p in owner] for o in owner]
     runs = [[q for q in places if alike[p][q] and widths[p] == widths[q]] for p in places]
-    starts, ends = extents.around(places)
+    starts, ends = finder.find_bounds(places)
     assert starts.tolist() == [run[0] for run in runs]
     assert ends.tolist() == [run[-1] + 1 for run in runs]
     bounds = np.arange(len(widths) + 1)
     expected = [0 < bound < len(widths) and bound - 1 in runs[bound] for bound in bounds]
-    assert extents.crosses(bounds).tolist() == expected
+    assert finder.crosses(bounds).tolist() == expected
 
 
 def spread_of_classes(batches: list[list[int]], samples: int) -> float:
@@ -107,16 +107,16 @@ def test_few_more_pairs_never_meet_than_at_random(samples: int, rows: int, epoch
     assert never <= 1.2 * (1 - (rows - 1) / (samples - 1)) ** epochs
 
 
-@pytest.mark.parametrize("options", [{}, {"widths": [64]}, {"count": "real"}])
+@pytest.mark.parametrize("options", [{}, {"widths": [64]}, {"count_tokens": "real"}])
 def test_many_samples_of_one_length_hardly_meet_again(options: dict[str, Any]) -> None:
     report = plan_epoch(np.full(20_000, 60), max_tokens=6_400, window=5_000, **options).report()
-    assert max(report.meeting_again, report.meeting_again_in_2, report.meeting_again_in_5) < 0.01
+    assert max(report.repeated_pairs, report.repeated_pairs_in_2, report.repeated_pairs_in_5) < 0.01
     assert report.sequences == 20_000
 
 
 def test_there_is_no_number_of_strata_above_which_mixing_stops() -> None:
     report = plan_epoch(np.full(600_000, 3), batch_size=1_000, window=300_000).report()
-    assert max(report.meeting_again, report.meeting_again_in_2) < 0.003
+    assert max(report.repeated_pairs, report.repeated_pairs_in_2) < 0.003
 
 
 @given(st.integers(0, 3), st.sampled_from([{}, {"widths": 7}, {"widths": [20, 60]}, {"min_length": 9}]))
@@ -126,13 +126,13 @@ def test_a_batch_of_one_field_is_longest_first(epoch: int, options: dict[str, An
         assert lengths[batch].tolist() == sorted(lengths[batch].tolist(), reverse=True)
 
 
-@pytest.mark.parametrize("options", [{"max_tokens": 60}, {"batch_size": 7}, {"max_tokens": 90, "count": "real"}])
+@pytest.mark.parametrize("options", [{"max_tokens": 60}, {"batch_size": 7}, {"max_tokens": 90, "count_tokens": "real"}])
 def test_in_a_stream_samples_stay_in_the_window_that_is_read_at_once(options: dict[str, Any]) -> None:
     lengths, starts = np.arange(5_000) * 7 % 4 + 1, np.arange(0, 5_001, 100)
-    first = lay_out_windows(Index(lengths), starts, Options(window=500, **options))
+    first = make_window_table(Index(lengths), starts, Options(window=500, **options))
     for epoch in range(4):
-        layout = first.of_epoch(epoch, 1)
-        for number in range(0, len(layout), 3):
-            samples, _ = layout.samples_of(np.array([number]), key=7)
-            window = np.searchsorted(layout.sizes.cumsum(), number, side="right")
-            assert set((samples // 100).tolist()) <= set(layout.windows[window])
+        table = first.for_epoch(epoch, 1)
+        for number in range(0, len(table), 3):
+            samples, _ = table.batch_samples(np.array([number]), key=7)
+            window = np.searchsorted(table.window_sizes.cumsum(), number, side="right")
+            assert set((samples // 100).tolist()) <= set(table.windows[window])

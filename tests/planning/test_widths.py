@@ -95,6 +95,12 @@ def test_lengths_below_zero_in_unsigned_integers_have_no_widths() -> None:
         optimal_widths(np.array([5, 5], np.uint64) - np.array([1, 8], np.uint64), 2)
 
 
+def test_masked_lengths_have_no_widths() -> None:
+    # Red: the values beneath the mask were widths.
+    with pytest.raises(TypeError, match=r"lengths must be known, .* masks 1 of 2 \(at 1\)"):
+        optimal_widths(np.ma.array([5, 99], mask=[False, True]), 2)
+
+
 @pytest.mark.parametrize("widths", [2**63, [8, 2**70]])
 def test_a_width_that_no_length_has_is_refused_by_name(widths: Any) -> None:
     # Red: an OverflowError that named nothing.

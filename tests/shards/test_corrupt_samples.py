@@ -58,7 +58,7 @@ def flip(folder, *places):
         number = int(np.searchsorted(index.starts, place, side="right")) - 1
         with shard_of(folder, number).open("r+b") as file:
             # Behind the array's own header, in the plain layout.
-            offset = int(index.tables.places[place, 0]) + (128 if index.tables.layout == "plain" else 0)
+            offset = int(index._tables.offsets[place, 0]) + (128 if index._tables.layout == "plain" else 0)
             file.seek(offset)
             byte = file.read(1)[0]
             file.seek(offset)
@@ -378,9 +378,9 @@ def test_handlers_of_webdataset_and_functions_decide(corpus):
         ({"handler": "warn"}, TypeError, "handler must be a function from an error .*, got 'warn': give"),
         ({"handler": SKIP, "max_failed": "1"}, TypeError, "max_failed must be a number, got '1'"),
         ({"handler": SKIP, "max_failed": True}, TypeError, "max_failed must be a number, got True"),
-        ({"handler": SKIP, "max_failed": 1.5}, ValueError, "max_failed must be a share of samples, 0 to 1, got 1.5"),
+        ({"handler": SKIP, "max_failed": 1.5}, ValueError, "max_failed must be a fraction of samples, 0 to 1, got 1.5"),
         ({"handler": SKIP, "max_failed": float("nan")}, ValueError, "max_failed must be a share"),
-        ({"max_failed": -1}, ValueError, "max_failed must be a share of samples, 0 to 1, got -1"),
+        ({"max_failed": -1}, ValueError, "max_failed must be a fraction of samples, 0 to 1, got -1"),
     ],
 )
 def test_a_wrong_handler_or_share_is_refused_at_once(intact, options, error, message):

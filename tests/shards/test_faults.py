@@ -45,7 +45,7 @@ from webdataset import autodecode
 from collate.errors import LengthError
 from samplers import LengthBucketBatchSampler, LengthIndex, ShardDataset, ShardStream, ShardWriter
 from samplers.shards.format.samples import decode_groups, split_block
-from samplers.shards.storage.atomic import NewFile
+from samplers.shards.storage.atomic import AtomicFile
 
 SHARD = "shard-000000.tar"
 SAMPLES = tokens([3, 20, 1, 7])
@@ -151,7 +151,7 @@ def test_a_flipped_bit_is_noticed_where_it_matters(tmp_path, kind, layout, door)
     doors = [
         lambda: read_all(tmp_path),
         lambda: LengthIndex.build(path),
-        lambda: LengthIndex.open(tmp_path / "shard.ltx").verify(payload=True),
+        lambda: LengthIndex.open(tmp_path / "shard.ltx").verify(checksums=True),
     ]
     message = FLIPS[kind, layout][door]
     with refused(ValueError, path, message) if message else nullcontext():
@@ -178,19 +178,21 @@ def test_a_shard_that_went_grew_or_was_replaced_is_named(corpus):
     content = path.read_bytes()
     path.unlink()
     for read in (lambda: ShardDataset(corpus)[0], lambda: list(ShardStream(corpus, collate_fn=list, max_tokens=99))):
-        with refused(FileNotFoundError, "no shard", path, "give shards= where they are now, or build the index again"):
+        with refused(
+            FileNotFoundError, "no shard", path, "put it back, give shards= their new paths, or build the index again"
+        ):
             read()
     path.write_bytes(content + bytes(BLOCK))
     with refused(ValueError, path, f"{len(content) + BLOCK} bytes, the index says {len(content)}"):
         ShardDataset(corpus)[0]
     # Of the same size, with another sample's values.
     other = write(corpus / "other", [sample | {"tokens": sample["tokens"] + 1} for sample in SAMPLES],
-                  layout=LengthIndex.open(corpus / "shard.ltx").tables.layout, block_size=2)  # fmt: skip
+                  layout=LengthIndex.open(corpus / "shard.ltx")._tables.layout, block_size=2)  # fmt: skip
     path.write_bytes((other / SHARD).read_bytes())
     with refused(ValueError, path, "sample 'k0', field 'tokens'", "do not have the checksum in the index"):
         ShardDataset(corpus)[0]
     with refused(ValueError, path, "sample 'k0'", "do not have the checksum in the index"):
-        LengthIndex.open(corpus / "shard.ltx").verify(payload=True)
+        LengthIndex.open(corpus / "shard.ltx").verify(checksums=True)
 
 
 @pytest.mark.parametrize("door", [LengthIndex.open, ShardDataset])
@@ -209,7 +211,9 @@ def test_a_shard_that_went_grew_or_was_replaced_is_named(corpus):
 def test_an_index_that_is_another_or_damaged_is_refused_with_the_way_out(corpus, door, damage, message):
     path = corpus / "shard.ltx"
     path.write_bytes(damage(path.read_bytes()))
-    with refused(ValueError, path, message, "build the index again with LengthIndex.build(shards).save(path)"):
+    with refused(
+        ValueError, path, message, "build the index again: `lengthtrack index`, or LengthIndex.build(shards).save(path)"
+    ):
         door(path)
 
 
@@ -228,7 +232,7 @@ FORGERIES = [
     (lambda h: h["shards"][0].update(digest=None), "no shard is"),
     (lambda h: h["shards"][0].update(path="a\0b"), "no shard is"),
     (lambda h: h["shards"][0].update(path="\ud800"), "UnicodeEncodeError"),
-    (lambda h: h["shards"][0].update(path=None), "header does not say"),
+    (lambda h: h["shards"][0].update(path=None), "header is not valid"),
     (lambda h: h["shards"][0].update(samples=-4), "no shard is"),
     (lambda h: h["arrays"]["lengths"].update(shape=[2**70, 1]), "lengths is"),
     (lambda h: h["arrays"]["lengths"].update(shape=[-4, 1]), "lengths is"),
@@ -399,7 +403,7 @@ def test_long_headers_that_begin_alike_are_told_apart(tmp_path):
     text = "{" + " " * 300 + "'descr': '<i8', 'fortran_order': False, 'shape': (%s), }"
     arrays = [npy_of(text % "4, 1", bytes(32)), npy_of(text % "2, 2", bytes(32))]
     path.write_bytes(tar_of([("a.x.npy", arrays[0]), ("b.x.npy", arrays[1])]))
-    with refused(ValueError, path, "group 'b', field 'x'", "a field is of one kind"):
+    with refused(ValueError, path, "group 'b', field 'x'", "a field has one dtype and feature shape"):
         LengthIndex.build(path)
 
 
@@ -493,7 +497,7 @@ def test_links_are_never_followed(tmp_path, kind):
 
 NEXT = take_apart(tar_of([("a.x.npy", ARRAY)]))
 TARS = {
-    "an old sparse member": ([(header_of("a.x.npy", 0, b"S"), b"")], "'a.x.npy' is stored sparse: write the tar anew"),
+    "an old sparse member": ([(header_of("a.x.npy", 0, b"S"), b"")], "'a.x.npy' is stored sparse: write the tar again"),
     "a new sparse member": (pax({"GNU.sparse.major": "1", "GNU.sparse.size": "9"}) + NEXT, "stored sparse"),
     "a size of 5000 digits": (pax({"size": "9" * 5000}) + NEXT, "a size that is no number"),
     "a size in other digits": (pax({"size": "٣"}) + NEXT, "a size that is no number"),
@@ -539,7 +543,7 @@ def zipped(data):
 @pytest.mark.parametrize(
     ("pack", "message"),
     [
-        (gzip.compress, "compressed with gzip, which cannot be read at any place: decompress it"),
+        (gzip.compress, "compressed with gzip, which cannot be read at any offset: decompress it"),
         (bz2.compress, "truncated"),
         (lzma.compress, "not a tar header: damaged, or not a tar file"),
         (zipped, "not a tar header: damaged, or not a tar file"),
@@ -616,7 +620,7 @@ def test_an_index_that_does_not_fit_leaves_the_old_one(corpus):
 
 
 def test_a_device_that_is_full_is_named(tmp_path):
-    file = NewFile(tmp_path / "a")
+    file = AtomicFile(tmp_path / "a")
     full = os.open("/dev/full", os.O_WRONLY)
     os.dup2(full, file.stream.fileno())
     os.close(full)
@@ -676,11 +680,11 @@ def test_what_a_users_function_raises_tells_of_which_sample(tmp_path):
     path.write_bytes(tar_of([("a.wav", b"1234")]))
     with pytest.raises(KeyError, match="no such chunk") as caught:
         LengthIndex.build(path, ["wav"], lambda field, data: fail(data))
-    assert caught.value.__notes__ == [f"length= was asked for {path}: group 'a', field 'wav'"]
+    assert caught.value.__notes__ == [f"length= was called for {path}: group 'a', field 'wav'"]
     LengthIndex.build(path, ["wav"], lambda field, data: len(data)).save(f"{path}.ltx")
     with pytest.raises(KeyError, match="no such chunk") as caught:
         ShardDataset(path, decode={"wav": fail})[0]
-    assert caught.value.__notes__ == [f"decode= was given {path}: sample 'a', field 'wav'"]
+    assert caught.value.__notes__ == [f"decode= was called with {path}: sample 'a', field 'wav'"]
     with refused(LengthError, path, "sample 'a', field 'wav': the index says 4 steps, the shard holds a single value"):
         ShardDataset(path, decode={"wav": lambda data: 4})[0]
 

@@ -123,7 +123,7 @@ def test_an_index_is_built_from_ranges_and_nothing_is_fetched_twice(folder, serv
 
 def test_an_index_with_checksums_is_built_and_verified_over_http(server):
     index = LengthIndex.build(shards_of(server, "plain"), checksums=True)
-    index.verify(payload=True)
+    index.verify(checksums=True)
     assert index.fingerprint == LengthIndex.open(server.url("plain.ltx")).fingerprint
 
 
@@ -204,7 +204,11 @@ def test_a_server_that_says_it_gives_no_ranges_is_refused_at_once(folder, server
 @pytest.mark.parametrize(
     ("manner", "kind", "message"),
     [
-        ("ranges", FileNotFoundError, r"/ranges/lost-000001.tar, which the index lists: give shards= where they are"),
+        (
+            "ranges",
+            FileNotFoundError,
+            r"/ranges/lost-000001.tar, which the index lists: put it back, give shards= their",
+        ),
         ("busy", OSError, r"/busy/lost-000001.tar: cannot be read: ClientResponseError: 503"),
         ("signed", OSError, r"/signed/lost-000001.tar: cannot be read: ClientResponseError: 403"),
     ],
@@ -275,7 +279,7 @@ def test_a_corrupt_sample_is_found_without_fetching_its_shard_again(tmp_path):
     place = int(LengthIndex.open(folder / "shard.ltx").lengths[:40].argmax())
     shard = folder / f"shard-{place // 20:06}.tar"
     content = bytearray(shard.read_bytes())
-    content[LengthIndex.open(folder / "shard.ltx").tables.places[place, 0]] ^= 1
+    content[LengthIndex.open(folder / "shard.ltx")._tables.offsets[place, 0]] ^= 1
     shard.write_bytes(content)
     with serving(folder) as server:
         (folder / "shard-000002.tar").unlink()

@@ -61,9 +61,20 @@ def test_verify_says_which_lengths_it_has_not_measured(tmp_path):
         with pytest.raises(LengthError, match=r"sample 'k0', field 'wav': the index says 7 steps, the shard 5"):
             index.verify(**options)
     right = LengthIndex.build(shard, ["wav"], lambda field, data: len(data), checksums=True)
-    assert right.verify(payload=True, decode={"wav": read_bytes}) == ()
+    assert right.verify(checksums=True, decode={"wav": read_bytes}) == ()
     with pytest.raises(ValueError, match=r"decode names 'flac', and a function measures the lengths of \['wav'\]"):
         right.verify(decode={"flac": read_bytes})
+
+
+def test_steps_that_a_decoder_masks_are_no_length(tmp_path):
+    # Red: they were counted as if they were there.
+    shard = sounds(tmp_path / "a.tar", [4])
+    with pytest.raises(TypeError, match=r"steps of field 'wav' must be known, .* masks 1 of 4 .*compressed"):
+        LengthIndex.build(shard, ["wav"], halves).verify(
+            decode={"wav": lambda data: np.ma.array([1, 2, 3, 4], mask=[0, 0, 0, 1])}
+        )
+    with pytest.raises(LengthError, match="length= must give a non-negative int, got masked"):
+        LengthIndex.build(shard, ["wav"], lambda field, data: np.ma.array(3, mask=True))
 
 
 def test_the_command_says_what_it_has_not_measured_and_measures_when_told(tmp_path, monkeypatch):
@@ -77,7 +88,7 @@ def test_the_command_says_what_it_has_not_measured_and_measures_when_told(tmp_pa
     assert output == "a.ltx: built, 2 samples in 1 shard, lengths of wav\n"
     output = run("verify", "a.ltx", status=3).output
     assert output == (
-        "2 samples in 1 shard, lengths of wav: headers read (no checksums to hold payloads against: lengthtrack index "
+        "2 samples in 1 shard, lengths of wav: headers read (no checksums to compare payloads with: lengthtrack index "
         "--checksums), the rest agrees, lengths of wav NOT measured (give --length MODULE:FUNCTION or --decode "
         "wav=MODULE:FUNCTION)\n"
     )

@@ -52,9 +52,9 @@ def test_a_length_is_the_same_number_from_disk_to_sample(tmp_path_factory, layou
 
 def with_length(index, place, length, path):
     """An index file that is sound but for one length."""
-    lengths = index.tables.lengths.copy()
+    lengths = index._tables.lengths.copy()
     lengths[place] = length
-    write_index(path, [replace(index.tables, lengths=lengths)])
+    write_index(path, [replace(index._tables, lengths=lengths)])
     return path
 
 
@@ -85,7 +85,7 @@ def test_a_changed_length_in_a_block_is_caught_by_name_and_numbers(tmp_path):
     message = r"shard-000000.tar: sample 'k1', field 'tokens': the index says 3 steps, the shard 1"
     for place in range(3):
         with pytest.raises(LengthError, match=message):
-            ShardDataset(tmp_path, check=False)[place]
+            ShardDataset(tmp_path, checksums=False)[place]
     with pytest.raises(LengthError, match=message):
         LengthIndex.open(tmp_path / "shard.ltx").verify()
     assert LengthIndex.build(tmp_path).lengths.tolist() == [5, 1, 3]
@@ -101,7 +101,7 @@ def test_lengths_that_do_not_add_up_are_refused_by_the_block_itself(tmp_path, le
     with pytest.raises(LengthError, match=message):
         list(decode_groups(groups(tmp_path)))
     with pytest.raises(LengthError, match="the index says"):
-        ShardDataset(tmp_path, check=False)[0]
+        ShardDataset(tmp_path, checksums=False)[0]
 
 
 def test_a_changed_header_of_a_sample_is_caught(tmp_path):
@@ -110,7 +110,7 @@ def test_a_changed_header_of_a_sample_is_caught(tmp_path):
     with pytest.raises(
         ValueError, match=r"sample 'k1', field 'tokens': the header claims \[2\] int64, 16 bytes, the member"
     ):
-        ShardDataset(tmp_path, check=False)[1]
+        ShardDataset(tmp_path, checksums=False)[1]
     with pytest.raises(
         ValueError, match=r"sample 'k1', field 'tokens', at offset \d+: the bytes do not have the checksum"
     ):
@@ -136,11 +136,11 @@ def test_a_changed_dtype_or_shape_of_a_block_is_caught(tmp_path):
 def test_a_place_that_is_moved_is_caught_before_anything_is_read_from_it(tmp_path):
     write(tmp_path, tokens([5, 3, 1]))
     index = LengthIndex.open(tmp_path / "shard.ltx")
-    places = index.tables.places.copy()
+    places = index._tables.offsets.copy()
     places[1, 0] += 8
-    write_index(tmp_path / "wrong.ltx", [replace(index.tables, places=places)])
+    write_index(tmp_path / "wrong.ltx", [replace(index._tables, offsets=places)])
     with pytest.raises(ValueError, match="block of sample 'k0', field 'tokens'.* at another"):
-        ShardDataset(tmp_path / "wrong.ltx", check=False)[0]
+        ShardDataset(tmp_path / "wrong.ltx", checksums=False)[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -148,9 +148,9 @@ def test_offsets_and_sizes_outside_a_shard_allocate_nothing(tmp_path, layout):
     write(tmp_path, tokens([5, 3, 1]), layout=layout)
     index = LengthIndex.open(tmp_path / "shard.ltx")
     name = "sizes" if layout == "plain" else "blocks"
-    table = getattr(index.tables, name).copy()
+    table = getattr(index._tables, name).copy()
     table[0, 1 if layout == "blocks" else 0 :] = 2**60
-    write_index(tmp_path / "wrong.ltx", [replace(index.tables, **{name: table})])
+    write_index(tmp_path / "wrong.ltx", [replace(index._tables, **{name: table})])
     with pytest.raises(ValueError, match=r"shard-000000.tar: "):
         ShardDataset(tmp_path / "wrong.ltx")[0]
 

@@ -74,7 +74,7 @@ def test_a_writer_killed_at_any_moment_goes_on_to_the_same_bytes(tmp_path):
         assert len(whole) == 7
         for count in range(1, 16):
             assert files(tmp_path / f"{layout}-{count}") == whole, count
-        LengthIndex.open(tmp_path / f"{layout}-3" / "shard.ltx").verify(payload=True)
+        LengthIndex.open(tmp_path / f"{layout}-3" / "shard.ltx").verify(checksums=True)
 
 
 KILLED_IN_A_SHARD = """
@@ -124,7 +124,7 @@ def test_a_corpus_written_in_several_goes_is_the_corpus_of_all_samples(
     dataset = ShardDataset(folder)
     for read, written in zip(dataset, samples, strict=True):
         assert_same(read, written)
-    dataset.index.verify(payload=True)
+    dataset.index.verify(checksums=True)
 
 
 def test_a_finished_writer_is_gone_on_with_twice(tmp_path):
@@ -194,7 +194,7 @@ def test_other_kinds_than_those_on_disk_are_refused_by_shard_field_and_both_kind
 def test_another_layout_or_stack_is_refused(tmp_path, layout):
     write(tmp_path, [THERE], layout=layout, stack=["v"])
     other = LAYOUTS[1 - LAYOUTS.index(layout)]
-    with pytest.raises(ValueError, match=f'000000.tar is in layout="{layout}": go on in it, got "{other}"'):
+    with pytest.raises(ValueError, match=f'000000.tar is in layout="{layout}": continue in it, got "{other}"'):
         ShardWriter(tmp_path, layout=other, append=True)
     with pytest.raises(ValueError, match=r"000000.tar: stack names 'x', which is float32 \[L, 4\] there"):
         ShardWriter(tmp_path, layout=layout, stack=["v", "x"], append=True)

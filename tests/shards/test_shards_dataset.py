@@ -197,7 +197,7 @@ def test_shards_can_be_behind_a_url(tmp_path, layout):
             assert_same(read, samples[place])
     built = LengthIndex.build(f"memory://{layout}/shard-{{000000..000001}}.tar", checksums=True)
     assert built.fingerprint == LengthIndex.open(tmp_path / "shard.ltx").fingerprint
-    built.verify(payload=True)
+    built.verify(checksums=True)
     memory.pipe(f"/{layout}/shard-000000.tar", b"")
     with pytest.raises(ValueError, match="shard-000000.tar: 0 bytes, the index says"):
         ShardDataset(f"memory://{layout}/shard.ltx")[0]
@@ -235,9 +235,9 @@ def test_other_encodings_stay_bytes_or_are_decoded_and_held_against_the_index(tm
 @pytest.mark.parametrize(
     ("places", "error", "message"),
     [
-        ([3], IndexError, "place 3 is not among the 3 samples"),
-        ([0, -4], IndexError, "place -4 is not"),
-        ([0.0], TypeError, "places must be a list of integers, got float64"),
+        ([3], IndexError, "index 3 is not among the 3 samples"),
+        ([0, -4], IndexError, "index -4 is not"),
+        ([0.0], TypeError, "indices must be a list of integers, got float64"),
         ([[0]], TypeError, "list of integers"),
         ([True], TypeError, "got bool"),
     ],
@@ -265,7 +265,10 @@ def test_options_that_name_nothing_are_refused(tmp_path):
         ShardDataset(tmp_path / "a", tmp_path / "b" / "other.ltx")
     for index in (tmp_path / "a").glob("*.ltx"):
         index.unlink()
-    with pytest.raises(FileNotFoundError, match=r"no index .*shard-000000.tar.ltx: build it with LengthIndex.build"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"no index .*shard-000000.tar.ltx: build it with `lengthtrack index`, or LengthIndex.build",
+    ):
         ShardDataset(tmp_path / "a")
     with pytest.raises(FileNotFoundError, match="no index .*absent.tar.ltx"):
         ShardDataset(tmp_path / "absent.tar")
@@ -284,7 +287,9 @@ def test_a_shard_that_changed_or_went_is_named_when_it_is_touched(tmp_path, layo
     ):
         dataset[1]
     path.unlink()
-    with pytest.raises(FileNotFoundError, match="no shard .*shard-000001.tar, which the index lists: give shards="):
+    with pytest.raises(
+        FileNotFoundError, match="no shard .*shard-000001.tar, which the index lists: put it back, give shards="
+    ):
         ShardDataset(tmp_path)[1]
     path.write_bytes(content)
     assert len(ShardDataset(tmp_path)[1]["tokens"]) == 2
@@ -295,9 +300,9 @@ def test_every_flipped_byte_of_a_sample_is_noticed_when_it_is_read(tmp_path, lay
     write(tmp_path, tokens([5, 3]), layout=layout)
     path = tmp_path / "shard-000000.tar"
     content = bytearray(path.read_bytes())
-    tables = LengthIndex.open(tmp_path / "shard.ltx").tables
+    tables = LengthIndex.open(tmp_path / "shard.ltx")._tables
     size = 24 if tables.sizes is None else int(tables.sizes[1, 0])
-    start = int(tables.places[1, 0])
+    start = int(tables.offsets[1, 0])
     for place in range(start, start + size, 3):
         content[place] ^= 4
         path.write_bytes(content)
@@ -309,7 +314,7 @@ def test_every_flipped_byte_of_a_sample_is_noticed_when_it_is_read(tmp_path, lay
         content[place] ^= 4
     content[start + size - 1] ^= 4
     path.write_bytes(content)
-    assert ShardDataset(tmp_path, check=False)[1]["tokens"].tolist() != [1000, 1001, 1002]
+    assert ShardDataset(tmp_path, checksums=False)[1]["tokens"].tolist() != [1000, 1001, 1002]
 
 
 def test_a_shard_cut_while_it_is_open_is_noticed(tmp_path):

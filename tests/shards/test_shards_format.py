@@ -15,14 +15,8 @@ from webdataset import autodecode, filters
 from webdataset.tariterators import base_plus_ext
 
 from collate.errors import LengthError
-from samplers.shards.format.samples import (
-    DTYPES,
-    array_header,
-    decode_array,
-    decode_groups,
-    field_of,
-    read_array_header,
-)
+from samplers.shards.format.npy import DTYPES, decode_npy, npy_header, read_npy_header
+from samplers.shards.format.samples import decode_groups, field_of
 from samplers.shards.format.tar import read_members, split_name, tar_header
 from samplers.shards.storage.reading import LocalFile
 
@@ -128,10 +122,10 @@ def test_names_are_split_as_webdataset_splits_them(name):
 
 @given(hnp.arrays(st.sampled_from(sorted(DTYPES)), hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)))
 def test_array_headers_are_what_numpy_writes_and_reads(array):
-    content = array_header(array.dtype.str, array.shape) + array.tobytes()
+    content = npy_header(array.dtype.str, array.shape) + array.tobytes()
     read = np.load(io.BytesIO(content), allow_pickle=False)
     assert (read.dtype, read.shape, read.tobytes()) == (array.dtype, array.shape, array.tobytes())
-    assert len(array_header(array.dtype.str, array.shape)) % 64 == 0
+    assert len(npy_header(array.dtype.str, array.shape)) % 64 == 0
 
 
 @given(
@@ -145,7 +139,7 @@ def test_array_headers_are_what_numpy_writes_and_reads(array):
 def test_arrays_that_numpy_writes_are_read_as_it_reads_them(array, order, version):
     file = io.BytesIO()
     np.lib.format.write_array(file, np.asarray(array, order=order), version)
-    read = decode_array(file.getvalue(), "here")
+    read = decode_npy(file.getvalue(), "here")
     assert read.dtype == array.dtype.newbyteorder("=")
     assert np.array_equal(read, array, equal_nan=array.dtype.kind in "fc")
     if array.ndim:
@@ -185,12 +179,12 @@ def header(text, version=b"\x01\x00"):
 )
 def test_arrays_that_claim_what_they_are_not_are_refused(data, message):
     with pytest.raises(ValueError, match=f"^here: .*{message}"):
-        decode_array(data, "here")
+        decode_npy(data, "here")
 
 
 def test_a_header_is_read_from_the_first_bytes_alone():
-    content = array_header("<i8", (2**60, 3))
-    found = read_array_header(content, "here")
+    content = npy_header("<i8", (2**60, 3))
+    found = read_npy_header(content, "here")
     assert (found.shape, found.nbytes, found.size) == ((2**60, 3), 2**60 * 24, 128)
 
 
@@ -237,7 +231,7 @@ BLOCK = {
         (GROUP | {"y.PICKLE": b""}, ValueError, "'y.PICKLE' is a pickle"),
         (GROUP | {"pyd": b""}, ValueError, "'pyd' is a pickle"),
         (GROUP | {"y.npy": npy(np.arange(9))[:-1]}, ValueError, "group 'k', field 'y': the header claims"),
-        (GROUP | {"y.npy": np.arange(3)}, TypeError, "'y.npy' must still be bytes, got ndarray: it comes before"),
+        (GROUP | {"y.npy": np.arange(3)}, TypeError, "'y.npy' must still be bytes, got ndarray: put this stage before"),
         (GROUP | {"x.json": b"{}"}, ValueError, "two members are called 'x'"),
         (GROUP | {"y.json": b"{"}, ValueError, "field 'y': not json"),
         (GROUP | {"y.json": b"[" * 100_000}, ValueError, "field 'y': not json"),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.format.samples import decode_groups
 from samplers.shards.indexing.index import LengthIndex
-from samplers.shards.storage.process_pool import run
+from samplers.shards.storage.process_pool import run_in_processes
 from samplers.shards.writing.writer import ShardWriter
 
 
@@ -41,7 +41,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path, layout):
         index = ShardWriter.write_parts(
             tmp_path / f"{workers}", part_of, PARTS, workers=workers, layout=layout, max_samples=2
         )
-        index.verify(payload=True)
+        index.verify(checksums=True)
         assert files(tmp_path / f"{workers}") == files(tmp_path / "0")
     shards = [(0, 0), (0, 1), (2, 0), (3, 0), (3, 1), (3, 2)]
     names = [f"shard-{part:06}-{number:06}.tar" for part, number in shards]
@@ -80,20 +80,21 @@ def test_a_bar_counts_the_parts_on_request(tmp_path, capsys):
 
 SPAWNED = """
 import multiprocessing, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[2:]
 from test_shards_parts import PARTS, part_of
 from samplers import ShardWriter
 
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
-    print(len(ShardWriter.write_parts(sys.argv[2], part_of, PARTS, workers=2)))
+    print(len(ShardWriter.write_parts(sys.argv[1], part_of, PARTS, workers=2)))
 """
 
 
 def test_processes_may_be_spawned(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(SPAWNED)
-    command = [sys.executable, str(program), str(Path(__file__).parents[1] / "support"), str(tmp_path / "a")]
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]
+    command = [sys.executable, str(program), str(tmp_path / "a"), *paths]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert run.stdout == "10\n"
     ShardWriter.write_parts(tmp_path / "b", part_of, PARTS)
@@ -118,7 +119,7 @@ def failing_part(kind, lengths):
     ("kind", "workers", "message"),
     [
         *((kind, workers, message) for workers in (0, 2) for kind, message in (
-            ("error", r"part 2, \[20, 1, 5\]: OverflowError: too much; finished shards stay: go on with append=True"),
+            ("error", r"part 2, \[20, 1, 5\]: OverflowError: too much; finished shards stay: continue with append"),
             ("dtype", r"part 2, \[20, 1, 5\]: TypeError: sample 'k21', field 'tokens': must be int64 \[L\]"),
             ("key", r"part 2, \[20, 1, 5\]: ValueError: __key__ must be unique, 'k20' was written before"),
             ("no", r"part 2, \[20, 1, 5\]: TypeError: a sample must be .*, got list"),
@@ -172,11 +173,9 @@ def test_finished_parts_are_not_written_again_and_more_parts_may_follow(tmp_path
 
 def test_other_parts_than_those_that_were_written_are_noticed(tmp_path):
     ShardWriter.write_parts(tmp_path, part_of, PARTS)
-    with pytest.raises(
-        RuntimeError, match=r"part 2, .*'k20' was written before, now 'k30' comes in its place: give the"
-    ):
+    with pytest.raises(RuntimeError, match=r"part 2, .*'k20' was written before, now 'k30' comes instead: give the"):
         ShardWriter.write_parts(tmp_path, part_of, [*PARTS[:2], PARTS[3]], append=True)
-    with pytest.raises(RuntimeError, match=r"part 0, \[0\]: .*'k0' was written before, now None comes in its place"):
+    with pytest.raises(RuntimeError, match=r"part 0, \[0\]: .*'k0' was written before, now None comes instead"):
         ShardWriter.write_parts(tmp_path, part_of, [[0]], append=True)
     # Fewer parts are those that are asked for; the others stay.
     assert len(ShardWriter.write_parts(tmp_path, part_of, PARTS[:1], append=True)) == len(SAMPLES)
@@ -191,7 +190,9 @@ def test_parts_that_are_not_finished_are_not_left_out(tmp_path):
         ValueError, match=r"shard-000001-000000.tar is of a part that is not finished, got only 1 parts"
     ):
         ShardWriter.write_parts(tmp_path, late_error, two[:1], append=True)
-    with pytest.raises(ValueError, match=r"shard-000000-000000.tar is of a part, and not all parts are written: go on"):
+    with pytest.raises(
+        ValueError, match=r"shard-000000-000000.tar is of a part, and not all parts are written: continue"
+    ):
         ShardWriter(tmp_path, append=True)
 
 
@@ -235,7 +236,7 @@ def test_parts_of_different_kinds_are_refused_with_both_shards(tmp_path, layout,
 
 
 def test_bad_requests_are_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="max_samples must be an int of at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_samples must be at least 1, got 0"):
         ShardWriter.write_parts(tmp_path / "a", part_of, PARTS, max_samples=0)
     with pytest.raises(ValueError, match="nothing was written to .*a: a corpus needs a sample"):
         ShardWriter.write_parts(tmp_path / "a", part_of, [[0], [1]])
@@ -316,15 +317,15 @@ def raise_odd(item):
 
 def test_an_error_that_cannot_travel_is_told_by_its_name(tmp_path):
     with pytest.raises(RuntimeError, match="OddError: 1 and 2") as caught:
-        list(run(raise_odd, [1], 1, unit="item", progress=False))
+        list(run_in_processes(raise_odd, [1], 1, unit="item", progress=False))
     assert "in raise_odd" in caught.value.__notes__[0]
 
 
 def test_all_results_come_whatever_the_number_of_workers():
     for workers in (0, 1, 3, 50):
-        results = dict(run(abs, [-3, 4, -5, 0], workers, unit="item", progress=False))
+        results = dict(run_in_processes(abs, [-3, 4, -5, 0], workers, unit="item", progress=False))
         assert results == {0: 3, 1: 4, 2: 5, 3: 0}
-        assert list(run(abs, [], workers, unit="item", progress=False)) == []
+        assert list(run_in_processes(abs, [], workers, unit="item", progress=False)) == []
 
 
 def note_and_wait(path):
@@ -333,7 +334,7 @@ def note_and_wait(path):
 
 
 def test_who_stops_early_waits_for_nobody(tmp_path):
-    results = run(note_and_wait, [tmp_path / "slow", tmp_path / "quick"], 2, unit="item", progress=False)
+    results = run_in_processes(note_and_wait, [tmp_path / "slow", tmp_path / "quick"], 2, unit="item", progress=False)
     next(results)
     wait_until(lambda: (tmp_path / "slow").exists() and (tmp_path / "slow").read_text())
     results.close()

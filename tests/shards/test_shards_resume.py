@@ -130,15 +130,15 @@ def test_a_shard_that_changed_is_scanned_again(tmp_path, scanned):
 def test_checksums_are_added_where_they_are_asked_for_and_never_lost(tmp_path, scanned):
     write(tmp_path, tokens([3, 1]), max_samples=1)
     before = {path: path.read_bytes() for path in tmp_path.glob("*.ltx")}
-    assert LengthIndex.build(tmp_path, resume=True).tables.crcs is None
+    assert LengthIndex.build(tmp_path, resume=True)._tables.crcs is None
     assert scanned == []
     assert {path: path.read_bytes() for path in tmp_path.glob("*.ltx")} == before
     corpus(tmp_path / "b", 2)
     LengthIndex.build(tmp_path / "b", resume=True)
     scanned.clear()
-    assert LengthIndex.build(tmp_path / "b", resume=True, checksums=True).tables.crcs is not None
+    assert LengthIndex.build(tmp_path / "b", resume=True, checksums=True)._tables.crcs is not None
     assert scanned == names(0, 1)
-    LengthIndex.open(tmp_path / "b" / "shard-000000.tar.ltx").verify(payload=True)
+    LengthIndex.open(tmp_path / "b" / "shard-000000.tar.ltx").verify(checksums=True)
 
 
 def test_fields_are_those_asked_for_or_those_of_the_kept_indexes(tmp_path):
@@ -150,9 +150,7 @@ def test_fields_are_those_asked_for_or_those_of_the_kept_indexes(tmp_path):
         LengthIndex.build(folder / "shard-000001.tar", ["y"], resume=True)
         index = LengthIndex.build(folder, resume=True)
         assert (index.fields, index.lengths.tolist()) == (("y",), [1, 2, 3])
-        with pytest.raises(
-            ValueError, match=r"000000.tar.ltx tells the lengths of \['y'\], asked for are \['x'\]: ask"
-        ):
+        with pytest.raises(ValueError, match=r"000000.tar.ltx has the lengths of \['y'\], asked for are \['x'\]: ask"):
             LengthIndex.build(folder, ["x"], resume=True)
         assert LengthIndex.build(folder, ["x"], resume=folder / "x").lengths.tolist() == [0, 1, 2]
         assert LengthIndex.build(folder, ["y"], resume=True, checksums=True).lengths.tolist() == [1, 2, 3]
@@ -178,7 +176,7 @@ def test_remote_shards_need_a_folder_to_keep_their_indexes(tmp_path, scanned):
     for url, name in zip(urls, names(0, 1), strict=True):
         memory.pipe(url, (tmp_path / name).read_bytes())
     with pytest.raises(
-        ValueError, match=r"memory://corpus/shard-000000.tar: no index can be kept beside a remote shard"
+        ValueError, match=r"memory://corpus/shard-000000.tar: no index can be written next to a remote shard"
     ):
         LengthIndex.build(urls, resume=True)
     for _ in range(2):
@@ -203,6 +201,6 @@ def test_a_user_s_error_in_a_worker_keeps_its_type_and_shows_its_place(tmp_path)
         with pytest.raises(ValueError, match=r"shard-000001.tar: at offset 0: the archive has no end mark") as caught:
             LengthIndex.build(tmp_path, workers=workers)
         assert any("in a worker process" in note for note in getattr(caught.value, "__notes__", [])) == bool(workers)
-    for workers in (-1, True, 1.5):
-        with pytest.raises(ValueError, match="workers must be an int of at least 0"):
+    for workers, error in ((-1, ValueError), (True, TypeError), (1.5, TypeError)):
+        with pytest.raises(error, match="workers must be"):
             LengthIndex.build(tmp_path, workers=workers)

@@ -92,7 +92,7 @@ def test_whatever_was_written_is_the_same_after_rewriting(tmp_path_factory, inde
     if not indexed:
         without_indexes(folder / "a")
     index = ShardWriter.rewrite(folder / "b", folder / "a", layout=to, stack=stack)
-    index.verify(payload=True)
+    index.verify(checksums=True)
     for read, written in zip(ShardDataset(folder / "b"), samples, strict=True):
         assert_same(read, written)
 
@@ -142,7 +142,7 @@ def test_what_is_not_as_the_index_says_is_not_passed_on(tmp_path):
     write(tmp_path / "a", tokens([3, 200, 5]), layout="plain", max_samples=2)
     shard = tmp_path / "a" / "shard-000000.tar"
     content = bytearray(shard.read_bytes())
-    place = LengthIndex.open(tmp_path / "a" / "shard.ltx").tables.places[1, 0]
+    place = LengthIndex.open(tmp_path / "a" / "shard.ltx")._tables.offsets[1, 0]
     content[place + 1000] ^= 1
     shard.write_bytes(content)
     with pytest.raises(
@@ -150,9 +150,9 @@ def test_what_is_not_as_the_index_says_is_not_passed_on(tmp_path):
     ):
         ShardWriter.rewrite(tmp_path / "b", tmp_path / "a")
     lengths = LengthIndex.build(tmp_path / "a")
-    shorter = lengths.tables.lengths.copy()
+    shorter = lengths._tables.lengths.copy()
     shorter[1] -= 1
-    object.__setattr__(lengths.tables, "lengths", shorter)
+    object.__setattr__(lengths._tables, "lengths", shorter)
     with pytest.raises(
         RuntimeError, match="sample 'k1', field 'tokens': the index says 199 steps, the shard 200"
     ) as told:
@@ -248,7 +248,9 @@ def test_a_killed_rewriting_goes_on(tmp_path):
     options = {"fields": ["frames", "txt"], "decode": decode, "max_samples": 2}
     whole = ShardWriter.rewrite(tmp_path / "a", tmp_path / "u", **options)
     (tmp_path / "flag.armed").touch()
-    with pytest.raises(RuntimeError, match=r"part \d, Piece\(shard='.*u-\d.tar.*its process was killed by SIGKILL"):
+    with pytest.raises(
+        RuntimeError, match=r"part \d, ShardSlice\(shard='.*u-\d.tar.*its process was killed by SIGKILL"
+    ):
         ShardWriter.rewrite(tmp_path / "b", tmp_path / "u", workers=2, **options)
     assert not list((tmp_path / "b").glob("*.tmp"))
     index = ShardWriter.rewrite(tmp_path / "b", tmp_path / "u", workers=2, append=True, **options)
@@ -269,11 +271,11 @@ def test_no_more_is_read_together_than_a_bound_and_a_sample(tmp_path_factory, da
     lengths = data.draw(st.lists(st.integers(0, 3000), min_size=1, max_size=30))
     layout = data.draw(st.sampled_from(LAYOUTS))
     folder = write(tmp_path_factory.mktemp("c"), tokens(lengths), layout=layout)
-    tables = LengthIndex.open(folder / "shard.ltx").tables
+    tables = LengthIndex.open(folder / "shard.ltx")._tables
     bound = data.draw(st.integers(1, 40_000))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rereading, "_RUN_BYTES", bound)
-        runs = list(rereading._runs(tables, rereading.Piece("x", 0, len(lengths))))
+        patch.setattr(rereading, "_BYTES_AT_ONCE", bound)
+        runs = list(rereading._sample_runs(tables, rereading.ShardSlice("x", 0, len(lengths))))
         ShardWriter.rewrite(folder / "b", folder)
     assert [row for first, last in runs for row in range(first, last)] == list(range(len(lengths)))
     for first, last in runs:

@@ -46,8 +46,8 @@ def test_other_encodings_are_measured_by_the_users_function(tmp_path):
     for workers in (0, 1):
         index = LengthIndex.build(path, ["wav"], halves, workers=workers, checksums=True)
         assert (index.fields, index.lengths.tolist()) == (("wav",), [0, 1, 2, 3])
-    index.verify(payload=True)
-    with pytest.raises(ValueError, match=r"group '0', field 'wav': not a .npy array: give length="):
+    index.verify(checksums=True)
+    with pytest.raises(ValueError, match=r"group '0', field 'wav': not a .npy array: give a length function"):
         LengthIndex.build(path, ["wav"])
     with pytest.raises(ValueError, match=r"none of \['json', 'wav'\] is a .npy array with an axis: name the fields"):
         LengthIndex.build(path)
@@ -102,7 +102,7 @@ def block_tar(path, change):
         ({"n": np.arange(4)}, ValueError, r"field 'n': 3 keys, but an array of shape \[4\]"),
         ({"n": np.int64(1)}, ValueError, "field 'n': a block's arrays"),
         ({"x": np.arange(6).astype(">i8")}, ValueError, "field 'x': a block's arrays are little-endian"),
-        ({"y.lengths": np.array([1])}, ValueError, r"y.lengths.npy has no y.npy beside it"),
+        ({"y.lengths": np.array([1])}, ValueError, r"y.lengths.npy has no y.npy next to it"),
         ({"block.keys": np.array(["a", "b", "b"])}, ValueError, "the key 'b' comes 2 times"),
         ({"block.keys": np.arange(3)}, ValueError, r"block.keys.npy must hold text \[n\]"),
         ({"block.keys": np.array([], "<U1")}, ValueError, "group 'g': 0 samples"),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.storage import atomic as newfile
-from samplers.shards.storage.atomic import NewFile, remove_leftover
+from samplers.shards.storage.atomic import AtomicFile, remove_leftover
 from samplers.shards.writing.writer import ShardWriter
 
 
@@ -72,8 +72,8 @@ assert Path(f"{first}.ltx").stat().st_size > 1 << 20
 for number in range(1, shards):
     other = folder / f"shard-{number:06}.tar"
     other.hardlink_to(first)
-    shard = replace(index.tables.shards[0], path=str(other))
-    LengthIndex(replace(index.tables, shards=(shard,))).save(f"{other}.ltx")
+    shard = replace(index._tables.shards[0], path=str(other))
+    LengthIndex(replace(index._tables, shards=(shard,))).save(f"{other}.ltx")
 (folder / "shard.ltx").unlink()
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 """
@@ -103,7 +103,7 @@ def test_a_batch_of_many_shards_lives_with_few_descriptors(tmp_path):
     code = """
     import os, resource, sys
     from samplers import ShardDataset
-    from samplers.window_reader import ShardsInTurn
+    from samplers.window_reader import ShardsInOrder
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
     data = ShardDataset(sys.argv[1])
     order = list(range(199, -1, -1))
@@ -152,7 +152,7 @@ try:
             except RuntimeError as error:
                 refused.append(str(error))
 except RuntimeError as error:
-    print("at the end:", "go on with a new writer" in str(error))
+    print("at the end:", "continue with a new writer" in str(error))
 print(len(failed), len(refused) > 100, sorted(path.name for path in folder.glob("*.t*")))
 with ShardWriter(folder, append=True, **options) as writer:
     assert len(writer.keys) == 150
@@ -160,7 +160,7 @@ with ShardWriter(folder, append=True, **options) as writer:
         if sample["__key__"] not in writer.keys:
             writer.write(sample)
 data = ShardDataset(folder)
-data.index.verify(payload=True)
+data.index.verify(checksums=True)
 for read, sample in zip(data, samples(), strict=True):
     assert read["__key__"] == sample["__key__"] and (read["x"] == sample["x"]).all()
 """
@@ -180,7 +180,7 @@ def test_one_long_key_ends_a_shard_sooner_and_loses_nothing(tmp_path):
     index = LengthIndex.open(tmp_path / "shard.ltx")
     assert list(index.keys) == keys
     assert 1 < len(index.shards) < 6
-    index.verify(payload=True)
+    index.verify(checksums=True)
 
 
 def test_a_refused_sample_begins_no_shard_and_sets_no_kinds(tmp_path):
@@ -243,11 +243,11 @@ def test_a_shard_that_does_not_read_back_gets_no_name(tmp_path, monkeypatch):
 def test_a_file_is_taken_over_from_a_killed_process_and_from_no_other(tmp_path):
     path = tmp_path / "corpus.ltx"
     (tmp_path / "corpus.ltx.tmp").write_bytes(b"left behind")
-    file = NewFile(path)
+    file = AtomicFile(path)
     with pytest.raises(FileExistsError, match="is being written"):
         remove_leftover(file.temporary)
     with pytest.raises(FileExistsError, match="another writer is at work"):
-        NewFile(path)
+        AtomicFile(path)
     file.stream.write(b"whole")
     file.commit()
     assert path.read_bytes() == b"whole"
@@ -266,7 +266,7 @@ def race(folder, number, slow, results):
     done = 0
     for _ in range(30):
         try:
-            file = NewFile(Path(folder) / "a")
+            file = AtomicFile(Path(folder) / "a")
         except FileExistsError:
             continue
         file.stream.write(bytes([number]) * 1000)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from samplers.shards import skip_counts as module
-from samplers.shards.skip_counts import FURTHER, ROWS, Tally
+from samplers.shards.skip_counts import FURTHER, MAX_PROCESSES, Tally
 
 REASONS = ("length", "damaged")
 
@@ -73,7 +73,7 @@ def test_processes_that_count_at_once_lose_nothing_and_a_reader_sees_them_grow(m
 
 def test_a_killed_process_leaves_its_counts_and_its_row_to_the_next():
     tally, context = Tally(REASONS), mp.get_context("fork")
-    for _ in range(ROWS + 5):
+    for _ in range(MAX_PROCESSES + 5):
         process = context.Process(target=count, args=(tally, "a", 2))
         process.start()
         process.join()
@@ -81,7 +81,7 @@ def test_a_killed_process_leaves_its_counts_and_its_row_to_the_next():
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert total(tally) == 2 * (ROWS + 5) + 50
+    assert total(tally) == 2 * (MAX_PROCESSES + 5) + 50
     # One after the other they have used one row.
     assert (tally._table[:, 0] != 0).sum() == 1
 
@@ -113,7 +113,7 @@ def test_shards_that_find_no_room_are_counted_together(monkeypatch, entries, nam
 
 
 def test_more_processes_than_rows_share_one(monkeypatch):
-    monkeypatch.setattr(module, "ROWS", 1)
+    monkeypatch.setattr(module, "MAX_PROCESSES", 1)
     tally, context = Tally(REASONS), mp.get_context("fork")
     tally.skip("a.tar", "length")
     process = context.Process(target=count, args=(tally, "b", 3))

@@ -10,7 +10,7 @@ import webdataset
 from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from samplers.shards.format.samples import DTYPES
+from samplers.shards.format.npy import DTYPES
 from samplers.shards.writing.writer import ShardWriter
 
 LAYOUTS = ["blocks", "plain"]

@@ -180,14 +180,14 @@ def read_index(corpus: Corpus, rng: Generator) -> bool:
     index = attempt(partial(LengthIndex.open, path), path)
     if index is None:
         return False
-    verified = attempt(partial(index.verify, payload=index.tables.crcs is not None), path.parent, done=True)
+    verified = attempt(partial(index.verify, checksums=index._tables.crcs is not None), path.parent, done=True)
     if verified and (told := facts(index, index.fields)) != (true := facts(intact, index.fields)):
         raise ViolationError(f"{path}: verified, but it says {told}, not {true}")
     dataset = ShardDataset(path)
     known = corpus.values
     served = [attempt(partial(dataset.__getitem__, place), path.parent) for place in range(len(dataset))]
     for sample in served:
-        if sample is not None and index.tables.crcs is not None and not values(sample) <= known:
+        if sample is not None and index._tables.crcs is not None and not values(sample) <= known:
             raise ViolationError(f"other data is served: {sample}")
     streamed = stream(path, None, path.parent)
     return bool(verified) and streamed and None not in served
@@ -221,7 +221,7 @@ def build_index(corpus: Corpus, rng: Generator) -> bool:
     dataset = ShardDataset(path)
     reread = [attempt(partial(dataset.__getitem__, place), path) for place in range(len(dataset))]
     found, whole = groups(path)
-    expected = {sample["__key__"]: sample for group in found for sample in oracle(group, index.tables.layout)}
+    expected = {sample["__key__"]: sample for group in found for sample in oracle(group, index._tables.layout)}
     served = [read for read in reread if read is not None]
     for read in served:
         compare(read, expected.get(read["__key__"], {}))

@@ -155,19 +155,19 @@ RIGHT = {
 
 MISTAKES = {
     "names: output[:, -1]": (lambda m, b: names(m, b, last="column"), {"dead step"}),
-    "TextCNN: windows of padding": (lambda m, b: text_convolution(m, b, masked=False), {"width", "company"}),
-    "bags of padding": (lambda m, b: bags(m, b, ends=False), {"width", "company"}),
+    "TextCNN: windows of padding": (lambda m, b: text_convolution(m, b, masked=False), {"width", "other rows"}),
+    "bags of padding": (lambda m, b: bags(m, b, ends=False), {"width", "other rows"}),
     "deep set: sum over padding": (lambda m, b: deep_set(m, b, masked=False), {"padding", "width"}),
     "variational autoencoder: words of padding": (lambda m, b: autoencoder(m, b, masked=False), {"width"}),
     "variational autoencoder with noise: words of padding": (
         lambda m, b: autoencoder(m, b, noise=1.0, masked=False),
         {"padding"},
     ),
-    "BPR: pairs of padding": (lambda m, b: recommender(m, b, masked=False), {"width", "company"}),
-    "preference: words of padding": (lambda m, b: preference(m, b, masked=False), {"width", "company"}),
+    "BPR: pairs of padding": (lambda m, b: recommender(m, b, masked=False), {"width", "other rows"}),
+    "preference: words of padding": (lambda m, b: preference(m, b, masked=False), {"width", "other rows"}),
     "policy: earned in the padding": (lambda m, b: policy(m, b, masked=False), {"padding"}),
     "DeepAR: mean over the block": (lambda m, b: forecast(m, b, masked=False), {"padding", "width"}),
-    "distillation: batchmean over the block": (lambda m, b: distilled(m, b, masked=False), {"width", "company"}),
+    "distillation: batchmean over the block": (lambda m, b: distilled(m, b, masked=False), {"width", "other rows"}),
     "running mean over padding": (lambda m, b: with_statistics(m, b, masked=False), {"padding", "width"}),
 }
 

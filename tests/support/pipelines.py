@@ -222,15 +222,15 @@ MISTAKES = {
         {"width"},
     ),
     "mean over the width": (lambda n, b: classify(n, b, n.widen(b["x"].padded).mean(1)), {"padding", "width"}),
-    "mask guessed from zeros": (guessed, {"padding", "company"}),
+    "mask guessed from zeros": (guessed, {"padding", "other rows"}),
     "class 0 ignored": (
         lambda n, b: F.cross_entropy(logits_of(n, b).flatten(0, 1), targets(b, 0).flatten(), ignore_index=0),
-        {"company"},
+        {"other rows"},
     ),
     "order not restored": (lambda n, b: sorted_and_left(n, b, "not"), {"order"}),
     "wrong permutation": (lambda n, b: sorted_and_left(n, b, "wrong"), {"order"}),
-    "packed against row order": (misaligned, {"order", "company"}),
-    "forgotten batch_first": (lambda n, b: tagged(n, b, n.time_major(b["x"].padded)[0]), {"order", "company"}),
+    "packed against row order": (misaligned, {"order", "other rows"}),
+    "forgotten batch_first": (lambda n, b: tagged(n, b, n.time_major(b["x"].padded)[0]), {"order", "other rows"}),
     "wrong polarity": (lambda n, b: tagged(n, b, attended(n, b, b["x"].mask)), {"padding"}),
     "attention without a mask": (lambda n, b: tagged(n, b, attended(n, b, None)), {"padding", "width"}),
     "convolution into padding": (
@@ -239,14 +239,14 @@ MISTAKES = {
     ),
     "batch norm over padding": (
         lambda n, b: tagged(n, b, n.norm(n.widen(b["x"].padded).transpose(1, 2)).transpose(1, 2)),
-        {"padding", "company"},
+        {"padding", "other rows"},
     ),
     "trimmed steps": (trimmed, {"dead step"}),
     "dropped row": (
         lambda n, b: F.cross_entropy(n.head(apply_rnn(n.gru, b["x"])[1][-1][:-1]), b["label"][:-1]),
         {"dead step"},
     ),
-    "mean of means": (mean_of_means, {"order", "company"}),
+    "mean of means": (mean_of_means, {"order", "other rows"}),
     "backward direction by flipping the block": (
         lambda n, b: tagged(n, b, n.gru(b["x"].padded.flip(1))[0].flip(1)),
         {"padding", "width"},

@@ -246,7 +246,7 @@ def translated(model, batch):
 MISTAKES = {
     "GPT-2, padding among the labels": (
         trained(gpt2, IDS, lambda m, b: m(**attended(b), labels=b["ids"].padded).loss),
-        {"width", "company"},
+        {"width", "other rows"},
     ),
     "Llama, the end of the text masked like padding": (
         # The token for padding is often that of the end, so that no model learns to stop.
@@ -259,7 +259,7 @@ MISTAKES = {
             TAGS,
             lambda m, b: m(input_ids=b["ids"].padded, labels=b["tags"].padded).loss,
         ),
-        {"padding", "width", "company"},
+        {"padding", "width", "other rows"},
     ),
     "BERT, attention mask of the wrong polarity": (
         trained(
@@ -277,11 +277,11 @@ MISTAKES = {
             TAGS,
             lambda m, b: m(**attended(b), labels=b["tags"].padded.clamp(min=0)).loss,
         ),
-        {"width", "company"},
+        {"width", "other rows"},
     ),
     "BERT sentence embeddings, mean over padding": (
         trained(lambda: bert(BertModel), LABEL, lambda m, b: pooled(m, b, masked=False)),
-        {"width", "company"},
+        {"width", "other rows"},
     ),
     "BERT question answering as it comes": (
         trained(
@@ -289,11 +289,11 @@ MISTAKES = {
             ("ids", "start"),
             lambda m, b: m(**attended(b), start_positions=b["start"], end_positions=b["start"]).loss,
         ),
-        {"width", "company"},
+        {"width", "other rows"},
     ),
     "GPT-2 read at the last column": (
         trained(gpt2, LABEL, lambda m, b: classified_at(m, b, -1)),
-        {"width", "company"},
+        {"width", "other rows"},
     ),
     "GPT-2 read one token early": (
         trained(gpt2, LABEL, lambda m, b: classified_at(m, b, b["ids"].lengths - 2)),
@@ -301,11 +301,11 @@ MISTAKES = {
     ),
     "T5 without an attention mask": (
         trained(t5, PAIR, lambda m, b: m(input_ids=b["ids"].padded, labels=b["target"].padded).loss),
-        {"width", "company"},
+        {"width", "other rows"},
     ),
     "T5, padding among the labels": (
         trained(t5, PAIR, lambda m, b: m(**attended(b), labels=b["target"].padded.clamp(min=0)).loss),
-        {"width", "company"},
+        {"width", "other rows"},
     ),
     "BART, encoder mask of the targets": (
         trained(
@@ -319,8 +319,11 @@ MISTAKES = {
     ),
     "wav2vec 2.0 without an attention mask": (
         heard(wav2vec2, lambda m, b: recognised(m, b, mask=False)),
-        {"padding", "width", "company"},
+        {"padding", "width", "other rows"},
     ),
-    "wav2vec 2.0 with group norm over padding": (heard(lambda: wav2vec2("group"), recognised), {"padding", "company"}),
-    "Speech2Text, convolutions past the end": (heard(speech_to_text, translated), {"company"}),
+    "wav2vec 2.0 with group norm over padding": (
+        heard(lambda: wav2vec2("group"), recognised),
+        {"padding", "other rows"},
+    ),
+    "Speech2Text, convolutions past the end": (heard(speech_to_text, translated), {"other rows"}),
 }

@@ -7,29 +7,17 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 import torch
-from pipelines import CLASSES, MISTAKES, PER_STEP, RIGHT, Net, batch_on, logits_of, tagged, targets
+from check_fixtures import batch, net, probes
+from pipelines import CLASSES, MISTAKES, PER_STEP, RIGHT, Net, logits_of, tagged, targets
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from collate import LengthError, LengthTrackedBatch, PadCollator, apply_rnn, check_step, masked_mean, sequence_loss
 
+__all__ = ["batch", "net"]
+
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def net():
-    torch.manual_seed(0)
-    return Net()
-
-
-@pytest.fixture
-def batch():
-    return batch_on("cpu")
-
-
-def probes(report):
-    return {finding.probe for finding in report.findings}
 
 
 def test_nothing_is_disturbed_by_a_check(net, batch):
@@ -53,7 +41,7 @@ def noisy(net, batch):
 def test_a_step_that_draws_noise_leaves_probes_untried_and_says_so(net, batch):
     report = check_step(lambda b: noisy(net, b), batch)
     assert report.ok
-    assert "not tried: width, order and company: the step draws random numbers" in str(report)
+    assert "not tried: width, order and other rows: the step draws random numbers" in str(report)
 
 
 def test_the_gradients_of_all_leaves_are_compared_without_being_named(net, batch):
@@ -173,14 +161,14 @@ def test_each_term_of_a_mapping_is_checked_by_itself(net, batch):
     wrong = check_step(
         lambda b: {"tags": RIGHT["packed tagger"](net, b), "label": MISTAKES["last column"][0](net, b)}, batch
     )
-    assert all("the term 'label'" in finding.what for finding in wrong.findings if finding.probe != "company")
+    assert all("the term 'label'" in finding.what for finding in wrong.findings if finding.probe != "other rows")
     assert "another term 'label'" in str(wrong)
 
 
 def test_two_means_in_one_loss_are_told_to_be_returned_as_terms(net, batch):
     report = check_step(lambda b: RIGHT["packed tagger"](net, b) + RIGHT["final state"](net, b), batch)
     [finding] = report.findings
-    assert finding.probe == "company"
+    assert finding.probe == "other rows"
     assert any("return them as a mapping" in mistake for mistake in finding.likely)
 
 
@@ -191,6 +179,31 @@ def test_a_small_term_is_not_held_to_more_than_rounding(net, batch):
 
 
 # --- runs under equal conditions
+
+
+def plain(net, batch):
+    return tagged(net, batch, net.widen(batch["x"].padded))
+
+
+@pytest.mark.parametrize(
+    "cut", [lambda x: x.detach(), lambda x: torch.tensor(x.item()), lambda x: x.argmax() * 1.0], ids=["d", "i", "a"]
+)
+def test_a_loss_without_a_graph_is_found(cut, net, batch):
+    """Red before: gradients of nothing agree with gradients of nothing."""
+    report = check_step(lambda b: cut(plain(net, b)), batch)
+    assert "graph" in probes(report)
+    assert "graph: the loss has no graph, so that no gradient flows" in str(report)
+    with torch.no_grad():
+        assert "torch.no_grad()" in str(check_step(lambda b: plain(net, b), batch))
+
+
+def test_a_term_without_a_graph_is_noted_and_one_of_frozen_weights_is_not(net, batch):
+    """Red before."""
+    report = check_step(lambda b: {"tags": plain(net, b), "error": plain(net, b).detach()}, batch)
+    assert report.ok, report
+    assert "gradients of term 'error': it has no graph" in str(report)
+    net.requires_grad_(False)
+    assert check_step(lambda b: plain(net, b), batch).ok
 
 
 def test_random_numbers_of_python_and_numpy_are_seeded_and_given_back(net, batch):
@@ -312,3 +325,14 @@ def test_a_field_of_one_number_is_not_accused(net, batch):
     )
     assert report.ok, report
     assert "kinds holds the same number everywhere" in str(report)
+
+
+def test_the_name_of_the_probe_in_release_0_1_is_equal_with_a_warning(net, batch):
+    [finding] = [
+        each
+        for each in check_step(lambda b: MISTAKES["batch norm over padding"][0](net, b), batch).findings
+        if each.probe == "other rows"
+    ]
+    with pytest.warns(DeprecationWarning, match='"company" is now "other rows"'):
+        assert finding.probe == "company"
+    assert finding.probe != "order"

@@ -2,26 +2,14 @@
 
 import pytest
 import torch
-from pipelines import PER_STEP, RIGHT, Net, batch_on, logits_of, tagged, targets
+from check_fixtures import batch, net, probes
+from pipelines import PER_STEP, RIGHT, logits_of, tagged, targets
 
 from collate import LengthError, check_step
 
+__all__ = ["batch", "net"]
+
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def net():
-    torch.manual_seed(0)
-    return Net()
-
-
-@pytest.fixture
-def batch():
-    return batch_on("cpu")
-
-
-def probes(report):
-    return {finding.probe for finding in report.findings}
 
 
 @pytest.mark.parametrize(
@@ -62,8 +50,8 @@ def test_a_denominator_of_its_own_is_named(net, batch):
         losses = PER_STEP(logits_of(net, b).transpose(1, 2), targets(b, 0))
         return losses[counted & b["x"].mask].mean()
 
-    [finding] = [each for each in check_step(thirds, batch).findings if each.probe == "company"]
-    assert "a denominator of its own" in finding.likely[0]
+    [finding] = [each for each in check_step(thirds, batch).findings if each.probe == "other rows"]
+    assert "a custom denominator" in finding.likely[0]
 
 
 def test_a_step_may_take_its_labels_out_of_the_batch(net, batch):

@@ -148,6 +148,94 @@ def dropped_when_short(samples):
     return padded([sample for sample in samples if len(sample["x"]) > 2] or samples)
 
 
+def worded(lengths=(3, 7, 2, 5), words=(1, 9)):
+    draw = torch.Generator().manual_seed(0)
+    return [{"x": torch.randint(*words, (n,), generator=draw), "label": n % CLASSES} for n in lengths]
+
+
+def of_words(samples, *, guess=None, **parts):
+    x = pad_sequence([sample["x"] for sample in samples], batch_first=True)
+    known = torch.arange(x.shape[1]) < torch.tensor([len(sample["x"]) for sample in samples])[:, None]
+    mask = known if guess is None else guess(x)
+    label = torch.tensor([sample["label"] for sample in samples])
+    return {"x": x, "mask": mask, "lengths": mask.sum(1), "label": label} | {n: part(x) for n, part in parts.items()}
+
+
+def word_means(model, batch):
+    """A mean that counts each word, whatever it is."""
+    vectors = F.one_hot(batch["x"], 9).float()[..., :6] + 1
+    hidden = model.wide(vectors) * batch["mask"][..., None]
+    return F.cross_entropy(hidden.sum(1) / batch["mask"].sum(1, keepdim=True).clamp(min=1), batch["label"])
+
+
+GUESSES = {
+    "a mask": lambda x: x != 0,
+    "the last that is not zero": lambda x: x.flip(1).ne(0).cumsum(1).flip(1) > 0,
+}
+
+
+@pytest.mark.parametrize("guess", GUESSES.values(), ids=GUESSES)
+@pytest.mark.parametrize("seed", range(3))
+def test_lengths_guessed_from_values_that_samples_hold_are_found(guess, seed):
+    """Red before: a sample may end in a real zero, which was never tried."""
+    model, samples = Tagger(), worded()
+    samples[1]["x"][2] = 0
+    report = check_step(
+        lambda b: word_means(model, b), samples=samples, collate=lambda s: of_words(s, guess=guess), seed=seed
+    )
+    assert [finding.probe for finding in report.findings] == ["dead step"], report
+    assert "guessed from values" in str(report)
+
+
+@pytest.mark.parametrize("features", [(), (6,)])
+def test_lengths_guessed_from_floats_are_found_since_a_zero_may_be_real(features):
+    """Red before."""
+    model = Tagger()
+
+    def collate(samples, *, guess=True):
+        x = pad_sequence([sample["x"] for sample in samples], batch_first=True)
+        real = (x != 0).any(-1) if features else x != 0
+        lengths = real.sum(1) if guess else torch.tensor([len(sample["x"]) for sample in samples])
+        return {"x": x, "lengths": lengths, "label": torch.tensor([sample["label"] for sample in samples])}
+
+    def step(batch):
+        wide = batch["x"] if features else batch["x"][..., None].expand(-1, -1, 6)
+        return model.label(batch | {"x": wide})
+
+    draw = torch.Generator().manual_seed(0)
+    samples = [{"x": torch.randn(n, *features, generator=draw), "label": n % CLASSES} for n in (3, 7, 2, 5)]
+    report = check_step(step, samples=samples, collate=collate)
+    assert [finding.probe for finding in report.findings] == ["dead step"], report
+    assert "takes the lengths of x from its values: with 0 at step 6 of sample 1, its last, lengths" in str(report)
+    assert "take len() of each sample" in report.findings[0].likely[0]
+    assert check_step(step, samples=samples, collate=lambda s: collate(s, guess=False)).ok
+
+
+def test_a_mask_of_what_no_sample_holds_is_noted_and_not_accused():
+    model = Tagger()
+    report = check_step(
+        lambda b: word_means(model, b), samples=worded(), collate=lambda s: of_words(s, guess=lambda x: x != 0)
+    )
+    assert report.ok, report
+    assert "mask and lengths of the batch say that there is no such step: right where no sample ever" in str(report)
+
+
+RIGHT_PARTS = {
+    "no guess": {},
+    "a guess that is not read": {"other": lambda x: (x != 0).sum(1)},
+    "targets made of values": {"positive": lambda x: (x > 0).long()},
+}
+
+
+@pytest.mark.parametrize("parts", RIGHT_PARTS.values(), ids=RIGHT_PARTS)
+@pytest.mark.parametrize("words", [(0, 9), (0, 2), (1, 3)])
+def test_lengths_that_are_no_guess_are_not_taken_for_one(parts, words):
+    model, samples = Tagger(), worded(words=words)
+    report = check_step(lambda b: word_means(model, b), samples=samples, collate=lambda s: of_words(s, **parts))
+    assert report.ok, report
+    assert "takes the lengths" not in str(report)
+
+
 MISTAKES = {
     "x sorted, y not": (
         lambda s: padded(longest_first(s), y=s),
@@ -195,7 +283,7 @@ MISTAKES = {
     "mask of the wrong polarity": (
         changed(mask=lambda b: (torch.arange(b["x"].shape[1]) >= b["lengths"][:, None]) + 1e-3),
         Tagger.mean,
-        "company|dead step",
+        "other rows|dead step",
     ),
     "mask of everything": (changed(mask=lambda b: torch.ones_like(b["mask"])), Tagger.mean, "padding"),
     "mask of other rows": (changed(mask=lambda b: b["mask"].flip(0)), Tagger.mean, "lengths of another order"),
@@ -209,12 +297,12 @@ MISTAKES = {
             )
         ),
         Tagger.label,
-        "dead step|company",
+        "dead step|other rows",
     ),
     "a step that forgets the mask": (
         padded,
         lambda m, b: F.cross_entropy(m.wide(b["x"]).mean(1), b["label"]),
-        "company",
+        "other rows",
     ),
 }
 
@@ -329,7 +417,7 @@ def test_texts_are_checked_as_far_as_they_can_be():
     assert "they have no field that is a tensor" in str(report)
     assert texts == ["tapir", "ox", "lemur", "elephant"]
     wrong = check_step(lambda b: model.gru(b["x"])[0].mean(1).square().sum(), samples=texts, collate=spelled)
-    assert "company" in {finding.probe for finding in wrong.findings}
+    assert "other rows" in {finding.probe for finding in wrong.findings}
 
 
 def test_a_collate_function_may_take_its_samples_apart():
@@ -338,11 +426,12 @@ def test_a_collate_function_may_take_its_samples_apart():
     def apart(samples):
         samples.sort(key=lambda sample: -len(sample["x"]))
         labels = torch.tensor([sample.pop("label") for sample in samples])
+        lengths = [len(sample["x"]) for sample in samples]
         x = pad_sequence([sample.pop("x") for sample in samples], batch_first=True)
-        return {"x": x, "lengths": (x != 0).any(-1).sum(1), "label": labels}
+        return {"x": x, "lengths": torch.tensor(lengths), "label": labels}
 
     model, samples = Tagger(), samples_of()
     assert check_step(model.label, samples=samples, collate=apart).ok
     broken = check_step(model.label, samples=samples, collate=lambda s: apart(s) | {"label": torch.arange(len(s))})
-    assert "company" in {finding.probe for finding in broken.findings}
+    assert "other rows" in {finding.probe for finding in broken.findings}
     assert [len(sample["x"]) for sample in samples] == [3, 7, 2, 5]

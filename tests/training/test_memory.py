@@ -1,5 +1,6 @@
 """find_max_tokens: real allocations, a real limit, and nothing left changed."""
 
+import random
 import subprocess
 import sys
 
@@ -24,7 +25,9 @@ def allocate(bytes_per_token):
 def test_the_answer_is_close_to_what_the_limit_holds():
     used = peak_resident()
     limit = used + 512 * MEGABYTE
-    tokens = find_max_tokens(allocate(4096), [(1, 16), (1, 64), (1, 256)], device="cpu", limit=limit, share=1.0)
+    tokens = find_max_tokens(
+        allocate(4096), [(1, 16), (1, 64), (1, 256)], device="cpu", memory_limit=limit, memory_fraction=1.0
+    )
     assert 0.7 * 131_072 <= tokens <= 1.3 * 131_072
 
 
@@ -33,13 +36,13 @@ def test_the_width_that_needs_most_decides():
         torch.ones(rows * width * width * 64, dtype=torch.uint8)
 
     limit = peak_resident() + 400 * MEGABYTE
-    narrow = find_max_tokens(quadratic, [64], device="cpu", limit=limit, share=1.0)
-    wide = find_max_tokens(quadratic, [64, 512], device="cpu", limit=limit, share=1.0)
+    narrow = find_max_tokens(quadratic, [64], device="cpu", memory_limit=limit, memory_fraction=1.0)
+    wide = find_max_tokens(quadratic, [64, 512], device="cpu", memory_limit=limit, memory_fraction=1.0)
     assert narrow > 4 * wide
 
 
 def test_the_greatest_budget_to_try_is_kept():
-    assert find_max_tokens(allocate(1), [10], device="cpu", limit=1 << 40, most=1000) == 1000
+    assert find_max_tokens(allocate(1), [10], device="cpu", memory_limit=1 << 40, upper=1000) == 1000
 
 
 def test_weights_gradients_buffers_optimizer_and_random_state_are_given_back():
@@ -57,7 +60,7 @@ def test_weights_gradients_buffers_optimizer_and_random_state_are_given_back():
         module(torch.randn(rows * width, 4)).square().sum().backward()
         optimizer.step()
 
-    find_max_tokens(step, [4], device="cpu", limit=1 << 40, most=64, module=module, optimizer=optimizer)
+    find_max_tokens(step, [4], device="cpu", memory_limit=1 << 40, upper=64, module=module, optimizer=optimizer)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert all(torch.equal(w.grad, g) for w, g in zip(module.parameters(), gradients, strict=True))
     assert all(torch.equal(s["exp_avg"], m) for s, m in zip(optimizer.state.values(), moments, strict=True))
@@ -67,21 +70,53 @@ def test_weights_gradients_buffers_optimizer_and_random_state_are_given_back():
 @pytest.mark.parametrize(
     ("shapes", "options", "kind", "message"),
     [
-        ([], {"limit": 1}, ValueError, "shapes must name widths"),
-        ([0], {"limit": 1}, ValueError, "shapes must name widths of at least 1"),
-        ([8], {}, ValueError, "limit must be given on cpu"),
-        ([8], {"limit": 1, "share": 0}, ValueError, "share must be above 0"),
-        ([8], {"limit": 1}, MemoryError, "not even one row of 8 steps fits in 0 bytes"),
-        ([(2, 8), (1, 16)], {"limit": 1 << 40, "most": 15}, ValueError, "most must hold one row of 16 steps, got 15"),
-        ([(8, (16, 32))], {"limit": 1 << 40, "most": 47}, ValueError, r"one row of \(16, 32\) steps, got 47"),
-        ([8, (2, (4, 4))], {"limit": 1}, ValueError, "widths of one number of fields"),
-        ([(2, (4, 4)), (2, (4, 4, 4))], {"limit": 1}, ValueError, "widths of one number of fields"),
-        ([(2, (0, 4))], {"limit": 1}, ValueError, "shapes must name widths of at least 1"),
+        ([], {"memory_limit": 1}, ValueError, "shapes must name widths"),
+        ([0], {"memory_limit": 1}, ValueError, "shapes must name widths of at least 1"),
+        ([8], {}, ValueError, "memory_limit must be given on cpu"),
+        ([8], {"memory_limit": 1, "memory_fraction": 0}, ValueError, "memory_fraction must be above 0"),
+        ([8], {"memory_limit": 1.5}, TypeError, "memory_limit must be an int"),
+        ([8], {"memory_limit": 1 << 40, "upper": 64.0}, TypeError, "upper must be an int"),
+        ([8], {"memory_limit": 1}, MemoryError, "not even one row of 8 steps fits in 0 bytes"),
+        (
+            [(2, 8), (1, 16)],
+            {"memory_limit": 1 << 40, "upper": 15},
+            ValueError,
+            "upper must hold one row of 16 steps, got 15",
+        ),
+        ([(8, (16, 32))], {"memory_limit": 1 << 40, "upper": 47}, ValueError, r"one row of \(16, 32\) steps, got 47"),
+        ([8, (2, (4, 4))], {"memory_limit": 1}, ValueError, "widths of one number of fields"),
+        ([(2, (4, 4)), (2, (4, 4, 4))], {"memory_limit": 1}, ValueError, "widths of one number of fields"),
+        ([(2, (0, 4))], {"memory_limit": 1}, ValueError, "shapes must name widths of at least 1"),
     ],
 )
 def test_what_cannot_be_answered_is_refused(shapes, options, kind, message):
     with pytest.raises(kind, match=message):
         find_max_tokens(allocate(1), shapes, device="cpu", **options)
+
+
+def test_the_names_of_release_0_1_work_with_a_warning():
+    with pytest.warns(DeprecationWarning, match=r"find_max_tokens\((step|limit|share|most)=\) is now") as caught:
+        tokens = find_max_tokens(step=allocate(1), shapes=[10], device="cpu", limit=1 << 40, share=0.5, most=1000)
+    assert tokens == 1000
+    assert len(caught) == 4
+
+
+def test_an_old_name_next_to_its_new_one_is_refused():
+    with (
+        pytest.warns(DeprecationWarning, match="is now upper="),
+        pytest.raises(TypeError, match="upper= by its old name"),
+    ):
+        find_max_tokens(allocate(1), [10], device="cpu", memory_limit=1 << 40, upper=100, most=100)
+
+
+def test_random_states_of_python_and_numpy_are_restored_too():
+    def draw(rows, width):
+        random.random()
+        np.random.rand()  # noqa: NPY002
+
+    before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    find_max_tokens(draw, [8], device="cpu", memory_limit=1 << 40, upper=16)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # noqa: NPY002
 
 
 @pytest.mark.parametrize("words", ["CUDA error: out of memory", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"])
@@ -99,14 +134,14 @@ def test_shapes_of_several_fields_are_tried_with_all_their_widths():
         tried.add((rows, widths))
 
     shapes = [(8, (16, 32)), (4, (32, 64)), (16, (8, 8))]
-    assert find_max_tokens(step, shapes, device="cpu", limit=1 << 40, most=960) == 960
+    assert find_max_tokens(step, shapes, device="cpu", memory_limit=1 << 40, upper=960) == 960
     assert {widths for _, widths in tried} == {(16, 32), (32, 64), (8, 8)}
     assert max(rows * sum(widths) for rows, widths in tried) == 960
 
 
 def test_widths_of_numpy_s_integers_count_as_integers():
     shapes = [(4, np.int64(10)), np.int64(10)]
-    assert find_max_tokens(allocate(1), shapes, device="cpu", limit=1 << 40, most=1000) == 1000
+    assert find_max_tokens(allocate(1), shapes, device="cpu", memory_limit=1 << 40, upper=1000) == 1000
 
 
 @pytest.mark.parametrize(
@@ -126,7 +161,7 @@ def test_an_allocation_that_the_host_refuses_does_not_fit(error):
         if rows * width > 3000:
             raise error
 
-    assert 2800 <= find_max_tokens(step, [10], device="cpu", limit=1 << 40) <= 3000
+    assert 2800 <= find_max_tokens(step, [10], device="cpu", memory_limit=1 << 40) <= 3000
 
 
 def test_a_real_allocation_beyond_the_address_space_does_not_fit():
@@ -134,7 +169,7 @@ def test_a_real_allocation_beyond_the_address_space_does_not_fit():
         if rows * width > 3000:
             torch.empty(1 << 61, dtype=torch.uint8)
 
-    assert 2800 <= find_max_tokens(step, [10], device="cpu", limit=1 << 40) <= 3000
+    assert 2800 <= find_max_tokens(step, [10], device="cpu", memory_limit=1 << 40) <= 3000
 
 
 def test_a_cuda_build_without_a_gpu_takes_the_cpu(monkeypatch):
@@ -146,7 +181,7 @@ def test_a_cuda_build_without_a_gpu_takes_the_cpu(monkeypatch):
         return None if check_available else torch.device("cuda")
 
     monkeypatch.setattr(torch.accelerator, "current_accelerator", current_accelerator)
-    assert find_max_tokens(allocate(1), [10], limit=1 << 40, most=1000) == 1000
+    assert find_max_tokens(allocate(1), [10], memory_limit=1 << 40, upper=1000) == 1000
     assert asked[0]
 
 
@@ -174,7 +209,7 @@ import collate
 batch = collate.PadCollator()([[1, 2], [3]])
 print(batch.lengths.tolist())
 try:
-    collate.find_max_tokens(lambda rows, width: None, [8], device="cpu", limit=1 << 30)
+    collate.find_max_tokens(lambda rows, width: None, [8], device="cpu", memory_limit=1 << 30)
 except OSError as error:
     print(error)
 """

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from collate import DevicePrefetcher, LengthTrackedBatch, PadCollator
+from collate.operations.construct import trusted_batch
 from collate.training import prefetch as module
 from samplers import LengthBucketBatchSampler
 
@@ -65,7 +66,7 @@ def recorders(monkeypatch):
         made.append(Recorder(device))
         return made[-1]
 
-    monkeypatch.setattr(module, "Transfer", make)
+    monkeypatch.setattr(module, "CopyStream", make)
     return made
 
 
@@ -476,9 +477,14 @@ def test_every_tensor_on_the_device_is_claimed_wherever_it_is():
     assert {id(tensor) for tensor in claimed} == {id(tensor) for tensor in (data, indices, *parts)}
     claimed.clear()
     mask = on_device()
-    LengthTrackedBatch.trusted(tracked, torch.tensor([1]), mask, torch.tensor([0]), padding_value=0).record_stream(
-        claimed
-    )
+    trusted_batch(
+        LengthTrackedBatch,
+        tracked,
+        torch.tensor([1]),
+        mask=mask,
+        permutation=torch.tensor([0]),
+        padding_value=0,
+    ).record_stream(claimed)
     assert [id(tensor) for tensor in claimed] == [id(tracked), id(mask)]
 
 

@@ -199,7 +199,7 @@ def test_a_mean_of_integers_is_refused_and_their_last_step_is_not():
 def test_the_scale_of_a_single_process_is_one_over_its_tokens():
     assert token_scale(8) == 1 / 8
     assert token_scale(0) == 0
-    with pytest.raises(ValueError, match="must not be negative, got -1"):
+    with pytest.raises(ValueError, match="num_tokens must be at least 0, got -1"):
         token_scale(-1)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from collate import LengthError, LengthTrackedBatch, apply_rnn
-from collate.training.cpu_rnn import run_blocks
+from collate.training.cpu_rnn import run_segments
 
 # torch says once that its fastest LSTM has no projections.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -173,7 +173,7 @@ def test_blocks_do_what_the_packed_module_does(kind, options, counts, seed):
     packed = batch.pack()
     rows = int(packed.batch_sizes[0])
     hx = initial(rnn, rows)
-    (ours, state), (theirs, expected) = run_blocks(rnn, packed, hx), rnn(packed, hx)
+    (ours, state), (theirs, expected) = run_segments(rnn, packed, hx), rnn(packed, hx)
     torch.testing.assert_close(ours.data, theirs.data)
     for one, other in zip(parts(state), parts(expected), strict=True):
         torch.testing.assert_close(one, other)

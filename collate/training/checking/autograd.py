@@ -1,4 +1,4 @@
-"""What a step of somebody else's does in torch: its leaves and gradients, its dropout, its modules' buffers."""
+"""A user's step as torch sees it: leaves and gradients, dropout, and the buffers of modules."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,8 +45,8 @@ class WithoutDropout(TorchFunctionMode):
         if func in _WITH_RATE:
             args = tuple(0.0 if isinstance(arg, float) else arg for arg in args)
         elif func in _RATE_AT:
-            place = _RATE_AT[func]
-            args = tuple(0.0 if at == place else arg for at, arg in enumerate(args))
+            position = _RATE_AT[func]
+            args = tuple(0.0 if at == position else arg for at, arg in enumerate(args))
         named |= {name: 0.0 for name in ("dropout", "dropout_p") if name in named}
         return func(*args, **named)
 
@@ -56,7 +56,7 @@ class Buffers:
 
     def __init__(self) -> None:
         self._seen: set[nn.Module] = set()
-        self._kept: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        self._saved: list[tuple[nn.Module, str, Tensor, Tensor]] = []
 
     def keep(self, module: nn.Module) -> None:
         """Remember the buffers of one module, not those of its parts."""
@@ -65,26 +65,31 @@ class Buffers:
         self._seen.add(module)
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             if not nn.parameter.is_lazy(buffer):
-                self._kept.append((module, name, buffer, buffer.clone()))
+                self._saved.append((module, name, buffer, buffer.clone()))
 
     @contextmanager
     def of_all_that_run(self) -> Iterator[None]:
-        """Within it every module is kept right before its first forward pass."""
+        """Within it every module is saved right before its first forward pass."""
         hook = register_module_forward_pre_hook(lambda module, _: self.keep(module))
         try:
             yield
         finally:
             hook.remove()
 
-    def give_back(self) -> None:
-        """Let the modules hold the same buffers with the same values as when they were kept."""
-        for module, name, buffer, value in self._kept:
+    @property
+    def are_of_trained_modules(self) -> bool:
+        """Whether any module that was seen has a parameter of its own that takes gradients."""
+        return any(weight.requires_grad for module in self._seen for weight in module.parameters(recurse=False))
+
+    def restore(self) -> None:
+        """Let the modules hold the same buffers with the same values as when they were saved."""
+        for module, name, buffer, value in self._saved:
             setattr(module, name, buffer)
             buffer.data.copy_(value)
 
 
 def leaves_of(results: Sequence[Tensor]) -> list[Tensor]:
-    """The leaves that the results' graphs end in, each once, in the order in which they are found."""
+    """The leaves that the results' graphs end in, each once, in the order of discovery."""
     leaves: dict[int, Tensor] = {}
     nodes, seen = [result.grad_fn for result in results], set()
     leaves |= {id(result): result for result in results if result.requires_grad and result.grad_fn is None}
@@ -110,13 +115,14 @@ def gradients_of(loss: Tensor, leaves: Sequence[Tensor], *, keep_graph: bool) ->
         return [torch.zeros_like(leaf) for leaf in leaves]
     create_graph, allow_unreachable = False, True
     seeds, inputs = (torch.ones_like(loss),), tuple(leaves)
-    found = _engine_run_backward(
+    gradients = _engine_run_backward(
         (loss,), seeds, keep_graph, create_graph, inputs, allow_unreachable, accumulate_grad=False
     )
-    return [_dense(leaf, gradient) for leaf, gradient in zip(leaves, found, strict=True)]
+    return [_dense_gradient(leaf, gradient) for leaf, gradient in zip(leaves, gradients, strict=True)]
 
 
-def _dense(leaf: Tensor, gradient: Tensor | None) -> Tensor:
+def _dense_gradient(leaf: Tensor, gradient: Tensor | None) -> Tensor:
+    """A leaf's gradient as a dense tensor; zeros for None."""
     if gradient is None:
         return torch.zeros_like(leaf)
     # nn.Embedding(sparse=True) gives sparse gradients, which cannot be compared entry by entry.

@@ -1,8 +1,20 @@
 """Does a training step respect the lengths? A checker for users' own code.
 
-The step is run again and again on batches that must make no difference (other values in the padding, more padding, rows
-in another order, one row at a time) and on batches that must make one (another value at a row's last real step). A
-mistake with padding moves the loss by a per cent and gradients by half, and nothing raises: only a comparison finds it.
+The step is run again on batches that must make no difference (other values in the padding, more padding, rows in
+another order, one row at a time) and on batches that must make one (another value at a row's last real time step). A
+mistake with padding moves the loss by a per cent and gradients by half, and nothing raises: only a comparison tells.
+
+The rows [1, 2, 3] and [4] are padded to 2 x 3. A mean over all 6 cells is 10/6; with 3 more columns of zeros it is
+10/12, off by 50 %. The rows alone give 6/3 = 2 and 4/1 = 4: weighted 3/4 and 1/4, by real time steps, they make 2.5,
+as a simple mean 3. No mean gives 10/6. The right mean, over 4 real time steps, is 2.5 in every probe:
+
+>>> from collate import LengthTrackedBatch
+>>> batch = LengthTrackedBatch.from_sequences([torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0])])
+>>> wrong = check_step(lambda b: b.padded.sum() / b.padded.numel(), batch)
+>>> [(finding.probe, f"{finding.drift:.0%}") for finding in wrong.findings if finding.probe != "padding"]
+[('width', '50%'), ('other rows', '20%')]
+>>> check_step(lambda b: b.flat().sum() / b.num_tokens, batch).ok
+True
 """
 
 from collections.abc import Callable, Sequence
@@ -14,15 +26,15 @@ from torch import nn
 
 from collate.errors import LengthError
 from collate.tensors.nested import fresh
-from collate.training.checking.probes import BatchProbes, Probes
-from collate.training.checking.report import LIKELY, Finding, StepReport
-from collate.training.checking.rerun import RAISED, Runner, Step, undisturbed
-from collate.training.checking.samples import Collate, SampleVariants
+from collate.training.checking.probes import ROUNDING, BatchProbes, Probes
+from collate.training.checking.report import GUESSED, LIKELY, Finding, StepReport
+from collate.training.checking.rerun import RAISED, LossStep, Runner, undisturbed
+from collate.training.checking.samples import Collate, Guess, SampleVariants
 from collate.training.checking.variants import BatchVariants, check_fields
 
 
 def check_step(
-    step: Step,
+    step: LossStep,
     batch: Any = None,
     *,
     samples: Sequence[Any] | None = None,
@@ -34,21 +46,21 @@ def check_step(
     """Run a training step on batches that must make no difference, and on some that must.
 
     Before every run the random states of torch, Python and NumPy are those of `seed`, and buffers such as running means
-    are those of the beginning; all of that is given back after the check. All dropout of torch's is switched off
-    meanwhile. A step that draws random numbers nevertheless is tried only on what leaves them in place. Gradients of
-    all leaves that the loss depends on are compared.
+    are those of the beginning; all of that is restored after the check. torch's dropout is switched off meanwhile.
+    A step that draws other random numbers gets only the probes that keep their shapes. Gradients of all leaves that the
+    loss depends on are compared.
 
     Args:
-        step: takes a batch and returns a scalar loss, or a mapping of such losses, each of which is checked; it must
+        step: Takes a batch and returns a scalar loss, or a mapping of such losses, each of which is checked; it must
             not call `backward` nor move an optimizer.
-        batch: a `LengthTrackedBatch`, or a mapping, tuple or list with at least one in it; tensors, arrays, lists and
+        batch: A `LengthTrackedBatch`, or a mapping, tuple or list with at least one in it; tensors, arrays, lists and
             tuples with an entry per row go with the rows. It should hold rows of different lengths, none of them empty.
-        samples: in place of a batch, B samples of different lengths, to be collated by `collate`.
-        collate: from a list of samples to a batch of any kind; what it does wrong is found with what the step does.
-        module: what the step trains. Buffers of modules that the step calls are found without it; those of a module
-            that is used but never called are given back if it is named here.
-        seed: of the values tried, and of the step's own random numbers.
-        tolerance: relative change of loss or gradients that counts as a difference.
+        samples: Instead of a batch, B samples of different lengths, to be collated by `collate`.
+        collate: From a list of samples to a batch of any kind; what it does wrong is found with what the step does.
+        module: The module that the step trains. Buffers of modules that the step calls are found without it; those of
+            a module that is used but never called are restored if it is named here.
+        seed: Seed of the values tried, and of the step's own random numbers.
+        tolerance: Relative change of loss or gradients that counts as a difference.
 
     Returns:
         The report.
@@ -70,24 +82,30 @@ def check_step(
 
 
 def _report_of_batch(runner: Runner, variants: BatchVariants, tolerance: float) -> StepReport:
+    """All probes of a batch."""
     runner.begin(variants.whole, [field.padded for field in variants.fields.values()])
     if report := _unfit(runner, variants.whole, tolerance):
         return report
     probes = BatchProbes(runner, variants, tolerance)
-    found = [probes.padding(), probes.dead_step()]
+    found = [_without_graph(runner, probes), probes.padding(), probes.dead_step()]
     if runner.is_random:
         probes.skipped.append(
-            "width, order and company: the step draws random numbers, other ones for a batch of another shape"
+            "width, order and other rows: the step draws random numbers, other ones for a batch of another shape"
         )
         # Random numbers may have moved a wider batch, but where nothing moves, padding is known by its number.
         found += _of_marks(probes, known=bool(probes.marked) and probes.width() is not None)
     else:
-        others = [probes.width(), probes.order(), probes.company()]
+        others = [probes.width(), probes.order(), probes.other_rows()]
         found += [*_of_marks(probes, known=any(others)), *map(_with_rows(variants), others)]
     return StepReport(_loss(runner), tuple(finding for finding in found if finding), tuple(probes.skipped))
 
 
 def _report_of_samples(inner: Runner, samples: Sequence[Any], collate: Collate, tolerance: float) -> StepReport:
+    """All probes of samples, then those of the batch that they make.
+
+    Raises:
+        LengthError: Samples are too few, or of one length.
+    """
     generator = torch.Generator().manual_seed(inner.seed)
     variants = SampleVariants(samples, lambda chosen: collate(fresh(chosen)), generator)
     if variants.rows < 2 or (variants.lengths and all(len(set(each)) < 2 for each in variants.lengths.values())):
@@ -102,11 +120,17 @@ def _report_of_samples(inner: Runner, samples: Sequence[Any], collate: Collate, 
     if not variants.lengths:
         probes.note("dead step of samples: they have no field that is a tensor, an array or a list of numbers")
     if runner.is_random:
-        probes.skipped.append("order, company and dead step of samples: the step or its collation draws random numbers")
+        probes.skipped.append(
+            "order, other rows and dead step of samples: the step or its collate function draws random numbers"
+        )
         found: list[Finding] = []
     else:
-        tried = [probes.dead_step(), probes.order(), probes.company()]
+        tried = [probes.dead_step(), probes.order(), probes.other_rows()]
         found = _explained([finding for finding in tried if finding], variants)
+        if not any(finding.probe == "dead step" for finding in found):
+            found += _of_guesses(inner, probes, variants)
+    if finding := _without_graph(runner, probes):
+        found.insert(0, finding)
     batch = BatchVariants(variants.collate(variants.whole), generator)
     if not batch.fields or not batch.has_padding:
         return StepReport(_loss(runner), tuple(found), tuple(probes.skipped))
@@ -131,6 +155,16 @@ def _unfit(runner: Runner, batch: Any, tolerance: float) -> StepReport | None:
     return StepReport(_loss(runner), (Finding("repeat", what, drift.size, LIKELY["repeat"]),))
 
 
+def _without_graph(runner: Runner, probes: Probes) -> Finding | None:
+    """The finding that the loss trains nothing; of some terms among others, which may be constant, a note."""
+    if runner.without_graph == runner.names:
+        what = "the loss has no graph, so that no gradient flows to the weights of the modules that the step runs"
+        return Finding("graph", what, 0.0, LIKELY["graph"])
+    for name in runner.without_graph:
+        probes.note(f"gradients of term {name!r}: it has no graph, which is right for a constant only")
+    return None
+
+
 def _of_marks(probes: BatchProbes, *, known: bool) -> list[Finding]:
     """Findings in padding that is marked by its number, where other findings say that the step does not know that."""
     if known:
@@ -145,10 +179,11 @@ def _of_marks(probes: BatchProbes, *, known: bool) -> list[Finding]:
 
 
 def _with_rows(variants: BatchVariants) -> Callable[[Finding | None], Finding | None]:
+    """A function that adds to a finding which parts went with the rows."""
     taken = ", ".join(variants.taken_along())
 
     def explained(finding: Finding | None) -> Finding | None:
-        if finding is None or not taken or finding.probe not in ("order", "company"):
+        if finding is None or not taken or finding.probe not in ("order", "other rows"):
             return finding
         return replace(finding, what=f"{finding.what}; {taken} went with the rows, having {variants.rows} entries")
 
@@ -167,11 +202,44 @@ def _explained(findings: list[Finding], variants: SampleVariants) -> list[Findin
     return [replace(findings[0], what=f"{findings[0].what}; {seen}"), *findings[1:]]
 
 
+def _of_guesses(inner: Runner, probes: Probes, variants: SampleVariants) -> list[Finding]:
+    """The finding that lengths are guessed from values; a note where no sample holds the number that padding has."""
+    try:
+        guess = variants.guessed()
+    except RAISED as error:
+        # A collate function may refuse values that it never met.
+        probes.note(
+            f"lengths guessed from values: on a sample that ends like padding, the collate function raises {error}"
+        )
+        return []
+    if guess is None or not _is_read(inner, guess):
+        return []
+    if guess.can_be_real:
+        return [probes.finding("dead step", guess.what, 0.0, GUESSED)]
+    probes.note(f"{guess.what}: right where no sample ever holds that number")
+    return []
+
+
+def _is_read(inner: Runner, guess: Guess) -> bool:
+    """Whether the loss is another one with the lengths that were not guessed."""
+    try:
+        losses, others = inner.values(guess.batch), inner.values(guess.otherwise)
+    except RAISED:
+        return True
+    return any(not abs(losses[name] - others[name]) <= ROUNDING * abs(loss) for name, loss in losses.items())
+
+
 def _loss(runner: Runner) -> float:
+    """The loss of the whole batch, of several terms their sum."""
     return sum(term.loss for term in runner.base.values())
 
 
 def _check_arguments(batch: Any, samples: Sequence[Any] | None, collate: Collate | None) -> None:
+    """Check that either a batch or samples with their collate function are given.
+
+    Raises:
+        TypeError: They are not.
+    """
     if (samples is None) != (collate is None):
         raise TypeError("samples and collate go together: the samples, and the function that makes a batch of them")
     if (batch is None) == (samples is None):

@@ -18,9 +18,9 @@ ROWS, TRIES = 8, 3
 # How often all values of the field, and the step's random numbers, are drawn again where that was not enough: the
 # maximum may have been elsewhere, or the step masked at random.
 REDRAWN, REDRAWN_AT_RANDOM = 3, 12
-# The share of the loss that another value at a real step must move, at least: rounding of a single sum.
+# Another value at a real time step must move at least this fraction of the loss: the rounding of a single sum.
 ROUNDING = 1e-9
-# Gradients of so many numbers are not solved for the weights of the rows.
+# With more gradient entries than this, the weights of the rows are not solved for.
 MANY = 10_000_000
 
 
@@ -53,12 +53,13 @@ class Probes:
 
         An order that is its own inverse hides rows that are sorted twice instead of being put back.
         """
-        places = list(range(self.variants.rows))
-        random = torch.randperm(len(places), generator=torch.Generator().manual_seed(self.runner.seed)).tolist()
-        orders = [places[::-1], places[1:] + places[:1], [*places[1:3], *places[:1], *places[3:]], random]
+        rows = list(range(self.variants.rows))
+        generator = torch.Generator().manual_seed(self.runner.seed)
+        random = torch.randperm(len(rows), generator=generator, device="cpu").tolist()
+        orders = [rows[::-1], rows[1:] + rows[:1], [*rows[1:3], *rows[:1], *rows[3:]], random]
         return [list(order) for order in dict.fromkeys(map(tuple, orders))]
 
-    def company(self) -> Finding | None:
+    def other_rows(self) -> Finding | None:
         """One row at a time: their losses must make up the batch's, as a sum or as a mean over rows or steps."""
         alone: list[Outcome] = []
         full = [row for row in range(self.variants.rows) if all(each[row] for each in self.variants.lengths.values())]
@@ -67,7 +68,7 @@ class Probes:
                 alone.append(self.runner.run(self.variants.alone(row)))
             except RAISED as error:
                 what = f"{self.variants.kind} {row} alone makes the step raise {error}"
-                return self.finding("company", what, math.inf)
+                return self.finding("other rows", what, math.inf)
         rows = self.variants.rows
         shares = [[1.0] * len(full), [1 / max(len(full), 1)] * len(full), [1 / rows] * len(full)]
         shares += shares_of([[each[row] for each in self.variants.lengths.values()] for row in full])
@@ -84,7 +85,7 @@ class Probes:
         if strange := [row for row, outcome in zip(full, alone, strict=True) if not outcome[name].is_finite]:
             what += f"; {self.variants.kind} {strange[0]} alone gives {alone[full.index(strange[0])][name].loss:.6g}"
         own_count = self.fits_other_shares([outcome[name] for outcome in alone], self.runner.base[name])
-        return self.finding("company", what, drifts[name], OWN_COUNT if own_count else None)
+        return self.finding("other rows", what, drifts[name], OWN_COUNT if own_count else None)
 
     def apart(self, name: str, alone: Sequence[Outcome], shares: Sequence[Sequence[float]]) -> float:
         """How far a term of the batch is from the weighted sums of the rows' terms, at least."""
@@ -92,7 +93,7 @@ class Probes:
         # Losses alone tell which weights it can be; gradients are many.
         losses = [{name: Term(combined(terms, share, gradients=False).loss, whole[name].gradients)} for share in shares]
         apart = [self.runner.drift(loss, whole).size for loss in losses]
-        able = [place for place, size in enumerate(apart) if size <= max(self.tolerance, min(apart))]
+        able = [index for index, size in enumerate(apart) if size <= max(self.tolerance, min(apart))]
         return min(self.runner.drift({name: combined(terms, shares[at])}, whole).size for at in able)
 
     def fits_other_shares(self, alone: Sequence[Term], whole: Term) -> bool:
@@ -199,7 +200,7 @@ class Probes:
         if self.is_stride(name, rows, dead):
             self.skipped.append(
                 f"dead step: the last steps of {name} count in some rows only, by their length: right where a "
-                "convolution or a pooling with a stride leaves a rest over"
+                "convolution or a pooling with a stride leaves a remainder over"
             )
             return True
         return False
@@ -227,31 +228,31 @@ class Probes:
         return None
 
     def is_stride(self, name: str, rows: Sequence[int], dead: Sequence[int]) -> bool:
-        """Whether rows end in a rest that a stride leaves over, which is tried on rows that are cut.
+        """Whether rows end in a remainder that a stride leaves over, which is tried on rows that are cut.
 
-        A row without its rest is the same to the step, and one step less leaves another rest. Lengths that are too
-        small by one fail the first, rows that are cut to a width the second. Random numbers are others for rows that
-        are cut; the rests must then differ from row to row.
+        With stride 2 and a kernel of 2, a row of 5 leaves the remainder 1: cut to 4 it gives the same loss, cut to 3 it
+        leaves a remainder again. Lengths that are too small by one fail the first test, rows that are cut to a width
+        the second. A cut row draws other random numbers; remainders must then differ from row to row.
         """
         lengths = self.variants.lengths[name]
         row = max(dead, key=lengths.__getitem__)
-        rest = self.rest(name, row)
-        last = lengths[row] - rest - 2
+        remainder = self.remainder(name, row)
+        last = lengths[row] - remainder - 2
         if last < 0:
             return False
         try:
-            fewer = self.variants.cut(name, row, rest + 1)
+            fewer = self.variants.cut(name, row, remainder + 1)
             if self.counts(fewer, name, row, slice(last, last + 1)):
                 return False
             if self.runner.is_random:
-                return len({self.rest(name, other) if other in dead else 0 for other in rows}) > 1
-            values = self.runner.values(self.variants.cut(name, row, rest).whole)
+                return len({self.remainder(name, other) if other in dead else 0 for other in rows}) > 1
+            values = self.runner.values(self.variants.cut(name, row, remainder).whole)
         except RAISED:
             return False
         base = {term: outcome.loss for term, outcome in self.runner.base.items()}
         return all(abs(values[term] - loss) <= self.tolerance * abs(loss) for term, loss in base.items())
 
-    def rest(self, name: str, row: int) -> int:
+    def remainder(self, name: str, row: int) -> int:
         """How many steps at the end of a row do not count, found by halving."""
         length = self.variants.lengths[name][row]
         dead, alive = 1, length
@@ -311,14 +312,14 @@ class BatchProbes(Probes):
                 return found
         return None
 
-    def padding_of(self, name: str, where: Tensor) -> Finding | None:
+    def padding_of(self, name: str, mask: Tensor) -> Finding | None:
         """Other values at these steps of padding, first such as real steps hold, then wild ones."""
         changed = f"the padding of {name}"
-        found = self.compare("padding", self.variants.with_values(name, where, wild=False), changed)
+        found = self.compare("padding", self.variants.with_values(name, mask, wild=False), changed)
         if found:
             return found
         try:
-            outcome = self.runner.run(self.variants.with_values(name, where, wild=True))
+            outcome = self.runner.run(self.variants.with_values(name, mask, wild=True))
         except RAISED:
             # Values that no real step could hold may be refused, as a probability of 7 is.
             return None

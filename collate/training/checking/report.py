@@ -1,11 +1,12 @@
-"""What a check of a training step says: findings, the mistakes that look like them, and the whole report."""
+"""The report of a checked training step: findings, and the mistakes that look like them."""
 
+import warnings
 from dataclasses import dataclass
 
 from collate.errors import LengthError
 
 LAST_COLUMN = "the last column taken for each row's last step, as in output[:, -1]"
-OWN_COUNT = "a denominator of its own, neither rows nor steps: check the sum, or put the count in the batch as a field"
+OWN_COUNT = "a custom denominator, neither rows nor steps: check the sum, or put the count in the batch as a field"
 
 LIKELY = {
     "padding": (
@@ -28,7 +29,7 @@ LIKELY = {
         "a recurrent module without batch_first, so that state flows from row to row",
         "a mean of means over groups of rows",
     ),
-    "company": (
+    "other rows": (
         "a recurrent module without batch_first, so that state flows from row to row",
         "a normalisation over the batch",
         "a mean of means over groups of rows, or a denominator that is not the number of real steps or rows",
@@ -48,6 +49,11 @@ LIKELY = {
         "buffers of a module that is used but never called: pass it as module=",
         "an optimizer that moves inside of the step",
     ),
+    "graph": (
+        "a loss that was detached, or went through item(), a NumPy array, argmax or another function without gradients",
+        "a step that runs under torch.no_grad() or torch.inference_mode(), or a check that does",
+        "a metric returned in place of the loss",
+    ),
     "finite": (
         "a row or a step whose attention scores are all masked, so that softmax divides zero by zero",
         "a mean over no step: an empty row, or a row whose targets are all ignored",
@@ -55,13 +61,15 @@ LIKELY = {
     ),
 }
 
+GUESSED = "lengths or a mask guessed from values, as by x != 0: take len() of each sample"
+
 # Where rows are made by a collate function, it may be to blame as well.
 COLLATED = {
     "order": (
         "a collate function that sorts one field and not the others (x, but not y or the lengths)",
         "lengths taken before the rows are sorted",
     ),
-    "company": (
+    "other rows": (
         "a collate function that sorts one field and not the others (x, but not y or the lengths)",
         "lengths of another order, of another field, or too large: padding is read as if it were real",
         "padding that is not masked in the step, or marked by a value that is a real class",
@@ -73,15 +81,37 @@ COLLATED = {
 }
 
 
+class ProbeName(str):
+    """Name of a probe; for one release it also equals the name that release 0.1 used.
+
+    A set or a dict finds the new name only.
+    """
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        if other == "company" and str.__eq__(self, "other rows"):
+            message = 'the probe "company" is now "other rows", and the old name goes with the next release'
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+            return True
+        return str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
 @dataclass(frozen=True)
 class Finding:
     """One way in which a step does not respect the lengths.
 
     Attributes:
-        probe: what was tried: `"padding"`, `"width"`, `"order"`, `"company"` or `"dead step"`; `"repeat"` for a step
-            that is not the same twice, `"finite"` for a loss or gradients that are nan or infinite.
+        probe: what was tried: `"padding"`, `"width"`, `"order"`, `"other rows"` or `"dead step"`; `"repeat"` for a step
+            that is not the same twice, `"finite"` for a loss or gradients that are nan or infinite, `"graph"` for a
+            loss that no gradient flows from.
         what: what happened, with term, field, row and step where they are known.
-        drift: relative change of the loss, or of the gradients if that is greater; 0 for a dead step.
+        drift: relative change of the loss or of the gradients, the larger; 0 for a dead step.
         likely: mistakes that look like this, the likeliest first.
     """
 
@@ -89,6 +119,9 @@ class Finding:
     what: str
     drift: float
     likely: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "probe", ProbeName(self.probe))
 
     def __str__(self) -> str:
         return "\n".join([f"{self.probe}: {self.what}", *(f"    perhaps {mistake}" for mistake in self.likely)])

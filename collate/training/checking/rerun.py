@@ -1,6 +1,6 @@
 """A step run again and again under equal conditions, and how far two of its runs are apart.
 
-A step gives one loss or several terms; each term is held against itself.
+A step gives one loss or several terms; each term is compared with itself.
 """
 
 import math
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from collate.errors import LengthError
 from collate.tensors.nested import fresh
 from collate.training.checking.autograd import Buffers, WithoutDropout, gradients_of, leaves_of
+from collate.training.restore import restored_random_state
 
-Step: TypeAlias = Callable[[Any], Tensor | Mapping[str, Tensor]]
+LossStep: TypeAlias = Callable[[Any], Tensor | Mapping[str, Tensor]]
 
 # What a step or a module may raise on a batch that it was not written for.
 RAISED = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError)
@@ -64,7 +65,7 @@ class Drift:
     """How far a run is from the one it should equal.
 
     Attributes:
-        size: the greatest relative change of a loss or of gradients, infinite where one is not a number.
+        size: The largest relative change of a loss or of gradients, infinite where one is not a number.
         term: which term that is.
     """
 
@@ -82,12 +83,14 @@ class Runner:
     Attributes:
         base: what the step gives for the whole batch.
         is_random: whether its loss depends on the seed.
+        without_graph: terms that no gradient flows from, though the step runs modules with weights to train.
     """
 
     base: Outcome
     is_random: bool
+    without_graph: list[str]
 
-    def __init__(self, step: Step, seed: int, buffers: Buffers) -> None:
+    def __init__(self, step: LossStep, seed: int, buffers: Buffers) -> None:
         self.step, self.seed, self.buffers = step, seed, buffers
         self.leaves: list[Tensor] = []
         self.names: list[str] = []
@@ -102,8 +105,10 @@ class Runner:
         """
         with self.buffers.of_all_that_run():
             losses = self.losses(batch)
-        known = {id(tensor) for tensor in inputs}
-        self.leaves = [leaf for leaf in leaves_of(list(losses.values())) if id(leaf) not in known]
+        trained = self.buffers.are_of_trained_modules
+        self.without_graph = [name for name, loss in losses.items() if trained and not loss.requires_grad]
+        input_ids = {id(tensor) for tensor in inputs}
+        self.leaves = [leaf for leaf in leaves_of(list(losses.values())) if id(leaf) not in input_ids]
         try:
             self.base = self.run(batch)
         except RuntimeError as error:
@@ -119,7 +124,7 @@ class Runner:
         Raises:
             LengthError: The step gives other terms than for the batch as it is.
         """
-        self.buffers.give_back()
+        self.buffers.restore()
         _seed(self.seed if seed is None else seed)
         terms = _terms(self.step(fresh(batch)))
         self.names = self.names or list(terms)
@@ -132,8 +137,8 @@ class Runner:
         losses = self.losses(batch)
         last = len(losses) - 1
         return {
-            name: Term(float(loss.detach()), gradients_of(loss, self.leaves, keep_graph=place < last))
-            for place, (name, loss) in enumerate(losses.items())
+            name: Term(float(loss.detach()), gradients_of(loss, self.leaves, keep_graph=index < last))
+            for index, (name, loss) in enumerate(losses.items())
         }
 
     def values(self, batch: Any, seed: int | None = None) -> dict[str, float]:
@@ -175,30 +180,33 @@ def undisturbed(module: nn.Module | None) -> Iterator[Buffers]:
     buffers = Buffers()
     for part in module.modules() if module is not None else ():
         buffers.keep(part)
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's own state is what is kept
-    with torch.random.fork_rng(), WithoutDropout():
+    with restored_random_state(), WithoutDropout():
         try:
             yield buffers
         finally:
-            buffers.give_back()
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
+            buffers.restore()
 
 
 def _seed(seed: int) -> None:
-    # Without an accelerator `torch.manual_seed` keeps a traceback of every call, for the day that one is found.
+    """Seed torch, Python and NumPy."""
+    # Without an accelerator `torch.manual_seed` keeps a traceback of every call, for a device that may appear later.
     (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - steps of others draw from it
 
 
 def _terms(result: object) -> dict[str, Tensor]:
+    """The losses that a step returned, by name.
+
+    Raises:
+        TypeError: It returned something else.
+    """
     if isinstance(result, Tensor):
         return {"": _scalar(result, "the step")}
     if not isinstance(result, Mapping):
         kind = type(result).__name__
         raise TypeError(
-            f"the step must return its loss as a tensor, or a mapping of losses, got {kind}: {_way_out(result)}"
+            f"the step must return its loss as a tensor, or a mapping of losses, got {kind}: {_return_hint(result)}"
         )
     if not result:
         raise TypeError("the step must return its loss as a tensor, or a mapping of losses, got an empty mapping")
@@ -206,8 +214,14 @@ def _terms(result: object) -> dict[str, Tensor]:
 
 
 def _scalar(loss: object, name: str) -> Tensor:
+    """A loss, if it is a real scalar tensor.
+
+    Raises:
+        LengthError: It has more than one number.
+        TypeError: It is no tensor, or complex.
+    """
     if not isinstance(loss, Tensor):
-        raise TypeError(f"{name} must return a scalar tensor, got {type(loss).__name__}: {_way_out(loss)}")
+        raise TypeError(f"{name} must return a scalar tensor, got {type(loss).__name__}: {_return_hint(loss)}")
     if loss.numel() != 1:
         raise LengthError(
             f"{name} must return a scalar loss, got shape {list(loss.shape)}: reduce it as in training, and of a "
@@ -218,7 +232,8 @@ def _scalar(loss: object, name: str) -> Tensor:
     return loss
 
 
-def _way_out(result: object) -> str:
+def _return_hint(result: object) -> str:
+    """What to return instead."""
     if result is None:
         return "add a return statement"
     if isinstance(result, (int, float)):

@@ -1,7 +1,8 @@
 """Samples and the collate function that makes a batch of them: variants for probes, and which row a sample went to."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -12,6 +13,23 @@ from collate.tensors.nested import columns_of, map_parts
 from collate.training.checking.variants import counts_of, drawn, holds_one_number, parts_of
 
 Collate: TypeAlias = Callable[[list[Any]], Any]
+
+
+@dataclass(frozen=True)
+class Guess:
+    """Lengths that a collate function takes from values.
+
+    Attributes:
+        what: what was seen.
+        can_be_real: whether a real step can hold what padding holds: any float can, a whole number that samples hold.
+        batch: where the last step of a sample is like padding.
+        otherwise: the same with the lengths that were not guessed.
+    """
+
+    what: str
+    can_be_real: bool
+    batch: Any
+    otherwise: Any
 
 
 class SampleVariants:
@@ -53,10 +71,10 @@ class SampleVariants:
         """As in `Variants`."""
         real = self._steps(name)
         samples = list(self.whole)
-        for place in range(self.rows) if row is None else [row]:
-            value = self._values(name)[place].clone()
+        for index in range(self.rows) if row is None else [row]:
+            value = self._values(name)[index].clone()
             value[steps] = drawn(real, value[steps], self.generator, wild=wild)
-            samples[place] = _replaced(samples[place], name, value)
+            samples[index] = _replaced(samples[index], name, value)
         return samples
 
     def cut(self, name: str, row: int, steps: int) -> "SampleVariants":
@@ -68,17 +86,19 @@ class SampleVariants:
         return self.of(samples)
 
     def _values(self, name: str) -> list[Tensor]:
+        """The samples' values of a field."""
         return self.fields[name] if name in self.fields else self.fields[""]
 
     def _steps(self, name: str) -> Tensor:
+        """All time steps of a field: `[M, *F]`."""
         return torch.cat(self._values(name))
 
     # --- what the collate function did, for a finding to name
 
     def disagreement(self) -> str | None:
         """Two parts of the batch whose rows are in other orders, if that can be seen; None otherwise."""
-        places = {name: self._rows_of(name) for name in self.numbers}
-        known = {name: rows for name, rows in places.items() if rows is not None}
+        rows_of = {name: self._rows_of(name) for name in self.numbers}
+        known = {name: rows for name, rows in rows_of.items() if rows is not None}
         for name, rows in known.items():
             first, order = next(iter(known.items()))
             if rows != order:
@@ -100,7 +120,66 @@ class SampleVariants:
                 return f"the collate function leaves step {lengths[row] - 1} of sample {row} of {name} out of the batch"
         return None
 
+    # --- lengths that are guessed from values, as by x != 0
+
+    def guessed(self) -> "Guess | None":
+        """What in the batch follows the values of a sample though it should follow its length, if anything does.
+
+        The last step of a sample gets values of other steps, and then what the padding holds. Parts that say the
+        samples' lengths for all of the former, and others for the latter, are guessed.
+        """
+        for name, lengths in self.lengths.items():
+            real, few = self._steps(name), _some(self._steps(name))
+            for row in dict.fromkeys([int(np.argmax(lengths)), int(np.argmin(lengths))] if few else []):
+                for value in self._paddings(name) if lengths[row] else ():
+                    others = [step for step in few if not bool((step == value).all())]
+                    if len(others) < 2:
+                        continue
+                    padding = torch.full_like(others[0], value)
+                    filled = self._without(name, padding, others[0])
+                    batches = [filled.ending_in(name, row, step) for step in others]
+                    batch = filled.ending_in(name, row, padding)
+                    if parts := _parts_that_follow(sorted(lengths), batches, batch):
+                        what = (
+                            f"the collate function takes the lengths of {name} from its values: with {value:g} at "
+                            f"step {lengths[row] - 1} of sample {row}, its last, {' and '.join(parts)} of the batch "
+                            "say that there is no such step"
+                        )
+                        can_be_real = real.is_floating_point() or bool((real == value).any())
+                        return Guess(what, can_be_real, batch, _with_parts(batch, batches[0], parts))
+        return None
+
+    def _without(self, name: str, padding: Tensor, other: Tensor) -> "SampleVariants":
+        """The samples with another step instead of each that equals the padding: only last steps are under test."""
+        samples = list(self.whole)
+        for row, value in enumerate(self._values(name)):
+            is_padding = (value == padding)[..., None].flatten(1).all(1)
+            if is_padding.any():
+                value = value.clone()
+                value[is_padding] = other
+                samples[row] = _replaced(samples[row], name, value)
+        return self.of(samples)
+
+    def ending_in(self, name: str, row: int, step: Tensor) -> Any:
+        """The batch of the samples, with this last step in one of them."""
+        value = self._values(name)[row].clone()
+        value[-1] = step
+        return self.collate([*self.whole[:row], _replaced(self.whole[row], name, value), *self.whole[row + 1 :]])
+
+    def _paddings(self, name: str) -> list[float]:
+        """Numbers that the padding of a field may hold: 0, and what stands at the end of rows of the batch."""
+        real = self._values(name)[0]
+        found = {0.0}
+        for _, part in parts_of(self.collate(self.whole)):
+            values = part.padded if isinstance(part, LengthTrackedBatch) else part
+            if isinstance(values, Tensor) and values.dim() == real.dim() + 1 and values.dtype == real.dtype:
+                found |= {float(end.flatten()[0]) for end in values[:, -1] if bool((end == end.flatten()[0]).all())}
+        # A negative whole number marks what is no target, as -100 does.
+        exact = not real.is_floating_point()
+        return sorted(value for value in found if value == value and not (exact and value < 0))[:4]
+
     def _loses(self, name: str, row: int, steps: slice) -> bool:
+        """Whether other values at these time steps of a sample change nothing in the batch."""
         base, wild = self._parts(self.whole), (False, False, True, True)
         changed = (self.changed(name, row, steps, wild=each) for each in wild)
         return not any(_rows_that_differ(base, self._parts(samples)) for samples in changed)
@@ -109,9 +188,9 @@ class SampleVariants:
         """The row that each sample's field went to, seen by what changes with it."""
         base, rows = self._parts(self.whole), []
         real = torch.cat([value.reshape(-1, *value.shape[1:]) for value in self.numbers[name]])
-        for place, value in enumerate(self.numbers[name]):
+        for index, value in enumerate(self.numbers[name]):
             other = drawn(real, value, self.generator, wild=False)
-            samples = [*self.whole[:place], _replaced(self.whole[place], name, other), *self.whole[place + 1 :]]
+            samples = [*self.whole[:index], _replaced(self.whole[index], name, other), *self.whole[index + 1 :]]
             differ = _rows_that_differ(base, self._parts(samples))
             if len(differ) != 1:
                 return None
@@ -119,6 +198,7 @@ class SampleVariants:
         return rows if len(set(rows)) == self.rows else None
 
     def _other_lengths(self, name: str, rows: Sequence[int]) -> str | None:
+        """A part of the batch that holds the right lengths in another order, in words."""
         lengths = [length for _, length in sorted(zip(rows, self.lengths[name], strict=True))]
         for part, values in self._parts(self.whole).items():
             found = [int(value) for value in values] if all(map(_is_integer, values)) else []
@@ -129,6 +209,7 @@ class SampleVariants:
         return None
 
     def _parts(self, samples: list[Any]) -> dict[str, list[Any]]:
+        """The rows of each part of the batch that the samples make."""
         return dict(_rows_of_parts(self.collate(samples), self.rows))
 
 
@@ -143,11 +224,12 @@ def _as_tensor(value: object) -> Tensor | None:
     return torch.from_numpy(np.array(array)) if array.dtype.kind in "biufc" else None
 
 
-def _as_before(like: object, value: Tensor) -> object:
-    if isinstance(like, Tensor):
-        return value.to(like.device)
-    if isinstance(like, (np.ndarray, np.generic)):
-        return value.numpy().astype(like.dtype)
+def _as_before(original: object, value: Tensor) -> object:
+    """A value in the type that the sample's field had."""
+    if isinstance(original, Tensor):
+        return value.to(original.device)
+    if isinstance(original, (np.ndarray, np.generic)):
+        return value.numpy().astype(original.dtype)
     return value.tolist()
 
 
@@ -168,17 +250,23 @@ def _replaced(sample: Any, name: str, value: Tensor) -> Any:
 
 
 def _rows_of_parts(batch: Any, rows: int) -> Iterator[tuple[str, list[Any]]]:
+    """The rows of each part of a batch that has an entry per sample.
+
+    Yields:
+        Pairs of a part's name and its rows.
+    """
     for name, part in parts_of(batch):
         if isinstance(part, LengthTrackedBatch) and len(part) == rows:
             yield name, list(part.padded)
             yield f"{name}.lengths".lstrip("."), list(part.lengths)
         elif isinstance(part, (Tensor, np.ndarray)) and part.ndim and len(part) == rows:
-            yield name, list(torch.as_tensor(part))
+            yield name, list(part if isinstance(part, Tensor) else torch.from_numpy(part))
         elif isinstance(part, (list, tuple)) and len(part) == rows:
             yield name, list(part)
 
 
 def _rows_that_differ(base: dict[str, list[Any]], other: dict[str, list[Any]]) -> list[int]:
+    """The rows in which two batches differ in any part."""
     rows = set()
     for name, values in base.items():
         for row, (a, b) in enumerate(zip(values, other.get(name, values), strict=False)):
@@ -188,7 +276,64 @@ def _rows_that_differ(base: dict[str, list[Any]], other: dict[str, list[Any]]) -
     return sorted(rows)
 
 
+def _some(steps: Tensor, count: int = 6) -> list[Tensor]:
+    """Some different ones of steps `[M, *F]`."""
+    if steps.dtype == torch.bool or steps.is_complex():
+        return []
+    distinct = torch.unique(steps, dim=0)
+    return list(distinct[:: max(1, len(distinct) // count)][:count])
+
+
+def _parts_that_follow(lengths: list[int], batches: Sequence[Any], batch: Any) -> list[str]:
+    """The parts that say these sorted lengths in each of some batches, and other ones in one more."""
+    before = [dict(_said(other)) for other in batches]
+    return [
+        part for part, said in _said(batch) if said != lengths and all(other.get(part) == lengths for other in before)
+    ]
+
+
+def _said(batch: Any) -> Iterator[tuple[str, list[int]]]:
+    """The lengths that each part of a batch states, sorted.
+
+    Yields:
+        Pairs of a part's name and lengths.
+    """
+    for name, part in parts_of(batch):
+        if (lengths := _as_lengths(part)) is not None:
+            yield name or "a part", sorted(lengths)
+
+
+def _with_parts(batch: Any, other: Any, names: Sequence[str]) -> Any:
+    """A batch with some of its parts taken from another one."""
+    parts, others = dict(parts_of(batch)), dict(parts_of(other))
+    replacements = {id(parts[name]): others[name] for name in names if name in parts}
+
+    def change(part: Any) -> Any:
+        return replacements[id(part)] if id(part) in replacements else map_parts(part, change)
+
+    return change(batch)
+
+
+def _as_lengths(part: object) -> list[int] | None:
+    """The length of each row that a part of a batch says: integers `[B]`, or a mask `[B, T]` of either polarity."""
+    if isinstance(part, LengthTrackedBatch):
+        return cast("list[int]", part.lengths.tolist())
+    if isinstance(part, (list, tuple)):
+        return [int(value) for value in part] if all(map(_is_integer, part)) else None
+    if not isinstance(part, (Tensor, np.ndarray)):
+        return None
+    values = part.detach().cpu().numpy() if isinstance(part, Tensor) else part
+    if values.ndim == 1 and values.dtype.kind in "iu":
+        return cast("list[int]", values.tolist())
+    if values.ndim == 2 and values.size and bool(((values == 0) | (values == 1)).all()):
+        # A row is real at its first step.
+        counts = (values if values[:, 0].all() else 1 - values).sum(1)
+        return [int(count) for count in counts]
+    return None
+
+
 def _is_integer(value: object) -> bool:
+    """Whether a value is one whole number."""
     if isinstance(value, Tensor):
         return value.dim() == 0 and not value.is_floating_point() and not value.is_complex()
     return isinstance(value, (int, np.integer))

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from collate.batch import LengthTrackedBatch
 from collate.errors import LengthError
-from collate.lengths.validation import aligned
-from collate.tensors.nested import map_parts
+from collate.operations.construct import changed_batch
+from collate.operations.pieces import select_rows
+from collate.tensors.masks import expand_like
+from collate.tensors.nested import labelled_parts, map_parts
 
 
 class Variants(Protocol):
@@ -80,7 +82,7 @@ class BatchVariants:
 
     def chosen(self, rows: Sequence[int]) -> Any:
         """As in `Variants`; whatever has an entry per row goes with the rows."""
-        return rows_of(self.whole, torch.tensor(rows), self.rows)
+        return rows_of(self.whole, torch.tensor(rows, device="cpu"), self.rows)
 
     def alone(self, row: int) -> Any:
         """As in `Variants`."""
@@ -97,31 +99,29 @@ class BatchVariants:
     def changed(self, name: str, row: int | None, steps: slice, *, wild: bool) -> Any:
         """As in `Variants`."""
         field = self.fields[name]
-        where = torch.zeros_like(field.mask)
-        where[slice(None) if row is None else row, steps] = True
-        return self.with_values(name, where & field.mask, wild=wild)
+        selected = torch.zeros_like(field.mask)
+        selected[slice(None) if row is None else row, steps] = True
+        return self.with_values(name, selected & field.mask, wild=wild)
 
-    def with_values(self, name: str, where: Tensor, *, wild: bool) -> Any:
+    def with_values(self, name: str, selected: Tensor, *, wild: bool) -> Any:
         """Other values at these steps `[B, T]` of a field, such as real steps could hold, or far from that."""
         field = self.fields[name]
         other = drawn(field.flat(), field.padded, self.generator, wild=wild)
-        return self.swapped({name: field.with_padded(torch.where(aligned(where, other), other, field.padded))})
+        return self.swapped({name: field.with_padded(torch.where(expand_like(selected, other), other, field.padded))})
 
     def swapped(self, others: Mapping[str, LengthTrackedBatch]) -> Any:
         """The batch with other fields of these names."""
-        known = {id(self.fields[name]): other for name, other in others.items()}
-        return mapped(self.whole, lambda part: known.get(id(part), part))
+        replacements = {id(self.fields[name]): other for name, other in others.items()}
+        return mapped(self.whole, lambda part: replacements.get(id(part), part))
 
     def cut(self, name: str, row: int, steps: int) -> "BatchVariants":
-        """As in `Variants`; what was real is left where it is."""
+        """As in `Variants`; real values are left as they are."""
         others = {}
         for other, field in self.fields.items():
             if self.lengths[other] == self.lengths[name]:
                 lengths = field.lengths.clone()
                 lengths[row] -= steps
-                others[other] = LengthTrackedBatch.trusted(
-                    field.padded, lengths, None, field.permutation, padding_value=None, first_step=field.first_step
-                )
+                others[other] = changed_batch(field, lengths=lengths, mask=None, padding_value=None)
         return self.of(self.swapped(others))
 
     def taken_along(self) -> list[str]:
@@ -135,12 +135,9 @@ def parts_of(batch: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     Yields:
         Pairs of a name and a part.
     """
-    if isinstance(batch, Mapping):
-        for key, part in batch.items():
-            yield from parts_of(part, f"{name}.{key}" if name else str(key))
-    elif isinstance(batch, (tuple, list)) and any(map(_is_structure, batch)):
-        for place, part in enumerate(batch):
-            yield from parts_of(part, f"{name}.{place}" if name else str(place))
+    if isinstance(batch, Mapping) or (isinstance(batch, (tuple, list)) and any(map(_is_structure, batch))):
+        for label, part in labelled_parts(batch):
+            yield from parts_of(part, f"{name}.{label}" if name else label)
     else:
         yield name, batch
 
@@ -168,14 +165,7 @@ def rows_of(batch: Any, rows: Tensor, of: int) -> Any:
     if isinstance(batch, LengthTrackedBatch):
         if len(batch) != of:
             return batch
-        return LengthTrackedBatch.trusted(
-            batch.padded.index_select(0, rows.to(batch.device)),
-            batch.lengths[rows],
-            None,
-            batch.permutation[rows],
-            padding_value=batch.padding_value,
-            first_step=batch.first_step,
-        )
+        return select_rows(batch, rows)
     if not _is_column(batch, of):
         return map_parts(batch, lambda part: rows_of(part, rows, of))
     if isinstance(batch, Tensor):
@@ -220,20 +210,21 @@ def drawn(real: Tensor, present: Tensor, generator: torch.Generator, *, wild: bo
     if real.dtype == torch.bool:
         return ~present
     if not _is_inexact(real):
-        known: Tensor = torch.unique(real)
-        # Of two classes every second draw would be what is there already, and four in a row are no rarity.
-        places = torch.searchsorted(known.long(), present.detach().cpu().long().contiguous())
-        shift = torch.randint(1, max(len(known), 2), shape, generator=generator)
-        return known[(places + shift) % len(known)].to(present.device)
+        values: Tensor = torch.unique(real)
+        # Draw a different value: with two classes an independent draw repeats half the time, four in a row are common.
+        indices = torch.searchsorted(values.long(), present.detach().cpu().long().contiguous())
+        shift = torch.randint(1, max(len(values), 2), shape, generator=generator, device="cpu")
+        return values[(indices + shift) % len(values)].to(present.device)
     if not wild and bool((real != real[:1]).any()):
         # Values of other steps, whole: probabilities stay probabilities, and unit vectors stay of length one.
-        steps = torch.randint(len(real), shape[: present.dim() - real.dim() + 1], generator=generator)
+        axes = shape[: present.dim() - real.dim() + 1]
+        steps = torch.randint(len(real), axes, generator=generator, device="cpu")
         return real[steps].to(present.device)
     exact = torch.complex128 if real.is_complex() else torch.float64
     center = real.to(exact).mean()
     spread = (real.to(exact) - center).abs().square().mean().sqrt() + 1
-    values: Tensor = center + 4 * spread * torch.randn(shape, generator=generator, dtype=exact)
-    return values.to(device=present.device, dtype=real.dtype)
+    wild_values: Tensor = center + 4 * spread * torch.randn(shape, generator=generator, dtype=exact, device="cpu")
+    return wild_values.to(device=present.device, dtype=real.dtype)
 
 
 def counts_of(batch: Any) -> list[float]:
@@ -271,21 +262,17 @@ def _weights(steps: Tensor) -> list[float]:
 
 
 def _as_wide(field: LengthTrackedBatch, padded: Tensor) -> LengthTrackedBatch:
-    return LengthTrackedBatch.trusted(
-        padded,
-        field.lengths,
-        None,
-        field.permutation,
-        padding_value=field.padding_value,
-        first_step=field.first_step,
-    )
+    """The same field with values of another width."""
+    return changed_batch(field, padded=padded, mask=None)
 
 
 def _is_inexact(values: Tensor) -> bool:
+    """Whether values are floats or complex."""
     return values.is_floating_point() or values.is_complex()
 
 
 def _is_structure(part: object) -> bool:
+    """Whether a list that holds such a part is a container, and not a part itself."""
     return isinstance(part, (LengthTrackedBatch, Tensor, np.ndarray, Mapping, tuple, list))
 
 

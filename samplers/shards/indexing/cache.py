@@ -1,4 +1,9 @@
-"""Each shard's own index, written as soon as the shard is scanned: where a killed build goes on."""
+"""The index of each shard, written as soon as the shard is scanned: a killed build resumes from these files.
+
+A build of shards a, b and c that was killed while it scanned c leaves `a.tar.ltx` and `b.tar.ltx`. The next build with
+`resume=True` loads these two and scans c alone. It scans a again if a.tar is newer than a.tar.ltx, differs in size, or
+if the new build wants checksums and a.tar.ltx has none.
+"""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
@@ -6,127 +11,148 @@ from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 
 from samplers.shards.indexing.index_file import SUFFIX, read_index, write_index
-from samplers.shards.indexing.scan import LengthOf, scan_shard
+from samplers.shards.indexing.measuring import LengthOf
+from samplers.shards.indexing.scan import scan_shard
 from samplers.shards.indexing.tables import Tables
 from samplers.shards.storage.atomic import TEMPORARY, remove_leftover
 from samplers.shards.storage.reading import open_file
 
 
 @dataclass(frozen=True)
-class Scan:
-    """How to index a shard.
+class IndexCache:
+    """Indexes shards, with a cache of their indexes.
 
     Attributes:
-        fields: those whose lengths count; None for all arrays with an axis.
+        fields: Fields whose lengths count. None for all arrays with an axis.
         length: `(field, bytes) -> steps` for fields that are not arrays.
-        checksums: read the payload too.
-        keep: where each shard's index is kept: True for beside it, or a local folder; False for nowhere.
-        length_id: which function `length` is; None where none is given, or none knows.
+        checksums: Read payloads too.
+        cache_dir: Where the index of each shard is written: True for next to the shard, or a local folder. False for
+            no cache.
+        length_id: Name of `length`. None without a function, or for one that has no name.
     """
 
     fields: Collection[str] | None
     length: LengthOf | None
     checksums: bool
-    keep: bool | Path = False
+    cache_dir: bool | Path = False
     length_id: str | None = None
 
     def __call__(self, shard: str) -> Tables:
-        """The tables of a shard, from its kept index if that fits, else from its headers.
+        """The tables of a shard: from the cache if its index fits, else from a scan.
 
         Raises:
-            FileExistsError: Another process writes the index.
-            ValueError: The kept index is of other fields or of another function, nobody can tell which function
-                measures lengths that are to be kept, or the shard cannot be scanned.
+            FileExistsError: Another process is writing the index.
+            ValueError: The cached index is of other fields or by another function, the function has no name although
+                its lengths are to be cached, or the shard cannot be scanned.
         """
-        kept = self.find(shard)
-        if kept is not None:
-            self._check_fields(kept, shard)
-            self._check_length_id(kept, shard)
-            return kept if self.checksums else replace(kept, crcs=None)
+        cached = self.load(shard)
+        if cached is not None:
+            self._check_fields(cached, shard)
+            self._check_length_id(cached, shard)
+            return cached if self.checksums else replace(cached, crcs=None)
+        # Scans of a whole shard are lost at a kill, so each index is written at once.
         tables = scan_shard(shard, self.fields, self.length, checksums=self.checksums)
         if tables.measured:
             tables = replace(tables, length_id=self.length_id)
-        if self.keep is not False:
-            self._check_named(tables, shard)
-            place = self.place(shard)
-            remove_leftover(place.with_name(place.name + TEMPORARY))
-            write_index(place, [tables])
+        if self.cache_dir is not False:
+            self._check_has_id(tables, shard)
+            path = self.path_of(shard)
+            remove_leftover(path.with_name(path.name + TEMPORARY))
+            write_index(path, [tables])
         return tables
 
-    def place(self, shard: str) -> Path:
-        """Where a shard's index is kept.
+    def path_of(self, shard: str) -> Path:
+        """The path of a shard's cached index.
 
         Raises:
-            ValueError: The shard is remote, and its index was to be kept beside it.
+            ValueError: The shard is remote, and its index was to be written next to it.
         """
-        if isinstance(self.keep, Path):
+        if isinstance(self.cache_dir, Path):
             name = shard if "://" in shard else str(Path(shard).absolute())
-            # Shards of several folders may share a name.
-            return (
-                self.keep / f"{blake2b(name.encode(), digest_size=4).hexdigest()}-{PurePosixPath(shard).name}{SUFFIX}"
-            )
+            # Shards in several folders may share a file name.
+            digest = blake2b(name.encode(), digest_size=4).hexdigest()
+            return self.cache_dir / f"{digest}-{PurePosixPath(shard).name}{SUFFIX}"
         if "://" in shard:
-            raise ValueError(f"{shard}: no index can be kept beside a remote shard: give resume= a local folder")
+            raise ValueError(f"{shard}: no index can be written next to a remote shard: give resume= a local folder")
         return Path(f"{shard}{SUFFIX}")
 
-    def find(self, shard: str) -> Tables | None:
-        """The kept index of a shard, if there is one that is whole, as new as the shard and has what is asked for."""
-        if self.keep is False or not (place := self.place(shard)).exists():
+    def load(self, shard: str) -> Tables | None:
+        """The cached index of a shard, if it is valid, not older than the shard, and has what this build wants."""
+        if self.cache_dir is False or not (path := self.path_of(shard)).exists():
             return None
+        # Read, not mapped: 100,000 cached indexes would be 100,000 open maps.
         try:
-            tables, _ = read_index(str(place), checked_up_to=None, mapped=False)
+            tables, _ = read_index(str(path), checked_up_to=None, mapped=False)
         except ValueError:
             return None
-        if len(tables.shards) != 1 or tables.shards[0].size != _size_since(shard, place):
+        if len(tables.shards) != 1 or tables.shards[0].size != _size_since(shard, path):
             return None
         if self.checksums and tables.crcs is None:
             return None
-        # An index from before functions were recorded, or by one of which nobody knows.
+        # The function that measured these lengths is unknown.
         if tables.measured and self._measures and tables.length_id is None:
             return None
         return replace(tables, shards=(replace(tables.shards[0], path=shard),))
 
-    def with_fields_of(self, shards: Iterable[str]) -> "Scan":
-        """The same where fields were named; else for the fields of the first index that is kept."""
-        if self.fields is not None or self.keep is False:
+    def inherit_fields(self, shards: Iterable[str]) -> "IndexCache":
+        """This cache if `fields` was given, else one with the fields of the first cached index."""
+        if self.fields is not None or self.cache_dir is False:
             return self
-        kept = next((tables for shard in shards if (tables := self.find(shard))), None)
-        return self if kept is None else replace(self, fields=_tracked(kept))
+        cached = next((tables for shard in shards if (tables := self.load(shard))), None)
+        return self if cached is None else replace(self, fields=_tracked_fields(cached))
 
-    def _check_fields(self, kept: Tables, shard: str) -> None:
-        if self.fields is not None and set(self.fields) != set(_tracked(kept)):
+    def _check_fields(self, cached: Tables, shard: str) -> None:
+        """Refuse a cached index of other fields.
+
+        Raises:
+            ValueError: It is one.
+        """
+        fields = _tracked_fields(cached)
+        if self.fields is not None and set(self.fields) != set(fields):
             raise ValueError(
-                f"{self.place(shard)} tells the lengths of {_tracked(kept)}, asked for are {sorted(self.fields)}: ask "
-                "for the same fields, delete it, or give resume= another folder"
+                f"{self.path_of(shard)} has the lengths of {fields}, asked for are {sorted(self.fields)}: ask for the "
+                "same fields, delete it, or give resume= another folder"
             )
 
     @property
     def _measures(self) -> bool:
         return self.length is not None or self.length_id is not None
 
-    def _check_length_id(self, kept: Tables, shard: str) -> None:
-        if kept.measured and self._measures and kept.length_id != self.length_id:
+    def _check_length_id(self, cached: Tables, shard: str) -> None:
+        """Refuse lengths that another function measured.
+
+        Raises:
+            ValueError: Another one did.
+        """
+        if cached.measured and self._measures and cached.length_id != self.length_id:
             raise ValueError(
-                f"{self.place(shard)}: its lengths of {', '.join(kept.measured)} were measured by {kept.length_id!r}, "
-                f"length= is now {self.length_id!r}: delete it to measure anew, give resume= another folder, or "
-                f"length_id={kept.length_id!r} if both give the same lengths"
+                f"{self.path_of(shard)}: its lengths of {', '.join(cached.measured)} were measured by "
+                f"{cached.length_id!r}, length= is now {self.length_id!r}: delete it to measure again, give resume= "
+                f"another folder, or length_id={cached.length_id!r} if both give the same lengths"
             )
 
-    def _check_named(self, tables: Tables, shard: str) -> None:
+    def _check_has_id(self, tables: Tables, shard: str) -> None:
+        """Refuse to cache lengths by a function without a name.
+
+        Raises:
+            ValueError: It has none.
+        """
         if tables.measured and self.length_id is None:
             raise ValueError(
-                f"{shard}: the lengths of {', '.join(tables.measured)} are to be kept, and nobody can tell later which "
-                f"function has measured them, for {self.length!r} holds objects: give it a name with length_id="
+                f"{shard}: a cached index must name the function that measured the lengths of "
+                f"{', '.join(tables.measured)}, but no name can be made for {self.length!r}, which holds objects: give "
+                "it a name with length_id="
             )
 
 
-def _tracked(tables: Tables) -> list[str]:
+def _tracked_fields(tables: Tables) -> list[str]:
     return [field.name for field in tables.fields if field.tracked]
 
 
 def _size_since(shard: str, index: Path) -> int | None:
-    """Bytes of a shard, None if it was changed, moved here or replaced after its index was written."""
+    """Bytes of a shard. None if it was changed, moved here or replaced after its index was written."""
     if "://" in shard:
         return open_file(shard).size
-    facts = Path(shard).stat()
-    return facts.st_size if max(facts.st_mtime_ns, facts.st_ctime_ns) <= index.stat().st_mtime_ns else None
+    # The change time too: `mv` and `cp -p` keep the modification time of a file.
+    status = Path(shard).stat()
+    return status.st_size if max(status.st_mtime_ns, status.st_ctime_ns) <= index.stat().st_mtime_ns else None

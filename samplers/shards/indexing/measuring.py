@@ -1,8 +1,13 @@
-"""Lengths that a user's function measures: from a length function and decoders to one function, and which one it is.
+"""Lengths that a user's function measures, and the name by which the index knows that function.
 
-The name of a function is what tells, later and in another process, whether lengths were measured by the same one. It
-is made of its source without comments and blank lines, which is the same in every version of Python, and of what the
-source refers to: constants, arguments that were bound, and functions of the same module.
+A later process must know whether the lengths in an index come from the same function. So each function gets a name. It
+is made from its source without comments and blank lines, which is the same in every version of Python, and from what
+the source refers to: constants, bound arguments, and functions of the same module.
+
+>>> def steps(field, data):
+...     return len(data)
+>>> identify(steps).startswith("steps:")
+True
 """
 
 import ast
@@ -17,29 +22,34 @@ from functools import partial
 from hashlib import blake2b
 from pathlib import PurePath
 from types import CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
-from samplers.shards.indexing.scan import LengthOf
+from samplers.masked import refuse_masked
 
-Decoder = Callable[[bytes], Any]
+# (field, bytes) -> steps.
+LengthOf: TypeAlias = Callable[[str, bytes], int]
+# Bytes of a member to a value.
+Decoder: TypeAlias = Callable[[bytes], Any]
 
 
 @dataclass(frozen=True)
 class Measure:
-    """Steps of a field, by its decoder if there is one, else by a function of all fields.
+    """Measures the steps of a field: by its decoder if there is one, else by the length function.
 
     Attributes:
         length: `(field, bytes) -> steps`.
-        decode: functions from bytes to a sequence, by field.
+        decode: Functions from bytes to a sequence, by field.
     """
 
     length: LengthOf | None
     decode: Mapping[str, Decoder]
 
     def __call__(self, field: str, data: bytes) -> int:
-        """Steps of a field; 0 where nothing measures it."""
+        """Steps of a field. 0 if nothing measures it."""
         if field in self.decode:
-            return len(self.decode[field](data))
+            value = self.decode[field](data)
+            refuse_masked(value, f"steps of field {field!r}", "let decode= drop them with .compressed()")
+            return len(value)
         return 0 if self.length is None else self.length(field, data)
 
     def measures(self, field: str) -> bool:
@@ -48,43 +58,44 @@ class Measure:
 
 
 def identify(function: Callable[..., Any]) -> str | None:
-    """A short name that changes when what a function does changes: `NAME:DIGEST`.
+    """A short name `NAME:DIGEST` that changes when the function changes.
 
-    Where there is no source, as of a function that was typed into Python, it is made of the compiled code, and another
-    version of Python gives another.
+    Without source (a function that was typed into the interpreter), it is made from the compiled code, and differs
+    between versions of Python.
 
     Returns:
-        The name; None if the function holds objects of which no text tells what they are.
+        The name. None if the function refers to objects that no text describes.
     """
     if isinstance(function, Measure):
         parts = {"": function.length, **dict(sorted(function.decode.items()))}
         names = {field: identify(part) for field, part in parts.items() if part is not None}
         return None if None in names.values() else " ".join(f"{field}={name}" for field, name in names.items())
     try:
-        text = "\n".join(_describe(function, _module_of(function), set()))
+        text = "\n".join(_describe_function(function, _module_of(function), set()))
     except _UnknownError:
         return None
     return f"{_name_of(function)}:{blake2b(text.encode('utf-8', 'surrogateescape'), digest_size=8).hexdigest()}"
 
 
 class _UnknownError(Exception):
-    """An object of which no text tells what it is."""
+    """An object that no text describes."""
 
 
-def _describe(function: Any, module: str, seen: set[int]) -> Iterator[str]:
-    """What a function is.
+def _describe_function(function: Any, module: str, seen: set[int]) -> Iterator[str]:
+    """Describe a function: its source, its defaults, and the values that it refers to.
 
     Yields:
         Lines of text.
     """
+    # Functions may call each other in a circle.
     if id(function) in seen:
         return
     seen.add(id(function))
     if isinstance(function, partial):
-        yield from _describe(function.func, module, seen)
+        yield from _describe_function(function.func, module, seen)
         yield from _describe_value((function.args, dict(function.keywords)), module, seen)
     elif isinstance(function, MethodType):
-        yield from _describe(function.__func__, module, seen)
+        yield from _describe_function(function.__func__, module, seen)
         yield from _describe_value(function.__self__, module, seen)
     elif isinstance(function, FunctionType):
         yield from _read_source(function) or _describe_code(function.__code__)
@@ -93,18 +104,18 @@ def _describe(function: Any, module: str, seen: set[int]) -> Iterator[str]:
     elif inspect.isroutine(function) or isinstance(function, type):
         yield f"{function.__module__}.{function.__qualname__}"
     else:
-        yield from _describe(type(function).__call__, module, seen)
+        yield from _describe_function(type(function).__call__, module, seen)
         yield from _describe_value(function, module, seen)
 
 
 def _describe_names(function: FunctionType, module: str, seen: set[int]) -> Iterator[str]:
-    """What the names in a function stand for, as far as a text tells.
+    """Describe the global and outer variables that a function uses, as far as text can.
 
     Yields:
         Lines of text.
     """
-    found = inspect.getclosurevars(function)
-    for name, value in sorted({**found.globals, **found.nonlocals}.items()):
+    variables = inspect.getclosurevars(function)
+    for name, value in sorted({**variables.globals, **variables.nonlocals}.items()):
         yield name
         if isinstance(value, ModuleType):
             yield value.__name__
@@ -116,19 +127,28 @@ def _describe_names(function: FunctionType, module: str, seen: set[int]) -> Iter
 
 
 def _describe_value(value: Any, module: str, seen: set[int]) -> Iterator[str]:
+    """Describe a value that a function uses.
+
+    Yields:
+        Lines of text.
+
+    Raises:
+        _UnknownError: No text describes it.
+    """
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, PurePath)):
         yield repr(value)
     elif isinstance(value, (tuple, list)):
         for each in value:
             yield from _describe_value(each, module, seen)
     elif isinstance(value, (set, frozenset)):
+        # A set has another order in every process.
         yield from sorted(line for each in value for line in _describe_value(each, module, seen))
     elif isinstance(value, Mapping):
         for key, each in sorted(value.items(), key=repr):
             yield from _describe_value(key, module, seen)
             yield from _describe_value(each, module, seen)
     elif isinstance(value, FunctionType) and value.__module__ == module:
-        yield from _describe(value, module, seen)
+        yield from _describe_function(value, module, seen)
     elif inspect.isroutine(value) or isinstance(value, type):
         yield f"{value.__module__}.{value.__qualname__}"
     elif hasattr(value, "__dict__") and type(value).__module__ == module:
@@ -139,15 +159,16 @@ def _describe_value(value: Any, module: str, seen: set[int]) -> Iterator[str]:
 
 
 def _read_source(function: FunctionType) -> list[str]:
-    """The source of a function without comments and blank lines; nothing where it cannot be found."""
+    """The source of a function without comments and blank lines. Empty if it cannot be found."""
     try:
         lines, _ = inspect.findsource(function)
         nodes = list(_find_nodes(ast.parse("".join(lines)), function.__code__))
+        # Not found, or several definitions fit, such as two equal lambdas in one call.
         if len(nodes) != 1:
             return []
         text = textwrap.dedent("".join(lines[nodes[0].lineno - 1 : nodes[0].end_lineno]))
         if isinstance(nodes[0], ast.Lambda):
-            # Alone in brackets, for what stands around it has no say.
+            # The lambda alone, in brackets: the code around it does not change what it does.
             text = f"({ast.get_source_segment(''.join(lines), nodes[0])})"
         return _strip_comments(text)
     except (OSError, TypeError, ValueError, SyntaxError, tokenize.TokenError):
@@ -155,6 +176,11 @@ def _read_source(function: FunctionType) -> list[str]:
 
 
 def _find_nodes(tree: ast.Module, code: CodeType) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda]:
+    """The definitions in a module that the code may come from: by name and line, a lambda by the span of its body.
+
+    Yields:
+        Nodes of the tree.
+    """
     spans = {(first, last, start, end) for first, last, start, end in code.co_positions() if start is not None}
     for node in ast.walk(tree):
         if isinstance(node, ast.Lambda) and code.co_name == "<lambda>":
@@ -177,7 +203,11 @@ def _strip_comments(text: str) -> list[str]:
 
 
 def _describe_code(code: CodeType) -> Iterator[str]:
-    # Without source: what this version of Python has made of it.
+    """Describe compiled code, which depends on the version of Python.
+
+    Yields:
+        Lines of text.
+    """
     yield f"Python {sys.version_info.major}.{sys.version_info.minor}"
     yield code.co_code.hex()
     yield repr((code.co_names, code.co_varnames, code.co_freevars))

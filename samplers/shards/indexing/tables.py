@@ -1,33 +1,54 @@
-"""What is known of samples without reading them: lengths, keys, places and checksums, of one shard or of many."""
+"""Tables: lengths, keys, offsets and checksums of samples, for one shard or many.
+
+Two shards of the layout `"blocks"` with one field `tokens`: the first has a block of 2 samples and a block of 1, the
+second has a block of 2. Joined, the first sample of each block is counted from the start of the corpus:
+
+>>> def one_shard(path, lengths, blocks):
+...     keys = np.array([f"{path}{row}".encode() for row in range(len(lengths))])
+...     fields = (Field("tokens", "tokens.npy", variable=True, dtype="<i4", tracked=True),)
+...     shard = Shard(path, size=4096, samples=len(lengths), digest="", fingerprint="")
+...     column = np.array(lengths, "<i4")[:, None]
+...     return Tables("blocks", fields, (shard,), column, keys, column.astype("<i8"), blocks=np.array(blocks, "<i8"))
+>>> a = one_shard("a", [3, 1, 2], [[0, 1024, 512], [2, 2560, 2048]])
+>>> b = one_shard("b", [5, 4], [[0, 1024, 512]])
+>>> both = join_tables([a, b])
+>>> both.lengths[:, 0].tolist(), both.keys.tolist()
+([3, 1, 2, 5, 4], [b'a0', b'a1', b'a2', b'b0', b'b1'])
+>>> both.blocks.tolist()
+[[0, 1024, 512], [2, 2560, 2048], [3, 1024, 512]]
+>>> both.of_shard(1).blocks.tolist()
+[[0, 1024, 512]]
+
+In a row of `blocks`, 1024 is the offset of `tokens.npy` and 512 that of `tokens.lengths.npy`.
+"""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-Array: TypeAlias = npt.NDArray[Any]
+from samplers.shards.format.npy import AnyArray
+
 Layout: TypeAlias = Literal["plain", "blocks"]
 
-
-# What `Tables` may hold, each little-endian.
-ARRAYS: Final = {"lengths": "<i4", "keys": "S", "places": "<i8", "sizes": "<i8", "crcs": "<u4", "blocks": "<i8"}
+# Arrays of `Tables` and their dtypes, little-endian.
+ARRAYS: Final = {"lengths": "<i4", "keys": "S", "offsets": "<i8", "sizes": "<i8", "crcs": "<u4", "blocks": "<i8"}
 
 
 @dataclass(frozen=True)
 class Field:
-    """A field of every sample.
+    """A field of every sample, as the shards store it.
 
     Attributes:
-        name: of the field.
-        suffix: of its members.
-        variable: True where samples differ in length, which the tables then hold.
-        dtype: of its arrays as stored; empty where members are not arrays of one kind.
-        shape: `F`, the axes behind the steps; of a field of fixed size, all axes.
-        tracked: True where `LengthIndex.lengths` shows its lengths.
+        name: Name of the field.
+        suffix: Suffix of its members.
+        variable: True if samples differ in length. The tables have these lengths.
+        dtype: Dtype of its arrays as stored. Empty if the members are not arrays of one dtype and shape.
+        shape: `F`, the axes behind the steps. All axes, if the size is fixed.
+        tracked: True if `LengthIndex.lengths` has its lengths.
     """
 
     name: str
@@ -44,7 +65,7 @@ class Field:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a step; of a sample, where the size is fixed."""
+        """Bytes of a step. Bytes of a sample, if the size is fixed."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
@@ -53,12 +74,12 @@ class Shard:
     """A shard as it was indexed.
 
     Attributes:
-        path: path or URL.
-        size: bytes.
-        samples: how many it holds.
-        digest: blake2b, 8 bytes in hexadecimal, of each member's tar headers and first 256 bytes, and of all of a
-            block's keys and lengths.
-        fingerprint: the same of the samples' keys and lengths.
+        path: Path or URL.
+        size: Size in bytes.
+        samples: Number of samples.
+        digest: Digest (blake2b, 8 bytes, hexadecimal) of each member's tar headers and first 256 bytes, and of the
+            whole keys and lengths of a block.
+        fingerprint: The same kind of digest of the samples' keys and lengths.
     """
 
     path: str
@@ -68,101 +89,120 @@ class Shard:
     fingerprint: str
 
 
-class Part(Protocol):
-    """What can be joined: tables in memory, or a file whose arrays are read when they are asked for."""
+class TablesLike(Protocol):
+    """What `join_tables` joins: tables in memory, or an index file whose arrays are mapped when they are used."""
 
     @property
     def layout(self) -> Layout:
-        """Of the shards."""
+        """Layout of the shards."""
         ...
 
     @property
     def fields(self) -> tuple[Field, ...]:
-        """In the order of their members."""
+        """The fields, in the order of their members."""
         ...
 
     @property
     def shards(self) -> tuple[Shard, ...]:
-        """In the order of their samples."""
+        """The shards, in the order of their samples."""
         ...
 
     @property
     def length_id(self) -> str | None:
-        """Which function measured lengths."""
+        """Name of the function that measured lengths."""
         ...
 
     @property
     def shapes(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-        """Dtype and shape of each array that there is, by name."""
+        """Dtype and shape of each array, by name."""
         ...
 
-    def array(self, name: str) -> Array:
+    def array(self, name: str) -> AnyArray:
         """One of the arrays."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """What is known of N samples with M fields, K of them variable, in one shard or many.
+    """Tables of N samples with M fields, K of them of variable length, in one shard or many.
 
     Attributes:
-        layout: of the shards.
-        fields: M fields, in the order of their members.
-        shards: in the order of their samples.
-        lengths: steps, int32 `[N, K]`.
-        keys: UTF-8, fixed-width bytes `[N]`.
-        places: int64 `[N, M]`, offsets in the shard: of the sample's first value in blocks, of the member in the plain
+        layout: Layout of the shards.
+        fields: The M fields, in the order of their members.
+        shards: The shards, in the order of their samples.
+        lengths: Lengths in steps, int32 `[N, K]`.
+        keys: Keys in UTF-8, fixed-width bytes `[N]`.
+        offsets: Offsets in the shard, int64 `[N, M]`: of the sample's first value in blocks, of the member in the plain
             layout, where 0 means that the sample lacks the field.
-        sizes: bytes of the member, int64 `[N, M]`; None in blocks, where length and dtype tell.
-        crcs: crc32 of those bytes, uint32 `[N, M]`; None if they were not asked for.
-        blocks: int64 `[G, 1 + M + K]`: each block's first sample, the offsets of its fields' members and of its
-            variable fields' lengths; None in the plain layout.
-        length_id: which function measured the lengths of fields that are no arrays; None where none did, or nobody
-            knows.
+        sizes: Bytes of the member, int64 `[N, M]`. None in blocks, where length and dtype give them.
+        crcs: crc32 of these bytes, uint32 `[N, M]`. None if payloads were not read.
+        blocks: int64 `[G, 1 + M + K]`, a row for each block: its first sample, the offsets of its fields' members, and
+            the offsets of the lengths of its variable fields. None in the plain layout.
+        length_id: Name of the function that measured the lengths of fields that are not arrays. None if there is no
+            such field, or the function is unknown.
     """
 
     layout: Layout
     fields: tuple[Field, ...]
     shards: tuple[Shard, ...]
-    lengths: Array
-    keys: Array
-    places: Array
-    sizes: Array | None = None
-    crcs: Array | None = None
-    blocks: Array | None = None
+    lengths: AnyArray
+    keys: AnyArray
+    offsets: AnyArray
+    sizes: AnyArray | None = None
+    crcs: AnyArray | None = None
+    blocks: AnyArray | None = None
     length_id: str | None = None
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        # Pickles of release 0.1 call the offsets `places`.
+        self.__dict__.update({"offsets" if name == "places" else name: value for name, value in state.items()})
 
     @property
     def variable(self) -> list[Field]:
-        """The K fields whose lengths are known."""
-        return [each for each in self.fields if each.variable]
+        """The K fields of variable length."""
+        return [field for field in self.fields if field.variable]
 
     @property
-    def arrays(self) -> dict[str, Array]:
-        """The arrays that there are, by name."""
+    def arrays(self) -> dict[str, AnyArray]:
+        """The arrays that are not None, by name."""
         values = {name: getattr(self, name) for name in ARRAYS}
         return {name: value for name, value in values.items() if value is not None}
 
     @property
     def shapes(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-        """Dtype and shape of each of them."""
+        """Dtype and shape of each array, by name."""
         return {name: (array.dtype, array.shape) for name, array in self.arrays.items()}
 
     @property
     def measured(self) -> list[str]:
-        """The fields whose lengths no header tells: a function of the user's has measured them."""
+        """The fields whose lengths were measured by a user's function, because no header has them."""
         return [field.name for field in self.fields if field.tracked and not field.is_array]
 
-    def array(self, name: str) -> Array:
+    @cached_property
+    def starts(self) -> AnyArray:
+        """Index of each shard's first sample, then N: int64 `[S + 1]`."""
+        return np.cumsum([0, *(shard.samples for shard in self.shards)])
+
+    def array(self, name: str) -> AnyArray:
         """One of the arrays."""
         return self.arrays[name]
 
+    def of_shard(self, number: int) -> "Tables":
+        """The tables of one shard, as an index of that shard alone would have them."""
+        first, last = self.starts[number : number + 2].tolist()
+        arrays: dict[str, Any] = {name: array[first:last] for name, array in self.arrays.items() if name != "blocks"}
+        if self.blocks is not None:
+            start, end = np.searchsorted(self.blocks[:, 0], [first, last])
+            arrays["blocks"] = self.blocks[start:end].copy()
+            arrays["blocks"][:, 0] -= first
+        return Tables(self.layout, self.fields, (self.shards[number],), **arrays, length_id=self.length_id)
 
-def join_tables(parts: Sequence[Part]) -> Tables:
+
+def join_tables(parts: Sequence[TablesLike]) -> Tables:
     """The tables of several lists of shards as one, in their order.
 
     Raises:
-        ValueError: There are none, or they differ in layout, fields, checksums or what measured their lengths.
+        ValueError: There are none, or they differ in layout, fields, checksums or the function that measured lengths.
     """
     length_id = check_alike(parts)
     shards = tuple(shard for part in parts for shard in part.shards)
@@ -170,70 +210,75 @@ def join_tables(parts: Sequence[Part]) -> Tables:
     return Tables(parts[0].layout, parts[0].fields, shards, **arrays, length_id=length_id)
 
 
-def check_alike(parts: Sequence[Part]) -> str | None:
+def check_alike(parts: Sequence[TablesLike]) -> str | None:
     """Refuse tables that cannot be joined.
 
     Returns:
-        Which function measured the lengths of all of them; None where that is not known of each.
+        The function that measured all of their lengths. None if it is unknown for one of them.
 
     Raises:
-        ValueError: There are none, or they differ in layout, fields, checksums or what measured their lengths.
+        ValueError: There are none, or they differ in layout, fields, checksums or the function that measured lengths.
     """
     if not parts:
         raise ValueError("indexes must be at least one, got none")
     first = parts[0]
     for part in parts:
         paths = f"{part.shards[0].path} and {first.shards[0].path}"
+        # Field by field: dtype and feature shape decide how bytes are cut into samples.
         if (part.layout, part.fields) != (first.layout, first.fields):
-            raise ValueError(f"{paths} cannot be one corpus: {_describe(part)}, and {_describe(first)}")
+            raise ValueError(f"{paths} cannot be one corpus: {_describe_tables(part)}, and {_describe_tables(first)}")
         if part.shapes.keys() != first.shapes.keys():
             raise ValueError(f"of {paths} one is indexed without checksums: build both with the same checksums=")
-    found = {part.length_id: part for part in parts}
-    named = [name for name in found if name is not None]
-    if len(named) > 1:
-        paths = " and ".join(found[name].shards[0].path for name in named[:2])
+    by_id = {part.length_id: part for part in parts}
+    names = [name for name in by_id if name is not None]
+    if len(names) > 1:
+        paths = " and ".join(by_id[name].shards[0].path for name in names[:2])
         raise ValueError(
-            f"the lengths of {paths} were measured by two functions, {named[0]!r} and {named[1]!r}: build both indexes "
+            f"the lengths of {paths} were measured by two functions, {names[0]!r} and {names[1]!r}: build both indexes "
             "with one, or with one length_id= if both measure the same"
         )
-    return named[0] if named and None not in found else None
+    return names[0] if names and None not in by_id else None
 
 
-def joined(parts: Sequence[Part], name: str) -> Iterator[Array]:
-    """One array of all these tables, as it stands in the whole.
+def concat_column(parts: Sequence[TablesLike], name: str) -> Iterator[AnyArray]:
+    """One array of the joined tables, part by part.
 
     Yields:
-        Each part's share.
+        The rows of each part.
     """
     width = key_width(parts)
     first = 0
     for part in parts:
         array = part.array(name)
         if name == "keys":
+            # The file has one width for all keys, that of the longest in any part.
             array = array.astype(f"S{width}")
         elif name == "blocks":
-            array = array + np.eye(1, array.shape[1], dtype=array.dtype) * first
+            array = array.copy()
+            # The first sample of a block is counted from the start of the corpus.
+            array[:, 0] += first
         first += part.shapes["keys"][1][0]
         yield array
 
 
-def key_width(parts: Sequence[Part]) -> int:
+def key_width(parts: Sequence[TablesLike]) -> int:
     """Bytes of the longest key."""
     return max(part.shapes["keys"][0].itemsize for part in parts)
 
 
-def _concatenate(parts: Sequence[Part], name: str) -> Array:
-    # One part after the other: of 2,000 files, each is open no longer than it is read.
+def _concatenate(parts: Sequence[TablesLike], name: str) -> AnyArray:
+    """One array of the joined tables."""
+    # Copied part by part: of 2,000 index files, each is open only while it is copied.
     dtype, shape = parts[0].shapes[name]
     rows = sum(part.shapes[name][1][0] for part in parts)
     whole = np.empty((rows, *shape[1:]), f"S{key_width(parts)}" if name == "keys" else dtype)
     first = 0
-    for array in joined(parts, name):
+    for array in concat_column(parts, name):
         whole[first : first + len(array)] = array
         first += len(array)
     return whole
 
 
-def _describe(part: Part) -> str:
-    kinds = [f"{f.suffix} {f.dtype} {list(f.shape)}{' variable' * f.variable}".strip() for f in part.fields]
-    return f"{part.layout} of {', '.join(kinds)}"
+def _describe_tables(part: TablesLike) -> str:
+    fields = [f"{f.suffix} {f.dtype} {list(f.shape)}{' variable' * f.variable}".strip() for f in part.fields]
+    return f"{part.layout} of {', '.join(fields)}"

@@ -1,69 +1,244 @@
-"""An index held against its shards, one after the other, that goes on after a bad one."""
+"""Compare an index with its shards: headers, lengths and, with checksums, every byte of the payloads.
 
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from typing import Any
+`check_shard` scans a whole shard. `check_block` reads the headers of one block, before a dataset reads its samples.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TypeAlias, overload
 
 import numpy as np
 
-from samplers.shards.indexing.index import LengthIndex
+from collate.errors import LengthError
+from samplers.shards.format.keys import decode_key
+from samplers.shards.format.npy import LONGEST_HEADER, AnyArray, read_npy_header
+from samplers.shards.indexing.index_file import REBUILD
 from samplers.shards.indexing.measuring import Measure
-from samplers.shards.indexing.tables import Tables
+from samplers.shards.indexing.scan import scan_shard
+from samplers.shards.indexing.tables import Field, Tables
+from samplers.shards.storage.process_pool import run_in_processes
+from samplers.shards.storage.reading import RandomAccess, open_file
+
+# Fields to read: column in the tables, field, and column of its lengths (-1 for a field of fixed size).
+ReadColumns: TypeAlias = list[tuple[int, Field, int]]
+
+
+def check_shard(tables: Tables, measure: Measure, *, checksums: bool) -> None:
+    """Compare the tables of one shard with the shard.
+
+    Args:
+        tables: Tables of one shard.
+        measure: Measures the lengths that no header has.
+        checksums: Read payloads, and compare their crc32.
+
+    Raises:
+        FileNotFoundError: The shard is absent.
+        LengthError: The length of a sample differs. The message has shard, key, field and both lengths.
+        ValueError: The shard has changed since it was indexed, or is damaged.
+    """
+    [shard] = tables.shards
+    size = open_file(shard.path).size
+    changed = f"{shard.path}: changed since it was indexed"
+    if size != shard.size:
+        raise ValueError(f"{changed}: {size} bytes, the index says {shard.size}; {REBUILD}")
+    scanned = scan_shard(
+        shard.path, [field.name for field in tables.variable if field.tracked], measure, checksums=checksums
+    )
+    if (scanned.layout, scanned.fields, scanned.keys.tolist()) != (tables.layout, tables.fields, tables.keys.tolist()):
+        raise ValueError(f"{changed}: its layout, fields or keys are others; {REBUILD}")
+    for column, field in enumerate(scanned.variable):
+        if field.is_array or measure.measures(field.name):
+            indexed, stored = tables.lengths[:, column], scanned.lengths[:, column]
+            refuse_wrong_length(shard.path, tables.keys, field, indexed=indexed, stored=stored)
+    if scanned.crcs is not None and tables.crcs is not None:
+        _compare_crcs(scanned, tables.crcs)
+    # Last, because the checks above have better messages.
+    if scanned.shards[0].digest != shard.digest:
+        raise ValueError(f"{changed}: its headers are others; {REBUILD}")
+
+
+def refuse_wrong_length(path: str, keys: AnyArray, field: Field, *, indexed: AnyArray, stored: AnyArray) -> None:
+    """Compare lengths `[n]` in the index with those in the shard.
+
+    Raises:
+        LengthError: One differs.
+    """
+    rows = np.flatnonzero(indexed != stored)
+    if len(rows):
+        row = rows[0]
+        raise LengthError(
+            f"{path}: sample {decode_key(keys[row])!r}, field {field.name!r}: the index says {indexed[row]} steps, the "
+            f"shard {stored[row]}; {REBUILD}"
+        )
+
+
+def check_block(file: RandomAccess, tables: Tables, block: int, columns: ReadColumns) -> None:
+    """Compare a block with the index.
+
+    Args:
+        file: The shard.
+        tables: Tables of the corpus, with blocks.
+        block: Index of the block.
+        columns: Fields to read.
+
+    Raises:
+        LengthError: The length of a sample differs.
+        ValueError: A dtype, feature shape or offset differs.
+    """
+    rows, members = _block_entry(tables, block)
+    # A damaged index must not cause a read far behind the end.
+    if max(members) > file.size:
+        raise ValueError(f"{file.path}: the index says that a member is not within the shard: {REBUILD}")
+    for column, field, length_column in columns:
+        steps = np.ones(rows.stop - rows.start, np.int64)
+        if field.variable:
+            steps = tables.lengths[rows, length_column].astype(np.int64)
+            offset = members[len(tables.fields) + length_column]
+            _check_block_lengths(file, offset, steps=steps, keys=tables.keys[rows], field=field)
+        context = f"{file.path}: block of sample {decode_key(tables.keys[rows.start])!r}, field {field.name!r}"
+        header = read_npy_header(file.read(members[column], LONGEST_HEADER), context)
+        starts = members[column] + header.size + (np.cumsum(steps) - steps) * field.row_bytes
+        moved = " at another offset" if (starts != tables.offsets[rows, column]).any() else ""
+        expected = (field.dtype, (int(steps.sum()), *field.shape), False)
+        if moved or (header.dtype.str, header.shape, header.fortran) != expected:
+            raise ValueError(
+                f"{context}: holds {header.dtype.str} {list(header.shape)} at offset {members[column]}, the index says "
+                f"{expected[0]} {list(expected[1])}{moved}: {REBUILD}"
+            )
+        # Before memory is allocated for its samples.
+        end = members[column] + header.size + header.nbytes
+        if end > file.size:
+            raise ValueError(f"{context}: should end at byte {end}, the file has {file.size}: truncated")
+
+
+def _block_entry(tables: Tables, block: int) -> tuple[slice, list[int]]:
+    """The rows of a block in the tables, and the offsets of its members.
+
+    Raises:
+        ValueError: The layout has no blocks.
+    """
+    blocks = tables.blocks
+    if blocks is None:
+        raise ValueError(f'a shard of the layout "{tables.layout}" has no blocks')
+    first, *members = blocks[block].tolist()
+    last = int(blocks[block + 1, 0]) if block + 1 < len(blocks) else len(tables.keys)
+    return slice(first, last), members
+
+
+def _check_block_lengths(file: RandomAccess, offset: int, *, steps: AnyArray, keys: AnyArray, field: Field) -> None:
+    """Compare the lengths of a block with the index.
+
+    Raises:
+        ValueError: They are not integers, one for each sample.
+    """
+    context = f"{file.path}: block of sample {decode_key(keys[0])!r}, field {field.name!r}"
+    content = file.read(offset, LONGEST_HEADER + steps.nbytes)
+    header = read_npy_header(content, context)
+    if header.shape != steps.shape or header.dtype.kind not in "iu" or len(content) < header.size + header.nbytes:
+        raise ValueError(f"{context}: the index says {len(steps)} samples, the block has lengths {header}: {REBUILD}")
+    stored: AnyArray = np.ndarray(header.shape, header.dtype, content, header.size)
+    refuse_wrong_length(file.path, keys, field, indexed=steps, stored=stored)
+
+
+def check_request(tables: Tables, measure: Measure, *, checksums: bool) -> None:
+    """Refuse a verification that this index does not allow.
+
+    Raises:
+        ValueError: Payloads are to be checked, and the index has no checksums. Or a decoder is given for a field whose
+            length needs no measuring.
+    """
+    unknown = sorted(set(measure.decode) - set(tables.measured))
+    if unknown:
+        raise ValueError(f"decode names {unknown[0]!r}, and a function measures the lengths of {tables.measured} alone")
+    if checksums and tables.crcs is None:
+        raise ValueError(
+            "the index holds no checksums of payloads: build it with checksums=True, or `lengthtrack index --checksums`"
+        )
 
 
 def find_errors(
-    index: LengthIndex, *, payload: bool, measure: Measure | None = None, workers: int = 0
+    tables: Tables, *, checksums: bool, measure: Measure | None = None, workers: int = 0
 ) -> Iterator[str | None]:
-    """Hold every shard against the index.
+    """Compare every shard with the index, and continue after an error.
 
     Args:
-        index: of the shards.
-        payload: read every sample too, and hold it against its crc32.
-        measure: how lengths are measured that no header tells; picklable, where there are workers.
-        workers: processes; 0 stays in this one.
+        tables: Tables of the index.
+        checksums: Read payloads, and compare their crc32.
+        measure: Measures the lengths that no header has. Picklable, if there are workers.
+        workers: Number of processes. 0 stays in this one.
 
     Yields:
-        For each shard, in order: None, or what is wrong with it first.
+        For each shard, in order: None, or its first error.
 
     Raises:
-        ValueError: There are no checksums to hold a payload against.
+        ProcessKilledError: A process was killed.
+        TypeError: `workers` is not an int.
+        ValueError: The index does not allow this verification, or `workers` is negative.
     """
-    if payload and index.tables.crcs is None:
-        raise ValueError("the index holds no checksums of payloads: build it with checksums=True")
-    check = partial(_find_error, payload=payload, measure=measure or Measure(None, {}))
-    parts = (cut_shard(index, number) for number in range(len(index.shards)))
-    if not workers:
-        yield from map(check, parts)
-        return
-    with ProcessPoolExecutor(workers) as pool:
-        # `map` would cut the tables of all shards before the first is checked.
-        for numbers in _batches(len(index.shards), 16 * workers):
-            yield from pool.map(check, [cut_shard(index, number) for number in numbers])
+    check = _ShardCheck(measure or Measure(None, {}), checksums=checksums)
+    check_request(tables, check.measure, checksums=checksums)
+    # Workers finish in any order: errors of later shards wait here for those of earlier ones.
+    waiting: dict[int, str | None] = {}
+    number = 0
+    with closing(run_in_processes(check, _TablesByShard(tables), workers, unit="shard")) as results:
+        for index, error in results:
+            waiting[index] = error
+            while number in waiting:
+                yield waiting.pop(number)
+                number += 1
 
 
-def cut_shard(index: LengthIndex, number: int) -> Tables:
-    """What the index holds of one shard, as an index of that shard alone would."""
-    tables = index.tables
-    first, last = index.starts[number : number + 2].tolist()
-    arrays: dict[str, Any] = {name: array[first:last] for name, array in tables.arrays.items() if name != "blocks"}
-    if tables.blocks is not None:
-        start, end = np.searchsorted(tables.blocks[:, 0], [first, last])
-        arrays["blocks"] = tables.blocks[start:end].copy()
-        arrays["blocks"][:, 0] -= first
-    return Tables(tables.layout, tables.fields, (tables.shards[number],), **arrays, length_id=tables.length_id)
+class _TablesByShard(Sequence[Tables]):
+    """The tables of each shard, cut when they are used: all at once would be a second copy of the index."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+
+    def __len__(self) -> int:
+        return len(self._tables.shards)
+
+    @overload
+    def __getitem__(self, number: int) -> Tables: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Tables]: ...
+    def __getitem__(self, number: int | slice) -> Tables | list[Tables]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(len(self))[number]]
+        if not 0 <= number < len(self):
+            raise IndexError(f"no shard {number}, there are {len(self)}")
+        return self._tables.of_shard(number)
 
 
-def _find_error(tables: Tables, *, payload: bool, measure: Measure) -> str | None:
-    try:
-        LengthIndex(tables).verify(payload=payload, length=measure.length, decode=measure.decode)
-    except FileNotFoundError:
-        return f"{tables.shards[0].path}: the index lists this shard, but there is no such file"
-    except (ValueError, OSError, RuntimeError) as error:
-        # A decoder does not know what it was given: a note does.
-        return ": ".join([*getattr(error, "__notes__", ()), str(error)])
-    return None
+@dataclass(frozen=True)
+class _ShardCheck:
+    """Finds the first error of a shard. Picklable."""
+
+    measure: Measure
+    checksums: bool
+
+    def __call__(self, tables: Tables) -> str | None:
+        try:
+            check_shard(tables, self.measure, checksums=self.checksums)
+        except FileNotFoundError:
+            return f"{tables.shards[0].path}: the index lists this shard, but there is no such file"
+        except (ValueError, OSError, RuntimeError) as error:
+            # A decoder's error does not name the sample. The note that `measure` has added does.
+            return ": ".join([*getattr(error, "__notes__", ()), str(error)])
+        return None
 
 
-def _batches(total: int, size: int) -> Iterator[range]:
-    return (range(first, min(first + size, total)) for first in range(0, total, size))
+def _compare_crcs(scanned: Tables, crcs: AnyArray) -> None:
+    """Compare checksums `[n, M]` in the index with those of the shard.
+
+    Raises:
+        ValueError: One differs.
+    """
+    differing = np.argwhere(scanned.crcs != crcs)
+    if len(differing):
+        row, column = differing[0].tolist()
+        raise ValueError(
+            f"{scanned.shards[0].path}: sample {decode_key(scanned.keys[row])!r}, field "
+            f"{scanned.fields[column].name!r}, at offset {scanned.offsets[row, column]}: the bytes do not have the "
+            "checksum in the index: damaged or changed"
+        )

@@ -1,4 +1,15 @@
-"""New files: they appear whole or not at all, on this machine, and never in the place of another writer's."""
+"""Atomic files: a file appears complete or not at all, and two writers never mix their bytes.
+
+>>> from pathlib import Path
+>>> from tempfile import TemporaryDirectory
+>>> with TemporaryDirectory() as folder:
+...     file = AtomicFile(Path(folder, "a.tar"))
+...     _ = file.stream.write(b"abc")
+...     before = [path.name for path in Path(folder).iterdir()]
+...     file.commit()
+...     before, [path.name for path in Path(folder).iterdir()]
+(['a.tar.tmp'], ['a.tar'])
+"""
 
 import io
 import os
@@ -10,30 +21,30 @@ from typing import Any, BinaryIO, Final
 
 from samplers.shards.storage.locks import lock
 
-# Ends the name of a file that is being written.
+# Suffix of a file that is being written.
 TEMPORARY: Final = ".tmp"
 
-# A drive is one letter, and `Path` makes one slash of two.
+# One letter before a colon is a Windows drive. `Path` shortens two slashes to one, so one slash is enough here.
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|.*://", re.DOTALL)
 _LOCAL: Final = re.compile(r"(?:file|local)://", re.IGNORECASE)
-# Tries to create a file that another process takes for a leftover, and seconds between them.
+# Another process may mistake a new file for a leftover, and remove it before it is locked. So try again: 20 x 10 ms.
 _TRIES: Final = 20
-_PAUSE: Final = 0.01
+_RETRY_SECONDS: Final = 0.01
 
 
 def local_path(path: str | os.PathLike[str], name: str) -> Path:
-    """A path on this machine that is to be written.
+    """The local path of a file or folder that is to be written.
 
     Args:
-        path: a path, or a `file://` URL.
-        name: of the argument, for the message.
+        path: A path, or a `file://` URL.
+        name: Name of the argument, for the message.
 
     Raises:
-        ValueError: It is another URL: nothing is written there, and a folder of that name would be made here.
+        ValueError: It is another URL. Nothing is written to URLs, and `Path` would make a local folder of that name.
     """
     text = os.fspath(path)
-    if (local := _LOCAL.match(text)) is not None:
-        return Path(text[local.end() :])
+    if (scheme := _LOCAL.match(text)) is not None:
+        return Path(text[scheme.end() :])
     if _URL.match(text):
         raise ValueError(
             f"{name} must be a path on this machine, got {text!r}: URLs are read, and not written: write to a local "
@@ -42,38 +53,39 @@ def local_path(path: str | os.PathLike[str], name: str) -> Path:
     return Path(path)
 
 
-class NewFile:
-    """A file that is written beside its final name and appears under it complete, or not at all.
+class AtomicFile:
+    """A file that is written under a temporary name and gets its final name when it is complete.
 
-    While it is written it is locked, so that what a killed process left can be told from another's work.
+    It is locked while it is written. So the leftover of a killed process (no lock) differs from a file that another
+    process is writing (a lock).
 
     Attributes:
-        path: the final name.
-        temporary: the name while it is written.
-        stream: what to write to.
+        path: The final name.
+        temporary: The name while it is written.
+        stream: The open temporary file.
     """
 
     def __init__(self, path: Path, *, replace: bool = True) -> None:
-        """Create the temporary file, in the place of one that a killed process left.
+        """Create the temporary file. The leftover of a killed process is replaced.
 
         Args:
-            path: the final name.
-            replace: take the place of a file of that name.
+            path: The final name.
+            replace: Whether to replace a file of the final name.
 
         Raises:
-            FileExistsError: Somebody else writes the file, or there are no locks to tell whether somebody does. Or the
-                file itself exists and is not to be replaced.
+            FileExistsError: Another process is writing the file, or there are no locks that could tell. Or the file
+                exists and `replace` is False.
         """
         self.path = path
         self.temporary = path.with_name(path.name + TEMPORARY)
         self.stream = io.BufferedWriter(_create(self.temporary))
-        # Only who holds the temporary file gives the name away: from here on nobody else does.
+        # Only the holder of the lock may create the final name, so this check stays true until `commit`.
         if not replace and path.exists():
             self.discard()
             raise FileExistsError(f"{path} exists: another writer is at work in this folder: write to another one")
 
     def commit(self) -> None:
-        """Send everything to the disk, then give the file its final name."""
+        """Flush everything to the disk, then give the file its final name."""
         self.stream.flush()
         os.fsync(self.stream.fileno())
         self.stream.close()
@@ -81,17 +93,17 @@ class NewFile:
         _sync_folder(self.path.parent)
 
     def discard(self) -> None:
-        """Remove what has been written."""
-        # What is still in the buffer does not fit a full disk either.
+        """Remove the temporary file."""
+        # On a full disk closing fails as well, because the buffer does not fit either.
         with suppress(OSError):
             self.stream.close()
         self.temporary.unlink(missing_ok=True)
 
 
 def remove_leftover(temporary: Path) -> None:
-    """Remove the temporary file of a killed process; nothing happens if there is none.
+    """Remove the temporary file of a killed process, if there is one.
 
-    Where there are no locks, a file that is being written cannot be told from a leftover, and is removed too.
+    Without locks, a file that is being written looks like a leftover and is removed too.
 
     Raises:
         FileExistsError: The process that writes it is alive.
@@ -104,7 +116,7 @@ def _create(temporary: Path) -> "_NamedFile":
     """An empty file that this process has locked.
 
     Raises:
-        FileExistsError: Another process has it, or none can tell.
+        FileExistsError: Another process has it, or there are no locks that could tell.
     """
     for _ in range(_TRIES):
         try:
@@ -113,31 +125,31 @@ def _create(temporary: Path) -> "_NamedFile":
             if _remove(temporary, without_lock=False):
                 continue
             break
-        # Before it is locked, another process may take it for a leftover, lock it and remove it.
+        # Between creation and lock another process may have locked and removed the file as a leftover.
         if lock(file) is not False and _is_still(file, temporary):
             return file
         file.close()
-        time.sleep(_PAUSE)
+        time.sleep(_RETRY_SECONDS)
     raise FileExistsError(
         f"{temporary} exists: another writer is at work, or was killed: delete it, or write elsewhere"
     )
 
 
 def _remove(temporary: Path, *, without_lock: bool) -> bool:
-    """Remove a leftover; whether there is none now."""
+    """Remove a leftover. Returns whether the name is free now."""
     try:
         stream = temporary.open("r+b")
     except FileNotFoundError:
         return True
     with stream:
-        held = lock(stream)
-        # Meanwhile it may have been finished, or removed, and another begun under its name.
-        if held is False or (held is None and not without_lock) or not _is_still(stream, temporary):
+        locked = lock(stream)
+        # Since it was opened, its writer may have finished or removed it, and another may have created a new one.
+        if locked is False or (locked is None and not without_lock) or not _is_still(stream, temporary):
             return False
         if os.name != "nt":
             temporary.unlink(missing_ok=True)
             return True
-    # Windows keeps what is open.
+    # Windows cannot remove an open file.
     try:
         temporary.unlink(missing_ok=True)
     except PermissionError:
@@ -146,6 +158,7 @@ def _remove(temporary: Path, *, without_lock: bool) -> bool:
 
 
 def _is_still(stream: "BinaryIO | io.FileIO", path: Path) -> bool:
+    """Whether the open file is still the one of that name."""
     try:
         return os.path.samestat(os.fstat(stream.fileno()), path.stat())
     except FileNotFoundError:
@@ -153,7 +166,8 @@ def _is_still(stream: "BinaryIO | io.FileIO", path: Path) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    # A name is safe only when its folder is. Windows opens no folders, and keeps names itself.
+    """Flush a folder: a crash could lose the new name otherwise."""
+    # Windows cannot open folders, and writes names through by itself.
     if os.name != "nt":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -163,7 +177,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 class _NamedFile(io.FileIO):
-    """A file that names itself when the disk is full."""
+    """A file whose errors (a full disk) contain its name."""
 
     def write(self, data: Any) -> int:
         try:

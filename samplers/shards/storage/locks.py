@@ -1,30 +1,31 @@
-"""Locks on files: which the system takes back when a process ends, however it does."""
+"""Locks on files. The system releases a lock when its process ends, even by a kill."""
 
 import os
 from importlib import import_module
 from typing import Any, BinaryIO, Final
 
 
-def _load(name: str) -> Any:
+def _import_or_none(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError:
         return None
 
 
-# One of them is there on every common system: fcntl on Linux and macOS, msvcrt on Windows.
-_FCNTL: Final = _load("fcntl")
-_MSVCRT: Final = _load("msvcrt")
-# Windows locks bytes, and nobody else may then read or write them: one far behind what a file of this kind holds.
-_FAR: Final = (1 << 31) - 2
+# Every common system has one of them: fcntl on Linux and macOS, msvcrt on Windows.
+_FCNTL: Final = _import_or_none("fcntl")
+_MSVCRT: Final = _import_or_none("msvcrt")
+# Windows locks bytes, and then refuses reads and writes of them by other processes. This byte lies at 2 GiB, behind
+# the end of every file that is locked here.
+_LOCKED_BYTE: Final = (1 << 31) - 2
 
 
 def lock(stream: BinaryIO) -> bool | None:
-    """Lock an open file for as long as it is open, without waiting.
+    """Lock an open file for as long as it is open. Does not wait.
 
     Returns:
-        True if this process has the lock, False if another one has; None where the system or the file system knows no
-        locks, so that nobody can tell.
+        True if this process now has the lock, False if another process has it, None if the system or the file system
+        has no locks.
     """
     if _FCNTL is not None:
         return _lock_file(stream)
@@ -32,23 +33,26 @@ def lock(stream: BinaryIO) -> bool | None:
 
 
 def _lock_file(stream: BinaryIO) -> bool | None:
+    """Lock with fcntl."""
     try:
         _FCNTL.flock(stream.fileno(), _FCNTL.LOCK_EX | _FCNTL.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
+        # For example a network file system without locks.
         return None
     return True
 
 
 def _lock_byte(stream: BinaryIO) -> bool:
+    """Lock with msvcrt, which locks from the current offset of the file."""
     descriptor = stream.fileno()
-    before = os.lseek(descriptor, 0, os.SEEK_CUR)
-    os.lseek(descriptor, _FAR, os.SEEK_SET)
+    offset = os.lseek(descriptor, 0, os.SEEK_CUR)
+    os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
     try:
         _MSVCRT.locking(descriptor, _MSVCRT.LK_NBLCK, 1)
     except OSError:
         return False
     finally:
-        os.lseek(descriptor, before, os.SEEK_SET)
+        os.lseek(descriptor, offset, os.SEEK_SET)
     return True

@@ -1,4 +1,4 @@
-"""What shards are called: braces and wildcards to paths and URLs, each of them once."""
+"""Names of shards: from patterns with braces and wildcards to a list of paths and URLs, each once."""
 
 import os
 import re
@@ -7,30 +7,31 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Final
 
-from samplers.shards.storage.reading import Shards, file_system
+from samplers.shards.storage.reading import Shards
+from samplers.shards.storage.remote import file_system
 
-_NUMBERS: Final = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
-_LETTERS: Final = re.compile(r"([A-Za-z])\.\.([A-Za-z])(?:\.\.-?(\d+))?")
+_NUMBER_RANGE: Final = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
+_LETTER_RANGE: Final = re.compile(r"([A-Za-z])\.\.([A-Za-z])(?:\.\.-?(\d+))?")
 _ALPHABET: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-# Any character behind a backslash stands for itself.
+# A backslash escapes any character.
 _ESCAPED: Final = re.compile(r"\\(.)")
 _SPECIAL: Final = re.compile(r"\\.|[{},]", re.DOTALL)
 _WILD: Final = re.compile(r"[*?\[]")
 
 
 def expand_shards(shards: Shards) -> list[str]:
-    """The paths and URLs that are meant: braces are spelt out, wildcards looked up and sorted.
+    """The paths and URLs that patterns stand for. Braces are expanded in order, matches of wildcards are sorted.
 
-    A path that is there is taken as it stands, whatever braces and brackets it has. Braces mean what they mean to
-    webdataset and the shell: `{a,b}`, `{00..17}`, `{9..0..3}`, one in another.
+    A path that exists stands for itself, even with braces or brackets in it. Braces work as in webdataset and the
+    shell: `{a,b}`, `{00..17}`, `{9..0..3}`, also nested.
 
     Args:
-        shards: a path, a URL, a folder of `.tar` files, a pattern such as `train-{000..017}.tar` or `train-*.tar`, or
+        shards: A path, a URL, a folder of `.tar` files, a pattern such as `train-{000..017}.tar` or `train-*.tar`, or
             an iterable of these.
 
     Raises:
         FileNotFoundError: A wildcard matches nothing.
-        ValueError: No shard is named, one is named twice, or braces do not match.
+        ValueError: There is no shard, a shard comes twice, or braces do not match.
 
     >>> expand_shards("train-{08..10}.tar")
     ['train-08.tar', 'train-09.tar', 'train-10.tar']
@@ -44,27 +45,27 @@ def expand_shards(shards: Shards) -> list[str]:
 
 
 def refuse_twice(named: Iterable[tuple[str, str]]) -> None:
-    """Refuse a shard that comes twice, whose samples would then do so too.
+    """Refuse a shard that comes twice, because its samples would come twice.
 
     Args:
-        named: paths or URLs, and by which pattern, index or whatever else each is named.
+        named: Pairs: a path or URL, and the pattern or index that names it.
 
     Raises:
-        ValueError: There is one.
+        ValueError: A shard comes twice.
     """
-    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for path, source in named:
         name = path if "://" in path else os.path.normpath(Path(path).absolute())
-        if name in found:
-            by = f"by {source!r}" if source == found[name] else f"by {found[name]!r} and by {source!r}"
+        if name in sources:
+            by = f"by {source!r}" if source == sources[name] else f"by {sources[name]!r} and by {source!r}"
             raise ValueError(f"{path} is named twice, {by}, and its samples would come twice: name each shard once")
-        found[name] = source
+        sources[name] = source
 
 
 def expand_braces(pattern: str) -> list[str]:
-    r"""A pattern with its braces spelt out, in the order of bash and of the braceexpand package.
+    r"""Expand the braces of a pattern, in the order of bash and of the braceexpand package.
 
-    A backslash takes the meaning from the character behind it (except on Windows, where it divides folders).
+    A backslash escapes the next character, except on Windows, where it separates folders.
 
     Raises:
         ValueError: Braces do not match.
@@ -72,8 +73,8 @@ def expand_braces(pattern: str) -> list[str]:
     >>> expand_braces("x-{a{1..2},b}.tar")
     ['x-a1.tar', 'x-a2.tar', 'x-b.tar']
     """
-    found = _spell_out(pattern, pattern)
-    return found if os.sep == "\\" else [_ESCAPED.sub(r"\1", text) for text in found]
+    texts = _spell_out(pattern, pattern)
+    return texts if os.sep == "\\" else [_ESCAPED.sub(r"\1", text) for text in texts]
 
 
 def _expand(pattern: str) -> list[str]:
@@ -84,60 +85,74 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _look_up(pattern: str) -> list[str]:
+    """The paths of a pattern whose braces are expanded.
+
+    Raises:
+        FileNotFoundError: A wildcard matches nothing.
+    """
     if "://" in pattern:
         if not _WILD.search(pattern):
             return [pattern]
         system, name = file_system(pattern)
-        found = [system.unstrip_protocol(path) for path in system.glob(name)]
+        paths = [system.unstrip_protocol(path) for path in system.glob(name)]
     elif Path(pattern).exists():
         return _list_folder(pattern) if Path(pattern).is_dir() else [pattern]
     elif not _WILD.search(pattern):
         return [pattern]
     else:
-        found = _glob(Path(pattern))
-    if not found:
+        paths = _glob(Path(pattern))
+    if not paths:
         raise FileNotFoundError(f"no file matches {pattern}")
-    return sorted(found)
+    return sorted(paths)
 
 
 def _list_folder(folder: str) -> list[str]:
-    found = sorted(map(str, Path(folder).glob("*.tar")))
-    if not found:
+    """The shards in a folder.
+
+    Raises:
+        FileNotFoundError: There are none.
+    """
+    paths = sorted(map(str, Path(folder).glob("*.tar")))
+    if not paths:
         raise FileNotFoundError(f"no file matches {Path(folder, '*.tar')}")
-    return found
+    return paths
 
 
 def _glob(pattern: Path) -> list[str]:
-    # A folder that is there is itself, though its name has brackets.
-    root, rest = Path(pattern.anchor), list(pattern.parts[1:] if pattern.anchor else pattern.parts)
-    while rest and (root / rest[0]).is_dir():
-        root /= rest.pop(0)
-    return [str(path) for path in root.glob("/".join(rest))]
+    """The files that match a local pattern."""
+    # A folder that exists stands for itself, even if its name has brackets, which `glob` would interpret.
+    root, parts = Path(pattern.anchor), list(pattern.parts[1:] if pattern.anchor else pattern.parts)
+    while parts and (root / parts[0]).is_dir():
+        root /= parts.pop(0)
+    return [str(path) for path in root.glob("/".join(parts))]
 
 
 def _spell_out(text: str, pattern: str) -> list[str]:
-    """All that a text with braces stands for; `pattern` is the whole of it, for messages."""
-    found = _find_braces(text, pattern)
-    if found is None:
+    """The texts that a text with braces stands for. `pattern` is the whole pattern, for messages."""
+    braces = _find_braces(text, pattern)
+    if braces is None:
         return [text]
-    first, last, commas = found
+    first, last, commas = braces
     ends = [first, *commas, last]
     if commas:
         parts = [text[start + 1 : end] for start, end in pairwise(ends)]
         choices = [choice for part in parts for choice in _spell_out(part, pattern)]
     else:
         inside = text[first + 1 : last]
-        # Braces around a single thing are no choice, and stay.
+        # Braces around a single item stay, as in the shell: `{a}` is `{a}`.
         choices = _count(inside) or [f"{{{choice}}}" for choice in _spell_out(inside, pattern)]
-    rests = _spell_out(text[last + 1 :], pattern)
-    return [f"{text[:first]}{choice}{rest}" for choice in choices for rest in rests]
+    tails = _spell_out(text[last + 1 :], pattern)
+    return [f"{text[:first]}{choice}{tail}" for choice in choices for tail in tails]
 
 
 def _find_braces(text: str, pattern: str) -> tuple[int, int, list[int]] | None:
-    """Where the first outermost braces open and close, and the commas that divide what is between them.
+    """Offsets of the first outermost pair of braces, and of the commas directly in it. None without braces.
+
+    >>> _find_braces("x{a,{b,c}}", "")
+    (1, 9, [3])
 
     Raises:
-        ValueError: They do not match.
+        ValueError: Braces do not match.
     """
     depth, first = 0, 0
     commas: list[int] = []
@@ -161,17 +176,19 @@ def _find_braces(text: str, pattern: str) -> tuple[int, int, list[int]] | None:
 
 
 def _count(text: str) -> list[str] | None:
-    """What a range such as `08..11` or `a..e..2` stands for; None if it is none."""
-    if (numbers := _NUMBERS.fullmatch(text)) is not None:
+    """Expand a range such as `08..11` or `a..e..2`. None if the text is not a range."""
+    if (numbers := _NUMBER_RANGE.fullmatch(text)) is not None:
+        # A leading zero in one end pads all numbers: `08..11` is 08, 09, 10, 11.
         padded = any(re.match("-?0.", number) for number in numbers.groups()[:2])
         width = max(len(numbers[1]), len(numbers[2])) if padded else 0
-        return [f"{number:0{width}}" for number in _steps(int(numbers[1]), int(numbers[2]), numbers[3])]
-    if (letters := _LETTERS.fullmatch(text)) is not None:
-        places = _ALPHABET.index(letters[1]), _ALPHABET.index(letters[2])
-        return [_ALPHABET[place] for place in _steps(*places, letters[3])]
+        return [f"{number:0{width}}" for number in _range(int(numbers[1]), int(numbers[2]), numbers[3])]
+    if (letters := _LETTER_RANGE.fullmatch(text)) is not None:
+        ends = _ALPHABET.index(letters[1]), _ALPHABET.index(letters[2])
+        return [_ALPHABET[index] for index in _range(*ends, letters[3])]
     return None
 
 
-def _steps(first: int, last: int, size: str | None) -> range:
+def _range(first: int, last: int, size: str | None) -> range:
+    """Integers from first to last inclusive, up or down. `size` is the text of the step."""
     step = int(size or 1) or 1
     return range(first, last + 1, step) if first <= last else range(first, last - 1, -step)

@@ -1,4 +1,8 @@
-"""A function over a list in several processes: an error ends all of it at once, and a killed process is an error."""
+"""Call a function on a list of items in several processes: one error stops them all, and a killed process is an error.
+
+`concurrent.futures` is not enough here: its pool cannot name the item at which a process was killed, and it waits for
+running items after an error.
+"""
 
 import os
 import pickle
@@ -10,94 +14,111 @@ from itertools import islice
 from multiprocessing import Pipe, Process, parent_process
 from multiprocessing.connection import Connection, wait
 from threading import Thread
-from types import TracebackType
-from typing import Any, Final, Generic, Self, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from tqdm import tqdm
 
+from collate.widths import check_count
+
 
 class ProcessKilledError(RuntimeError):
-    """A process ended in the midst of its work, as where memory runs out."""
+    """A process was killed while it was working, for example because memory ran out."""
 
 
-T = TypeVar("T")
-R = TypeVar("R")
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 
 # Characters of an item in a message.
 _LONGEST_TEXT: Final = 300
 
 
-def run(
-    function: Callable[[T], R], items: Sequence[T], workers: int, *, unit: str, progress: bool
-) -> Generator[tuple[int, R], None, None]:
-    """Call a function with every item.
-
-    Closed early, or after an error, it kills its processes in the midst of their work; when this process ends, however
-    it does, so do they.
-
-    Args:
-        function: picklable, where processes are not forked.
-        items: picklable, where there are processes.
-        workers: processes; 0 stays in this one.
-        unit: what an item is, for the bar.
-        progress: show a bar.
-
-    Yields:
-        Place and result, as they come.
+def check_workers(workers: int) -> int:
+    """Check a number of worker processes.
 
     Raises:
-        RuntimeError: A process was killed; the item at which it worked is named.
-        TypeError: An item cannot be sent to a process.
-        ValueError: `workers` is out of range.
+        TypeError: It is not an int.
+        ValueError: It is negative.
     """
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
-        raise ValueError(f"workers must be an int of at least 0, got {workers!r}")
-    crew: list[_Worker[T, R]] = []
+    return check_count("workers", workers, least=0, hint="processes that work, 0 for this one alone")
+
+
+def run_in_processes(
+    function: Callable[[ItemT], ResultT],
+    items: Sequence[ItemT],
+    workers: int,
+    *,
+    unit: str = "item",
+    progress: bool = False,
+) -> Generator[tuple[int, ResultT], None, None]:
+    """Call a function on every item.
+
+    Worker processes are killed when the generator is closed or fails, and when the parent process exits.
+
+    >>> sorted(run_in_processes(abs, [-3, 5], workers=0))
+    [(0, 3), (1, 5)]
+
+    Args:
+        function: Picklable, if processes are not forked.
+        items: Picklable, if there are worker processes.
+        workers: Number of processes. 0 calls the function in this process.
+        unit: Name of an item, for the progress bar.
+        progress: Whether to show a progress bar.
+
+    Yields:
+        Index of an item and its result, in the order of completion.
+
+    Raises:
+        ProcessKilledError: A process was killed. The message has the item at which it was working. A `RuntimeError`.
+        TypeError: An item cannot be sent to a process, or `workers` is not an int.
+        ValueError: `workers` is negative.
+    """
+    workers = check_workers(workers)
+    crew: list[_Worker[ItemT, ResultT]] = []
     try:
         crew.extend(_Worker(function) for _ in range(min(workers, len(items))))
-        every = _deal(crew, items) if workers else ((place, function(item)) for place, item in enumerate(items))
-        # The bar has a thread of its own: processes are forked before.
+        results = _deal(crew, items) if workers else ((index, function(item)) for index, item in enumerate(items))
+        # tqdm starts a thread, and forking a process that has threads is unsafe. So the bar comes after the workers.
         with tqdm(total=len(items), unit=unit, disable=not progress) as bar:
-            for done in every:
+            for result in results:
                 bar.update()
-                yield done
+                yield result
     finally:
         for worker in crew:
             worker.stop()
 
 
-def cut(value: object) -> str:
-    """A value as text, for messages."""
+def shorten(value: object) -> str:
+    """The representation of a value, cut to 300 characters for messages."""
     text = repr(value)
     return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}..."
 
 
-class _Worker(Generic[T, R]):
-    """A process that does one thing at a time; `place` is None while it does nothing."""
+class _Worker(Generic[ItemT, ResultT]):
+    """A process that works on one item at a time. `index` is the item's index, None while the process is idle."""
 
-    def __init__(self, function: Callable[[T], R]) -> None:
-        self.connection, theirs = Pipe()
-        self.place: Any = None
+    def __init__(self, function: Callable[[ItemT], ResultT]) -> None:
+        self.connection, child_end = Pipe()
+        self.index: Any = None
         self._item: Any = None
-        self._process = Process(target=_work, args=(function, theirs))
+        self._process = Process(target=_work, args=(function, child_end))
         self._process.start()
-        # When the process holds the only other end, its death can be read here.
-        theirs.close()
+        # The child must have the only open copy of its end: then its death ends the connection.
+        child_end.close()
 
-    def give(self, place: int, item: T) -> None:
-        self.place, self._item = place, item
+    def give(self, index: int, item: ItemT) -> None:
+        self.index, self._item = index, item
         try:
-            # A process that has died is noticed when its result is taken.
+            # A send to a dead process fails with an OSError. `take` reports the death.
             with suppress(OSError):
                 self.connection.send((item,))
         except (TypeError, AttributeError, pickle.PickleError) as error:
             raise TypeError(
-                f"{cut(item)} cannot be sent to another process ({error}): give names or numbers, and open what they "
-                "stand for in the function"
+                f"{shorten(item)} cannot be sent to another process ({error}): give names or numbers, and open what "
+                "they stand for in the function"
             ) from None
 
-    def take(self) -> tuple[int, R]:
-        """Wait for what came of the item, and give its place and the value.
+    def take(self) -> tuple[int, ResultT]:
+        """Wait for the result of the item. Returns the item's index and its result.
 
         Raises:
             ProcessKilledError: The process was killed.
@@ -107,16 +128,17 @@ class _Worker(Generic[T, R]):
         except (EOFError, OSError):
             self._process.join()
             raise ProcessKilledError(
-                f"{cut(self._item)}: its process {_describe(self._process.exitcode)}; memory may have run out: give "
-                "fewer workers"
+                f"{shorten(self._item)}: its process {_describe_exit(self._process.exitcode)}; memory may have run "
+                "out: give fewer workers"
             ) from None
-        place, self.place = self.place, None
+        index, self.index = self.index, None
         if error is not None:
             raise error
-        return place, value
+        return index, value
 
     def stop(self) -> None:
-        if self.place is not None:
+        """Kill the process if it is working, else end it."""
+        if self.index is not None:
             self._process.kill()
         with suppress(OSError):
             self.connection.send(None)
@@ -124,65 +146,59 @@ class _Worker(Generic[T, R]):
         self.connection.close()
 
 
-def _deal(crew: Sequence[_Worker[T, R]], items: Sequence[T]) -> Iterator[tuple[int, R]]:
-    rest = iter(enumerate(items))
-    # There are no more workers than items.
-    for worker, (place, item) in zip(crew, rest, strict=False):
-        worker.give(place, item)
-    while busy := [worker for worker in crew if worker.place is not None]:
+def _deal(crew: Sequence[_Worker[ItemT, ResultT]], items: Sequence[ItemT]) -> Iterator[tuple[int, ResultT]]:
+    """Give each idle worker the next item.
+
+    Yields:
+        Index of an item and its result.
+    """
+    queue = iter(enumerate(items))
+    # There are at most as many workers as items, so every worker gets one.
+    for worker, (index, item) in zip(crew, queue, strict=False):
+        worker.give(index, item)
+    while busy := [worker for worker in crew if worker.index is not None]:
         ready = wait([worker.connection for worker in busy])
         for worker in busy:
             if worker.connection in ready:
                 yield worker.take()
-                for place, item in islice(rest, 1):
-                    worker.give(place, item)
+                for index, item in islice(queue, 1):
+                    worker.give(index, item)
 
 
-def _work(function: Callable[[T], R], connection: Connection) -> None:
+def _work(function: Callable[[ItemT], ResultT], connection: Connection) -> None:
+    """The main loop of a worker process."""
     Thread(target=_end_with_parent, daemon=True).start()
-    # The process that started this one tells of an interrupt.
+    # Ctrl-C reaches all processes. The parent alone reports it.
     with suppress(KeyboardInterrupt):
         while (message := connection.recv()) is not None:
-            with _Report(connection) as report:
-                report.value = function(*message)
-
-
-class _Report:
-    """Sends what came of an item: a value, or the error that was raised instead."""
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self.value: Any = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if error is None or isinstance(error, Exception):
-            self.connection.send((self.value, error and _portable(error)))
-        return isinstance(error, Exception)
+            answer: tuple[ResultT | None, Exception | None]
+            try:
+                answer = (function(*message), None)
+            except Exception as error:  # noqa: BLE001 (the parent raises it)
+                answer = (None, _portable(error))
+            connection.send(answer)
 
 
 def _portable(error: Exception) -> Exception:
-    # The error itself if it survives the way, with its traceback as text.
-    told = "in a worker process:\n" + "".join(traceback.format_exception(error))
-    again: Exception = RuntimeError(f"{type(error).__name__}: {error}")
+    """The error, with the traceback as text. A `RuntimeError` instead if it does not survive pickling."""
+    note = "in a worker process:\n" + "".join(traceback.format_exception(error))
+    copied: Exception = RuntimeError(f"{type(error).__name__}: {error}")
     with suppress(Exception):
-        again = pickle.loads(pickle.dumps(error))
-    again.add_note(told)
-    return again
+        copied = pickle.loads(pickle.dumps(error))
+    copied.add_note(note)
+    return copied
 
 
 def _end_with_parent() -> None:
+    """Wait for the end of the parent process, then end this one."""
     parent = parent_process()
     if parent is not None:
         wait([parent.sentinel])
         os._exit(1)
 
 
-def _describe(code: int | None) -> str:
+def _describe_exit(code: int | None) -> str:
+    # Python reports a process killed by signal 9 with the exit code -9.
     if code is not None and code < 0:
         return f"was killed by {signal.Signals(-code).name}"
     return f"ended with exit code {code}"

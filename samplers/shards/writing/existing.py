@@ -1,44 +1,55 @@
-"""Shards that are there already: which they are, what is in them, and what a killed writer left beside them."""
+"""Existing shards of a folder: their numbers, their tables, and the leftovers of killed writers.
+
+A writer that was killed while it wrote its third shard leaves
+
+- `shard-000000.tar` and `shard-000000.tar.ltx`: a finished shard, adopted with its index;
+- `shard-000001.tar` alone: a finished shard whose index is missing; it is scanned, and gets its index;
+- `shard-000002.tar.tmp`: a leftover, which is removed.
+
+With `append=True` a new writer adopts the first two and continues with `shard-000002.tar`. Its samples must be those
+that are not in `writer.keys`. The corpus file `shard.ltx` is written last, when the writer ends.
+"""
 
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from samplers.shards.indexing.index_file import REBUILD, SUFFIX, read_index, read_part, write_index
+from samplers.shards.indexing.index_file import REBUILD, SUFFIX, open_tables, read_index, write_index
 from samplers.shards.indexing.scan import scan_shard
-from samplers.shards.indexing.tables import Layout, Part, Tables, check_alike
+from samplers.shards.indexing.tables import Layout, Tables, TablesLike, check_alike
 from samplers.shards.storage.atomic import TEMPORARY, remove_leftover
-from samplers.shards.writing.schema import Kind, read_kinds
+from samplers.shards.writing.schema import FieldSchema, read_schema
 
-# PREFIX-000000.tar by a writer, PREFIX-000000-000000.tar by one that writes a part.
-Number = tuple[int, ...]
+# (0,) of PREFIX-000000.tar, (3, 0) of PREFIX-000003-000000.tar, the first shard of part 3.
+ShardNumber = tuple[int, ...]
 
 
-def find_shards(folder: Path, prefix: str) -> dict[Number, Path]:
-    """The shards of a prefix in a local folder, by number."""
+def find_shards(folder: Path, prefix: str) -> dict[ShardNumber, Path]:
+    """The shards of a prefix in a local folder, in the order of their numbers."""
     name = re.compile(rf"{re.escape(prefix)}-(\d{{6,}})(?:-(\d{{6,}}))?\.tar")
-    found = [(name.fullmatch(path.name), path) for path in folder.iterdir()]
-    numbered = [(tuple(int(n) for n in match.groups() if n), path) for match, path in found if match]
+    matches = [(name.fullmatch(path.name), path) for path in folder.iterdir()]
+    numbered = [(tuple(int(n) for n in match.groups() if n), path) for match, path in matches if match]
     return dict(sorted(numbered))
 
 
 def refuse_shards(folder: Path, prefix: str) -> None:
-    """Refuse a folder that holds shards of a prefix, or what a writer has left of them.
+    """Refuse a folder with shards of a prefix, or leftovers of them.
 
     Raises:
         FileExistsError: There are some.
     """
-    found = sorted([*folder.glob(f"{prefix}-*.tar*"), *folder.glob(f"{prefix}{SUFFIX}*")])
-    if found:
+    # Temporary files too: another writer may be at work.
+    files = sorted([*folder.glob(f"{prefix}-*.tar*"), *folder.glob(f"{prefix}{SUFFIX}*")])
+    if files:
         raise FileExistsError(
-            f"{folder} already holds {found[0].name}: write to another folder, give another prefix=, go on behind it "
+            f"{folder} already holds {files[0].name}: write to another folder, give another prefix, continue behind it "
             f"with append=True, or delete {prefix}-*.tar* and {prefix}{SUFFIX}*"
         )
 
 
 def remove_leftovers(folder: Path, prefix: str) -> None:
-    """Remove what killed writers of a prefix have not finished.
+    """Remove the temporary files of killed writers of a prefix.
 
     Raises:
         FileExistsError: A writer is alive.
@@ -50,43 +61,51 @@ def remove_leftovers(folder: Path, prefix: str) -> None:
 
 
 def read_corpus(folder: Path, prefix: str, shards: Sequence[Path]) -> frozenset[str]:
-    """The names of the shards in the corpus file, all of which must be there; none if there is no such file.
+    """File names of the shards in the corpus file. Empty without such a file.
+
+    Args:
+        folder: Folder of the corpus.
+        prefix: Prefix of its files.
+        shards: The shards of that prefix that exist.
 
     Raises:
-        FileNotFoundError: The file lists a shard that is not there.
+        FileNotFoundError: The file lists a shard that does not exist.
         ValueError: The file is damaged.
     """
     path = folder / f"{prefix}{SUFFIX}"
     if not path.exists():
         return frozenset()
     tables, _ = read_index(str(path))
-    known = {shard.absolute() for shard in shards}
+    existing = {shard.absolute() for shard in shards}
     for shard in tables.shards:
-        if Path(shard.path).absolute() not in known:
+        if Path(shard.path).absolute() not in existing:
             raise FileNotFoundError(
                 f"{path} lists {shard.path}, which is not among {folder}/{prefix}-*.tar: put it back, or delete {path} "
-                "to go on without it"
+                "to continue without it"
             )
     return frozenset(Path(shard.path).name for shard in tables.shards)
 
 
-def take_over(shards: Sequence[Path], layout: Layout, stack: frozenset[str]) -> list[Part]:
-    """What is known of shards that a writer has finished; one that was killed before it could index gets its index.
+def adopt_shards(shards: Sequence[Path], layout: Layout, stack: frozenset[str]) -> list[TablesLike]:
+    """The tables of finished shards. A shard whose writer was killed before it wrote the index is indexed here.
 
     Args:
-        shards: in their order.
-        layout: that they must have.
-        stack: fields of fixed size.
+        shards: The shards, in their order.
+        layout: The layout that they must have.
+        stack: Fields of fixed size.
 
     Raises:
-        ValueError: A shard has another layout or other kinds of fields, or has changed since it was indexed.
+        ValueError: A shard has another layout or schema, or has changed since it was indexed.
     """
-    parts: list[Part | None] = [_read(shard) for shard in shards]
-    known = next((part for part in parts if part is not None), None)
-    whole = [_index(shard, known, stack) if part is None else part for shard, part in zip(shards, parts, strict=True)]
+    indexed: list[TablesLike | None] = [_read(shard) for shard in shards]
+    example = next((part for part in indexed if part is not None), None)
+    whole = [
+        _index(shard, example, stack) if part is None else part for shard, part in zip(shards, indexed, strict=True)
+    ]
     for part in whole:
         if part.layout != layout:
-            raise ValueError(f'{part.shards[0].path} is in layout="{part.layout}": go on in it, got "{layout}"')
+            raise ValueError(f'{part.shards[0].path} is in layout="{part.layout}": continue in it, got "{layout}"')
+        # All indexes of a corpus have checksums, or none.
         if "crcs" not in part.shapes:
             raise ValueError(
                 f"{part.shards[0].path} is indexed without checksums: delete {part.shards[0].path}{SUFFIX}, and it is "
@@ -96,15 +115,20 @@ def take_over(shards: Sequence[Path], layout: Layout, stack: frozenset[str]) -> 
         check_alike(whole)
         tables, _ = read_index(f"{shards[0]}{SUFFIX}")
         tables = replace(tables, shards=whole[0].shards)
-        _check_stack(tables, read_kinds(tables), stack)
+        _check_stack(tables, read_schema(tables), stack)
     return whole
 
 
-def _read(shard: Path) -> Part | None:
+def _read(shard: Path) -> TablesLike | None:
+    """The tables of a shard, from the index next to it. None without one.
+
+    Raises:
+        ValueError: The shard has changed since it was indexed.
+    """
     index = shard.with_name(shard.name + SUFFIX)
     if not index.exists():
         return None
-    part = read_part(str(index), str(shard))
+    part = open_tables(str(index), str(shard))
     size = shard.stat().st_size
     if len(part.shards) != 1 or part.shards[0].size != size:
         sizes = [each.size for each in part.shards]
@@ -112,20 +136,26 @@ def _read(shard: Path) -> Part | None:
     return part
 
 
-def _index(shard: Path, known: Part | None, stack: frozenset[str]) -> Part:
-    # In the plain layout an array of fixed size looks like a sequence: other shards tell, or `stack`.
-    fields = scan_shard(str(shard)).fields if known is None else known.fields
-    names = [field.name for field in fields if field.variable and (known is not None or field.name not in stack)]
+def _index(shard: Path, example: TablesLike | None, stack: frozenset[str]) -> TablesLike:
+    """Index a shard. `example` is another shard of the corpus that has an index."""
+    # In the plain layout an array of fixed size looks like a sequence. Another shard or `stack` tells which it is.
+    fields = scan_shard(str(shard)).fields if example is None else example.fields
+    names = [field.name for field in fields if field.variable and (example is not None or field.name not in stack)]
     index = shard.with_name(shard.name + SUFFIX)
     write_index(index, [scan_shard(str(shard), names, checksums=True)])
-    return read_part(str(index), str(shard))
+    return open_tables(str(index), str(shard))
 
 
-def _check_stack(tables: Tables, kinds: dict[str, Kind], stack: frozenset[str]) -> None:
+def _check_stack(tables: Tables, schema: dict[str, FieldSchema], stack: frozenset[str]) -> None:
+    """Refuse fields in `stack` that are of variable length in the shards.
+
+    Raises:
+        ValueError: There is one, or it is not a field.
+    """
     for name in sorted(stack):
-        kind = kinds.get(name)
-        if kind is None or kind.variable:
+        field = schema.get(name)
+        if field is None or field.variable:
             raise ValueError(
-                f"{tables.shards[0].path}: stack names {name!r}, which is {kind or 'no field'} there: leave it out, or "
-                "write another corpus"
+                f"{tables.shards[0].path}: stack names {name!r}, which is {field or 'no field'} there: leave it out, "
+                "or write another corpus"
             )

@@ -1,112 +1,107 @@
-"""A corpus from parts, each with a writer of its own: alike in every field, no key twice, joined in their order."""
+"""A corpus from parts. Each has its own writer; all have one schema; no key comes twice; they stay in order.
 
-from collections.abc import Callable, Iterable, KeysView, Mapping, Sequence
+With the prefix `shard`, part 3 goes to `shard-000003-000000.tar`, `shard-000003-000001.tar` and so on. When it is
+finished, its marker `shard-000003.ltx` says so. The corpus file `shard.ltx` comes when all parts are finished, and then
+the markers go. So after a kill, a call with `append=True` finds for each part
+
+- a marker, or its shards in the corpus file: it is finished, and only its first sample is read, to compare the key;
+- shards without a marker: their samples are skipped, after a comparison of keys, and the part is continued;
+- nothing: it is written from its start.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
-from samplers.shards.indexing.index_file import SUFFIX, read_index, read_part, write_index
-from samplers.shards.indexing.tables import Part, Tables, check_alike
-from samplers.shards.storage.process_pool import cut, run
+from samplers.shards.indexing.index_file import SUFFIX, open_tables, read_index, write_index
+from samplers.shards.indexing.tables import Tables, TablesLike, check_alike
+from samplers.shards.storage.process_pool import run_in_processes, shorten
 from samplers.shards.writing.existing import find_shards, read_corpus
-from samplers.shards.writing.schema import Kind, read_kinds
+from samplers.shards.writing.sample_writer import SampleWriter, WriterOptions
+from samplers.shards.writing.schema import FieldSchema, read_schema
 
-T = TypeVar("T")
-
-
-class Writer(Protocol):
-    """What writes a part.
-
-    Attributes:
-        shards: those that are finished.
-    """
-
-    shards: list[Path]
-
-    @property
-    def keys(self) -> KeysView[str]:
-        """The keys of the samples that are written, in their order."""
-        ...
-
-    def __enter__(self) -> Self: ...
-    def write(self, sample: Mapping[str, Any]) -> None:
-        """Add a sample."""
-        ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+PartT = TypeVar("PartT")
 
 
 @dataclass(frozen=True)
-class Task(Generic[T]):
-    """A part and its place among all of them."""
+class Part(Generic[PartT]):
+    """A part: its index among all parts, and the value from which its samples are made."""
 
-    place: int
-    part: T
+    index: int
+    value: PartT
 
     def __repr__(self) -> str:
-        return f"part {self.place}, {cut(self.part)}"
+        return f"part {self.index}, {shorten(self.value)}"
 
 
-@dataclass(frozen=True)
-class PartWriter(Generic[T]):
-    """Writes parts to shards `PREFIX-PLACE-000000.tar` and so on; `PREFIX-PLACE.ltx` says that a part is finished.
+@dataclass(frozen=True, kw_only=True)
+class PartWriter(Generic[PartT]):
+    """Writes parts, in any process. Picklable, if `samples` is.
 
     Attributes:
-        open_writer: from a prefix to a writer that goes on where one of that prefix ended.
-        samples: of a part.
-        folder: of all shards.
-        prefix: of the corpus.
-        finished: places of parts that are in the corpus already.
+        writer: Class of the writers.
+        options: Options of the writers.
+        samples: Gives the samples of a part's value.
+        folder: Folder of all shards.
+        prefix: Prefix of the corpus.
+        finished: Indices of the parts that are in the corpus file.
     """
 
-    open_writer: Callable[[str], Writer]
-    samples: Callable[[T], Iterable[Mapping[str, Any]]]
+    writer: type[SampleWriter]
+    options: WriterOptions
+    samples: Callable[[PartT], Iterable[Mapping[str, Any]]]
     folder: Path
     prefix: str
     finished: frozenset[int]
 
-    def __call__(self, task: Task[T]) -> list[Path]:
-        """Write a part, or what is missing of it.
+    def __call__(self, part: Part[PartT]) -> list[Path]:
+        """Write a part, or the missing end of it.
 
         Returns:
-            Its shards; none if it has no samples.
+            Its shards. Empty if it has no samples.
 
         Raises:
-            RuntimeError: Whatever went wrong; the part is named.
+            RuntimeError: Any error. The message has the part.
         """
         try:
-            return self._write(task)
+            return self._write(part)
         except Exception as error:
             raise RuntimeError(
-                f"{task!r}: {type(error).__name__}: {error}; finished shards stay: go on with append=True"
+                f"{part!r}: {type(error).__name__}: {error}; finished shards stay: continue with append=True"
             ) from error
 
-    def mark(self, place: int) -> Path:
-        """The file that says that a part is finished."""
-        return self.folder / f"{self.prefix}-{place:06}{SUFFIX}"
+    def done_marker(self, index: int) -> Path:
+        """The file that marks a part as finished."""
+        return self.folder / f"{self.prefix}-{index:06}{SUFFIX}"
 
-    def is_finished(self, place: int) -> bool:
+    def is_finished(self, index: int) -> bool:
         """Whether all of a part is written."""
-        return place in self.finished or self.mark(place).exists()
+        return index in self.finished or self.done_marker(index).exists()
 
-    def _write(self, task: Task[T]) -> list[Path]:
-        writer = self.open_writer(f"{self.prefix}-{task.place:06}")
-        stream = iter(self.samples(task.part))
-        finished = self.is_finished(task.place)
+    def _write(self, part: Part[PartT]) -> list[Path]:
+        """Skip the samples that are written, then write the others.
+
+        Raises:
+            ValueError: A sample that is written has another key now.
+        """
+        options: WriterOptions = {**self.options, "prefix": f"{self.prefix}-{part.index:06}"}
+        writer = self.writer(self.folder, append=True, **options)
+        stream = iter(self.samples(part.value))
+        finished = self.is_finished(part.index)
+        # The samples must be the same ones as before, or some would be lost and others repeated.
         written = list(writer.keys)
         for key in written[:1] if finished else written:
             sample = next(stream, {})
             if sample.get("__key__") != key:
                 raise ValueError(
-                    f"sample {key!r} was written before, now {sample.get('__key__')!r} comes in its place: give the "
-                    "same parts in the same order, or write to another folder"
+                    f"sample {key!r} was written before, now {sample.get('__key__')!r} comes instead: give the same "
+                    "parts in the same order, or write to another folder"
                 )
         first = None if finished else next(stream, None)
+        # Without another sample the writer is entered all the same, because its end writes the marker.
         if first is not None or (writer.shards and not finished):
             with writer:
                 for sample in chain([first] if first is not None else [], stream):
@@ -114,69 +109,81 @@ class PartWriter(Generic[T]):
         return writer.shards
 
 
-def write_all(write_part: PartWriter[T], parts: Sequence[T], workers: int, *, progress: bool) -> Path:
-    """Write all parts, and the corpus file of all shards of the prefix.
+def write_all(write_part: PartWriter[PartT], values: Sequence[PartT], workers: int, *, progress: bool) -> Path:
+    """Write all parts, then the corpus file of all shards of the prefix.
 
     Returns:
         The corpus file.
 
     Raises:
-        RuntimeError: A part failed, or its process was killed; it is named.
-        ValueError: A key is in two parts, parts differ in kind, there is no sample, or a part is finished by nobody.
+        RuntimeError: A part failed, or its process was killed. The message has the part.
+        ValueError: A key is in two parts, parts differ in their schema, there is no sample, or a part that is not
+            finished is not among `values`.
     """
     folder, prefix = write_part.folder, write_part.prefix
     corpus = _Corpus()
+    # First the shards that no part here will write: of a writer without parts, and of parts behind these.
     for number, shard in find_shards(folder, prefix).items():
-        if len(number) == 1 or number[0] >= len(parts):
+        if len(number) == 1 or number[0] >= len(values):
             if len(number) > 1 and not write_part.is_finished(number[0]):
-                raise ValueError(f"{shard} is of a part that is not finished, got only {len(parts)} parts: give it too")
+                raise ValueError(
+                    f"{shard} is of a part that is not finished, got only {len(values)} parts: give it too"
+                )
             corpus.add(shard)
-    tasks = [Task(place, part) for place, part in enumerate(parts)]
-    with closing(run(write_part, tasks, workers, unit="part", progress=progress)) as done:
-        for _, shards in done:
+    parts = [Part(index, value) for index, value in enumerate(values)]
+    with closing(run_in_processes(write_part, parts, workers, unit="part", progress=progress)) as results:
+        for _, shards in results:
             for shard in shards:
                 corpus.add(shard)
     path = folder / f"{prefix}{SUFFIX}"
     corpus.write(path, find_shards(folder, prefix).values())
-    for place in range(len(parts)):
-        write_part.mark(place).unlink(missing_ok=True)
+    # The corpus file has all parts now. Until here a kill must leave the markers.
+    for index in range(len(values)):
+        write_part.done_marker(index).unlink(missing_ok=True)
     return path
 
 
 def finished_parts(folder: Path, prefix: str) -> frozenset[int]:
-    """The places of the parts that are in a corpus file.
+    """Indices of the parts that are in a corpus file.
 
     Raises:
-        FileNotFoundError: The file lists a shard that is not there.
+        FileNotFoundError: The file lists a shard that does not exist.
         ValueError: The file is damaged.
     """
-    found = find_shards(folder, prefix)
-    listed = read_corpus(folder, prefix, list(found.values()))
-    return frozenset(number[0] for number, shard in found.items() if len(number) > 1 and shard.name in listed)
+    shards = find_shards(folder, prefix)
+    listed = read_corpus(folder, prefix, list(shards.values()))
+    return frozenset(number[0] for number, shard in shards.items() if len(number) > 1 and shard.name in listed)
 
 
 class _Corpus:
-    """Shards that are alike and have no key twice; they may come in any order."""
+    """Shards of one schema without a key that comes twice. They may be added in any order."""
 
     def __init__(self) -> None:
-        self._parts: dict[Path, Part] = {}
-        self._kinds: dict[str, Kind] = {}
+        self._tables: dict[Path, TablesLike] = {}
+        self._schema: dict[str, FieldSchema] = {}
+        # The number of the shard, in the order of adding, that has a key.
         self._owners: dict[bytes, int] = {}
 
     def add(self, shard: Path) -> None:
+        """Add a finished shard.
+
+        Raises:
+            ValueError: Its schema differs, or it has a key of another shard.
+        """
         tables, _ = read_index(f"{shard}{SUFFIX}")
-        first = next(iter(self._parts.values()), tables)
+        first = next(iter(self._tables.values()), tables)
         check_alike([first, tables])
-        kinds = read_kinds(tables)
-        self._kinds = self._kinds or kinds
-        for name, kind in kinds.items():
-            if kind != self._kinds[name]:
+        schema = read_schema(tables)
+        self._schema = self._schema or schema
+        for name, field in schema.items():
+            if field != self._schema[name]:
                 raise ValueError(
-                    f"{shard}: field {name!r} is {kind}, in {first.shards[0].path} {self._kinds[name]}: a corpus has "
-                    "one kind"
+                    f"{shard}: field {name!r} is {field}, in {first.shards[0].path} {self._schema[name]}: a corpus has "
+                    "one schema"
                 )
-        self._own(tables)
-        self._parts[shard] = read_part(f"{shard}{SUFFIX}")
+        self._add_keys(tables)
+        # Not the tables themselves: the keys and lengths of all shards would fill the memory.
+        self._tables[shard] = open_tables(f"{shard}{SUFFIX}")
 
     def write(self, path: Path, shards: Iterable[Path]) -> None:
         """Write the corpus file, in the order of these shards.
@@ -184,17 +191,22 @@ class _Corpus:
         Raises:
             ValueError: There are none.
         """
-        parts = [self._parts[shard] for shard in shards]
+        parts = [self._tables[shard] for shard in shards]
         if not parts:
             raise ValueError(f"nothing was written to {path.parent}: a corpus needs a sample")
         write_index(path, parts)
 
-    def _own(self, tables: Tables) -> None:
-        place = len(self._parts)
+    def _add_keys(self, tables: Tables) -> None:
+        """Remember the keys of the next shard.
+
+        Raises:
+            ValueError: A key is in another shard.
+        """
+        number = len(self._tables)
         for key in tables.keys.tolist():
-            owner = self._owners.setdefault(key, place)
-            if owner != place:
-                shards = f"{list(self._parts)[owner]} and {tables.shards[0].path}"
+            owner = self._owners.setdefault(key, number)
+            if owner != number:
+                shards = f"{list(self._tables)[owner]} and {tables.shards[0].path}"
                 raise ValueError(
                     f"__key__ must be unique over all parts, {key.decode()!r} is in {shards}: make the part's name a "
                     "part of it, and write to another folder"

@@ -1,4 +1,4 @@
-"""What every sample's array is like in a field: of a sample, and of shards that are there."""
+"""The schema of a corpus: dtype and shape of each field, from a sample or from existing shards."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -8,27 +8,29 @@ from typing import Final
 import numpy as np
 from torch import Tensor, bfloat16, strided
 
-from samplers.shards.format.samples import DTYPES, read_array_header
-from samplers.shards.indexing.scan import LONGEST
-from samplers.shards.indexing.tables import Array, Field, Tables
+from samplers.masked import refuse_masked
+from samplers.shards.format.npy import DTYPES, LONGEST_HEADER, AnyArray, read_npy_header
+from samplers.shards.indexing.shard_groups import MAX_STEPS
+from samplers.shards.indexing.tables import Field, Tables
 from samplers.shards.storage.reading import open_file
 
-# webdataset reads suffixes in lower case, cuts them at dots and keeps leading underscores for itself.
+# webdataset reads suffixes in lower case, splits them at dots, and reserves leading underscores.
 _FIELD_NAME: Final = re.compile(r"[^./\\_][^./\\]*")
-# What Python's own numbers become.
-_NUMBERS: Final = ((bool, "?"), (int, "<i8"), (float, "<f8"), (complex, "<c16"))
-# A longer header of an array would be a hoax.
-_LONGEST_HEADER: Final = 1 << 16
+# How Python's numbers are stored.
+_PYTHON_NUMBERS: Final = ((bool, "?"), (int, "<i8"), (float, "<f8"), (complex, "<c16"))
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What every sample's array is like in one field.
+class FieldSchema:
+    """Dtype and shape of a field, the same in every sample.
 
     Attributes:
-        dtype: as stored.
-        shape: `F`, the axes behind the steps; of a field of fixed size, all axes.
-        variable: True where samples differ in length.
+        dtype: Dtype as stored.
+        shape: `F`, the axes behind the steps. All axes, if the size is fixed.
+        variable: True if samples differ in length.
+
+    >>> print(FieldSchema("<f4", (80,), variable=True))
+    float32 [L, 80]
     """
 
     dtype: str
@@ -40,15 +42,20 @@ class Kind:
         return f"{np.dtype(self.dtype)} [{', '.join(map(str, shape))}]"
 
 
-# Class numbers, which webdataset knows as `.cls`.
-INTEGER: Final = Kind("<i8", (), variable=False)
+# Class numbers, in webdataset `.cls`.
+INTEGER: Final = FieldSchema("<i8", (), variable=False)
 
 
-def first_kinds(arrays: Mapping[str, Array], stack: Collection[str], key: str) -> dict[str, Kind]:
-    """The kinds that a corpus's first sample sets.
+def infer_schema(arrays: Mapping[str, AnyArray], stack: Collection[str], key: str) -> dict[str, FieldSchema]:
+    """The schema of a corpus, from its first sample.
+
+    Args:
+        arrays: Values of the sample.
+        stack: Fields of fixed size.
+        key: Key of the sample, for messages.
 
     Raises:
-        ValueError: A field cannot be named so, one that `stack` names is missing, or none is a sequence.
+        ValueError: A field has an invalid name, a field of `stack` is missing, or none is a sequence.
     """
     for name in arrays:
         if not _FIELD_NAME.fullmatch(name) or name != name.lower() or not name.isprintable():
@@ -59,113 +66,131 @@ def first_kinds(arrays: Mapping[str, Array], stack: Collection[str], key: str) -
     missing = sorted(set(stack) - arrays.keys())
     if missing:
         raise ValueError(f"stack names {missing}, the fields are {sorted(arrays)}")
-    kinds = {}
+    schema = {}
     for name, array in arrays.items():
         variable = array.ndim > 0 and name not in stack
-        kinds[name] = Kind(array.dtype.str, array.shape[variable:], variable)
-    if not any(kind.variable for kind in kinds.values()):
+        schema[name] = FieldSchema(array.dtype.str, array.shape[variable:], variable)
+    if not any(field_schema.variable for field_schema in schema.values()):
         raise ValueError(f"sample {key!r}: at least one field must be a sequence [L, *F], got {sorted(arrays)}")
-    return kinds
+    return schema
 
 
-def check_kinds(arrays: Mapping[str, Array], kinds: Mapping[str, Kind], key: str, like: str) -> None:
-    """Hold a sample against the kinds.
+def check_schema(arrays: Mapping[str, AnyArray], schema: Mapping[str, FieldSchema], key: str, like: str) -> None:
+    """Check a sample against the schema.
 
     Args:
-        arrays: of the sample.
-        kinds: of every field.
-        key: of the sample.
-        like: whose kinds these are, for messages.
+        arrays: Values of the sample.
+        schema: Schema of the corpus.
+        key: Key of the sample.
+        like: Origin of the schema, for messages.
 
     Raises:
         TypeError: A dtype differs.
         ValueError: A field is missing or new, its feature shape differs, or it has too many steps.
     """
-    for name in [*kinds, *arrays]:
-        if name not in arrays or name not in kinds:
-            state = "missing" if name in kinds else "new"
+    for name in [*schema, *arrays]:
+        if name not in arrays or name not in schema:
+            problem = "missing" if name in schema else "new"
             raise ValueError(
-                f"sample {key!r}: field {name!r} is {state}: every sample must have {sorted(kinds)} like {like}"
+                f"sample {key!r}: field {name!r} is {problem}: every sample must have {sorted(schema)} like {like}"
             )
     for name, array in arrays.items():
-        kind = kinds[name]
-        features = array.shape[1:] if kind.variable and array.ndim else array.shape
-        if array.dtype.str != kind.dtype or features != kind.shape or (kind.variable and not array.ndim):
-            wrong = TypeError if array.dtype.str != kind.dtype else ValueError
-            raise wrong(
-                f"sample {key!r}, field {name!r}: must be {kind} like {like}, got {array.dtype} {list(array.shape)}"
+        field_schema = schema[name]
+        features = array.shape[1:] if field_schema.variable and array.ndim else array.shape
+        if (
+            array.dtype.str != field_schema.dtype
+            or features != field_schema.shape
+            or (field_schema.variable and not array.ndim)
+        ):
+            error = TypeError if array.dtype.str != field_schema.dtype else ValueError
+            raise error(
+                f"sample {key!r}, field {name!r}: must be {field_schema} like {like}, got {array.dtype} "
+                f"{list(array.shape)}"
             )
-        if kind.variable and len(array) > LONGEST:
-            raise ValueError(f"sample {key!r}, field {name!r}: {len(array)} steps, at most {LONGEST} are possible")
+        if field_schema.variable and len(array) > MAX_STEPS:
+            raise ValueError(f"sample {key!r}, field {name!r}: {len(array)} steps, at most {MAX_STEPS} are possible")
 
 
-def read_kinds(tables: Tables) -> dict[str, Kind]:
-    """The kinds of the fields of a shard.
+def read_schema(tables: Tables) -> dict[str, FieldSchema]:
+    """The schema of a shard.
 
     Args:
-        tables: of one shard; where they do not tell, its first sample does.
+        tables: Tables of the shard. For fields without a dtype there, its first sample is read.
 
     Raises:
-        ValueError: A field is stored as no writer does.
+        ValueError: A field is stored in an encoding that the writer does not write.
     """
-    kinds = {}
+    schema = {}
     for column, field in enumerate(tables.fields):
         if field.dtype:
-            kinds[field.name] = Kind(field.dtype, field.shape, field.variable)
+            schema[field.name] = FieldSchema(field.dtype, field.shape, field.variable)
         else:
-            kinds[field.name] = _read_kind(tables, column, field)
-    return kinds
+            schema[field.name] = _read_field_schema(tables, column, field)
+    return schema
 
 
-def _read_kind(tables: Tables, column: int, field: Field) -> Kind:
+def _read_field_schema(tables: Tables, column: int, field: Field) -> FieldSchema:
+    """The schema of a plain field of fixed size, from the first sample that has it.
+
+    Raises:
+        ValueError: It is stored in an encoding that the writer does not write.
+    """
     path = tables.shards[0].path
     if field.suffix == f"{field.name}.cls":
         return INTEGER
     if field.suffix != f"{field.name}.npy":
         raise ValueError(f"{path}: field {field.name!r} is stored as {field.suffix!r}, to which no array can be added")
-    place = int(tables.places[np.flatnonzero(tables.places[:, column])[0], column])
-    header = read_array_header(open_file(path).read(place, _LONGEST_HEADER), f"{path}: field {field.name!r}")
-    return Kind(header.dtype.str, header.shape, variable=False)
+    offset = int(tables.offsets[np.flatnonzero(tables.offsets[:, column])[0], column])
+    header = read_npy_header(open_file(path).read(offset, LONGEST_HEADER), f"{path}: field {field.name!r}")
+    return FieldSchema(header.dtype.str, header.shape, variable=False)
 
 
-def as_array(value: object, where: str) -> Array:
-    """A value as it is stored: little-endian and C-contiguous, whatever was given.
+def as_array(value: object, context: str) -> AnyArray:
+    """A value as it is stored: a little-endian, C-contiguous array.
 
     Args:
-        value: array, tensor or number.
-        where: sample and field, for messages.
+        value: Array, tensor or number.
+        context: Sample and field, for messages.
 
     Raises:
         OverflowError: An integer does not fit 64 bits.
-        TypeError: It is none of these, or of a dtype that cannot be stored.
+        TypeError: It is none of these, has masked values, or its dtype cannot be stored.
     """
     if isinstance(value, Tensor):
-        value = _from_tensor(value, where)
+        value = _from_tensor(value, context)
     elif isinstance(value, (bool, int, float, complex)) and not isinstance(value, np.generic):
-        # The first that fits: a bool is an int too.
-        value = np.asarray(value, next(stored for number, stored in _NUMBERS if isinstance(value, number)))
+        # The first that fits, because a bool is also an int.
+        value = np.asarray(value, next(stored for number, stored in _PYTHON_NUMBERS if isinstance(value, number)))
     if not isinstance(value, (np.ndarray, np.generic)):
         raise TypeError(
-            f"{where}: must be an array, a tensor or a number, got {type(value).__name__}: lists need a dtype, as in "
+            f"{context}: must be an array, a tensor or a number, got {type(value).__name__}: lists need a dtype, as in "
             "np.asarray(values, np.float32); text can be np.frombuffer(text.encode(), np.uint8)"
         )
+    refuse_masked(value, f"{context}: all values", "drop them with .compressed(), or replace them with .filled(value)")
     dtype = value.dtype.newbyteorder("<")
     if dtype.hasobject:
-        raise TypeError(f"{where}: holds Python objects, which could only be pickled: give it a plain dtype")
+        raise TypeError(f"{context}: holds Python objects, which could only be pickled: give it a plain dtype")
     if dtype.str not in DTYPES:
-        raise TypeError(f"{where}: {value.dtype} cannot be stored, only {sorted(np.dtype(d).name for d in DTYPES)}")
+        raise TypeError(f"{context}: {value.dtype} cannot be stored, only {sorted(np.dtype(d).name for d in DTYPES)}")
     return np.asarray(value, dtype, order="C")
 
 
-def _from_tensor(value: Tensor, where: str) -> Array:
+def _from_tensor(value: Tensor, context: str) -> AnyArray:
+    """A tensor as an array.
+
+    Raises:
+        TypeError: NumPy has no such dtype, or the tensor is not dense or not on the CPU.
+    """
     if value.dtype == bfloat16:
         raise TypeError(
-            f"{where}: NumPy has no bfloat16: store value.view(torch.int16) and view it as torch.bfloat16 when it is "
+            f"{context}: NumPy has no bfloat16: store value.view(torch.int16) and view it as torch.bfloat16 when it is "
             "read, or store value.float()"
         )
     if value.device.type != "cpu" or value.layout != strided:
-        raise TypeError(f"{where}: must be a dense tensor on the CPU, got {value.layout} on {value.device}: use .cpu()")
+        raise TypeError(
+            f"{context}: must be a dense tensor on the CPU, got {value.layout} on {value.device}: use .cpu()"
+        )
     try:
         return value.numpy(force=True)
     except (TypeError, RuntimeError) as error:
-        raise TypeError(f"{where}: {value.dtype} cannot be stored ({error})") from None
+        raise TypeError(f"{context}: {value.dtype} cannot be stored ({error})") from None

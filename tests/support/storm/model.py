@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 Batch = list[int]
-# One batch for each replica; None where only the samples are known, since the rows of the last step are split.
-Step = list[Batch | None]
+# One batch for each replica. Empty where no page tells of it: whoever gets it first writes it down, and all others must
+# get the same.
+Step = list[Batch]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Book:
         self._write = write
         self._alike, self._even = alike, even
         self._pages: dict[tuple[int, int], list[Batch]] = {}
+        self._found: dict[tuple[int, ...], Batch] = {}
         self.samples = sorted(sample for batch in self.page(0, 1) for sample in batch)
         assert len(set(self.samples)) == len(self.samples)
 
@@ -63,22 +65,31 @@ class Book:
 
     def rest(self, place: Place, replicas: int) -> tuple[list[Step], set[int]]:
         """The steps that are left, and their samples."""
-        page, total = self.page(place.epoch, place.laid), self.total(place.epoch)
+        total = self.total(place.epoch)
         if place.taken >= total:
             return [], set()
-        if place.laid == replicas and place.taken % replicas == 0:
-            flat: list[Batch | None] = list(page[place.taken :])
-        else:
-            known = page[: total - total % place.laid]
-            whole = total - (total - place.taken) % replicas
-            flat = [known[at] if at < len(known) else None for at in range(place.taken, whole)]
-            flat += [None] * (replicas * self.steps(place, replicas) - len(flat))
-        before = {sample for batch in page[: place.taken] for sample in batch}
+        taken = [self.whole(place, at) for at in range(place.taken)]
+        split = total - (total - place.taken) % replicas
+        flat = [self.whole(place, at) for at in range(place.taken, split)]
+        if split < total:
+            flat += [self.piece(place, replicas, split, rank) for rank in range(replicas)]
         steps = [flat[at : at + replicas] for at in range(0, len(flat), replicas)]
-        if place.within:
-            assert place.laid == replicas
-            before |= {sample for batch in steps[0][: place.within] for sample in batch or ()}
-        return steps, set(self.samples) - before
+        before = taken + (steps[0][: place.within] if place.within else [])
+        assert all(before), "a place behind a batch that nobody has got"
+        return steps, set(self.samples) - {sample for batch in before for sample in batch}
+
+    def whole(self, place: Place, at: int) -> Batch:
+        """A batch of the sequence; a page has those of the last step split, if they are fewer than its replicas."""
+        total = self.total(place.epoch)
+        if at < total - total % place.laid:
+            return self.page(place.epoch, place.laid)[at]
+        return self._found.setdefault((place.epoch, place.laid, at), [])
+
+    def piece(self, place: Place, replicas: int, split: int, rank: int) -> Batch:
+        """A replica's part of the batches from `split` on."""
+        if place.laid == replicas and split % replicas == 0:
+            return self.page(place.epoch, place.laid)[split + rank]
+        return self._found.setdefault((place.epoch, place.laid, replicas, split, rank), [])
 
 
 @dataclass
@@ -118,11 +129,12 @@ class Pass:
         """Hold the next batch to what must come."""
         assert not self.over, f"{batch} came after the last batch"
         expected = self.steps[self.given // self.replicas][self.given % self.replicas]
-        assert expected is None or batch == expected, f"got {batch}, expected {expected}"
+        assert not expected or batch == expected, f"got {batch}, expected {expected}"
         assert len(set(batch)) == len(batch) > 0
         assert self.left.issuperset(batch), f"{sorted(set(batch) - self.left)} came before, or are of another replica"
         self.left -= set(batch)
         self.given += 1
+        expected[:] = batch
 
     def end(self) -> None:
         """Know that no more comes."""

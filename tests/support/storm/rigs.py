@@ -426,11 +426,11 @@ def _ahead(kind: type[Prefetched]) -> type[Prefetched]:
 
 class _stand_in:  # noqa: N801
     def __enter__(self) -> None:
-        self.transfer = prefetch_module.Transfer
-        prefetch_module.Transfer = AtOnce
+        self.transfer = prefetch_module.CopyStream
+        prefetch_module.CopyStream = AtOnce
 
     def __exit__(self, *error: object) -> None:
-        prefetch_module.Transfer = self.transfer
+        prefetch_module.CopyStream = self.transfer
 
 
 PrefetchedAhead, PrefetchedStatefulAhead = _ahead(Prefetched), _ahead(PrefetchedStateful)

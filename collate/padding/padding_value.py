@@ -1,0 +1,60 @@
+"""The number that padding holds: what a dtype can hold of it."""
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from collate.tensors.steps import PaddingValue
+
+
+@lru_cache(maxsize=512, typed=True)
+def check_padding_value(value: PaddingValue, dtype: torch.dtype) -> PaddingValue:
+    """Check that `dtype` can hold the padding value (a float may be rounded, an integer must be exact).
+
+    Raises:
+        TypeError: The value is not a number.
+        ValueError: The dtype cannot hold it.
+    """
+    if not isinstance(value, (int, float, np.integer, np.floating, np.bool_)):
+        raise TypeError(f"padding_value must be a number, got {value!r} of type {type(value).__name__}")
+    value = same_nan(value.item() if isinstance(value, np.generic) else value)
+    if not _holds(value, dtype):
+        raise ValueError(f"padding_value {value!r} cannot be held by {dtype}: choose one that can, or a wider dtype")
+    return value
+
+
+def cast_padding_value(value: PaddingValue | None, old: torch.dtype, new: torch.dtype) -> PaddingValue | None:
+    """What padding of one dtype holds after it is converted to another; None stays None."""
+    if value is None or new == old:
+        return value
+    return same_nan(torch.tensor(value, dtype=old, device="cpu").to(new).item())
+
+
+def same_nan(value: PaddingValue) -> PaddingValue:
+    """The value, and for every NaN one object, so that values that contain it are equal."""
+    return math.nan if value != value else value
+
+
+def _holds(value: PaddingValue, dtype: torch.dtype) -> bool:
+    """Whether a dtype can hold a number: integers exactly, floats within range."""
+    if dtype.is_floating_point and dtype.itemsize == 1:
+        return _holds_in_a_byte(value, dtype)
+    # torch.iinfo and finfo know no complex dtype; nan and inf are held by every float.
+    if dtype.is_complex or not np.isfinite(value):
+        return dtype.is_floating_point or dtype.is_complex
+    if dtype.is_floating_point:
+        return abs(value) <= torch.finfo(dtype).max
+    if dtype == torch.bool:
+        return value in (0, 1)
+    bounds = torch.iinfo(dtype)
+    return value == int(value) and bounds.min <= value <= bounds.max
+
+
+def _holds_in_a_byte(value: PaddingValue, dtype: torch.dtype) -> bool:
+    """As `_holds`, for floats of eight bits: some make nan of infinity, and one has no zero and no sign."""
+    held = torch.tensor(value, dtype=torch.float64, device="cpu").to(dtype).to(torch.float64).item()
+    if not np.isfinite(value):
+        return held == value or (held != held and value != value)
+    return abs(value) <= torch.finfo(dtype).max and held * value >= 0 and (held == 0 or value != 0)

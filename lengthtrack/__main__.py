@@ -1,0 +1,5 @@
+"""`python -m lengthtrack`: the `lengthtrack` command."""
+
+from samplers.cli import main
+
+main()

@@ -1,0 +1,50 @@
+"""The index file of a folder of shards: its path, its former content, and the shards that it does not list."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import click
+
+from samplers.cli.convert import check_exists
+from samplers.shards.indexing.find_index import find_corpus
+from samplers.shards.indexing.index import LengthIndex
+from samplers.shards.indexing.index_file import SUFFIX
+
+CORPUS: Final = f"corpus{SUFFIX}"
+
+
+def index_of_folder(shards: Sequence[str]) -> Path:
+    """The index file in a folder of shards, also if it does not exist yet.
+
+    Raises:
+        UsageError: The shards are not one folder, or the folder has several indexes.
+    """
+    check_exists(shards[0])
+    folder = Path(shards[0])
+    if len(shards) > 1 or not folder.is_dir():
+        raise click.UsageError("--output FILE.ltx is required, unless SHARDS is one folder")
+    try:
+        return find_corpus(folder) or folder / CORPUS
+    except ValueError as error:
+        raise click.UsageError(f"{error} as --output") from error
+
+
+def open_earlier(target: Path) -> LengthIndex | None:
+    """The index that a new one replaces. None if there is none, or it is damaged."""
+    try:
+        return LengthIndex.open(target)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        click.echo(f"built from the options alone: {error}", err=True)
+        return None
+
+
+def unlisted_shards(sources: Sequence[str], shards: Sequence[str]) -> list[str]:
+    """Errors for the shards in a folder that its index does not list."""
+    if len(sources) > 1 or not Path(sources[0]).is_dir():
+        return []
+    listed = {str(Path(shard).absolute()) for shard in shards}
+    unlisted = [str(path) for path in sorted(Path(sources[0]).glob("*.tar")) if str(path.absolute()) not in listed]
+    return [f"{path}: not in the index: lengthtrack index {sources[0]}" for path in unlisted]

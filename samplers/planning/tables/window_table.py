@@ -1,0 +1,309 @@
+"""WindowTable: the batches of a corpus in shards, which is read in order, some shards at a time.
+
+A *window* is a run of shuffled shards whose samples are planned together. Each epoch groups the shards into windows of
+its own (a *grouping*), and shuffles the order of windows, the samples in a batch and the batches of a window; all
+epochs have equally many batches.
+
+Twelve samples in four shards of three, at least six samples in a window: two windows of two shards. Two epochs, the
+shards of each window and the lengths in each batch of the first window:
+
+>>> class Index:
+...     lengths, fingerprint = np.array([6, 5, 4, 6, 5, 4, 3, 2, 1, 3, 2, 1]), "of these lengths"
+>>> first = make_window_table(Index(), np.arange(0, 13, 3), Options(max_tokens=12, window=6))
+>>> for epoch in (0, 1):
+...     table = first.for_epoch(epoch, 1)
+...     samples, rows = table.batch_samples(np.arange(table.window_sizes[0]), key=epoch)
+...     table.windows, [Index.lengths[batch].tolist() for batch in np.split(samples, rows.cumsum()[:-1])]
+(((3, 1), (0, 2)), [[6, 2], [5, 1], [4, 3]])
+(((3, 2), (1, 0)), [[2, 1], [3, 2], [3, 1]])
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Final, NamedTuple, Self, cast
+
+import numpy as np
+
+from samplers.planning.budget import Integers
+from samplers.planning.keyed_shuffle import derive_key, draw_until, permute
+from samplers.planning.options import Options
+from samplers.planning.sorting import IndexArray, IndexedLengths, SortedLengths, sort_lengths
+from samplers.planning.tables.batch_table import BatchTable, Shape, choose_variant
+from samplers.planning.tables.buckets import (
+    MOST_VARIANTS,
+    Bucket,
+    count_batches,
+    count_windows,
+    cut_buckets,
+    sort_buckets,
+)
+from samplers.planning.tables.window_order import WindowOrder
+
+# Default window: enough samples for batches of similar width.
+DEFAULT_WINDOW: Final = 10_000
+# Groupings of the shards, each of which some epochs use, and how many of them decide the number of batches of all.
+GROUPINGS: Final = 16
+COUNTED_GROUPINGS: Final = 4
+# Purpose of a key, next to those of `window_order`: shards among windows.
+SHARDS: Final = 10
+
+
+class PlannedWindow(NamedTuple):
+    """A window: its shards, its samples, longest first, and its buckets, which begin at the window's first sample."""
+
+    shards: tuple[int, ...]
+    order: IndexArray
+    buckets: list[Bucket]
+
+
+@dataclass(frozen=True, eq=False)
+class WindowTable(BatchTable):
+    """The batches of all windows, window after window; in a window, ids of batches of one shape are adjacent.
+
+    Attributes:
+        windows: The shards of each window.
+        window_sizes: Batches of each window, int64 `[windows]`.
+        window_starts: Sorted index of each window's first sample, and last the number of samples: int64
+            `[windows + 1]`.
+        interleave: Lanes of each replica.
+        groupings: Other windows of the same shards, with equally many batches; None if all epochs have the same.
+        number: Number of this grouping.
+    """
+
+    windows: tuple[tuple[int, ...], ...]
+    window_sizes: Integers
+    window_starts: Integers
+    interleave: int
+    groupings: "Groupings | None" = field(default=None, kw_only=True)
+    number: int = field(default=0, kw_only=True)
+
+    def for_epoch(self, epoch: int, num_replicas: int) -> Self:
+        """The table of an epoch that this many replicas begin: these windows, or others with equally many batches."""
+        if self.groupings is None:
+            return self
+        number = choose_variant(epoch, GROUPINGS, self.options.seed)
+        table = self if number == self.number else self.groupings.find_table(number, len(self))
+        return cast(Self, table) if table is not None and table.is_shared(epoch, num_replicas) else self
+
+    def order(self, epoch: int, num_replicas: int) -> WindowOrder:
+        """The order of this table's batches in an epoch that this many replicas begin."""
+        return WindowOrder(
+            len(self),
+            self.options,
+            epoch,
+            num_replicas,
+            window_sizes=self.window_sizes,
+            interleave=self.interleave,
+            can_share=partial(self._can_share_batches, num_replicas),
+            # This grouping replaces others, so that it must find an order in every epoch.
+            patient=self.groupings is not None and epoch not in self.trial_epochs,
+        )
+
+    def _can_share_batches(self, num_replicas: int, batch_ids: Integers) -> bool:
+        """Whether each replica gets a row of the last step, if these are the last batches of an epoch."""
+        return self.can_share_last_step(self.batch_rows(batch_ids), num_replicas)
+
+    @property
+    def trial_epochs(self) -> Iterable[int]:
+        """Epochs that show whether replicas can share the last step of every epoch."""
+        # Among them one of the first grouping, which replaces those that cannot be shared.
+        own = [choose_variant(epoch, GROUPINGS, self.options.seed) for epoch in range(GROUPINGS)].index(self.number)
+        return {0, 1, own}
+
+    def is_shared(self, epoch: int, num_replicas: int) -> bool:
+        """Whether an epoch of these windows ends with a row for each of this many replicas."""
+        if len(self) % num_replicas == 0 or self.options.drop_last:
+            return True
+        last = self.order(epoch, num_replicas).batch_at_position(np.arange(len(self))[-num_replicas:])
+        return self._can_share_batches(num_replicas, last)
+
+    @cached_property
+    def shapes(self) -> list[Shape]:
+        """The shapes that hold every batch of any epoch, without repetition."""
+        tables = {choose_variant(epoch, GROUPINGS, self.options.seed): epoch for epoch in range(GROUPINGS)}
+        others = [self.for_epoch(epoch, 1) for epoch in tables.values()]
+        return list(dict.fromkeys(shape for table in (self, *others) for shape in table.bucket_shapes))
+
+    def _digested_text(self) -> str:
+        # Positions carry the digest of this text, so that it must never change.
+        return repr((super()._digested_text(), self.windows, self.interleave))
+
+    @property
+    def _sections(self) -> Integers:
+        """The windows: samples of one window are read together, and are not exchanged with others."""
+        return self.window_starts
+
+
+@dataclass(frozen=True, eq=False)
+class Groupings:
+    """The ways to group a corpus' shards into windows.
+
+    Attributes:
+        sorted_lengths: The samples.
+        shard_of: The shard of each sample, in their sorted order, int64 `[n]`.
+        options: The planner's.
+        window: Samples of a window at least.
+        interleave: Lanes of each replica.
+    """
+
+    sorted_lengths: SortedLengths
+    shard_of: Integers
+    options: Options
+    window: int
+    interleave: int
+
+    def find_table(self, number: int, batches: int) -> WindowTable | None:
+        """A grouping with this many batches, if one is found; the last two are kept."""
+        if number not in self._tables:
+            while len(self._tables) > 1:
+                del self._tables[next(iter(self._tables))]
+            self._tables[number] = draw_until(
+                lambda attempt: self._draw(number, attempt, batches), lambda table: len(table) == batches
+            )
+        return self._tables[number]
+
+    def first_table(self) -> WindowTable:
+        """The grouping whose number of batches all others shall have.
+
+        Raises:
+            ValueError: No batch is left to plan.
+        """
+        numbers = range(COUNTED_GROUPINGS) if self.options.shuffle else range(1)
+        drawn = [self._cut(number, 0) for number in numbers]
+        counts = [sum(count_batches(window.buckets) for window in windows) for windows in drawn]
+        # If `drop_last` drops the short batches, no grouping can have more: the usual number is found most often.
+        batches = Counter(counts).most_common(1)[0][0] if self._drops_short else max(counts)
+        number = counts.index(batches)
+        if batches == 0:
+            raise ValueError(
+                f"no batch is left to plan: drop_last drops all {len(self.sorted_lengths)} samples, fewer in each "
+                f"window than batch_size={self.options.batch_size}; lower batch_size, raise window, or keep the last "
+                "batch"
+            )
+        table = self._join(drawn[number])
+        return replace(table, groupings=self, number=number) if self.options.shuffle else table
+
+    @cached_property
+    def _tables(self) -> dict[int, WindowTable | None]:
+        return {}
+
+    @property
+    def _drops_short(self) -> bool:
+        return self.options.drop_last and self.options.batch_size is not None
+
+    def _draw(self, number: int, attempt: int, batches: int) -> WindowTable | None:
+        """One attempt at a grouping with this many batches; None if it has others."""
+        windows = self._cut(number, attempt)
+        extra = batches - sum(count_batches(window.buckets) for window in windows)
+        if extra > 0 and not self._drops_short:
+            windows = self._cut(number, attempt, extra)
+            extra = batches - sum(count_batches(window.buckets) for window in windows)
+        return self._join(windows) if extra == 0 else None
+
+    def _cut(self, number: int, attempt: int, extra: int = 0) -> list[PlannedWindow]:
+        """The windows of a grouping, with `extra` more batches than needed, spread over their last buckets."""
+        samples = np.bincount(self.shard_of, minlength=1)
+        groups = group_shards(samples, self.window, self._key(number, attempt))
+        window_of_shard = np.zeros(len(samples), np.int32)
+        for window, shards in enumerate(groups):
+            window_of_shard[list(shards)] = window
+        # A stable sort: each window's samples stay longest first, with those that exceed the budget alone before them.
+        window_of = window_of_shard[self.shard_of]
+        order = self.sorted_lengths.order[np.argsort(window_of, kind="stable")]
+        ends = np.bincount(window_of, minlength=len(groups)).cumsum()
+        overlong = np.bincount(window_of[: self.sorted_lengths.overlong_alone], minlength=len(groups)).tolist()
+        # Two batches more in five windows: 0, 0, 1, 0 and 1.
+        extras = np.diff(np.arange(len(groups) + 1) * extra // len(groups)).tolist()
+        orders = np.split(order, ends[:-1])
+        return [
+            self._plan_window(number, shards, order, overlong=count, extra=more)
+            for shards, order, count, more in zip(groups, orders, overlong, extras, strict=True)
+        ]
+
+    def _plan_window(
+        self, number: int, shards: tuple[int, ...], order: IndexArray, *, overlong: int, extra: int
+    ) -> PlannedWindow:
+        """A window, cut into buckets as a corpus is; the borders are shifted from grouping to grouping."""
+        members = replace(self.sorted_lengths, order=order, overlong_alone=overlong)
+        windows = count_windows(members, self.options)
+        variants = min(MOST_VARIANTS, windows)
+        shift = windows * (number % variants) // variants
+        buckets = cut_buckets(members, self.options, windows, shift=shift, extra=extra)
+        return PlannedWindow(shards, order, sort_buckets(buckets, self.options))
+
+    def _key(self, number: int, attempt: int) -> int | None:
+        """The key of an attempt's shuffle; None where shards stay in their order."""
+        return derive_key(self.options.seed, SHARDS, number, attempt) if self.options.shuffle else None
+
+    def _join(self, windows: list[PlannedWindow]) -> WindowTable:
+        """Put the windows one after the other; the one that has the batch with the most rows comes last."""
+        if self.options.shuffle:
+            longest = max(windows, key=lambda window: window.buckets[-1].rows if window.buckets else 0)
+            windows = [*(window for window in windows if window is not longest), longest]
+        first = np.cumsum([0, *(len(window.order) for window in windows)]).tolist()
+        buckets = [
+            bucket._replace(first=bucket.first + start)
+            for start, window in zip(first, windows, strict=False)
+            for bucket in window.buckets
+        ]
+        return WindowTable(
+            replace(self.sorted_lengths, order=np.concatenate([window.order for window in windows])),
+            tuple(buckets),
+            self.options,
+            tuple(window.shards for window in windows),
+            np.array([count_batches(window.buckets) for window in windows]),
+            np.array(first),
+            self.interleave,
+        )
+
+
+def make_window_table(
+    lengths: IndexedLengths, shard_starts: Integers, options: Options, interleave: int = 1
+) -> WindowTable:
+    """Cut a corpus in shards into windows, and each window into batches; every epoch has windows of its own.
+
+    Args:
+        lengths: Lengths of all samples, in the order of their shards.
+        shard_starts: Index of each shard's first sample, then N: int64 `[shards + 1]`.
+        options: The planner's; `window` is how many samples a window has at least, unless the corpus is smaller.
+        interleave: Lanes of each replica.
+
+    Raises:
+        LengthError: A length is negative, above every allowed width, or over the budget with `overlong="error"`.
+        ValueError: No batch is left to plan.
+    """
+    sorted_lengths = sort_lengths(lengths, options)
+    shard_of: Integers = np.searchsorted(shard_starts, sorted_lengths.order, side="right") - 1
+    # Each window is planned as a corpus is, with the default number of windows inside.
+    inner = replace(options, window=None)
+    return Groupings(sorted_lengths, shard_of, inner, options.window or DEFAULT_WINDOW, interleave).first_table()
+
+
+def group_shards(samples: Integers, window: int, key: int | None) -> list[tuple[int, ...]]:
+    """The shards of each window: runs of shuffled shards, each as long as the window needs.
+
+    >>> group_shards(np.array([40, 70, 50, 0, 90]), window=100, key=None)
+    [(0, 1), (2, 4)]
+
+    Args:
+        samples: Planned samples of each shard, int64 `[shards]`; a shard with none is in no window.
+        window: Samples of a window at least.
+        key: Key of the shuffle; None leaves the shards in their order.
+    """
+    shards: Integers = np.flatnonzero(samples)
+    if key is not None:
+        shards = shards[permute(np.arange(len(shards)), len(shards), key)]
+    groups: list[list[int]] = []
+    held = window
+    for shard in shards.tolist():
+        if held >= window:
+            groups.append([])
+            held = 0
+        groups[-1].append(shard)
+        held += int(samples[shard])
+    if len(groups) > 1 and 2 * held < window:
+        # A last window of less than half the size would pad much.
+        groups[-2:] = [groups[-2] + groups[-1]]
+    return [tuple(group) for group in groups]

@@ -1,0 +1,154 @@
+"""PlannedLoader: what a batch sampler and a shard stream have in common: plans, epochs and positions."""
+
+from collections.abc import Mapping
+from copy import copy
+from functools import cached_property
+from typing import Any, Self
+
+from collate.widths import Widths, check_count
+from samplers.deprecated import renamed_arguments
+from samplers.planning.options import Options
+from samplers.planning.plan import BatchPlan
+from samplers.planning.schedule import Schedule, make_schedule
+from samplers.planning.sorting import Lengths
+from samplers.planning.tables.batch_table import BatchTable, Shape
+from samplers.progress.epoch_cursor import EpochCursor
+from samplers.progress.position import Position, PositionDict, check_epoch, make_fingerprint, refuse_iterator_state
+from samplers.progress.shared_cursor import SharedEpochCursor
+
+
+class PlannedLoader:
+    """Epochs of planned batches, and positions in them.
+
+    A class that inherits sets the attributes below. Its iterators decide which epoch they take at their first batch.
+
+    Attributes:
+        num_replicas: W, how many replicas share each step.
+        options: The planner's, checked.
+    """
+
+    num_replicas: int
+    options: Options
+    _cursor: EpochCursor | SharedEpochCursor
+    _table: BatchTable
+    # What was planned, with the fingerprint that an index has.
+    _lengths: Lengths
+    # Batches that one iterator gives in each step.
+    _batches_per_step = 1
+
+    def __copy__(self) -> Self:
+        new = self.__class__.__new__(self.__class__)
+        # A copy begins where the original stands, and then moves independently.
+        new.__dict__.update(self.__dict__, _cursor=copy(self._cursor))
+        return new
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next iteration begins or resumes: it advances when an iteration takes its first batch."""
+        return self._cursor.next_start.epoch
+
+    @property
+    def max_length(self) -> int | None:
+        """Longer samples are planned with this many time steps; `PadCollator.for_sampler` cuts to it."""
+        return self.options.max_length
+
+    @property
+    def widths(self) -> Widths:
+        """The padded widths that batches are planned with, as given; `PadCollator.for_sampler` pads to them."""
+        return self.options.widths
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """Shapes `(rows, (width, ...))`, a width for each field, that hold every batch of any epoch.
+
+        A batch that is split or left short is smaller than one of them.
+        """
+        return self._table.shapes
+
+    @property
+    def remaining(self) -> int:
+        """Batches that the next iteration gives: `len`, or fewer after `seek`."""
+        return self.schedule_from(self._cursor.next_start).steps * self._batches_per_step
+
+    @property
+    def next_position(self) -> PositionDict:
+        """Where the next iteration begins, as `position` tells it for the present iteration."""
+        return self._cursor.next_start.as_dict(self.fingerprint)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Short digests of the lengths, the options and the seed, which a position carries."""
+        return make_fingerprint(self._lengths, self._table)
+
+    def plan(self, epoch: int) -> BatchPlan:
+        """All batches of an epoch, over all replicas.
+
+        Raises:
+            TypeError: The epoch is not an int.
+            ValueError: The epoch is negative.
+        """
+        return BatchPlan(self._table, check_epoch(epoch), self.num_replicas)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next iteration begin this epoch; a position that was sought in another epoch is forgotten.
+
+        Raises:
+            TypeError: The epoch is not an int.
+            ValueError: The epoch is negative.
+        """
+        self._cursor.set_epoch(check_epoch(epoch))
+
+    @renamed_arguments(steps="batches")
+    def position(self, batches: int) -> PositionDict:
+        """Where the epoch stands after this replica's first `batches` batches of the present iteration.
+
+        A loader's workers run ahead of training, so only the training loop knows how many batches it has used.
+
+        Args:
+            batches: Batches that each replica has used since the present iteration began. That is the last iteration
+                that has taken a batch; if none has since `seek`, or since `set_epoch` to another epoch, the next one.
+
+        Returns:
+            Five primitive values, under 1 kB, the same on all replicas, for `seek` on any number of replicas and
+            workers.
+
+        Raises:
+            TypeError: `batches` is not an int.
+            ValueError: The iteration has fewer batches.
+        """
+        start, before = self._cursor.last_start
+        schedule = self.schedule_from(start)
+        batches = check_count("batches", batches, least=0, hint="count the batches used since the iteration began")
+        if before + batches > schedule.steps:
+            raise ValueError(
+                f"batches must be at most {schedule.steps - before}, the iteration's batches, got {batches}"
+            )
+        return self.position_after(start, before + batches)
+
+    def position_after(self, start: Position, steps: int) -> PositionDict:
+        """Where the epoch stands after this many steps from a position on."""
+        taken = self.schedule_from(start).taken_after(steps)
+        return Position(start.epoch, start.replicas, taken).as_dict(self.fingerprint)
+
+    def seek(self, position: Mapping[str, Any]) -> None:
+        """Let the next iteration that takes a batch resume from a position, once; the next epoch comes after it.
+
+        `set_epoch` to the position's epoch keeps the position, to another one forgets it.
+
+        Raises:
+            TypeError: The position is not a mapping, or one of its values has the wrong type.
+            ValueError: It is of other lengths, options, seed or version, or this number of replicas cannot share the
+                remaining batches of its epoch.
+        """
+        refuse_iterator_state(position)
+        self._cursor.seek(self.read_position(position))
+
+    def read_position(self, state: Mapping[str, Any]) -> Position:
+        """The position in a state, checked; the errors are those of `seek`."""
+        position = Position.from_dict(state, self.fingerprint, len(self._table))
+        self.schedule_from(position)
+        return position
+
+    def schedule_from(self, start: Position) -> Schedule:
+        """The remaining batches of an epoch from a position on, as the replicas take them."""
+        return make_schedule(self._table, start.epoch, self.num_replicas, laid_for=start.replicas, taken=start.batches)

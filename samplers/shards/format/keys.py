@@ -1,0 +1,26 @@
+r"""Keys of samples: text in Python, UTF-8 bytes in tars and tables.
+
+A tar may hold names that are not UTF-8. Their bytes survive the way to text and back:
+
+>>> encode_key(decode_key(b"caf\xe9")) == b"caf\xe9"
+True
+"""
+
+import numpy as np
+
+from samplers.shards.format.npy import AnyArray
+
+
+def decode_key(key: bytes) -> str:
+    """A key as text, whatever bytes it has."""
+    return key.decode("utf-8", "surrogateescape")
+
+
+def encode_key(key: str) -> bytes:
+    """A key as the bytes that a tar holds."""
+    return key.encode("utf-8", "surrogateescape")
+
+
+def encode_keys(keys: AnyArray) -> AnyArray:
+    """Keys as fixed-width bytes: `[n]` text to `[n]` bytes."""
+    return np.asarray(np.strings.encode(keys, "utf-8", "surrogateescape"))

@@ -1,0 +1,47 @@
+"""Find the index files of shards: the corpus file of a folder, or the files next to the shards."""
+
+import os
+from pathlib import Path
+
+from samplers.shards.indexing.index_file import SUFFIX
+from samplers.shards.storage.paths import expand_shards
+from samplers.shards.storage.reading import Shards
+
+
+def find_corpora(folder: Path) -> list[Path]:
+    """The index files of corpora in a folder. Those of single shards end in `.tar.ltx`, and are left out."""
+    return sorted(file for file in folder.glob(f"*{SUFFIX}") if not file.name.endswith(f".tar{SUFFIX}"))
+
+
+def find_corpus(folder: Path) -> Path | None:
+    """The index file of the corpus in a folder. None if there is none.
+
+    Raises:
+        ValueError: The folder has several.
+    """
+    corpora = find_corpora(folder)
+    if len(corpora) > 1:
+        raise ValueError(f"{folder} holds several corpora: give one of {', '.join(map(str, corpora))}")
+    return corpora[0] if corpora else None
+
+
+def find_index_files(shards: Shards) -> list[str]:
+    """The index files of shards: index files themselves, the one of a folder, or those next to the shards.
+
+    Args:
+        shards: A folder, an `.ltx` file or several, or shards: paths, brace patterns, wildcards or URLs.
+
+    Raises:
+        FileNotFoundError: A pattern matches no file.
+        ValueError: A folder has several corpora, or index files and shards are mixed.
+    """
+    if isinstance(shards, (str, os.PathLike)):
+        corpus = find_corpus(Path(shards))
+        if corpus is not None:
+            return [str(corpus)]
+        shards = [shards]
+    sources = [os.fspath(source) for source in shards]
+    indexes = [source for source in sources if source.endswith(SUFFIX)]
+    if indexes and len(indexes) < len(sources):
+        raise ValueError(f"{indexes[0]} is an index and {(set(sources) - set(indexes)).pop()} is not: give one kind")
+    return indexes or [f"{shard}{SUFFIX}" for shard in expand_shards(sources)]
