@@ -93,7 +93,7 @@ LAYERS = {
     "collate.training": [
         ["checking", "max_tokens", "losses", "rnn", "prefetch"],
         ["cpu_rnn", "renamed", "restore"],
-        ["rnn_modules"],
+        ["rnn_modules", "sequences"],
     ],
 }
 # What `samplers` may take from `collate`.

@@ -55,6 +55,8 @@ def sequence_loss(
     check_tracked("sequence_loss", output, target)
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be 'token', 'sequence' or 'sum', got {reduction!r}")
+    # Each step is left out where it is not needed: where a compiler breaks the graph, a helper that only reads a shape
+    # would become an empty graph of its own.
     if output.is_varlen != target.is_varlen:
         raise TypeError(
             f"output is a {type(output).__name__}, target is a {type(target).__name__}: give two of one kind, "

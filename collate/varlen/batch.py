@@ -1,4 +1,4 @@
-"""VarlenBatch: rows that hold several documents each, and what is known of where these lie, kept together and true.
+"""VarlenBatch: rows that hold several documents each, with their lengths, offsets and permutation.
 
 Axes: R rows, C steps of a row (its capacity), N documents, F feature axes, M real steps (`sum(lengths)`).
 """
@@ -38,11 +38,6 @@ from collate.varlen.serialization import reduce, travels
 from collate.varlen.views import DocumentViews
 from collate.widths import Widths
 
-_FOR_TRAINERS = (
-    *("values", "lengths", "mask", "document_ids", "position_ids", "permutation", "documents_per_row"),
-    *("cu_seqlens", "cu_seqlens_padded", "cu_seqlens_real", "max_seqlen"),
-)
-
 
 @travels
 @dataclass(frozen=True, eq=False, repr=False, init=False)
@@ -60,7 +55,7 @@ class VarlenBatch(DocumentViews):
         lengths: int64 `[N]` on the host, documents in row order; a document may be empty.
         documents_per_row: int64 `[R]` on the host; may be left out where there is one row.
         permutation: int64 `[N]` on the host; document i was sample `permutation[i]` of the list that was collated; the
-            given order when None. A piece made by `split_rows` keeps the places that its documents had.
+            given order when None. A piece made by `split_rows` keeps the indices of its documents.
         padding_value: what the gaps hold; None where that is unspecified, as after `with_values`.
         align: documents start at its multiples: 1, 8, or twice the size of a context-parallel group.
         max_documents: documents that a row may have. It fixes the number of slots of `cu_seqlens`, so that compiled
@@ -148,7 +143,7 @@ class VarlenBatch(DocumentViews):
         Raises:
             LengthError: There is no sequence, a declared length is not the real one, or the rows do not hold them.
             TypeError: Dtypes differ, or a sequence is not one.
-            ValueError: Feature shapes differ, an option means nothing, or the dtype cannot hold the padding value.
+            ValueError: Feature shapes differ, an option has an impossible value, or the dtype cannot hold the padding value.
         """
         options = RowOptions(capacity, rows, align, max_documents, max_seqlen, arrange).checked()
         return join_sequences(cls, sequences, options, padding_value=padding_value, lengths=lengths)
@@ -167,7 +162,7 @@ class VarlenBatch(DocumentViews):
 
         Raises:
             LengthError: The rows do not hold the documents.
-            ValueError: An option means nothing.
+            ValueError: An option has an impossible value.
         """
         return move_from_padded(cls, batch, RowOptions(**row_options).checked(), documents_per_row)
 
@@ -284,7 +279,7 @@ class VarlenBatch(DocumentViews):
         back = np.argsort(self.layout.array("permutation"), kind="stable")
         if isinstance(entries, Tensor):
             return entries.index_select(dim, to_device(back, entries.device))
-        return [entries[place] for place in back.tolist()]
+        return [entries[index] for index in back.tolist()]
 
     # --- in pieces
 
@@ -314,7 +309,7 @@ class VarlenBatch(DocumentViews):
     def concat(cls, batches: Sequence["VarlenBatch"]) -> Self:
         """One batch of all rows, in the order given.
 
-        The pieces of a split batch keep their places, so that the whole has its permutation again; otherwise source
+        The pieces of a split batch keep their indices, and the result has the permutation of the whole; otherwise source
         orders follow each other, as in `LengthTrackedBatch.concat`.
 
         Args:
@@ -364,14 +359,7 @@ class VarlenBatch(DocumentViews):
         Raises:
             RuntimeError: There is no accelerator to pin memory for.
         """
-        return trusted_documents(
-            type(self),
-            self.values.pin_memory(),
-            self.layout,
-            Offsets(self.offsets.table.pin_memory(), self.offsets.shape),
-            padding_value=self.padding_value,
-            ignore_index=self.ignore_index,
-        )
+        return pieces.pin_documents(self)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Tell the allocator that `stream` uses the values and the offsets, as `Tensor.record_stream` does."""
@@ -387,11 +375,8 @@ class VarlenBatch(DocumentViews):
         Raises:
             ValueError: There is no such attribute.
         """
-        for key, attribute in names.items():
-            if attribute not in _FOR_TRAINERS:
-                raise ValueError(f"{key!r} names {attribute!r}, which is none of {', '.join(_FOR_TRAINERS)}")
         self.check_unwritten()
-        return {key: getattr(self, attribute) for key, attribute in names.items()}
+        return checks.named_attributes(self, names)
 
     def __reduce__(self) -> tuple[object, ...]:
         return reduce(self)

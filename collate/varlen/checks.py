@@ -1,4 +1,7 @@
-"""What a varlen batch says of itself: its `repr`, hints on missing attributes, and `verify`."""
+"""What a varlen batch says of itself: its `repr`, hints on missing attributes, a plain dict, and `verify`."""
+
+from collections.abc import Mapping
+from typing import Any, Final
 
 import numpy as np
 from torch import Tensor
@@ -7,6 +10,11 @@ from collate.errors import LengthError
 from collate.lengths.validation import check_padding_intact
 from collate.varlen.construct import DocumentBatch
 from collate.varlen.layout import check_arrays
+
+_EXPORTED: Final = (
+    *("values", "lengths", "mask", "document_ids", "position_ids", "permutation", "documents_per_row"),
+    *("cu_seqlens", "cu_seqlens_padded", "cu_seqlens_real", "max_seqlen"),
+)
 
 
 def missing_attribute(batch: object, name: str) -> str:
@@ -50,3 +58,15 @@ def verify_documents(batch: DocumentBatch) -> None:
         raise LengthError("the offsets are not those of the lengths: make a new batch of the sequences")
     if batch.padding_value is not None:
         check_padding_intact(batch.values, batch.offsets.spread()[0], batch.padding_value)
+
+
+def named_attributes(batch: DocumentBatch, names: Mapping[str, str]) -> dict[str, Any]:
+    """A dict of attributes by the keys that a trainer wants.
+
+    Raises:
+        ValueError: There is no such attribute.
+    """
+    for key, attribute in names.items():
+        if attribute not in _EXPORTED:
+            raise ValueError(f"{key!r} names {attribute!r}, which is none of {', '.join(_EXPORTED)}")
+    return {key: getattr(batch, attribute) for key, attribute in names.items()}

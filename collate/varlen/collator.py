@@ -58,7 +58,7 @@ class VarlenCollator:
 
     Raises:
         TypeError: An option has the wrong type.
-        ValueError: An option has a value that means nothing.
+        ValueError: An option has an impossible value.
 
     Example:
         >>> from collate import VarlenCollator

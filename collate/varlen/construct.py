@@ -1,7 +1,7 @@
 """Make varlen batches: of parts that agree, of sequences, of a padded batch, and back to one."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import numpy as np
 import torch

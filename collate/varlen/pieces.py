@@ -160,3 +160,15 @@ def move_documents(
         padding_value=cast_padding_value(batch.padding_value, batch.values.dtype, values.dtype),
         ignore_index=batch.ignore_index,
     )
+
+
+def pin_documents(batch: DocumentsT) -> DocumentsT:
+    """The batch in page-locked memory."""
+    return trusted_documents(
+        type(batch),
+        batch.values.pin_memory(),
+        batch.layout,
+        Offsets(batch.offsets.table.pin_memory(), batch.offsets.shape),
+        padding_value=batch.padding_value,
+        ignore_index=batch.ignore_index,
+    )

@@ -35,8 +35,8 @@ def _reduce(steps: Tensor, offsets: Tensor) -> Tensor:
 
 def spread_segments(sums: Tensor, offsets: Tensor, steps: int) -> Tensor:
     """One entry per segment `[S, *G]` as one per step `[T, *G]`."""
-    places = torch.arange(steps, device=offsets.device)
-    return sums.index_select(0, torch.searchsorted(offsets[1:].contiguous(), places, right=True))
+    index = torch.arange(steps, device=offsets.device)
+    return sums.index_select(0, torch.searchsorted(offsets[1:].contiguous(), index, right=True))
 
 
 class _SumSegments(Function):

@@ -194,8 +194,8 @@ class DocumentViews:
     def last_values(self) -> tuple[Tensor, Tensor]:
         """Each document's value at its last step, `[N, *F]`, and whether it has one, bool `[N]`."""
         lengths = self.host_lengths()
-        places = np.maximum(self.layout.starts() + lengths - 1, 0)
-        index, filled = to_device(np.stack([places, lengths]), self.device)
+        last = np.maximum(self.layout.starts() + lengths - 1, 0)
+        index, filled = to_device(np.stack([last, lengths]), self.device)
         return gather_last(self.values, index), filled > 0
 
     def difference(self, other: "DocumentViews") -> str | None:
@@ -215,5 +215,5 @@ class DocumentViews:
 
 
 def gather_last(values: Tensor, index: Tensor) -> Tensor:
-    """Steps of rows `[R, C, *F]` by places that may occur twice: `[N, *F]`."""
+    """Steps of rows `[R, C, *F]` by flat indices that may occur twice: `[N, *F]`."""
     return values.flatten(0, 1).index_select(0, index)

@@ -105,7 +105,7 @@ def test_what_the_caller_keeps_is_not_the_batchs():
         ((torch.zeros(1, 4), [3, 2]), LengthError, r"row 0 have \[3, 2\] steps and end at step 5 .*the capacity is 4"),
         ((torch.zeros(1, 4), [-1, 2]), LengthError, "lengths must not be negative, got -1 at index 0"),
         ((torch.zeros(1, 4), [1.0, 2.0]), TypeError, "lengths must be integers"),
-        ((torch.zeros(1, 4), [1, 2], None, [0, 0]), ValueError, "permutation must hold distinct places"),
+        ((torch.zeros(1, 4), [1, 2], None, [0, 0]), ValueError, "permutation must hold distinct indices"),
     ],
 )
 def test_what_does_not_agree_is_refused(arguments, kind, message):
