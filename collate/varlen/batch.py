@@ -143,7 +143,7 @@ class VarlenBatch(DocumentViews):
         Raises:
             LengthError: There is no sequence, a declared length is not the real one, or the rows do not hold them.
             TypeError: Dtypes differ, or a sequence is not one.
-            ValueError: Feature shapes differ, an option has an impossible value, or the dtype cannot hold the padding value.
+            ValueError: Feature shapes differ, an option is impossible, or the dtype cannot hold the padding value.
         """
         options = RowOptions(capacity, rows, align, max_documents, max_seqlen, arrange).checked()
         return join_sequences(cls, sequences, options, padding_value=padding_value, lengths=lengths)
@@ -309,7 +309,7 @@ class VarlenBatch(DocumentViews):
     def concat(cls, batches: Sequence["VarlenBatch"]) -> Self:
         """One batch of all rows, in the order given.
 
-        The pieces of a split batch keep their indices, and the result has the permutation of the whole; otherwise source
+        Pieces of a split batch keep their indices, and the result has the permutation of the whole; otherwise source
         orders follow each other, as in `LengthTrackedBatch.concat`.
 
         Args:
