@@ -19,7 +19,7 @@ from samplers.planning.packs.one_list import pack
 Lengths: TypeAlias = npt.NDArray[np.int64]
 Rows: TypeAlias = tuple[Lengths, Lengths]
 HAS_TRL: Final = find_spec("trl") is not None and find_spec("datasets") is not None
-# axolotl packs groups of so many samples, each row with so many documents at most.
+# axolotl packs groups of this many samples, with this many documents in a row at most.
 AXOLOTL_GROUP, AXOLOTL_DOCUMENTS = 100_000, 200
 
 

@@ -1,4 +1,4 @@
-"""Packs next to other packers: waste, mixing, limits, balance and speed, each figure beside its bar.
+"""Packs next to other packers: waste, mixing, limits, balance and speed, each figure next to its bar.
 
     python benchmarks/packing_plans.py [--lengths FOLDER] [--no-large] [--epochs 200]
 

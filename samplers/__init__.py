@@ -2,7 +2,7 @@
 
 Contents: the files here are the loaders; the rooms are `planning` (lengths to batches), `progress` (positions),
 `dynamic` (streams without known lengths), `shards` (lengths and samples on disk) and `cli` (the command).
-It imports `errors` and `widths` from `collate`, nothing else. CONTRIBUTING defines the words.
+It imports `errors`, `widths` and `deprecated` from `collate`, nothing else. CONTRIBUTING defines the words.
 """
 
 import sys

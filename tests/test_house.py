@@ -24,7 +24,7 @@ LAYERS = {
         ["batch_sampler", "window_reader"],
         ["progress", "dynamic"],
         ["planning", "shards"],
-        ["testing", "masked", "deprecated"],
+        ["testing", "masked"],
     ],
     "samplers.planning": [
         ["plan"],
@@ -96,16 +96,16 @@ LAYERS = {
         ["packing", "padding"],
         ["widths"],
         ["tensors"],
-        ["errors", "moved"],
+        ["errors", "moved", "deprecated"],
     ],
     "collate.training": [
         ["checking", "max_tokens", "losses", "rnn", "prefetch"],
-        ["cpu_rnn", "renamed", "restore"],
+        ["cpu_rnn", "restore"],
         ["rnn_modules"],
     ],
 }
 # What `samplers` may take from `collate`.
-SHARED = {"collate.errors", "collate.widths"}
+SHARED = {"collate.errors", "collate.widths", "collate.deprecated"}
 
 
 def modules(package: str) -> dict[str, Path]:

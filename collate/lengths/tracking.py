@@ -150,7 +150,7 @@ def check_permutation_unwritten(batch: TrackedBatch) -> None:
 
 
 def check_tracked(name: str, *batches: object) -> None:
-    """Check that a function is not given tensors in place of batches.
+    """Check that a function is not given tensors instead of batches.
 
     Raises:
         TypeError: It is.

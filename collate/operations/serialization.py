@@ -116,7 +116,14 @@ def try_to_send(value: object) -> None:
 
 
 class _Trial(ForkingPickler):
+    """A pickler that tries everything but the memory of tensors."""
+
     def reducer_override(self, value: object) -> Any:
+        """Stand in for a tensor: a value that pickles at once.
+
+        Raises:
+            TypeError: The tensor has a history of operations.
+        """
         if not isinstance(value, Tensor):
             return NotImplemented
         if value.requires_grad and not value.is_leaf:

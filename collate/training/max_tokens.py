@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from collate.training.renamed import renamed_parameters
+from collate.deprecated import renamed_arguments
 from collate.training.restore import restored_training
 from collate.widths import PaddedShape, check_count
 
@@ -35,7 +35,7 @@ PRECISION: Final = 0.05
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
-@renamed_parameters(step="run_shape", limit="memory_limit", share="memory_fraction", most="upper")
+@renamed_arguments(step="run_shape", limit="memory_limit", share="memory_fraction", most="upper")
 def find_max_tokens(
     run_shape: SizedStep,
     shapes: Sequence[PaddedShape] | Sequence[int],

@@ -6,8 +6,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from collate.deprecated import renamed_attribute
 from collate.widths import padded_widths
-from samplers.deprecated import renamed_attribute
 from samplers.planning.budget import Budget, Floats, Integers
 from samplers.planning.keyed_shuffle import derive_key, permute
 from samplers.planning.options import Options

@@ -5,8 +5,8 @@ from copy import copy
 from functools import cached_property
 from typing import Any, Self
 
+from collate.deprecated import renamed_arguments
 from collate.widths import Widths, check_count
-from samplers.deprecated import renamed_arguments
 from samplers.planning.options import Options
 from samplers.planning.plan import BatchPlan
 from samplers.planning.schedule import Schedule, make_schedule

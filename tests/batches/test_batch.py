@@ -940,7 +940,7 @@ JOURNEYS = {
 @pytest.mark.parametrize("journey", JOURNEYS.values(), ids=JOURNEYS)
 @pytest.mark.parametrize("kind", ["tensors", "arrays"])
 def test_a_wide_batch_has_a_mask_wherever_it_goes(journey, kind):
-    """A collator does not make it, since nothing may use it before it goes to a device, where it is made anew."""
+    """A collator does not make it, since nothing may use it before it goes to a device, where it is made again."""
     rows = WIDE_ROWS if kind == "tensors" else [row.numpy() for row in WIDE_ROWS]
     batch = LengthTrackedBatch.from_sequences(rows, padding_value=5)
     assert batch.num_tokens == 110_003

@@ -1,4 +1,4 @@
-"""Small corpora: every epoch deals its pools anew, and has as many batches as any other."""
+"""Small corpora: every epoch deals its pools again, and has as many batches as any other."""
 
 from itertools import pairwise
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the tests of packs are held against: slow packers that handle one document at a time, and drawn corpora."""
+"""Oracles of the tests of packs: slow packers that handle one document at a time, and drawn corpora."""
 
 from collections.abc import Sequence
 

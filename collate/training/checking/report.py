@@ -52,7 +52,7 @@ LIKELY = {
     "graph": (
         "a loss that was detached, or went through item(), a NumPy array, argmax or another function without gradients",
         "a step that runs under torch.no_grad() or torch.inference_mode(), or a check that does",
-        "a metric returned in place of the loss",
+        "a metric returned instead of the loss",
     ),
     "finite": (
         "a row or a step whose attention scores are all masked, so that softmax divides zero by zero",

@@ -147,7 +147,7 @@ def plan_documents(
     if overlong == "cut":
         units[longer] = _cut_units(units[longer], limits)
         return Documents(units, indices)
-    return _split(taken[longer, 0], longer, Documents(units, samples), limits, len(lengths))
+    return _split(taken[longer, 0], longer, documents=Documents(units, samples), limits=limits, first=len(lengths))
 
 
 def longest_units(limits: RowLimits) -> int:
@@ -206,7 +206,7 @@ def _cut_units(units: Integers, limits: RowLimits) -> Integers:
     return shorter
 
 
-def _split(lengths: Integers, longer: Integers, documents: Documents, limits: RowLimits, first: int) -> Documents:
+def _split(lengths: Integers, longer: Integers, *, documents: Documents, limits: RowLimits, first: int) -> Documents:
     """Documents of which some, `longer`, are split: their pieces follow the others, numbered from `first` on.
 
     Raises:

@@ -20,7 +20,7 @@ import numpy as np
 
 from samplers.planning.budget import Integers
 
-# Room for so many groups is made at first.
+# Number of groups for which there is room at first.
 _BUFFER: Final = 256
 # From the room that is left in groups [n] and their numbers [n] to the order in which they are used, [n] indices.
 Ranking: TypeAlias = Callable[[Integers, Integers], Integers]
@@ -127,7 +127,7 @@ class Groups:
             if self._open[1, index] == 0:
                 self._open[2, index] = -1
             for chain_rows, documents in chains:
-                self._add_chain(group, rooms, number, chain_rows, documents)
+                self._add_chain(group, rooms, number, rows=chain_rows, documents=documents)
             if count == 0:
                 break
         return count
@@ -171,7 +171,7 @@ class Groups:
         self._open[1, chosen[-1]] = rest
         self._append(children)
 
-    def _add_chain(self, group: int, rooms: Integers, number: int, rows: int, documents: int) -> None:
+    def _add_chain(self, group: int, rooms: Integers, number: int, *, rows: int, documents: int) -> None:
         """Let rows of one group take several documents of a class each."""
         numbers = np.arange(self.count, self.count + documents)
         self._made.append((np.append(group, numbers[:-1]), number, np.full(documents, rows)))

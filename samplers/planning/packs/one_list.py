@@ -104,7 +104,7 @@ def pack(
         return _as_lists(tree, classes, documents)
     ranks = check_count("ranks", ranks, least=1, hint="give the number of ranks, or None for a single list of rows")
     weights = limits.costs(classes.units) if cost is not None else classes.units[:, 0].astype(np.float64)
-    return _share(task, tree, weights, (classes, documents), ranks)
+    return _share(task, tree, weights, packed=(classes, documents), ranks=ranks)
 
 
 def _exact_classes(documents: Documents) -> LengthClasses:
@@ -143,7 +143,7 @@ def _as_lists(tree: Tree, classes: LengthClasses, documents: Documents) -> RowLi
 
 
 def _share(
-    task: PackTask, tree: Tree, weights: npt.NDArray[np.float64], packed: tuple[LengthClasses, Documents], ranks: int
+    task: PackTask, tree: Tree, weights: npt.NDArray[np.float64], *, packed: tuple[LengthClasses, Documents], ranks: int
 ) -> list[RowList]:
     """Rows of even cost for each rank; `tree` says how many are needed, and is used where even ones do not hold all.
 
@@ -171,10 +171,10 @@ def _share(
 
 def _samples_in_order(classes: LengthClasses, documents: Documents) -> list[int]:
     """Sample indices class by class, longest first."""
-    places = np.concatenate(
+    indices = np.concatenate(
         [classes.order[first : first + count] for first, count in zip(classes.starts, classes.counts, strict=True)]
     )
-    samples: list[int] = (places if documents.samples is None else documents.samples[places]).tolist()
+    samples: list[int] = (indices if documents.samples is None else documents.samples[indices]).tolist()
     return samples
 
 

@@ -1,7 +1,7 @@
 """The recipes of an epoch as numbers: which slots the row of a given number holds.
 
 The rows of a group have consecutive numbers inside the tree: first those that no child has, then each child's. So a row
-of group g is a place x from `lo[g]` on, and its document of g's class is slot `base[g] + x - lo[g]` of that class.
+of group g has an index x from `lo[g]` on, and its document of g's class is slot `base[g] + x - lo[g]` of that class.
 """
 
 from dataclasses import dataclass
@@ -35,13 +35,13 @@ class Recipes:
             Classes and slots of the documents, row after row, int64 `[sum(documents)]` each; documents, int64 `[n]`.
         """
         leaves = self._leaves_of(row_ids)
-        places = self._lo[self._leaves[leaves]] + row_ids - self._firsts[leaves]
+        row_indices = self._lo[self._leaves[leaves]] + row_ids - self._firsts[leaves]
         documents = self._depths[leaves]
         owners = np.repeat(np.arange(len(row_ids)), documents)
         firsts = self._path_ends[leaves] - np.cumsum(documents)
         groups = self._paths[np.arange(len(owners)) + firsts[owners]]
         classes = self.tree.classes[groups]
-        return classes, self._offsets[groups] + places[owners], documents
+        return classes, self._offsets[groups] + row_indices[owners], documents
 
     def row_documents(self, row_ids: Integers) -> Integers:
         """Documents of each row, int64 `[n]`."""
@@ -64,7 +64,7 @@ class Recipes:
 
     @cached_property
     def _walk(self) -> tuple[Integers, Integers, Integers]:
-        """Of each group its first place, its depth and the cost of its slots, int64 `[G]`."""
+        """First row index of each group, its depth and the cost of its slots, int64 `[G]`."""
         parents, rows, opened = (column.tolist() for column in (self.tree.parents, self.tree.rows, self._opened))
         costs = self.costs[self.tree.classes].tolist()
         lo, depths, sums = [0] * len(rows), [0] * len(rows), [0] * len(rows)
@@ -124,7 +124,7 @@ class Recipes:
 
     @cached_property
     def _offsets(self) -> Integers:
-        """Of each group what is added to a row's place to get its slot: the slots before it in its class, less `lo`."""
+        """For each group, what leads from a row's index to its slot: the slots before it in its class, less `lo`."""
         order = np.argsort(self.tree.classes, kind="stable")
         rows = self.tree.rows[order]
         before = np.cumsum(rows) - rows

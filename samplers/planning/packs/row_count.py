@@ -9,15 +9,15 @@ from samplers.planning.packs.ladder import LADDER, REPEATING, PackTask, Rung, at
 
 # Rows beyond best-fit's, in thousandths: room in which an attempt can place documents more freely.
 EXTRA: Final = 3
-# From so many rows on, one more is cheap enough where only rungs from FREEZING on succeed: their rows change little.
+# From this many rows on, one more is cheap enough where only rungs from FREEZING on succeed: their rows change little.
 # With 174 rows of a corpus 1.37 % of the pairs met again in the next epoch, with 175 rows 0.58 %.
 ENOUGH_ROWS: Final = 100
 FREEZING: Final = 5
-# Below so many documents in a row on average, the search for a rung begins further down.
+# Below this many documents in a row on average, the search for a rung begins further down.
 MANY_DOCUMENTS: Final = 12
 FEW_START: Final = 3
 # With several limits: the rungs that decide whether a number of rows will do. Its excess over the bound, in
-# thousandths, doubles until one of them succeeds, and is halved again in so many steps.
+# thousandths, doubles until one of them succeeds, and is halved again in this many steps.
 TRIALS: Final = (0, 2)
 FIRST_EXCESS: Final = 3
 _HALVINGS: Final = 2
@@ -100,7 +100,7 @@ def _lowest_rung(task: PackTask, rows: int, count: int, start: int) -> tuple[int
     """The first of `count` rungs that succeeds, and its recipes; None where not even the last one does.
 
     Rungs further down succeed more often, as a rule. So one attempt each, at strides that double and then by halving,
-    finds the place to begin at; the rung is the first from there on that succeeds twice before it fails twice.
+    finds the rung to begin at; the rung is the first from there on that succeeds twice before it fails twice.
 
     Args:
         task: What to place.

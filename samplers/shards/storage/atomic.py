@@ -180,6 +180,11 @@ class _NamedFile(io.FileIO):
     """A file whose errors (a full disk) contain its name."""
 
     def write(self, data: Any) -> int:
+        """Write bytes; how many were written.
+
+        Raises:
+            OSError: They could not be written; the error names the file.
+        """
         try:
             return super().write(data)
         except OSError as error:

@@ -106,6 +106,11 @@ class _Worker(Generic[ItemT, ResultT]):
         child_end.close()
 
     def give(self, index: int, item: ItemT) -> None:
+        """Send an item to the process.
+
+        Raises:
+            TypeError: It cannot be pickled.
+        """
         self.index, self._item = index, item
         try:
             # A send to a dead process fails with an OSError. `take` reports the death.

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 Batch = list[int]
-# One batch for each replica. Empty where no page tells of it: whoever gets it first writes it down, and all others must
-# get the same.
+# One batch for each replica. Empty where no page tells of it: the replica that gets it first writes it down, and all
+# others must get the same.
 Step = list[Batch]
 
 
