@@ -1,5 +1,6 @@
 """find_max_tokens: real allocations, a real limit, and nothing left changed."""
 
+import gc
 import random
 import subprocess
 import sys
@@ -10,9 +11,16 @@ import torch
 from torch import nn
 
 from collate import find_max_tokens
-from collate.training.max_tokens import _is_out_of_memory, peak_resident
+from collate.training.max_tokens import _forget_peak, _is_out_of_memory, peak_resident
 
 MEGABYTE = 1 << 20
+
+
+def resident_now() -> int:
+    """Bytes that the process holds now, whatever the peak of the tests before."""
+    gc.collect()
+    _forget_peak()
+    return peak_resident()
 
 
 def allocate(bytes_per_token):
@@ -23,8 +31,7 @@ def allocate(bytes_per_token):
 
 
 def test_the_answer_is_close_to_what_the_limit_holds():
-    used = peak_resident()
-    limit = used + 512 * MEGABYTE
+    limit = resident_now() + 512 * MEGABYTE
     tokens = find_max_tokens(
         allocate(4096), [(1, 16), (1, 64), (1, 256)], device="cpu", memory_limit=limit, memory_fraction=1.0
     )
@@ -35,7 +42,7 @@ def test_the_width_that_needs_most_decides():
     def quadratic(rows, width):
         torch.ones(rows * width * width * 64, dtype=torch.uint8)
 
-    limit = peak_resident() + 400 * MEGABYTE
+    limit = resident_now() + 400 * MEGABYTE
     narrow = find_max_tokens(quadratic, [64], device="cpu", memory_limit=limit, memory_fraction=1.0)
     wide = find_max_tokens(quadratic, [64, 512], device="cpu", memory_limit=limit, memory_fraction=1.0)
     assert narrow > 4 * wide
