@@ -15,6 +15,8 @@ from collate.training.losses import last_step, masked_mean, sequence_loss, token
 from collate.training.max_tokens import find_max_tokens
 from collate.training.prefetch import DevicePrefetcher
 from collate.training.rnn import apply_rnn
+from collate.varlen.batch import VarlenBatch
+from collate.varlen.collator import VarlenCollator
 
 find_former_modules()
 del find_former_modules
@@ -24,6 +26,8 @@ __all__ = [
     "LengthError",
     "LengthTrackedBatch",
     "PadCollator",
+    "VarlenBatch",
+    "VarlenCollator",
     "apply_rnn",
     "check_step",
     "find_max_tokens",

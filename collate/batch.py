@@ -27,6 +27,7 @@ from collate.lengths.validation import (
 )
 from collate.operations import pieces, views
 from collate.operations.construct import DerivedMask, changed_batch, check_parts, padded_batch, replace_values
+from collate.operations.sequences import PaddedSequences
 from collate.operations.serialization import reduce, travels
 from collate.padding.rows import measure_rows
 from collate.tensors.graphs import outside_graphs
@@ -40,7 +41,7 @@ _DERIVED = cast(Tensor, None)
 
 @travels
 @dataclass(frozen=True, eq=False, repr=False)
-class LengthTrackedBatch:
+class LengthTrackedBatch(PaddedSequences):
     """Padded values of variable-length rows with their lengths, mask and permutation.
 
     Real time steps come first in each row, padding after. Rows are in batch order; `unsort` restores source order.

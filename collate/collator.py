@@ -177,6 +177,26 @@ class PadCollator:
             TypeError: Samples differ in structure or dtype; or a field cannot travel from a worker.
             ValueError: Feature shapes differ, or an option names no field of these samples.
         """
+        columns = self.read(samples)
+        rows = {name: column for name, column in columns.items() if isinstance(column, RaggedRows)}
+        # One order for all fields, from the lengths of one: see `row_order` for an example with two.
+        order = self._order(rows, len(samples))
+        shape = self._shapes_of(rows, len(samples))
+        return assemble(samples[0], {name: self._field(name, column, order, shape) for name, column in columns.items()})
+
+    def read(self, samples: Sequence[object]) -> dict[str, Column]:
+        """Take samples apart into fields, checked and cut: what all collators share.
+
+        Returns:
+            For each field its `RaggedRows` where it is variable-length, else a tensor `[B, ...]` or a list, in source
+            order.
+
+        Raises:
+            LengthError: There is no sample, a declared length is not the real one, or a sample is empty though
+                `on_empty="error"`.
+            TypeError: As a call does.
+            ValueError: As a call does.
+        """
         if len(samples) == 0:
             raise LengthError("cannot collate an empty list of samples: the sampler gave a batch without indices")
         columns = columns_of(samples)
@@ -184,13 +204,20 @@ class PadCollator:
         variable = {name: column for name, column in read.items() if isinstance(column, RaggedRows)}
         self._check_names(columns, variable)
         self._check_lengths(variable, read, samples)
-        rows = {name: self._cut(name, column) for name, column in variable.items()}
-        # One order for all fields, from the lengths of one: see `row_order` for an example with two.
-        order = self._order(rows, len(samples))
-        shape = self._shapes_of(rows, len(samples))
-        fields = {name: self._field(name, column, order, shape) for name, column in (read | rows).items()}
         _check_structure_can_travel(samples[0], columns)
-        return assemble(samples[0], fields)
+        return read | {name: self._cut(name, column) for name, column in variable.items()}
+
+    def padding_value_of(self, name: str, rows: RaggedRows) -> PaddingValue:
+        """What the padding of a field holds.
+
+        Raises:
+            ValueError: Its dtype cannot hold it.
+        """
+        value = cast(PaddingValue, option_of(self.padding_value, name))
+        try:
+            return check_padding_value(value, rows.dtype)
+        except ValueError as error:
+            raise ValueError(f"{titled(name)}: {error}") from None
 
     def _read(self, name: str, values: list[object]) -> Column:
         """A field's values as rows, a stacked tensor or a list, by their types alone.
@@ -314,11 +341,7 @@ class PadCollator:
         rows, widths = shape
         missing = rows - len(order)
         if isinstance(column, RaggedRows):
-            value = cast(PaddingValue, option_of(self.padding_value, name))
-            try:
-                check_padding_value(value, column.dtype)
-            except ValueError as error:
-                raise ValueError(f"{titled(name)}: {error}") from None
+            value = self.padding_value_of(name, column)
             return padded_batch(LengthTrackedBatch, column, order, shape=(rows, widths[name]), padding_value=value)
         if isinstance(column, Tensor):
             column = column.index_select(0, torch.from_numpy(order))

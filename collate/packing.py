@@ -51,13 +51,23 @@ class PackingMap:
     unsorted_indices: Tensor | None
 
     @classmethod
-    def of(cls, lengths: Int64Array, width: int, device: torch.device) -> Self:
+    def of(
+        cls,
+        lengths: Int64Array,
+        width: int,
+        device: torch.device,
+        *,
+        firsts: Int64Array | None = None,
+        num_rows: int | None = None,
+    ) -> Self:
         """Make the map for rows of these lengths.
 
         Args:
             lengths: int64 `[B]`, in any order, each at most `width`.
             width: T of the padded values.
             device: Where the padded values are.
+            firsts: int64 `[B]`, flat index of each sequence's first time step, where several are in one row.
+            num_rows: Rows of the padded values, where they are not B.
 
         Raises:
             LengthError: Every row is empty, which a `PackedSequence` cannot hold.
@@ -67,6 +77,7 @@ class PackingMap:
                 f"all {len(lengths)} rows have length 0, and a PackedSequence cannot hold an empty batch: "
                 "leave the batch out, or let apply_rnn run it"
             )
+        firsts = np.arange(len(lengths)) * width if firsts is None else firsts
         filled = np.flatnonzero(lengths)
         order = np.argsort(-lengths[filled], kind="stable")
         rows = filled[order]
@@ -74,14 +85,15 @@ class PackingMap:
         in_order = np.array_equal(order, np.arange(len(order)))
         both = [] if in_order else [order, np.argsort(order)]
         if device.type == "cpu":
-            index, sizes = _index_and_sizes(lengths[rows], rows * width)
+            index, sizes = _index_and_sizes(lengths[rows], firsts[rows])
             indices = [torch.from_numpy(part) for part in both]
         else:
             sizes = rows_running(lengths[rows])
-            parts = [rows * width, sizes, np.cumsum(sizes) - sizes, *both]
-            firsts, counts, starts, *indices = to_device(np.concatenate(parts), device).split(list(map(len, parts)))
-            index = spread_steps(firsts, counts, starts, total=int(sizes.sum()))
-        return cls(lengths.copy(), (len(lengths), width), index, sizes, order, *(indices or (None, None)))
+            parts = [firsts[rows], sizes, np.cumsum(sizes) - sizes, *both]
+            begins, counts, starts, *indices = to_device(np.concatenate(parts), device).split(list(map(len, parts)))
+            index = spread_steps(begins, counts, starts, total=int(sizes.sum()))
+        shape = (len(lengths) if num_rows is None else num_rows, width)
+        return cls(lengths.copy(), shape, index, sizes, order, *(indices or (None, None)))
 
     def fits(self, lengths: Int64Array, device: torch.device) -> bool:
         """Whether the map is of rows of these lengths, on this device."""

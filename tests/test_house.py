@@ -89,6 +89,7 @@ LAYERS = {
     ],
     "collate": [
         ["training"],
+        ["varlen"],
         ["collator"],
         ["batch"],
         ["operations"],
@@ -101,7 +102,7 @@ LAYERS = {
     "collate.training": [
         ["checking", "max_tokens", "losses", "rnn", "prefetch"],
         ["cpu_rnn", "restore"],
-        ["rnn_modules"],
+        ["rnn_modules", "sequences"],
     ],
 }
 # What `samplers` may take from `collate`.
@@ -182,7 +183,8 @@ def _is_module(value: object) -> bool:
 def test_the_public_names_are_those_that_were_promised():
     assert set(collate.__all__) == {
         *("LengthTrackedBatch", "PadCollator", "DevicePrefetcher", "apply_rnn", "sequence_loss", "masked_mean"),
-        *("last_step", "token_scale", "check_step", "find_max_tokens", "LengthError"),
+        *("last_step", "token_scale", "check_step", "find_max_tokens", "LengthError", "VarlenBatch"),
+        "VarlenCollator",
     }
     assert set(samplers.__all__) == {
         *("LengthBucketBatchSampler", "BatchPlan", "plan_epoch", "optimal_widths", "bucket_by_length"),

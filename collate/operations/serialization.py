@@ -32,7 +32,7 @@ def travels(cls: type[BatchT]) -> type[BatchT]:
         cls,
         _flatten,
         unflatten,
-        serialized_type_name=_type_name(cls),
+        serialized_type_name=type_name(cls),
         to_dumpable_context=list,
         from_dumpable_context=tuple,
         flatten_with_keys_fn=_flatten_with_keys,
@@ -43,7 +43,7 @@ def travels(cls: type[BatchT]) -> type[BatchT]:
     return cls
 
 
-def _type_name(cls: type) -> str | None:
+def type_name(cls: type) -> str | None:
     """What an exported program calls the class; one made in a function has no name that is its own."""
     if cls.__module__.split(".")[0] == _PACKAGE:
         return f"lengthtrack.{cls.__name__}"
@@ -55,14 +55,20 @@ def reduce(batch: BatchT) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 
     A graph cannot travel, so values that were computed from other tensors are sent without its history.
     """
-    padded = batch.padded if batch.padded.is_leaf else batch.padded.detach()
-    # torch's queues between processes forget what is conjugated or negated lazily.
-    padded = padded.resolve_conj().resolve_neg()
-    # A view would ship the whole storage it looks into.
-    if padded.untyped_storage().nbytes() != padded.nbytes:
-        padded = padded.clone(memory_format=torch.contiguous_format)
+    padded = with_own_storage(batch.padded)
     lengths, indices = host_lengths(batch).tobytes(), to_array(batch.permutation).tobytes()
     return unreduce, (type(batch), padded, lengths, indices, batch.padding_value, batch.first_step)
+
+
+def with_own_storage(tensor: Tensor) -> Tensor:
+    """The tensor as it can be sent: without its history, and in storage that holds nothing else."""
+    tensor = tensor if tensor.is_leaf else tensor.detach()
+    # torch's queues between processes forget what is conjugated or negated lazily.
+    tensor = tensor.resolve_conj().resolve_neg()
+    # A view would ship the whole storage it looks into.
+    if tensor.untyped_storage().nbytes() != tensor.nbytes:
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
 
 
 def unreduce(cls: type[BatchT], padded: Tensor, lengths: bytes, indices: bytes, *rest: int | float | None) -> BatchT:
@@ -84,21 +90,31 @@ def send(batch: BatchT) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """What is sent to another process: as `reduce`, with small values inline."""
     rebuild, parts = reduce(batch)
     kind, padded, *rest = parts
-    if not _fits_pipe(padded):
+    if not fits_pipe(padded):
         return rebuild, parts
-    values = bytearray(padded.detach().contiguous().view(-1).view(torch.uint8).numpy())
-    return receive, (kind, values, padded.dtype, padded.shape, padded.requires_grad, *rest)
+    return receive, (kind, *inline_values(padded), *rest)
 
 
 def receive(
     cls: type[BatchT], values: bytearray, dtype: torch.dtype, shape: torch.Size, requires_grad: object, *rest: Any
 ) -> BatchT:
     """Make a batch from what `send` sent."""
-    padded = torch.frombuffer(values, dtype=torch.uint8).view(dtype).view(shape)
-    return unreduce(cls, padded.requires_grad_(bool(requires_grad)), *rest)
+    return unreduce(cls, tensor_of(values, dtype, shape, requires_grad), *rest)
 
 
-def _fits_pipe(padded: Tensor) -> bool:
+def inline_values(tensor: Tensor) -> tuple[bytearray, torch.dtype, torch.Size, bool]:
+    """What a tensor that fits the pipe is sent as; `tensor_of` makes it again."""
+    values = bytearray(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    return values, tensor.dtype, tensor.shape, tensor.requires_grad
+
+
+def tensor_of(values: bytearray, dtype: torch.dtype, shape: torch.Size, requires_grad: object) -> Tensor:
+    """Make a tensor from what `inline_values` sent."""
+    tensor = torch.frombuffer(values, dtype=torch.uint8).view(dtype).view(shape)
+    return tensor.requires_grad_(bool(requires_grad))
+
+
+def fits_pipe(padded: Tensor) -> bool:
     """Whether values go through the pipe inline."""
     # What was put into shared memory is meant to be shared.
     plain = type(padded) is Tensor and padded.is_cpu and padded.layout == torch.strided and not padded.is_shared()

@@ -13,6 +13,9 @@ Checked = TypeVar("Checked")
 
 def option_of(option: Option | Mapping[str, Option], name: str) -> Option:
     """The value of an option for one field."""
+    # To ask whether an int is a mapping takes longer than the rest.
+    if option is None or type(option) is int:
+        return option
     return option[name] if isinstance(option, Mapping) else option
 
 

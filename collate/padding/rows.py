@@ -254,8 +254,8 @@ def _check_dtypes(items: Sequence[Row], name: str) -> None:
     Raises:
         TypeError: One has another.
     """
-    dtypes = [row.dtype for row in items]
-    if len(set(dtypes)) > 1:
+    if len({row.dtype for row in items}) > 1:
+        dtypes = [row.dtype for row in items]
         index = next(i for i, dtype in enumerate(dtypes) if dtype != dtypes[0])
         raise TypeError(
             f"{name}: all samples must have one dtype, got {dtypes[0]} in sample 0 and "

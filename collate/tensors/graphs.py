@@ -40,6 +40,11 @@ def outside_graphs(call: Callable[Params, Result]) -> Callable[Params, Result]:
     return call
 
 
+def is_making_graph(tensor: torch.Tensor) -> bool:
+    """Whether what is done to a tensor is traced by a compiler, or captured in a CUDA graph."""
+    return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def refuse_export() -> None:
     """Refuse to take host lengths into a program that is being exported.
 

@@ -33,11 +33,15 @@ PaddingValue: TypeAlias = int | float | bool
 MANY_BYTES: Final = 1 << 17
 
 
-def flat_index(lengths: Int64Array, width: int, device: torch.device) -> Tensor:
-    """Flat index, in `[B * width]`, of every real time step in row order: int64 `[sum L]` on `device`."""
+def flat_index(lengths: Int64Array, width: int, device: torch.device, *, firsts: Int64Array | None = None) -> Tensor:
+    """Flat index, in `[B * width]`, of every real time step in row order: int64 `[sum L]` on `device`.
+
+    `firsts`, int64 `[B]`, are the flat indices of the sequences' first time steps, where several are in one row.
+    """
     ends = np.cumsum(lengths)
+    firsts = np.arange(len(lengths)) * width if firsts is None else firsts
     # Row r begins at cell r * width, its real time steps at the sum of earlier lengths: the difference is its shift.
-    total, shifts = int(ends[-1]), np.arange(len(lengths)) * width - (ends - lengths)
+    total, shifts = int(lengths.sum()), firsts - (ends - lengths)
     if device.type == "cpu":
         return torch.from_numpy(np.arange(total) + np.repeat(shifts, lengths))
     counts, moved = to_device(np.stack([lengths, shifts]), device)

@@ -8,28 +8,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from collate.batch import LengthTrackedBatch
 from collate.errors import LengthError
-from collate.lengths.tracking import check_tracked, host_lengths
-from collate.operations.construct import changed_batch
-from collate.packing import PackingMap
+from collate.lengths.tracking import check_tracked
 from collate.tensors.graphs import outside_graphs
 from collate.tensors.to_device import to_device
 from collate.training.cpu_rnn import each_part, is_faster_in_segments, run_segments
 from collate.training.rnn_modules import RnnState, check_fit, is_plain
+from collate.training.sequences import SequencesT
 
 
 @outside_graphs
-def apply_rnn(
-    rnn: nn.Module, batch: LengthTrackedBatch, hx: RnnState | None = None
-) -> tuple[LengthTrackedBatch, RnnState]:
-    """Run `nn.RNN`, `nn.GRU`, `nn.LSTM`, or a custom module around them, over the real steps of every row.
+def apply_rnn(rnn: nn.Module, batch: SequencesT, hx: RnnState | None = None) -> tuple[SequencesT, RnnState]:
+    """Run `nn.RNN`, `nn.GRU`, `nn.LSTM`, or a custom module around them, over the real steps of every sequence.
 
     Args:
         rnn: the module, `batch_first` or not: batches are `[B, T, ...]` either way. A custom module takes a
             `PackedSequence`, and a state where one is given, and returns a `PackedSequence` of as many steps and a
             state: a tensor `[*, B, *]` or a tuple of them, or None.
-        batch: values `[B, T, input_size]`.
+        batch: A `LengthTrackedBatch` or a `VarlenBatch` of values `[B, T, input_size]`. A sequence is a row of the
+            one and a document of the other, at whose start the module starts again; there are B of them below.
         hx: initial states `[layers * directions, B, H]` in batch order (for an LSTM a pair of them), on the batch's
             device; None starts from zeros.
 
@@ -54,15 +51,15 @@ def apply_rnn(
         )
     hx = tuple(hx) if isinstance(hx, list) else hx
     _check_state(hx, len(batch))
-    lengths = host_lengths(batch)
+    lengths = batch.host_lengths()
     if not lengths.any():
         return _run_nothing(rnn, batch, hx)
-    packing = PackingMap.of(lengths, batch.padded.shape[1], batch.device)
+    packing = batch.packing_map(batch.device)
     # A packed batch holds the rows that are not empty, and wants a state for just these.
     rows = None if lengths.all() else to_device(np.flatnonzero(lengths), batch.device)
     start = hx if rows is None else each_part(hx, partial(torch.index_select, dim=1, index=rows))
-    packed, state = _run_module(rnn, packing.pack(batch.padded), start)
-    outputs = _as_batch(batch, packing.unpack(packed))
+    packed, state = _run_module(rnn, packing.pack(batch.step_values), start)
+    outputs = batch.with_step_values(packing.unpack(packed), 0)
     return outputs, state if rows is None else _fill_states(state, rows, hx, len(batch))
 
 
@@ -84,11 +81,6 @@ def _run_module(rnn: nn.Module, packed: PackedSequence, hx: RnnState | None) -> 
             f"got {type(result).__name__}"
         )
     return result
-
-
-def _as_batch(batch: LengthTrackedBatch, padded: Tensor) -> LengthTrackedBatch:
-    """Outputs as a batch with the same lengths."""
-    return changed_batch(batch, padded=padded, padding_value=0)
 
 
 def _check_state(hx: RnnState | None, rows: int) -> None:
@@ -116,22 +108,22 @@ def _put_part(part: Tensor, rows: Tensor, hx: Tensor | None, size: int) -> Tenso
     return states.index_copy(1, rows, part)
 
 
-def _run_nothing(rnn: nn.Module, batch: LengthTrackedBatch, hx: RnnState | None) -> tuple[LengthTrackedBatch, RnnState]:
+def _run_nothing(rnn: nn.Module, batch: SequencesT, hx: RnnState | None) -> tuple[SequencesT, RnnState]:
     """Outputs and states of a batch whose rows are all empty."""
     # One time step of one row tells how wide outputs and states are; its values are not used.
-    step = PackedSequence(batch.padded.new_zeros(1, *batch.padded.shape[2:]), torch.tensor([1], device="cpu"))
+    step = PackedSequence(batch.step_values.new_zeros(1, *batch.step_values.shape[2:]), torch.tensor([1], device="cpu"))
     with torch.no_grad():
         packed, state = _run_module(rnn, step, each_part(hx, partial(torch.narrow, dim=1, start=0, length=1)))
     # A zero whose graph holds every weight, and what made inputs and states, such as an embedding: distributed training
     # would hang without their gradients. No value is read, so that NaN weights do not matter.
     states = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
-    sources = (*rnn.parameters(), batch.padded, *states)
+    sources = (*rnn.parameters(), batch.step_values, *states)
     anchor = sum((source.flatten()[:0].sum() for source in sources), torch.zeros((), device=batch.device))
 
     def zeros(sample: Tensor, *shape: int) -> Tensor:
         return anchor.to(sample.dtype).expand(shape).clone()
 
-    outputs = _as_batch(batch, zeros(packed.data, *batch.padded.shape[:2], *packed.data.shape[1:]))
+    outputs = batch.with_step_values(zeros(packed.data, *batch.step_values.shape[:2], *packed.data.shape[1:]), 0)
     if hx is not None:
         return outputs, hx
     return outputs, each_part(state, lambda part: zeros(part, part.shape[0], len(batch), *part.shape[2:]))

@@ -75,6 +75,14 @@ def test_closed_shapes_are_few_cost_padding_and_still_learn():
     assert len((EXAMPLES / "fixed_shapes.py").read_text().splitlines()) < 100
 
 
+def test_packed_documents_have_the_losses_of_padded_ones_and_less_padding():
+    out = run("finetune_packed.py", "--functions", 40)
+    padding = dict(re.findall(r"^(\w+) .* padding +([\d.]+)%$", out, re.MULTILINE))
+    assert float(padding["packed"]) < float(padding["random"])
+    assert float(re.search(r"differ by ([\d.e+-]+) at most", out)[1]) < 1e-4
+    assert len((EXAMPLES / "finetune_packed.py").read_text().splitlines()) < 120
+
+
 def test_the_main_job_writes_plans_trains_and_proves(whole):
     assert "wrote 1,500 functions" in whole
     assert "trained 40 steps" in whole

@@ -1,0 +1,170 @@
+"""VarlenCollator: a list of samples -> rows that hold several of them, every field in the same rows."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from collate.collator import PadCollator
+from collate.errors import LengthError
+from collate.padding.columns import titled
+from collate.padding.options import option_of
+from collate.padding.rows import RaggedRows
+from collate.tensors.nested import assemble
+from collate.tensors.numpy_view import Int64Array
+from collate.tensors.steps import PaddingValue
+from collate.varlen.batch import VarlenBatch
+from collate.varlen.construct import trusted_documents
+from collate.varlen.offsets import aligned_lengths
+from collate.varlen.rows import Arrange, RowOptions
+from collate.varlen.values_of_rows import join_documents, make_layout
+
+# The documents in row order, and how many each row has.
+RowOrder: TypeAlias = tuple[Int64Array, Int64Array]
+
+
+class VarlenCollator:
+    """A `collate_fn` that puts several samples into each row, without padding between them; it can be pickled.
+
+    Samples are what `PadCollator` takes, and the batch has their structure: a field that is variable-length becomes a
+    `VarlenBatch`, fields named in `stack`, numbers and 0-d arrays a tensor `[N, ...]`, everything else a list. All
+    fields come in one order, the order of documents in the rows, and a sample is in the same row in every field: the
+    two sides of a pair, such as `{"chosen": ..., "rejected": ...}`, stay together. Fields of equal lengths have equal
+    offsets, made once; a field with other lengths has offsets of its own. No sample is ever dropped or cut without
+    `max_length`.
+
+    With `capacity` and `rows`, `max_documents` and one dtype, all batches of a run have one shape, and a compiled
+    model is compiled once.
+
+    Args:
+        padding_value: what gaps hold, for all fields or per field (0 for tokens, -100 for labels).
+        capacity: steps of a row, for all fields or per field; None puts all samples into one row that is as long as
+            they take, the padding-free form.
+        rows: rows of every batch, filled up with empty ones; None is as few as hold the samples.
+        align: documents start at multiples of it: 1, 8, or twice the size of a context-parallel group. The capacity
+            must be one.
+        max_documents: documents that a row may have, which fixes the number of slots of `cu_seqlens`.
+        max_seqlen: a bound of all lengths that kernels are told, the same for a run; None is the capacity.
+        arrange: `"best-fit"` packs the list into as few rows as best fit finds, documents in a row in source order.
+            `"given"` cuts the list in its order, each row taking as many documents as capacity and `max_documents`
+            allow, which keeps rows that a packing sampler has planned.
+        stack: fields of one fixed shape, to be stacked.
+        max_length: sequences are cut to that many steps, for all fields or per field.
+        length_field: the field that declares another's length, checked against the real one, as in `PadCollator`.
+        on_empty: `"keep"` empty samples as documents without steps, or raise an `"error"`.
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: An option has an impossible value.
+
+    Example:
+        >>> from collate import VarlenCollator
+        >>> collate = VarlenCollator({"tokens": 0, "tags": -100}, capacity=4)
+        >>> one = {"tokens": [7], "tags": [1], "id": "a"}
+        >>> samples = [one, {"tokens": [8, 9, 7, 6], "tags": [2, 3, 4, 5], "id": "b"}]
+        >>> batch = collate(samples)
+        >>> batch["tags"].values, batch["id"]
+        (tensor([[   2,    3,    4,    5],
+                [   1, -100, -100, -100]]), ['b', 'a'])
+    """
+
+    def __init__(
+        self,
+        padding_value: PaddingValue | Mapping[str, PaddingValue] = 0,
+        *,
+        capacity: int | Mapping[str, int] | None = None,
+        rows: int | None = None,
+        align: int = 1,
+        max_documents: int | None = None,
+        max_seqlen: int | None = None,
+        arrange: Arrange = "best-fit",
+        stack: Collection[str] = (),
+        max_length: int | Mapping[str, int] | None = None,
+        length_field: str | Mapping[str, str] | None = None,
+        on_empty: Literal["keep", "error"] = "keep",
+    ) -> None:
+        self.capacity = dict(capacity) if isinstance(capacity, Mapping) else capacity
+        self.options = RowOptions(None, rows, align, max_documents, max_seqlen, arrange)
+        capacities = self.capacity.values() if isinstance(self.capacity, dict) else [self.capacity]
+        self.each = {steps: replace(self.options, capacity=steps).checked() for steps in capacities}
+        self.fields = PadCollator(
+            padding_value,
+            sort_by=False,
+            stack=stack,
+            max_length=max_length,
+            length_field=length_field,
+            on_empty=on_empty,
+        )
+
+    @property
+    def max_length(self) -> int | Mapping[str, int | None] | None:
+        """Steps that sequences are cut to, for all fields or per field; None cuts nothing."""
+        return self.fields.max_length
+
+    def __call__(self, samples: Sequence[object]) -> Any:
+        """Collate N >= 1 samples of one structure; see the class for what becomes of each field.
+
+        Raises:
+            LengthError: There is no sample, a declared length is not the real one, a sample is empty though
+                `on_empty="error"`, a sample is longer than a row, or the samples take more than `rows` rows.
+            TypeError: Samples differ in structure or dtype; or a field cannot travel from a worker.
+            ValueError: Feature shapes differ, or an option names no field of these samples.
+        """
+        columns = self.fields.read(samples)
+        documents = {name: column for name, column in columns.items() if isinstance(column, RaggedRows)}
+        if type(self.capacity) is dict and self.capacity.keys() != documents.keys():
+            raise ValueError(
+                f"capacity is given for {sorted(self.capacity)}, the variable-length fields are {sorted(documents)}: "
+                "name each of them"
+            )
+        order = self._order(documents, len(samples))
+        batches: list[VarlenBatch] = []
+        fields = {name: self._field(name, column, order, batches) for name, column in columns.items()}
+        return assemble(samples[0], fields)
+
+    def _order(self, documents: Mapping[str, RaggedRows], size: int) -> RowOrder:
+        """Put samples into rows, in which they are to fit in all of their fields."""
+        if self.capacity is None or not documents:
+            return self.options.fill([0] * size, "samples")
+        capacities = [option_of(self.capacity, name) for name in documents]
+        for (name, rows), steps in zip(documents.items(), capacities, strict=True):
+            self._check_longest(name, rows, steps)
+        sizes = np.stack([aligned_lengths(rows.lengths, self.options.align) for rows in documents.values()], axis=1)
+        # Fields of equal lengths, such as tokens and labels, are one size.
+        if len(set(capacities)) == 1 and (sizes == sizes[:, :1]).all():
+            return self.each[capacities[0]].fill(sizes[:, 0].tolist(), titled(next(iter(documents))))
+        return self.options.fill_fields(sizes, np.array(capacities))
+
+    def _check_longest(self, name: str, rows: RaggedRows, capacity: int | None) -> None:
+        longest = int(rows.lengths.max())
+        for option, limit in (("capacity", capacity), ("max_seqlen", self.options.max_seqlen)):
+            if limit is not None and longest > limit:
+                raise LengthError(
+                    f"{titled(name)}: sample {int(rows.lengths.argmax())} has {longest} steps, {option} is {limit}: "
+                    f"cut with max_length, leave it out in the sampler, or raise {option}"
+                )
+
+    def _field(
+        self, name: str, column: Any, order: RowOrder, batches: list[VarlenBatch]
+    ) -> VarlenBatch | Tensor | list[Any]:
+        indices, per_row = order
+        if isinstance(column, Tensor):
+            return column.index_select(0, torch.from_numpy(indices))
+        if not isinstance(column, RaggedRows):
+            return [column[index] for index in indices.tolist()]
+        value = self.fields.padding_value_of(name, column)
+        options = self.each[option_of(self.capacity, name)]
+        lengths = column.lengths if self.capacity is None else column.lengths[indices]
+        # Fields of equal lengths share all that is made of them.
+        for batch in batches:
+            if options.capacity in {None, batch.layout.capacity} and np.array_equal(batch.host_lengths(), lengths):
+                values = join_documents(column, batch.layout, value)
+                return trusted_documents(VarlenBatch, values, batch.layout, batch.offsets, padding_value=value)
+        layout = make_layout(lengths, per_row, indices, options)
+        batches.append(
+            trusted_documents(VarlenBatch, join_documents(column, layout, value), layout, padding_value=value)
+        )
+        return batches[-1]

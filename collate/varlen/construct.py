@@ -1,0 +1,223 @@
+"""Make varlen batches: of parts that agree, of sequences, of a padded batch, and back to one."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from collate.batch import LengthTrackedBatch
+from collate.errors import LengthError
+from collate.lengths.validation import IntegersLike, check_declared
+from collate.operations.construct import trusted_batch
+from collate.padding.padding_value import check_padding_value, same_nan
+from collate.padding.rows import measure_rows
+from collate.tensors.numpy_view import Int64Array
+from collate.tensors.steps import PaddingValue, flat_index, gather_steps, scatter_steps
+from collate.tensors.to_device import to_device
+from collate.varlen import values_of_rows
+from collate.varlen.layout import DocumentLayout, Offsets, check_arrays, check_fit, check_options
+from collate.varlen.offsets import aligned_lengths
+from collate.varlen.rows import RowOptions
+from collate.widths import Widths, check_widths, padded_width
+
+
+class DocumentBatch(Protocol):
+    """What this room needs to know of a varlen batch, which is defined above it."""
+
+    @property
+    def values(self) -> Tensor:
+        """The rows `[R, C, *F]`."""
+
+    @property
+    def layout(self) -> DocumentLayout:
+        """The host's integers."""
+
+    @property
+    def offsets(self) -> Offsets:
+        """The table of offsets."""
+
+    @property
+    def padding_value(self) -> PaddingValue | None:
+        """What the gaps hold."""
+
+    @property
+    def ignore_index(self) -> int | None:
+        """What time steps without a label hold."""
+
+
+DocumentsT = TypeVar("DocumentsT", bound=DocumentBatch)
+
+
+def trusted_documents(
+    kind: type[DocumentsT],
+    values: Tensor,
+    layout: DocumentLayout,
+    offsets: Offsets | None = None,
+    *,
+    padding_value: PaddingValue | None = None,
+    ignore_index: int | None = None,
+) -> DocumentsT:
+    """Make a batch whose parts are known to agree, without reading them again; offsets are made when None."""
+    batch = object.__new__(kind)
+    offsets = send_offsets(layout, values.device) if offsets is None else offsets
+    set_parts(batch, values, layout, offsets, padding_value=padding_value, ignore_index=ignore_index)
+    return batch
+
+
+def set_parts(
+    batch: DocumentBatch,
+    values: Tensor,
+    layout: DocumentLayout,
+    offsets: Offsets,
+    *,
+    padding_value: PaddingValue | None,
+    ignore_index: int | None,
+) -> None:
+    """Give a new batch its parts; its class is frozen."""
+    if padding_value is not None and not torch.compiler.is_compiling():
+        padding_value = same_nan(padding_value)
+    object.__setattr__(batch, "values", values)
+    object.__setattr__(batch, "layout", layout)
+    object.__setattr__(batch, "offsets", offsets)
+    object.__setattr__(batch, "padding_value", padding_value)
+    object.__setattr__(batch, "ignore_index", ignore_index)
+
+
+def check_documents(
+    values: Tensor, integers: Mapping[str, IntegersLike | None], **options: int | None
+) -> DocumentLayout:
+    """The layout of a constructor's integers, checked against the values.
+
+    Raises:
+        LengthError: Documents do not fit their rows or caps, integers are not on the host, or R x C is beyond int32.
+        TypeError: The values are no tensor, or integers are not integers.
+        ValueError: The values have another shape, the permutation is not one, or an option has an impossible value.
+    """
+    rows, capacity = _shape_of_rows(values)
+    if integers["documents_per_row"] is None:
+        if rows > 1:
+            raise ValueError(f"documents_per_row must say how many of the documents each of the {rows} rows holds")
+        # They become tensors when they are checked.
+        integers = {**integers, "documents_per_row": [len(cast("Sequence[int]", integers["lengths"]))]}
+    checked = check_options(capacity=capacity, **options)  # type: ignore[arg-type]
+    layout = DocumentLayout(check_arrays(integers, **checked), **checked)
+    if layout.num_rows != rows:
+        raise LengthError(f"documents_per_row must be one per row, [{rows}], got [{layout.num_rows}]")
+    return layout
+
+
+def join_sequences(
+    kind: type[DocumentsT],
+    sequences: Sequence[object],
+    options: RowOptions,
+    *,
+    padding_value: PaddingValue,
+    lengths: IntegersLike | None,
+) -> DocumentsT:
+    """Put a list of sequences into rows; what `VarlenBatch.from_sequences` does.
+
+    Raises:
+        LengthError: There is no sequence, a declared length is not the real one, or the rows do not hold them.
+        TypeError: Dtypes differ, or a sequence is not one.
+        ValueError: Feature shapes differ, or the dtype cannot hold the padding value.
+    """
+    items = measure_rows(sequences)
+    if lengths is not None:
+        check_declared(lengths, items.lengths)
+    value = check_padding_value(padding_value, items.dtype)
+    order, per_row = options.fill(aligned_lengths(items.lengths, options.align).tolist())
+    layout = values_of_rows.make_layout(items.lengths[order], per_row, order, options)
+    return trusted_documents(kind, values_of_rows.join_documents(items, layout, value), layout, padding_value=value)
+
+
+def move_from_padded(
+    kind: type[DocumentsT], batch: LengthTrackedBatch, options: RowOptions, documents_per_row: IntegersLike | None
+) -> DocumentsT:
+    """Put the rows of a padded batch into rows of documents; gradients flow.
+
+    Raises:
+        LengthError: The rows do not hold the documents.
+    """
+    lengths = batch.host_lengths()
+    order, per_row = _rows_of_documents(lengths, options, documents_per_row)
+    permutation = batch.permutation.numpy()[order]
+    layout = values_of_rows.make_layout(lengths[order], per_row, permutation, options)
+    if documents_per_row is not None:
+        check_fit(lengths, per_row, **layout.options)
+    width = batch.padded.shape[1]
+    # Time steps are read document after document, in the order of the new rows.
+    steps = gather_steps(batch.padded, flat_index(lengths[order], width, batch.device, firsts=order * width))
+    value = 0 if batch.padding_value is None else batch.padding_value
+    index = flat_index(lengths[order], layout.capacity, batch.device, firsts=layout.starts())
+    values = scatter_steps(steps, index, (layout.num_rows, layout.capacity), value)
+    return trusted_documents(kind, values, layout, padding_value=value)
+
+
+def move_to_padded(batch: DocumentBatch, widths: Widths) -> LengthTrackedBatch:
+    """A padded batch with a row for each document; gradients flow.
+
+    Raises:
+        LengthError: There is no document, or one is longer than all `widths`.
+    """
+    layout, values = batch.layout, batch.values
+    lengths = layout.array("lengths")
+    if len(lengths) == 0:
+        raise LengthError("a padded batch needs at least one document, these rows are empty: leave them out")
+    width = padded_width(int(lengths.max()), check_widths(widths))
+    value = 0 if batch.padding_value is None else batch.padding_value
+    steps = gather_steps(values, flat_index(lengths, layout.capacity, values.device, firsts=layout.starts()))
+    return trusted_batch(
+        LengthTrackedBatch,
+        scatter_steps(steps, flat_index(lengths, width, values.device), (len(lengths), width), value),
+        torch.from_numpy(lengths.copy()),
+        mask=None,
+        permutation=torch.from_numpy(layout.array("permutation").copy()),
+        padding_value=value,
+    )
+
+
+def replace_documents(batch: DocumentsT, values: Tensor, padding_value: PaddingValue | None) -> DocumentsT:
+    """The same documents with new values.
+
+    Raises:
+        LengthError: Rows or capacity differ.
+    """
+    if tuple(values.shape[:2]) != batch.offsets.shape:
+        raise LengthError(f"new values must be {[*batch.offsets.shape]} and features, got {list(values.shape)}")
+    same = values.device == batch.values.device
+    offsets = batch.offsets if same else send_offsets(batch.layout, values.device)
+    return trusted_documents(type(batch), values, batch.layout, offsets, padding_value=padding_value)
+
+
+def send_offsets(layout: DocumentLayout, device: torch.device) -> Offsets:
+    """The offsets of a layout on a device, sent in one piece."""
+    table = torch.from_numpy(layout.make_table())
+    return Offsets(table if device.type == "cpu" else to_device(table, device), (layout.num_rows, layout.capacity))
+
+
+def _rows_of_documents(
+    lengths: Int64Array, options: RowOptions, documents_per_row: IntegersLike | None
+) -> tuple[Int64Array, Int64Array]:
+    """The documents in row order, int64 `[N]`, and the number of each row, int64 `[R]`."""
+    if documents_per_row is None:
+        return options.fill(aligned_lengths(lengths, options.align).tolist())
+    return np.arange(len(lengths)), np.asarray(documents_per_row, np.int64)
+
+
+def _shape_of_rows(values: Tensor) -> tuple[int, int]:
+    """Rows and capacity.
+
+    Raises:
+        TypeError: The values are no tensor.
+        ValueError: They have fewer than two axes, no row or no time step.
+    """
+    if not isinstance(values, Tensor):
+        raise TypeError(f"values must be a tensor [R, C, ...], got {type(values).__name__}: torch.as_tensor makes one")
+    if values.dim() < 2 or values.shape[0] < 1 or values.shape[1] < 1:
+        raise ValueError(
+            f"values must be [R, C, ...] with at least one row and one step, got {list(values.shape)}: a flat form "
+            "[T, ...] becomes one row by values[None]"
+        )
+    return values.shape[0], values.shape[1]
