@@ -8,8 +8,8 @@ features and M real time steps.
 
 from collate.batch import LengthTrackedBatch
 from collate.collator import PadCollator
+from collate.deprecated.modules import find_former_modules
 from collate.errors import LengthError
-from collate.moved import find_former_modules
 from collate.training.checking.check_step import check_step
 from collate.training.losses import last_step, masked_mean, sequence_loss, token_scale
 from collate.training.max_tokens import find_max_tokens

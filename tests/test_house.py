@@ -97,7 +97,7 @@ LAYERS = {
         ["packing", "padding"],
         ["widths"],
         ["tensors"],
-        ["errors", "moved", "deprecated"],
+        ["deprecated", "errors"],
     ],
     "collate.training": [
         ["checking", "max_tokens", "losses", "rnn", "prefetch"],
@@ -106,7 +106,7 @@ LAYERS = {
     ],
 }
 # What `samplers` may take from `collate`.
-SHARED = {"collate.errors", "collate.widths", "collate.deprecated"}
+SHARED = {"collate.errors", "collate.widths", "collate.deprecated.names"}
 
 
 def modules(package: str) -> dict[str, Path]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from collate.deprecated import renamed_arguments
+from collate.deprecated.names import renamed_arguments
 from collate.training.restore import restored_training
 from collate.widths import PaddedShape, check_count
 

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, TypeAlias, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from collate.deprecated import with_present_names
+from collate.deprecated.names import with_present_names
 from collate.widths import AllowedWidths, Widths, check_count, check_widths
 from samplers.masked import refuse_masked
 from samplers.planning.budget import Budget, Cost, Count

@@ -6,7 +6,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from collate.deprecated import renamed_attribute
+from collate.deprecated.names import renamed_attribute
 from collate.widths import padded_widths
 from samplers.planning.budget import Budget, Floats, Integers
 from samplers.planning.keyed_shuffle import derive_key, permute

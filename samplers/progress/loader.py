@@ -5,7 +5,7 @@ from copy import copy
 from functools import cached_property
 from typing import Any, Self
 
-from collate.deprecated import renamed_arguments
+from collate.deprecated.names import renamed_arguments
 from collate.widths import Widths, check_count
 from samplers.planning.options import Options
 from samplers.planning.plan import BatchPlan
