@@ -24,7 +24,7 @@ LAYERS = {
         ["batch_sampler", "window_reader"],
         ["progress", "dynamic"],
         ["planning", "shards"],
-        ["testing", "masked"],
+        ["testing", "masked", "extras"],
     ],
     "samplers.planning": [
         ["plan"],
@@ -77,7 +77,7 @@ LAYERS = {
         ["measuring", "shard_groups"],
         ["tables"],
     ],
-    "samplers.shards.format": [["samples", "tar"], ["keys"], ["npy"]],
+    "samplers.shards.format": [["header_lengths"], ["samples", "tar"], ["keys"], ["npy"]],
     "samplers.shards.storage": [["paths"], ["reading"], ["atomic", "process_pool", "remote"], ["locks"]],
     "samplers.dynamic": [["node"], ["stage"], ["bucketer", "sample_length"]],
     "samplers.cli": [
@@ -85,7 +85,6 @@ LAYERS = {
         ["folder_index", "plots", "printing"],
         ["arguments", "compare", "convert"],
         ["arrow", "exact_numbers"],
-        ["extras"],
     ],
     "collate": [
         ["training"],

@@ -47,7 +47,7 @@ MOVED: Final = {
     "samplers.cursor": "samplers.progress.epoch_cursor",
     "samplers.edges": "samplers.planning.tables.buckets",
     "samplers.exact": "samplers.cli.exact_numbers",
-    "samplers.extras": "samplers.cli.extras",
+    "samplers.extras": "samplers.extras",
     "samplers.layout": "samplers.planning.tables.batch_table",
     "samplers.measure": "samplers.planning.report",
     "samplers.options": "samplers.planning.options",

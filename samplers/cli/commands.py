@@ -30,9 +30,9 @@ from samplers.cli.arguments import (
 )
 from samplers.cli.compare import compare_plans, describe_lengths, trace_windows
 from samplers.cli.convert import ColumnSelection, SampleMaker, read_input_rows, stacked_fields
-from samplers.cli.extras import load_extra
 from samplers.cli.folder_index import index_of_folder, open_earlier, unlisted_shards
 from samplers.cli.printing import count, describe_index, describe_reading, judge, print_batch, print_report, print_rows
+from samplers.extras import load_extra
 from samplers.planning.options import Options
 from samplers.planning.plan import BatchPlan
 from samplers.planning.tables.pool_table import choose_table

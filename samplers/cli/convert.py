@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Final, TypeAlias, cast
 import numpy as np
 
 from samplers.cli.exact_numbers import as_numbers, cast_exactly
-from samplers.cli.extras import load_extra
+from samplers.extras import load_extra
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.format.npy import AnyArray
 from samplers.shards.indexing.index import LengthIndex, tables_of
