@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 try:
     from collate.errors import LengthError
-except ModuleNotFoundError as error:
-    # Python says only that `collate` is not a package.
+except ImportError as error:
+    # Python says only that `collate` is not a package, or has no such name.
     hidden = f"{getattr(sys.modules.get('collate'), '__file__', None)} has the name of lengthtrack's package 'collate'"
     raise ImportError(f"{hidden}, which `samplers` needs: rename that file, or `import lengthtrack` first") from error
 

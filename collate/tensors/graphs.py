@@ -34,8 +34,7 @@ def outside_graphs(call: Callable[Params, Result]) -> Callable[Params, Result]:
     and that takes as long as importing torch.
     """
     if not _CAN_SKIP:
-        # A reason could be given from torch 2.7 on only.
-        return cast("Callable[Params, Result]", torch.compiler.disable(call))
+        return cast("Callable[Params, Result]", torch.compiler.disable(call, reason=_REASON))
     set_code_exec_strategy(call.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
     vars(call).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=_REASON)
     return call
