@@ -36,8 +36,8 @@ def check_fit(rnn: nn.RNNBase, packed: PackedSequence, hx: RnnState | None) -> N
     one length unchecked.
 
     Args:
-        rnn: a plain module.
-        packed: data `[M, input_size]`.
+        rnn: A plain module.
+        packed: Data `[M, input_size]`.
         hx: `[layers * directions, B, H]`, for an LSTM a pair; None starts from zeros.
 
     Raises:
