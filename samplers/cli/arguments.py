@@ -1,4 +1,4 @@
-"""Arguments of commands: lists, widths, indexes and shards. And errors as one line with a remedy."""
+"""Arguments of commands (lists, widths, indexes and shards), and errors as one line with a remedy."""
 
 import sys
 from collections.abc import Callable, Sequence

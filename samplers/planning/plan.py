@@ -123,7 +123,7 @@ class BatchPlan:
         return simulate_random_padding(self._table.sorted_lengths, self._table.options)
 
     def report(self) -> PlanReport:
-        """What the plan holds, wastes and leaves out; this computes four whole epochs."""
+        """The figures of the plan; this computes four whole epochs."""
         sizes, table, sorted_lengths = self._sizes, self._table, self._table.sorted_lengths
         later = [make_schedule(table, self.epoch + lag, self.num_replicas) for lag in LAGS]
         repeated = [self._share_repeated_pairs(schedule) for schedule in later]

@@ -32,7 +32,7 @@ FORMER_NAMES: Final = {
 
 @dataclass(frozen=True, kw_only=True)
 class PlanReport:
-    """What an epoch's plan holds, what it wastes and what it leaves out.
+    """The figures of an epoch's plan: what it contains, wastes and leaves out.
 
     Attributes:
         sequences: Samples in the plan.
@@ -136,7 +136,7 @@ def measure_imbalance(costs: Integers) -> tuple[float, float]:
 
 
 def count_pairs(sizes: Integers) -> int:
-    """How many pairs of samples groups of these sizes hold."""
+    """The number of pairs of samples in groups of these sizes."""
     return int((sizes * (sizes - 1) // 2).sum())
 
 

@@ -233,7 +233,7 @@ def check_steps(schedule: Schedule) -> None:
 
 
 def batches_at_once(table: BatchTable) -> int:
-    """How many batches are computed together."""
+    """The number of batches that are computed together."""
     return 1 + SAMPLES_AT_ONCE * len(table) // len(table.sorted_lengths)
 
 
