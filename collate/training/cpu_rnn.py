@@ -67,7 +67,7 @@ def run_segments(rnn: nn.RNNBase, packed: PackedSequence, hx: RnnState | None) -
 
     Args:
         rnn: A plain module with any number of layers and directions.
-        packed: Data `[M, input_size]`. It and `hx` must fit the module (`check_fit`): the kernels check nothing.
+        packed: Data `[M, input_size]`. It and `hx` must fit the module (`check_rnn_inputs`): the kernels check nothing.
         hx: `[layers * directions, B, H]`, for an LSTM a pair; None starts from zeros.
 
     Returns:

@@ -13,7 +13,7 @@ from collate.lengths.tracking import check_tracked
 from collate.tensors.graphs import outside_graphs
 from collate.tensors.to_device import to_device
 from collate.training.cpu_rnn import each_part, is_faster_in_segments, run_segments
-from collate.training.rnn_modules import RnnState, check_fit, is_plain
+from collate.training.rnn_modules import RnnState, check_rnn_inputs, is_plain
 from collate.training.sequences import SequencesT
 
 
@@ -72,7 +72,7 @@ def _run_module(rnn: nn.Module, packed: PackedSequence, hx: RnnState | None) -> 
     """
     if is_plain(rnn):
         plain = cast(nn.RNNBase, rnn)
-        check_fit(plain, packed, hx)
+        check_rnn_inputs(plain, packed, hx)
         if is_faster_in_segments(plain, packed, hx):
             return run_segments(plain, packed, hx)
     result = rnn(packed) if hx is None else rnn(packed, hx)

@@ -29,7 +29,7 @@ def is_plain(rnn: nn.Module) -> bool:
     return not replaced and not any(own[name] for name in _HOOKS) and not _has_any_global_hook()
 
 
-def check_fit(rnn: nn.RNNBase, packed: PackedSequence, hx: RnnState | None) -> None:
+def check_rnn_inputs(rnn: nn.RNNBase, packed: PackedSequence, hx: RnnState | None) -> None:
     """Check sizes, dtypes and devices of input, states and weights against each other.
 
     oneDNN's kernel checks nothing and reads and writes beyond its memory. torch's own LSTM hands it packed sequences of
