@@ -25,7 +25,7 @@ from samplers.shards.storage.paths import expand_shards
 NamedRows: TypeAlias = Iterator[tuple[str, dict[str, Any]]]
 
 # Samples that are read together from a shard.
-SAMPLES_AT_ONCE: Final = 500
+SAMPLES_PER_READ: Final = 500
 # A number in JSON that may be too large for a float64 (1e308): an exponent of three digits, or 300 digits.
 _LARGE: Final = re.compile(r"\d[eE]\+?\d{3}|\d{300}")
 _JSON: Final = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
@@ -269,8 +269,8 @@ def _parse_float(text: str) -> float:
 
 def _read_shards(pattern: str, columns: list[str] | None) -> NamedRows:
     for dataset in _datasets(pattern, columns):
-        for first in range(0, len(dataset), SAMPLES_AT_ONCE):
-            for sample in dataset.__getitems__(range(first, min(first + SAMPLES_AT_ONCE, len(dataset)))):
+        for first in range(0, len(dataset), SAMPLES_PER_READ):
+            for sample in dataset.__getitems__(range(first, min(first + SAMPLES_PER_READ, len(dataset)))):
                 yield f"{pattern}: sample {sample['__key__']!r}", sample
 
 
