@@ -18,9 +18,9 @@ from collate.tensors.steps import PaddingValue
 
 Row: TypeAlias = Tensor | HostArray
 
-# Below this mean length one scatter of all time steps is faster than a piece per row: 256 rows of 30 int64 take half
-# the time, of 400 about the same. Time steps with feature axes are scattered six times as slowly; torch's pieces cost
-# twice as much as NumPy's.
+# Below this mean length, one scatter of all time steps is faster than a piece per row: 256 rows of 30 int64 take half
+# the time, and rows of 400 about the same. Time steps with feature axes are scattered six times as slowly; torch's
+# pieces cost twice as much as NumPy's.
 SHORT_STEPS, SHORT_STEPS_WITH_FEATURES = 400, 12
 
 # From this mean number of bytes per row on, a call for each row costs less than the extra work of joining.
@@ -38,8 +38,8 @@ class RaggedRows:
 
     Attributes:
         items: B tensors or B arrays, in source order.
-        lengths: int64 `[B]`, steps, in source order.
-        features: the feature axes F, of the first row; rows without any are compared with it when they are joined.
+        lengths: int64 `[B]`, time steps, in source order.
+        features: The feature axes F of the first row; one-dimensional rows are compared with it when they are joined.
         dtype: the rows' torch dtype.
         name: The field's name in errors.
     """
@@ -85,7 +85,7 @@ class RaggedRows:
         return [self.items[index] for index in order.tolist()]
 
     def join(self, pieces: list[Row], steps: int) -> Tensor:
-        """Items and other pieces of their type, one after the other; gradients flow.
+        """Join pieces of the items' type, one after the other; gradients flow.
 
         Args:
             pieces: Tensors or arrays `[L_i, *F]`, as the items are.
@@ -102,7 +102,7 @@ class RaggedRows:
             if isinstance(pieces[0], Tensor):
                 joined = torch.cat(cast("list[Tensor]", pieces))
             else:
-                # Large arrays from NumPy's own allocator are new pages each time, and take half as long again.
+                # NumPy gets new memory pages for each large array, which takes half as long again.
                 joined = torch.empty((steps, *self.features), dtype=self.dtype, device="cpu")
                 np.concatenate(pieces, out=joined.numpy())
         except (ValueError, RuntimeError):
@@ -114,9 +114,7 @@ class RaggedRows:
         return joined
 
 
-def measure_rows(
-    values: Sequence[object], name: str = "sequences", kinds: set[type] | None = None
-) -> RaggedRows:
+def measure_rows(values: Sequence[object], name: str = "sequences", kinds: set[type] | None = None) -> RaggedRows:
     """Check a field's values and measure their lengths.
 
     Args:
@@ -135,12 +133,12 @@ def measure_rows(
     if len(values) == 0:
         raise LengthError(f"{name} must hold at least one row, got an empty list: leave the batch out instead")
     items = _of_one_kind(values, set(map(type, values)) if kinds is None else kinds, name)
-    # As with shapes below: what is not dense among dense rows of one dimension shows when they are joined.
+    # As with shapes below: among dense one-dimensional rows, a row that is not dense fails when they are joined.
     if isinstance(items[0], Tensor):
         refuse_layout(items[0], 0, name)
     _check_dtypes(items, name)
     dtype = _torch_dtype(items[0], name)
-    # One-dimensional rows are many and small; what differs from them shows when they are joined.
+    # One-dimensional rows are many and small, so that their shapes are not compared: joining them fails if one differs.
     if items[0].ndim != 1:
         check_shapes(items, name)
     return RaggedRows(items, _measure_lengths(items, name), tuple(items[0].shape[1:]), dtype, name)

@@ -32,9 +32,9 @@ from collate.varlen.construct import (
     trusted_documents,
 )
 from collate.varlen.context_parallel import ContextParallel
-from collate.varlen.spans import DocumentSpans, Offsets
 from collate.varlen.rows import Arrange, RowOptions
 from collate.varlen.serialization import reduce, travels
+from collate.varlen.spans import DocumentSpans, Offsets
 from collate.varlen.views import DocumentViews
 from collate.widths import Widths
 

@@ -164,7 +164,5 @@ class VarlenCollator:
                 values = join_documents(column, batch.spans, value)
                 return trusted_documents(VarlenBatch, values, batch.spans, batch.offsets, padding_value=value)
         spans = make_spans(lengths, per_row, indices, options)
-        batches.append(
-            trusted_documents(VarlenBatch, join_documents(column, spans, value), spans, padding_value=value)
-        )
+        batches.append(trusted_documents(VarlenBatch, join_documents(column, spans, value), spans, padding_value=value))
         return batches[-1]

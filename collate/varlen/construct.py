@@ -17,9 +17,9 @@ from collate.tensors.numpy_view import Int64Array
 from collate.tensors.steps import PaddingValue, flat_index, gather_steps, scatter_steps
 from collate.tensors.to_device import to_device
 from collate.varlen import values_of_rows
-from collate.varlen.spans import DocumentSpans, Offsets, check_arrays, check_fit, check_options
 from collate.varlen.offsets import aligned_lengths
 from collate.varlen.rows import RowOptions
+from collate.varlen.spans import DocumentSpans, Offsets, check_arrays, check_fit, check_options
 from collate.widths import Widths, check_widths, padded_width
 
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from collate.tensors.steps import gather_steps, scatter_steps
-from collate.varlen.spans import Offsets
 from collate.varlen.offsets import CU_SEQLENS_PADDED
+from collate.varlen.spans import Offsets
 from collate.widths import check_count
 
 

@@ -162,9 +162,7 @@ def row_end_gaps(lengths: Int64Array, per_row: Int64Array, capacity: int) -> lis
     return gaps
 
 
-def _fill_aligned(
-    table: Int32Array, lengths: Int64Array, per_row: Int64Array, capacity: int, align: int
-) -> None:
+def _fill_aligned(table: Int32Array, lengths: Int64Array, per_row: Int64Array, capacity: int, align: int) -> None:
     """Fill the table where each document may have a gap behind it."""
     starts = document_starts(lengths, per_row, capacity, align)
     bounds, documents = segments(starts, starts + lengths, per_row, capacity)

@@ -9,14 +9,12 @@ from torch import Tensor
 from collate.padding.rows import RaggedRows, check_shapes
 from collate.tensors.numpy_view import Int64Array
 from collate.tensors.steps import PaddingValue
-from collate.varlen.spans import DocumentSpans, check_fit, check_int32
 from collate.varlen.offsets import aligned_lengths, row_end_gaps
 from collate.varlen.rows import RowOptions
+from collate.varlen.spans import DocumentSpans, check_fit, check_int32
 
 
-def make_spans(
-    lengths: Int64Array, per_row: Int64Array, permutation: Int64Array, options: RowOptions
-) -> DocumentSpans:
+def make_spans(lengths: Int64Array, per_row: Int64Array, permutation: Int64Array, options: RowOptions) -> DocumentSpans:
     """The spans of documents that `RowOptions.fill` has put into rows.
 
     Args:

@@ -11,9 +11,9 @@ from collate.tensors.graphs import outside_graphs
 from collate.tensors.numpy_view import Int64Array
 from collate.tensors.steps import flat_index, gather_steps
 from collate.tensors.to_device import refuse_capture, to_device
-from collate.varlen.spans import DocumentSpans, Offsets
 from collate.varlen.offsets import CU_SEQLENS_PADDED, CU_SEQLENS_REAL, document_slots
 from collate.varlen.segment_sums import sum_segments
+from collate.varlen.spans import DocumentSpans, Offsets
 
 
 class DocumentViews:
