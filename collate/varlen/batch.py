@@ -14,7 +14,6 @@ from torch import Tensor
 
 from collate.batch import LengthTrackedBatch
 from collate.lengths.validation import IntegersLike
-from collate.operations.sequences import PaddedSequences
 from collate.padding.padding_value import check_padding_value
 from collate.tensors.graphs import outside_graphs
 from collate.tensors.masks import expand_like
@@ -392,7 +391,3 @@ class VarlenBatch(DocumentViews):
         copied = memo[id(self)] = object.__new__(type(self))
         copied.__dict__.update({name: deepcopy(part, memo) for name, part in self.__dict__.items()})
         return copied
-
-
-# `collate.operations` stands below this module and cannot import it.
-PaddedSequences.varlen_class = VarlenBatch
