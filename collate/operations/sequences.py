@@ -61,6 +61,10 @@ class PaddedSequences:
         """Sums over each row of something that has one entry per time step: `[B, T, *G]` -> `[B, *G]`."""
         return steps.sum(1, dtype=dtype)
 
+    def step_counts(self: TrackedBatch) -> Tensor:
+        """Real time steps of each row: int64 `[B]`."""
+        return self.mask.sum(1)
+
     def pick_sequences(self, sums: Tensor) -> Tensor:
         """The rows' entries of what `sum_sequences` gives: all of them."""
         return sums

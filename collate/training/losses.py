@@ -75,7 +75,7 @@ def sequence_loss(
         return losses.sum()
     if reduction == "token":
         return losses.sum() / (max(output.num_tokens, 1) if counts is None else _not_zero(counts.sum()))
-    totals = output.sum_sequences(output.mask if counts is None else counts)
+    totals = output.step_counts() if counts is None else output.sum_sequences(counts)
     return (output.sum_sequences(losses) / _not_zero(totals)).sum() / _not_zero((totals != 0).sum())
 
 
@@ -96,7 +96,7 @@ def masked_mean(batch: SequenceBatch) -> Tensor:
     # In half precision a sum overflows beyond 65,504, and so does a count.
     wide = torch.promote_types(values.dtype, torch.float32)
     total = batch.sum_sequences(torch.where(expand_like(batch.mask, values), values, 0), wide)
-    counts = batch.sum_sequences(batch.mask).clamp(min=1).to(wide)
+    counts = batch.step_counts().clamp(min=1).to(wide)
     return batch.pick_sequences(total / expand_like(counts, total)).to(values.dtype)
 
 

@@ -22,6 +22,7 @@ from collate.tensors.to_device import to_device
 from collate.varlen import checks, pieces
 from collate.varlen.construct import (
     check_documents,
+    check_ignore_index,
     join_sequences,
     move_from_padded,
     move_to_padded,
@@ -104,9 +105,10 @@ class VarlenBatch(DocumentViews):
         integers = {"lengths": lengths, "documents_per_row": documents_per_row, "permutation": permutation}
         caps = {"max_documents": max_documents, "max_seqlen": max_seqlen}
         spans = check_documents(values, integers, align=align, **caps)
-        for value in (padding_value, ignore_index):
-            if value is not None:
-                check_padding_value(value, values.dtype)
+        if padding_value is not None:
+            padding_value = check_padding_value(padding_value, values.dtype)
+        if ignore_index is not None:
+            ignore_index = check_ignore_index(ignore_index, values.dtype)
         offsets = send_offsets(spans, values.device)
         set_parts(self, values, spans, offsets, padding_value=padding_value, ignore_index=ignore_index)
 
@@ -201,6 +203,7 @@ class VarlenBatch(DocumentViews):
 
         Raises:
             LengthError: Rows or capacity differ.
+            TypeError: The values are no tensor.
         """
         return replace_documents(self, values, None)
 
@@ -217,6 +220,7 @@ class VarlenBatch(DocumentViews):
 
         Raises:
             LengthError: The module changed the number of rows or steps.
+            TypeError: It did not return a tensor.
         """
         return self.with_values(module(self.values))
 
@@ -234,7 +238,7 @@ class VarlenBatch(DocumentViews):
             ValueError: The dtype cannot hold `ignore_index`.
         """
         if not torch.compiler.is_compiling():
-            check_padding_value(ignore_index, self.values.dtype)
+            ignore_index = check_ignore_index(ignore_index, self.values.dtype)
         ids = self.document_ids
         goes_on = torch.zeros_like(ids, dtype=torch.bool)
         goes_on[:, :-1] = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
@@ -269,12 +273,11 @@ class VarlenBatch(DocumentViews):
             dim: the axis of the documents.
 
         Raises:
+            TypeError: The entries are neither a tensor nor a list.
             ValueError: There is not one entry per document.
         """
         entries = self.sequences() if entries is None else entries
-        count = entries.shape[dim] if isinstance(entries, Tensor) else len(entries)
-        if count != len(self):
-            raise ValueError(f"there must be one entry for each of the {len(self)} documents, got {count}")
+        checks.check_entries(entries, dim, len(self))
         back = np.argsort(self.spans.array("permutation"), kind="stable")
         if isinstance(entries, Tensor):
             return entries.index_select(dim, to_device(back, entries.device))
@@ -287,6 +290,7 @@ class VarlenBatch(DocumentViews):
         """Pieces of at most `rows` rows, as for gradient accumulation; `concat` joins them again.
 
         Raises:
+            TypeError: `rows` is not an int.
             ValueError: `rows` is below one.
         """
         return pieces.as_batches(self, pieces.split_rows(self.values, self.spans, rows))
@@ -299,6 +303,7 @@ class VarlenBatch(DocumentViews):
         carries from chunk to chunk equal those of whole documents. Positions go on. Labels are to be made before.
 
         Raises:
+            TypeError: `steps` is not an int.
             ValueError: `steps` is below one, or no multiple of `align`.
         """
         return pieces.as_batches(self, pieces.split_steps(self.values, self.spans, steps))
@@ -316,6 +321,7 @@ class VarlenBatch(DocumentViews):
 
         Raises:
             LengthError: There is no batch.
+            TypeError: One of them is no `VarlenBatch`.
             ValueError: They differ in what must be the same.
         """
         return pieces.concat_documents(cls, batches)

@@ -60,6 +60,27 @@ def verify_documents(batch: DocumentBatch) -> None:
         check_padding_intact(batch.values, batch.offsets.spread()[0], batch.padding_value)
 
 
+def check_entries(entries: object, dim: int, count: int) -> None:
+    """Check that something has one entry per document.
+
+    Raises:
+        TypeError: It is neither a tensor nor a list.
+        ValueError: It has another number of entries, or no such axis.
+    """
+    if not isinstance(entries, (Tensor, list)):
+        raise TypeError(
+            f"unsort takes a tensor or a list with one entry per document, got a {type(entries).__name__}: make a "
+            "tensor or a list of it"
+        )
+    if isinstance(entries, list):
+        got: object = len(entries) if len(entries) != count else None
+    else:
+        has_axis = -entries.dim() <= dim < entries.dim()
+        got = None if has_axis and entries.shape[dim] == count else f"shape {list(entries.shape)} with dim={dim}"
+    if got is not None:
+        raise ValueError(f"there must be one entry for each of the {count} documents, got {got}")
+
+
 def named_attributes(batch: DocumentBatch, names: Mapping[str, str]) -> dict[str, Any]:
     """A dict of attributes by the keys that a trainer wants.
 

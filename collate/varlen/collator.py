@@ -83,9 +83,12 @@ class VarlenCollator:
         on_empty: Literal["keep", "error"] = "keep",
     ) -> None:
         self.capacity = dict(capacity) if isinstance(capacity, Mapping) else capacity
-        self.options = RowOptions(None, rows, align, max_documents, max_seqlen, arrange)
         capacities = self.capacity.values() if isinstance(self.capacity, dict) else [self.capacity]
-        self.each = {steps: replace(self.options, capacity=steps).checked() for steps in capacities}
+        if not capacities:
+            raise ValueError("capacity names no field: name each variable-length field, or give one number for all")
+        options = RowOptions(None, rows, align, max_documents, max_seqlen, arrange)
+        self.each = {steps: replace(options, capacity=steps).checked() for steps in capacities}
+        self.options = replace(next(iter(self.each.values())), capacity=None)
         self.fields = PadCollator(
             padding_value,
             sort_by=False,

@@ -267,6 +267,13 @@ def check_fit(
             "max_length"
         )
     rows = np.repeat(np.arange(len(per_row)), per_row)
+    if len(lengths) and lengths.max() > capacity:
+        # Sums of such lengths might overflow.
+        document = int(lengths.argmax())
+        raise LengthError(
+            f"document {document} in row {rows[document]} has {lengths[document]} steps, the capacity is {capacity}: "
+            "cut it, or make longer rows"
+        )
     ends = document_starts(lengths, per_row, capacity, align) + lengths - rows * capacity
     beyond = np.flatnonzero(ends > capacity)
     if len(beyond):
@@ -287,7 +294,7 @@ def _whole(integers: IntegersLike, name: str) -> Int64Array:
         raise LengthError(f"{name} must stay on the host, got a tensor on {integers.device}: keep them on the CPU")
     values = to_array(as_int64(integers, name)).copy()
     if values.ndim != 1:
-        raise LengthError(f"{name} must be one-dimensional, got shape {list(values.shape)}")
+        raise LengthError(f"{name} must be one-dimensional, got shape {list(values.shape)}: give a list of integers")
     if len(values) and values.min() < 0:
         place = int(values.argmin())
         raise LengthError(f"{name} must not be negative, got {values[place]} at index {place}")
