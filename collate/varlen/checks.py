@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from collate.errors import LengthError
 from collate.lengths.validation import check_padding_intact
 from collate.varlen.construct import DocumentBatch
+from collate.varlen.offsets import spread_on_host
 from collate.varlen.spans import check_arrays
 
 _EXPORTED: Final = (
@@ -54,8 +56,17 @@ def verify_documents(batch: DocumentBatch) -> None:
     spans = batch.spans
     names = ("lengths", "documents_per_row", "permutation")
     check_arrays({name: spans.array(name) for name in names}, **spans.options)
-    if not np.array_equal(spans.make_table(), batch.offsets.table.cpu().numpy()):
+    table = spans.make_table()
+    if not np.array_equal(table, batch.offsets.table.cpu().numpy()):
         raise LengthError("the offsets are not those of the lengths: make a new batch of the sequences")
+    documents, positions = spread_on_host(table, batch.offsets.shape)
+    expected = {"mask": documents >= 0, "document_ids": documents, "position_ids": positions}
+    for (name, values), present in zip(expected.items(), batch.offsets.spread(), strict=True):
+        if not torch.equal(values, present.cpu()):
+            row = int((values != present.cpu()).any(1).nonzero()[0])
+            raise LengthError(
+                f"the {name} of row {row} are not those of its lengths: make a new batch of the sequences"
+            )
     if batch.padding_value is not None:
         check_padding_intact(batch.values, batch.offsets.spread()[0], batch.padding_value)
 

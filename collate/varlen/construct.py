@@ -40,11 +40,14 @@ class DocumentBatch(Protocol):
 
     @property
     def padding_value(self) -> PaddingValue | None:
-        """What the gaps hold."""
+        """The value of all gaps."""
 
     @property
     def ignore_index(self) -> int | None:
-        """What time steps without a label hold."""
+        """The value of time steps without a label."""
+
+    def check_unwritten(self) -> None:
+        """Check that integers, mask and offsets were not written to."""
 
 
 DocumentsT = TypeVar("DocumentsT", bound=DocumentBatch)
@@ -160,6 +163,7 @@ def move_to_padded(batch: DocumentBatch, widths: Widths) -> LengthTrackedBatch:
     Raises:
         LengthError: There is no document, or one is longer than all `widths`.
     """
+    batch.check_unwritten()
     spans, values = batch.spans, batch.values
     lengths = spans.array("lengths")
     if len(lengths) == 0:
@@ -198,7 +202,9 @@ def replace_documents(batch: DocumentsT, values: Tensor, padding_value: PaddingV
         TypeError: The values are no tensor.
     """
     if not isinstance(values, Tensor):
-        raise TypeError(f"new values must be a tensor {[*batch.offsets.shape]} and features, got {type(values).__name__}")
+        raise TypeError(
+            f"new values must be a tensor {[*batch.offsets.shape]} and features, got {type(values).__name__}"
+        )
     if tuple(values.shape[:2]) != batch.offsets.shape:
         raise LengthError(f"new values must be {[*batch.offsets.shape]} and features, got {list(values.shape)}")
     same = values.device == batch.values.device

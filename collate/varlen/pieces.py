@@ -104,6 +104,7 @@ def join_spans(all_spans: Sequence[DocumentSpans], permutation: Tensor) -> Docum
 
 def as_batches(batch: DocumentsT, parts: Iterator[tuple[Tensor, DocumentSpans]]) -> list[DocumentsT]:
     """Pieces of a batch as batches of its kind."""
+    batch.check_unwritten()
     marks = {"padding_value": batch.padding_value, "ignore_index": batch.ignore_index}
     return [trusted_documents(type(batch), values, spans, **marks) for values, spans in parts]  # type: ignore[arg-type]
 
@@ -120,13 +121,17 @@ def concat_documents(kind: type[DocumentsT], batches: Sequence[DocumentBatch]) -
         raise LengthError("concat needs at least one batch, got none")
     strangers = [type(batch).__name__ for batch in batches if not getattr(batch, "is_varlen", False)]
     if strangers:
-        raise TypeError(f"concat takes VarlenBatch objects, got a {strangers[0]}: to_varlen() makes one of a padded batch")
+        raise TypeError(
+            f"concat takes VarlenBatch objects, got a {strangers[0]}: to_varlen() makes one of a padded batch"
+        )
     kinds = {(b.values.dtype, b.values.device, b.values.shape[1:], b.spans.align, b.ignore_index) for b in batches}
     if len(kinds) > 1:
         raise ValueError(
             "batches must share dtype, device, capacity, features, align and ignore_index, got "
             f"{sorted(map(str, kinds))}"
         )
+    for batch in batches:
+        batch.check_unwritten()
     padding_values = {b.padding_value for b in batches}
     permutation = join_permutations([b.spans.tensor("permutation") for b in batches])
     return trusted_documents(
@@ -150,6 +155,7 @@ def move_documents(
         device, dtype = None, device
     if non_blocking is None:
         non_blocking = not batch.values.is_cuda and batch.values.is_pinned()
+    batch.check_unwritten()
     values = batch.values.to(device=device, dtype=dtype, non_blocking=non_blocking)
     if values is batch.values:
         return batch

@@ -141,17 +141,19 @@ class DocumentViews:
         """The lengths that the batch was made with: int64 `[N]`, not to be written to.
 
         Raises:
-            LengthError: They were written to since.
+            LengthError: They, or mask or offsets, were written to since.
         """
+        self.offsets.check_unwritten()
         return self.spans.array("lengths")
 
     def check_unwritten(self) -> None:
-        """Check that the host's integers are those that the batch was made with; compiled code is not looked at.
+        """Check that integers, mask and offsets are those that the batch was made with, except in compiled code.
 
         Raises:
             LengthError: They were written to.
         """
         if not torch.compiler.is_compiling() and type(self.lengths) is Tensor:
+            self.offsets.check_unwritten()
             for name in ("lengths", "documents_per_row", "permutation"):
                 self.spans.array(name)
 

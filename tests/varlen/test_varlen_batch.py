@@ -16,7 +16,7 @@ from test_varlen_laws import packed
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from collate import DevicePrefetcher, LengthError, VarlenBatch, VarlenCollator, apply_rnn, sequence_loss
+from collate import DevicePrefetcher, LengthError, VarlenBatch, VarlenCollator, apply_rnn, last_step, sequence_loss
 from collate.varlen.spans import check_int32
 
 PARTS = ("values", "lengths", "documents_per_row", "permutation", "mask", "document_ids", "position_ids", "cu_seqlens")
@@ -88,6 +88,20 @@ def test_a_write_to_the_integers_is_noticed(name):
             use()
 
 
+@pytest.mark.parametrize("name", ["mask", "document_ids", "position_ids", "cu_seqlens"])
+def test_a_write_to_what_kernels_read_is_noticed(name):
+    batch = small()
+    part = getattr(batch, name)
+    part[0] = 0
+    for use in (batch.flat, batch.to_padded, batch.verify, lambda: last_step(batch), lambda: batch.to(torch.float32)):
+        with pytest.raises(LengthError, match=r"the batch's \w+ were written to 1 times since they were made"):
+            use()
+    other = small()
+    getattr(other, name).numpy()[0] ^= True
+    with pytest.raises(LengthError, match="are not those of"):
+        other.verify()
+
+
 def test_what_the_caller_keeps_is_not_the_batchs():
     lengths, per_row = torch.tensor([2, 1]), np.array([2])
     batch = VarlenBatch(torch.zeros(1, 4), lengths, per_row)
@@ -110,7 +124,11 @@ def test_what_the_caller_keeps_is_not_the_batchs():
         ((torch.zeros(1, 4), [1, 2], None, [0, 0]), ValueError, "permutation must hold distinct indices"),
         ((torch.zeros(1, 4), None), TypeError, "lengths must be integers, got None"),
         ((torch.zeros(1, 4), 3), LengthError, r"lengths must be one-dimensional, got shape \[\]"),
-        ((torch.zeros(1, 4), [2**62] * 4), LengthError, "document 0 in row 0 has 4611686018427387904 steps, the capacity"),
+        (
+            (torch.zeros(1, 4), [2**62] * 4),
+            LengthError,
+            "document 0 in row 0 has 4611686018427387904 steps, the capacity",
+        ),
     ],
 )
 def test_what_does_not_agree_is_refused(arguments, kind, message):
@@ -198,13 +216,13 @@ def test_options_are_kept_as_python_numbers_that_load_again():
     """NumPy's numbers would be refused by weights-only loading."""
     collate = VarlenCollator(np.float32(-1), capacity=np.int64(8), max_documents=np.int32(2), max_seqlen=np.int64(6))
     batch = collate([torch.arange(3.0)])
-    made = VarlenBatch(torch.zeros(1, 4), [2], padding_value=np.float32(0), align=np.int64(2), ignore_index=np.int64(-1))
-    for given in (batch, made, made.next_step_labels(np.int64(-2))):
+    made = VarlenBatch(torch.zeros(1, 4), [2], padding_value=np.float32(0), ignore_index=np.int64(-1))
+    for saved in (batch, made, made.next_step_labels(np.int64(-2))):
         file = io.BytesIO()
-        torch.save(given, file)
+        torch.save(saved, file)
         file.seek(0)
-        assert same(torch.load(file), given)
-        assert {type(value) for value in given.spans.options.values()} <= {int, type(None)}
+        assert same(torch.load(file), saved)
+        assert {type(value) for value in saved.spans.options.values()} <= {int, type(None)}
 
 
 def test_labels_keep_their_mark_in_another_dtype():
@@ -215,7 +233,7 @@ def test_labels_keep_their_mark_in_another_dtype():
 
 
 def test_a_padded_batch_that_was_imported_alone_goes_to_varlen():
-    code = "from collate.batch import LengthTrackedBatch as B; print(B.from_sequences([[1, 2], [3]]).to_varlen(capacity=4))"
+    code = "from collate.batch import *; print(LengthTrackedBatch.from_sequences([[1, 2], [3]]).to_varlen(capacity=4))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.startswith("VarlenBatch([1, 4] int64")
 

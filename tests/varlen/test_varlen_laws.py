@@ -1,4 +1,4 @@
-"""The laws of rows with several documents: each is held against one document at a time."""
+"""The laws of rows with several documents: each is compared with one document at a time."""
 
 from itertools import pairwise
 
