@@ -89,7 +89,7 @@ def test_a_write_to_the_integers_is_noticed(name):
 
 
 @pytest.mark.parametrize("name", ["mask", "document_ids", "position_ids", "cu_seqlens"])
-def test_a_write_to_what_kernels_read_is_noticed(name):
+def test_a_write_to_what_kernels_read_is_noticed(name: str) -> None:
     batch = small()
     part = getattr(batch, name)
     part[0] = 0
@@ -212,7 +212,7 @@ def test_errors_say_what_to_do():
         VarlenBatch.concat([batch, small(align=1)])
 
 
-def test_options_are_kept_as_python_numbers_that_load_again():
+def test_options_are_kept_as_python_numbers_that_load_again() -> None:
     """NumPy's numbers would be refused by weights-only loading."""
     collate = VarlenCollator(np.float32(-1), capacity=np.int64(8), max_documents=np.int32(2), max_seqlen=np.int64(6))
     batch = collate([torch.arange(3.0)])
@@ -225,21 +225,21 @@ def test_options_are_kept_as_python_numbers_that_load_again():
         assert {type(value) for value in saved.spans.options.values()} <= {int, type(None)}
 
 
-def test_labels_keep_their_mark_in_another_dtype():
+def test_labels_keep_their_mark_in_another_dtype() -> None:
     labels = small().next_step_labels().to(torch.uint8)
     ours = sequence_loss(lambda x, y: x + 0 * y, labels.with_values(torch.ones(3, 6)), labels, reduction="sum")
     assert labels.ignore_index == 156
     assert ours == 7
 
 
-def test_a_padded_batch_that_was_imported_alone_goes_to_varlen():
+def test_a_padded_batch_that_was_imported_alone_goes_to_varlen() -> None:
     code = "from collate.batch import *; print(LengthTrackedBatch.from_sequences([[1, 2], [3]]).to_varlen(capacity=4))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.startswith("VarlenBatch([1, 4] int64")
 
 
 @pytest.mark.parametrize("kind", ["padded", "varlen"])
-def test_a_batch_that_a_recurrent_module_has_read_is_sent_as_before(kind):
+def test_a_batch_that_a_recurrent_module_has_read_is_sent_as_before(kind: str) -> None:
     """What `apply_rnn` keeps with the batch, an index for each real step, stays where it is."""
     batch = VarlenBatch.from_sequences([torch.zeros(n, 2) for n in (500, 300)])
     batch = batch.to_padded() if kind == "padded" else batch
