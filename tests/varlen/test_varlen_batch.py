@@ -16,7 +16,16 @@ from test_varlen_laws import packed
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from collate import DevicePrefetcher, LengthError, VarlenBatch, VarlenCollator, apply_rnn, last_step, sequence_loss
+from collate import (
+    DevicePrefetcher,
+    LengthError,
+    VarlenBatch,
+    VarlenCollator,
+    apply_rnn,
+    last_step,
+    masked_mean,
+    sequence_loss,
+)
 from collate.varlen.spans import check_int32
 
 PARTS = ("values", "lengths", "documents_per_row", "permutation", "mask", "document_ids", "position_ids", "cu_seqlens")
@@ -268,6 +277,29 @@ def test_dtypes_and_devices_change_values_alone():
     assert meta.mask.shape == (3, 6)
     assert meta.lengths.tolist() == batch.lengths.tolist()
     assert list(DevicePrefetcher([batch], "cpu")) == [batch]
+
+
+def test_a_default_device_and_inference_mode_change_nothing() -> None:
+    collate = VarlenCollator(-1, capacity=6, rows=3, align=2)
+    samples = [torch.arange(5.0), torch.arange(3.0)]
+    expected = parts_of(collate(samples))
+    with torch.device("meta"):
+        on_default = parts_of(collate(samples))
+    with torch.inference_mode():
+        in_inference = parts_of(collate(samples))
+    for parts in (on_default, in_inference):
+        for ours, theirs in zip(parts, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def parts_of(batch: VarlenBatch) -> list[torch.Tensor]:
+    """Everything that a batch makes of its documents."""
+    padded = batch.to_padded()
+    made = [batch.next_step_labels(), padded.to_varlen(capacity=6), *batch.split_rows(1), *batch.split_steps(2)]
+    results = [part.values for part in (*made, VarlenBatch.concat([batch, batch]), pickle.loads(pickle.dumps(batch)))]
+    shared = batch.context_parallel(0, 1).take(batch.values)
+    sums = [masked_mean(batch), last_step(batch), batch.flat(), batch.unsort(last_step(batch)), shared]
+    return [*results, *sums, padded.padded, *(getattr(batch, name) for name in PARTS)]
 
 
 def test_a_dict_for_trainers_holds_what_kernels_take():
