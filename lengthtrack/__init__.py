@@ -95,7 +95,9 @@ if not TYPE_CHECKING:
         elif name in __all__:
             value = _load(name)
         else:
-            raise AttributeError(f"module 'lengthtrack' has no attribute {name!r}: its names are in lengthtrack.__all__")
+            raise AttributeError(
+                f"module 'lengthtrack' has no attribute {name!r}: its names are in lengthtrack.__all__"
+            )
         globals()[name] = value
         return value
 

@@ -3,14 +3,12 @@
 import gzip
 import json
 import os
-import pty
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
-import termios
 import tomllib
 from dataclasses import asdict, replace
 from importlib import import_module
@@ -490,6 +488,7 @@ def test_a_reader_who_leaves_early_gets_no_traceback(work):
 
 
 def test_on_a_terminal_there_is_a_bar(work):
+    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
     ours, theirs = pty.openpty()
     # A bar on a terminal without columns has no room, and a read of what was never written would wait.
     termios.tcsetwinsize(theirs, (24, 80))
