@@ -23,6 +23,7 @@ from samplers.shard_stream import ShardStream
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.writing.writer import ShardWriter
+from samplers.sources.lengths_of import lengths_of
 
 __all__ = [
     "BatchPlan",
@@ -34,6 +35,7 @@ __all__ = [
     "ShardStream",
     "ShardWriter",
     "bucket_by_length",
+    "lengths_of",
     "optimal_widths",
     "plan_epoch",
 ]

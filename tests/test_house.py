@@ -24,7 +24,8 @@ LAYERS = {
         ["batch_sampler", "window_reader"],
         ["progress", "dynamic"],
         ["planning", "shards"],
-        ["testing", "masked", "extras"],
+        ["sources"],
+        ["testing", "masked"],
     ],
     "samplers.planning": [
         ["plan"],
@@ -77,13 +78,15 @@ LAYERS = {
         ["measuring", "shard_groups"],
         ["tables"],
     ],
+    "samplers.sources": [["lengths_of"], ["files"], ["json_lines", "megatron"], ["arrow_lengths"], ["extras"]],
     "samplers.shards.format": [["header_lengths"], ["samples", "tar"], ["keys"], ["npy"]],
     "samplers.shards.storage": [["paths"], ["reading"], ["atomic", "process_pool", "remote"], ["locks"]],
     "samplers.dynamic": [["node"], ["stage"], ["bucketer", "sample_length"]],
     "samplers.cli": [
         ["commands"],
         ["folder_index", "plots", "printing"],
-        ["arguments", "compare", "convert"],
+        ["reported"],
+        ["arguments", "compare", "convert", "describing"],
         ["arrow", "exact_numbers"],
     ],
     "collate": [
@@ -188,6 +191,7 @@ def test_the_public_names_are_those_that_were_promised():
     assert set(samplers.__all__) == {
         *("LengthBucketBatchSampler", "BatchPlan", "plan_epoch", "optimal_widths", "bucket_by_length"),
         *("LengthBucketNode", "LengthIndex", "ShardWriter", "ShardDataset", "ShardStream", "LengthError"),
+        "lengths_of",
     }
 
 

@@ -48,7 +48,7 @@ MOVED: Final = {
     "samplers.cursor": "samplers.progress.epoch_cursor",
     "samplers.edges": "samplers.planning.tables.buckets",
     "samplers.exact": "samplers.cli.exact_numbers",
-    "samplers.extras": "samplers.extras",
+    "samplers.sources.extras": "samplers.extras",
     "samplers.layout": "samplers.planning.tables.batch_table",
     "samplers.measure": "samplers.planning.report",
     "samplers.options": "samplers.planning.options",

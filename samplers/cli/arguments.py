@@ -9,7 +9,6 @@ from typing import Any, Final, TypeVar
 
 import click
 import numpy as np
-import numpy.typing as npt
 
 from collate.widths import Widths
 from samplers.planning.optimal_widths import optimal_widths
@@ -227,20 +226,26 @@ def as_shards(sources: Sequence[str]) -> Shards:
     return sources[0] if len(sources) == 1 else list(sources)
 
 
-def open_lengths(sources: Sequence[str]) -> Lengths:
-    """The lengths in a `.npy` file, mapped, or the index of the sources.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is damaged, or has Python objects.
-    """
-    if len(sources) == 1 and sources[0].endswith(".npy"):
-        try:
-            lengths: npt.NDArray[Any] = np.load(sources[0], mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise ValueError(f"{sources[0]}: {error} Save an integer array with np.save") from None
-        return lengths
-    return open_sources(sources)
+def source_options(command: Command) -> Command:
+    """Add the options that say which lengths of the sources are meant."""
+    options = [
+        click.option(
+            "--fields",
+            type=parse_names,
+            metavar="NAME[,NAME...]",
+            help="Fields or columns whose lengths count; by default those of the index, or the only list.",
+        ),
+        click.option("--split", help="Of a Hugging Face dataset that has several."),
+        click.option(
+            "--text", type=click.Choice(["bytes", "characters"]), help="What counts in a column of text without tokens."
+        ),
+        click.option(
+            "--rate", type=click.IntRange(1), help="Steps in a second, for durations; by default that of the index."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def plan_options(command: Command) -> Command:
@@ -263,8 +268,8 @@ def plan_options(command: Command) -> Command:
         click.option(
             "--overlong",
             type=click.Choice(["alone", "drop", "error"]),
-            default="alone",
-            help="What to do with samples over the budget.",
+            default="error",
+            help="What to do with samples over the budget, as for a sampler.",
         ),
         click.option("--drop-last", is_flag=True, help="Drop the last, partial step."),
         click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the shuffles."),

@@ -18,7 +18,6 @@ from samplers.cli.arguments import (
     flatten,
     load_measure,
     measuring_options,
-    open_lengths,
     open_sources,
     parse_dtypes,
     parse_names,
@@ -27,12 +26,14 @@ from samplers.cli.arguments import (
     parse_widths,
     parse_windows,
     plan_options,
+    source_options,
 )
 from samplers.cli.compare import compare_plans, describe_lengths, trace_windows
 from samplers.cli.convert import ColumnSelection, SampleMaker, read_input_rows, stacked_fields
-from samplers.cli.folder_index import index_of_folder, open_earlier, unlisted_shards
-from samplers.cli.printing import count, describe_index, describe_reading, judge, print_batch, print_report, print_rows
-from samplers.extras import load_extra
+from samplers.cli.describing import count, describe_index
+from samplers.cli.folder_index import expand_existing, index_of_folder, open_earlier, refresh_measure, unlisted_shards
+from samplers.cli.printing import describe_reading, judge, print_batch, print_report, print_rows
+from samplers.cli.reported import LengthRequest, open_reported
 from samplers.planning.options import Options
 from samplers.planning.plan import BatchPlan
 from samplers.planning.tables.pool_table import choose_table
@@ -41,14 +42,14 @@ from samplers.shards.indexing.find_index import find_index_files
 from samplers.shards.indexing.index import LengthIndex, tables_of
 from samplers.shards.indexing.index_file import SUFFIX, read_index
 from samplers.shards.indexing.measuring import LengthOf, Measure
-from samplers.shards.indexing.verify import find_errors
-from samplers.shards.storage.paths import expand_shards
+from samplers.shards.indexing.verify import complete_measure, find_errors
 from samplers.shards.storage.process_pool import ItemT
 from samplers.shards.writing.writer import ShardWriter
+from samplers.sources.extras import load_extra
 
 # Exit status if nothing differs, but not everything was measured. 2 is a usage error, by convention.
 NOT_MEASURED: Final = 3
-# With fewer shards a worker takes longer to start than it saves.
+# With fewer, a worker takes longer to start than it saves.
 SHARDS_PER_WORKER: Final = 8
 
 
@@ -75,9 +76,14 @@ def main(*, traceback: bool) -> None:
     "--fields",
     type=parse_names,
     metavar="NAME[,NAME...]",
-    help="Fields whose lengths count; by default all arrays with an axis.",
+    help="Fields whose lengths count; by default all arrays with an axis, or else all sound.",
 )
 @measuring_options
+@click.option(
+    "--length-field",
+    metavar="FIELD.KEY",
+    help="Number or list in another member that is the length of such fields, as json.num_samples.",
+)
 @click.option(
     "--length-id", help="Name of the measuring function, stored in the index; by default made from its source."
 )
@@ -90,29 +96,35 @@ def index(
     fields: list[str] | None,
     length: str | None,
     decode: tuple[str, ...],
+    length_field: str | None,
     length_id: str | None,
     checksums: bool | None,
     workers: int | None,
 ) -> None:
     """Build or refresh the index of SHARDS.
 
-    Reads headers, and payloads only for --checksums. A refreshed index has the fields and checksums of the former one,
-    unless options change them.
+    Reads headers, and payloads only for --checksums. Sound (wav, flac, ogg, opus, mp3) has its frames in its header,
+    which needs lengthtrack[speech]. A refreshed index has the fields and checksums of the former one, and measures them
+    in the same way, unless options change them.
     """
+    paths = expand_existing(shards)
     target = Path(output) if output else index_of_folder(shards)
     before = open_earlier(target)
     # A second `lengthtrack index` refreshes: it must not drop fields or checksums that the first one was asked for.
     if before is not None:
         fields = list(before.fields) if fields is None else fields
         checksums = tables_of(before).crcs is not None if checksums is None else checksums
-    paths = expand_shards(list(shards))
+    measure = _length_of(load_measure(length, decode))
+    if before is not None and measure is None and length_field is None:
+        length_field = refresh_measure(before, target)
     built = LengthIndex.build(
         paths,
         fields,
-        _length_of(load_measure(length, decode)),
+        measure,
         workers=_count_workers(workers, len(paths)),
         checksums=bool(checksums),
         length_id=length_id,
+        length_field=length_field,
         progress=sys.stderr.isatty(),
     )
     built.save(target)
@@ -150,13 +162,13 @@ def verify(
     some fields were not measured, because no header has them: give --length or --decode.
     """
     _refuse_quick(quick, length or decode)
-    measure = load_measure(length, decode)
     # `LengthIndex.open` does not check files over 256 MiB: verify checks all.
     for path in find_index_files(as_shards(sources)):
         read_index(path, checked_up_to=None)
     corpus = open_sources(sources)
     tables, shards = tables_of(corpus), corpus.shards
     checksums = not quick and tables.crcs is not None
+    measure = complete_measure(tables, load_measure(length, decode))
     missing = [name for name in tables.measured if not measure.measures(name)]
     results = find_errors(tables, checksums=checksums, measure=measure, workers=_count_workers(workers, len(shards)))
     problems = [*filter(None, _progress(results, len(shards), "shard")), *unlisted_shards(sources, shards)]
@@ -173,11 +185,13 @@ def verify(
     epilog=examples(
         "lengthtrack report shards --max-tokens 4096,8192 --window auto,200",
         "lengthtrack report lengths.npy --max-tokens 8192 --replicas 8 --widths best:6",
+        "lengthtrack report dataset --split train --fields tokens --max-tokens 8192",
         "lengthtrack report corpus.ltx --max-tokens 8192 --replicas 4 --plot padding.png --json report.json",
         "lengthtrack report corpus.ltx --batch-size 16 --json -",
     )
 )
-@click.argument("sources", nargs=-1, required=True, metavar="INDEX|SHARDS|lengths.npy")
+@click.argument("sources", nargs=-1, required=True, metavar="INDEX|SHARDS|DATASET|FILE...")
+@source_options
 @click.option(
     "--max-tokens",
     type=parse_numbers,
@@ -209,21 +223,25 @@ def report(
 ) -> None:
     """Report what an epoch would cost, by budget and window.
 
-    One column for each plan, before any training. Opens only the index, no shards.
+    One column for each plan, before any training. Of an index or shards, only the index is opened. Other sources are a
+    folder that save_to_disk of a Hugging Face dataset has written (only offsets are read), Parquet and JSON lines, a
+    Megatron .idx, and a .npy of lengths.
     """
     _require_budget(max_tokens, options)
-    lengths = open_lengths(sources)
+    request = LengthRequest(*(options.pop(name) for name in ("fields", "split", "text", "rate")))
+    opened = open_reported(sources, request)
+    lengths = opened.lengths
     options["widths"] = parse_widths(options["widths"], lengths)
     # Before the plans, so that a missing matplotlib is an error at once.
     pictures = load_extra("samplers.cli.plots", "plots") if plot else None
     summaries = compare_plans(lengths, flatten(max_tokens) or [None], flatten(window), **options)
     # JSON on stdout must be the only output.
     if json_path != "-":
-        print_report(sources, lengths, summaries)
+        print_report(sources, opened, summaries)
     if json_path is not None:
-        figures = {"sources": list(sources), "lengths": describe_lengths(lengths)}
-        text = json.dumps(figures | {"plans": [summary.as_json() for summary in summaries]}, indent=2)
-        click.echo(text) if json_path == "-" else Path(json_path).write_text(text + "\n", encoding="utf-8")
+        figures = {"sources": list(sources), "lengths": describe_lengths(lengths), "rate": opened.rate}
+        written = json.dumps(figures | {"plans": [summary.as_json() for summary in summaries]}, indent=2)
+        click.echo(written) if json_path == "-" else Path(json_path).write_text(written + "\n", encoding="utf-8")
     if pictures is not None:
         pictures.draw_comparison(lengths, summaries, trace_windows(lengths, summaries), Path(str(plot)))
 
