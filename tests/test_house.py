@@ -78,6 +78,11 @@ LAYERS = {
         ["measuring", "shard_groups"],
         ["tables"],
     ],
+    "samplers.cli.conversion": [
+        ["writing"],
+        ["rows", "unfinished"],
+        ["arrow", "exact_numbers", "tokenizer"],
+    ],
     "samplers.sources": [["lengths_of"], ["files"], ["json_lines", "megatron"], ["arrow_lengths"], ["extras"]],
     "samplers.shards.format": [["header_lengths"], ["samples", "tar"], ["keys"], ["npy"]],
     "samplers.shards.storage": [["paths"], ["reading"], ["atomic", "process_pool", "remote"], ["locks"]],
@@ -86,8 +91,7 @@ LAYERS = {
         ["commands"],
         ["folder_index", "plots", "printing"],
         ["reported"],
-        ["arguments", "compare", "convert", "describing"],
-        ["arrow", "exact_numbers"],
+        ["arguments", "compare", "conversion", "describing"],
     ],
     "collate": [
         ["training"],

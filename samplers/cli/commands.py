@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ from samplers.cli.arguments import (
     as_shards,
     examples,
     flatten,
+    load_function,
     load_measure,
     measuring_options,
     open_sources,
@@ -29,7 +31,17 @@ from samplers.cli.arguments import (
     source_options,
 )
 from samplers.cli.compare import compare_plans, describe_lengths, trace_windows
-from samplers.cli.convert import ColumnSelection, SampleMaker, read_input_rows, stacked_fields
+from samplers.cli.conversion.rows import (
+    ColumnSelection,
+    SampleMaker,
+    check_exists,
+    count_rows,
+    read_input_rows,
+    stacked_fields,
+)
+from samplers.cli.conversion.tokenizer import load_tokenizer
+from samplers.cli.conversion.unfinished import describe_conversion
+from samplers.cli.conversion.writing import resumable, write_samples
 from samplers.cli.describing import count, describe_index
 from samplers.cli.folder_index import expand_existing, index_of_folder, open_earlier, refresh_measure, unlisted_shards
 from samplers.cli.printing import describe_reading, judge, print_batch, print_report, print_rows
@@ -44,7 +56,6 @@ from samplers.shards.indexing.index_file import SUFFIX, read_index
 from samplers.shards.indexing.measuring import LengthOf, Measure
 from samplers.shards.indexing.verify import complete_measure, find_errors
 from samplers.shards.storage.process_pool import ItemT
-from samplers.shards.writing.writer import ShardWriter
 from samplers.sources.extras import load_extra
 
 # Exit status if nothing differs, but not everything was measured. 2 is a usage error, by convention.
@@ -251,6 +262,7 @@ def report(
         "lengthtrack convert corpus.jsonl blocks --key id --fields tokens,label --dtype tokens=int32",
         "lengthtrack convert data.parquet from_parquet --fields tokens=input_ids --max-samples 50",
         "lengthtrack convert dataset from_datasets --split train",
+        "lengthtrack convert texts.jsonl tokens --text text --tokenizer tokens:encode",
         "lengthtrack convert 'shards/*.tar' plain --layout plain",
     )
 )
@@ -263,7 +275,14 @@ def report(
     help="Fields to store, as NAME or NAME=COLUMN; by default all.",
 )
 @click.option("--key", help="Column of the samples' keys; by default __key__, or else the row number.")
-@click.option("--text", type=parse_names, metavar="NAME[,NAME...]", help="Text fields, stored as UTF-8 bytes.")
+@click.option(
+    "--text", type=parse_names, metavar="NAME[,NAME...]", help="Text fields, stored as UTF-8 bytes or as tokens."
+)
+@click.option(
+    "--tokenizer",
+    metavar="MODULE:FUNCTION|tokenizer.json",
+    help="Makes tokens of the text fields: text -> list of integers, or a file of Hugging Face tokenizers.",
+)
 @click.option(
     "--stack", type=parse_names, metavar="NAME[,NAME...]", help="Arrays that have the same size in every sample."
 )
@@ -279,6 +298,7 @@ def report(
 @click.option("--max-samples", type=click.IntRange(1), default=100_000, help="Most samples in a shard.")
 @click.option("--prefix", default="shard", help="Of the shards' names.")
 @click.option("--split", help="Of a Hugging Face dataset that has several.")
+@click.option("--resume", is_flag=True, help="Complete a conversion that was interrupted.")
 def convert(
     *,
     inputs: tuple[str, ...],
@@ -286,6 +306,7 @@ def convert(
     fields: list[str] | None,
     key: str | None,
     text: list[str] | None,
+    tokenizer: str | None,
     stack: list[str] | None,
     dtype: tuple[str, ...],
     rounded: list[str] | None,
@@ -293,23 +314,47 @@ def convert(
     max_samples: int,
     prefix: str,
     split: str | None,
+    resume: bool,
 ) -> None:
     """Write the samples of INPUT to shards in FOLDER, with their index.
 
     INPUT is shards, JSON lines (.jsonl, .jsonl.gz), Parquet files, or a folder that save_to_disk of a Hugging Face
-    dataset has written; the last two need lengthtrack[convert]. Lists become sequences, numbers stay numbers.
+    dataset has written; the last two need lengthtrack[convert]. Lists become sequences, numbers stay numbers. After
+    Ctrl-C or a kill, the same command with --resume writes the remainder.
+
+    Raises:
+        UsageError: A tokenizer is given, and no text.
     """
     columns = None if fields is None else parse_pairs("--fields", fields)
+    if tokenizer and not text:
+        raise click.UsageError("--tokenizer makes tokens of text fields: name them with --text")
+    tokenize = load_tokenizer(tokenizer, partial(load_function, option="--tokenizer"))
     selection = ColumnSelection(
-        fields=columns, key=key, text=text or (), dtypes=parse_dtypes(dtype), rounded=rounded or ()
+        fields=columns,
+        key=key,
+        text=text or (),
+        tokenizer=tokenize,
+        dtypes=parse_dtypes(dtype),
+        rounded=rounded or (),
     )
+    options: dict[str, Any] = {
+        "fields": fields,
+        "key": key,
+        "text": text,
+        "stack": stack,
+        "dtype": sorted(dtype),
+        "round": rounded,
+    }
+    options |= {"layout": layout, "split": split, "tokenizer": None if tokenize is None else tokenize.id}
+    for path in inputs:
+        check_exists(path)
     # Blocks say which fields have a fixed size. Rows of other inputs do not.
     stack = stack or stacked_fields(inputs, selection)
-    maker, samples = SampleMaker(selection), 0
-    with ShardWriter(folder, layout=layout, max_samples=max_samples, prefix=prefix, stack=stack) as writer:
-        for context, row in _progress(read_input_rows(inputs, selection, split), None, "sample"):
-            _write(writer, context, maker.make(context, row))
-            samples += 1
+    total = count_rows(inputs, split) if sys.stderr.isatty() else None
+    rows = _progress(read_input_rows(inputs, selection, split), total, "sample")
+    writing: dict[str, Any] = {"layout": layout, "max_samples": max_samples, "prefix": prefix, "stack": stack}
+    with resumable(Path(folder), describe_conversion(inputs, options), resume=resume, **writing) as writer:
+        samples = write_samples(writer, SampleMaker(selection), rows)
     shards = len(writer.shards)
     click.echo(
         f"{Path(folder, prefix + SUFFIX)}: {count(samples, 'sample')} in {count(shards, 'shard')}, layout {layout}"
@@ -352,18 +397,6 @@ def _refuse_quick(quick: object, measures: object) -> None:
     """
     if quick and measures:
         raise click.UsageError("--quick leaves payloads unread, and --length and --decode read them: choose one")
-
-
-def _write(writer: ShardWriter, context: str, sample: dict[str, Any]) -> None:
-    """Write a sample, with its origin in errors.
-
-    Raises:
-        ValueError: The writer refuses it.
-    """
-    try:
-        writer.write(sample)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{context}: {error}") from error
 
 
 def _length_of(measure: Measure) -> LengthOf | None:

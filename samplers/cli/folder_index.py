@@ -6,7 +6,8 @@ from typing import Final
 
 import click
 
-from samplers.cli.convert import check_exists
+from samplers.cli.conversion.rows import check_exists
+from samplers.cli.conversion.unfinished import refuse_unfinished
 from samplers.shards.format.header_lengths import DeclaredLength, header_length_of
 from samplers.shards.indexing.find_index import find_corpus
 from samplers.shards.indexing.index import LengthIndex, tables_of
@@ -37,10 +38,13 @@ def expand_existing(shards: Sequence[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: One does not.
+        ValueError: Some are of an unfinished conversion.
     """
     for pattern in shards:
         check_exists(pattern)
-    return expand_shards(list(shards))
+    paths = expand_shards(list(shards))
+    refuse_unfinished(paths)
+    return paths
 
 
 def refresh_measure(before: LengthIndex, target: Path) -> str | None:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from samplers.cli.arguments import open_sources
-from samplers.cli.convert import check_exists
+from samplers.cli.conversion.rows import check_exists
 from samplers.cli.describing import count, describe_index
 from samplers.planning.sorting import Lengths
 from samplers.shards.indexing.index import LengthIndex

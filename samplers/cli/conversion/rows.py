@@ -7,18 +7,21 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from samplers.cli.exact_numbers import as_numbers, cast_exactly
+from samplers.cli.conversion.exact_numbers import as_numbers, cast_exactly
+from samplers.cli.conversion.tokenizer import Tokenizer
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.format.npy import AnyArray
 from samplers.shards.indexing.index import LengthIndex, tables_of
 from samplers.shards.indexing.index_file import SUFFIX
 from samplers.shards.storage.paths import expand_shards
 from samplers.sources.extras import load_extra
+from samplers.sources.files import is_dataset_folder, load_dataset_folder
 from samplers.sources.json_lines import JSON_LINES, read_json_lines
 
 # The origin of a row, for messages, and its values by column.
 NamedRows: TypeAlias = Iterator[tuple[str, dict[str, Any]]]
 
+_ARROW: Final = "samplers.cli.conversion.arrow"
 # Samples that are read together from a shard.
 SAMPLES_AT_ONCE: Final = 500
 _INPUTS: Final = "a folder or pattern of .tar shards, .jsonl or .parquet files, or a folder written by save_to_disk"
@@ -31,7 +34,8 @@ class ColumnSelection:
     Attributes:
         fields: Column for each field. None takes all columns under their own names.
         key: Column of the keys. None takes `__key__`, or else the row number.
-        text: Fields that are text, stored as UTF-8 bytes, uint8 `[L]`.
+        text: Fields that are text, stored as UTF-8 bytes, uint8 `[L]`, or as tokens.
+        tokenizer: Makes tokens of them. None stores bytes.
         dtypes: Dtypes of fields.
         rounded: Fields whose numbers may be rounded to their dtype.
     """
@@ -39,6 +43,7 @@ class ColumnSelection:
     fields: Mapping[str, str] | None = None
     key: str | None = None
     text: Collection[str] = ()
+    tokenizer: Tokenizer | None = None
     dtypes: Mapping[str, np.dtype[Any]] = field(default_factory=dict)
     rounded: Collection[str] = ()
 
@@ -68,13 +73,44 @@ def read_input_rows(inputs: Sequence[str], selection: ColumnSelection, split: st
     for path in inputs:
         check_exists(path)
         folder = Path(path)
-        if (folder / "dataset_dict.json").exists() or (folder / "dataset_info.json").exists():
-            yield from load_extra("samplers.cli.arrow", "convert").read_dataset(path, selection.columns, split)
+        if is_dataset_folder(path):
+            yield from load_extra(_ARROW, "convert").read_dataset(path, selection.columns, split)
             continue
         if folder.is_dir() and any(folder.glob("*.parquet")):
             yield from _read_files(str(folder / "*.parquet"), selection)
             continue
         yield from _read_files(path, selection)
+
+
+def count_rows(inputs: Sequence[str], split: str | None = None) -> int | None:
+    """The number of rows of all inputs, without reading their values. None if it is unknown."""
+    counts = [_count(path, split) for path in inputs]
+    return None if None in counts else sum(count or 0 for count in counts)
+
+
+def _count(path: str, split: str | None) -> int | None:
+    """The number of rows of one input."""
+    folder = Path(path)
+    if is_dataset_folder(path):
+        return int(load_dataset_folder(path, split).num_rows)
+    if folder.is_dir() and any(folder.glob("*.parquet")):
+        path = str(folder / "*.parquet")
+    if path.endswith(".parquet"):
+        parquet = load_extra("pyarrow.parquet", "convert")
+        return sum(int(parquet.read_metadata(file).num_rows) for file in expand_shards(path))
+    if path.endswith(JSON_LINES) and not path.endswith(".gz"):
+        return sum(_count_lines(file) for file in expand_shards(path))
+    if path.endswith((".tar", SUFFIX)) or folder.is_dir():
+        shards = [path] if path.endswith(SUFFIX) else [shard + SUFFIX for shard in expand_shards(path)]
+        indexed = all(Path(shard).exists() for shard in shards)
+        return sum(len(LengthIndex.open(shard)) for shard in shards) if indexed else None
+    return None
+
+
+def _count_lines(path: str) -> int:
+    """The number of lines that are not empty, with or without a line break at the end."""
+    with Path(path).open("rb") as file:
+        return sum(1 for line in file if line.strip())
 
 
 def check_exists(path: str) -> None:
@@ -125,6 +161,20 @@ class SampleMaker:
         values = {name: self._value(f"{context}, field {name!r}", name, row[column]) for name, column in names.items()}
         return {"__key__": key, **values}
 
+    def skip(self, context: str, row: Mapping[str, Any]) -> str:
+        """The key of a row whose sample exists already.
+
+        Raises:
+            ValueError: As `make` does.
+        """
+        fields = self._selection.fields or [name for name in row if name != self._selection.key]
+        # The first values of a field decide its dtype, also for later rows.
+        if len(self._examples) < len([name for name in fields if name not in {"__key__", *self._selection.text}]):
+            return str(self.make(context, row)["__key__"])
+        key = self._key(context, row)
+        self._made += 1
+        return key
+
     def _key(self, context: str, row: Mapping[str, Any]) -> str:
         if self._selection.key is None and "__key__" not in row:
             return f"{self._made:09}"
@@ -136,7 +186,11 @@ class SampleMaker:
 
     def _value(self, context: str, name: str, value: Any) -> Any:
         if isinstance(value, str) and name in self._selection.text:
-            return np.frombuffer(_encode(context, value), np.uint8)
+            tokenizer = self._selection.tokenizer
+            if tokenizer is None:
+                return np.frombuffer(_encode(context, value), np.uint8)
+            tokens = tokenizer(value, context)
+            return self._cast(context, name, tokens, self._selection.dtypes.get(name, tokens.dtype))
         if not isinstance(value, (bool, int, float, list, np.ndarray, np.generic)):
             type_name = "text" if isinstance(value, str) else type(value).__name__
             raise ValueError(
@@ -204,7 +258,7 @@ def _read_files(pattern: str, selection: ColumnSelection) -> NamedRows:
         for path in expand_shards(pattern):
             yield from read_json_lines(path)
     elif pattern.endswith(".parquet"):
-        yield from load_extra("samplers.cli.arrow", "convert").read_parquet(expand_shards(pattern), selection.columns)
+        yield from load_extra(_ARROW, "convert").read_parquet(expand_shards(pattern), selection.columns)
     elif pattern.endswith((".tar", SUFFIX)) or Path(pattern).is_dir():
         yield from _read_shards(pattern, selection.columns)
     else:
