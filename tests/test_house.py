@@ -24,7 +24,8 @@ LAYERS = {
         ["batch_sampler", "window_reader"],
         ["progress", "dynamic"],
         ["planning", "shards"],
-        ["testing", "lazy_names", "masked", "extras"],
+        ["sources"],
+        ["testing", "lazy_names", "masked"],
     ],
     "samplers.planning": [
         ["plan"],
@@ -77,6 +78,12 @@ LAYERS = {
         ["measuring", "shard_groups"],
         ["tables"],
     ],
+    "samplers.cli.conversion": [
+        ["writing"],
+        ["rows", "unfinished"],
+        ["arrow", "exact_numbers", "tokenizer"],
+    ],
+    "samplers.sources": [["lengths_of"], ["files"], ["json_lines", "megatron"], ["arrow_lengths"], ["extras"]],
     "samplers.shards.format": [["header_lengths"], ["samples", "tar"], ["keys"], ["npy"]],
     "samplers.shards.storage": [["paths"], ["reading"], ["atomic", "process_pool", "remote"], ["locks"]],
     "samplers.dynamic": [["node"], ["stage"], ["bucketer", "sample_length"]],
@@ -84,8 +91,8 @@ LAYERS = {
         ["commands"],
         ["index_commands", "sample_commands"],
         ["folder_index", "plots", "printing"],
-        ["compare", "convert", "sources"],
-        ["arrow", "exact_numbers"],
+        ["reported"],
+        ["compare", "conversion", "describing", "opening"],
         ["arguments"],
     ],
     "collate": [
@@ -190,6 +197,7 @@ def test_the_public_names_are_those_that_were_promised():
     assert set(samplers.__all__) == {
         *("LengthBucketBatchSampler", "BatchPlan", "plan_epoch", "optimal_widths", "bucket_by_length"),
         *("LengthBucketNode", "LengthIndex", "ShardWriter", "ShardDataset", "ShardStream", "LengthError"),
+        "lengths_of",
     }
 
 

@@ -23,11 +23,11 @@ from click.testing import CliRunner, Result
 from corpora import assert_same, tokens, write
 
 from samplers.cli.commands import main
-from samplers.extras import load_extra
 from samplers.planning.plan import plan_epoch
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.indexing.find_index import find_index_files
 from samplers.shards.indexing.index import LengthIndex
+from samplers.sources.extras import load_extra
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = sorted(main.commands)

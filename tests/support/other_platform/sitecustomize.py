@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 MODULES = ("fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty")
@@ -29,7 +30,7 @@ def _refuse_open_file(path: Any) -> None:
         PermissionError: It is such a file.
     """
     try:
-        file = os.stat(path)
+        file = Path(os.fsdecode(path)).stat()
     except OSError:
         return
     for name in _listdir("/proc/self/fd"):
