@@ -215,6 +215,31 @@ def test_the_changelog_begins_with_the_version_of_the_package():
     assert first[1] == version
 
 
+def test_make_oldest_runs_on_the_versions_that_are_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = [line for line in (ROOT / "constraints-oldest.txt").read_text().splitlines() if not line.startswith("#")]
+    pinned = {name: release(version) for name, version in (pin.split("==") for pin in pins)}
+    declared = {name: release(version) for name, version in (each.split(">=") for each in project["dependencies"])}
+    assert declared.items() <= pinned.items()
+    page = (ROOT / "docs" / "install.md").read_text()
+    for name, version in (each.split(">=") for each in project["dependencies"]):
+        assert f"| {name} | {version} |" in page
+
+
+def release(version: str) -> list[int]:
+    """A version's numbers without the zeros at its end."""
+    numbers = [int(number) for number in version.split(".")]
+    while numbers[-1:] == [0]:
+        numbers.pop()
+    return numbers
+
+
+def test_the_install_page_lists_every_extra() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    page = (ROOT / "docs" / "install.md").read_text()
+    assert {name for name in extras if f"| `{name}` |" not in page} == set()
+
+
 def test_the_guide_for_contributors_stays_short():
     assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 120
 

@@ -51,9 +51,6 @@ def index(
     measure = _length_of(load_measure(length, decode))
     if before is not None and measure is None and length_field is None:
         length_field = refresh_measure(before, target)
-    former = None if before is None else before.fingerprint
-    # Windows does not replace a file that is mapped.
-    del before
     built = LengthIndex.build(
         paths,
         fields,
@@ -65,7 +62,7 @@ def index(
         progress=sys.stderr.isatty(),
     )
     built.save(target)
-    what = "built" if former is None else "unchanged" if former == built.fingerprint else "refreshed"
+    what = "built" if before is None else "unchanged" if before.fingerprint == built.fingerprint else "refreshed"
     click.echo(f"{target}: {what}, {describe_index(built)}{', with checksums' * bool(checksums)}")
 
 

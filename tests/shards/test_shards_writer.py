@@ -291,6 +291,7 @@ for layout in ("blocks", "plain"):
 """
 
 
+@pytest.mark.unix
 def test_a_killed_writer_leaves_no_half_shard_under_a_final_name(tmp_path):
     # Killed between samples, and at every one of the moments at which it sends something to the disk.
     run = subprocess.run(
