@@ -3,14 +3,12 @@
 import gzip
 import json
 import os
-import pty
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
-import termios
 import tomllib
 from dataclasses import asdict, replace
 from importlib import import_module
@@ -25,11 +23,11 @@ from command import run
 from corpora import assert_same, tokens, write
 
 from samplers.cli.commands import main
-from samplers.extras import load_extra
 from samplers.planning.plan import plan_epoch
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.indexing.find_index import find_index_files
 from samplers.shards.indexing.index import LengthIndex
+from samplers.sources.extras import load_extra
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = sorted(main.commands)
@@ -484,6 +482,7 @@ def test_a_reader_who_leaves_early_gets_no_traceback(work):
 
 
 def test_on_a_terminal_there_is_a_bar(work):
+    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
     ours, theirs = pty.openpty()
     # A bar on a terminal without columns has no room, and a read of what was never written would wait.
     termios.tcsetwinsize(theirs, (24, 80))
