@@ -21,9 +21,12 @@ class PaddedSequences:
 
     # The varlen class stands above this room, and puts itself here.
     varlen_class: ClassVar[Any] = None
-    # What a varlen batch of labels holds in time steps without a label; here all real time steps count.
-    ignore_index: ClassVar[None] = None
     is_varlen: ClassVar[bool] = False
+
+    @property
+    def ignore_index(self) -> int | None:
+        """What a varlen batch of labels holds in time steps without a label; here all real time steps count."""
+        return None
 
     @property
     def step_values(self: TrackedBatch) -> Tensor:
