@@ -6,7 +6,7 @@ from typing import Final
 
 import click
 
-from samplers.cli.conversion.rows import check_exists
+from samplers.cli.arguments import check_exists
 from samplers.cli.conversion.unfinished import refuse_unfinished
 from samplers.shards.format.header_lengths import DeclaredLength, header_length_of
 from samplers.shards.indexing.find_index import find_corpus

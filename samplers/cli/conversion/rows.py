@@ -7,6 +7,7 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
+from samplers.cli.arguments import check_exists
 from samplers.cli.conversion.exact_numbers import as_numbers, cast_exactly
 from samplers.cli.conversion.tokenizer import Tokenizer
 from samplers.shards.dataset import ShardDataset
@@ -111,16 +112,6 @@ def _count_lines(path: str) -> int:
     """The number of lines that are not empty, with or without a line break at the end."""
     with Path(path).open("rb") as file:
         return sum(1 for line in file if line.strip())
-
-
-def check_exists(path: str) -> None:
-    """Refuse a path that does not exist. Patterns and URLs are not checked here.
-
-    Raises:
-        FileNotFoundError: There is no such file or folder.
-    """
-    if not any(character in path for character in "*?[{") and "://" not in path and not Path(path).exists():
-        raise FileNotFoundError(f"no file or folder {path}")
 
 
 def stacked_fields(inputs: Sequence[str], selection: ColumnSelection) -> list[str]:
