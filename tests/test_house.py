@@ -61,7 +61,7 @@ LAYERS = {
         ["field_value", "skipping"],
         ["indexing", "skip_counts"],
         ["format"],
-        ["storage", "deprecation"],
+        ["storage"],
     ],
     "samplers.shards.writing": [
         ["writer"],

@@ -31,15 +31,15 @@ def is_plain(rnn: nn.Module) -> bool:
     return not replaced and not any(own[name] for name in _HOOKS) and not any(_GLOBAL_HOOKS)
 
 
-def check_fit(rnn: nn.RNNBase, packed: PackedSequence, hx: RnnState | None) -> None:
+def check_rnn_inputs(rnn: nn.RNNBase, packed: PackedSequence, hx: RnnState | None) -> None:
     """Check sizes, dtypes and devices of input, states and weights against each other.
 
     oneDNN's kernel checks nothing and reads and writes beyond its memory. torch's own LSTM hands it packed sequences of
     one length unchecked.
 
     Args:
-        rnn: a plain module.
-        packed: data `[M, input_size]`.
+        rnn: A plain module.
+        packed: Data `[M, input_size]`.
         hx: `[layers * directions, B, H]`, for an LSTM a pair; None starts from zeros.
 
     Raises:

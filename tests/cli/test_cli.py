@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner, Result
+from command import run
 from corpora import assert_same, tokens, write
 
 from samplers.cli.commands import main
@@ -69,12 +69,6 @@ def work(finished, tmp_path, monkeypatch):
     folder = shutil.copytree(finished, tmp_path / "work")
     monkeypatch.chdir(folder)
     return folder
-
-
-def run(*arguments: object, status: int = 0) -> Result:
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="lengthtrack")
-    assert result.exit_code == status, result.output
-    return result
 
 
 def start(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:

@@ -24,7 +24,7 @@ NamedRows: TypeAlias = Iterator[tuple[str, dict[str, Any]]]
 
 _ARROW: Final = "samplers.cli.conversion.arrow"
 # Samples that are read together from a shard.
-SAMPLES_AT_ONCE: Final = 500
+SAMPLES_PER_READ: Final = 500
 _INPUTS: Final = "a folder or pattern of .tar shards, .jsonl or .parquet files, or a folder written by save_to_disk"
 
 
@@ -258,8 +258,8 @@ def _read_files(pattern: str, selection: ColumnSelection) -> NamedRows:
 
 def _read_shards(pattern: str, columns: list[str] | None) -> NamedRows:
     for dataset in _datasets(pattern, columns):
-        for first in range(0, len(dataset), SAMPLES_AT_ONCE):
-            for sample in dataset.__getitems__(range(first, min(first + SAMPLES_AT_ONCE, len(dataset)))):
+        for first in range(0, len(dataset), SAMPLES_PER_READ):
+            for sample in dataset.__getitems__(range(first, min(first + SAMPLES_PER_READ, len(dataset)))):
                 yield f"{pattern}: sample {sample['__key__']!r}", sample
 
 

@@ -10,7 +10,7 @@ from typing import Any, Self, overload
 
 import numpy as np
 
-from samplers.shards.deprecation import renamed_argument
+from collate.deprecated.names import renamed_arguments
 from samplers.shards.format.header_lengths import DeclaredLength, SoundHeaders, header_length_of
 from samplers.shards.format.keys import decode_key
 from samplers.shards.format.npy import AnyArray
@@ -64,6 +64,7 @@ class LengthIndex:
         self._lengths = lengths.reshape(-1) if sum(tracked) == 1 else lengths
 
     @classmethod
+    @renamed_arguments(fields="length_fields")
     def build(
         cls,
         shards: Shards,
@@ -76,7 +77,6 @@ class LengthIndex:
         length_id: str | None = None,
         length_field: str | None = None,
         progress: bool = False,
-        fields: Collection[str] | None = None,
     ) -> Self:
         """Index shards: read their headers and skip their payloads.
 
@@ -103,7 +103,6 @@ class LengthIndex:
                 as `json.num_samples`, the key `num_samples` in the member `json`. Where `length_fields` names none, the
                 field is the one that is sound, or `json` itself. A list there counts with its length.
             progress: Show a progress bar.
-            fields: Former name of `length_fields`, until the next release.
 
         Raises:
             FileExistsError: Another process is writing the index of a shard.
@@ -117,7 +116,6 @@ class LengthIndex:
                 a sound file has no length in its header; `length_field` names no field or comes with `length`;
                 `resume=True` with a remote shard; or `workers` is negative.
         """
-        length_fields = renamed_argument("LengthIndex.build", ("fields", fields), ("length_fields", length_fields))
         if isinstance(length_fields, str):
             raise TypeError(f"length_fields must be a list of names, got the string {length_fields!r}")
         if length_id is not None and (not isinstance(length_id, str) or not length_id):
@@ -249,13 +247,13 @@ class LengthIndex:
             self._fingerprint = blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
         return self._fingerprint
 
+    @renamed_arguments(payload="checksums")
     def verify(
         self,
         *,
         checksums: bool = False,
         length: LengthOf | None = None,
         decode: Mapping[str, Decoder] | None = None,
-        payload: bool | None = None,
     ) -> tuple[str, ...]:
         """Compare the index with its shards, and its own file with its checksum.
 
@@ -266,7 +264,6 @@ class LengthIndex:
             checksums: Read every sample too, and compare its crc32.
             length: `(field, bytes) -> steps`, as for `build`.
             decode: Functions from bytes to a sequence, by field. They come before `length`.
-            payload: Former name of `checksums`, until the next release.
 
         Returns:
             The fields whose lengths were not measured. Empty if everything was compared.
@@ -278,7 +275,6 @@ class LengthIndex:
                 `decode` names a field whose length needs no measuring.
             TypeError: `decode` returns a masked array with masked values.
         """
-        checksums = bool(renamed_argument("LengthIndex.verify", ("payload", payload), ("checksums", checksums)))
         measure = complete_measure(self._tables, Measure(length, dict(decode or {})))
         check_request(self._tables, measure, checksums=checksums)
         if self._path is not None:

@@ -15,7 +15,7 @@ from samplers.shards.format.npy import find_npy_header
 from samplers.shards.format.samples import KEYS, field_of, refuse_pickle
 from samplers.shards.format.tar import Member
 from samplers.shards.indexing.measuring import Measure
-from samplers.shards.indexing.shard_groups import Members, ShardGroups, check_steps
+from samplers.shards.indexing.shard_groups import Members, ShardGroups, check_stored_length
 from samplers.shards.indexing.tables import Field, Tables
 
 # Headers whose lengths are cached.
@@ -163,7 +163,7 @@ class PlainScan:
                 f"{context}: {header.dtype} with features {list(header.shape[1:])}, earlier samples have "
                 f"{field.dtype} with features {list(field.shape)}: a field has one dtype and feature shape"
             )
-        return check_steps(header.shape[0], context)
+        return check_stored_length(header.shape[0], context)
 
     def _measure_member(self, field: Field, members: Members, key: str) -> int:
         """Steps of a member that is not an array; 0 if nothing measures it.
@@ -182,7 +182,7 @@ class PlainScan:
             raise
         if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 0:
             raise LengthError(f"{context}: length= must give a non-negative int, got {steps!r}")
-        return check_steps(int(steps), context)
+        return check_stored_length(int(steps), context)
 
     def _read_header(self, field: Field, members: Members, context: str) -> int:
         """Steps of a member from a header, whose rate is noted; 0 without one."""
@@ -191,7 +191,7 @@ class PlainScan:
         steps, rate = self._measure.header.measure(self._groups.file, members, field.suffix, context)
         if rate:
             self._rates.setdefault(field.name, set()).add(rate)
-        return check_steps(steps, context)
+        return check_stored_length(steps, context)
 
 
 class _PlainColumn:
