@@ -47,7 +47,7 @@ MOVED: Final = {
     "samplers.cursor": "samplers.progress.epoch_cursor",
     "samplers.edges": "samplers.planning.tables.buckets",
     "samplers.exact": "samplers.cli.conversion.exact_numbers",
-    "samplers.sources.extras": "samplers.extras",
+    "samplers.extras": "samplers.sources.extras",
     "samplers.layout": "samplers.planning.tables.batch_table",
     "samplers.measure": "samplers.planning.report",
     "samplers.options": "samplers.planning.options",

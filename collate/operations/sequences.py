@@ -20,9 +20,12 @@ from collate.tensors.steps import PaddingValue
 class PaddedSequences:
     """The methods of a `LengthTrackedBatch` that a `VarlenBatch` has as well, and the way from the one to the other."""
 
-    # What a varlen batch of labels holds in time steps without a label; here all real time steps count.
-    ignore_index: ClassVar[None] = None
     is_varlen: ClassVar[bool] = False
+
+    @property
+    def ignore_index(self) -> int | None:
+        """What a varlen batch of labels holds in time steps without a label; here all real time steps count."""
+        return None
 
     @property
     def step_values(self: TrackedBatch) -> Tensor:

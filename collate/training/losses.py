@@ -137,6 +137,11 @@ def token_scale(num_tokens: int | SequenceBatch, group: dist.ProcessGroup | None
     if hasattr(num_tokens, "is_varlen"):
         count = count_labelled_steps(cast("SequenceBatch", num_tokens))
     else:
+        if isinstance(num_tokens, Tensor):
+            raise TypeError(
+                f"num_tokens must be an int or a batch, got a Tensor {list(num_tokens.shape)}: give batch.num_tokens, "
+                "or wrap labels as LengthTrackedBatch(padded, lengths)"
+            )
         count = check_count("num_tokens", num_tokens, least=0, hint="give the real tokens of this rank, or a batch")
     if not dist.is_available() or not dist.is_initialized():
         if isinstance(count, int):

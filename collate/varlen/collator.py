@@ -1,7 +1,7 @@
 """VarlenCollator: a list of samples -> rows that hold several of them, every field in the same rows."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -97,6 +97,14 @@ class VarlenCollator:
             length_field=length_field,
             on_empty=on_empty,
         )
+
+    def __repr__(self) -> str:
+        options = "".join(
+            f", {each.name}={getattr(self.options, each.name)!r}"
+            for each in fields(self.options)
+            if each.name != "capacity" and getattr(self.options, each.name) != each.default
+        )
+        return f"{type(self).__name__}(capacity={self.capacity!r}{options}, {self.fields!r})"
 
     @property
     def max_length(self) -> int | Mapping[str, int | None] | None:

@@ -138,7 +138,7 @@ def report(**options: Any) -> None:
         "lengthtrack convert corpus.jsonl blocks --key id --fields tokens,label --dtype tokens=int32",
         "lengthtrack convert data.parquet from_parquet --fields tokens=input_ids --max-samples 50",
         "lengthtrack convert dataset from_datasets --split train",
-        "lengthtrack convert texts.jsonl tokens --text text --tokenizer tokens:encode",
+        "lengthtrack convert texts.jsonl tokens --text text --tokenizer bytes_of:encode",
         "lengthtrack convert 'shards/*.tar' plain --layout plain",
     )
 )

@@ -62,7 +62,7 @@ def index(
         progress=sys.stderr.isatty(),
     )
     built.save(target)
-    what = "built" if before is None else "unchanged" if before.fingerprint == built.fingerprint else "refreshed"
+    what = "built" if before is None else "unchanged" if _is_same(before, built) else "refreshed"
     click.echo(f"{target}: {what}, {describe_index(built)}{', with checksums' * bool(checksums)}")
 
 
@@ -119,10 +119,15 @@ def report(
         print_report(sources, opened, summaries)
     if json_path is not None:
         figures = {"sources": list(sources), "lengths": describe_lengths(lengths), "rate": opened.rate}
-        written = json.dumps(figures | {"plans": [summary.as_json() for summary in summaries]}, indent=2)
-        click.echo(written) if json_path == "-" else Path(json_path).write_text(written + "\n", encoding="utf-8")
+        text = json.dumps(figures | {"plans": [summary.as_json() for summary in summaries]}, indent=2)
+        click.echo(text) if json_path == "-" else Path(json_path).write_text(text + "\n", encoding="utf-8")
     if pictures is not None:
         pictures.draw_comparison(lengths, summaries, trace_windows(lengths, summaries), Path(str(plot)))
+
+
+def _is_same(before: LengthIndex, built: LengthIndex) -> bool:
+    """Whether a refreshed index has the same lengths, measured in the same way."""
+    return (before.fingerprint, before.length_id, before.rates) == (built.fingerprint, built.length_id, built.rates)
 
 
 def _refuse_quick(quick: object, measures: object) -> None:

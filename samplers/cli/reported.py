@@ -14,6 +14,7 @@ from samplers.cli.describing import count, describe_index
 from samplers.cli.opening import open_sources
 from samplers.planning.sorting import Lengths
 from samplers.shards.indexing.index import LengthIndex
+from samplers.shards.indexing.index_file import SUFFIX
 from samplers.shards.storage.paths import expand_shards
 from samplers.sources.arrow_lengths import TextUnit
 from samplers.sources.files import TABLES, is_dataset_folder, load_dataset_folder, read_file_lengths
@@ -67,8 +68,14 @@ def open_reported(sources: Sequence[str], request: LengthRequest) -> ReportedLen
         ValueError: It is damaged, or has no such field or column.
     """
     for source in sources:
-        check_exists(source)
-    parts = [read for source in sources for read in _table_parts(source, request)]
+        # For an index that is absent, the library has a better message.
+        if not source.endswith(SUFFIX):
+            check_exists(source)
+    by_source = [_table_parts(source, request) for source in sources]
+    parts = [part for parts in by_source for part in parts]
+    if parts and not all(by_source):
+        other = sources[by_source.index([])]
+        raise ValueError(f"{other} has an index and others are tables: give one kind")
     if parts:
         lengths = np.concatenate(parts) if len(parts) > 1 else parts[0]
         what = f", lengths of {', '.join(request.fields)}" if request.fields else ""

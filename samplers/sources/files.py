@@ -41,7 +41,10 @@ def load_dataset_folder(path: str, split: str | None = None) -> Any:
         if split is None and len(dataset) == 1:
             return next(iter(dataset.values()))
         if split not in dataset:
-            raise ValueError(f"{path}: holds the splits {list(dataset)}, got {split!r}: choose one with --split")
+            raise ValueError(
+                f"{path}: holds the splits {list(dataset)}, got {split!r}: choose one with --split, or give "
+                f"load_from_disk({path!r})[{next(iter(dataset))!r}]"
+            )
         return dataset[split]
     if split is not None:
         raise ValueError(f"{path}: has no splits, got {split!r}: leave it out")

@@ -9,6 +9,7 @@ import click
 
 from samplers.cli.conversion.rows import SampleMaker
 from samplers.cli.conversion.unfinished import begin, mark_of
+from samplers.shards.indexing.index_file import SUFFIX
 from samplers.shards.writing.existing import refuse_shards
 from samplers.shards.writing.writer import ShardWriter
 
@@ -33,6 +34,8 @@ def resumable(folder: Path, conversion: Mapping[str, Any], *, resume: bool, **op
     """
     mark = mark_of(folder, options["prefix"])
     if folder.is_dir() and not mark.exists():
+        if resume and (folder / f"{options['prefix']}{SUFFIX}").exists():
+            raise FileExistsError(f"{folder} holds a finished corpus, there is nothing to resume")
         # Before the mark is written: finished shards are no unfinished conversion.
         refuse_shards(folder, options["prefix"])
     append = begin(mark, conversion, resume=resume)
