@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/ready
 
 # The other files of the folder are shared by these.
-BENCHMARKS := collation packing transport rnn language_model planning scale shards bucketing packing_plans varlen
+BENCHMARKS := collation packing transport rnn language_model planning scale shards bucketing packing_plans varlen block_masks
 
 .PHONY: help demo test check format lint types coverage frameworks fuzz storm bench gpu docs clean
 
