@@ -31,7 +31,7 @@ class LengthBucketBatchSampler(PlannedLoader, Sampler[list[int]]):
         lengths: Lengths of all samples, in time steps: integers `[N]`, or `[N, K]` for samples of K fields; a list, an
             array or a memory map, or an index that holds them.
         max_tokens: Tokens in a batch at most, counted as `count_tokens` says. This, `batch_size` or `cost` must be
-            given; a batch holds all limits that are.
+            given; a batch keeps all limits that are given.
         batch_size: Rows in a batch at most.
         cost: A custom cost function: a batch fits if `cost(rows, width) <= 1`. It is called with int64 arrays `[n]`
             (`width` is `[n, K]` for K fields), returns `[n]` numbers, and must not fall as rows or width grow.
@@ -99,7 +99,7 @@ class LengthBucketBatchSampler(PlannedLoader, Sampler[list[int]]):
         return self._steps * self._batches_per_step
 
     def __iter__(self) -> "BatchIterator":
-        """An iterator over one epoch's batches; which epoch is decided when it takes its first."""
+        """An iterator over one epoch's batches; it decides which epoch when it takes its first batch."""
         return BatchIterator(self, self._cursor)
 
     @property
@@ -110,7 +110,7 @@ class LengthBucketBatchSampler(PlannedLoader, Sampler[list[int]]):
     def acknowledge_max_length(self) -> None:
         """Say that longer samples are cut to `max_length`, so that no warning is logged.
 
-        `PadCollator.for_sampler` calls it; call it if a function of your own cuts them.
+        `PadCollator.for_sampler` calls it; call it if your own function cuts them.
         """
         self._is_cut_known = True
 
@@ -122,7 +122,7 @@ class LengthBucketBatchSampler(PlannedLoader, Sampler[list[int]]):
 
 
 class BatchIterator(Iterator[list[int]]):
-    """One iteration over an epoch, or over the rest of one; only the iterator knows how far it is.
+    """One iteration over an epoch, or over the remainder of one; only the iterator knows how far it is.
 
     Nothing is decided before the first batch is taken, since loaders make iterators that they never use.
 
@@ -133,7 +133,7 @@ class BatchIterator(Iterator[list[int]]):
 
     def __init__(self, sampler: LengthBucketBatchSampler, cursor: EpochCursor) -> None:
         self._sampler, self._cursor = sampler, cursor
-        # Of each step, this many batches are given here, the first of them that of this rank.
+        # This iterator gives this many batches of each step; the first one is that of this rank.
         self._batches_per_step = sampler.num_replicas if sampler.rank == "all" else 1
         self._first_rank = 0 if sampler.rank == "all" else sampler.rank
         self._iteration: Iteration | None = None
@@ -174,8 +174,8 @@ class BatchIterator(Iterator[list[int]]):
 
         Raises:
             TypeError: The position is not a mapping, or one of its values has the wrong type.
-            ValueError: It is of other lengths, options, seed or version, this number of replicas cannot share the rest
-                of its epoch, or it lies in the middle of a step of other replicas.
+            ValueError: It is of other lengths, options, seed or version, this number of replicas cannot share the
+                remainder of its epoch, or it lies in the middle of a step of other replicas.
         """
         start = self._sampler.read_position(state)
         dealt = self._read_dealt(state)
@@ -257,7 +257,7 @@ def _refuse_second_sharding(num_replicas: int, rank: object) -> None:
     """Refuse a sampler of one rank where accelerate would split its batches among the ranks again.
 
     Raises:
-        RuntimeError: It would.
+        RuntimeError: accelerate would.
     """
     # accelerate's prepare would silently take every W-th batch of this rank's batches. Only if the program has imported
     # accelerate can it be in use; importing it here would make every start slow.
@@ -271,7 +271,7 @@ def _refuse_second_sharding(num_replicas: int, rank: object) -> None:
 
 
 def _refuse_missing_group(*, grouped: bool) -> None:
-    """Refuse a sampler of a launched process that does not know the others.
+    """Refuse a sampler in a process that a launcher started, but that does not know the other processes.
 
     Raises:
         RuntimeError: There are others, and no process group.

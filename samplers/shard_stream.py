@@ -39,13 +39,13 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
     overrides, also with persistent workers. A copy or a pickle begins where the original stands, and then moves
     independently. The iterators have `state_dict` and `load_state_dict` for a `StatefulDataLoader` of as many workers
     and replicas; for any other loader, and for other numbers of either, there are `position` and `seek`. In
-    `torchdata.nodes` it goes into a `SamplerWrapper`: an `IterableWrapper` asks no iterator for its state, and resumes
-    in the first epoch whatever epoch was saved.
+    `torchdata.nodes` it goes into a `SamplerWrapper`: an `IterableWrapper` asks no iterator for its state, and always
+    resumes in the first epoch, even if another one was saved.
 
     Args:
         shards: As in `ShardDataset`.
         index: The index of these shards, in their order, or its file; None for the files next to them.
-        collate_fn: From a list of samples to a batch; it runs in the worker. A `PadCollator` must have the stream's
+        collate_fn: Makes a batch from a list of samples; it runs in the worker. A `PadCollator` must have the stream's
             `max_length` and `widths`, and no `widths` if the stream has none. For a function that has no attribute
             `max_length`, a warning is logged if samples are planned as cut.
         fields: The fields that samples hold, next to their key; the others are not read. None for all.
@@ -54,7 +54,7 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
             the sample is skipped, and its batch has one row fewer. `len`, positions and the plan do not change.
         max_failed: The share of samples that may be skipped, 0 to 1; None is a tenth, but at least 99 samples.
         interleave: Windows that a replica reads side by side, batch by batch in turn. If shards are remote, give the
-            number of workers, so that each fetches windows of its own; local shards need none of it.
+            number of workers, so that each fetches windows of its own; local shards do not need this.
         num_replicas: W; None takes the initialised process group's size, or 1.
         rank: Rank of this process; None takes the process group's, or 0.
         options: Those of `LengthBucketBatchSampler`. `window` is how many samples a run of shards has at least (None:
@@ -110,7 +110,7 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         return self._steps
 
     def __iter__(self) -> "StreamIterator":
-        """An iterator over this worker's part of an epoch; which epoch is decided when it takes its first batch."""
+        """An iterator over this worker's part of an epoch; it decides which epoch when it takes its first batch."""
         return StreamIterator(self, self._cursor)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
 
 
 class StreamIterator(Iterator[Any]):
-    """One worker's part of an iteration over an epoch, or over the rest of one.
+    """One worker's part of an iteration over an epoch, or over the remainder of one.
 
     Args:
         stream: The stream whose batches it gives.
@@ -181,12 +181,13 @@ class StreamIterator(Iterator[Any]):
             ValueError: It is of other lengths, options, seed, version, workers or replicas.
         """
         start = self._stream.read_position(state)
-        # `taken` counts this worker's batches, which are others if there are more workers or replicas.
+        # `taken` counts this worker's batches; with other numbers of workers or replicas they would be different
+        # batches.
         saved = {name: state.get(name) for name in self._worker_numbers}
         if saved != self._worker_numbers:
             raise ValueError(
                 f"a state must be of the same worker, and of as many workers and replicas, got {saved}, this is "
-                f"{self._worker_numbers}: keep these numbers, or use position and seek, which need not"
+                f"{self._worker_numbers}: keep these numbers, or use position and seek, which take any"
             )
         taken = check_count("taken", state.get("taken"), least=0, hint="it is part of every state")
         self._iteration, self._reader = self._cursor.load(start, taken), None
@@ -198,7 +199,7 @@ class StreamIterator(Iterator[Any]):
         return StepReader(self._stream.data, schedule, self._stream.rank, steps)
 
     def _warn_of_drop(self, iteration: WorkerIteration) -> None:
-        """Log that the iteration before resumed from a position and was dropped; one worker does so for all."""
+        """Log that the previous iteration resumed from a position and was dropped; one worker logs it for all."""
         dropped = self._cursor.dropped_before(iteration) if self._worker == 0 else None
         if dropped is not None:
             start, before, taken = dropped

@@ -236,7 +236,7 @@ def _column(summary: PlanSummary) -> dict[str, str]:
         "rank imbalance": f"{report.imbalance:.3f}",
         "  worst step": f"{report.worst_imbalance:.3f}",
         "shapes": f"{report.shapes:,}",
-        "  in 4 epochs": f"{report.shapes_of_4:,}",
+        "  in 4 epochs": f"{report.shapes_in_4_epochs:,}",
         "padded widths": f"{len(widths):,}",
         "  from": f"{widths[0]:,}",
         "  to": f"{widths[-1]:,}",

@@ -33,7 +33,7 @@ SAMPLES_AT_ONCE: Final = 1 << 16
 # Rounds in which the pieces of the last step are made more even.
 EVENING_ROUNDS: Final = 4
 # Costs are counted in millionths of the budget.
-COST_UNITS: Final = 1 << 20
+BUDGET_UNITS: Final = 1 << 20
 # The read group of a batch that was split among replicas.
 SPLIT: Final = -1
 
@@ -178,7 +178,7 @@ class Schedule:
             single,
             self.num_replicas,
             measure=lambda rows: _count_costs(table, table.measure_batches(samples, rows)),
-            limit=COST_UNITS,
+            limit=BUDGET_UNITS,
         )
         return None if rows is None else np.split(samples, rows.cumsum()[:-1])
 
@@ -233,7 +233,7 @@ def check_steps(schedule: Schedule) -> None:
 
 
 def batches_at_once(table: BatchTable) -> int:
-    """How many batches are computed together."""
+    """The number of batches that are computed together."""
     return 1 + SAMPLES_AT_ONCE * len(table) // len(table.sorted_lengths)
 
 
@@ -304,5 +304,5 @@ def _count_costs(table: BatchTable, sizes: BatchSizes) -> Integers:
     Rounded up, and integers, because sums of floats may differ between machines.
     """
     shares = np.minimum(np.maximum(table.budget_use(sizes), table.shape_fill(sizes)), 2.0)
-    units: Integers = np.maximum(1, np.ceil(shares * COST_UNITS)).astype(np.int64)
+    units: Integers = np.maximum(1, np.ceil(shares * BUDGET_UNITS)).astype(np.int64)
     return units

@@ -202,3 +202,11 @@ def test_the_mask_function_takes_what_flex_gives_it() -> None:
     rows = BlockRows.of(np.array([2]), np.array([0]), np.array([1]), capacity=4, block_size=16)
     mask = make_block_mask(rows, MaskOptions("bidirectional"), allowed, capacity=4, device=torch.device("cpu"))
     assert mask.kv_num_blocks.tolist() == [[[1]]]
+
+
+@pytest.mark.parametrize("kind", ["causal", "bidirectional"])
+def test_a_block_mask_of_rows_that_are_empty_at_first(kind: str) -> None:
+    batch = VarlenBatch(torch.zeros(3, 16), [1], [0, 0, 1])
+    expected = slow_mask(batch, kind)
+    theirs = create_block_mask(lambda b, h, q, k: expected[b, q, k], 3, None, 16, 16, device="cpu", BLOCK_SIZE=16)
+    assert_equal(batch.block_mask(kind, block_size=16), theirs)

@@ -85,11 +85,12 @@ class BlockRows:
         if not len(starts):
             starts = ends = prefix_ends = np.zeros(1, np.int64)
         holder = np.maximum(np.searchsorted(starts, row_starts + first, "right") - 1, 0)
-        held = ends[holder] > row_starts + first
+        # Before the first document, where the first rows are empty, there is none to look at.
+        held = (starts[holder] <= row_starts + first) & (ends[holder] > row_starts + first)
         last = row_starts + first + block_size - 1
         last_holder = np.maximum(np.searchsorted(starts, last, "right") - 1, 0)
         # A block that reaches beyond the row ends in no document.
-        last_held = (ends[last_holder] > last) & (first + block_size <= capacity)
+        last_held = (starts[last_holder] <= last) & (ends[last_holder] > last) & (first + block_size <= capacity)
         behind = first + block_size
         return cls(
             block_size,
