@@ -119,4 +119,5 @@ class FormerModule(Loader):
 def find_former_modules() -> None:
     """Make former names importable, once."""
     if not any(isinstance(finder, FormerModules) for finder in sys.meta_path):
+        # Last: a module of that name which exists is found first.
         sys.meta_path.append(FormerModules())

@@ -176,6 +176,7 @@ class PrefetchIterator(Iterator[LoaderBatch]):
     def close(self) -> None:
         """End the pass here; batches on the way are dropped."""
         self._queue.clear()
+        # Dropping a loader's iterator ends its workers.
         self._source = self._error = None
         self._finished = True
 

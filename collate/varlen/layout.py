@@ -188,7 +188,7 @@ def check_arrays(
         max_seqlen: a cap.
 
     Raises:
-        LengthError: IntegersLike are not on the host, a length is negative, documents do not fit their rows or are more
+        LengthError: Integers are not on the host, a length is negative, documents do not fit their rows or are more
             than `max_documents` or longer than `max_seqlen`, documents per row do not sum to N, or offsets exceed
             int32.
         TypeError: They are not integers.
@@ -279,7 +279,7 @@ def check_fit(
 
 
 def _whole(integers: IntegersLike, name: str) -> Int64Array:
-    """IntegersLike of at least 0 on the host, as an array of their own.
+    """Integers of at least 0 on the host, as an array of their own.
 
     Raises:
         LengthError: They are on a device, negative, or not one-dimensional.
