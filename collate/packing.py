@@ -144,7 +144,7 @@ class PackingMap:
 
 
 def _index_and_sizes(lengths: Int64Array, firsts: Int64Array) -> tuple[Tensor, Int64Array]:
-    """What `spread_steps` gives, and the sizes, on the host: for rows that are sorted, longest first.
+    """The index as of `spread_steps`, and the sizes, computed on the host; rows are longest first.
 
     Nothing here has B x T entries: one long row among many short ones costs no more than its own time steps. Rows of 3
     and 1 time steps that start at 3 and 0 (two rows, 3 wide) have sizes 2, 1, 1 and starts 0, 2, 3:

@@ -1,4 +1,4 @@
-"""Former module names, which pickles of earlier releases name: each still gives what its module has become."""
+"""Former names of modules, which stand in pickles of earlier releases: each still leads to the present module."""
 
 import sys
 from collections.abc import Sequence

@@ -192,7 +192,7 @@ def _check_permutation(batch: TrackedBatch, snapshot: _Snapshot) -> None:
 
 
 def _check_mask(batch: TrackedBatch, snapshot: _Snapshot) -> None:
-    """Compare the mask with the lengths, where torch has written to it or it is small.
+    """Compare the mask with the lengths, if torch has written to it or if it is small.
 
     Raises:
         LengthError: It does not agree.

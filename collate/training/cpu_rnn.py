@@ -83,7 +83,7 @@ def run_segments(rnn: nn.RNNBase, packed: PackedSequence, hx: RnnState | None) -
 
 
 def each_part(state: RnnState | None, change: Callable[[Tensor], Tensor]) -> Any:
-    """Change a state that may be absent, or a tuple of tensors."""
+    """Apply a function to each tensor of a state, which is a tensor, a tuple of tensors, or None."""
     if isinstance(state, tuple):
         return tuple(map(change, state))
     return None if state is None else change(state)

@@ -331,7 +331,7 @@ class CopyStream:
         return moved, self.stream.record_event()
 
     def receive(self, batch: Any, arrived: torch.Event) -> None:
-        """Let the current stream wait for the copy, and the allocator know that this stream uses the batch."""
+        """Make the current stream wait for the copy, and tell the allocator that this stream uses the batch."""
         current = torch.accelerator.current_stream(self.device)
         # An accelerator with a single stream keeps the order by itself.
         if current != self.stream:

@@ -1,4 +1,4 @@
-"""What functions that run a user's training step restore afterwards: random states, buffers, weights, optimizer."""
+"""Restore random states, buffers, weights and optimizer after a user's training step was run."""
 
 import random
 from collections.abc import Callable, Iterable, Iterator

@@ -180,7 +180,7 @@ class SampleVariants:
         return sorted(value for value in found if value == value and not (exact and value < 0))[:4]
 
     def _loses(self, name: str, row: int, steps: slice) -> bool:
-        """Whether other values at these time steps of a sample change nothing in the batch."""
+        """Whether the batch stays the same when these time steps of a sample get other values."""
         base, wild = self._parts(self.whole), (False, False, True, True)
         changed = (self.changed(name, row, steps, wild=each) for each in wild)
         return not any(_rows_that_differ(base, self._parts(samples)) for samples in changed)

@@ -122,7 +122,7 @@ class BatchVariants:
             if self.lengths[other] == self.lengths[name]:
                 lengths = field.lengths.clone()
                 lengths[row] -= steps
-                # What was real is padding now, which therefore holds no known value.
+                # Steps that were real become padding, so that the value of padding is no longer known.
                 others[other] = changed_batch(field, lengths=lengths, mask=None, padding_value=None)
         return self.of(self.swapped(others))
 
