@@ -235,7 +235,7 @@ class PadCollator:
         # By type and number of axes only, never by length: a field whose rows happen to be equally long stays variable.
         if all(issubclass(kind, (Tensor, np.ndarray, np.generic)) for kind in kinds):
             has_axis = cast("Tensor", values[0]).ndim > 0
-            return measure_rows(values, titled(name)) if has_axis else stack_samples(name, values)
+            return measure_rows(values, titled(name), kinds) if has_axis else stack_samples(name, values)
         if kinds == {list} and are_numbers(cast("list[list[object]]", values)):
             return measure_rows(values, titled(name))
         if any(issubclass(kind, (Tensor, np.ndarray, np.generic)) for kind in kinds):
@@ -255,6 +255,9 @@ class PadCollator:
             raise ValueError(f"stack names {sorted(self.stack - set(columns))}, the fields are {sorted(columns)}")
         for option in ("padding_value", "widths", "max_length"):
             value = getattr(self, option)
+            # To ask whether a number is a mapping takes as long as all other checks.
+            if value is None or type(value) is int:
+                continue
             if isinstance(value, Mapping) and set(value) != set(variable):
                 raise ValueError(
                     f"{option} is given for {sorted(value)}, the variable-length fields are {sorted(variable)}: "

@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 from torch.nn.utils.rnn import PackedSequence
 
 RnnState: TypeAlias = Tensor | tuple[Tensor, ...]
@@ -14,6 +14,8 @@ RnnState: TypeAlias = Tensor | tuple[Tensor, ...]
 _FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (nn.RNN, nn.GRU, nn.LSTM)}
 _INTERCEPTED = ("forward", "_call_impl", "_slow_forward")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# torch's own tables of hooks on all modules; `_has_any_global_hook` reads the same, but came with torch 2.8.
+_GLOBAL_HOOKS = [vars(torch_module)[f"_global{name}"] for name in _HOOKS]
 
 
 def is_plain(rnn: nn.Module) -> bool:
@@ -27,7 +29,7 @@ def is_plain(rnn: nn.Module) -> bool:
         return False
     # An attribute of the instance comes before the method of the class.
     replaced = any(name in own for name in _INTERCEPTED) or own.get("_compiled_call_impl") is not None
-    return not replaced and not any(own[name] for name in _HOOKS) and not _has_any_global_hook()
+    return not replaced and not any(own[name] for name in _HOOKS) and not any(_GLOBAL_HOOKS)
 
 
 def check_rnn_inputs(rnn: nn.RNNBase, packed: PackedSequence, hx: RnnState | None) -> None:

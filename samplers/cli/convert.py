@@ -12,8 +12,9 @@ from typing import Any, BinaryIO, Final, TypeAlias, cast
 
 import numpy as np
 
+from samplers.cli.arguments import check_exists
 from samplers.cli.exact_numbers import as_numbers, cast_exactly
-from samplers.cli.extras import load_extra
+from samplers.extras import load_extra
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.format.npy import AnyArray
 from samplers.shards.indexing.index import LengthIndex, tables_of
@@ -82,16 +83,6 @@ def read_input_rows(inputs: Sequence[str], selection: ColumnSelection, split: st
             yield from _read_files(str(folder / "*.parquet"), selection)
             continue
         yield from _read_files(path, selection)
-
-
-def check_exists(path: str) -> None:
-    """Refuse a path that does not exist. Patterns and URLs are not checked here.
-
-    Raises:
-        FileNotFoundError: There is no such file or folder.
-    """
-    if not any(character in path for character in "*?[{") and "://" not in path and not Path(path).exists():
-        raise FileNotFoundError(f"no file or folder {path}")
 
 
 def stacked_fields(inputs: Sequence[str], selection: ColumnSelection) -> list[str]:

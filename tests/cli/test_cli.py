@@ -25,7 +25,7 @@ from command import run
 from corpora import assert_same, tokens, write
 
 from samplers.cli.commands import main
-from samplers.cli.extras import load_extra
+from samplers.extras import load_extra
 from samplers.planning.plan import plan_epoch
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.indexing.find_index import find_index_files
