@@ -108,9 +108,7 @@ taggers = pytest.mark.parametrize("make", TAGGERS.values(), ids=TAGGERS)
 
 @taggers
 @pytest.mark.parametrize("order", [COUNTS, (4, 3, 3)], ids=["given", "longest"])
-def test_gradients_by_a_functional_call_are_those_of_autograd(
-    make: Callable[..., Any], order: tuple[int, ...]
-) -> None:
+def test_gradients_by_a_functional_call_are_those_of_autograd(make: Callable[..., Any], order: tuple[int, ...]) -> None:
     model = make().double()
     batch = LengthTrackedBatch(torch.randn(len(order), 5, 3, **FLOATS), list(order))
     weights = dict(model.named_parameters())
