@@ -199,7 +199,7 @@ def test_chunks_in_time_hold_every_step_once(rows: list[torch.Tensor], steps: in
 
 
 @given(sequences())
-def test_a_batch_survives_pickle_copy_replace_pytrees_and_weights_only_loading(rows: list[torch.Tensor]) -> None:
+def test_a_batch_survives_pickle_copy_pytrees_and_weights_only_loading(rows: list[torch.Tensor]) -> None:
     batch = LengthTrackedBatch.from_sequences(rows)
     file = io.BytesIO()
     torch.save({"batch": batch}, file)
@@ -228,7 +228,7 @@ def test_a_result_travels_without_its_graph() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.complex64, torch.int8], ids=str)
 @pytest.mark.parametrize("steps", [0, 3, 40_000])
-def test_small_blocks_go_through_the_pipe_and_large_ones_through_shared_memory(dtype: torch.dtype, steps: int) -> None:
+def test_small_values_go_through_the_pipe_and_large_ones_through_memory(dtype: torch.dtype, steps: int) -> None:
     made = LengthTrackedBatch.from_sequences(
         [torch.ones(steps, 5).to(dtype), torch.zeros(1, 5).to(dtype)], order="given"
     )
@@ -302,7 +302,7 @@ def test_the_views_for_attention_say_the_same_as_the_lengths(rows: list[torch.Te
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_the_nested_tensor_holds_the_same_rows_and_pads_back_to_the_longest() -> None:
+def test_the_nested_tensor_holds_the_same_rows_and_pads_back() -> None:
     rows = [torch.randn(length, 2) for length in (3, 5, 1)]
     batch = LengthTrackedBatch.from_sequences(rows, widths=8)
     nested = batch.nested()
@@ -350,7 +350,7 @@ def test_padding_of_nan_is_recognised_as_untouched() -> None:
         batch.verify()
 
 
-def test_new_values_leave_the_padding_unspecified_and_may_bring_new_lengths() -> None:
+def test_new_values_leave_padding_unspecified_and_may_have_new_lengths() -> None:
     batch = LengthTrackedBatch.from_sequences([torch.randn(6, 2), torch.randn(4, 2)])
     assert batch.map(nn.Linear(2, 3)).padding_value is None
     shorter = batch.with_padded(batch.padded[:, ::2], lengths=(batch.lengths + 1) // 2)
@@ -389,7 +389,7 @@ def test_compiled_models_give_the_same_batches_without_a_graph_break(backend: st
         agrees(compiled(batch)[1])
 
 
-def test_an_exported_model_takes_and_gives_batches_after_a_journey_through_a_file(tmp_path: Path) -> None:
+def test_an_exported_model_takes_and_gives_batches_once_it_was_saved(tmp_path: Path) -> None:
     model = Model()
     batch = LengthTrackedBatch.from_sequences([torch.randn(count, 2) for count in (3, 5, 1)])
     torch.export.save(torch.export.export(model, (batch,)), tmp_path / "model.pt2")
@@ -790,7 +790,7 @@ def test_masks_and_places_that_a_pytree_made_unfit_are_refused(change: Callable[
 
 
 @pytest.mark.parametrize("given_as", ["tensor", "array"])
-def test_the_lengths_and_places_that_the_caller_keeps_do_not_change_the_batch(given_as: str) -> None:
+def test_lengths_and_indices_of_the_caller_do_not_change_the_batch(given_as: str) -> None:
     """Red before: the caller's tensors were kept."""
     lengths, places = torch.tensor([6, 4, 2]), torch.tensor([2, 0, 1])
     kept = (lengths, places) if given_as == "tensor" else (lengths.numpy(), places.numpy())
@@ -968,7 +968,7 @@ def agrees_widely(batch: LengthTrackedBatch) -> None:
     assert torch.equal(batch.mask, torch.arange(70_000) < batch.lengths[:, None])
 
 
-def test_writes_are_noticed_in_a_wide_batch_before_and_after_its_mask_is_made() -> None:
+def test_writes_are_noticed_in_a_wide_batch_with_and_without_a_mask() -> None:
     batch = LengthTrackedBatch.from_sequences(WIDE_ROWS)
     batch.lengths[1] = 4
     with pytest.raises(LengthError, match="they were written to"):

@@ -138,7 +138,7 @@ def test_bounds_of_rows_are_in_the_graph() -> None:
         assert compiled(batch).dtype == torch.int32
 
 
-def test_lengths_that_a_compiled_model_made_are_checked_where_they_are_used() -> None:
+def test_lengths_made_in_a_compiled_model_are_checked_at_their_use() -> None:
     torch.compiler.reset()
     compiled = torch.compile(
         lambda batch, lengths: LengthTrackedBatch(batch.padded * 2, lengths), backend="eager", fullgraph=True

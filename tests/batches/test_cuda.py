@@ -306,7 +306,7 @@ def test_what_reads_host_lengths_is_refused_while_a_graph_is_captured() -> None:
 
 
 @pytest.mark.parametrize("counts", [[5, 3, 1], [2, 7, 7, 4]])
-def test_varlen_attention_between_the_bounds_equals_the_padded_and_masked_one(counts: list[int]) -> None:
+def test_varlen_attention_equals_the_padded_and_masked_one(counts: list[int]) -> None:
     varlen = pytest.importorskip("torch.nn.attention.varlen")
     torch.manual_seed(0)
     size = 64
@@ -345,7 +345,7 @@ def test_a_gpu_is_filled_and_not_overrun() -> None:
     assert 0.8 * 943_718 <= tokens <= 943_718
 
 
-def test_a_step_that_runs_out_of_memory_is_survived_and_leaves_the_model_as_it_was() -> None:
+def test_running_out_of_memory_leaves_the_model_as_it_was() -> None:
     model = nn.Linear(64, 64).to(CUDA)
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.randn(2, 64, device=CUDA)).sum().backward()

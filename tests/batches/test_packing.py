@@ -67,7 +67,7 @@ def test_a_device_finds_the_places_of_real_steps_that_the_host_finds(
     assert torch.equal(here, mask.flatten().nonzero()[:, 0])
 
 
-def test_a_device_is_sent_a_few_integers_for_each_row_and_step_and_not_one_for_each_token(
+def test_a_device_is_sent_integers_for_rows_and_steps_not_for_tokens(
     far: tuple[torch.device, list[Any]],
 ) -> None:
     device, sent = far

@@ -53,7 +53,7 @@ def test_the_five_minute_way_in_learns_and_is_short() -> None:
     assert len((EXAMPLES / "five_minutes.py").read_text().splitlines()) < 40
 
 
-def test_the_tests_of_a_step_run_as_a_user_runs_them_and_their_page_shows_them() -> None:
+def test_the_tests_of_a_step_run_as_users_run_them_and_as_the_page_says() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(EXAMPLES / "test_my_step.py")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -106,7 +106,7 @@ def test_a_second_start_checks_the_shards_instead_of_writing_them(whole: str, co
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)], ids=["kill", "ctrl-c"])
-def test_an_interrupted_run_goes_on_with_exactly_the_batches_that_were_left(
+def test_an_interrupted_run_resumes_with_exactly_the_remaining_batches(
     sent: Any, code: int, whole: str, corpus: Path, tmp_path: Path
 ) -> None:
     checkpoint = tmp_path / "run.pt"

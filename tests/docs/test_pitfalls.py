@@ -87,7 +87,7 @@ def test_true_lengths_give_what_one_sequence_at_a_time_gives(load: Any) -> None:
     assert max(script["drifts"](None) + script["drifts"](script["TRUE"])) < ZERO
 
 
-def test_padding_in_the_mean_bends_the_gradients_and_a_tracked_loss_has_none(load: Any) -> None:
+def test_padding_in_the_mean_changes_gradients_and_a_tracked_loss_does_not(load: Any) -> None:
     script = load("unmasked_loss")
     drifts = {name: script["drifts"](*pair) for name, pair in script["losses"]().items()}
     loss, rnn, weight, bias = drifts.pop("torch, all cells")

@@ -46,7 +46,7 @@ def test_it_learns_to_read_strings_that_it_has_not_heard(whole: str) -> None:
     assert shares[1] > 85
 
 
-def test_a_batch_gives_what_its_samples_give_and_has_the_lengths_of_their_files(whole: str) -> None:
+def test_a_batch_equals_its_samples_and_has_the_lengths_of_their_files(whole: str) -> None:
     drift = float(re.search(r"8 held-out samples, .* largest difference ([\d.e-]+)", whole)[1])
     assert drift < 1e-4
     on_disk, in_batch = re.search(r"in their files (\[.+?\]), in the batch (\[.+?\])", whole).groups()

@@ -165,7 +165,7 @@ def test_a_batch_comes_early_only_when_bytes_run_out_and_is_the_oldests() -> Non
     assert bucketer.held_bytes == bytes_of(sample)
 
 
-def test_a_sample_greater_than_max_bytes_empties_the_buffer_and_comes_out_itself() -> None:
+def test_a_sample_larger_than_max_bytes_empties_the_buffer() -> None:
     bucketer: Bucketer[bytes] = Bucketer(Budget(batch_size=2), buffer_size=99, max_bytes=500)
     stream = [(1, b"a"), (9, bytes(1000)), (2, b"b"), (3, b"c")]
     assert list(bucketer.batches_of(stream)) == [[b"a", bytes(1000)], [b"b", b"c"]]
@@ -234,7 +234,7 @@ def test_an_object_counts_once_however_often_it_is_held_and_cycles_end() -> None
     assert bytes_of(deep) > 100_000 * 56
 
 
-def test_bytes_that_torch_does_not_tell_are_an_error_and_the_sample_has_not_come() -> None:
+def test_a_size_that_torch_does_not_tell_is_an_error_and_no_arrival() -> None:
     bucketer: Bucketer[Any] = Bucketer(Budget(max_tokens=2), buffer_size=2, max_bytes=100, overlong="alone")
     before = bucketer.state_dict()
     for length in (2, 3):
@@ -263,7 +263,7 @@ def test_overlong_samples_are_counted_and_nothing_else_is_lost(
     assert bucketer.arrivals == bucketer.oldest == len(lengths)
 
 
-def test_an_overlong_sample_is_an_error_that_names_it_and_leaves_the_rest_as_it_was() -> None:
+def test_an_overlong_sample_is_named_and_changes_nothing_else() -> None:
     bucketer: Bucketer[Any] = Bucketer(Budget(max_tokens=20), buffer_size=9)
     bucketer.push(3, "short")
     before = bucketer.state_dict()
@@ -348,7 +348,7 @@ def test_a_state_goes_on_exactly_after_any_number_of_saves(
 
 
 @given(LENGTHS, OPTIONS, OPTIONS, st.integers(0, 60), st.integers(0, 20))
-def test_a_state_may_be_saved_while_it_is_refilled_and_goes_on_with_other_options(
+def test_a_state_saved_during_refill_resumes_with_other_options(
     lengths: list[int], options: dict[str, int], others: dict[str, int], cut: int, refilled: int
 ) -> None:
     first: Bucketer[Item] = Bucketer(Budget(max_tokens=50), **options)

@@ -82,7 +82,7 @@ def test_in_a_step_no_process_has_much_more_to_do_than_another(epochs):
             assert max(widths) - min(widths) <= max(LENGTHS) / 6
 
 
-def test_a_sampler_built_before_the_process_group_ends_the_run_with_the_way_out(tmp_path):
+def test_a_sampler_built_before_the_process_group_ends_the_run(tmp_path):
     status, out = run(2, "ranks.py", "build_too_early", tmp_path)
     assert status == 1
     assert "RuntimeError: a launcher started 2 processes (WORLD_SIZE)" in out
@@ -118,7 +118,7 @@ def committed(folder: Path) -> list[int]:
     return [sample for records in read(folder) for sample in ids_of(records[:steps])]
 
 
-def test_four_processes_killed_then_three_killed_then_one_lose_and_repeat_nothing(tmp_path):
+def test_four_processes_then_three_then_one_lose_and_repeat_nothing(tmp_path):
     four, three, one = (tmp_path / name for name in ("four", "three", "one"))
     run_and_kill(4, four)
     run_and_kill(3, three, four)

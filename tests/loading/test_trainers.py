@@ -71,7 +71,7 @@ WAYS = pytest.mark.parametrize("way", ["prepared", "unseen"])
 
 
 @WAYS
-def test_accelerate_trains_as_one_process_on_a_loader_that_is_dealt_out_once(
+def test_accelerate_trains_as_one_process_on_a_loader_dealt_once(
     way: str, accelerated: Path, trained: list[torch.Tensor]
 ) -> None:
     check_training(accelerated / way, trained)
@@ -97,7 +97,7 @@ def test_lightning_trains_as_one_process_when_it_leaves_the_sampler_alone(
 
 
 @pytest.mark.parametrize("used", [0, 5], ids=["edge", "middle"])
-def test_lightning_goes_on_from_a_checkpoint_with_the_batches_that_were_left(
+def test_lightning_resumes_from_a_checkpoint_with_the_remaining_batches(
     used: int, lightning: Path, trained: list[torch.Tensor]
 ) -> None:
     checkpoint = f"step={len(PLANS[0]) // 2 + used}"

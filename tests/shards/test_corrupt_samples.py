@@ -154,7 +154,7 @@ def test_a_single_sample_is_never_skipped_nor_is_one_without_a_handler(corpus: P
     assert ShardDataset(corpus).skipped == {}
 
 
-def test_a_corpus_without_an_index_of_this_version_is_refused_whatever_the_handler(corpus: Path) -> None:
+def test_an_index_of_another_version_is_refused_whatever_the_handler(corpus: Path) -> None:
     file = corpus / "shard.ltx"
     file.write_bytes(file.read_bytes()[:8] + b"\2\0\0\0" + file.read_bytes()[12:])
     with pytest.raises(ValueError, match="it has version 2, this program reads 1"):
@@ -195,9 +195,7 @@ def test_only_a_read_that_fails_is_repeated_in_parts(corpus: Path, monkeypatch: 
     assert len(sizes) <= 5 + 2 * 6
 
 
-def test_a_missing_shard_is_asked_for_once_a_batch_and_not_for_every_sample(
-    corpus: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_shard_is_tried_once_a_batch_not_once_a_sample(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remove(corpus)
     data = ShardDataset(corpus, handler=SKIP)
     opened: list[int] = []

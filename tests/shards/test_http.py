@@ -155,7 +155,7 @@ def test_workers_read_by_place_over_http(folder: Path, server: Any, layout: str,
 
 @layouts
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_gives_the_batches_of_the_local_one_and_fetches_each_shard_whole(
+def test_a_stream_equals_the_local_one_and_fetches_each_shard_whole(
     folder: Path, server: Any, layout: str, workers: int
 ) -> None:
     options = {"collate_fn": list, "max_tokens": 100_000, "window": 20}
@@ -235,9 +235,7 @@ def test_a_shard_that_cannot_be_had_is_named_with_the_reason(
         LengthIndex.build(shards)
 
 
-def test_an_index_that_is_not_there_is_named_and_one_out_of_reach_is_not_said_to_be_gone(
-    server: Any, folder: Path
-) -> None:
+def test_a_missing_index_and_an_unreachable_one_have_different_errors(server: Any, folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no index http.*/ranges/none.ltx"):
         LengthIndex.open(server.url("none.ltx"))
     with serving(folder) as other:
@@ -257,7 +255,7 @@ def test_a_server_that_dies_in_an_epoch_is_an_error_that_names_the_shard(folder:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_server_that_dies_under_a_stream_is_an_error_that_names_the_shard(folder: Path, workers: int) -> None:
+def test_a_server_that_dies_during_a_stream_is_an_error_with_the_shard(folder: Path, workers: int) -> None:
     with serving(folder) as server:
         stream = ShardStream(server.url("blocks.ltx"), collate_fn=list, batch_size=2, window=10)
         batches = iter(DataLoader(stream, batch_size=None, num_workers=workers))

@@ -74,9 +74,7 @@ with ShardWriter(sys.argv[1], layout=sys.argv[2], max_samples=50, block_size=7, 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_writer_killed_in_mid_shard_is_refused_while_it_lives_and_gone_on_with_when_it_is_dead(
-    tmp_path: Path, layout: str
-) -> None:
+def test_a_live_writer_is_refused_and_a_killed_one_is_continued(tmp_path: Path, layout: str) -> None:
     command = [sys.executable, "-c", WRITING + KILLED_IN_A_SHARD, str(tmp_path / "killed"), layout]
     names = {}
     exec(WRITING, names)
@@ -166,7 +164,7 @@ THERE = {"__key__": "a", "x": np.ones((2, 4), np.float32), "v": np.arange(3), "n
         ({"z": 1}, ValueError, "'z' is new: every sample must have .* like in .*shard-000000.tar"),
     ],
 )
-def test_other_kinds_than_those_on_disk_are_refused_by_shard_field_and_both_kinds(
+def test_a_schema_other_than_that_on_disk_is_refused_with_both(
     tmp_path: Path, layout: str, change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     write(tmp_path, [THERE], layout=layout, stack=["v"])

@@ -215,7 +215,7 @@ def read_wav(data: Any) -> Any:
     return np.frombuffer(data, "<i2", offset=4).astype(np.float32)
 
 
-def test_other_encodings_stay_bytes_or_are_decoded_and_held_against_the_index(tmp_path: Path) -> None:
+def test_other_encodings_stay_bytes_or_are_decoded_and_checked(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     members = [("a.wav", wav([1, 2])), ("a.cls", b"7"), ("a.txt", "é".encode()), ("b.wav", wav([3])), ("b.cls", b"8"),
                ("b.txt", b""), ("b.json", b'{"x": [1]}')]  # fmt: skip

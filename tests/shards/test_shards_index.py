@@ -167,7 +167,7 @@ def test_workers_and_a_bar_change_nothing(tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().err == ""
 
 
-def test_an_index_file_that_is_damaged_after_it_was_opened_is_noticed_by_verify(tmp_path: Path) -> None:
+def test_verify_notices_an_index_file_damaged_after_it_was_opened(tmp_path: Path) -> None:
     path = write(tmp_path, tokens([3, 1])) / "shard.ltx"
     index = LengthIndex.open(path)
     content = path.read_bytes()

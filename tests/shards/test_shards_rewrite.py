@@ -119,7 +119,7 @@ def strip_pickles(shard: Any) -> None:
     write_tar(shard, members)
 
 
-def test_other_encodings_go_through_the_users_function_and_are_held_against_the_index(tmp_path: Path) -> None:
+def test_other_encodings_are_decoded_by_the_user_and_checked(tmp_path: Path) -> None:
     sounds = {f"s{n}": np.arange(n) - 3 for n in (5, 0, 9)}
     write_tar(tmp_path / "u.tar", {f"{key}.wav": wav(sound) for key, sound in sounds.items()})
     LengthIndex.build(tmp_path / "u.tar", ["wav"], steps_of_wav).save(tmp_path / "u.tar.ltx")

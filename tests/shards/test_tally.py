@@ -52,7 +52,7 @@ def test_counts_are_those_of_a_counter_and_a_copy_begins_at_zero(events: Any) ->
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_processes_that_count_at_once_lose_nothing_and_a_reader_sees_them_grow(method: str) -> None:
+def test_processes_that_count_at_once_lose_nothing(method: str) -> None:
     # All are no worker of a loader, so they begin at the same row.
     tally, context, seen = Tally(REASONS), mp.get_context(method), 0
     processes = [context.Process(target=count, args=(tally, name, 300)) for name in ("a", "b")]

@@ -54,7 +54,7 @@ def test_the_greatest_budget_to_try_is_kept() -> None:
     assert find_max_tokens(allocate(1), [10], device="cpu", memory_limit=1 << 40, upper=1000) == 1000
 
 
-def test_weights_gradients_buffers_optimizer_and_random_state_are_given_back() -> None:
+def test_weights_gradients_buffers_optimizer_and_seeds_are_restored() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     optimizer = torch.optim.Adam(module.parameters())
     module(torch.randn(3, 4)).sum().backward()

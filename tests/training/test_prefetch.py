@@ -84,7 +84,7 @@ def test_every_epoch_gives_what_the_loader_gives(device: str, workers: int, reco
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3, 99])
-def test_at_most_depth_batches_are_on_the_way_and_each_is_received_before_use(depth: int, recorders: Any) -> None:
+def test_at_most_depth_batches_are_on_the_way_and_are_received_first(depth: int, recorders: Any) -> None:
     handed = 0
     for _ in DevicePrefetcher(loader(), "meta", depth=depth):
         log = recorders[0].log
@@ -320,7 +320,7 @@ def test_on_the_cpu_batches_are_the_loader_s_own_and_none_is_taken_early() -> No
         assert len(taken) == place + 1
 
 
-def test_the_loader_s_own_parts_stay_reachable_and_nothing_else_is_invented() -> None:
+def test_the_loader_s_parts_stay_reachable_and_nothing_is_invented() -> None:
     wrapped = loader()
     batches = DevicePrefetcher(wrapped, "cpu")
     assert batches.dataset is wrapped.dataset
@@ -408,7 +408,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> Any:
     return log, sides, current
 
 
-def test_a_batch_is_pinned_copied_aside_awaited_and_claimed_before_it_is_handed_over(streams: Any) -> None:
+def test_a_batch_is_pinned_copied_awaited_and_claimed_before_its_use(streams: Any) -> None:
     log, _, _ = streams
     batches = DevicePrefetcher([Parcel(number, log) for number in (1, 2, 3)], "cuda", depth=1)
     for batch in batches:
@@ -517,7 +517,7 @@ def test_a_senseless_depth_is_refused(depth: bool | float, kind: type[Exception]
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_state_follows_an_epoch_that_was_set_or_a_position_that_was_sought(device: str, recorders: Any) -> None:
+def test_a_state_follows_set_epoch_and_seek(device: str, recorders: Any) -> None:
     # Red: it still told of the pass before.
     batches = DevicePrefetcher(planned_loader(), device)
     whole = ids(batches)

@@ -72,7 +72,7 @@ def test_a_batch_without_a_real_step_has_loss_zero_and_stays_connected() -> None
         assert not any(x.any() for x in torch.autograd.grad(loss, logits, retain_graph=True))
 
 
-def test_class_weights_and_ignored_labels_leave_the_number_of_steps_as_it_is() -> None:
+def test_class_weights_and_ignored_labels_keep_the_number_of_steps() -> None:
     logits, labels, output, target = pair([3, 1])
     weighted = nn.CrossEntropyLoss(reduction="none", weight=torch.arange(CLASSES, **FLOATS), ignore_index=2)
     expected = sum(weighted(x, y).sum() for x, y in zip(logits, labels, strict=True)) / 4
@@ -122,7 +122,7 @@ def test_compiled_losses_equal_eager_ones_without_a_graph_break(backend: str, na
             torch.testing.assert_close(*[torch.autograd.grad(loss, leaf)[0] for loss in losses])
 
 
-def test_half_precision_losses_of_many_steps_are_summed_in_single_precision() -> None:
+def test_half_precision_losses_are_summed_in_single_precision() -> None:
     count = 70_000
     output = LengthTrackedBatch.from_sequences([torch.ones(count, dtype=torch.float16)])
     zeros = output.with_padded(torch.zeros_like(output.padded))

@@ -68,7 +68,7 @@ def one_at_a_time(rnn: Any, sequences: Any, hx: Any) -> Any:
 @pytest.mark.parametrize(("kind", "options"), MODULES)
 @settings(max_examples=15)
 @given(counts=lengths(max_rows=5, longest=6), batch_first=st.booleans(), seed=st.integers(0, 2**31))
-def test_batched_outputs_states_losses_and_gradients_equal_those_of_one_at_a_time(
+def test_a_batch_s_results_equal_those_of_one_sequence_at_a_time(
     kind: type[Any], options: dict[str, bool | int], counts: Any, batch_first: Any, seed: int
 ) -> None:
     torch.manual_seed(seed)
