@@ -4,9 +4,10 @@ import gc
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import webdataset
+import webdataset.compat
 from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -31,7 +32,7 @@ def corpora(draw: st.DrawFn, max_samples: int = 8) -> tuple[list[dict[str, objec
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     samples = []
     for key in draw(st.lists(NAMES, min_size=1, max_size=max_samples, unique=True)):
-        sample = {"__key__": key}
+        sample: dict[str, object] = {"__key__": key}
         for name, dtype, shape, stacked in zip(names, dtypes, shapes, fixed, strict=True):
             whole = shape if stacked else (draw(lengths), *shape)
             sample[name] = rng.integers(0, 200, whole).astype(dtype)
@@ -44,7 +45,7 @@ def assert_same(read: dict[str, object], written: dict[str, object]) -> None:
     assert list(read) == list(written)
     assert read["__key__"] == written["__key__"]
     for name in read.keys() - {"__key__"}:
-        value, expected = read[name], np.asarray(written[name])
+        value, expected = np.asarray(read[name]), np.asarray(written[name])
         assert (value.dtype, value.shape) == (expected.dtype, expected.shape), name
         assert value.tobytes() == expected.tobytes(), name
         if expected.ndim:
@@ -60,7 +61,7 @@ def tokens(lengths: list[int], first: int = 0) -> list[dict[str, object]]:
     ]
 
 
-def write(folder: Path, samples: list[dict[str, object]], **options: object) -> Path:
+def write(folder: Path, samples: list[dict[str, object]], **options: Any) -> Path:
     """Write samples to shards in a folder."""
     with ShardWriter(folder, **options) as writer:
         for sample in samples:
@@ -81,7 +82,7 @@ def read_with_webdataset(folder: Path, *stages: object) -> list[dict[str, object
     with warnings.catch_warnings():
         # It leaves its files to the garbage collector.
         warnings.simplefilter("ignore", ResourceWarning)
-        read = list(webdataset.WebDataset(paths, shardshuffle=False).compose(*stages))
+        read = list(webdataset.compat.WebDataset(paths, shardshuffle=False).compose(*stages))
         gc.collect()
     return read
 

@@ -22,7 +22,7 @@ BLOCK = 512
 END = bytes(2 * BLOCK)
 # Numbers at which programs break.
 ODD_NUMBERS = [-1, 0, 1, 2, 7, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32, 2**60, 2**63 - 1, 2**63, 2**64, 10**30]
-ODD_VALUES = [
+ODD_VALUES: list[Any] = [
     *ODD_NUMBERS,
     1.5,
     float("inf"),

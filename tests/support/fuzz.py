@@ -272,7 +272,7 @@ def stream(index: Path, expected: list[Sample] | None, path: Path) -> bool:
     """Whether a stream gives all, each once."""
 
     def read() -> list[Sample]:
-        options = {"max_tokens": 1 << 40, "batch_size": 4, "window": 10}
+        options: dict[str, Any] = {"max_tokens": 1 << 40, "batch_size": 4, "window": 10}
         batches = ShardStream(index, collate_fn=list, fields=["tokens"], **options)
         return [sample for batch in batches for sample in batch]
 
@@ -357,7 +357,12 @@ def load(data: bytes) -> Any:
 
 def decode(suffix: str, data: bytes) -> Any:
     """A member as its suffix says."""
-    decoders = {"npy": load, "cls": lambda data: np.int64(int(data)), "json": json.loads, "txt": bytes.decode}
+    decoders: dict[str, Callable[[bytes], Any]] = {
+        "npy": load,
+        "cls": lambda data: np.int64(int(data)),
+        "json": json.loads,
+        "txt": bytes.decode,
+    }
     return decoders.get(field_of(suffix)[1], bytes)(data)
 
 

@@ -120,9 +120,10 @@ def multitask(m: Any, b: Any, together: bool = False) -> Any:
 
 def truncated(m: Any, b: Any, carried: bool = True) -> Any:
     """Truncated back-propagation: chunks of three steps, the state carried on without its history."""
-    state, loss = None, 0
+    state, loss = None, torch.zeros(())
     for words, tags in zip(b["source"].split_steps(3), b["tags"].split_steps(3), strict=True):
         hidden, state = apply_rnn(m.gru, words.map(m.words), state if carried else None)
+        assert isinstance(state, torch.Tensor)
         state = state.detach()
         loss = loss + sequence_loss(PER_STEP, hidden.map(m.tag), tags, reduction="sum")
     return loss

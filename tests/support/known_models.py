@@ -43,6 +43,8 @@ def sentences() -> dict[str, Any]:
 class Parts(nn.Module):
     """What the models below are made of."""
 
+    table: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -178,7 +180,7 @@ def transducer(m: Parts, b: dict[str, Any], ends: bool = True) -> torch.Tensor:
     joint = m.word(torch.tanh(encoded[:, :, None] + predicted[:, None])).log_softmax(-1)
     blank = joint[..., 0]
     emit = joint[:, :, :-1].gather(3, words.padded[:, None, :, None].expand(-1, joint.shape[1], -1, 1))[..., 0]
-    columns = []
+    columns: list[list[torch.Tensor]] = []
     for time in range(joint.shape[1]):
         column = [columns[-1][0] + blank[:, time - 1, 0] if time else torch.zeros(len(joint))]
         for step in range(emit.shape[2]):

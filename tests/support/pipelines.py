@@ -37,9 +37,9 @@ class Net(nn.Module):
         self.deep = nn.LSTM(6, 8, num_layers=2, dropout=0.5, batch_first=True)
 
 
-def batch_on(device: str) -> dict[str, LengthTrackedBatch | torch.Tensor]:
+def batch_on(device: str) -> dict[str, Any]:
     rng = torch.Generator().manual_seed(1)
-    samples = [
+    samples: list[dict[str, Any]] = [
         {
             "x": torch.randn(length, 6, generator=rng),
             "ids": torch.randint(0, CLASSES, (length,), generator=rng),
@@ -53,11 +53,11 @@ def batch_on(device: str) -> dict[str, LengthTrackedBatch | torch.Tensor]:
     return {name: part.to(device) for name, part in batch.items()}
 
 
-def tagged(net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+def tagged(net: Net, batch: dict[str, Any], hidden: torch.Tensor) -> torch.Tensor:
     return sequence_loss(PER_STEP, batch["x"].with_padded(net.head(hidden)), batch["y"])
 
 
-def classify(net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor], state: torch.Tensor) -> torch.Tensor:
+def classify(net: Net, batch: dict[str, Any], state: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(net.head(state), batch["label"])
 
 
@@ -72,9 +72,7 @@ def masked_conv(net: Any, batch: Any) -> Any:
     return classify(net, batch, masked_mean(batch["x"].with_padded(hidden)))
 
 
-def attended(
-    net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor], hidden_keys: torch.Tensor | None
-) -> torch.Tensor:
+def attended(net: Net, batch: dict[str, Any], hidden_keys: torch.Tensor | None) -> torch.Tensor:
     hidden = net.widen(batch["x"].padded)
     return net.attention(hidden, hidden, hidden, key_padding_mask=hidden_keys, need_weights=False)[0]
 
@@ -100,7 +98,7 @@ def both_by_flipping(net: Any, batch: Any) -> Any:
     return tagged(net, batch, backward.gather(1, mirrored[..., None].expand_as(backward)))
 
 
-def pooled_by_attention(net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor], masked: bool) -> torch.Tensor:
+def pooled_by_attention(net: Net, batch: dict[str, Any], masked: bool) -> torch.Tensor:
     hidden = net.widen(batch["x"].padded)
     scores = net.score(hidden)[..., 0]
     if masked:
@@ -108,7 +106,7 @@ def pooled_by_attention(net: Net, batch: dict[str, LengthTrackedBatch | torch.Te
     return classify(net, batch, (scores.softmax(1)[..., None] * hidden).sum(1))
 
 
-def dot_product(net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+def dot_product(net: Net, batch: dict[str, Any], mask: torch.Tensor) -> torch.Tensor:
     hidden = net.widen(batch["x"].padded)
     return tagged(net, batch, F.scaled_dot_product_attention(hidden, hidden, hidden, attn_mask=mask, dropout_p=0.2))
 
@@ -158,51 +156,51 @@ RIGHT = {
 }
 
 
-def declared(net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor], change: Callable[..., Any]) -> torch.Tensor:
+def declared(net: Net, batch: dict[str, Any], change: Callable[..., Any]) -> torch.Tensor:
     lengths = change(batch["x"].lengths, batch["x"].padded.shape[1])
     return apply_rnn(net.gru, LengthTrackedBatch(batch["x"].padded, lengths))[1][-1]
 
 
-def targets(batch: dict[str, LengthTrackedBatch | torch.Tensor], value: int) -> torch.Tensor:
+def targets(batch: dict[str, Any], value: int) -> torch.Tensor:
     return torch.where(batch["y"].mask, batch["y"].padded, value)
 
 
-def sorted_and_left(net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor], back: str) -> torch.Tensor:
+def sorted_and_left(net: Net, batch: dict[str, Any], back: str) -> torch.Tensor:
     order = batch["x"].padded[:, 0, 0].argsort()
     state = apply_rnn(net.gru, LengthTrackedBatch(batch["x"].padded[order], batch["x"].lengths[order]))[1][-1]
     return classify(net, batch, state[order] if back == "wrong" else state)
 
 
-def misaligned(net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]) -> torch.Tensor:
+def misaligned(net: Net, batch: dict[str, Any]) -> torch.Tensor:
     packed = batch["x"].pack()
     return F.cross_entropy(net.head(net.gru(packed)[0].data), batch["y"].flat())
 
 
-def trimmed(net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]) -> torch.Tensor:
+def trimmed(net: Net, batch: dict[str, Any]) -> torch.Tensor:
     width = batch["x"].padded.shape[1] - 2
     losses = PER_STEP(net.head(net.gru(batch["x"].padded)[0][:, :width]).transpose(1, 2), targets(batch, 0)[:, :width])
     return losses[batch["x"].mask[:, :width]].mean()
 
 
-def mask_after_mean(net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]) -> torch.Tensor:
+def mask_after_mean(net: Net, batch: dict[str, Any]) -> torch.Tensor:
     logits = net.head(net.gru(batch["x"].padded)[0])
     loss = F.cross_entropy(logits.flatten(0, 1), targets(batch, 0).flatten())
     return (loss * batch["x"].mask).sum() / batch["x"].mask.sum()
 
 
-def mean_of_means(net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]) -> torch.Tensor:
+def mean_of_means(net: Net, batch: dict[str, Any]) -> torch.Tensor:
     losses = PER_STEP(net.head(net.widen(batch["x"].padded)).transpose(1, 2), targets(batch, 0)) * batch["x"].mask
     halves = zip(losses.split(3), batch["x"].mask.split(3), strict=True)
     return torch.stack([loss.sum() / mask.sum() for loss, mask in halves]).mean()
 
 
-def guessed(net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]) -> torch.Tensor:
+def guessed(net: Net, batch: dict[str, Any]) -> torch.Tensor:
     mask = batch["ids"].padded != 0
     losses = PER_STEP(net.head(net.widen(net.embedding(batch["ids"].padded))).transpose(1, 2), targets(batch, 0))
     return (losses * mask).sum() / mask.sum()
 
 
-def logits_of(net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]) -> torch.Tensor:
+def logits_of(net: Net, batch: dict[str, Any]) -> torch.Tensor:
     return net.head(net.gru(batch["x"].padded)[0])
 
 
@@ -266,7 +264,9 @@ MISTAKES = {
     ),
     "causal attention read at the padded end": (
         lambda n, b: classify(
-            n, b, F.scaled_dot_product_attention(*[n.widen(b["x"].padded)] * 3, is_causal=True)[:, -1]
+            n,
+            b,
+            F.scaled_dot_product_attention(*[n.widen(b["x"].padded)] * 3, is_causal=True)[:, -1],  # type: ignore[misc]
         ),
         {"padding", "width"},
     ),

@@ -54,7 +54,7 @@ def written(values: tuple[str, ...]) -> dict[str, Any]:
         sample = {"ids": ids, "labels": labels, "masked": masked, "tags": ids % 4, "label": place % 3}
         sample |= {"target": torch.randint(3, VOCAB, (length // 2 + 1,), generator=draw), "start": place % 2}
         samples.append({name: sample[name] for name in values})
-    fields = {name: -100 for name in ("labels", "masked", "tags", "target") if name in values}
+    fields: dict[str, Any] = {name: -100 for name in ("labels", "masked", "tags", "target") if name in values}
     return PadCollator({"ids": 0, **fields})(samples)
 
 
@@ -101,7 +101,9 @@ def t5() -> T5ForConditionalGeneration:
 
 def bart() -> BartForConditionalGeneration:
     torch.manual_seed(0)
-    sizes = {f"{side}_{part}": 2 for side in ("encoder", "decoder") for part in ("layers", "attention_heads")}
+    sizes: dict[str, float] = {
+        f"{side}_{part}": 2 for side in ("encoder", "decoder") for part in ("layers", "attention_heads")
+    }
     sizes |= {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 32}
     return BartForConditionalGeneration(
         BartConfig(vocab_size=VOCAB, d_model=16, decoder_start_token_id=2, **sizes, **SPECIAL)
@@ -157,8 +159,8 @@ def classified_at(model: GPT2LMHeadModel, batch: dict[str, Any], places: int | t
 
 
 def recognised(model: Wav2Vec2ForCTC, batch: dict[str, Any], mask: bool = True) -> torch.Tensor:
-    mask = batch["wave"].mask.long() if mask else None
-    return model(batch["wave"].padded, attention_mask=mask, labels=batch["text"].padded).loss
+    attention_mask = batch["wave"].mask.long() if mask else None
+    return model(batch["wave"].padded, attention_mask=attention_mask, labels=batch["text"].padded).loss
 
 
 def _with(make: Any, step: Any, batch: Any) -> Any:
@@ -232,7 +234,9 @@ RIGHT = {
 
 def speech_to_text() -> Speech2TextForConditionalGeneration:
     torch.manual_seed(0)
-    sizes = {f"{side}_{part}": 2 for side in ("encoder", "decoder") for part in ("layers", "attention_heads")}
+    sizes: dict[str, float] = {
+        f"{side}_{part}": 2 for side in ("encoder", "decoder") for part in ("layers", "attention_heads")
+    }
     sizes |= {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
     return Speech2TextForConditionalGeneration(
         Speech2TextConfig(vocab_size=VOCAB, d_model=16, input_feat_per_channel=4, conv_channels=16, **sizes, **SPECIAL)

@@ -22,7 +22,7 @@ __all__ = ["batch", "net"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_nothing_is_disturbed_by_a_check(net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]) -> None:
+def test_nothing_is_disturbed_by_a_check(net: Net, batch: dict[str, Any]) -> None:
     net.norm(torch.randn(3, 8))
     before = {name: value.clone() for name, value in net.state_dict().items()}
     state = torch.get_rng_state()
@@ -35,22 +35,18 @@ def test_nothing_is_disturbed_by_a_check(net: Net, batch: dict[str, LengthTracke
     assert net.attention.dropout == 0.1
 
 
-def noisy(net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]) -> torch.Tensor:
+def noisy(net: Net, batch: dict[str, Any]) -> torch.Tensor:
     hidden = net.widen(batch["x"].padded)
     return tagged(net, batch, hidden + 0.1 * torch.randn_like(hidden))
 
 
-def test_a_step_that_draws_noise_leaves_probes_untried_and_says_so(
-    net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]
-) -> None:
+def test_a_step_that_draws_noise_leaves_probes_untried_and_says_so(net: Net, batch: dict[str, Any]) -> None:
     report = check_step(lambda b: noisy(net, b), batch)
     assert report.ok
     assert "not tried: width, order and other rows: the step draws random numbers" in str(report)
 
 
-def test_the_gradients_of_all_leaves_are_compared_without_being_named(
-    net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]
-) -> None:
+def test_the_gradients_of_all_leaves_are_compared_without_being_named(net: Net, batch: dict[str, Any]) -> None:
     # A head of zeros gives one loss whatever it reads: only gradients tell.
     net.head.weight.data.zero_()
     net.head.bias.data.zero_()
@@ -58,7 +54,7 @@ def test_the_gradients_of_all_leaves_are_compared_without_being_named(
     assert {"padding", "width"} <= {finding.probe for finding in report.findings}
 
 
-def test_a_report_reads_like_one(net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]) -> None:
+def test_a_report_reads_like_one(net: Net, batch: dict[str, Any]) -> None:
     text = str(check_step(lambda b: MISTAKES["final state over padding"][0](net, b), batch))
     assert text.startswith("the step breaks ")
     assert "padding: the padding of x moves the loss or its gradients by" in text
@@ -79,9 +75,7 @@ def test_a_batch_with_nothing_to_check_is_refused(
         check_step(lambda b: torch.tensor(0.0), batch)
 
 
-def test_tuples_and_single_batches_are_checked_as_well(
-    net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]
-) -> None:
+def test_tuples_and_single_batches_are_checked_as_well(net: Net, batch: dict[str, Any]) -> None:
     assert check_step(lambda b: net.widen(masked_mean(b)).square().sum(), batch["x"]).ok
     report = check_step(lambda b: net.widen(b[0].padded).square().mean() + b[1].sum(), (batch["x"], torch.ones(4)))
     assert not report.ok
@@ -103,9 +97,7 @@ def test_fields_of_two_values_are_tried_with_the_other_one() -> None:
 
 
 @pytest.mark.parametrize("kind", [dict, UserDict, MappingProxyType])
-def test_every_class_of_mapping_is_taken(
-    kind: type[Any], net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]
-) -> None:
+def test_every_class_of_mapping_is_taken(kind: type[Any], net: Net, batch: dict[str, Any]) -> None:
     given = kind(dict(batch))
     assert check_step(lambda b: RIGHT["packed tagger"](net, b), given).ok
     assert "padding" in probes(check_step(lambda b: MISTAKES["backward over padding"][0](net, b), given))
@@ -129,9 +121,7 @@ def test_rows_keep_their_places_and_chunks_their_first_step(net: Net) -> None:
     assert check_step(by_position, later).ok
 
 
-def test_arrays_and_tuples_with_an_entry_per_row_go_with_the_rows(
-    net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]
-) -> None:
+def test_arrays_and_tuples_with_an_entry_per_row_go_with_the_rows(net: Net, batch: dict[str, Any]) -> None:
     given = batch | {"array": np.arange(4) % CLASSES, "tuple": (0, 1, 2, 3), "list": ["0", "1", "2", "3"]}
 
     def step(b: dict[str, Any]) -> torch.Tensor:
@@ -148,12 +138,10 @@ def test_a_pair_of_columns_of_two_rows_is_no_column_of_two_entries(net: Net) -> 
     assert check_step(lambda b: tagged(net, {"x": b[0], "y": b[1]}, net.widen(b[0].padded)), list(batch)).ok
 
 
-def test_what_went_with_the_rows_by_its_size_alone_is_named(
-    net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]
-) -> None:
+def test_what_went_with_the_rows_by_its_size_alone_is_named(net: Net, batch: dict[str, Any]) -> None:
     given = batch | {"weights": torch.rand(CLASSES)}
 
-    def weighted(b: dict[str, LengthTrackedBatch | torch.Tensor]) -> torch.Tensor | None:
+    def weighted(b: dict[str, Any]) -> torch.Tensor | None:
         return F.cross_entropy(net.head(net.widen(b["x"].flat())), b["y"].flat(), weight=b["weights"], reduction="sum")
 
     report = check_step(weighted, given)
@@ -170,9 +158,7 @@ def test_a_complex_field_is_checked(net: Net) -> None:
 # --- several losses
 
 
-def test_each_term_of_a_mapping_is_checked_by_itself(
-    net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]
-) -> None:
+def test_each_term_of_a_mapping_is_checked_by_itself(net: Net, batch: dict[str, Any]) -> None:
     hidden = {"tags": "packed tagger", "label": "final state"}
     report = check_step(lambda b: {term: RIGHT[name](net, b) for term, name in hidden.items()}, batch)
     assert report.ok, report
@@ -183,18 +169,14 @@ def test_each_term_of_a_mapping_is_checked_by_itself(
     assert "another term 'label'" in str(wrong)
 
 
-def test_two_means_in_one_loss_are_told_to_be_returned_as_terms(
-    net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]
-) -> None:
+def test_two_means_in_one_loss_are_told_to_be_returned_as_terms(net: Net, batch: dict[str, Any]) -> None:
     report = check_step(lambda b: RIGHT["packed tagger"](net, b) + RIGHT["final state"](net, b), batch)
     [finding] = report.findings
     assert finding.probe == "other rows"
     assert any("return them as a mapping" in mistake for mistake in finding.likely)
 
 
-def test_a_small_term_is_not_held_to_more_than_rounding(
-    net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]
-) -> None:
+def test_a_small_term_is_not_held_to_more_than_rounding(net: Net, batch: dict[str, Any]) -> None:
     assert check_step(
         lambda b: {"loss": RIGHT["packed tagger"](net, b), "tiny": 1e-12 * RIGHT["a sum"](net, b)}, batch
     ).ok
@@ -203,16 +185,14 @@ def test_a_small_term_is_not_held_to_more_than_rounding(
 # --- runs under equal conditions
 
 
-def plain(net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]) -> torch.Tensor:
+def plain(net: Net, batch: dict[str, Any]) -> torch.Tensor:
     return tagged(net, batch, net.widen(batch["x"].padded))
 
 
 @pytest.mark.parametrize(
     "cut", [lambda x: x.detach(), lambda x: torch.tensor(x.item()), lambda x: x.argmax() * 1.0], ids=["d", "i", "a"]
 )
-def test_a_loss_without_a_graph_is_found(
-    cut: Callable[..., Any], net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]
-) -> None:
+def test_a_loss_without_a_graph_is_found(cut: Callable[..., Any], net: Net, batch: dict[str, Any]) -> None:
     """Red before: gradients of nothing agree with gradients of nothing."""
     report = check_step(lambda b: cut(plain(net, b)), batch)
     assert "graph" in probes(report)
@@ -221,9 +201,7 @@ def test_a_loss_without_a_graph_is_found(
         assert "torch.no_grad()" in str(check_step(lambda b: plain(net, b), batch))
 
 
-def test_a_term_without_a_graph_is_noted_and_one_of_frozen_weights_is_not(
-    net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]
-) -> None:
+def test_a_term_without_a_graph_is_noted_and_one_of_frozen_weights_is_not(net: Net, batch: dict[str, Any]) -> None:
     """Red before."""
     report = check_step(lambda b: {"tags": plain(net, b), "error": plain(net, b).detach()}, batch)
     assert report.ok, report
@@ -232,10 +210,8 @@ def test_a_term_without_a_graph_is_noted_and_one_of_frozen_weights_is_not(
     assert check_step(lambda b: plain(net, b), batch).ok
 
 
-def test_random_numbers_of_python_and_numpy_are_seeded_and_given_back(
-    net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]
-) -> None:
-    def sampled(b: dict[str, LengthTrackedBatch | torch.Tensor]) -> torch.Tensor:
+def test_random_numbers_of_python_and_numpy_are_seeded_and_given_back(net: Net, batch: dict[str, Any]) -> None:
+    def sampled(b: dict[str, Any]) -> torch.Tensor:
         scale = 1 + (random.random() < 0.5) + np.random.rand() + np.random.randn()  # noqa: NPY002
         return RIGHT["packed tagger"](net, b) * scale
 
@@ -249,12 +225,10 @@ def test_random_numbers_of_python_and_numpy_are_seeded_and_given_back(
     assert "draws random numbers" in str(report)
 
 
-def test_a_step_that_remembers_is_told_so_and_nothing_else(
-    net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]
-) -> None:
+def test_a_step_that_remembers_is_told_so_and_nothing_else(net: Net, batch: dict[str, Any]) -> None:
     calls = []
 
-    def counted(b: dict[str, LengthTrackedBatch | torch.Tensor]) -> torch.Tensor:
+    def counted(b: dict[str, Any]) -> torch.Tensor:
         calls.append(b)
         return RIGHT["packed tagger"](net, b) * (1 + 0.1 * len(calls))
 
@@ -263,9 +237,7 @@ def test_a_step_that_remembers_is_told_so_and_nothing_else(
     assert "the step remembers" in str(report)
 
 
-def test_buffers_of_modules_that_run_are_given_back_without_being_named(
-    net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]
-) -> None:
+def test_buffers_of_modules_that_run_are_given_back_without_being_named(net: Net, batch: dict[str, Any]) -> None:
     norm = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8))
     net.norm(torch.randn(3, 8))
     before = {name: value.clone() for module in (norm, net) for name, value in module.state_dict().items()}
@@ -275,7 +247,7 @@ def test_buffers_of_modules_that_run_are_given_back_without_being_named(
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_a_buffer_that_is_replaced_is_put_back(net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]) -> None:
+def test_a_buffer_that_is_replaced_is_put_back(net: Net, batch: dict[str, Any]) -> None:
     class Counter(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -292,20 +264,16 @@ def test_a_buffer_that_is_replaced_is_put_back(net: Net, batch: dict[str, Length
     assert kept == 0
 
 
-def test_dropout_is_off_where_layers_are_computed_again(
-    net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]
-) -> None:
-    def again(b: dict[str, LengthTrackedBatch | torch.Tensor]) -> torch.Tensor:
+def test_dropout_is_off_where_layers_are_computed_again(net: Net, batch: dict[str, Any]) -> None:
+    def again(b: dict[str, Any]) -> torch.Tensor:
         hidden = checkpoint(net.encoder, net.widen(b["x"].padded), None, ~b["x"].mask, use_reentrant=False)
         return tagged(net, b, net.drop(hidden))
 
     assert check_step(again, batch).ok
 
 
-def test_reentrant_checkpoints_are_refused_with_a_way_out(
-    net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]
-) -> None:
-    def again(b: dict[str, LengthTrackedBatch | torch.Tensor]) -> torch.Tensor:
+def test_reentrant_checkpoints_are_refused_with_a_way_out(net: Net, batch: dict[str, Any]) -> None:
+    def again(b: dict[str, Any]) -> torch.Tensor:
         hidden = checkpoint(net.encoder, net.widen(b["x"].padded), None, ~b["x"].mask, use_reentrant=True)
         return tagged(net, b, hidden)
 
@@ -313,7 +281,7 @@ def test_reentrant_checkpoints_are_refused_with_a_way_out(
         check_step(again, batch)
 
 
-def test_sparse_gradients_are_compared(net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]) -> None:
+def test_sparse_gradients_are_compared(net: Net, batch: dict[str, Any]) -> None:
     embedding = nn.Embedding(CLASSES, 8, sparse=True)
     assert check_step(lambda b: tagged(net, b, embedding(b["ids"].padded)), batch).ok
     wrong = check_step(lambda b: net.head(embedding(b["ids"].padded)).square().sum(), batch)
@@ -331,10 +299,8 @@ def test_values_are_such_as_the_loss_allows(net: Net) -> None:
     assert check_step(chance, batch).ok
 
 
-def test_what_a_step_raises_on_another_last_step_is_noted(
-    net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]
-) -> None:
-    def strict(b: dict[str, LengthTrackedBatch | torch.Tensor]) -> torch.Tensor | None:
+def test_what_a_step_raises_on_another_last_step_is_noted(net: Net, batch: dict[str, Any]) -> None:
+    def strict(b: dict[str, Any]) -> torch.Tensor | None:
         if bool(
             (b["ids"].padded[b["ids"].mask] != batch["ids"].padded[batch["ids"].mask][: b["ids"].num_tokens]).any()
         ):
@@ -345,9 +311,7 @@ def test_what_a_step_raises_on_another_last_step_is_noted(
     assert "dead step of ids: with other values the step raises all texts must end" in str(report)
 
 
-def test_a_table_of_positions_as_long_as_the_batch_is_no_mistake(
-    net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]
-) -> None:
+def test_a_table_of_positions_as_long_as_the_batch_is_no_mistake(net: Net, batch: dict[str, Any]) -> None:
     table = nn.Parameter(torch.randn(7, 8))
     report = check_step(lambda b: tagged(net, b, net.widen(b["x"].padded) + table[: b["x"].padded.shape[1]]), batch)
     assert report.ok, report
@@ -357,7 +321,7 @@ def test_a_table_of_positions_as_long_as_the_batch_is_no_mistake(
     assert "width" in probes(ends)
 
 
-def test_a_field_of_one_number_is_not_accused(net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]) -> None:
+def test_a_field_of_one_number_is_not_accused(net: Net, batch: dict[str, Any]) -> None:
     kinds = LengthTrackedBatch.from_sequences([torch.zeros(n, dtype=torch.int64) for n in (7, 5, 3, 2)])
     embedding = nn.Embedding(1, 8)
     report = check_step(
@@ -367,9 +331,7 @@ def test_a_field_of_one_number_is_not_accused(net: Net, batch: dict[str, LengthT
     assert "kinds holds the same number everywhere" in str(report)
 
 
-def test_the_name_of_the_probe_in_release_0_1_is_equal_with_a_warning(
-    net: Net, batch: dict[str, LengthTrackedBatch | torch.Tensor]
-) -> None:
+def test_the_name_of_the_probe_in_release_0_1_is_equal_with_a_warning(net: Net, batch: dict[str, Any]) -> None:
     [finding] = [
         each
         for each in check_step(lambda b: MISTAKES["batch norm over padding"][0](net, b), batch).findings

@@ -1,5 +1,7 @@
 """check_step names mistakes: those in steps of ours, in well-known architectures, tutorials and transformers."""
 
+from typing import Any
+
 import known_idioms
 import known_models
 import pipelines
@@ -68,7 +70,7 @@ def test_rows_sorted_twice_are_found_for_every_seed(rows: int, classes: int) -> 
     samples.extend({"x": torch.randn(2 + place, 6), "label": place % classes} for place in range(rows))
     batch = PadCollator()(samples)
 
-    def twice(b: dict[str, LengthTrackedBatch | torch.Tensor]) -> torch.Tensor:
+    def twice(b: dict[str, Any]) -> torch.Tensor:
         order = b["x"].lengths.argsort(descending=True, stable=True)
         state = apply_rnn(net.gru, LengthTrackedBatch(b["x"].padded[order], b["x"].lengths[order]))[1][-1]
         return F.cross_entropy(state[order], b["label"])
