@@ -18,9 +18,9 @@ from samplers import LengthBucketBatchSampler, ShardDataset, ShardWriter
 
 def write(folder: Path, layout: str, lengths: Any) -> None:
     with ShardWriter(folder, layout=layout, max_samples=7, block_size=4) as writer:
-        for place, length in enumerate(lengths):
-            values = np.full(length, place, np.int32)
-            writer.write({"__key__": f"k{place}", "x": values, "steps": np.int64(length)})
+        for index, length in enumerate(lengths):
+            values = np.full(length, index, np.int32)
+            writer.write({"__key__": f"k{index}", "x": values, "steps": np.int64(length)})
 
 
 @settings(max_examples=25)
@@ -41,13 +41,13 @@ def test_a_length_is_the_same_number_everywhere(lengths: Any, layout: str, max_l
         for batch in DataLoader(data, batch_sampler=sampler, collate_fn=collate):
             field = batch["x"]
             field.verify()
-            places = [int(key[1:]) for key in batch["__key__"]]
-            assert field.lengths.tolist() == [min(lengths[p], max_length or 99) for p in places]
+            indices = [int(key[1:]) for key in batch["__key__"]]
+            assert field.lengths.tolist() == [min(lengths[p], max_length or 99) for p in indices]
             assert field.padded.shape[0] * field.lengths.max() <= max_tokens
-            assert all((row == p).all() for row, p in zip(field.sequences(), places, strict=True))
+            assert all((row == p).all() for row, p in zip(field.sequences(), indices, strict=True))
             if field.num_tokens:
                 assert len(field.pack().data) == field.num_tokens
-            seen += places
+            seen += indices
         assert sorted(seen) == list(range(len(lengths)))
 
 
@@ -62,7 +62,7 @@ def test_the_same_through_workers(tmp_path: Path, kind: type[Any], workers: int)
     seen = {}
     for batch in loader:
         seen |= dict(zip(batch["__key__"], batch["x"].lengths.tolist(), strict=True))
-    assert seen == {f"k{place}": length for place, length in enumerate(lengths)}
+    assert seen == {f"k{index}": length for index, length in enumerate(lengths)}
 
 
 def test_a_declared_length_that_is_not_the_real_one_is_named_on_its_way(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_what_is_made_agrees_and_unsorts_to_what_went_in(
     assert source.permutation.tolist() == list(range(len(rows)))
     assert all(torch.equal(a, b) for a, b in zip(source.sequences(), rows, strict=True))
     assert all(
-        torch.equal(row, rows[place]) for row, place in zip(batch.sequences(), batch.permutation.tolist(), strict=True)
+        torch.equal(row, rows[index]) for row, index in zip(batch.sequences(), batch.permutation.tolist(), strict=True)
     )
 
 
@@ -84,7 +84,7 @@ def test_the_padded_block_is_the_one_pad_sequence_makes(rows: list[torch.Tensor]
 def test_longest_first_is_stable(rows: list[torch.Tensor]) -> None:
     batch = LengthTrackedBatch.from_sequences(rows)
     counts = [len(row) for row in rows]
-    assert batch.permutation.tolist() == sorted(range(len(rows)), key=lambda place: -counts[place])
+    assert batch.permutation.tolist() == sorted(range(len(rows)), key=lambda index: -counts[index])
 
 
 @pytest.mark.parametrize("features", [(), (3,)])
@@ -725,7 +725,7 @@ OTHER_WRITES = {
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("use", USES)
 @torch.no_grad()
-def test_mask_and_places_that_were_written_to_are_noticed_too(use: str) -> None:
+def test_mask_and_permutation_that_were_written_to_are_noticed_too(use: str) -> None:
     """Red before for all but `verify`: means used the mask, losses the lengths, and `unsort` other places."""
     for make, (write, message) in itertools.product(BATCHES.values(), OTHER_WRITES.values()):
         batch = make()
@@ -735,7 +735,7 @@ def test_mask_and_places_that_were_written_to_are_noticed_too(use: str) -> None:
             USES[use](batch)
 
 
-def test_places_written_to_are_not_taken_over_with_new_lengths() -> None:
+def test_permutation_written_to_are_not_taken_over_with_new_lengths() -> None:
     """Red before: only what unsorted in the end showed it."""
     batch = BATCHES["made"]()
     batch.permutation.copy_(torch.tensor([1, 0, 2]))
@@ -781,7 +781,7 @@ def test_a_large_mask_is_looked_at_where_torch_has_written_to_it() -> None:
         (lambda part: torch.zeros_like(part) if part.tolist() == [2, 0, 1] else part, "distinct indices"),
     ],
 )
-def test_masks_and_places_that_a_pytree_made_unfit_are_refused(change: Callable[..., Any], message: str) -> None:
+def test_masks_and_permutation_that_a_pytree_made_unfit_are_refused(change: Callable[..., Any], message: str) -> None:
     """Red before: law 1 says that `pack` checks what a pytree was put together from."""
     batch = LengthTrackedBatch.from_sequences([[1, 2], [3], [4, 5, 6]])
     assert batch.permutation.tolist() == [2, 0, 1]
@@ -792,12 +792,12 @@ def test_masks_and_places_that_a_pytree_made_unfit_are_refused(change: Callable[
 @pytest.mark.parametrize("given_as", ["tensor", "array"])
 def test_lengths_and_indices_of_the_caller_do_not_change_the_batch(given_as: str) -> None:
     """Red before: the caller's tensors were kept."""
-    lengths, places = torch.tensor([6, 4, 2]), torch.tensor([2, 0, 1])
-    kept = (lengths, places) if given_as == "tensor" else (lengths.numpy(), places.numpy())
+    lengths, indices = torch.tensor([6, 4, 2]), torch.tensor([2, 0, 1])
+    kept = (lengths, indices) if given_as == "tensor" else (lengths.numpy(), indices.numpy())
     made = LengthTrackedBatch(torch.randn(3, 6), *kept[:1], permutation=kept[1])
     shorter = made.with_padded(torch.randn(3, 6, 1), lengths=kept[0])
     lengths.sub_(1)
-    places.zero_()
+    indices.zero_()
     for batch in (made, shorter):
         agrees(batch)
         assert batch.lengths.tolist() == [6, 4, 2]

@@ -27,14 +27,14 @@ def test_every_field_comes_in_the_row_order_of_one(rows: list[torch.Tensor], see
     rng = np.random.default_rng(seed)
     others = [torch.arange(int(rng.integers(0, 9))) for _ in rows]
     samples = [
-        {"x": x, "inner": {"y": y, "id": place}, "name": f"n{place}"}
-        for place, (x, y) in enumerate(zip(rows, others, strict=True))
+        {"x": x, "inner": {"y": y, "id": index}, "name": f"n{index}"}
+        for index, (x, y) in enumerate(zip(rows, others, strict=True))
     ]
     batch = PadCollator(sort_by="inner.y" if by_other else None)(samples)
     order = batch["inner"]["id"].tolist()
     counts = [len(value) for value in (others if by_other else rows)]
-    assert order == sorted(range(len(rows)), key=lambda place: -counts[place])
-    assert batch["name"] == [f"n{place}" for place in order]
+    assert order == sorted(range(len(rows)), key=lambda index: -counts[index])
+    assert batch["name"] == [f"n{index}" for index in order]
     for field, values in ((batch["x"], rows), (batch["inner"]["y"], others)):
         assert field.permutation.tolist() == order
         assert all(torch.equal(a, b) for a, b in zip(field.unsort().sequences(), values, strict=True))
@@ -164,10 +164,10 @@ class Ragged(Dataset):
     def __len__(self) -> int:
         return 20
 
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        if self.fail and place == 5:
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if self.fail and index == 5:
             raise LengthError("sample 5 is not what it says")
-        return {"x": torch.full((place % 10,), place), "n": place, "extra": self.extra}
+        return {"x": torch.full((index % 10,), index), "n": index, "extra": self.extra}
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -135,7 +135,7 @@ def test_what_was_dropped_set_apart_or_cut_off_is_logged(caplog: pytest.LogCaptu
 
 def sample_stream(count: int = 120) -> list[dict[str, Any]]:
     rng = random.Random(0)
-    return [{"__key__": str(place), "x": [place] * rng.randint(1, 30)} for place in range(count)]
+    return [{"__key__": str(index), "x": [index] * rng.randint(1, 30)} for index in range(count)]
 
 
 @pytest.fixture(scope="module")

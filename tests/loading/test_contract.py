@@ -14,7 +14,7 @@ LENGTHS = np.random.default_rng(0).integers(1, 30, 60).tolist()
 
 
 def source() -> nodes.BaseNode[Any]:
-    samples = [{"x": torch.full((length,), place), "y": np.arange(length)} for place, length in enumerate(LENGTHS)]
+    samples = [{"x": torch.full((length,), index), "y": np.arange(length)} for index, length in enumerate(LENGTHS)]
     return nodes.IterableWrapper(samples)
 
 

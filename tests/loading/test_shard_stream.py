@@ -22,8 +22,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     rng = np.random.default_rng(0)
     with ShardWriter(folder, max_samples=40, block_size=16) as writer:
-        for place in range(COUNT):
-            writer.write({"__key__": f"{place:03}", "x": np.full(rng.integers(1, 40), place, np.int32)})
+        for index in range(COUNT):
+            writer.write({"__key__": f"{index:03}", "x": np.full(rng.integers(1, 40), index, np.int32)})
     return folder
 
 
@@ -44,7 +44,7 @@ def ids(batches: Any) -> Any:
     return sorted(key for batch in batches for key in batch)
 
 
-ALL = [f"{place:03}" for place in range(COUNT)]
+ALL = [f"{index:03}" for index in range(COUNT)]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -159,7 +159,7 @@ def test_the_shapes_are_known_before_the_first_batch(corpus: Path) -> None:
 
 def test_left_out_samples_are_those_that_an_option_names(corpus: Path) -> None:
     chosen = np.arange(0, COUNT, 3)
-    assert ids(stream(corpus, indices=chosen)) == [ALL[place] for place in chosen]
+    assert ids(stream(corpus, indices=chosen)) == [ALL[index] for index in chosen]
     with pytest.raises(LengthError, match="max_tokens|budget"):
         stream(corpus, max_tokens=20)
     lengths = stream(corpus).data.index.lengths.reshape(-1)

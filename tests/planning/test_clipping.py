@@ -73,7 +73,7 @@ def test_a_collator_made_for_the_sampler_keeps_it_quiet_and_in_budget(
     collate = PadCollator.for_sampler(sampler)
     assert (sampler.max_length, sampler.widths) == (collate.max_length, collate.widths) == (100, 8)
     for batch in way(sampler):
-        padded = collate([[1] * LENGTHS[place] for place in batch]).padded
+        padded = collate([[1] * LENGTHS[index] for index in batch]).padded
         assert padded.numel() <= 208
     assert warnings_of(caplog) == []
 
@@ -115,9 +115,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Samples of two fields; the longest have 39 steps and 20."""
     folder = tmp_path_factory.mktemp("shards")
     with ShardWriter(folder, max_samples=40) as writer:
-        for place in range(120):
-            fields = {"x": np.zeros(1 + place % 39, np.int32), "y": np.zeros(1 + place % 20, np.int32)}
-            writer.write({"__key__": f"{place:03}", **fields})
+        for index in range(120):
+            fields = {"x": np.zeros(1 + index % 39, np.int32), "y": np.zeros(1 + index % 20, np.int32)}
+            writer.write({"__key__": f"{index:03}", **fields})
     assert LengthIndex.open(folder / "shard.ltx").lengths.max(0).tolist() == [39, 20]
     return folder
 

@@ -309,7 +309,7 @@ def global_states() -> tuple[Any, ...]:
 
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=200))
 def test_the_radix_sort_is_the_stable_sort(values: list[int]) -> None:
-    expected = sorted(range(len(values)), key=lambda place: -values[place])
+    expected = sorted(range(len(values)), key=lambda index: -values[index])
     assert argsort_longest_first(np.array(values)).tolist() == expected
 
 

@@ -31,12 +31,12 @@ from samplers import LengthBucketBatchSampler, ShardDataset, ShardStream
 from samplers.shards.skipping import IN_A_ROW
 
 COUNT, PER_SHARD = 300, 40
-KEYS = [f"{place:03}" for place in range(COUNT)]
+KEYS = [f"{index:03}" for index in range(COUNT)]
 SKIP = wds.ignore_and_continue
 
 
-def sample(place: int) -> dict[str, npt.NDArray[Any] | str]:
-    return {"__key__": KEYS[place], "x": np.full(1 + place * 7 % 39, place, np.int32)}
+def sample(index: int) -> dict[str, npt.NDArray[Any] | str]:
+    return {"__key__": KEYS[index], "x": np.full(1 + index * 7 % 39, index, np.int32)}
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -54,10 +54,10 @@ def shard_of(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:06}.tar"
 
 
-def flip(folder: Path, *places: Any) -> None:
+def flip(folder: Path, *indices: Any) -> None:
     """Another bit in the payload of samples."""
     index = ShardDataset(folder).index
-    for place in places:
+    for place in indices:
         number = int(np.searchsorted(index.starts, place, side="right")) - 1
         with shard_of(folder, number).open("r+b") as file:
             # Behind the array's own header, in the plain layout.
@@ -105,8 +105,8 @@ def spoil(folder: Path, damage: str) -> tuple[set[Any], dict[str, dict[str, int]
     """
     act, lost, reason = DAMAGES[damage]
     act(folder)
-    counts = Counter(str(shard_of(folder, place // PER_SHARD)) for place in lost)
-    return {KEYS[place] for place in lost}, {shard: {reason: count} for shard, count in sorted(counts.items())}
+    counts = Counter(str(shard_of(folder, index // PER_SHARD)) for index in lost)
+    return {KEYS[index] for index in lost}, {shard: {reason: count} for shard, count in sorted(counts.items())}
 
 
 def keys(samples: list[dict[str, npt.NDArray[Any] | str]]) -> list[str]:
@@ -146,10 +146,10 @@ def test_a_loader_goes_on_without_corrupt_samples_and_counts_them(
 def test_a_single_sample_is_never_skipped_nor_is_one_without_a_handler(corpus: Path, damage: str) -> None:
     lost, _ = spoil(corpus, damage)
     data = ShardDataset(corpus, handler=SKIP)
-    place = KEYS.index(min(lost))
-    for read in (data.__getitem__, lambda place: ShardDataset(corpus).__getitems__([150, place])):
+    index = KEYS.index(min(lost))
+    for read in (data.__getitem__, lambda index: ShardDataset(corpus).__getitems__([150, index])):
         with pytest.raises((ValueError, FileNotFoundError), match="shard-00000"):
-            read(place)
+            read(index)
     assert data.skipped == {}
     assert ShardDataset(corpus).skipped == {}
 
@@ -163,7 +163,7 @@ def test_an_index_of_another_version_is_refused_whatever_the_handler(corpus: Pat
 
 @given(st.lists(st.integers(-COUNT, COUNT - 1), max_size=40), st.sets(st.integers(0, COUNT - 1), max_size=30))
 def test_what_is_left_of_a_batch_is_what_was_asked_for_without_the_lost(
-    intact: Path, places: list[int], lost: set[Any]
+    intact: Path, indices: list[int], lost: set[Any]
 ) -> None:
     class Lossy(ShardDataset):
         def _read(self, rows: npt.NDArray[Any]) -> list[dict[str, npt.NDArray[Any] | str]] | None:
@@ -172,13 +172,13 @@ def test_what_is_left_of_a_batch_is_what_was_asked_for_without_the_lost(
             return super()._read(rows)
 
     data = Lossy(intact, handler=SKIP, max_failed=1)
-    expected = [KEYS[place] for place in places if place % COUNT not in lost]
-    if places and not expected:
-        with pytest.raises(RuntimeError, match=f"none of a batch's {len(places)} samples could be read"):
-            data.__getitems__(places)
+    expected = [KEYS[index] for index in indices if index % COUNT not in lost]
+    if indices and not expected:
+        with pytest.raises(RuntimeError, match=f"none of a batch's {len(indices)} samples could be read"):
+            data.__getitems__(indices)
         return
-    assert keys(data.__getitems__(places)) == expected
-    assert sum(count for shard in data.skipped.values() for count in shard.values()) == len(places) - len(expected)
+    assert keys(data.__getitems__(indices)) == expected
+    assert sum(count for shard in data.skipped.values() for count in shard.values()) == len(indices) - len(expected)
 
 
 def test_only_a_read_that_fails_is_repeated_in_parts(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +211,7 @@ def test_a_batch_of_which_nothing_is_left_is_an_error_that_lists_it(corpus: Path
     assert data.__getitems__([]) == []
     with pytest.raises(RuntimeError, match="none of a batch's 3 samples could be read") as caught:
         data.__getitems__([10, 12, 11])
-    assert all(f"sample {KEYS[place]!r} of {shard_of(corpus, 0)}" in str(caught.value) for place in (10, 11, 12))
+    assert all(f"sample {KEYS[index]!r} of {shard_of(corpus, 0)}" in str(caught.value) for index in (10, 11, 12))
     assert isinstance(caught.value.__cause__, ValueError)
 
 
@@ -225,8 +225,8 @@ def test_a_hundred_failures_in_a_row_end_the_run_with_a_list(corpus: Path) -> No
     assert str(caught.value).count("\nsample '") == IN_A_ROW
     # A sample between them breaks the row, in another batch too.
     data = ShardDataset(corpus, handler=SKIP, max_failed=1)
-    for places in ([*range(80, 179), 0], [*range(80, 179), 1]):
-        assert len(data.__getitems__(places)) == 1
+    for indices in ([*range(80, 179), 0], [*range(80, 179), 1]):
+        assert len(data.__getitems__(indices)) == 1
     data.__getitems__([0, *range(80, 140)])
     with pytest.raises(RuntimeError, match="in a row"):
         data.__getitems__([*range(80, 120), 1])
@@ -307,7 +307,7 @@ def decoding(error: Any) -> Callable[..., Any]:
 @pytest.fixture
 def sounds(tmp_path: Path) -> Path:
     folder = write(tmp_path / "sounds", map(sample, range(40)), layout="plain")
-    bad = [place for place in range(40) if len(sample(place)["x"]) == 5]
+    bad = [index for index in range(40) if len(sample(index)["x"]) == 5]
     assert len(bad) == 1
     return folder
 
@@ -369,7 +369,7 @@ def test_handlers_of_webdataset_and_functions_decide(corpus: Path) -> None:
 
     seen = []
     assert read(lambda error: seen.append(str(error)) or "008" not in str(error)) == 8
-    assert [f"sample '{KEYS[place]}'" in text for place, text in zip((3, 7), seen, strict=True)] == [True, True]
+    assert [f"sample '{KEYS[index]}'" in text for index, text in zip((3, 7), seen, strict=True)] == [True, True]
     with pytest.warns(UserWarning, match="checksum"):
         assert read(wds.warn_and_continue) == 8
     for handler in (wds.reraise_exception, wds.ignore_and_stop, lambda _: None, lambda error: error):

@@ -63,15 +63,15 @@ def refused(error: type[Exception], *texts: Any) -> Iterator[None]:
     """The block raises an error whose message has all these texts, in this order."""
     with pytest.raises(error) as caught:
         yield
-    message, places = str(caught.value), [str(caught.value).find(str(text)) for text in texts]
-    assert -1 not in places, (message, texts)
-    assert places == sorted(places), message
+    message, offsets = str(caught.value), [str(caught.value).find(str(text)) for text in texts]
+    assert -1 not in offsets, (message, texts)
+    assert offsets == sorted(offsets), message
 
 
 def read_all(folder: Path) -> None:
     dataset = ShardDataset(folder)
-    for place, expected in enumerate(SAMPLES):
-        assert_same(dataset[place], expected)
+    for index, expected in enumerate(SAMPLES):
+        assert_same(dataset[index], expected)
 
 
 def members(path: Path) -> Iterator[Any]:
@@ -83,7 +83,7 @@ def members(path: Path) -> Iterator[Any]:
     yield offset, "", 0
 
 
-def place_of(path: Path, kind: str) -> int:
+def offset_of(path: Path, kind: str) -> int:
     """The offset of a byte of each kind in a shard, in its last group's tokens."""
     found = list(members(path))
     offset, _, size = [each for each in found if each[1].endswith("tokens.npy")][-1]
@@ -108,15 +108,15 @@ def place_of(path: Path, kind: str) -> int:
 @pytest.mark.parametrize("kind", ["tar header", "npy header", "payload", "padding", "between members", "end mark"])
 def test_a_shard_cut_anywhere_is_noticed_with_its_index_and_without(corpus: Path, kind: str) -> None:
     path = corpus / SHARD
-    size, place = path.stat().st_size, place_of(path, kind)
-    os.truncate(path, place)
-    with refused(ValueError, path, f"{place} bytes, the index says {size}: changed since it was indexed; build"):
+    size, end = path.stat().st_size, offset_of(path, kind)
+    os.truncate(path, end)
+    with refused(ValueError, path, f"{end} bytes, the index says {size}: changed since it was indexed; build"):
         ShardDataset(corpus)[0]
     with refused(ValueError, path, "at offset", "truncated"):
         LengthIndex.build(path)
-    with refused(ValueError, path, f"{place} bytes, the index says {size}"):
+    with refused(ValueError, path, f"{end} bytes, the index says {size}"):
         LengthIndex.open(corpus / "shard.ltx").verify()
-    with refused(ValueError, path, f"{place} bytes, the index says {size}"):
+    with refused(ValueError, path, f"{end} bytes, the index says {size}"):
         list(ShardStream(corpus, collate_fn=list, max_tokens=99))
 
 
@@ -147,7 +147,7 @@ FLIPS = {
 def test_a_flipped_bit_is_noticed_where_it_matters(tmp_path: Path, kind: str, layout: str, door: int) -> None:
     path = write(tmp_path, SAMPLES, layout=layout, block_size=2) / SHARD
     content = bytearray(path.read_bytes())
-    content[place_of(path, kind)] ^= 4
+    content[offset_of(path, kind)] ^= 4
     path.write_bytes(content)
     doors = [
         lambda: read_all(tmp_path),
@@ -163,7 +163,7 @@ def test_a_hole_in_a_shard_does_not_end_it(corpus: Path) -> None:
     path = corpus / SHARD
     content = path.read_bytes()
     # A block of the file system that reads as zeros: a whole header is gone.
-    offset = place_of(path, "between members")
+    offset = offset_of(path, "between members")
     path.write_bytes(content[:offset] + bytes(BLOCK) + content[offset + BLOCK :])
     with refused(ValueError, path, f"at offset {offset}", "something follows the end mark: a hole in the file"):
         LengthIndex.build(path)
@@ -276,13 +276,13 @@ def test_a_forged_index_of_sound_checksums_is_refused(tmp_path: Path, forge: Cal
 def test_a_forged_number_in_an_index_is_refused_and_nothing_allocated(
     tmp_path: Path, layout: str, number: tuple[str, int, int], message: str
 ) -> None:
-    array, place, value = number
+    array, index, value = number
     path = write(tmp_path, SAMPLES, layout=layout, block_size=2) / "shard.ltx"
     content = path.read_bytes()
     header = index_header(content)
     arrays = bytearray(index_arrays(content))
     width = int(header["arrays"][array]["dtype"][2:])
-    offset = header["arrays"][array]["offset"] + place * width
+    offset = header["arrays"][array]["offset"] + index * width
     arrays[offset : offset + width] = (value % 256**width).to_bytes(width, "little")
     path.write_bytes(rewritten(content, header, bytes(arrays)))
     with bounded(tmp_path), refused(ValueError, tmp_path, message):
@@ -597,14 +597,14 @@ def largest_file(size: int) -> Iterator[None]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [0, 3000, 200_000])
 def test_a_full_disk_is_named_and_leaves_only_whole_shards(tmp_path: Path, layout: str, size: int) -> None:
-    samples = [{"__key__": f"k{place}", "x": np.full(500, place)} for place in range(100)]
+    samples = [{"__key__": f"k{index}", "x": np.full(500, index)} for index in range(100)]
     with largest_file(size), refused(OSError, tmp_path / "shard-0000", ".tar.tmp"):
         write(tmp_path, samples, layout=layout, block_size=3)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_disk_that_fills_up_keeps_the_finished_shards(tmp_path: Path) -> None:
-    small = [{"__key__": f"k{place}", "x": np.full(50, place)} for place in range(40)]
+    small = [{"__key__": f"k{index}", "x": np.full(50, index)} for index in range(40)]
     large = [{"__key__": "large", "x": np.zeros(10**6)}]
     with largest_file(100_000), refused(OSError, tmp_path / "shard-000002.tar.tmp"):
         write(tmp_path, [sample | {"x": sample["x"] * 1.0} for sample in small] + large, max_samples=20)
@@ -739,7 +739,7 @@ def test_after_a_killed_worker_the_rest_of_the_epoch_comes_once(
     source, loader = make(tmp_path)
     source.seek(position)
     rest = [keys for keys, _ in loader]
-    assert sorted(itertools.chain(*taken, *rest)) == sorted(f"k{place}" for place in range(300))
+    assert sorted(itertools.chain(*taken, *rest)) == sorted(f"k{index}" for index in range(300))
 
 
 @pytest.mark.parametrize("make", [by_place, in_turn])
@@ -747,7 +747,7 @@ def test_an_error_in_a_worker_reaches_the_user_with_the_shards_name(tmp_path: Pa
     write(tmp_path, tokens(LENGTHS), max_samples=50, block_size=20)
     path = tmp_path / "shard-000003.tar"
     content = bytearray(path.read_bytes())
-    content[place_of(path, "payload")] ^= 1
+    content[offset_of(path, "payload")] ^= 1
     path.write_bytes(content)
     with refused(ValueError, path, "do not have the checksum in the index"):
         for _ in make(tmp_path)[1]:

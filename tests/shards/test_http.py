@@ -28,8 +28,8 @@ def samples(seed: int = 0) -> list[dict[str, object]]:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(0, 30_000, COUNT) * (rng.random(COUNT) > 0.1)
     return [
-        {"__key__": f"k{place}", "tokens": rng.integers(0, 1000, length), "label": place}
-        for place, length in enumerate(lengths.tolist())
+        {"__key__": f"k{index}", "tokens": rng.integers(0, 1000, length), "label": index}
+        for index, length in enumerate(lengths.tolist())
     ]
 
 
@@ -286,10 +286,10 @@ def number(text: str) -> int:
 
 def test_a_corrupt_sample_is_found_without_fetching_its_shard_again(tmp_path: Path) -> None:
     folder = write(tmp_path, samples(), max_samples=20, block_size=10)
-    place = int(LengthIndex.open(folder / "shard.ltx").lengths[:40].argmax())
-    shard = folder / f"shard-{place // 20:06}.tar"
+    index = int(LengthIndex.open(folder / "shard.ltx").lengths[:40].argmax())
+    shard = folder / f"shard-{index // 20:06}.tar"
     content = bytearray(shard.read_bytes())
-    content[LengthIndex.open(folder / "shard.ltx")._tables.offsets[place, 0]] ^= 1
+    content[LengthIndex.open(folder / "shard.ltx")._tables.offsets[index, 0]] ^= 1
     shard.write_bytes(content)
     with serving(folder) as server:
         (folder / "shard-000002.tar").unlink()
@@ -299,7 +299,7 @@ def test_a_corrupt_sample_is_found_without_fetching_its_shard_again(tmp_path: Pa
         keys = {sample["__key__"] for batch in stream for sample in batch}
         log = server.log()
         # Red before: the run ended. Halves down to a sample would have fetched the shard a dozen times.
-        assert keys == {f"k{other}" for other in range(40) if other != place}
+        assert keys == {f"k{other}" for other in range(40) if other != index}
         assert log["GET 200"] == 2
         # Once for all of its samples, and once before with those of the others.
         assert log["GET 404"] == 2

@@ -87,9 +87,9 @@ def test_a_changed_length_in_a_block_is_caught_by_name_and_numbers(tmp_path: Pat
     # The sum stays, so that the block alone looks sound.
     patched(tmp_path / "shard-000000.tar", struct.pack("<3i", 5, 3, 1), struct.pack("<3i", 5, 1, 3))
     message = r"shard-000000.tar: sample 'k1', field 'tokens': the index says 3 steps, the shard 1"
-    for place in range(3):
+    for index in range(3):
         with pytest.raises(LengthError, match=message):
-            ShardDataset(tmp_path, checksums=False)[place]
+            ShardDataset(tmp_path, checksums=False)[index]
     with pytest.raises(LengthError, match=message):
         LengthIndex.open(tmp_path / "shard.ltx").verify()
     assert LengthIndex.build(tmp_path).lengths.tolist() == [5, 1, 3]
@@ -140,9 +140,9 @@ def test_a_changed_dtype_or_shape_of_a_block_is_caught(tmp_path: Path) -> None:
 def test_a_place_that_is_moved_is_caught_before_anything_is_read_from_it(tmp_path: Path) -> None:
     write(tmp_path, tokens([5, 3, 1]))
     index = LengthIndex.open(tmp_path / "shard.ltx")
-    places = index._tables.offsets.copy()
-    places[1, 0] += 8
-    write_index(tmp_path / "wrong.ltx", [replace(index._tables, offsets=places)])
+    offsets = index._tables.offsets.copy()
+    offsets[1, 0] += 8
+    write_index(tmp_path / "wrong.ltx", [replace(index._tables, offsets=offsets)])
     with pytest.raises(ValueError, match="block of sample 'k0', field 'tokens'.* at another"):
         ShardDataset(tmp_path / "wrong.ltx", checksums=False)[0]
 

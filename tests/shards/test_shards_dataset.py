@@ -36,9 +36,9 @@ def test_places_come_in_the_order_asked_for_with_the_fields_asked_for(
     names = [name for name in samples[0] if name != "__key__" and rng.random() < 0.5]
     dataset = ShardDataset(folder, fields=names)
     # Repeats and places from the end are among them.
-    places = rng.integers(-len(samples), len(samples), size).tolist()
-    for place, read in zip(places, dataset.__getitems__(places), strict=True):
-        assert_same(read, {name: samples[place][name] for name in ["__key__", *names]})
+    indices = rng.integers(-len(samples), len(samples), size).tolist()
+    for index, read in zip(indices, dataset.__getitems__(indices), strict=True):
+        assert_same(read, {name: samples[index][name] for name in ["__key__", *names]})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -72,11 +72,11 @@ def test_files_are_read_in_their_order_whatever_was_asked(tmp_path: Path, monkey
 def test_neighbours_that_are_read_together_are_told_apart(tmp_path: Path, step: int) -> None:
     lengths = np.random.default_rng(0).integers(0, 20, 3000).tolist()
     dataset = ShardDataset(write(tmp_path, tokens(lengths), block_size=step * 10 + 2000))
-    places = [*range(0, 3000, step), 5, 5, 4]
-    for place, sample in zip(places, dataset.__getitems__(places), strict=True):
-        assert sample["__key__"] == f"k{place}"
-        assert sample["tokens"].tolist() == list(range(1000 * place, 1000 * place + lengths[place]))
-        assert sample["label"] == place
+    indices = [*range(0, 3000, step), 5, 5, 4]
+    for index, sample in zip(indices, dataset.__getitems__(indices), strict=True):
+        assert sample["__key__"] == f"k{index}"
+        assert sample["tokens"].tolist() == list(range(1000 * index, 1000 * index + lengths[index]))
+        assert sample["label"] == index
 
 
 def test_fields_that_are_not_asked_for_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,8 +111,8 @@ def test_workers_read_what_the_main_process_reads(tmp_path: Path, layout: str, s
         collate_fn=identity,
     )
     read = [sample for batch in loader for sample in batch]
-    for place, sample in zip(order, read, strict=True):
-        assert_same(sample, expected[place])
+    for index, sample in zip(order, read, strict=True):
+        assert_same(sample, expected[index])
 
 
 def test_a_pickled_dataset_is_small_and_opens_its_own_files(tmp_path: Path) -> None:
@@ -146,8 +146,8 @@ def test_no_more_shards_are_open_than_allowed(tmp_path: Path, monkeypatch: pytes
     write(tmp_path, tokens([2] * 20), max_samples=1)
     before = open_files()
     dataset = ShardDataset(tmp_path)
-    for place in range(20):
-        assert dataset[place]["tokens"].tolist() == [1000 * place, 1000 * place + 1]
+    for index in range(20):
+        assert dataset[index]["tokens"].tolist() == [1000 * index, 1000 * index + 1]
     dataset.__getitems__(range(20))
     assert open_files() <= before + 3
     del dataset
@@ -161,9 +161,9 @@ def test_threads_share_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     wrong = []
 
     def read(seed: int) -> None:
-        places = np.random.default_rng(seed).integers(0, 40, 200).tolist()
-        right = [dataset[place]["tokens"].tolist() == list(range(1000 * place, 1001 * place + 1)) for place in places]
-        wrong.extend(place for place, ok in zip(places, right, strict=True) if not ok)
+        indices = np.random.default_rng(seed).integers(0, 40, 200).tolist()
+        right = [dataset[index]["tokens"].tolist() == list(range(1000 * index, 1001 * index + 1)) for index in indices]
+        wrong.extend(index for index, ok in zip(indices, right, strict=True) if not ok)
 
     threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
     for thread in threads:
@@ -196,8 +196,8 @@ def test_shards_can_be_behind_a_url(tmp_path: Path, layout: str) -> None:
         memory.pipe(f"/{layout}/{path.name}", path.read_bytes())
     for shards in (f"memory://{layout}/shard-*.tar", f"memory://{layout}/shard.ltx"):
         dataset = ShardDataset(shards)
-        for place, read in zip([3, 1, 0, 2], dataset.__getitems__([3, 1, 0, 2]), strict=True):
-            assert_same(read, samples[place])
+        for index, read in zip([3, 1, 0, 2], dataset.__getitems__([3, 1, 0, 2]), strict=True):
+            assert_same(read, samples[index])
     built = LengthIndex.build(f"memory://{layout}/shard-{{000000..000001}}.tar", checksums=True)
     assert built.fingerprint == LengthIndex.open(tmp_path / "shard.ltx").fingerprint
     built.verify(checksums=True)
@@ -308,15 +308,15 @@ def test_every_flipped_byte_of_a_sample_is_noticed_when_it_is_read(tmp_path: Pat
     tables = LengthIndex.open(tmp_path / "shard.ltx")._tables
     size = 24 if tables.sizes is None else int(tables.sizes[1, 0])
     start = int(tables.offsets[1, 0])
-    for place in range(start, start + size, 3):
-        content[place] ^= 4
+    for index in range(start, start + size, 3):
+        content[index] ^= 4
         path.write_bytes(content)
         with pytest.raises(
             ValueError, match=rf"shard-000000.tar: sample 'k1', field 'tokens', at offset {start}: the bytes"
         ):
             ShardDataset(tmp_path)[1]
         assert len(ShardDataset(tmp_path)[0]["tokens"]) == 5
-        content[place] ^= 4
+        content[index] ^= 4
     content[start + size - 1] ^= 4
     path.write_bytes(content)
     assert ShardDataset(tmp_path, checksums=False)[1]["tokens"].tolist() != [1000, 1001, 1002]

@@ -322,8 +322,8 @@ def test_every_flipped_bit_of_an_index_file_is_noticed(tmp_path_factory: pytest.
     content = bytearray(path.read_bytes())
     size = int.from_bytes(content[12:16], "little")
     gap = range(24 + size, -(-(24 + size) // 64) * 64)
-    place = data.draw(st.integers(0, len(content) - 1).filter(lambda p: p not in gap))
-    content[place] ^= 1 << data.draw(st.integers(0, 7))
+    index = data.draw(st.integers(0, len(content) - 1).filter(lambda p: p not in gap))
+    content[index] ^= 1 << data.draw(st.integers(0, 7))
     path.write_bytes(content)
     with pytest.raises(ValueError, match="shard.ltx"):
         LengthIndex.open(path)
@@ -346,9 +346,9 @@ def test_another_program_can_read_the_file_by_its_description(tmp_path: Path) ->
     assert arrays["keys"].tolist() == [b"k7", b"k8", b"k9"]
     assert arrays["order"].tolist() == [2, 0, 1]
     shard = (tmp_path / "shard-000001.tar").read_bytes()
-    place = arrays["places"].reshape(3, 2)[2, 0]
-    assert np.frombuffer(shard, "<i8", 5, place).tolist() == [9000, 9001, 9002, 9003, 9004]
-    assert crc32(shard[place : place + 40]) == arrays["crcs"].reshape(3, 2)[2, 0]
+    index = arrays["places"].reshape(3, 2)[2, 0]
+    assert np.frombuffer(shard, "<i8", 5, index).tolist() == [9000, 9001, 9002, 9003, 9004]
+    assert crc32(shard[index : index + 40]) == arrays["crcs"].reshape(3, 2)[2, 0]
 
 
 def test_saving_replaces_a_file_whole(tmp_path: Path) -> None:

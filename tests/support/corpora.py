@@ -28,7 +28,7 @@ def corpora(draw: st.DrawFn, max_samples: int = 8) -> tuple[list[dict[str, objec
     names = draw(st.lists(st.sampled_from(FIELDS), min_size=1, max_size=4, unique=True))
     dtypes = [np.dtype(draw(st.sampled_from(sorted(DTYPES)))) for _ in names]
     shapes = [tuple(draw(st.lists(st.integers(0, 3), max_size=3))) for _ in names]
-    fixed = [place > 0 and draw(st.booleans()) for place in range(len(names))]
+    fixed = [index > 0 and draw(st.booleans()) for index in range(len(names))]
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     samples = []
     for key in draw(st.lists(NAMES, min_size=1, max_size=max_samples, unique=True)):
@@ -56,8 +56,8 @@ def assert_same(read: dict[str, object], written: dict[str, object]) -> None:
 def tokens(lengths: list[int], first: int = 0) -> list[dict[str, object]]:
     """Plain samples: int64 tokens of these lengths, and a number."""
     return [
-        {"__key__": f"k{first + place}", "tokens": np.arange(length) + 1000 * (first + place), "label": place}
-        for place, length in enumerate(lengths)
+        {"__key__": f"k{first + index}", "tokens": np.arange(length) + 1000 * (first + index), "label": index}
+        for index, length in enumerate(lengths)
     ]
 
 

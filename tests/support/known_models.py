@@ -24,7 +24,7 @@ PER_STEP = nn.CrossEntropyLoss(reduction="none")
 def sentences() -> dict[str, Any]:
     """Source and target words from 3 on; 0 is padding, 1 begins and 2 ends a target. Scores are probabilities."""
     draw, samples = torch.Generator().manual_seed(3), []
-    for place, (length, other) in enumerate(((7, 4), (5, 6), (4, 3), (2, 5))):
+    for index, (length, other) in enumerate(((7, 4), (5, 6), (4, 3), (2, 5))):
         target = torch.cat([torch.tensor([1]), torch.randint(3, WORDS, (other,), generator=draw), torch.tensor([2])])
         samples.append(
             {
@@ -34,7 +34,7 @@ def sentences() -> dict[str, Any]:
                 "tags": torch.randint(0, CLASSES, (length,), generator=draw),
                 "scores": torch.rand(length, generator=draw),
                 "letters": torch.randint(3, WORDS, ((length + 1) // 2,), generator=draw),
-                "label": place % 3,
+                "label": index % 3,
             }
         )
     return PadCollator({"source": 0, "target": 0, "letters": 0, "frames": 0, "tags": -100, "scores": 0})(samples)

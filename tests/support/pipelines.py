@@ -44,9 +44,9 @@ def batch_on(device: str) -> dict[str, Any]:
             "x": torch.randn(length, 6, generator=rng),
             "ids": torch.randint(0, CLASSES, (length,), generator=rng),
             "y": torch.randint(0, CLASSES, (length,), generator=rng),
-            "label": place % CLASSES,
+            "label": index % CLASSES,
         }
-        for place, length in enumerate((7, 5, 3, 2))
+        for index, length in enumerate((7, 5, 3, 2))
     ]
     samples[0]["y"][:2] = 0
     batch = PadCollator({"x": 0, "ids": 0, "y": -100})(samples)
@@ -92,8 +92,8 @@ def by_torch(net: Any, batch: Any, **options: Any) -> Any:
 def both_by_flipping(net: Any, batch: Any) -> Any:
     # A backward direction by hand: each row's own real steps are reversed, not the padded block.
     lengths = batch["x"].lengths.to(batch["x"].device)
-    places = torch.arange(batch["x"].padded.shape[1], device=batch["x"].device)
-    mirrored = torch.where(batch["x"].mask, lengths[:, None] - 1 - places, places)
+    indices = torch.arange(batch["x"].padded.shape[1], device=batch["x"].device)
+    mirrored = torch.where(batch["x"].mask, lengths[:, None] - 1 - indices, indices)
     backward, _ = net.gru(batch["x"].padded.gather(1, mirrored[..., None].expand_as(batch["x"].padded)))
     return tagged(net, batch, backward.gather(1, mirrored[..., None].expand_as(backward)))
 

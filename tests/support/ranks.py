@@ -79,10 +79,10 @@ def read(folder: Path) -> list[list[Record]]:
 class Sequences(Dataset[dict[str, Any]]):
     """Sample i: its number, `x` float64 `[L, 2]` and `y` int64 `[L]`, both drawn from i."""
 
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        rng = torch.Generator().manual_seed(place)
-        x = torch.randn(LENGTHS[place], 2, generator=rng, dtype=torch.float64)
-        return {"id": place, "x": x, "y": torch.randint(CLASSES, (LENGTHS[place],), generator=rng)}
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = torch.Generator().manual_seed(index)
+        x = torch.randn(LENGTHS[index], 2, generator=rng, dtype=torch.float64)
+        return {"id": index, "x": x, "y": torch.randint(CLASSES, (LENGTHS[index],), generator=rng)}
 
     def __len__(self) -> int:
         return len(LENGTHS)

@@ -45,14 +45,14 @@ GPT2 = {"vocab_size": VOCAB, "n_layer": 2, "n_head": 2, "n_embd": 16, "n_positio
 def written(values: tuple[str, ...]) -> dict[str, Any]:
     """A field of token ids, tags or the like, padded with 0; -100 for labels."""
     samples = []
-    for place, length in enumerate((9, 7, 4, 3)):
-        draw = torch.Generator().manual_seed(place)
+    for index, length in enumerate((9, 7, 4, 3)):
+        draw = torch.Generator().manual_seed(index)
         ids = torch.randint(3, VOCAB, (length,), generator=draw)
         labels = ids.clone()
         labels[: length // 3] = -100
         masked = torch.where(torch.arange(length) % 3 == 1, ids, -100)
-        sample = {"ids": ids, "labels": labels, "masked": masked, "tags": ids % 4, "label": place % 3}
-        sample |= {"target": torch.randint(3, VOCAB, (length // 2 + 1,), generator=draw), "start": place % 2}
+        sample = {"ids": ids, "labels": labels, "masked": masked, "tags": ids % 4, "label": index % 3}
+        sample |= {"target": torch.randint(3, VOCAB, (length // 2 + 1,), generator=draw), "start": index % 2}
         samples.append({name: sample[name] for name in values})
     fields: dict[str, Any] = {name: -100 for name in ("labels", "masked", "tags", "target") if name in values}
     return PadCollator({"ids": 0, **fields})(samples)
@@ -153,9 +153,9 @@ def pooled(model: BertModel, batch: dict[str, Any], masked: bool) -> torch.Tenso
     return F.cross_entropy(means, batch["label"])
 
 
-def classified_at(model: GPT2LMHeadModel, batch: dict[str, Any], places: int | torch.Tensor) -> torch.Tensor:
+def classified_at(model: GPT2LMHeadModel, batch: dict[str, Any], indices: int | torch.Tensor) -> torch.Tensor:
     logits = model.lm_head(model.transformer(**attended(batch)).last_hidden_state)
-    return F.cross_entropy(logits[torch.arange(len(batch["ids"])), places], batch["label"])
+    return F.cross_entropy(logits[torch.arange(len(batch["ids"])), indices], batch["label"])
 
 
 def recognised(model: Wav2Vec2ForCTC, batch: dict[str, Any], mask: bool = True) -> torch.Tensor:

@@ -67,7 +67,7 @@ def test_rows_sorted_twice_are_found_for_every_seed(rows: int, classes: int) -> 
     # eight seeds.
     torch.manual_seed(0)
     net, samples = pipelines.Net(), []
-    samples.extend({"x": torch.randn(2 + place, 6), "label": place % classes} for place in range(rows))
+    samples.extend({"x": torch.randn(2 + index, 6), "label": index % classes} for index in range(rows))
     batch = PadCollator()(samples)
 
     def twice(b: dict[str, Any]) -> torch.Tensor:

@@ -46,9 +46,9 @@ def samples_of(lengths: tuple[int, ...] = (3, 7, 2, 5)) -> list[dict[str, int | 
         {
             "x": torch.randn(n, 6, generator=draw),
             "y": torch.randint(CLASSES, (n,), generator=draw),
-            "label": (place + 1) % CLASSES,
+            "label": (index + 1) % CLASSES,
         }
-        for place, n in enumerate(lengths)
+        for index, n in enumerate(lengths)
     ]
 
 

@@ -88,7 +88,7 @@ def test_at_most_depth_batches_are_on_the_way_and_are_received_first(depth: int,
     handed = 0
     for _ in DevicePrefetcher(loader(), "meta", depth=depth):
         log = recorders[0].log
-        sent = [place for what, place in log if what == "send"]
+        sent = [index for what, index in log if what == "send"]
         assert log[-1] == ("receive", handed)
         assert len(sent) - handed <= depth + 1
         handed += 1
@@ -315,9 +315,9 @@ def test_on_the_cpu_batches_are_the_loader_s_own_and_none_is_taken_early() -> No
     given = [object() for _ in range(5)]
     taken = []
     source = (taken.append(batch) or batch for batch in given)
-    for place, batch in enumerate(DevicePrefetcher(source, "cpu", depth=9)):
-        assert batch is given[place]
-        assert len(taken) == place + 1
+    for index, batch in enumerate(DevicePrefetcher(source, "cpu", depth=9)):
+        assert batch is given[index]
+        assert len(taken) == index + 1
 
 
 def test_the_loader_s_parts_stay_reachable_and_nothing_is_invented() -> None:

@@ -60,8 +60,8 @@ def test_rows_that_are_given_are_cut_where_the_next_does_not_fit(sizes: Any, mos
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12), st.booleans())
 def test_a_sample_is_in_the_same_row_in_every_field(lengths: Any, apart: Any) -> None:
     samples = [
-        {"x": np.full(n, place), "y": np.full(m, place), "labels": np.full(n, -place), "id": str(place), "n": n}
-        for place, (n, m) in enumerate(lengths)
+        {"x": np.full(n, index), "y": np.full(m, index), "labels": np.full(n, -index), "id": str(index), "n": n}
+        for index, (n, m) in enumerate(lengths)
     ]
     capacity = {"x": 12, "y": 18, "labels": 12} if apart else 10
     batch = VarlenCollator({"x": 0, "y": 0, "labels": -100}, capacity=capacity)(samples)
@@ -69,13 +69,13 @@ def test_a_sample_is_in_the_same_row_in_every_field(lengths: Any, apart: Any) ->
     assert x.offsets is labels.offsets
     assert x.spans is labels.spans
     assert x.documents_per_row.tolist() == y.documents_per_row.tolist()
-    places = x.permutation.tolist()
-    assert places == y.permutation.tolist() == [int(name) for name in batch["id"]]
-    assert batch["n"].tolist() == [lengths[place][0] for place in places]
-    for place, ours, theirs, label in zip(places, x.sequences(), y.sequences(), labels.sequences(), strict=True):
-        assert ours.tolist() == [place] * lengths[place][0]
-        assert theirs.tolist() == [place] * lengths[place][1]
-        assert label.tolist() == [-place] * lengths[place][0]
+    indices = x.permutation.tolist()
+    assert indices == y.permutation.tolist() == [int(name) for name in batch["id"]]
+    assert batch["n"].tolist() == [lengths[index][0] for index in indices]
+    for index, ours, theirs, label in zip(indices, x.sequences(), y.sequences(), labels.sequences(), strict=True):
+        assert ours.tolist() == [index] * lengths[index][0]
+        assert theirs.tolist() == [index] * lengths[index][1]
+        assert label.tolist() == [-index] * lengths[index][0]
     assert x.values.shape[1] == (12 if apart else 10)
 
 

@@ -219,11 +219,11 @@ class OneByOne:
 
     def __init__(self, batch: Any, documents: Any, targets: Any, weights: Any = None) -> None:
         self.sums, self.counts = [], []
-        for place in batch.permutation.tolist():
-            losses = F.cross_entropy(documents[place], targets[place], reduction="none")
-            weight = (targets[place] != -100).to(losses.dtype)
+        for index in batch.permutation.tolist():
+            losses = F.cross_entropy(documents[index], targets[index], reduction="none")
+            weight = (targets[index] != -100).to(losses.dtype)
             if weights is not None:
-                weight = weight * weights[place]
+                weight = weight * weights[index]
             self.sums.append((losses * weight).sum())
             self.counts.append(weight.sum())
 
@@ -298,15 +298,15 @@ def test_a_recurrent_module_equals_one_document_at_a_time(
     assert (outputs.values[~outputs.mask] == 0).all()
     ours = batch.unsort(outputs.sequences())
     ends = [batch.unsort(part, dim=1) for part in state]
-    for place, document in enumerate(documents):
+    for index, document in enumerate(documents):
         if not len(document):
-            assert all((end[:, place] == 0).all() for end in ends)
+            assert all((end[:, index] == 0).all() for end in ends)
             continue
         expected, final = rnn(document[None])
-        torch.testing.assert_close(ours[place], expected[0])
+        torch.testing.assert_close(ours[index], expected[0])
         for end, part in zip(ends, final if isinstance(final, tuple) else (final,), strict=True):
-            torch.testing.assert_close(end[:, place], part[:, 0])
-        (grad,) = torch.autograd.grad(ours[place].square().sum(), document, retain_graph=True)
+            torch.testing.assert_close(end[:, index], part[:, 0])
+        (grad,) = torch.autograd.grad(ours[index].square().sum(), document, retain_graph=True)
         (theirs,) = torch.autograd.grad(expected.square().sum(), document)
         torch.testing.assert_close(grad, theirs)
 
@@ -344,10 +344,10 @@ def test_what_a_document_holds_changes_no_other_by_one_bit(case: Any, which: Any
         return batch.unsort(hidden.sequences()), batch.unsort(mean), batch.unsort(last_step(hidden)), grads
 
     which %= len(documents)
-    changed = [document * 3 + 1 if place == which else document for place, document in enumerate(documents)]
+    changed = [document * 3 + 1 if index == which else document for index, document in enumerate(documents)]
     for before, after in zip(run(documents), run(changed), strict=True):
-        for place, (one, other) in enumerate(zip(before, after, strict=True)):
-            assert place == which or torch.equal(one, other)
+        for index, (one, other) in enumerate(zip(before, after, strict=True)):
+            assert index == which or torch.equal(one, other)
 
 
 @given(floats(), st.integers(1, 3), st.integers(0, 2))
@@ -358,8 +358,8 @@ def test_ranks_of_a_context_share_every_step_once_with_equal_work(case: Any, siz
     capacity = (-(-max(longest, 1) // align) + spare) * align
     batch = VarlenBatch.from_sequences(documents, capacity=capacity, align=align)
     parts = [batch.context_parallel(rank, size) for rank in range(size)]
-    places = torch.cat([part.index.flatten() for part in parts])
-    assert sorted(places.tolist()) == list(range(batch.mask.numel()))
+    indices = torch.cat([part.index.flatten() for part in parts])
+    assert sorted(indices.tolist()) == list(range(batch.mask.numel()))
     assert torch.equal(parts[0].join(parts, [part.take(batch.values) for part in parts]), batch.values)
     bounds = batch.cu_seqlens_padded.tolist()
     for start, stop in pairwise(bounds):
