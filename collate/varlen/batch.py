@@ -32,16 +32,16 @@ from collate.varlen.construct import (
     trusted_documents,
 )
 from collate.varlen.context_parallel import ContextParallel
+from collate.varlen.kernels.views import KernelViews
 from collate.varlen.rows import Arrange, RowOptions
 from collate.varlen.serialization import reduce, travels
 from collate.varlen.spans import DocumentSpans, Offsets
-from collate.varlen.views import DocumentViews
 from collate.widths import Widths
 
 
 @travels
 @dataclass(frozen=True, eq=False, repr=False, init=False)
-class VarlenBatch(DocumentViews):
+class VarlenBatch(KernelViews):
     """Several sequences ("documents") in each row, with their lengths, rows, offsets and permutation.
 
     Documents stand one after the other, each from a multiple of `align` on; all other steps of a row are gaps. Lengths
