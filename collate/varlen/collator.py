@@ -18,7 +18,7 @@ from collate.tensors.steps import PaddingValue
 from collate.varlen.batch import VarlenBatch
 from collate.varlen.construct import trusted_documents
 from collate.varlen.offsets import aligned_lengths
-from collate.varlen.rows import Arrange, RowOptions, DocumentOrder
+from collate.varlen.rows import Arrange, DocumentOrder, RowOptions
 from collate.varlen.values_of_rows import join_documents, make_spans
 
 

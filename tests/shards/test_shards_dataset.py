@@ -26,7 +26,7 @@ from samplers.shards.storage.reading import LocalFile
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @given(corpus=corpora(), seed=st.integers(0, 2**32), size=st.integers(0, 20))
-def test_places_come_in_the_order_asked_for_with_the_fields_asked_for(
+def test_samples_come_in_the_order_and_with_the_fields_asked_for(
     tmp_path_factory: pytest.TempPathFactory, layout: str, corpus: Any, seed: int, size: Any
 ) -> None:
     samples, stack = corpus
@@ -245,7 +245,7 @@ def test_other_encodings_stay_bytes_or_are_decoded_and_checked(tmp_path: Path) -
         ([True], TypeError, "got bool"),
     ],
 )
-def test_places_that_are_none_are_refused(
+def test_indices_out_of_range_are_refused(
     tmp_path: Path, places: list[bool | float | list[int]], error: type[Exception], message: str
 ) -> None:
     dataset = ShardDataset(write(tmp_path, tokens([1, 2, 3])))
