@@ -171,7 +171,9 @@ def _weights_of_steps(output: SequenceBatch, weights: Tensor) -> Tensor:
         ValueError: There is not one for each step, or for each document.
     """
     if not isinstance(weights, Tensor):
-        way_out = "pass its values" if hasattr(weights, "is_varlen") else "torch.as_tensor makes one"
+        way_out = "torch.as_tensor makes one"
+        if hasattr(weights, "is_varlen"):
+            way_out = "pass its .values" if weights.is_varlen else "pass its .padded"
         raise TypeError(f"weights must be a tensor [B, T], got {type(weights).__name__}: {way_out}")
     shape = output.step_values.shape[:2]
     steps = weights if weights.shape == shape else output.spread_weights(weights)
