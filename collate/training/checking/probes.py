@@ -13,7 +13,7 @@ from collate.training.checking.rerun import RAISED, Drift, Outcome, Runner, Term
 from collate.training.checking.variants import BatchVariants, Variants, mapped, shares_of, trimmed, widened
 
 # How many rows have their last step tried, and how often: first with values of other real steps, then with wild values.
-# With fewer tries, a dead ReLU or a maximum at another step would make a step that is read look dead.
+# With fewer tries a step that is read could look dead, because of a dead ReLU or a maximum at another step.
 ROWS, TRIES = 8, 3
 # If the loss still has not changed, all values of the field and the random numbers are drawn again this many times: the
 # maximum may have been at another step, or a random mask may have hidden this one.

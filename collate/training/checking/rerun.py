@@ -116,6 +116,7 @@ class Runner:
             if not ways_out:
                 raise
             raise LengthError(f"gradients cannot be taken: {error}\n{ways_out[0]}") from error
+        # Another seed gives another loss: the step draws random numbers.
         self.is_random = self.values(batch, self.seed + 1) != {name: term.loss for name, term in self.base.items()}
 
     def raw(self, batch: Any, seed: int | None = None) -> object:
@@ -158,6 +159,7 @@ class Runner:
         for name, term in base.items():
             loss = abs(outcome[name].loss - term.loss) / max(abs(term.loss), SMALL * losses, 1e-12)
             gradients = outcome[name].distance(term) / max(term.size, SMALL * sizes, 1e-12)
+            # A nan is larger than any tolerance; every comparison with a nan is False.
             parts = [part if part == part else math.inf for part in (loss, gradients)]
             drifts.append(Drift(max(parts), name))
         return max(drifts, key=lambda drift: drift.size)

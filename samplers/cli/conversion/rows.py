@@ -176,6 +176,11 @@ class SampleMaker:
         return str(key)
 
     def _value(self, context: str, name: str, value: Any) -> Any:
+        """A value as an array of the field's dtype; text as its UTF-8 bytes.
+
+        Raises:
+            ValueError: It is not a number or a list of numbers, or does not fit the dtype.
+        """
         if isinstance(value, str) and name in self._selection.text:
             tokenizer = self._selection.tokenizer
             if tokenizer is None:
