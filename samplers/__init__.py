@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from samplers.shards.dataset import ShardDataset
     from samplers.shards.indexing.index import LengthIndex
     from samplers.shards.writing.writer import ShardWriter
+    from samplers.sources.lengths_of import lengths_of
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
@@ -39,6 +40,7 @@ else:
             "ShardStream": "samplers.shard_stream",
             "ShardWriter": "samplers.shards.writing.writer",
             "bucket_by_length": "samplers.dynamic.stage",
+            "lengths_of": "samplers.sources.lengths_of",
             "optimal_widths": "samplers.planning.optimal_widths",
             "plan_epoch": "samplers.planning.plan",
         },
@@ -54,6 +56,7 @@ __all__ = [
     "ShardStream",
     "ShardWriter",
     "bucket_by_length",
+    "lengths_of",
     "optimal_widths",
     "plan_epoch",
 ]

@@ -76,7 +76,7 @@ def sequence_loss(
     if reduction == "token":
         # Without weights the number is known on the host, and nothing waits for the device.
         return losses.sum() / (max(output.num_tokens, 1) if counts is None else _not_zero(counts.sum()))
-    totals = output.sum_sequences(output.mask if counts is None else counts)
+    totals = output.step_counts() if counts is None else output.sum_sequences(counts)
     return (output.sum_sequences(losses) / _not_zero(totals)).sum() / _not_zero((totals != 0).sum())
 
 
@@ -98,7 +98,7 @@ def masked_mean(batch: SequenceBatch) -> Tensor:
     wide = torch.promote_types(values.dtype, torch.float32)
     total = batch.sum_sequences(torch.where(expand_like(batch.mask, values), values, 0), wide)
     # An empty sequence has the sum 0, and 0 / 1 is its mean.
-    counts = batch.sum_sequences(batch.mask).clamp(min=1).to(wide)
+    counts = batch.step_counts().clamp(min=1).to(wide)
     return batch.pick_sequences(total / expand_like(counts, total)).to(values.dtype)
 
 
@@ -139,6 +139,11 @@ def token_scale(num_tokens: int | SequenceBatch, group: dist.ProcessGroup | None
     if hasattr(num_tokens, "is_varlen"):
         count = count_labelled_steps(cast("SequenceBatch", num_tokens))
     else:
+        if isinstance(num_tokens, Tensor):
+            raise TypeError(
+                f"num_tokens must be an int or a batch, got a Tensor {list(num_tokens.shape)}: give batch.num_tokens, "
+                "or wrap labels as LengthTrackedBatch(padded, lengths)"
+            )
         count = check_count("num_tokens", num_tokens, least=0, hint="give the real tokens of this rank, or a batch")
     if not dist.is_available() or not dist.is_initialized():
         if isinstance(count, int):

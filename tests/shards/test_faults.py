@@ -7,7 +7,6 @@ import itertools
 import lzma
 import os
 import pickle
-import resource
 import signal
 import tarfile
 import tempfile
@@ -586,6 +585,7 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path, m
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
     """No file can grow beyond this, as on a full disk."""
+    resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
