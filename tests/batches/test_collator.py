@@ -443,7 +443,7 @@ def test_a_count_that_is_no_int_is_a_type_error_everywhere(
         use(count)
 
 
-def test_labels_that_nobody_chose_to_pad_with_zero_are_warned_of():
+def test_labels_that_nobody_chose_to_pad_with_zero_are_warned_of() -> None:
     # Red: they were padded with 0, a class, in silence.
     samples = [{"labels": [1, 2], "tags": [1]}, {"labels": [1], "tags": [1]}]
     for name, each in (("labels", samples), ("y.labels", [{"y": {"labels": [1]}}, {"y": {"labels": []}}])):

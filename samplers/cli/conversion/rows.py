@@ -83,7 +83,7 @@ def read_input_rows(inputs: Sequence[str], selection: ColumnSelection, split: st
         yield from _read_files(path, selection)
 
 
-def count_rows(inputs: Sequence[str], split: str | None = None) -> int | None:
+def count_input_rows(inputs: Sequence[str], split: str | None = None) -> int | None:
     """The number of rows of all inputs, without reading their values. None if it is unknown."""
     counts = [_count(path, split) for path in inputs]
     return None if None in counts else sum(count or 0 for count in counts)
