@@ -82,12 +82,13 @@ def test_the_command_says_what_it_has_not_measured_and_measures_when_told(
         "\ndef fails(data):\n    raise RuntimeError('no wav')\n"
     )
     output = run("index", "a.tar", "--output", "a.ltx", "--fields", "wav", "--length", "my_sounds:steps").output
-    assert output == "a.ltx: built, 2 samples in 1 shard, lengths of wav\n"
+    name = LengthIndex.open("a.ltx").length_id
+    assert output == f"a.ltx: built, 2 samples in 1 shard, lengths of wav (measured by {name})\n"
     output = run("verify", "a.ltx", status=3).output
     assert output == (
-        "2 samples in 1 shard, lengths of wav: headers read (no checksums to compare payloads with: lengthtrack index "
-        "--checksums), the rest agrees, lengths of wav NOT measured (give --length MODULE:FUNCTION or --decode "
-        "wav=MODULE:FUNCTION)\n"
+        f"2 samples in 1 shard, lengths of wav (measured by {name}): headers read (no checksums to compare payloads "
+        "with: lengthtrack index --checksums), the rest agrees, lengths of wav NOT measured (give --length "
+        "MODULE:FUNCTION or --decode wav=MODULE:FUNCTION)\n"
     )
     assert "NOT measured" in run("verify", "a.ltx", "--quick", status=3).output
     assert "headers and lengths read" in run("verify", "a.ltx", "--length", "my_sounds:steps").output
