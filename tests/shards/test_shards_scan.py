@@ -44,9 +44,13 @@ def test_other_encodings_are_measured_by_the_users_function(tmp_path: Path) -> N
         index = LengthIndex.build(path, ["raw"], halves, workers=workers, checksums=True)
         assert (index.fields, index.lengths.tolist()) == (("raw",), [0, 1, 2, 3])
     index.verify(checksums=True)
-    with pytest.raises(ValueError, match=r"group '0', field 'raw': neither a .npy array nor sound: give a length function"):
+    with pytest.raises(
+        ValueError, match=r"group '0', field 'raw': neither a .npy array nor sound: give a length function"
+    ):
         LengthIndex.build(path, ["raw"])
-    with pytest.raises(ValueError, match=r"none of \['json', 'raw'\] is a .npy array with an axis, or sound: name the fields"):
+    with pytest.raises(
+        ValueError, match=r"none of \['json', 'raw'\] is a .npy array with an axis, or sound: name the fields"
+    ):
         LengthIndex.build(path)
     with pytest.raises(TypeError, match="fields must be a list of names, got the string 'raw'"):
         LengthIndex.build(path, "raw")
