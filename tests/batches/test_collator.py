@@ -166,7 +166,10 @@ class Ragged(Dataset):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param("fork", marks=pytest.mark.unix), "spawn", pytest.param("forkserver", marks=pytest.mark.unix)],
+)
 def test_loaders_of_every_kind_give_the_same_batches(workers, method):
     if workers == 0 and method != "fork":
         pytest.skip("without workers there is nothing to start")
@@ -191,6 +194,8 @@ def history():
     return [torch.ones(2, requires_grad=True) * 2]
 
 
+# Spawned workers cannot even be sent these samples.
+@pytest.mark.unix
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -216,6 +221,7 @@ def test_without_workers_any_object_goes_into_a_list():
     assert next(iter(DataLoader(Ragged(extra), batch_size=6, collate_fn=PadCollator())))["extra"] == [extra] * 6
 
 
+@pytest.mark.unix
 def test_stacked_tensors_leave_a_worker_without_their_graph():
     weight = torch.ones(2, requires_grad=True)
     loader = DataLoader(Ragged(weight * 2), batch_size=6, num_workers=1, collate_fn=PadCollator(stack=["extra"]))

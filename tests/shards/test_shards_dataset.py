@@ -49,6 +49,7 @@ def test_samples_share_no_memory(tmp_path, layout):
     assert first["tokens"].flags.owndata
 
 
+@pytest.mark.unix
 def test_files_are_read_in_their_order_whatever_was_asked(tmp_path, monkeypatch):
     write(tmp_path, tokens(list(range(1, 40))), max_samples=10, block_size=4)
     dataset = ShardDataset(tmp_path, fields=["tokens"])
@@ -76,6 +77,7 @@ def test_neighbours_that_are_read_together_are_told_apart(tmp_path, step):
         assert sample["label"] == place
 
 
+@pytest.mark.unix
 def test_fields_that_are_not_asked_for_are_not_read(tmp_path, monkeypatch):
     write(tmp_path, [{"__key__": "a", "x": np.zeros(1000), "y": np.zeros(3)}])
     dataset = ShardDataset(tmp_path, fields=["y"])
@@ -93,7 +95,7 @@ def identity(samples):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", [pytest.param("fork", marks=pytest.mark.unix), "spawn"])
 def test_workers_read_what_the_main_process_reads(tmp_path, layout, start):
     write(tmp_path, tokens(list(range(30))), layout=layout, max_samples=7, block_size=3)
     dataset = ShardDataset(tmp_path)
@@ -122,6 +124,7 @@ def test_a_pickled_dataset_is_small_and_opens_its_own_files(tmp_path):
     assert_same(pickle.loads(sent)[499], dataset[499])
 
 
+@pytest.mark.unix
 def test_a_forked_process_opens_its_own_files(tmp_path, monkeypatch):
     dataset = ShardDataset(write(tmp_path, tokens([3])))
     opened = []
