@@ -20,9 +20,12 @@ from collate.tensors.steps import PaddingValue
 class PaddedSequences:
     """The methods of a `LengthTrackedBatch` that a `VarlenBatch` has as well, and the way from the one to the other."""
 
-    # What a varlen batch of labels holds in time steps without a label; here all real time steps count.
-    ignore_index: ClassVar[None] = None
     is_varlen: ClassVar[bool] = False
+
+    @property
+    def ignore_index(self) -> int | None:
+        """What a varlen batch of labels holds in time steps without a label; here all real time steps count."""
+        return None
 
     @property
     def step_values(self: TrackedBatch) -> Tensor:
@@ -76,6 +79,7 @@ class PaddedSequences:
 
     def last_values(self: TrackedBatch) -> tuple[Tensor, Tensor]:
         """Each row's value at its last real time step, `[B, *F]`, and whether it has one, bool `[B]`."""
+        # From the mask, which is on the values' device, so that nothing is sent to it.
         last = (self.mask.sum(1) - 1).clamp(min=0)
         rows = torch.arange(len(self.padded), device=self.padded.device)
         return self.padded[rows, last], self.mask[:, 0]
