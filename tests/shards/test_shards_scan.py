@@ -42,7 +42,7 @@ def test_other_encodings_are_measured_by_the_users_function(tmp_path):
         index = LengthIndex.build(path, ["wav"], halves, workers=workers, checksums=True)
         assert (index.fields, index.lengths.tolist()) == (("wav",), [0, 1, 2, 3])
     index.verify(checksums=True)
-    with pytest.raises(ValueError, match=r"group '0', field 'wav': not a .npy array: give a length function"):
+    with pytest.raises(ValueError, match=r"group '0', field 'wav': soundfile cannot read this member: .*: give a length function"):
         LengthIndex.build(path, ["wav"])
     with pytest.raises(ValueError, match=r"none of \['json', 'wav'\] is a .npy array with an axis: name the fields"):
         LengthIndex.build(path)
