@@ -42,10 +42,15 @@ def test_other_encodings_are_measured_by_the_users_function(tmp_path):
         index = LengthIndex.build(path, ["wav"], halves, workers=workers, checksums=True)
         assert (index.fields, index.lengths.tolist()) == (("wav",), [0, 1, 2, 3])
     index.verify(checksums=True)
-    with pytest.raises(ValueError, match=r"group '0', field 'wav': soundfile cannot read this member: .*: give a length function"):
-        LengthIndex.build(path, ["wav"])
-    with pytest.raises(ValueError, match=r"none of \['json', 'wav'\] is a .npy array with an axis: name the fields"):
-        LengthIndex.build(path)
+    for fields in (["wav"], None):
+        with pytest.raises(
+            ValueError, match="group '0', field 'wav': soundfile cannot read .*: give a length function"
+        ):
+            LengthIndex.build(path, fields)
+    with pytest.raises(ValueError, match="group '0', field 'json': neither a .npy array nor sound: give a length func"):
+        LengthIndex.build(path, ["json"])
+    with pytest.raises(ValueError, match=r"none of \['json', 'wav'\] is a .npy array with an axis, or sound: name the"):
+        LengthIndex.build(path, None, halves)
     with pytest.raises(TypeError, match="fields must be a list of names, got the string 'wav'"):
         LengthIndex.build(path, "wav")
     for wrong in (-1, 2.0, None, True):
