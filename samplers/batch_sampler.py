@@ -108,7 +108,7 @@ class LengthBucketBatchSampler(PlannedLoader, Sampler[list[int]]):
 
     @property
     def sampler(self) -> "LengthBucketBatchSampler":
-        """Itself: trainers look here for `set_epoch`."""
+        """The sampler itself: trainers look here for `set_epoch`."""
         return self
 
     def acknowledge_max_length(self) -> None:
@@ -233,7 +233,7 @@ def find_replica(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
 
     Args:
         num_replicas: None takes the initialised process group's size, or 1.
-        rank: None takes the process group's rank, or 0 of 1.
+        rank: None takes the process group's rank, or 0 if there is none.
 
     Raises:
         TypeError: One of them is not an int.

@@ -132,6 +132,7 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         return self.data.skipped
 
     def _make_table(self) -> WindowTable:
+        """The batches of any epoch, from the index."""
         index = self.data.index
         return make_window_table(index, index.starts, self.options, self.interleave)
 
@@ -176,6 +177,7 @@ class StreamIterator(Iterator[Any]):
 
     @property
     def _worker_numbers(self) -> dict[str, int]:
+        """The numbers on which a state depends, by name."""
         return {"worker": self._worker, "workers": self._workers, "num_replicas": self._stream.num_replicas}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

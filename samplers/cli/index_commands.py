@@ -12,9 +12,9 @@ from samplers.cli.arguments import flatten
 from samplers.cli.compare import compare_plans, describe_lengths, trace_windows
 from samplers.cli.describing import describe_index
 from samplers.cli.folder_index import expand_existing, index_of_folder, open_earlier, refresh_measure, unlisted_shards
+from samplers.cli.opening import as_shards, load_measure, open_sources, parse_widths, require_budget
 from samplers.cli.printing import describe_reading, judge, print_report, show_progress
 from samplers.cli.reported import LengthRequest, open_reported
-from samplers.cli.sources import as_shards, load_measure, open_sources, parse_widths, require_budget
 from samplers.shards.indexing.find_index import find_index_files
 from samplers.shards.indexing.index import LengthIndex, tables_of
 from samplers.shards.indexing.index_file import read_index
@@ -24,7 +24,7 @@ from samplers.sources.extras import load_extra
 
 # Exit status if nothing differs, but not everything was measured. 2 is a usage error, by convention.
 NOT_MEASURED: Final = 3
-# With fewer shards a worker takes longer to start than it saves.
+# With fewer, a worker takes longer to start than it saves.
 SHARDS_PER_WORKER: Final = 8
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from samplers.cli.arguments import check_exists
 from samplers.cli.describing import count, describe_index
-from samplers.cli.sources import open_sources
+from samplers.cli.opening import open_sources
 from samplers.planning.sorting import Lengths
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.indexing.index_file import SUFFIX

@@ -8,19 +8,13 @@ from typing import Any
 import click
 
 from samplers.cli.arguments import check_exists, parse_pairs
-from samplers.cli.conversion.rows import (
-    ColumnSelection,
-    SampleMaker,
-    count_rows,
-    read_input_rows,
-    stacked_fields,
-)
+from samplers.cli.conversion.rows import ColumnSelection, SampleMaker, count_input_rows, read_input_rows, stacked_fields
 from samplers.cli.conversion.tokenizer import load_tokenizer
 from samplers.cli.conversion.unfinished import describe_conversion
 from samplers.cli.conversion.writing import resumable, write_samples
 from samplers.cli.describing import count, describe_index
+from samplers.cli.opening import load_function, open_sources, parse_dtypes, parse_widths, require_budget
 from samplers.cli.printing import print_batch, print_rows, show_progress
-from samplers.cli.sources import load_function, open_sources, parse_dtypes, parse_widths, require_budget
 from samplers.planning.options import Options
 from samplers.planning.plan import BatchPlan
 from samplers.planning.tables.pool_table import choose_table
@@ -76,7 +70,7 @@ def convert(
         check_exists(path)
     # Blocks say which fields have a fixed size. Rows of other inputs do not.
     stack = stack or stacked_fields(inputs, selection)
-    total = count_rows(inputs, split) if sys.stderr.isatty() else None
+    total = count_input_rows(inputs, split) if sys.stderr.isatty() else None
     rows = show_progress(read_input_rows(inputs, selection, split), total, "sample")
     writing: dict[str, Any] = {"layout": layout, "max_samples": max_samples, "prefix": prefix, "stack": stack}
     with resumable(Path(folder), describe_conversion(inputs, options), resume=resume, **writing) as writer:

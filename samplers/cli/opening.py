@@ -1,4 +1,4 @@
-"""Arguments that stand for data: indexes, lengths, functions, dtypes and widths."""
+"""Arguments that stand for data: indexes, functions, dtypes and widths."""
 
 import sys
 from collections.abc import Callable, Sequence
