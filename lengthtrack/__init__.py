@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         ShardStream,
         ShardWriter,
         bucket_by_length,
+        lengths_of,
         optimal_widths,
         plan_epoch,
     )
@@ -64,6 +65,7 @@ __all__ = [
     "check_step",
     "find_max_tokens",
     "last_step",
+    "lengths_of",
     "masked_mean",
     "optimal_widths",
     "plan_epoch",

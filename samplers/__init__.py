@@ -1,7 +1,8 @@
 """Batches of similar lengths: plans, batch samplers, streams and shards.
 
 Contents: the files here are the loaders; the rooms are `planning` (lengths to batches), `progress` (positions),
-`dynamic` (streams without known lengths), `shards` (lengths and samples on disk) and `cli` (the command).
+`dynamic` (streams without known lengths), `shards` (lengths and samples on disk), `sources` (lengths of data of other
+programs) and `cli` (the command).
 It imports `errors`, `widths` and `deprecated` from `collate`, nothing else. CONTRIBUTING defines the words.
 """
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from samplers.shards.dataset import ShardDataset
     from samplers.shards.indexing.index import LengthIndex
     from samplers.shards.writing.writer import ShardWriter
+    from samplers.sources.lengths_of import lengths_of
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
@@ -39,6 +41,7 @@ else:
             "ShardStream": "samplers.shard_stream",
             "ShardWriter": "samplers.shards.writing.writer",
             "bucket_by_length": "samplers.dynamic.stage",
+            "lengths_of": "samplers.sources.lengths_of",
             "optimal_widths": "samplers.planning.optimal_widths",
             "plan_epoch": "samplers.planning.plan",
         },
@@ -54,6 +57,7 @@ __all__ = [
     "ShardStream",
     "ShardWriter",
     "bucket_by_length",
+    "lengths_of",
     "optimal_widths",
     "plan_epoch",
 ]

@@ -94,6 +94,10 @@ class LengthBucketBatchSampler(PlannedLoader, Sampler[list[int]]):
         # Refuses now what could not be shared in a later epoch.
         self._steps = count_steps(self._table, self.num_replicas)
 
+    def __repr__(self) -> str:
+        samples, who = len(self._table.sorted_lengths), f"num_replicas={self.num_replicas}, rank={self.rank!r}"
+        return f"{type(self).__name__}({samples} samples, {self.options.describe()}, {who}, batches={len(self)})"
+
     def __len__(self) -> int:
         """Batches of this replica in a whole epoch: the same in each epoch, and on every replica."""
         return self._steps * self._batches_per_step
@@ -104,7 +108,7 @@ class LengthBucketBatchSampler(PlannedLoader, Sampler[list[int]]):
 
     @property
     def sampler(self) -> "LengthBucketBatchSampler":
-        """Itself: trainers look here for `set_epoch`."""
+        """The sampler itself: trainers look here for `set_epoch`."""
         return self
 
     def acknowledge_max_length(self) -> None:
@@ -229,7 +233,7 @@ def find_replica(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
 
     Args:
         num_replicas: None takes the initialised process group's size, or 1.
-        rank: None takes the process group's rank, or 0 of 1.
+        rank: None takes the process group's rank, or 0 if there is none.
 
     Raises:
         TypeError: One of them is not an int.

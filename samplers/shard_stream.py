@@ -105,6 +105,11 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         # Refuses now what could not be shared in a later epoch.
         self._steps = count_steps(self._table, self.num_replicas)
 
+    def __repr__(self) -> str:
+        data = f"{len(self.data)} samples, {len(self.data.index.shards)} shards"
+        who = f"num_replicas={self.num_replicas}, rank={self.rank}"
+        return f"{type(self).__name__}({data}, {self.options.describe()}, {who}, batches={len(self)})"
+
     def __len__(self) -> int:
         """Batches of this replica in a whole epoch: the same in each epoch, and on every replica."""
         return self._steps
@@ -127,6 +132,7 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         return self.data.skipped
 
     def _make_table(self) -> WindowTable:
+        """The batches of any epoch, from the index."""
         index = self.data.index
         return make_window_table(index, index.starts, self.options, self.interleave)
 
@@ -171,6 +177,7 @@ class StreamIterator(Iterator[Any]):
 
     @property
     def _worker_numbers(self) -> dict[str, int]:
+        """The numbers on which a state depends, by name."""
         return {"worker": self._worker, "workers": self._workers, "num_replicas": self._stream.num_replicas}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Former module names, which pickles of earlier releases name: each still gives what its module has become."""
+"""Former names of modules, which stand in pickles of earlier releases: each still leads to the present module."""
 
 import sys
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ MOVED: Final = {
     "collate.transport": "collate.operations.serialization",
     "collate.variants": "collate.training.checking.variants",
     "samplers.arguments": "samplers.cli.arguments",
-    "samplers.arrow": "samplers.cli.arrow",
+    "samplers.arrow": "samplers.cli.conversion.arrow",
     "samplers.batches": "samplers.planning.tables.pool_table",
     "samplers.bucketer": "samplers.dynamic.bucketer",
     "samplers.budget": "samplers.planning.budget",
@@ -41,13 +41,13 @@ MOVED: Final = {
     "samplers.clipping": "samplers.planning.clipping",
     "samplers.comparison": "samplers.cli.compare",
     "samplers.contract": "samplers.testing",
-    "samplers.convert": "samplers.cli.convert",
+    "samplers.convert": "samplers.cli.conversion.rows",
     "samplers.corpus": "samplers.planning.sorting",
     "samplers.course": "samplers.planning.schedule",
     "samplers.cursor": "samplers.progress.epoch_cursor",
     "samplers.edges": "samplers.planning.tables.buckets",
-    "samplers.exact": "samplers.cli.exact_numbers",
-    "samplers.extras": "samplers.extras",
+    "samplers.exact": "samplers.cli.conversion.exact_numbers",
+    "samplers.extras": "samplers.sources.extras",
     "samplers.layout": "samplers.planning.tables.batch_table",
     "samplers.measure": "samplers.planning.report",
     "samplers.options": "samplers.planning.options",
@@ -126,4 +126,5 @@ class FormerModule:
 def find_former_modules() -> None:
     """Make former names importable, once."""
     if not any(isinstance(finder, FormerModules) for finder in sys.meta_path):
+        # Last: a module of that name which exists is found first.
         sys.meta_path.append(FormerModules())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from collate.errors import LengthError
 from collate.lengths.permutation import join_permutations
-from collate.lengths.tracking import TrackedBatch, check_unwritten
+from collate.lengths.tracking import TrackedBatch, check_tracked, check_unwritten
 from collate.operations.construct import BatchT, changed_batch, trusted_batch
 from collate.padding.padding_value import cast_padding_value
 from collate.tensors.steps import PaddingValue
@@ -54,10 +54,12 @@ def concat_batches(kind: type[BatchT], batches: Sequence[TrackedBatch]) -> Batch
 
     Raises:
         LengthError: There is no batch.
+        TypeError: One is a tensor.
         ValueError: Dtypes, devices, feature shapes or first steps differ.
     """
     if not batches:
         raise LengthError("concat needs at least one batch, got none")
+    check_tracked("concat", *batches)
     kinds = {(b.padded.dtype, b.padded.device, b.padded.shape[2:], b.first_step) for b in batches}
     if len(kinds) > 1:
         raise ValueError(
@@ -68,6 +70,7 @@ def concat_batches(kind: type[BatchT], batches: Sequence[TrackedBatch]) -> Batch
     value = values.pop() if len(values) == 1 else None
     width = max(b.padded.shape[1] for b in batches)
     padded = torch.cat([pad_to_width(b.padded, width, 0 if value is None else value) for b in batches])
+    # Lengths that were written to would be copied into the new batch as if they were right.
     for batch in batches:
         check_unwritten(batch)
     return trusted_batch(
@@ -111,5 +114,6 @@ def move_batch(
     padded = batch.padded.to(device=device, dtype=dtype, non_blocking=non_blocking)
     if padded is batch.padded:
         return batch
+    # Float padding 0.5 is 0 after a conversion to int64.
     value = cast_padding_value(batch.padding_value, batch.padded.dtype, padded.dtype)
     return changed_batch(batch, padded=padded, padding_value=value)

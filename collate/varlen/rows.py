@@ -1,7 +1,7 @@
 """Which documents go into which row: options that the collator and the constructors share."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self, TypeAlias, cast
 
 import numpy as np
@@ -13,7 +13,7 @@ from collate.widths import check_count
 
 Arrange: TypeAlias = Literal["best-fit", "given"]
 # The documents in row order, int64 `[N]`, and the number of documents of each row, int64 `[R]`.
-RowOrder: TypeAlias = tuple[Int64Array, Int64Array]
+DocumentOrder: TypeAlias = tuple[Int64Array, Int64Array]
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,10 @@ class RowOptions:
             ValueError: A number is below one, capacity is no multiple of `align`, several rows have no capacity, or no
                 arrangement of that name is known.
         """
-        for name in ("capacity", "rows", "align", "max_documents", "max_seqlen"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name), least=1, hint="leave it out, or give a whole number")
+        numbers = {name: getattr(self, name) for name in ("capacity", "rows", "align", "max_documents", "max_seqlen")}
+        for name, value in numbers.items():
+            if value is not None:
+                numbers[name] = check_count(name, value, least=1, hint="leave it out, or give a whole number")
         if self.arrange not in ("best-fit", "given"):
             raise ValueError(f"arrange must be 'best-fit' or 'given', got {self.arrange!r}")
         if self.capacity is None and self.rows not in (None, 1):
@@ -47,9 +48,9 @@ class RowOptions:
                 f"capacity must be a multiple of align, got {self.capacity} and {self.align}: "
                 f"{-(-self.capacity // self.align) * self.align} is one"
             )
-        return self
+        return replace(self, **numbers)
 
-    def fill(self, sizes: Sequence[int], name: str = "sequences") -> RowOrder:
+    def fill(self, sizes: Sequence[int], name: str = "sequences") -> DocumentOrder:
         """Put documents into rows.
 
         Args:
@@ -82,7 +83,7 @@ class RowOptions:
             per_row = self._filled_up(per_row, what, self.capacity)
         return order, per_row
 
-    def fill_fields(self, sizes: Int64Array, capacities: Int64Array) -> RowOrder:
+    def fill_fields(self, sizes: Int64Array, capacities: Int64Array) -> DocumentOrder:
         """The same for samples with several fields, which are to be in the same row in all of them.
 
         Args:
@@ -114,7 +115,7 @@ class RowOptions:
         return np.concatenate([per_row, np.zeros(missing, np.int64)]) if missing else per_row
 
 
-def _row_order(rows: list[int]) -> RowOrder:
+def _row_order(rows: list[int]) -> DocumentOrder:
     """The row of each document -> documents in row order, and their number in each row.
 
     >>> _row_order([1, 0, 0, 1])

@@ -98,6 +98,16 @@ class BucketStage(Generic[SampleT]):
         # A wrong option is an error here, and not first in a worker.
         self.new_bucketer()
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.describe()})"
+
+    def describe(self) -> str:
+        """Length, budget and buffer as text for a `repr`."""
+        length = getattr(self.length, "__qualname__", None) or repr(self.length)
+        limits = {name: getattr(self.budget, name) for name in ("max_tokens", "batch_size", "cost")}
+        options = {name: value for name, value in (limits | self.options).items() if value is not None}
+        return ", ".join([f"length={length}", *(f"{name}={value!r}" for name, value in options.items())])
+
     def __call__(self, source: Iterable[SampleT]) -> Iterator[list[SampleT]]:
         """Bucket a stream.
 

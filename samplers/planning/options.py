@@ -1,7 +1,7 @@
 """The planner's options: checked once, on creation, and then passed as one value."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Final, Literal, TypeAlias, TypedDict
 
@@ -82,6 +82,23 @@ class Options:
         if self.overlong not in {"error", "drop", "alone"}:
             raise ValueError(f"overlong must be 'error', 'drop' or 'alone', got {self.overlong!r}")
         _ = self.allowed_widths
+
+    def describe(self) -> str:
+        """The options that are not the default, as text for a `repr`; of `indices` their number.
+
+        >>> Options(max_tokens=100, batch_size=8, indices=range(5)).describe()
+        'max_tokens=100, batch_size=8, indices=<5>'
+        """
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        given = {each.name for each in fields(self) if values[each.name] is not each.default}
+        # An array is not compared, and not printed.
+        if "indices" in given:
+            values["indices"] = f"<{len(values['indices'])}>"
+        return ", ".join(
+            f"{name}={value}" if name == "indices" else f"{name}={value!r}"
+            for name, value in values.items()
+            if name in given
+        )
 
     @cached_property
     def budget(self) -> Budget:

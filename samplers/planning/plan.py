@@ -169,7 +169,7 @@ class BatchPlan:
             `[N]`: an entry for each sample of the dataset, None for a sample that the plan leaves out.
 
         Raises:
-            ValueError: The number of batches, or of a batch's entries, is not the plan's.
+            ValueError: The number of batches, or of entries of a batch, differs from the plan.
         """
         if len(outputs) != len(self.batches):
             raise ValueError(f"outputs must hold the plan's {len(self.batches)} batches, got {len(outputs)}")

@@ -3,6 +3,8 @@
 import io
 import struct
 import tarfile
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,26 +16,26 @@ from samplers.shards.format.tar import split_name
 from samplers.shards.indexing.index import LengthIndex
 
 
-def add(tar, name, data):
+def add(tar: Any, name: str, data: Any) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))
 
 
-def tar_of(path, members):
+def tar_of(path: Path, members: Any) -> Any:
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for name, data in members:
             add(tar, name, data if isinstance(data, bytes) else npy(data))
     return path
 
 
-def halves(field, data):
+def halves(field: Any, data: Any) -> Any:
     """A length function: 16-bit samples behind a header of 4 bytes."""
     assert field == "wav"
     return (len(data) - 4) // 2
 
 
-def test_other_encodings_are_measured_by_the_users_function(tmp_path):
+def test_other_encodings_are_measured_by_the_users_function(tmp_path: Path) -> None:
     path = tar_of(
         tmp_path / "a.tar",
         [(f"{n}.{suffix}", data) for n in range(4) for suffix, data in (("wav", bytes(4 + 2 * n)), ("json", b"{}"))],
@@ -53,7 +55,7 @@ def test_other_encodings_are_measured_by_the_users_function(tmp_path):
             LengthIndex.build(path, ["wav"], lambda field, data, wrong=wrong: wrong)
 
 
-def test_foreign_shards_index_as_webdataset_groups_them(tmp_path):
+def test_foreign_shards_index_as_webdataset_groups_them(tmp_path: Path) -> None:
     path = tar_of(
         tmp_path / "a.tar",
         [
@@ -77,7 +79,7 @@ BLOCK = {
 }
 
 
-def block_tar(path, change):
+def block_tar(path: Path, change: Any) -> Any:
     members = {name: value for name, value in (BLOCK | change).items() if value is not None}
     return tar_of(path, [(f"g.{name}" if "pkl" in name else f"g.{name}.npy", value) for name, value in members.items()])
 
@@ -107,14 +109,16 @@ def block_tar(path, change):
         ({"x": b"\x93NUMPY"}, ValueError, "not a .npy array"),
     ],
 )
-def test_a_block_that_contradicts_itself_is_refused(tmp_path, change, error, message):
+def test_a_block_that_contradicts_itself_is_refused(
+    tmp_path: Path, change: dict[str, Any], error: type[Exception], message: str
+) -> None:
     assert LengthIndex.build(block_tar(tmp_path / "good.tar", {})).lengths.tolist() == [1, 2, 3]
     with pytest.raises(error, match=message) as caught:
         LengthIndex.build(block_tar(tmp_path / "bad.tar", change))
     assert str(tmp_path / "bad.tar") in str(caught.value)
 
 
-def test_blocks_that_differ_in_kind_are_refused(tmp_path):
+def test_blocks_that_differ_in_kind_are_refused(tmp_path: Path) -> None:
     members = {name: value for name, value in BLOCK.items() if name != "n"}
     path = tar_of(
         tmp_path / "a.tar",
@@ -130,13 +134,13 @@ def test_blocks_that_differ_in_kind_are_refused(tmp_path):
         LengthIndex.build(path)
 
 
-def test_lengths_beyond_32_bits_are_refused(tmp_path):
+def test_lengths_beyond_32_bits_are_refused(tmp_path: Path) -> None:
     path = tar_of(tmp_path / "a.tar", [("a.wav", b"")])
     with pytest.raises(LengthError, match="'a', field 'wav': 2147483648 steps, at most 2147483647"):
         LengthIndex.build(path, ["wav"], lambda field, data: 2**31)
 
 
-def huge(shape):
+def huge(shape: Any) -> Any:
     return (
         b"\x93NUMPY\x01\x00"
         + struct.pack("<H", 118)
@@ -187,7 +191,9 @@ def huge(shape):
         ],
     ],
 )
-def test_a_plain_shard_that_contradicts_itself_is_refused(tmp_path, members, message):
+def test_a_plain_shard_that_contradicts_itself_is_refused(
+    tmp_path: Path, members: list[tuple[Any, ...]], message: str
+) -> None:
     path = tar_of(tmp_path / "bad.tar", members)
     with pytest.raises(ValueError, match=message) as caught:
         LengthIndex.build(path)
@@ -195,7 +201,7 @@ def test_a_plain_shard_that_contradicts_itself_is_refused(tmp_path, members, mes
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_truncation_of_a_shard_is_noticed(tmp_path, layout):
+def test_every_truncation_of_a_shard_is_noticed(tmp_path: Path, layout: str) -> None:
     write(tmp_path, tokens([3, 20, 1]), layout=layout, block_size=2)
     content = (tmp_path / "shard-000000.tar").read_bytes()
     cut = tmp_path / "cut.tar"

@@ -393,10 +393,10 @@ def _steps_of(fields: Mapping[str, Tensor], end: int) -> tuple[int, list[tuple[i
     return sizes.pop(), shapes
 
 
-def describe_documents(documents: Sequence[int], shown: int = 6) -> str:
+def name_documents(documents: Sequence[int], shown: int = 6) -> str:
     """A few numbers of documents for a message.
 
-    >>> describe_documents([3]), describe_documents(range(9))
+    >>> name_documents([3]), name_documents(range(9))
     ('document 3', 'documents 0, 1, 2, 3, 4, 5 and 3 more')
     """
     names = ", ".join(str(document) for document in documents[:shown])
