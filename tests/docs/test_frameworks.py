@@ -88,6 +88,8 @@ CASES = [
     pytest.param("accelerate_loop.py", 2, 3, id="accelerate-2", marks=needs("accelerate")),
     pytest.param("lightning_module.py", 1, 3, id="lightning", marks=needs("lightning")),
     pytest.param("lightning_module.py", 2, 3, id="lightning-2", marks=needs("lightning")),
+    pytest.param("lightning_packed.py", 1, 3, id="lightning-packed", marks=needs("lightning")),
+    pytest.param("lightning_packed.py", 2, 3, id="lightning-packed-2", marks=needs("lightning")),
 ]
 
 
@@ -101,6 +103,16 @@ def test_every_epoch_holds_each_sample_once_and_the_loss_falls(name: str, proces
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_trainer_that_resumes_amid_an_epoch_holds_each_sample_once(processes: int, tmp_path: Path) -> None:
     check_epochs(epochs_of(run(processes, "huggingface_trainer.py", tmp_path)), 3, processes)
+
+
+@needs("transformers")
+@needs("accelerate")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_trainer_takes_packed_rows_and_holds_each_sample_once(processes, tmp_path):
+    epochs = epochs_of(run(processes, "huggingface_packed.py", tmp_path))
+    assert [epoch.held for epoch in epochs] == ["each once"] * 3
+    assert max(epoch.padding for epoch in epochs) < 8
+    assert epochs[0].loss > epochs[2].loss
 
 
 def facts_of(program: str, *arguments: object) -> dict:

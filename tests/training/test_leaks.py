@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from leaking_steps import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from collate import LengthError, VarlenBatch, VarlenCollator, check_step
+from collate import LengthError, VarlenBatch, VarlenCollator, check_step, masked_mean
 from collate.training.checking.leaks.probes import change_sets
 from collate.training.checking.report import StepReport
 
@@ -240,6 +241,31 @@ def test_empty_documents_and_empty_rows_are_no_leak() -> None:
     documents = [torch.tensor([3, 4, 5]), torch.tensor([], dtype=torch.int64), torch.tensor([6, 7])]
     batch = VarlenBatch.from_sequences(documents, capacity=8, rows=2)
     assert check_step(lambda batch: RIGHT["attention by attend"]()(batch), batch).ok
+
+
+def test_documents_of_one_token_can_be_changed_all_the_same() -> None:
+    batch = VarlenBatch.from_sequences([torch.full((n,), 7) for n in (4, 5)])
+    assert check_step(Model(), batch).ok
+
+
+def test_results_in_the_order_of_the_samples_are_named() -> None:
+    model = Model()
+    report = check_step(lambda batch: batch.unsort(model(batch)), token_batch())
+    assert "as after unsort()" in str(report)
+
+
+def test_fields_of_other_lengths_and_values_of_documents_go_together() -> None:
+    samples = [{"t": torch.full((n,), n), "f": torch.randn(2 * n + 1, 3), "y": n % 3} for n in (5, 3, 6, 2)]
+    batch = VarlenCollator(capacity={"t": 10, "f": 20})(samples)
+    torch.manual_seed(0)
+    embed, linear = torch.nn.Embedding(24, 3), torch.nn.Linear(3, 3)
+
+    def step(batch: dict[str, Any], values: Tensor) -> Tensor:
+        logits = masked_mean(batch["t"].map(embed)) + masked_mean(batch["f"].with_values(values).map(linear))
+        return F.cross_entropy(logits, batch["y"], reduction="none")
+
+    assert check_step(lambda batch: step(batch, batch["f"].values), batch).ok
+    assert probes(check_step(lambda batch: step(batch, batch["f"].values.cumsum(1)), batch)) == {"other documents"}
 
 
 def test_fewer_than_two_documents_cannot_leak() -> None:

@@ -10,6 +10,7 @@ OTHER_DOCUMENTS: Final = (
     "labels shifted over the whole row, so that the last step of a document predicts the next one: next_step_labels()",
     "a normalisation, a pooled statistic or an attention sink over the whole row",
     "pieces of a context-parallel group joined in another order, or offsets beyond int32",
+    "results in another order than the documents have in the rows, as after unsort()",
 )
 BACKWARD: Final = (
     "a custom backward pass that reads across borders",

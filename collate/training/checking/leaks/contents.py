@@ -33,6 +33,9 @@ def other_contents(steps: Tensor, ids: Tensor, seed: int) -> Tensor:
     pool = steps[(on_device >= 0).view(-1, *[1] * (steps.dim() - 1)) & ~fixed]
     if not len(pool):
         return steps
+    if bool((pool == pool[0]).all()):
+        # Nothing else is known to be a token than this one and, nearly always, the one before it.
+        return torch.where(fixed, steps, torch.where(steps > 0, steps - 1, 1))
     return torch.where(fixed, steps, drawn(pool, steps, generator, wild=False))
 
 
