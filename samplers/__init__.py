@@ -17,11 +17,14 @@ except ModuleNotFoundError as error:
 from samplers.batch_sampler import LengthBucketBatchSampler
 from samplers.dynamic.node import LengthBucketNode
 from samplers.dynamic.stage import bucket_by_length
+from samplers.packing_sampler import PackingBatchSampler
 from samplers.planning.optimal_widths import optimal_widths
+from samplers.planning.packs.one_list import pack
 from samplers.planning.plan import BatchPlan, plan_epoch
 from samplers.shard_stream import ShardStream
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.indexing.index import LengthIndex
+from samplers.shards.split_dataset import SplitDataset
 from samplers.shards.writing.writer import ShardWriter
 
 __all__ = [
@@ -30,10 +33,13 @@ __all__ = [
     "LengthBucketNode",
     "LengthError",
     "LengthIndex",
+    "PackingBatchSampler",
     "ShardDataset",
     "ShardStream",
     "ShardWriter",
+    "SplitDataset",
     "bucket_by_length",
     "optimal_widths",
+    "pack",
     "plan_epoch",
 ]

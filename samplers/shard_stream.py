@@ -8,13 +8,13 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from collate.widths import check_count
-from samplers.batch_sampler import find_replica
 from samplers.planning.clipping import check_collator
 from samplers.planning.options import PlanOptions, make_options
 from samplers.planning.schedule import count_steps
 from samplers.planning.tables.window_table import WindowTable, make_window_table
-from samplers.progress.loader import PlannedLoader
+from samplers.progress.loader import BucketLoader
 from samplers.progress.position import warn_of_drop
+from samplers.progress.replica import find_replica
 from samplers.progress.shared_cursor import WORKERS, SharedEpochCursor, WorkerIteration
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.indexing.measuring import Decoder
@@ -26,7 +26,7 @@ from samplers.window_reader import ShardsInOrder, StepReader
 _NOT_PICKLED: Final = "_table"
 
 
-class ShardStream(PlannedLoader, IterableDataset[Any]):
+class ShardStream(BucketLoader, IterableDataset[Any]):
     """Batches of a sharded corpus, planned from its index, and collated where they are read.
 
     A window is a run of shuffled shards. It is planned as `LengthBucketBatchSampler` plans a corpus, and read in the
@@ -74,6 +74,7 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
     """
 
     _cursor: SharedEpochCursor
+    _table: WindowTable
 
     def __init__(
         self,

@@ -21,12 +21,13 @@ LAYERS = {
     "samplers": [
         ["cli"],
         ["shard_stream"],
-        ["batch_sampler", "window_reader"],
+        ["batch_sampler", "packing_sampler", "window_reader"],
         ["progress", "dynamic"],
         ["planning", "shards"],
         ["testing", "masked"],
     ],
     "samplers.planning": [
+        ["pack_batches"],
         ["plan"],
         ["schedule", "report"],
         ["tables", "packs", "clipping", "optimal_widths"],
@@ -38,7 +39,8 @@ LAYERS = {
     "samplers.planning.tables": [
         ["window_table", "pool_table"],
         ["batch_table", "window_order"],
-        ["buckets", "epoch_order", "equal_lengths"],
+        ["epoch_table"],
+        ["buckets", "epoch_order", "equal_lengths", "last_step"],
     ],
     "samplers.planning.packs": [
         ["row_order", "one_list"],
@@ -49,16 +51,23 @@ LAYERS = {
         ["best_fit"],
         ["documents"],
     ],
+    "samplers.planning.pack_batches": [
+        ["plan"],
+        ["report"],
+        ["table"],
+        ["options", "cut_rows"],
+    ],
     "samplers.progress": [
+        ["planned_sampler"],
         ["loader"],
         ["epoch_cursor", "shared_cursor"],
-        ["position"],
+        ["position", "replica"],
     ],
     "samplers.shards": [
         ["writing"],
         ["dataset"],
         ["field_value", "skipping"],
-        ["indexing", "skip_counts"],
+        ["indexing", "skip_counts", "split_dataset"],
         ["format"],
         ["storage", "deprecation"],
     ],
@@ -189,6 +198,7 @@ def test_the_public_names_are_those_that_were_promised():
     assert set(samplers.__all__) == {
         *("LengthBucketBatchSampler", "BatchPlan", "plan_epoch", "optimal_widths", "bucket_by_length"),
         *("LengthBucketNode", "LengthIndex", "ShardWriter", "ShardDataset", "ShardStream", "LengthError"),
+        *("PackingBatchSampler", "SplitDataset", "pack"),
     }
 
 

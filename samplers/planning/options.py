@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, Literal, TypeAlias, TypedDict
+from typing import Any, Final, Literal, Protocol, TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,25 @@ Overlong: TypeAlias = Literal["error", "drop", "alone"]
 Indices: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 LARGEST_SEED: Final = (1 << 64) - 1
+
+
+class EpochOptions(Protocol):
+    """The options that every planner has."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the shuffles."""
+        ...
+
+    @property
+    def shuffle(self) -> bool:
+        """Whether epochs differ."""
+        ...
+
+    @property
+    def drop_last(self) -> bool:
+        """Whether the last, partial step is dropped."""
+        ...
 
 
 class PlanOptions(TypedDict, total=False):
