@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 from torchdata import nodes
 
-from samplers import LengthBucketBatchSampler, LengthBucketNode, ShardStream, ShardWriter, bucket_by_length
+from samplers import (
+    LengthBucketBatchSampler,
+    LengthBucketNode,
+    PackingBatchSampler,
+    ShardStream,
+    ShardWriter,
+    bucket_by_length,
+)
 from storm import rigs
 from storm.model import Batch, Book
 from storm.rigs import Numbers, Rig, SourceError
@@ -64,6 +71,10 @@ class Adapter:
 
 def make_sampler(replicas: int, rank: int | str, broken: int | None = None) -> LengthBucketBatchSampler:
     return LengthBucketBatchSampler(LENGTHS, max_tokens=300, seed=1, num_replicas=replicas, rank=rank)
+
+
+def make_packer(replicas: int, rank: int | str, broken: int | None = None) -> PackingBatchSampler:
+    return PackingBatchSampler(LENGTHS, capacity=90, seed=1, num_replicas=replicas, rank=rank)
 
 
 @dataclass
@@ -174,7 +185,7 @@ def _planned(make: Callable[..., Any]) -> Callable[[], Book]:
     return cache(lambda: Book(write))
 
 
-sampler_book, stream_book = _planned(make_sampler), _planned(make_stream)
+sampler_book, stream_book, packer_book = _planned(make_sampler), _planned(make_stream), _planned(make_packer)
 
 
 @cache
@@ -194,6 +205,8 @@ PREPARED = RAISING - {"copy", "remaining"}
 def _bare() -> Iterator[Adapter]:
     yield Adapter("sampler", rigs.Bare, make_sampler, sampler_book)
     yield Adapter("sampler of all", rigs.Bare, make_sampler, sampler_book, one_for_all=True)
+    yield Adapter("packs", rigs.Bare, make_packer, packer_book)
+    yield Adapter("packs of all", rigs.Bare, make_packer, packer_book, one_for_all=True)
     yield Adapter("stream", rigs.Bare, make_stream, stream_book, rules=RAISING)
     yield Adapter("stage", rigs.Stage, make_stage, bucket_book, (1,), rules=frozenset({"copy"}))
 
@@ -216,17 +229,20 @@ def _loaded() -> Iterator[Adapter]:
             if not issubclass(kind, rigs.Prefetched):
                 name = f"sampler of all, {where}"
                 yield Adapter(name, kind, make_sampler, sampler_book, workers=workers, one_for_all=True)
+                yield Adapter(f"packs, {where}", kind, make_packer, packer_book, workers=workers, rules=RAISING)
 
 
 def _framed() -> Iterator[Adapter]:
     """Under the loaders of torchdata.nodes and accelerate, which count epochs themselves."""
     rules = RAISING - {"seek", "copy", "remaining"}
     yield Adapter("sampler, nodes.Loader", rigs.Noded, make_sampler, sampler_book, rules=rules)
+    yield Adapter("packs, nodes.Loader", rigs.Noded, make_packer, packer_book, rules=rules)
     yield Adapter("stream, nodes.Loader", rigs.Noded, make_stream, stream_book, rules=rules)
     kinds = {"": (rigs.Accelerated, rigs.Dealt), " stateful": (rigs.AcceleratedStateful, rigs.DealtStateful)}
     for stateful, (kind, dealt) in kinds.items():
         for more, workers in (("", (NO_WORKERS,)), (", workers", (TWO, LASTING))):
             name = f"accelerate{stateful}{more}"
+            yield Adapter(f"packs, {name}", kind, make_packer, packer_book, (1,), workers, PREPARED)
             yield Adapter(f"sampler, {name}", kind, make_sampler, sampler_book, (1,), workers, PREPARED)
             # Their loader skips batches where ours would load a state, so that positions count from the epoch's start.
             rules = PREPARED - {"seek"} if stateful else PREPARED
