@@ -91,6 +91,8 @@ LAYERS = {
     "samplers.dynamic": [["node"], ["stage"], ["bucketer", "sample_length"]],
     "samplers.cli": [
         ["commands"],
+        ["pack_plots"],
+        ["pack_compare"],
         ["folder_index", "plots", "printing"],
         ["arguments", "compare", "convert"],
         ["arrow", "exact_numbers"],

@@ -1,6 +1,5 @@
 """The `lengthtrack` command: index, verify, report, convert and show."""
 
-import json
 import os
 import sys
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from samplers.cli.arguments import (
     measuring_options,
     open_lengths,
     open_sources,
+    pack_options,
     parse_dtypes,
     parse_names,
     parse_numbers,
@@ -27,12 +27,24 @@ from samplers.cli.arguments import (
     parse_widths,
     parse_windows,
     plan_options,
+    require_budget,
+    split_pack_options,
 )
-from samplers.cli.compare import compare_plans, describe_lengths, trace_windows
+from samplers.cli.compare import compare_plans, trace_windows
 from samplers.cli.convert import ColumnSelection, SampleMaker, read_input_rows, stacked_fields
 from samplers.cli.extras import load_extra
 from samplers.cli.folder_index import index_of_folder, open_earlier, unlisted_shards
-from samplers.cli.printing import count, describe_index, describe_reading, judge, print_batch, print_report, print_rows
+from samplers.cli.pack_compare import report_packs
+from samplers.cli.printing import (
+    count,
+    describe_index,
+    describe_reading,
+    judge,
+    print_batch,
+    print_report,
+    print_rows,
+    write_json,
+)
 from samplers.planning.options import Options
 from samplers.planning.plan import BatchPlan
 from samplers.planning.tables.pool_table import choose_table
@@ -175,6 +187,7 @@ def verify(
         "lengthtrack report lengths.npy --max-tokens 8192 --replicas 8 --widths best:6",
         "lengthtrack report corpus.ltx --max-tokens 8192 --replicas 4 --plot padding.png --json report.json",
         "lengthtrack report corpus.ltx --batch-size 16 --json -",
+        "lengthtrack report lengths.npy --pack 2048,4096 --cost 1 --replicas 8 --plot packs.svg",
     )
 )
 @click.argument("sources", nargs=-1, required=True, metavar="INDEX|SHARDS|lengths.npy")
@@ -189,6 +202,7 @@ def verify(
     "--window", type=parse_windows, metavar="N[,N...]", multiple=True, default=["auto"], help="Samples sorted together."
 )
 @plan_options
+@pack_options
 @click.option(
     "--json",
     "json_path",
@@ -207,11 +221,16 @@ def report(
     plot: str | None,
     **options: Any,
 ) -> None:
-    """Report what an epoch would cost, by budget and window.
+    """Report what an epoch would cost, by budget and window, or by the capacity of rows.
 
     One column for each plan, before any training. Opens only the index, no shards.
     """
-    _require_budget(max_tokens, options)
+    capacities, packed = split_pack_options(options)
+    if capacities:
+        packed |= options | {"max_tokens": max_tokens or None}
+        report_packs(sources, capacities, packed, json_path=json_path, plot=plot)
+        return
+    require_budget(max_tokens, options)
     lengths = open_lengths(sources)
     options["widths"] = parse_widths(options["widths"], lengths)
     # Before the plans, so that a missing matplotlib is an error at once.
@@ -220,10 +239,7 @@ def report(
     # JSON on stdout must be the only output.
     if json_path != "-":
         print_report(sources, lengths, summaries)
-    if json_path is not None:
-        figures = {"sources": list(sources), "lengths": describe_lengths(lengths)}
-        text = json.dumps(figures | {"plans": [summary.as_json() for summary in summaries]}, indent=2)
-        click.echo(text) if json_path == "-" else Path(json_path).write_text(text + "\n", encoding="utf-8")
+    write_json(sources, lengths, [summary.as_json() for summary in summaries], json_path)
     if pictures is not None:
         pictures.draw_comparison(lengths, summaries, trace_windows(lengths, summaries), Path(str(plot)))
 
@@ -313,7 +329,7 @@ def convert(
 @click.option("--rows", type=click.IntRange(0), default=20, help="Number of rows to print.")
 def show(*, sources: tuple[str, ...], step: int, rank: int, rows: int, **options: Any) -> None:
     """Print a batch: fields, padding and rows."""
-    _require_budget(options["max_tokens"], options)
+    require_budget(options["max_tokens"], options)
     corpus = open_sources(sources)
     options["widths"] = parse_widths(options["widths"], corpus)
     epoch, num_replicas = options.pop("epoch"), options.pop("num_replicas")
@@ -366,11 +382,6 @@ def _count_workers(workers: int | None, shards: int) -> int:
 def _progress(items: Iterable[ItemT], total: int | None, unit: str) -> Iterable[ItemT]:
     bar: Iterable[ItemT] = tqdm(items, total=total, unit=unit, disable=not sys.stderr.isatty(), leave=False)
     return bar
-
-
-def _require_budget(max_tokens: object, options: dict[str, Any]) -> None:
-    if not max_tokens and options["batch_size"] is None:
-        raise click.UsageError("no budget: give --max-tokens or --batch-size")
 
 
 def _check_step(plan: BatchPlan, step: int, rank: int) -> int:

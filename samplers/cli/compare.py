@@ -172,14 +172,13 @@ def total_lengths(lengths: Lengths) -> Integers:
     return array if array.ndim == 1 else array.sum(1, dtype=np.int64)
 
 
-def tabulate(summaries: Sequence[PlanSummary], width: int) -> list[str]:
-    """The summaries as columns of a table.
+def tabulate(columns: Sequence[dict[str, str]], width: int) -> list[str]:
+    """Columns as a table.
 
     Args:
-        summaries: At least one.
+        columns: At least one: labels to values, all with the same labels.
         width: Characters in a line. Further columns go into another table below.
     """
-    columns = [_column(summary) for summary in summaries]
     labels = list(columns[0])
     label_width = max(len(label) for label in labels)
     cell = max(len(value) for column in columns for value in column.values()) + 2
@@ -216,7 +215,8 @@ def _trace(name: str, lengths: Lengths, summary: PlanSummary) -> Curve:
     )
 
 
-def _column(summary: PlanSummary) -> dict[str, str]:
+def plan_column(summary: PlanSummary) -> dict[str, str]:
+    """A column of the table."""
     report, options = summary.report, summary.table.options
     widths = summary.widths
     return {

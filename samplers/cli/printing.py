@@ -1,14 +1,16 @@
 """Output of the commands: an index as text, a comparison of plans, a batch row by row."""
 
+import json
 import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import click
 import numpy as np
 
-from samplers.cli.compare import PlanSummary, describe_lengths, tabulate
+from samplers.cli.compare import PlanSummary, describe_lengths, plan_column, tabulate
 from samplers.planning.sorting import Lengths
 from samplers.planning.tables.batch_table import BatchTable
 from samplers.shards.format.samples import Sample
@@ -56,6 +58,14 @@ def count(number: int, unit: str) -> str:
 
 def print_report(sources: Sequence[str], lengths: Lengths, summaries: Sequence[PlanSummary]) -> None:
     """Print a comparison of plans as a table."""
+    print_columns(sources, lengths, [plan_column(summary) for summary in summaries])
+    # Plans of one budget have the same over-long samples: say it once.
+    for text in dict.fromkeys(_overlong_line(lengths, summary) for summary in summaries if summary.overlong):
+        click.echo(f"\n{text}")
+
+
+def print_columns(sources: Sequence[str], lengths: Lengths, columns: Sequence[dict[str, str]]) -> None:
+    """Print a corpus, and columns of figures as a table."""
     figures = describe_lengths(lengths)
     name = sources[0] if len(sources) == 1 else f"{len(sources):,} sources"
     what = describe_index(lengths) if isinstance(lengths, LengthIndex) else f"{figures['samples']:,} samples"
@@ -66,11 +76,16 @@ def print_report(sources: Sequence[str], lengths: Lengths, summaries: Sequence[P
     )
     # Only a terminal has a width.
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
-    for line in tabulate(summaries, width):
+    for line in tabulate(columns, width):
         click.echo(line)
-    # Plans of one budget have the same over-long samples: say it once.
-    for text in dict.fromkeys(_overlong_line(lengths, summary) for summary in summaries if summary.overlong):
-        click.echo(f"\n{text}")
+
+
+def write_json(sources: Sequence[str], lengths: Lengths, plans: Sequence[Any], path: str | None) -> None:
+    """Write the figures of a corpus and of plans as JSON; "-" is stdout, None is nowhere."""
+    if path is not None:
+        figures = {"sources": list(sources), "lengths": describe_lengths(lengths), "plans": plans}
+        text = json.dumps(figures, indent=2)
+        click.echo(text) if path == "-" else Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def _overlong_line(lengths: Lengths, summary: PlanSummary) -> str:

@@ -57,6 +57,11 @@ class PackPlan(EpochPlan):
         fill: Floats = (_sum_runs(self._steps_of_documents, self._rows.documents) / capacity).max(1)
         return fill
 
+    @property
+    def row_documents(self) -> Integers:
+        """Documents of each row: int64 `[rows]`."""
+        return self._rows.documents
+
     @cached_property
     def batch_costs(self) -> Floats:
         """Cost of each replica's batch in each step: float64 `[steps, W]`; without `cost`, its steps."""
