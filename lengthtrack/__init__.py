@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         LengthBucketNode,
         LengthIndex,
         PackingBatchSampler,
+        PackingNode,
         ShardDataset,
         ShardStream,
         ShardWriter,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         bucket_by_length,
         optimal_widths,
         pack,
+        pack_by_length,
         plan_epoch,
     )
 
@@ -53,6 +55,7 @@ __all__ = [
     "LengthIndex",
     "LengthTrackedBatch",
     "PackingBatchSampler",
+    "PackingNode",
     "PadCollator",
     "ShadowWarning",
     "ShardDataset",
@@ -68,6 +71,7 @@ __all__ = [
     "masked_mean",
     "optimal_widths",
     "pack",
+    "pack_by_length",
     "plan_epoch",
     "sequence_loss",
     "token_scale",

@@ -15,7 +15,8 @@ except ModuleNotFoundError as error:
     raise ImportError(f"{hidden}, which `samplers` needs: rename that file, or `import lengthtrack` first") from error
 
 from samplers.batch_sampler import LengthBucketBatchSampler
-from samplers.dynamic.node import LengthBucketNode
+from samplers.dynamic.node import LengthBucketNode, PackingNode
+from samplers.dynamic.pack_stage import pack_by_length
 from samplers.dynamic.stage import bucket_by_length
 from samplers.packing_sampler import PackingBatchSampler
 from samplers.planning.optimal_widths import optimal_widths
@@ -34,6 +35,7 @@ __all__ = [
     "LengthError",
     "LengthIndex",
     "PackingBatchSampler",
+    "PackingNode",
     "ShardDataset",
     "ShardStream",
     "ShardWriter",
@@ -41,5 +43,6 @@ __all__ = [
     "bucket_by_length",
     "optimal_widths",
     "pack",
+    "pack_by_length",
     "plan_epoch",
 ]

@@ -88,7 +88,13 @@ LAYERS = {
     ],
     "samplers.shards.format": [["samples", "tar"], ["keys"], ["npy"]],
     "samplers.shards.storage": [["paths"], ["reading"], ["atomic", "process_pool", "remote"], ["locks"]],
-    "samplers.dynamic": [["node"], ["stage"], ["bucketer", "sample_length"]],
+    "samplers.dynamic": [
+        ["node"],
+        ["pack_stage"],
+        ["stage"],
+        ["bucketer", "packer", "sample_length"],
+        ["buffer"],
+    ],
     "samplers.cli": [
         ["commands"],
         ["pack_plots"],
@@ -200,7 +206,7 @@ def test_the_public_names_are_those_that_were_promised():
     assert set(samplers.__all__) == {
         *("LengthBucketBatchSampler", "BatchPlan", "plan_epoch", "optimal_widths", "bucket_by_length"),
         *("LengthBucketNode", "LengthIndex", "ShardWriter", "ShardDataset", "ShardStream", "LengthError"),
-        *("PackingBatchSampler", "SplitDataset", "pack"),
+        *("PackingBatchSampler", "PackingNode", "SplitDataset", "pack", "pack_by_length"),
     }
 
 

@@ -1,4 +1,4 @@
-"""Bucketing of streams whose lengths are not known in advance: a stage for webdataset, a node for torchdata.
+"""Bucketing and packing of streams whose lengths are not known in advance: stages for webdataset, nodes for torchdata.
 
 Imports `planning` (budget and options), `shards` (skipping), `testing`, and of `collate` the errors and `widths`.
 Terms: a sample *waits* in the buffer and is *emitted* in a batch; an *arrival* counts the samples of the source, with
@@ -6,7 +6,8 @@ those that are left out; a batch is *due* when a limit of the buffer is reached;
 and a *stale* one still describes the epoch before.
 """
 
-from samplers.dynamic.node import LengthBucketNode
+from samplers.dynamic.node import LengthBucketNode, PackingNode
+from samplers.dynamic.pack_stage import PackStage, pack_by_length
 from samplers.dynamic.stage import BucketStage, bucket_by_length
 
-__all__ = ["BucketStage", "LengthBucketNode", "bucket_by_length"]
+__all__ = ["BucketStage", "LengthBucketNode", "PackStage", "PackingNode", "bucket_by_length", "pack_by_length"]

@@ -14,9 +14,11 @@ from samplers import (
     LengthBucketBatchSampler,
     LengthBucketNode,
     PackingBatchSampler,
+    PackingNode,
     ShardStream,
     ShardWriter,
     bucket_by_length,
+    pack_by_length,
 )
 from storm import rigs
 from storm.model import Batch, Book
@@ -167,6 +169,13 @@ def make_node(kind: str, *, ahead: int = 0) -> Callable[..., Any]:
     return make
 
 
+PACKS = {"capacity": 90, "rows": 2, "buffer_size": 20}
+
+
+def make_packing_node(kind: str) -> Callable[..., Any]:
+    return lambda replicas, rank, broken=None: PackingNode(source_of(kind, broken), length_of, **PACKS)
+
+
 def make_stage(replicas: int, rank: int, broken: int | None = None) -> Any:
     return bucket_by_length(length_of, **BUCKETS)
 
@@ -191,6 +200,11 @@ sampler_book, stream_book, packer_book = _planned(make_sampler), _planned(make_s
 @cache
 def bucket_book() -> Book:
     return Book(lambda epoch, replicas: list(make_stage(1, 0)(range(SAMPLES))), alike=True)
+
+
+@cache
+def pack_book() -> Book:
+    return Book(lambda epoch, replicas: list(pack_by_length(length_of, **PACKS)(range(SAMPLES))), alike=True)
 
 
 @cache
@@ -250,6 +264,9 @@ def _framed() -> Iterator[Adapter]:
 
 
 def _nodes() -> Iterator[Adapter]:
+    rules = frozenset({"save", "source raises"})
+    for where, kind in (("bare", rigs.Node), ("nodes.Loader", rigs.NodeInLoader)):
+        yield Adapter(f"node of packs, {where}", kind, make_packing_node("list"), pack_book, (1,), rules=rules)
     for source in ("list", "generator", "epochs"):
         for where, kind, ahead in (
             ("bare", rigs.Node, 0),
