@@ -2,18 +2,22 @@
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, Final, Unpack
+from typing import Any, Final, cast
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from collate.widths import check_count
-from samplers.planning.clipping import check_collator
-from samplers.planning.options import PlanOptions, make_options
+from collate.widths import Widths, check_count
+from samplers.planning.clipping import check_capacity, check_collator
+from samplers.planning.options import Options, PlanOptions, make_options
+from samplers.planning.pack_batches.options import PackingOptions, PackOptions, make_pack_options
+from samplers.planning.pack_batches.plan import PackPlan
+from samplers.planning.pack_batches.window_packs import WindowPacks, make_window_packs
+from samplers.planning.plan import BatchPlan
 from samplers.planning.schedule import count_steps
 from samplers.planning.tables.window_table import WindowTable, make_window_table
-from samplers.progress.loader import BucketLoader
-from samplers.progress.position import warn_of_drop
+from samplers.progress.loader import PlannedLoader
+from samplers.progress.position import check_epoch, warn_of_drop
 from samplers.progress.replica import find_replica
 from samplers.progress.shared_cursor import WORKERS, SharedEpochCursor, WorkerIteration
 from samplers.shards.indexing.index import LengthIndex
@@ -26,7 +30,7 @@ from samplers.window_reader import ShardsInOrder, StepReader
 _NOT_PICKLED: Final = "_table"
 
 
-class ShardStream(BucketLoader, IterableDataset[Any]):
+class ShardStream(PlannedLoader, IterableDataset[Any]):
     """Batches of a sharded corpus, planned from its index, and collated where they are read.
 
     A window is a run of shuffled shards. It is planned as `LengthBucketBatchSampler` plans a corpus, and read in the
@@ -57,9 +61,12 @@ class ShardStream(BucketLoader, IterableDataset[Any]):
             number of workers, so that each fetches windows of its own; local shards need none of it.
         num_replicas: W; None takes the initialised process group's size, or 1.
         rank: Rank of this process; None takes the process group's, or 0.
-        options: Those of `LengthBucketBatchSampler`. `window` is how many samples a run of shards has at least (None:
-            10,000); a worker holds its part of a window in memory. With `drop_last`, every window drops the batch that
-            `batch_size` leaves short.
+        window: How many samples a run of shards has at least (None: 10,000); a worker holds its part of a window in
+            memory.
+        options: Those of `LengthBucketBatchSampler`; with `drop_last`, every window drops the batch that `batch_size`
+            leaves short. Or, with `capacity`, those of `PackingBatchSampler`: the stream packs, and reads pieces of
+            split samples itself. The windows of packs are the same in every epoch, and the last batch of a window may
+            have fewer rows.
 
     Attributes:
         data: The samples by index, as a `ShardDataset`.
@@ -69,12 +76,14 @@ class ShardStream(BucketLoader, IterableDataset[Any]):
         TypeError: An option is unknown or has the wrong type.
         LengthError: A length is negative, above every allowed width, or over the budget with `overlong="error"`.
         ValueError: An option is out of its range, no budget is given, no batch is left to plan, the last step has
-            fewer rows than replicas, or `collate_fn` cuts or pads samples otherwise than they are planned.
+            fewer rows than replicas, or `collate_fn` cuts, pads or packs samples otherwise than they are
+            planned.
         RuntimeError: A launcher started several processes, and their process group is not initialised.
     """
 
+    options: Options | PackOptions
     _cursor: SharedEpochCursor
-    _table: WindowTable
+    _table: WindowTable | WindowPacks
 
     def __init__(
         self,
@@ -89,19 +98,29 @@ class ShardStream(BucketLoader, IterableDataset[Any]):
         interleave: int = 1,
         num_replicas: int | None = None,
         rank: int | None = None,
-        **options: Unpack[PlanOptions],
+        window: int | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         if not callable(collate_fn):
             raise TypeError(f"collate_fn must be a function of a list of samples, got {collate_fn!r}")
         self.collate_fn = collate_fn
-        self.options = make_options(options)
+        # A row's capacity tells packs from batches of a budget.
+        self._window = window
+        if "capacity" in options:
+            self.options = make_pack_options(cast(PackingOptions, options))
+        else:
+            self.options = make_options(cast(PlanOptions, {"window": window, **options}))
         self.interleave = check_count("interleave", interleave, least=1, hint="1 reads one window after the other")
         self.num_replicas, self.rank = find_replica(num_replicas, rank)
         self.data = ShardsInOrder(shards, index, fields, decode=decode, handler=handler, max_failed=max_failed)
         self._lengths = self.data.index
         self._table = self._make_table()
-        check_collator(collate_fn, self._table.sorted_lengths, self.options, self.data.index.fields)
+        if isinstance(self._table, WindowPacks):
+            check_capacity(collate_fn, self._table.packs.limits.capacity)
+            self.data = self.data.with_pieces(self._table.pieces)
+        else:
+            check_collator(collate_fn, self._table.sorted_lengths, self._table.options, self.data.index.fields)
         self._cursor = SharedEpochCursor(self.num_replicas)
         # Refuses now what could not be shared in a later epoch.
         self._steps = count_steps(self._table, self.num_replicas)
@@ -127,8 +146,43 @@ class ShardStream(BucketLoader, IterableDataset[Any]):
         """Samples that were skipped so far, in all workers: `{shard: {reason: count}}`, as in `ShardDataset`."""
         return self.data.skipped
 
-    def _make_table(self) -> WindowTable:
+    @property
+    def max_length(self) -> int | tuple[int, ...] | None:
+        """Longer samples are planned with this many time steps; the collator must cut them to it.
+
+        With several fields of packs, one number for each.
+        """
+        if isinstance(self._table, WindowPacks):
+            cut = self._table.max_length
+            return cut[0] if cut is not None and len(cut) == 1 else cut
+        return self._table.options.max_length
+
+    @property
+    def widths(self) -> Widths:
+        """The padded widths that batches are planned with, as given; `PadCollator.for_sampler` pads to them.
+
+        Raises:
+            AttributeError: The stream packs.
+        """
+        if isinstance(self.options, PackOptions):
+            raise AttributeError("widths: a stream that packs has none, give it a VarlenCollator")
+        return self.options.widths
+
+    def plan(self, epoch: int) -> BatchPlan | PackPlan:
+        """All batches of an epoch, over all replicas: a `BatchPlan`, or with `capacity` the plan of packs.
+
+        Raises:
+            TypeError: The epoch is not an int.
+            ValueError: The epoch is negative.
+        """
+        if isinstance(self._table, WindowPacks):
+            return PackPlan(self._table, check_epoch(epoch), self.num_replicas)
+        return BatchPlan(self._table, check_epoch(epoch), self.num_replicas)
+
+    def _make_table(self) -> WindowTable | WindowPacks:
         index = self.data.index
+        if isinstance(self.options, PackOptions):
+            return make_window_packs(index, index.starts, self.options, window=self._window, interleave=self.interleave)
         return make_window_table(index, index.starts, self.options, self.interleave)
 
 

@@ -53,7 +53,7 @@ LAYERS = {
     ],
     "samplers.planning.pack_batches": [
         ["plan"],
-        ["report"],
+        ["report", "window_packs"],
         ["table"],
         ["options", "cut_rows"],
     ],

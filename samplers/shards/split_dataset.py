@@ -63,8 +63,8 @@ class PieceCutter:
             )
         self._size, self._fields = size, fields
         # The last piece of a sample ends where the sample does.
-        last = np.searchsorted(self._samples, self._samples, side="right") - 1
-        self._planned = self._stops[last]
+        ends = np.flatnonzero(np.diff(self._samples, append=-1))
+        self._planned = self._stops[ends[np.searchsorted(ends, np.arange(len(self._samples)))]]
 
     def __len__(self) -> int:
         """Pieces."""

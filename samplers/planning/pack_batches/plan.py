@@ -93,7 +93,7 @@ class PackPlan(EpochPlan):
             documents_per_row=float(sizes.mean()),
             documents_deviation=float(sizes.std() / sizes.mean()),
             too_short=table.too_short,
-            overlong_dropped=table.packs.dropped,
+            overlong_dropped=table.dropped,
             overlong_split=0 if table.pieces is None else len(np.unique(table.pieces.samples)),
             last_dropped=table.planned - documents,
             repeated_pairs=repeated[0],
@@ -164,10 +164,11 @@ def rows_in_slots(schedule: Schedule, slots: Integers) -> BatchRows:
     whole = schedule.whole_steps * schedule.num_replicas
     parts = []
     if (slots < whole).any():
-        parts.append(table.rows_of_batches(schedule.taken + slots[slots < whole]))
+        positions = schedule.taken + slots[slots < whole]
+        parts.append(table.rows_of_batches(schedule.order.batch_at_position(positions)))
     if (slots >= whole).any():
         last = np.arange(len(table) - schedule.partial, len(table))
-        shares = table.share_rows_of(last, schedule.num_replicas)
+        shares = table.share_rows_of(schedule.order.batch_at_position(last), schedule.num_replicas)
         parts += [shares[slot - whole] for slot in slots[slots >= whole].tolist()]
     return _join(parts)
 

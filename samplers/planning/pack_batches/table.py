@@ -99,6 +99,11 @@ class PackBatches(EpochTable):
         return len(self.lengths) + (0 if self.pieces is None else len(self.pieces.samples))
 
     @property
+    def dropped(self) -> int:
+        """Samples that `overlong="drop"` leaves out."""
+        return self.packs.dropped
+
+    @property
     def pieces(self) -> Pieces | None:
         """Pieces of split samples, or None."""
         return self.packs.pieces
@@ -138,7 +143,7 @@ class PackBatches(EpochTable):
                 del self._epochs[next(iter(self._epochs))]
         return table
 
-    def order(self, epoch: int, num_replicas: int) -> TableOrder:
+    def order(self, epoch: int, num_replicas: int) -> EpochOrder:
         """The order of this table's batches, which is that of their ids."""
         return TableOrder(len(self), self.options, epoch, num_replicas)
 
@@ -239,19 +244,35 @@ def pack_batches(lengths: Lengths, options: PackOptions) -> PackBatches:
     """
     array = as_length_array(lengths)
     refuse_negative(array, None)
-    indices = None if options.indices is None else check_indices(options.indices, len(array))
-    too_short = 0
-    if options.min_length:
-        chosen = np.arange(len(array)) if indices is None else indices
-        rows = array[chosen].reshape(len(chosen), -1)
-        indices = chosen[np.greater_equal(rows, options.min_length).all(1)]
-        too_short = len(chosen) - len(indices)
-        if len(indices) == 0:
-            raise ValueError(
-                f"no sample is left to plan: min_length={options.min_length} leaves out {too_short}; lower min_length"
-            )
-    packs = PackTable.build(
-        array,
+    indices, too_short = choose_samples(array, options)
+    return PackBatches(build_packs(array, options, indices), array, options, too_short)
+
+
+def choose_samples(lengths: npt.NDArray[Any], options: PackOptions) -> tuple[Integers | None, int]:
+    """The samples that are chosen and long enough, int64 `[n]` or None for all, and how many are too short.
+
+    Raises:
+        TypeError: Indices are not integers.
+        ValueError: Indices are out of range, or no sample is long enough.
+    """
+    indices = None if options.indices is None else check_indices(options.indices, len(lengths))
+    if not options.min_length:
+        return indices, 0
+    chosen = np.arange(len(lengths)) if indices is None else indices
+    rows = lengths[chosen].reshape(len(chosen), -1)
+    samples = chosen[np.greater_equal(rows, options.min_length).all(1)]
+    too_short = len(chosen) - len(samples)
+    if len(samples) == 0:
+        raise ValueError(
+            f"no sample is left to plan: min_length={options.min_length} leaves out {too_short}; lower min_length"
+        )
+    return samples, too_short
+
+
+def build_packs(lengths: npt.NDArray[Any], options: PackOptions, indices: Integers | None) -> PackTable:
+    """The rows of these samples; the errors are those of `PackTable.build`."""
+    return PackTable.build(
+        lengths,
         capacity=options.capacity,
         multiple=options.multiple,
         max_documents=options.max_documents,
@@ -262,4 +283,3 @@ def pack_batches(lengths: Lengths, options: PackOptions) -> PackBatches:
         shuffle=options.shuffle,
         indices=indices,
     )
-    return PackBatches(packs, array, options, too_short)

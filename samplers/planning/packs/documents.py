@@ -133,7 +133,7 @@ def plan_documents(
     if len(taken) == 0:
         raise ValueError("lengths must have at least one sample to pack, got none")
     units = to_units(taken, limits.multiple)
-    longer = _overlong_documents(units, limits)
+    longer = overlong_documents(units, limits)
     if len(longer) == 0:
         return Documents(units, indices)
     samples = np.arange(len(units)) if indices is None else indices
@@ -178,7 +178,7 @@ def to_units(lengths: Integers, multiple: int) -> Integers:
     return units
 
 
-def _overlong_documents(units: Integers, limits: RowLimits) -> Integers:
+def overlong_documents(units: Integers, limits: RowLimits) -> Integers:
     """The documents that do not fit in a row alone, int64 `[n]`, ascending."""
     if limits.max_cost is not None:
         # Few sizes are different, and a user's function may take its time.

@@ -108,6 +108,12 @@ def make_stream(replicas: int, rank: int, broken: int | None = None) -> ShardStr
     )
 
 
+def make_pack_stream(replicas: int, rank: int, broken: int | None = None) -> ShardStream:
+    return ShardStream(
+        _shards(), collate_fn=Keys(broken), capacity=90, seed=1, window=60, num_replicas=replicas, rank=rank
+    )
+
+
 class Counted:
     """A stateful iterable that is written as a generator: its state is old until the generator has begun."""
 
@@ -195,6 +201,7 @@ def _planned(make: Callable[..., Any]) -> Callable[[], Book]:
 
 
 sampler_book, stream_book, packer_book = _planned(make_sampler), _planned(make_stream), _planned(make_packer)
+pack_stream_book = _planned(make_pack_stream)
 
 
 @cache
@@ -222,6 +229,7 @@ def _bare() -> Iterator[Adapter]:
     yield Adapter("packs", rigs.Bare, make_packer, packer_book)
     yield Adapter("packs of all", rigs.Bare, make_packer, packer_book, one_for_all=True)
     yield Adapter("stream", rigs.Bare, make_stream, stream_book, rules=RAISING)
+    yield Adapter("stream of packs", rigs.Bare, make_pack_stream, pack_stream_book, rules=RAISING)
     yield Adapter("stage", rigs.Stage, make_stage, bucket_book, (1,), rules=frozenset({"copy"}))
 
 
@@ -244,6 +252,8 @@ def _loaded() -> Iterator[Adapter]:
                 name = f"sampler of all, {where}"
                 yield Adapter(name, kind, make_sampler, sampler_book, workers=workers, one_for_all=True)
                 yield Adapter(f"packs, {where}", kind, make_packer, packer_book, workers=workers, rules=RAISING)
+                name = f"stream of packs, {where}"
+                yield Adapter(name, kind, make_pack_stream, pack_stream_book, workers=workers, rules=RAISING)
 
 
 def _framed() -> Iterator[Adapter]:
