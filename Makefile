@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 # The environment is made again when one of these files changes.
 READY := .venv/ready
+# Processes that run the tests.
+JOBS ?= 2
 
 # The other files of the folder are shared by these.
 BENCHMARKS := collation packing transport rnn language_model planning scale shards bucketing packing_plans varlen
@@ -11,7 +13,7 @@ BENCHMARKS := collation packing transport rnn language_model planning scale shar
 
 help:
 	@echo "make demo        create the environment, then train the main job: a byte-level language model on Python's library"
-	@echo "make test        create the environment, then run all tests and doctests"
+	@echo "make test        create the environment, then run all tests and doctests in JOBS (2) processes"
 	@echo "make check       format, lint, types, all tests with branch coverage"
 	@echo "make fuzz        20,000 mutated shards and indexes give the right data, or an error that names the file"
 	@echo "make storm       all objects with state under random saves, copies, breaks and restores, for STORM_MINUTES (10)"
@@ -32,7 +34,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov --cov-report=
 
 format: $(READY)
 	$(BIN)/ruff format --check .
@@ -45,7 +47,6 @@ types: $(READY)
 
 # Reads the data of the last `make test`.
 coverage: $(READY)
-	$(BIN)/python -m coverage combine --quiet --keep
 	$(BIN)/python -m coverage report --fail-under=90
 
 check: format lint types test coverage

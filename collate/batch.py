@@ -36,7 +36,7 @@ from collate.tensors.steps import PaddingValue, gather_steps
 from collate.widths import Widths, check_widths, padded_width
 
 # The value of a derived field before it is derived; the annotation says what it is afterwards.
-_DERIVED = cast(Tensor, None)
+_DERIVED_LATER = cast(Tensor, None)
 
 
 @travels
@@ -80,8 +80,8 @@ class LengthTrackedBatch(PaddedSequences):
 
     padded: Tensor
     lengths: Tensor
-    mask: Tensor = _DERIVED
-    permutation: Tensor = _DERIVED
+    mask: Tensor = _DERIVED_LATER
+    permutation: Tensor = _DERIVED_LATER
     padding_value: PaddingValue | None = None
     first_step: int = 0
 

@@ -31,7 +31,7 @@ from collate.tensors.numpy_view import Int64Array
 from collate.tensors.steps import PaddingValue
 from collate.widths import AllowedWidths, PaddedShape, Widths, check_widths, padded_width
 
-# Types that surely can be pickled, so that no trial is needed.
+# Types that can always be pickled, so that no trial is needed.
 _PLAIN = (str, bytes, int, float, bool, type(None))
 
 
@@ -50,8 +50,8 @@ class PlansLengths(Protocol):
 class PadCollator:
     """A `collate_fn` that pads variable-length fields and keeps their lengths; it can be pickled.
 
-    Samples are tensors, arrays, tuples, named tuples or (nested) mappings, and the batch has the same structure. What a
-    field becomes depends on its type alone: tensors, arrays and lists of numbers with an axis or more become a
+    Samples are tensors, arrays, tuples, named tuples or (nested) mappings, and the batch has the same structure. Its
+    type alone decides what a field becomes: tensors, arrays and lists of numbers with an axis or more become a
     `LengthTrackedBatch`; fields named in `stack`, numbers and 0-d arrays become one tensor `[B, ...]`; everything else
     becomes a list. All fields come in one row order. No sample is ever dropped, no buffer used twice.
 
@@ -130,15 +130,15 @@ class PadCollator:
         """Make a collator that cuts and pads as a sampler has planned, so that batches keep to its budget.
 
         Args:
-            sampler: its `max_length` and `widths` are taken, each None, or as the option of that name. If it has a
-                method `acknowledge_max_length`, that is called: samples will be cut, and no warning is needed.
-            padding_value: as in the class.
-            **options: all others, as in the class; `shapes` stand for the sampler's `widths`.
+            sampler: Its `max_length` and `widths` are taken; each is None, or a value that the option of that name
+                takes. If it has a method `acknowledge_max_length`, that is called: samples will be cut, and no warning
+                is needed.
+            padding_value: As in the class.
+            **options: All others, as in the class; `shapes` stand for the sampler's `widths`.
 
         Raises:
             TypeError: The sampler lacks one of the two, or an option has the wrong type.
-            ValueError: `max_length` or `widths` is given again, and differs; or an option has a value that means
-                nothing.
+            ValueError: `max_length` or `widths` is given again, and differs; or an option has an impossible value.
 
         Example:
             >>> from types import SimpleNamespace
@@ -174,7 +174,7 @@ class PadCollator:
         Raises:
             LengthError: There is no sample, a declared length is not the real one, a sample is empty though
                 `on_empty="error"`, or a row is longer than every allowed width or shape.
-            TypeError: Samples differ in structure or dtype; or a field cannot travel from a worker.
+            TypeError: Samples differ in structure or dtype; or a field cannot be sent from a worker.
             ValueError: Feature shapes differ, or an option names no field of these samples.
         """
         columns = self.read(samples)
@@ -223,7 +223,7 @@ class PadCollator:
         """A field's values as rows, a stacked tensor or a list, by their types alone.
 
         Raises:
-            TypeError: The values are tensors or arrays and something else.
+            TypeError: Tensors or arrays are mixed with other types.
         """
         if name in self.stack:
             return stack_samples(name, values)
@@ -232,7 +232,7 @@ class PadCollator:
             return stack_numbers(name, values, kinds)
         if all(issubclass(kind, (Tensor, np.ndarray, np.generic)) for kind in kinds):
             has_axis = cast("Tensor", values[0]).ndim > 0
-            return measure_rows(values, titled(name)) if has_axis else stack_samples(name, values)
+            return measure_rows(values, titled(name), kinds) if has_axis else stack_samples(name, values)
         if kinds == {list} and are_numbers(cast("list[list[object]]", values)):
             return measure_rows(values, titled(name))
         if any(issubclass(kind, (Tensor, np.ndarray, np.generic)) for kind in kinds):
@@ -241,7 +241,7 @@ class PadCollator:
         return values
 
     def _check_names(self, columns: Collection[str], variable: Collection[str]) -> None:
-        """Refuse an option that names a field which is not there: it was meant for something else.
+        """Refuse an option that names a field which the samples do not have: it would have no effect.
 
         Raises:
             ValueError: An option names such a field, or lacks one.
@@ -252,6 +252,9 @@ class PadCollator:
             raise ValueError(f"stack names {sorted(self.stack - set(columns))}, the fields are {sorted(columns)}")
         for option in ("padding_value", "widths", "max_length"):
             value = getattr(self, option)
+            # To ask whether a number is a mapping takes as long as all other checks.
+            if value is None or type(value) is int:
+                continue
             if isinstance(value, Mapping) and set(value) != set(variable):
                 raise ValueError(
                     f"{option} is given for {sorted(value)}, the variable-length fields are {sorted(variable)}: "

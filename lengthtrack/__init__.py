@@ -20,6 +20,8 @@ if TYPE_CHECKING:
         LengthError,
         LengthTrackedBatch,
         PadCollator,
+        VarlenBatch,
+        VarlenCollator,
         apply_rnn,
         check_step,
         find_max_tokens,
@@ -62,6 +64,8 @@ __all__ = [
     "ShardStream",
     "ShardWriter",
     "SplitDataset",
+    "VarlenBatch",
+    "VarlenCollator",
     "__version__",
     "apply_rnn",
     "bucket_by_length",
@@ -82,26 +86,30 @@ __version__: str
 claim_packages()
 
 
-def __getattr__(name: str) -> Any:
-    """Load a public name from its package, or the version from the installation's metadata (PEP 562).
-
-    Raises:
-        AttributeError: There is no such name.
-    """
-    if name == "__version__":
-        value: Any = import_module("importlib.metadata").version("lengthtrack")
-    elif name in __all__:
-        value = _load(name)
-    else:
-        raise AttributeError(f"module 'lengthtrack' has no attribute {name!r}: its names are in lengthtrack.__all__")
-    globals()[name] = value
-    return value
-
-
 def _load(name: str) -> Any:
     """A name of the first package that has it."""
     return next(getattr(package, name) for package in map(import_module, PACKAGES) if name in package.__all__)
 
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+# For type checkers a misspelt name stays an error: they see only the imports above.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Load a public name from its package, or the version from the installation's metadata (PEP 562).
+
+        Raises:
+            AttributeError: There is no such name.
+        """
+        if name == "__version__":
+            value: Any = import_module("importlib.metadata").version("lengthtrack")
+        elif name in __all__:
+            value = _load(name)
+        else:
+            raise AttributeError(
+                f"module 'lengthtrack' has no attribute {name!r}: its names are in lengthtrack.__all__"
+            )
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

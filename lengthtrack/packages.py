@@ -8,7 +8,6 @@ import inspect
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import spec_from_file_location
 from pathlib import Path
@@ -23,8 +22,11 @@ class ShadowWarning(UserWarning):
     """A file of the user's has the name of a package of lengthtrack."""
 
 
-class OwnPackages(MetaPathFinder):
-    """Finds the two packages where lengthtrack was installed."""
+class OwnPackages:
+    """Finds the two packages where lengthtrack was installed.
+
+    It has no base class: importing `importlib.abc` takes longer than Python's own start.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None

@@ -6,27 +6,51 @@ It imports `errors`, `widths` and `deprecated` from `collate`, nothing else. CON
 """
 
 import sys
+from typing import TYPE_CHECKING
 
 try:
     from collate.errors import LengthError
-except ModuleNotFoundError as error:
-    # Python says only that `collate` is not a package.
+except ImportError as error:
+    # Python says only that `collate` is not a package, or has no such name.
     hidden = f"{getattr(sys.modules.get('collate'), '__file__', None)} has the name of lengthtrack's package 'collate'"
     raise ImportError(f"{hidden}, which `samplers` needs: rename that file, or `import lengthtrack` first") from error
 
-from samplers.batch_sampler import LengthBucketBatchSampler
-from samplers.dynamic.node import LengthBucketNode, PackingNode
-from samplers.dynamic.pack_stage import pack_by_length
-from samplers.dynamic.stage import bucket_by_length
-from samplers.packing_sampler import PackingBatchSampler
-from samplers.planning.optimal_widths import optimal_widths
-from samplers.planning.packs.one_list import pack
-from samplers.planning.plan import BatchPlan, plan_epoch
-from samplers.shard_stream import ShardStream
-from samplers.shards.dataset import ShardDataset
-from samplers.shards.indexing.index import LengthIndex
-from samplers.shards.split_dataset import SplitDataset
-from samplers.shards.writing.writer import ShardWriter
+from samplers.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from samplers.batch_sampler import LengthBucketBatchSampler, PackingBatchSampler
+    from samplers.dynamic.node import LengthBucketNode, PackingNode
+    from samplers.dynamic.pack_stage import pack_by_length
+    from samplers.dynamic.stage import bucket_by_length
+    from samplers.planning.optimal_widths import optimal_widths
+    from samplers.planning.packs.one_list import pack
+    from samplers.planning.plan import BatchPlan, plan_epoch
+    from samplers.shard_stream import ShardStream
+    from samplers.shards.dataset import ShardDataset
+    from samplers.shards.indexing.index import LengthIndex
+    from samplers.shards.split_dataset import SplitDataset
+    from samplers.shards.writing.writer import ShardWriter
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "BatchPlan": "samplers.planning.plan",
+            "LengthBucketBatchSampler": "samplers.batch_sampler",
+            "LengthBucketNode": "samplers.dynamic.node",
+            "LengthIndex": "samplers.shards.indexing.index",
+            "PackingBatchSampler": "samplers.batch_sampler",
+            "PackingNode": "samplers.dynamic.node",
+            "ShardDataset": "samplers.shards.dataset",
+            "ShardStream": "samplers.shard_stream",
+            "ShardWriter": "samplers.shards.writing.writer",
+            "SplitDataset": "samplers.shards.split_dataset",
+            "bucket_by_length": "samplers.dynamic.stage",
+            "optimal_widths": "samplers.planning.optimal_widths",
+            "pack": "samplers.planning.packs.one_list",
+            "pack_by_length": "samplers.dynamic.pack_stage",
+            "plan_epoch": "samplers.planning.plan",
+        },
+    )
 
 __all__ = [
     "BatchPlan",

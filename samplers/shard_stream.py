@@ -1,18 +1,20 @@
 """ShardStream: collated batches of a sharded corpus, planned from its index and read window by window."""
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, Final, cast
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Final, TypedDict, Unpack, cast
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from collate.widths import Widths, check_count
+from samplers.planning.budget import Cost, Count
 from samplers.planning.clipping import check_capacity, check_collator
-from samplers.planning.options import Options, PlanOptions, make_options
+from samplers.planning.options import Indices, Options, Overlong, PlanOptions, make_options
 from samplers.planning.pack_batches.options import PackingOptions, PackOptions, make_pack_options
 from samplers.planning.pack_batches.plan import PackPlan
 from samplers.planning.pack_batches.window_packs import WindowPacks, make_window_packs
+from samplers.planning.packs.documents import DocumentCost, OverlongDocuments
 from samplers.planning.plan import BatchPlan
 from samplers.planning.schedule import count_steps
 from samplers.planning.tables.window_table import WindowTable, make_window_table
@@ -30,6 +32,29 @@ from samplers.window_reader import ShardsInOrder, StepReader
 _NOT_PICKLED: Final = "_table"
 
 
+class StreamOptions(TypedDict, total=False):
+    """The keyword options of a stream, for type checkers: those of batches of a budget, or those of packs."""
+
+    max_tokens: int | None
+    batch_size: int | None
+    cost: Cost | DocumentCost | None
+    count_tokens: Count
+    window: int | None
+    shuffle: bool
+    seed: int
+    min_length: int
+    max_length: int | None
+    overlong: Overlong | OverlongDocuments
+    drop_last: bool
+    widths: Widths
+    indices: Indices | None
+    capacity: int | Sequence[int]
+    rows: int
+    multiple: int
+    max_documents: int | None
+    max_cost: float | None
+
+
 class ShardStream(PlannedLoader, IterableDataset[Any]):
     """Batches of a sharded corpus, planned from its index, and collated where they are read.
 
@@ -43,13 +68,13 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
     overrides, also with persistent workers. A copy or a pickle begins where the original stands, and then moves
     independently. The iterators have `state_dict` and `load_state_dict` for a `StatefulDataLoader` of as many workers
     and replicas; for any other loader, and for other numbers of either, there are `position` and `seek`. In
-    `torchdata.nodes` it goes into a `SamplerWrapper`: an `IterableWrapper` asks no iterator for its state, and resumes
-    in the first epoch whatever epoch was saved.
+    `torchdata.nodes` it goes into a `SamplerWrapper`: an `IterableWrapper` asks no iterator for its state, and always
+    resumes in the first epoch, even if another one was saved.
 
     Args:
         shards: As in `ShardDataset`.
         index: The index of these shards, in their order, or its file; None for the files next to them.
-        collate_fn: From a list of samples to a batch; it runs in the worker. A `PadCollator` must have the stream's
+        collate_fn: Makes a batch from a list of samples; it runs in the worker. A `PadCollator` must have the stream's
             `max_length` and `widths`, and no `widths` if the stream has none. For a function that has no attribute
             `max_length`, a warning is logged if samples are planned as cut.
         fields: The fields that samples hold, next to their key; the others are not read. None for all.
@@ -58,15 +83,14 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
             the sample is skipped, and its batch has one row fewer. `len`, positions and the plan do not change.
         max_failed: The share of samples that may be skipped, 0 to 1; None is a tenth, but at least 99 samples.
         interleave: Windows that a replica reads side by side, batch by batch in turn. If shards are remote, give the
-            number of workers, so that each fetches windows of its own; local shards need none of it.
+            number of workers, so that each fetches windows of its own; local shards do not need this.
         num_replicas: W; None takes the initialised process group's size, or 1.
         rank: Rank of this process; None takes the process group's, or 0.
-        window: How many samples a run of shards has at least (None: 10,000); a worker holds its part of a window in
-            memory.
-        options: Those of `LengthBucketBatchSampler`; with `drop_last`, every window drops the batch that `batch_size`
-            leaves short. Or, with `capacity`, those of `PackingBatchSampler`: the stream packs, and reads pieces of
-            split samples itself. The windows of packs are the same in every epoch, and the last batch of a window may
-            have fewer rows.
+        options: `window` is how many samples a run of shards has at least (None: 10,000); a worker holds its part of a
+            window in memory. The others are those of `LengthBucketBatchSampler`; with `drop_last`, every window drops
+            the batch that `batch_size` leaves short. Or, with `capacity`, those of `PackingBatchSampler`: the stream
+            packs, and reads pieces of split samples itself. The windows of packs are the same in every epoch, and the
+            last batch of a window may have fewer rows.
 
     Attributes:
         data: The samples by index, as a `ShardDataset`.
@@ -98,19 +122,19 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         interleave: int = 1,
         num_replicas: int | None = None,
         rank: int | None = None,
-        window: int | None = None,
-        **options: Any,
+        **options: Unpack[StreamOptions],
     ) -> None:
         super().__init__()
         if not callable(collate_fn):
             raise TypeError(f"collate_fn must be a function of a list of samples, got {collate_fn!r}")
         self.collate_fn = collate_fn
         # A row's capacity tells packs from batches of a budget.
-        self._window = window
+        self._window = options.get("window")
         if "capacity" in options:
-            self.options = make_pack_options(cast(PackingOptions, options))
+            packing = {name: value for name, value in options.items() if name != "window"}
+            self.options = make_pack_options(cast(PackingOptions, packing))
         else:
-            self.options = make_options(cast(PlanOptions, {"window": window, **options}))
+            self.options = make_options(cast(PlanOptions, options))
         self.interleave = check_count("interleave", interleave, least=1, hint="1 reads one window after the other")
         self.num_replicas, self.rank = find_replica(num_replicas, rank)
         self.data = ShardsInOrder(shards, index, fields, decode=decode, handler=handler, max_failed=max_failed)
@@ -130,7 +154,7 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         return self._steps
 
     def __iter__(self) -> "StreamIterator":
-        """An iterator over this worker's part of an epoch; which epoch is decided when it takes its first batch."""
+        """An iterator over this worker's part of an epoch; it decides which epoch when it takes its first batch."""
         return StreamIterator(self, self._cursor)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -187,7 +211,7 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
 
 
 class StreamIterator(Iterator[Any]):
-    """One worker's part of an iteration over an epoch, or over the rest of one.
+    """One worker's part of an iteration over an epoch, or over the remainder of one.
 
     Args:
         stream: The stream whose batches it gives.
@@ -236,12 +260,13 @@ class StreamIterator(Iterator[Any]):
             ValueError: It is of other lengths, options, seed, version, workers or replicas.
         """
         start = self._stream.read_position(state)
-        # `taken` counts this worker's batches, which are others if there are more workers or replicas.
+        # `taken` counts this worker's batches; with other numbers of workers or replicas they would be different
+        # batches.
         saved = {name: state.get(name) for name in self._worker_numbers}
         if saved != self._worker_numbers:
             raise ValueError(
                 f"a state must be of the same worker, and of as many workers and replicas, got {saved}, this is "
-                f"{self._worker_numbers}: keep these numbers, or use position and seek, which need not"
+                f"{self._worker_numbers}: keep these numbers, or use position and seek, which take any"
             )
         taken = check_count("taken", state.get("taken"), least=0, hint="it is part of every state")
         self._iteration, self._reader = self._cursor.load(start, taken), None
@@ -253,7 +278,7 @@ class StreamIterator(Iterator[Any]):
         return StepReader(self._stream.data, schedule, self._stream.rank, steps)
 
     def _warn_of_drop(self, iteration: WorkerIteration) -> None:
-        """Log that the iteration before resumed from a position and was dropped; one worker does so for all."""
+        """Log that the previous iteration resumed from a position and was dropped; one worker logs it for all."""
         dropped = self._cursor.dropped_before(iteration) if self._worker == 0 else None
         if dropped is not None:
             start, before, taken = dropped

@@ -68,7 +68,7 @@ def _check_epochs(make: Make, items: list[Any]) -> None:
 
 
 def _check_states(make: Make, items: list[Any], every: int, *, before: int, context: str) -> None:
-    """Save everywhere in the epoch that begins after `before` items of another, and restore from each state."""
+    """Save at each item of the epoch that begins after `before` items of another, and restore each state."""
     node, states = _start(make), []
     if before:
         list(islice(node, before))

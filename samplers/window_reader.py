@@ -16,7 +16,7 @@ from samplers.shards.storage.remote import FetchedFile
 
 
 class StepReader:
-    """The samples of some steps of a replica; those of one read group are read together when the first is due.
+    """The samples of some steps of a replica; a read group's samples are read together when the first is due.
 
     Args:
         data: The samples by index.

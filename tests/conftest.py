@@ -1,6 +1,7 @@
 """Hypothesis profiles: `dev` for the desk, `ci` for a derandomised, longer run (HYPOTHESIS_PROFILE=ci); one thread."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,9 +14,17 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
 @pytest.fixture
-def one_thread():
+def one_thread() -> Iterator[None]:
     """Torch on one thread: tiny models spend more time on waking the others than on their numbers."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Torch refuses operations whose results may differ from run to run."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

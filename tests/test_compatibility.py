@@ -34,6 +34,8 @@ REPORTED = {
     "meeting_again_in_2": "repeated_pairs_in_2",
     "meeting_again_in_5": "repeated_pairs_in_5",
     "worst_step": "worst_imbalance",
+    "greatest_use": "max_budget_use",
+    "shapes_of_4": "shapes_in_4_epochs",
 }
 REPORT = "samplers.measure.PlanReport"
 PLANNED = ("samplers.LengthBucketBatchSampler", "samplers.ShardStream", "samplers.plan_epoch")

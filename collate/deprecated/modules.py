@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_loader
 from types import ModuleType
@@ -48,7 +47,7 @@ MOVED: Final = {
     "samplers.cursor": "samplers.progress.epoch_cursor",
     "samplers.edges": "samplers.planning.tables.buckets",
     "samplers.exact": "samplers.cli.exact_numbers",
-    "samplers.extras": "samplers.cli.extras",
+    "samplers.extras": "samplers.extras",
     "samplers.layout": "samplers.planning.tables.batch_table",
     "samplers.measure": "samplers.planning.report",
     "samplers.options": "samplers.planning.options",
@@ -89,7 +88,8 @@ MOVED: Final = {
 }
 
 
-class FormerModules(MetaPathFinder):
+# The two classes have no base class: importing `importlib.abc` takes longer than Python's own start.
+class FormerModules:
     """Finds modules by the names that they had."""
 
     def find_spec(
@@ -97,14 +97,21 @@ class FormerModules(MetaPathFinder):
     ) -> ModuleSpec | None:
         """A stand-in for a former module; None for every other name."""
         del path, target
-        return spec_from_loader(fullname, FormerModule(MOVED[fullname])) if fullname in MOVED else None
+        if fullname not in MOVED:
+            return None
+        # typeshed asks for a method that Python does not call.
+        loader: Any = FormerModule(MOVED[fullname])
+        return spec_from_loader(fullname, loader)
 
 
-class FormerModule(Loader):
+class FormerModule:
     """Makes a module whose every attribute is that of another, loaded when the first is asked for."""
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Let Python make the module."""
 
     def exec_module(self, module: ModuleType) -> None:
         """Hand on every attribute (PEP 562)."""

@@ -54,10 +54,13 @@ def renamed_arguments(**renamed: str) -> Callable[[Callable[CallParams, CallResu
 
     # `functools.wraps` keeps the signature and the docstring that users see.
     def decorate(function: Callable[CallParams, CallResult]) -> Callable[CallParams, CallResult]:
+        # A constructor is known by its class: "ShardDataset.__init__" is "ShardDataset" in messages.
+        owner = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
+
         @functools.wraps(function)
         def with_former_names(*args: CallParams.args, **kwargs: CallParams.kwargs) -> CallResult:
             if renamed.keys() & kwargs.keys():
-                with_present_names(kwargs, renamed, function.__name__, stacklevel=4)
+                with_present_names(kwargs, renamed, owner, stacklevel=4)
             return function(*args, **kwargs)
 
         return with_former_names

@@ -21,8 +21,8 @@ from collate.tensors.steps import PaddingValue
 
 _SNAPSHOT: Final = "_kept_on_host"
 
-# Cells up to which the real ones of a mask are counted at each use, which takes two microseconds or so: it finds writes
-# that torch does not count, through NumPy or `.data`.
+# In a mask of up to this many cells, the real ones are counted at each use, in about two microseconds. That notices
+# writes through NumPy or `.data`, which torch's version counter misses.
 _FEW_CELLS: Final = 1 << 15
 
 
@@ -51,7 +51,7 @@ class TrackedBatch(Protocol):
 
     @property
     def first_step(self) -> int:
-        """Time steps before these."""
+        """Time steps of the sequences before this chunk."""
 
 
 @dataclass
@@ -60,9 +60,9 @@ class _Snapshot:
 
     Attributes:
         lengths: int64 `[B]`.
-        counts: Their memory, which is compared in a third of the time.
-        permutation: Memory of the permutation; None where it was not read yet, as in a pytree.
-        version: how often torch had written to the mask when it was right; None where it was not read yet.
+        counts: The bytes of the lengths: to compare bytes takes a third of the time.
+        permutation: The bytes of the permutation; None if it was not read yet, as in a pytree.
+        version: The mask's version counter when it was last checked; None if it was not checked yet.
         total: M, once it is known.
     """
 
@@ -74,18 +74,18 @@ class _Snapshot:
 
 
 def keep_lengths(batch: TrackedBatch) -> None:
-    """Keep a batch's integers, which are known to be right; what is no tensor with memory is left for later."""
+    """Keep a copy of a batch's checked integers; tensors without memory, such as fake ones, are left for later."""
     if type(batch.lengths) is Tensor and batch.lengths.is_cpu:
         snapshot = _take_snapshot(batch, batch.lengths)
         snapshot.permutation = _memory_of(batch.permutation)
-        # What is not there yet will be made by torch once, as it should be.
+        # A mask that does not exist yet starts with version 0 when `DerivedMask` makes it.
         snapshot.version = _version_of(vars(batch)["mask"]) if "mask" in vars(batch) else 0
 
 
 def keep_lengths_that_fit(batch: TrackedBatch) -> None:
-    """Copy a batch's lengths if they fit its values; all else, which may be anything, is left for later.
+    """Copy a batch's lengths if they fit its values; the other parts may be anything, and are left for later.
 
-    What does not fit is refused where lengths are used, and not here: a pytree is put together from any leaves.
+    Lengths that do not fit are refused at their first use, not here: a pytree may be made of any leaves.
     """
     padded, lengths = batch.padded, batch.lengths
     if type(lengths) is not Tensor or not isinstance(padded, Tensor) or padded.dim() < 2 or not lengths.is_cpu:
@@ -93,7 +93,7 @@ def keep_lengths_that_fit(batch: TrackedBatch) -> None:
     try:
         check_batch_lengths(lengths, padded.shape[0], padded.shape[1])
     except (LengthError, TypeError, RuntimeError):
-        # torch does not say what numbers are in a tensor that vmap maps over.
+        # torch does not show the numbers in a tensor that vmap maps over.
         return
     _take_snapshot(batch, lengths)
 
@@ -105,11 +105,10 @@ def host_lengths(batch: TrackedBatch) -> Int64Array:
     host, a write through NumPy to a large one is left to `verify`.
 
     Raises:
-        LengthError: Lengths, mask or permutation were written to since, so that they no longer agree; or, where the
-            batch was made in compiled code or from a pytree's leaves, they do not fit `padded`; or a program is being
-            exported.
-        TypeError: Such a batch has a mask that is not bool, or a permutation that is not of integers.
-        ValueError: Such a batch has a permutation that is none.
+        LengthError: Lengths, mask or permutation were written to, so that they no longer agree; or the batch was made
+            in compiled code or from a pytree's leaves, and they do not fit `padded`; or a program is being exported.
+        TypeError: The mask of such a batch is not bool, or its permutation does not hold integers.
+        ValueError: The permutation of such a batch is not one.
     """
     refuse_export()
     snapshot: _Snapshot | None = vars(batch).get(_SNAPSHOT)
@@ -130,7 +129,7 @@ def host_lengths(batch: TrackedBatch) -> Int64Array:
 def check_unwritten(batch: TrackedBatch) -> None:
     """Check that a batch's lengths, mask and permutation are those that it was made with.
 
-    Compiled code and fake tensors are not looked at.
+    It checks nothing in compiled code or for fake tensors.
 
     Raises:
         LengthError: They were written to.
@@ -150,10 +149,10 @@ def check_permutation_unwritten(batch: TrackedBatch) -> None:
 
 
 def check_tracked(name: str, *batches: object) -> None:
-    """Check that a function is not given tensors instead of batches.
+    """Check that a function was given batches, not tensors.
 
     Raises:
-        TypeError: It is.
+        TypeError: It was given a tensor, or something else.
     """
     for batch in batches:
         if isinstance(batch, (Tensor, PackedSequence)):
@@ -195,7 +194,7 @@ def _check_mask(batch: TrackedBatch, snapshot: _Snapshot) -> None:
     Raises:
         LengthError: It does not agree.
     """
-    # The mask of a wide batch is made at its first use, and a check is no use.
+    # A wide batch makes its mask at the first use; a check alone should not make it.
     mask = vars(batch).get("mask")
     if type(mask) is not Tensor or not mask.is_cpu:
         return
@@ -218,7 +217,7 @@ def _check_mask(batch: TrackedBatch, snapshot: _Snapshot) -> None:
 
 
 def _counts(mask: Tensor, snapshot: _Snapshot) -> bool:
-    """Whether a mask has as many real steps as there were, as far as it can be read."""
+    """Whether a mask still has its number of real steps; True where it cannot be read."""
     if snapshot.total is None:
         snapshot.total = int(snapshot.lengths.sum())
     values = _values_of(mask)
@@ -233,7 +232,7 @@ def _version_of(mask: Tensor) -> int | None:
 
 
 def _memory_of(contents: Tensor) -> bytes | None:
-    """The memory of integers on the host; None of what cannot be read, such as fake tensors and those of vmap."""
+    """The bytes of integers on the host; None for tensors that cannot be read: fake ones and those of vmap."""
     if type(contents) is not Tensor or not contents.is_cpu:
         return None
     try:

@@ -21,7 +21,7 @@ IntegersLike: TypeAlias = Tensor | HostArray | Sequence[int]
 
 
 def check_batch_lengths(lengths: IntegersLike, rows: int, width: int) -> Tensor:
-    """Take lengths as they should be: int64 `[rows]` on the host, each from 0 to `width`.
+    """Check lengths, and return them as int64 `[rows]` on the host, each from 0 to `width`.
 
     Raises:
         TypeError: They are not integers.
@@ -47,13 +47,13 @@ def check_batch_lengths(lengths: IntegersLike, rows: int, width: int) -> Tensor:
 
 
 def check_permutation(permutation: IntegersLike, rows: int) -> Tensor:
-    """Take a permutation as it should be: int64 `[rows]` on the host, distinct sample indices from 0.
+    """Check a permutation, and return it as int64 `[rows]` on the host: distinct sample indices from 0.
 
     In a batch as collated the indices are exactly `range(rows)`; a piece of a batch keeps the indices its rows had.
 
     Raises:
         TypeError: It does not hold integers.
-        ValueError: It has another number of indices, a negative one, or one twice.
+        ValueError: It has another number of indices, a negative index, or an index twice.
     """
     indices = as_int64(permutation.cpu() if isinstance(permutation, Tensor) else permutation, "permutation")
     if indices.shape != (rows,):
@@ -109,7 +109,7 @@ def check_padding_intact(padded: Tensor, mask: Tensor, padding_value: PaddingVal
         LengthError: A padding step holds something else; the message names row, step and value.
     """
     same = padded.isnan() if padding_value != padding_value else padded == padding_value
-    # A trailing axis of one, so that there are feature axes to look over in any case.
+    # A trailing axis of one, so that there always is a feature axis to reduce.
     touched = ~(same[..., None].flatten(2).all(2) | mask)
     if touched.any():
         row, step = touched.nonzero()[0].tolist()
@@ -130,7 +130,7 @@ def check_declared(
         declared: The declared lengths.
         lengths: The real ones, int64 `[B]`.
         name: What errors call the sequences.
-        keys: The samples' names, where they have any, for the error.
+        keys: The samples' names, if they have any, for the error.
 
     Raises:
         LengthError: They differ; the message names the first sample and both numbers.
@@ -146,7 +146,8 @@ def check_declared(
         kind = "inflated" if counts[index] > lengths[index] else "deflated"
         raise LengthError(
             f"{name}: sample {index}{key} has {lengths[index]} steps, its declared length is {counts[index]} ({kind}; "
-            f"{len(wrong)} of {len(lengths)} samples differ): mend what wrote the lengths, or leave them out"
+            f"{len(wrong)} of {len(lengths)} samples differ): correct the lengths where they were written, or leave "
+            "them out"
         )
 
 
@@ -165,7 +166,7 @@ def as_int64(values: IntegersLike, name: str) -> Tensor:
         raise TypeError(f"{name} must be integers, got a masked array: masked values would count as well")
     else:
         values = np.asarray(values)
-        # An empty list has no integers in it, and NumPy calls it float64.
+        # An empty list is allowed, although NumPy makes it float64.
         integral, kind = values.dtype.kind in "iu" or values.size == 0, values.dtype
     if not integral:
         raise TypeError(f"{name} must be integers, got {kind}: a length or an index is a whole number")
@@ -173,7 +174,7 @@ def as_int64(values: IntegersLike, name: str) -> Tensor:
 
 
 def copied_if_same(checked: Tensor, original: object) -> Tensor:
-    """Checked integers in memory that nobody else writes to: checking returns its argument where it fits as it is."""
+    """Checked integers in memory of their own: a check that has nothing to convert returns the caller's tensor."""
     return checked.clone() if checked is original else checked
 
 

@@ -52,7 +52,7 @@ class DerivedMask:
 
 
 def check_parts(batch: TrackedBatch, rows: int, width: int) -> None:
-    """Check the parts that a constructor was given, and keep copies of what the caller may write to later.
+    """Check the parts that a constructor was given, and copy those that the caller may write to later.
 
     Raises:
         LengthError: Lengths or mask do not agree with the values.
@@ -93,7 +93,7 @@ def trusted_batch(
 def unchecked_batch(
     kind: type[BatchT], parts: Sequence[Any], padding_value: PaddingValue | None, first_step: int
 ) -> BatchT:
-    """Make a batch of a pytree's leaves, which may be anything: padded, lengths, mask and permutation."""
+    """Make a batch of a pytree's leaves (padded, lengths, mask and permutation), which may be anything."""
     batch = _assemble(kind, parts, padding_value, first_step)
     if not torch.compiler.is_compiling():
         keep_lengths_that_fit(batch)
@@ -101,7 +101,7 @@ def unchecked_batch(
 
 
 def changed_batch(batch: BatchT, **parts: Any) -> BatchT:
-    """The batch with some parts replaced, unread; the mask is made again where the values are on another device."""
+    """The batch with some parts replaced, unchecked; the mask is made again if the values are on another device."""
     check_unwritten(batch)
     names = (*TENSOR_FIELDS, "padding_value", "first_step")
     present = {name: getattr(batch, name) for name in names}
@@ -175,7 +175,7 @@ def padded_batch(
 
 
 def _assemble(kind: type[BatchT], parts: Sequence[Any], padding_value: PaddingValue | None, first_step: int) -> BatchT:
-    """A batch of these parts; the class is a frozen dataclass, so that its constructor is not used."""
+    """A batch of these parts, made without the constructor, which would check them."""
     batch = object.__new__(kind)
     for name, part in zip(TENSOR_FIELDS, parts, strict=True):
         object.__setattr__(batch, name, part)

@@ -64,7 +64,7 @@ def concat_batches(kind: type[BatchT], batches: Sequence[TrackedBatch]) -> Batch
             f"batches must share dtype, device, feature shape and first step, got {sorted(map(str, kinds))}"
         )
     values = {b.padding_value for b in batches}
-    # Padding of different values is unspecified.
+    # Pieces with different padding values: the joined padding is unspecified.
     value = values.pop() if len(values) == 1 else None
     width = max(b.padded.shape[1] for b in batches)
     padded = torch.cat([pad_to_width(b.padded, width, 0 if value is None else value) for b in batches])

@@ -1,4 +1,4 @@
-"""A padded batch as sequences: what losses, means and recurrent modules read of every kind of batch."""
+"""A padded batch as sequences: the methods that losses, means and recurrent modules call on every kind of batch."""
 
 from typing import Any, ClassVar, Literal, Self
 
@@ -19,7 +19,7 @@ from collate.tensors.steps import PaddingValue
 class PaddedSequences:
     """The methods of a `LengthTrackedBatch` that a `VarlenBatch` has as well, and the way from the one to the other."""
 
-    # The varlen class stands above this room, and puts itself here.
+    # The varlen class is in a room above this one, and sets this attribute when it is imported.
     varlen_class: ClassVar[Any] = None
     # What a varlen batch of labels holds in time steps without a label; here all real time steps count.
     ignore_index: ClassVar[None] = None
@@ -43,7 +43,7 @@ class PaddedSequences:
         return host_lengths(self)
 
     def check_unwritten(self: TrackedBatch) -> None:
-        """Check that lengths are those that the batch was made with; compiled code is not looked at.
+        """Check that lengths are those that the batch was made with; it checks nothing in compiled code.
 
         Raises:
             LengthError: They were written to.
@@ -67,7 +67,7 @@ class PaddedSequences:
         return sums
 
     def spread_weights(self, weights: Tensor) -> Tensor | None:
-        """Nothing: weights of rows are `[B, T]`, where one for each of B rows could be meant for T time steps."""
+        """None: weights of a padded batch are `[B, T]`. One for each of B rows could be mistaken for T time steps."""
         del weights
         return None
 
@@ -115,7 +115,7 @@ class PaddedSequences:
             rows: As in `VarlenBatch.from_sequences`, as are the options that follow.
             align: Documents start at its multiples.
             max_documents: Documents that a row may have.
-            max_seqlen: The bound that kernels are told.
+            max_seqlen: The longest document that kernels must expect.
             arrange: `"given"` cuts rows from the batch in its order, `"best-fit"` fills as few as hold it.
             documents_per_row: int64 `[R]`, the number of sequences of each row, in batch order; instead of `arrange`.
 

@@ -14,7 +14,7 @@ from collate.operations.construct import TENSOR_FIELDS, BatchT, trusted_batch, u
 from collate.tensors.numpy_view import to_array
 from collate.tensors.steps import PaddingValue
 
-# Bytes of values that are sent to another process through the pipe itself. To share memory and hand over its descriptor
+# Up to this many bytes, values go to another process through the pipe itself. Sharing memory and passing its descriptor
 # takes half a millisecond, in which a pipe carries more than this.
 THROUGH_PIPE: Final = 1 << 19
 
@@ -23,7 +23,7 @@ _PACKAGE: Final = __name__.split(".")[0]
 
 
 def travels(cls: type[BatchT]) -> type[BatchT]:
-    """Make a class of batches known to pytrees and to `torch.load` at its weights-only default."""
+    """Register a class of batches with pytrees and with `torch.load` at its weights-only default."""
 
     def unflatten(parts: Iterable[object], context: tuple[PaddingValue | None, int]) -> BatchT:
         return unchecked_batch(cls, tuple(parts), *context)
@@ -37,23 +37,23 @@ def travels(cls: type[BatchT]) -> type[BatchT]:
         from_dumpable_context=tuple,
         flatten_with_keys_fn=_flatten_with_keys,
     )
-    # Files of release 0.1 name the former module.
+    # Files of release 0.1 contain the former module's name.
     torch.serialization.add_safe_globals([cls, unreduce, (unreduce, "collate.transport.unreduce")])
     ForkingPickler.register(cls, send)
     return cls
 
 
 def type_name(cls: type) -> str | None:
-    """What an exported program calls the class; one made in a function has no name that is its own."""
+    """The class's name in an exported program; a class made in a function has no unique name."""
     if cls.__module__.split(".")[0] == _PACKAGE:
         return f"lengthtrack.{cls.__name__}"
     return None if "<locals>" in cls.__qualname__ else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def reduce(batch: BatchT) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """What pickle sends: one tensor, and the small integers inline; the mask is derived again on arrival.
+    """The parts that pickle sends: one tensor, and the small integers inline; the mask is derived again on arrival.
 
-    A graph cannot travel, so values that were computed from other tensors are sent without its history.
+    An autograd graph cannot be sent, so that values which were computed from other tensors lose it.
     """
     padded = with_own_storage(batch.padded)
     lengths, indices = host_lengths(batch).tobytes(), to_array(batch.permutation).tobytes()
@@ -61,11 +61,11 @@ def reduce(batch: BatchT) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 
 
 def with_own_storage(tensor: Tensor) -> Tensor:
-    """The tensor as it can be sent: without its history, and in storage that holds nothing else."""
+    """The tensor as it can be sent: without its graph, and in storage that holds nothing else."""
     tensor = tensor if tensor.is_leaf else tensor.detach()
-    # torch's queues between processes forget what is conjugated or negated lazily.
+    # torch's queues between processes lose a lazy conjugation or negation.
     tensor = tensor.resolve_conj().resolve_neg()
-    # A view would ship the whole storage it looks into.
+    # A view would send the whole storage that it is part of.
     if tensor.untyped_storage().nbytes() != tensor.nbytes:
         tensor = tensor.clone(memory_format=torch.contiguous_format)
     return tensor
@@ -87,7 +87,7 @@ def unreduce(cls: type[BatchT], padded: Tensor, lengths: bytes, indices: bytes, 
 
 
 def send(batch: BatchT) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """What is sent to another process: as `reduce`, with small values inline."""
+    """The parts that are sent to another process: as in `reduce`, but small values go inline."""
     rebuild, parts = reduce(batch)
     kind, padded, *rest = parts
     if not fits_pipe(padded):
@@ -103,7 +103,7 @@ def receive(
 
 
 def inline_values(tensor: Tensor) -> tuple[bytearray, torch.dtype, torch.Size, bool]:
-    """What a tensor that fits the pipe is sent as; `tensor_of` makes it again."""
+    """The parts that a small tensor is sent as; `tensor_of` makes it from them again."""
     values = bytearray(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
     return values, tensor.dtype, tensor.shape, tensor.requires_grad
 
@@ -116,17 +116,17 @@ def tensor_of(values: bytearray, dtype: torch.dtype, shape: torch.Size, requires
 
 def fits_pipe(padded: Tensor) -> bool:
     """Whether values go through the pipe inline."""
-    # What was put into shared memory is meant to be shared.
+    # A tensor that the user put into shared memory must stay shared.
     plain = type(padded) is Tensor and padded.is_cpu and padded.layout == torch.strided and not padded.is_shared()
     return plain and not padded.is_conj() and not padded.is_neg() and 0 < padded.nbytes <= THROUGH_PIPE
 
 
 def try_to_send(value: object) -> None:
-    """Pickle a value as the queue between a worker and its loader does, tensors' own memory left out.
+    """Pickle a value as the queue between a worker and its loader does, but without the memory of tensors.
 
     Raises:
-        TypeError: A tensor in it has a history of operations, which cannot leave the process.
-        Exception: Whatever else pickling it raises.
+        TypeError: A tensor in it has an autograd graph, which cannot leave the process.
+        Exception: Pickling fails for another reason.
     """
     _Trial(BytesIO()).dump(value)
 
@@ -135,10 +135,10 @@ class _Trial(ForkingPickler):
     """A pickler that tries everything but the memory of tensors."""
 
     def reducer_override(self, value: object) -> Any:
-        """Stand in for a tensor: a value that pickles at once.
+        """Replace a tensor by a value that pickles at once.
 
         Raises:
-            TypeError: The tensor has a history of operations.
+            TypeError: The tensor has an autograd graph.
         """
         if not isinstance(value, Tensor):
             return NotImplemented
@@ -148,7 +148,7 @@ class _Trial(ForkingPickler):
 
 
 def _flatten(batch: TrackedBatch) -> tuple[list[Tensor], tuple[PaddingValue | None, int]]:
-    """A pytree's leaves and its context."""
+    """The leaves and the context of a batch as a pytree."""
     return [getattr(batch, name) for name in TENSOR_FIELDS], (batch.padding_value, batch.first_step)
 
 

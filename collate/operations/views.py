@@ -27,7 +27,7 @@ _EXPORTED: Final = ("padded", "lengths", "mask", "permutation", "key_padding_mas
 
 
 def packing_map(batch: TrackedBatch, device: torch.device) -> PackingMap:
-    """The index map between padded and packed; the batch keeps it, since packed values are mostly unpacked too."""
+    """The index map between padded and packed; the batch keeps it, since `unpack` usually follows `pack`."""
     refuse_capture(device)
     lengths, width = host_lengths(batch), batch.padded.shape[1]
     # A frozen dataclass is written to through its dictionary.
@@ -83,7 +83,7 @@ def hidden_keys(batch: TrackedBatch) -> Tensor:
     """The mask for attention, True = padding."""
     check_unwritten(batch)
     hidden = ~batch.mask
-    # An empty row that may attend to nothing would give NaN.
+    # Attention over no key at all gives NaN, so that an empty row keeps its first step.
     hidden[:, 0] = False
     return hidden
 
@@ -104,7 +104,7 @@ def named_tensors(batch: TrackedBatch, names: Mapping[str, str]) -> dict[str, Te
 def describe_batch(batch: TrackedBatch) -> str:
     """One line: shape, dtype, device, up to seven lengths and the fraction of padding."""
     if not isinstance(batch.padded, Tensor) or not isinstance(batch.lengths, Tensor):
-        # A pytree of something else.
+        # A pytree function may put objects other than tensors into a batch.
         return f"LengthTrackedBatch({batch.padded!r}, {batch.lengths!r}, {batch.mask!r}, {batch.permutation!r})"
     lengths = batch.lengths.tolist()
     shown = str(lengths) if len(lengths) <= 8 else f"[{', '.join(map(str, lengths[:6]))}, ... {lengths[-1]}]"

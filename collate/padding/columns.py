@@ -24,7 +24,7 @@ def titled(name: str) -> str:
 
 
 def declared_numbers(column: Column, name: str) -> Tensor:
-    """One number for each sample, of whatever dtype they are: `[B]`.
+    """One number for each sample, of any dtype: `[B]`.
 
     Raises:
         TypeError: The samples hold something else.
@@ -66,7 +66,7 @@ def stack_samples(name: str, values: list[object]) -> Tensor:
             )
     if isinstance(first, Tensor):
         stacked = torch.stack(cast("list[Tensor]", rows))
-        # A graph cannot leave a worker.
+        # A tensor with an autograd graph cannot be sent from a worker.
         return stacked if get_worker_info() is None else stacked.detach()
     array = np.stack(rows)
     if array.dtype.kind not in "biufc":

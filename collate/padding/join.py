@@ -1,8 +1,8 @@
 """A list of variable-length rows -> padded values `[B, T, *F]`, written once.
 
-Two ways, by what is faster. Short rows are joined once, and all real time steps are scattered at once by the mask. Long
-rows are joined together with their tails of padding: rows [1, 2] and [3] at width 3 are the one concatenation
-[1, 2 | 0 | 3 | 0, 0], viewed as 2 x 3. Very long rows are copied one by one into uninitialised memory.
+There are three ways, chosen by speed. Short rows are joined once, and all real time steps are scattered at once by the
+mask. Long rows are joined together with their tails of padding: rows [1, 2] and [3] at width 3 are the one
+concatenation [1, 2 | 0 | 3 | 0, 0], viewed as 2 x 3. Very long rows are copied one by one into uninitialised memory.
 
 >>> from collate.padding.rows import measure_rows
 >>> from collate.tensors.masks import length_mask
@@ -98,7 +98,7 @@ def _copy_each_row(
     """Write rows and tails one by one through NumPy; None where gradients flow or no memory can be shared."""
     if any(isinstance(row, Tensor) and _must_stay_in_torch(row) for row in rows.items):
         return None
-    # Next to a copy, Python work for each row costs double: the processor's caches are full of the rows.
+    # Between copies, Python code runs at half its speed: the copied rows fill the processor's caches.
     if rows.features or {row.ndim for row in rows.items} != {1}:
         check_shapes(rows.items, rows.name)
     padded = torch.empty((*shape, *rows.features), dtype=rows.dtype, device="cpu")
@@ -110,21 +110,21 @@ def _copy_each_row(
             if length < len(target):
                 target[length:] = padding
     except RuntimeError:
-        # torch shows no memory of tensors that it has conjugated lazily, or wrapped for torch.func.
+        # torch shows no memory of tensors that are lazily conjugated, or wrapped for torch.func.
         return None
     cells[len(order) :] = padding
     return padded
 
 
 def _bits_of_number(value: PaddingValue, dtype: torch.dtype) -> Any:
-    """What `bits_of` gives for a tensor of this dtype that holds the number; 0 is 0 in every dtype that holds it."""
+    """The result of `bits_of` for a tensor of this dtype that holds the number; 0 has the bits 0 in all dtypes."""
     if type(value) is int and value == 0:
         return 0
     return bits_of(torch.full((1,), value, dtype=dtype, device="cpu"))[0]
 
 
 def _must_stay_in_torch(row: Tensor) -> bool:
-    """Whether NumPy cannot copy a row: it is on a device, no plain dense tensor, or differentiated."""
+    """Whether NumPy cannot copy a row: it is on a device, not a plain dense tensor, or differentiated."""
     plain = row.is_cpu and type(row) is Tensor and row.layout == torch.strided
     return not plain or row.requires_grad or unpack_dual(row).tangent is not None
 

@@ -13,7 +13,7 @@ Checked = TypeVar("Checked")
 
 def option_of(option: Option | Mapping[str, Option], name: str) -> Option:
     """The value of an option for one field."""
-    # To ask whether an int is a mapping takes longer than the rest.
+    # isinstance(option, Mapping) takes longer for an int than all the rest.
     if option is None or type(option) is int:
         return option
     return option[name] if isinstance(option, Mapping) else option
@@ -75,7 +75,7 @@ def field_widths(shape: PaddedShape, fields: Sequence[str]) -> dict[str, int]:
 
 
 def _check_shape(shape: PaddedShape) -> PaddedShape:
-    """A pair of Python ints, also where it comes from JSON, which has lists for tuples.
+    """A pair of Python ints, also if the shape comes from JSON, which has lists for tuples.
 
     Raises:
         TypeError: A number is not an int.

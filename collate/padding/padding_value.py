@@ -1,4 +1,4 @@
-"""The number that padding holds: what a dtype can hold of it."""
+"""The number that padding holds, and whether a dtype can hold it."""
 
 import math
 from functools import lru_cache
@@ -26,7 +26,7 @@ def check_padding_value(value: PaddingValue, dtype: torch.dtype) -> PaddingValue
 
 
 def cast_padding_value(value: PaddingValue | None, old: torch.dtype, new: torch.dtype) -> PaddingValue | None:
-    """What padding of one dtype holds after it is converted to another; None stays None."""
+    """The value of padding after a conversion from one dtype to another; None stays None."""
     if value is None or new == old:
         return value
     return same_nan(torch.tensor(value, dtype=old, device="cpu").to(new).item())
@@ -41,7 +41,7 @@ def _holds(value: PaddingValue, dtype: torch.dtype) -> bool:
     """Whether a dtype can hold a number: integers exactly, floats within range."""
     if dtype.is_floating_point and dtype.itemsize == 1:
         return _holds_in_a_byte(value, dtype)
-    # torch.iinfo and finfo know no complex dtype; nan and inf are held by every float.
+    # torch.iinfo and finfo do not take complex dtypes; every float dtype can hold nan and inf.
     if dtype.is_complex or not np.isfinite(value):
         return dtype.is_floating_point or dtype.is_complex
     if dtype.is_floating_point:

@@ -1,4 +1,4 @@
-"""Calls that read lengths on the host, and so cannot be in a compiled or exported graph."""
+"""Calls that read lengths on the host, and therefore cannot be in a compiled or exported graph."""
 
 from collections.abc import Callable
 from typing import Final, ParamSpec, TypeVar, cast
@@ -10,7 +10,7 @@ from collate.errors import LengthError
 try:
     from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 except ImportError:
-    # No public part of torch; the public way is slower to import.
+    # This is not a public part of torch; the public function imports the whole compiler.
     _CAN_SKIP = False
 else:
     _CAN_SKIP = True
@@ -19,11 +19,11 @@ Params = ParamSpec("Params")
 Result = TypeVar("Result")
 
 _REASON: Final = (
-    "what depends on host lengths (apply_rnn, pack, unpack, flat, sequences, num_tokens, position_ids, nested) cannot "
+    "calls that use host lengths (apply_rnn, pack, unpack, flat, sequences, num_tokens, position_ids, nested) cannot "
     "be in a graph, which would keep these lengths for every batch. Compile without fullgraph=True: the graph is "
-    "broken there and resumes after the call. Export what reads the mask; a recurrent module that is batch_first and "
-    "has one direction gives the same outputs at real steps from batch.with_padded(module(batch.padded)[0]): see "
-    "docs/export.md"
+    "broken there and resumes after the call. Export only calls that read the mask; a recurrent module that is "
+    "batch_first and has one direction gives the same outputs at real steps from "
+    "batch.with_padded(module(batch.padded)[0]): see docs/export.md"
 )
 
 
@@ -41,7 +41,7 @@ def outside_graphs(call: Callable[Params, Result]) -> Callable[Params, Result]:
 
 
 def is_making_graph(tensor: torch.Tensor) -> bool:
-    """Whether what is done to a tensor is traced by a compiler, or captured in a CUDA graph."""
+    """Whether operations on a tensor are traced by a compiler, or captured in a CUDA graph."""
     return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 

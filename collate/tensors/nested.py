@@ -1,6 +1,6 @@
 """Nested containers: samples taken apart into named fields and put together again, and one walker over parts.
 
-A field's name is its key or position, joined by dots where samples are nested; a sample without structure is the one
+A field's name is its key or index, joined by dots where samples are nested; a sample without structure is the one
 field `""`:
 
 >>> fields = columns_of([{"x": 1, "y": (2, 3)}, {"x": 4, "y": (5, 6)}])

@@ -77,7 +77,7 @@ def scatter_steps(steps: Tensor, index: Tensor, shape: tuple[int, int], padding_
 
 
 class _Gather(Function):
-    # Both functions are linear, so that each is its own tangent, and torch can vmap it.
+    # Both functions are linear, so that each is its own tangent function, and torch can vmap it.
     generate_vmap_rule = True
 
     @staticmethod
@@ -140,19 +140,19 @@ def _copy_steps(padded: Tensor, index: Tensor, steps: Tensor) -> Tensor:
     if _lacks_index(steps.dtype):
         carrier = CARRIERS[steps.dtype.itemsize]
         return _copy_steps(padded.view(carrier), index, steps.contiguous().view(carrier)).view(steps.dtype)
-    # In place it takes half the memory, but torch cannot map that over further axes.
+    # Writing in place takes half the memory, but vmap does not support it.
     return (padded.index_copy if is_batchedtensor(steps) else padded.index_copy_)(0, index, steps)
 
 
 def _lacks_index(dtype: torch.dtype) -> bool:
-    """Whether torch cannot index a dtype: it moves its bits, but with few operations."""
-    # torch moves bits of these types, but for few operations.
+    """Whether torch's indexing does not support a dtype."""
+    # torch can copy and fill these dtypes, but has few other operations for them.
     return dtype in (torch.uint16, torch.uint32, torch.uint64) or (dtype.is_floating_point and dtype.itemsize == 1)
 
 
 def _has_records(steps: Tensor) -> bool:
     """Whether NumPy can copy time steps as records: a plain tensor on the host that is not traced."""
-    # Of a tensor that is being traced there is nothing to copy.
+    # A tensor that is being traced has no memory to copy.
     plain = (
         type(steps) is Tensor and steps.is_cpu and steps.layout == torch.strided and not torch.compiler.is_compiling()
     )
@@ -160,7 +160,7 @@ def _has_records(steps: Tensor) -> bool:
 
 
 def _write_records(steps: Tensor, index: Int64Array, size: tuple[int, ...], padding_value: PaddingValue) -> Tensor:
-    """What `index_copy_` makes in values that are filled before; NumPy copies a step as one record, and each once."""
+    """The result of filling and `index_copy_`, faster: NumPy copies each step once, as one record."""
     padded, padding = steps.new_empty(size), np.ones(size[0], bool)
     padding[index] = False
     _records(padded)[index] = _records(steps.contiguous())

@@ -1,4 +1,4 @@
-"""IntegersLike that the host knows -> an accelerator, without waiting for it."""
+"""Send integers from the host to an accelerator without waiting for it."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def refuse_capture(device: torch.device) -> None:
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise LengthError(
-            "what depends on host lengths (pack, unpack, flat, apply_rnn, a new mask) cannot be captured in a CUDA "
-            "graph, which would replay these lengths for every batch: capture what reads the mask, on batches of fixed "
-            "shapes, made outside of the graph"
+            "calls that use host lengths (pack, unpack, flat, apply_rnn, a new mask) cannot be captured in a CUDA "
+            "graph, which would replay these lengths for every batch: capture calls that read the mask, on batches of "
+            "fixed shapes that are made outside the graph"
         )

@@ -2,7 +2,7 @@
 
 Between two row ends the number of rows is constant, so that the packed steps are a dense segment `[steps, rows, F]` as
 they lie in memory. torch's dense kernel runs it, the state goes to the next segment, and the states of rows that end
-are set aside. A backward direction is the same over steps that are reversed row by row.
+are set aside. A backward direction runs in the same way on steps that are reversed row by row.
 
 Rows of 5, 2 and 2 time steps have the sizes 3, 3, 1, 1, 1: two segments, of 2 time steps x 3 rows and 3 x 1.
 
@@ -37,7 +37,7 @@ _KERNELS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 }
 
 
-# What autocast makes one dtype of; it leaves float64 as it is.
+# The dtypes that autocast converts; it leaves float64 as it is.
 _CAST = {torch.float32, torch.bfloat16}
 
 
@@ -46,8 +46,8 @@ def is_faster_in_segments(rnn: nn.RNNBase, packed: PackedSequence, hx: RnnState 
 
     The CPU's packed kernels slice all steps once per step, and differentiating that is quadratic in T: segments train
     1.7 to 3.1 times (GRU) and 3.2 to 12 times (LSTM) as fast (`benchmarks/rnn.py`). Without gradients only the LSTM
-    gains, through oneDNN. cuDNN takes packed batches well. Mixed dtypes that torch cannot join segments in, under
-    autocast, are left to the module.
+    gains, through oneDNN. cuDNN takes packed batches well. Mixed dtypes under autocast, which torch cannot join, are
+    left to the module.
     """
     if not packed.data.is_cpu or not (isinstance(rnn, nn.LSTM) or torch.is_grad_enabled()):
         return False
@@ -66,12 +66,12 @@ def run_segments(rnn: nn.RNNBase, packed: PackedSequence, hx: RnnState | None) -
     """Do what `rnn(packed, hx)` does.
 
     Args:
-        rnn: any number of layers and directions.
-        packed: data `[M, input_size]`. It and `hx` fit the module, as `check_fit` finds out: the kernels check nothing.
+        rnn: A plain module with any number of layers and directions.
+        packed: Data `[M, input_size]`. It and `hx` must fit the module (`check_rnn_inputs`): the kernels check nothing.
         hx: `[layers * directions, B, H]`, for an LSTM a pair; None starts from zeros.
 
     Returns:
-        The outputs, packed alike, and the final state of each row.
+        The outputs, packed in the same way, and the final state of each row.
     """
     sizes = packed.batch_sizes
     state = _reordered(_zeros(rnn, packed) if hx is None else hx, packed.sorted_indices)
@@ -155,7 +155,7 @@ def reversed_steps(sizes: Int64Array) -> Tensor:
         return torch.from_numpy(total.reshape(len(sizes), -1)[::-1].ravel())
     starts = np.cumsum(sizes) - sizes
     ranks = total - np.repeat(starts, sizes)
-    # A row runs for as many steps as have more rows than its rank.
+    # Row i, longest first, runs for as many steps as have more than i rows.
     lengths = len(sizes) - np.searchsorted(sizes[::-1], np.arange(sizes[0]), side="right")
     mirrored = lengths[ranks] - 1 - np.repeat(np.arange(len(sizes)), sizes)
     return torch.from_numpy(starts[mirrored] + ranks)

@@ -27,7 +27,7 @@ def sequence_loss(
     weights: Tensor | None = None,
     reduction: Reduction = "token",
 ) -> Tensor:
-    """A loss over real steps; whatever the padding holds contributes nothing and gets no gradient, even NaN.
+    """A loss over real steps; padding contributes nothing and gets no gradient, even if it holds NaN.
 
     Args:
         loss_fn: Gives one loss per step: called once with `[M, *G]` and `[M, ...]`, returns `[M]`. A torch loss must
@@ -37,25 +37,25 @@ def sequence_loss(
             `next_step_labels` has made, only the steps that have a label count.
         weights: On the output's device: `[B, T]`, a factor for each step (0 for the steps of a prompt), or `[N]`, one
             for each document of a `VarlenBatch`; None is all 1.
-        reduction: `"token"`: the sum over real steps by their number, or by the sum of their weights; class weights
-            and `ignore_index` inside `loss_fn` do not change that number. `"sequence"`: each sequence's mean, and the
-            mean of these over the sequences that are not empty (or not weighted to zero). `"sum"`: the sum over real
-            steps.
+        reduction: `"token"`: the sum over real steps divided by their number, or by the sum of their weights; class
+            weights and `ignore_index` inside `loss_fn` do not change that number. `"sequence"`: each sequence's mean,
+            and the mean of these over the sequences that are not empty (or not weighted to zero). `"sum"`: the sum over
+            real steps.
 
     Returns:
         A scalar on the output's device, float32 or wider (losses of half precision are summed in float32); 0 where
         there is no real step.
 
     Raises:
-        LengthError: Output and target differ in their lengths, in their rows, their order or the chunk that they are of
-            (not looked at in compiled code); or lengths were written to.
+        LengthError: Output and target differ in their lengths, their rows, the order of these or their chunk (not
+            checked in compiled code); or lengths were written to.
         TypeError: Output or target is a tensor, they are of two kinds, or weights are no tensor.
         ValueError: `loss_fn` does not give one loss per step, weights have another shape, or the reduction is unknown.
     """
     check_tracked("sequence_loss", output, target)
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be 'token', 'sequence' or 'sum', got {reduction!r}")
-    # Each step is left out where it is not needed: where a compiler breaks the graph, a helper that only reads a shape
+    # Helpers are called only where they are needed: if a compiler breaks the graph, a helper that only reads a shape
     # would become an empty graph of its own.
     if output.is_varlen != target.is_varlen:
         raise TypeError(
@@ -86,7 +86,7 @@ def masked_mean(batch: SequenceBatch) -> Tensor:
 
     Raises:
         LengthError: Lengths were written to, which the mask does not follow.
-        TypeError: The values are not floating-point, or it is given a tensor.
+        TypeError: The values are not floating-point, or `batch` is a tensor.
     """
     check_tracked("masked_mean", batch)
     batch.check_unwritten()
@@ -107,7 +107,7 @@ def last_step(batch: SequenceBatch) -> Tensor:
 
     Raises:
         LengthError: Lengths were written to, which the mask does not follow.
-        TypeError: It is given a tensor.
+        TypeError: `batch` is a tensor.
     """
     check_tracked("last_step", batch)
     batch.check_unwritten()
@@ -116,16 +116,16 @@ def last_step(batch: SequenceBatch) -> Tensor:
 
 
 def token_scale(num_tokens: int | SequenceBatch, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The factor that makes DDP's averaged gradient of summed losses that of the mean over all ranks' tokens.
+    """The factor that turns DDP's averaged gradient of summed losses into that of the mean over all ranks' tokens.
 
     Each rank multiplies its `sequence_loss(..., reduction="sum")` by it. DDP averages over W ranks, so the factor is
-    W / (tokens of all ranks). All ranks must call it alike; under gradient accumulation call it once, with the tokens
-    of all micro-batches.
+    W / (tokens of all ranks). Every rank must call it at the same point; under gradient accumulation call it once, with
+    the tokens of all micro-batches.
 
     Args:
-        num_tokens: Real tokens of this rank, host integer; or a batch, whose real steps are counted, and of labels
-            those that have one.
-        group: the process group; None is the default one, or a single process where none is initialised.
+        num_tokens: Real tokens of this rank, host integer; or a batch, whose real steps are counted (of a batch of
+            labels, those that have a label).
+        group: The process group; None is the default one, or a single process where none is initialised.
 
     Returns:
         float64 scalar, on the CPU or where the group's backend communicates; 0 if there is no token anywhere.
@@ -153,7 +153,7 @@ def _check_pair(output: SequenceBatch, target: SequenceBatch) -> None:
     """Check that output and target have the same rows, lengths and chunk.
 
     Raises:
-        LengthError: They have not.
+        LengthError: They differ.
     """
     difference = output.difference(target)
     if difference is not None:
@@ -185,7 +185,7 @@ def _weights_of_labels(labelled: Tensor, weights: Tensor | None, dtype: torch.dt
 
 
 def _has_fixed_shapes(batch: SequenceBatch) -> bool:
-    """Whether a graph is being made, which serves other lengths as well: shapes and numbers must come from the mask."""
+    """Whether a graph is being made, which will run on other lengths too: shapes and counts must come from the mask."""
     return is_making_graph(batch.step_values)
 
 
@@ -197,11 +197,11 @@ def _flat_losses(
     *,
     in_rows: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Each real step's loss and weight, `[M]`, or put back `[B, T]` with 0 in the padding: the loss sees no other."""
+    """Loss and weight of each real step, `[M]`, or `[B, T]` with 0 in the padding; `loss_fn` sees real steps only."""
     _check_pair(output, target)
     shape = (output.step_values.shape[0], output.step_values.shape[1])
     index = output.real_step_index()
-    # Fields of one width, as they come from a collator, lie alike.
+    # Fields of one width, as a collator makes them, share their flat index.
     same_width = target.step_values.shape[1] == shape[1] and target.device == output.device
     labels = gather_steps(target.step_values, index if same_width else target.real_step_index())
     losses = _per_step(loss_fn, gather_steps(output.step_values, index), labels)
@@ -230,7 +230,7 @@ def _all_real(batch: SequenceBatch) -> Tensor:
     real = batch.mask.flatten()
     steps = batch.step_values.flatten(0, 1)
     stand_in = steps.detach().index_select(0, real.to(torch.uint8).argmax().reshape(1))
-    # A batch without any real step has no such value; 0 is a class, and a number, wherever there is one.
+    # A batch without a real step has no such value; 0 is valid, as a number and as a class.
     return torch.where(expand_like(real, steps), steps, torch.where(real.any(), stand_in, torch.zeros_like(stand_in)))
 
 
@@ -250,5 +250,5 @@ def _per_step(loss_fn: LossFunction, output: Tensor, target: Tensor) -> Tensor:
 
 
 def _not_zero(count: Tensor) -> Tensor:
-    """The count, and 1 for 0: the sum to be divided is 0 then."""
+    """The count, or 1 instead of 0: the sum to be divided is 0 then."""
     return torch.where(count == 0, 1, count)

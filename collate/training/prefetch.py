@@ -40,7 +40,7 @@ class DevicePrefetcher(Generic[LoaderBatch]):
     mappings, tuples, named tuples and lists of these; anything else passes untouched.
 
     Args:
-        loader: any iterable of batches.
+        loader: Any iterable of batches.
         device: The target.
         depth: Batches on the way at most; 0 copies each batch when it is asked for.
 
@@ -103,14 +103,14 @@ class DevicePrefetcher(Generic[LoaderBatch]):
             running.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands after the last batch that was handed over; batches on the way do not count.
+        """The loader's state after the last batch that was handed over; batches on the way do not count.
 
         It is the loader's own state, as of a `StatefulDataLoader`. For a plain loader it is the `position` of its batch
         sampler or dataset, such as `LengthBucketBatchSampler` or `ShardStream`; after an epoch's last batch that leads
         to an empty pass, and then to the next epoch.
 
         Raises:
-            TypeError: The loader has neither.
+            TypeError: The loader has neither a state nor a position.
         """
         return self._loader_position.read()
 
@@ -205,10 +205,10 @@ class PrefetchIterator(Iterator[LoaderBatch]):
         self._queue.append((batch, arrived, state))
 
     def _end(self) -> None:
-        """Raise what comes after the last batch that was taken.
+        """Raise the loader's error, or the end of the pass.
 
         Raises:
-            StopIteration: The loader has given all.
+            StopIteration: The loader has no more batches.
         """
         if self._error is not None:
             error, self._error = self._error, None
@@ -220,15 +220,15 @@ class PrefetchIterator(Iterator[LoaderBatch]):
 
 
 class LoaderPosition:
-    """Where a loader stands after the batches that were handed over, and not after those that it has given.
+    """The loader's position after the batches that were handed over, which are fewer than it has given.
 
     Args:
-        loader: it has a state of its own, or a batch sampler or dataset with `position`, `next_position` and `seek`, or
+        loader: It has `state_dict`, or a batch sampler or dataset with `position`, `next_position` and `seek`, or
             neither.
 
     Attributes:
-        state: after the last batch that was handed over; None where the loader itself knows. Of a position also where
-            its pass began.
+        state: The state after the last batch that was handed over, or the position and where its pass began; None if
+            the loader itself has the state.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -245,7 +245,7 @@ class LoaderPosition:
     def after(self, taken: int, *, ahead: bool) -> Any:
         """The state after the batch that the loader has just given, its `taken`-th of this pass."""
         if self._stateful:
-            # A loader without workers may give out an object that its dataset changes later.
+            # A loader without workers may return an object that its dataset changes later.
             return deepcopy(self._loader.state_dict()) if ahead else None
         if self._seekable is None:
             return None
@@ -254,7 +254,7 @@ class LoaderPosition:
         return self._seekable.position(taken), self._start
 
     def finish(self) -> None:
-        """Note that all batches were handed over: a loader with a state of its own knows what comes then."""
+        """Note that all batches were handed over: a loader with a state of its own knows what comes next."""
         if self._stateful:
             self.state = None
 
@@ -268,7 +268,7 @@ class LoaderPosition:
         if self._stateful:
             state = self._loader.state_dict() if self.state is None else deepcopy(self.state)
         else:
-            # Where another epoch was set or a position sought since, the next pass does not begin after the last.
+            # If another epoch was set or a position was sought since, the next pass does not continue the last one.
             resumes = self.state is not None and self.state[1] == self._mark()
             state = dict(self.state[0]) if resumes else self._seekable.next_position
         return cast("dict[str, Any]", state)
@@ -287,7 +287,7 @@ class LoaderPosition:
             self._seekable.seek(state)
 
     def _mark(self) -> tuple[Any, Any]:
-        """Where the present pass began and where the next will: another once an epoch is set or a position sought."""
+        """Where the present pass began and where the next one will; `set_epoch` and `seek` change the latter."""
         return self._seekable.position(0), self._seekable.next_position
 
     def _check(self) -> None:
@@ -303,7 +303,7 @@ class LoaderPosition:
             )
 
 
-# Pickles of release 0.1 and 0.2 name the class so.
+# The class's name in pickles of releases 0.1 and 0.2.
 Bookmark = LoaderPosition
 
 
@@ -311,16 +311,16 @@ class CopyStream:
     """Copies on a separate stream: the only class that touches streams and events.
 
     Args:
-        device: an accelerator.
+        device: An accelerator.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.Stream(device)
-        # With its number, so that another current device changes nothing later.
+        # The stream's device has an index, so that it stays the same when the current device changes.
         self.device = self.stream.device
 
     def send(self, batch: Any) -> tuple[Any, torch.Event]:
-        """Begin to copy a batch.
+        """Start to copy a batch.
 
         Returns:
             The batch on the device, not to be read before the event.
@@ -332,7 +332,7 @@ class CopyStream:
     def receive(self, batch: Any, arrived: torch.Event) -> None:
         """Let the current stream wait for the copy, and the allocator know that this stream uses the batch."""
         current = torch.accelerator.current_stream(self.device)
-        # An accelerator with one stream for everything does all in order as it is.
+        # An accelerator with a single stream keeps the order by itself.
         if current != self.stream:
             current.wait_event(arrived)
             record_stream(batch, current)
@@ -346,7 +346,7 @@ def moved_to(batch: Any, device: torch.device) -> Any:
 
 
 def record_stream(batch: Any, stream: torch.Stream) -> None:
-    """Tell the allocator that `stream` uses every tensor of a batch; what lies on the host needs none of it."""
+    """Tell the allocator that `stream` uses every tensor of a batch; tensors on the host do not need it."""
     if hasattr(batch, "record_stream") and not (isinstance(batch, Tensor) and batch.is_cpu):
         batch.record_stream(stream)
     else:
@@ -356,7 +356,7 @@ def record_stream(batch: Any, stream: torch.Stream) -> None:
 
 def _can_be_pinned(batch: Any, device: torch.device) -> bool:
     """Whether a batch is on the host, not pinned, and its target reads page-locked memory."""
-    # Only an accelerator reads page-locked memory; what is pinned already is not copied again.
+    # Only an accelerator reads page-locked memory; torch does not copy tensors that are pinned already.
     if device.type in ("cpu", "meta") or not hasattr(batch, "pin_memory"):
         return False
     first = next(_tensors_of(batch), None)
@@ -377,7 +377,7 @@ def _tensors_of(batch: Any) -> Iterator[Tensor]:
 
 
 def _parts_in(batch: Any) -> Iterable[Any]:
-    """What containers hold, and objects that can be moved; a tensor and anything else has no parts."""
+    """The parts of a container, or of an object with `to`; a tensor or any other object has none."""
     if isinstance(batch, Tensor):
         return ()
     if isinstance(batch, (Mapping, tuple, list)):

@@ -13,7 +13,7 @@ from collate.lengths.tracking import check_tracked
 from collate.tensors.graphs import outside_graphs
 from collate.tensors.to_device import to_device
 from collate.training.cpu_rnn import each_part, is_faster_in_segments, run_segments
-from collate.training.rnn_modules import RnnState, check_fit, is_plain
+from collate.training.rnn_modules import RnnState, check_rnn_inputs, is_plain
 from collate.training.sequences import SequencesT
 
 
@@ -22,12 +22,12 @@ def apply_rnn(rnn: nn.Module, batch: SequencesT, hx: RnnState | None = None) -> 
     """Run `nn.RNN`, `nn.GRU`, `nn.LSTM`, or a custom module around them, over the real steps of every sequence.
 
     Args:
-        rnn: the module, `batch_first` or not: batches are `[B, T, ...]` either way. A custom module takes a
+        rnn: The module, `batch_first` or not: batches are `[B, T, ...]` either way. A custom module takes a
             `PackedSequence`, and a state where one is given, and returns a `PackedSequence` of as many steps and a
             state: a tensor `[*, B, *]` or a tuple of them, or None.
-        batch: A `LengthTrackedBatch` or a `VarlenBatch` of values `[B, T, input_size]`. A sequence is a row of the
-            one and a document of the other, at whose start the module starts again; there are B of them below.
-        hx: initial states `[layers * directions, B, H]` in batch order (for an LSTM a pair of them), on the batch's
+        batch: A `LengthTrackedBatch` or a `VarlenBatch` of values `[B, T, input_size]`. A sequence is a row of the one
+            and a document of the other; the module starts again at each. B is their number below.
+        hx: Initial states `[layers * directions, B, H]` in batch order (for an LSTM a pair of them), on the batch's
             device; None starts from zeros.
 
     Returns:
@@ -37,9 +37,10 @@ def apply_rnn(rnn: nn.Module, batch: SequencesT, hx: RnnState | None = None) -> 
         connected to the parameters even if every row is empty, so that distributed training does not hang.
 
     Raises:
-        LengthError: A backward direction would start from the state of an earlier chunk, which has not seen the later.
+        LengthError: A backward direction would start from the state of an earlier chunk, which has not seen later
+            steps.
         RuntimeError: Features, states or weights are of another size, or on another device, than the module takes.
-        TypeError: It is given a tensor, a custom module does not return a `PackedSequence` and a state, or `hx`
+        TypeError: `batch` is a tensor, a custom module does not return a `PackedSequence` and a state, or `hx`
             is not a pair for an LSTM and a tensor for another torch module.
         ValueError: `hx` does not hold one state per row, or dtypes differ.
     """
@@ -55,7 +56,7 @@ def apply_rnn(rnn: nn.Module, batch: SequencesT, hx: RnnState | None = None) -> 
     if not lengths.any():
         return _run_nothing(rnn, batch, hx)
     packing = batch.packing_map(batch.device)
-    # A packed batch holds the rows that are not empty, and wants a state for just these.
+    # A packed batch holds only the rows that are not empty, and takes the states of these.
     rows = None if lengths.all() else to_device(np.flatnonzero(lengths), batch.device)
     start = hx if rows is None else each_part(hx, partial(torch.index_select, dim=1, index=rows))
     packed, state = _run_module(rnn, packing.pack(batch.step_values), start)
@@ -71,7 +72,7 @@ def _run_module(rnn: nn.Module, packed: PackedSequence, hx: RnnState | None) -> 
     """
     if is_plain(rnn):
         plain = cast(nn.RNNBase, rnn)
-        check_fit(plain, packed, hx)
+        check_rnn_inputs(plain, packed, hx)
         if is_faster_in_segments(plain, packed, hx):
             return run_segments(plain, packed, hx)
     result = rnn(packed) if hx is None else rnn(packed, hx)
@@ -114,7 +115,7 @@ def _run_nothing(rnn: nn.Module, batch: SequencesT, hx: RnnState | None) -> tupl
     step = PackedSequence(batch.step_values.new_zeros(1, *batch.step_values.shape[2:]), torch.tensor([1], device="cpu"))
     with torch.no_grad():
         packed, state = _run_module(rnn, step, each_part(hx, partial(torch.narrow, dim=1, start=0, length=1)))
-    # A zero whose graph holds every weight, and what made inputs and states, such as an embedding: distributed training
+    # A zero whose graph holds every weight, and every module before it, such as an embedding: distributed training
     # would hang without their gradients. No value is read, so that NaN weights do not matter.
     states = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
     sources = (*rnn.parameters(), batch.step_values, *states)

@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 from torch.nn.utils.rnn import PackedSequence
 
 RnnState: TypeAlias = Tensor | tuple[Tensor, ...]
@@ -14,6 +14,8 @@ RnnState: TypeAlias = Tensor | tuple[Tensor, ...]
 _FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (nn.RNN, nn.GRU, nn.LSTM)}
 _INTERCEPTED = ("forward", "_call_impl", "_slow_forward")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# torch's own tables of hooks on all modules; `_has_any_global_hook` reads the same, but came with torch 2.8.
+_GLOBAL_HOOKS = [vars(torch_module)[f"_global{name}"] for name in _HOOKS]
 
 
 def is_plain(rnn: nn.Module) -> bool:
@@ -26,18 +28,18 @@ def is_plain(rnn: nn.Module) -> bool:
     if kind not in _FORWARDS or kind.forward is not _FORWARDS[kind]:
         return False
     replaced = any(name in own for name in _INTERCEPTED) or own.get("_compiled_call_impl") is not None
-    return not replaced and not any(own[name] for name in _HOOKS) and not _has_any_global_hook()
+    return not replaced and not any(own[name] for name in _HOOKS) and not any(_GLOBAL_HOOKS)
 
 
-def check_fit(rnn: nn.RNNBase, packed: PackedSequence, hx: RnnState | None) -> None:
+def check_rnn_inputs(rnn: nn.RNNBase, packed: PackedSequence, hx: RnnState | None) -> None:
     """Check sizes, dtypes and devices of input, states and weights against each other.
 
     oneDNN's kernel checks nothing and reads and writes beyond its memory. torch's own LSTM hands it packed sequences of
     one length unchecked.
 
     Args:
-        rnn: a plain module.
-        packed: data `[M, input_size]`.
+        rnn: A plain module.
+        packed: Data `[M, input_size]`.
         hx: `[layers * directions, B, H]`, for an LSTM a pair; None starts from zeros.
 
     Raises:

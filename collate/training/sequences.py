@@ -84,7 +84,7 @@ def labelled_steps(target: SequenceBatch) -> Tensor | None:
         return None
     labels = target.step_values
     has_label = labels != target.ignore_index
-    # Several labels of a step are one step.
+    # A step with several labels counts once.
     return target.mask & (has_label if has_label.dim() == 2 else has_label.flatten(2).any(2))
 
 

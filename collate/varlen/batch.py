@@ -32,16 +32,16 @@ from collate.varlen.construct import (
     trusted_documents,
 )
 from collate.varlen.context_parallel import ContextParallel
-from collate.varlen.layout import DocumentLayout, Offsets
+from collate.varlen.kernels.views import KernelViews
 from collate.varlen.rows import Arrange, RowOptions
 from collate.varlen.serialization import reduce, travels
-from collate.varlen.views import DocumentViews
+from collate.varlen.spans import DocumentSpans, Offsets
 from collate.widths import Widths
 
 
 @travels
 @dataclass(frozen=True, eq=False, repr=False, init=False)
-class VarlenBatch(DocumentViews):
+class VarlenBatch(KernelViews):
     """Several sequences ("documents") in each row, with their lengths, rows, offsets and permutation.
 
     Documents stand one after the other, each from a multiple of `align` on; all other steps of a row are gaps. Lengths
@@ -84,7 +84,7 @@ class VarlenBatch(DocumentViews):
     """
 
     values: Tensor
-    layout: DocumentLayout
+    spans: DocumentSpans
     offsets: Offsets
     padding_value: PaddingValue | None
     ignore_index: int | None
@@ -104,12 +104,12 @@ class VarlenBatch(DocumentViews):
     ) -> None:
         integers = {"lengths": lengths, "documents_per_row": documents_per_row, "permutation": permutation}
         caps = {"max_documents": max_documents, "max_seqlen": max_seqlen}
-        layout = check_documents(values, integers, align=align, **caps)
+        spans = check_documents(values, integers, align=align, **caps)
         for value in (padding_value, ignore_index):
             if value is not None:
                 check_padding_value(value, values.dtype)
-        offsets = send_offsets(layout, values.device)
-        set_parts(self, values, layout, offsets, padding_value=padding_value, ignore_index=ignore_index)
+        offsets = send_offsets(spans, values.device)
+        set_parts(self, values, spans, offsets, padding_value=padding_value, ignore_index=ignore_index)
 
     @classmethod
     @outside_graphs
@@ -241,7 +241,7 @@ class VarlenBatch(DocumentViews):
         goes_on[:, :-1] = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
         labels = torch.where(expand_like(goes_on, self.values), self.values.roll(-1, 1), ignore_index)
         return trusted_documents(
-            type(self), labels, self.layout, self.offsets, padding_value=ignore_index, ignore_index=ignore_index
+            type(self), labels, self.spans, self.offsets, padding_value=ignore_index, ignore_index=ignore_index
         )
 
     @outside_graphs
@@ -276,7 +276,7 @@ class VarlenBatch(DocumentViews):
         count = entries.shape[dim] if isinstance(entries, Tensor) else len(entries)
         if count != len(self):
             raise ValueError(f"there must be one entry for each of the {len(self)} documents, got {count}")
-        back = np.argsort(self.layout.array("permutation"), kind="stable")
+        back = np.argsort(self.spans.array("permutation"), kind="stable")
         if isinstance(entries, Tensor):
             return entries.index_select(dim, to_device(back, entries.device))
         return [entries[index] for index in back.tolist()]
@@ -290,7 +290,7 @@ class VarlenBatch(DocumentViews):
         Raises:
             ValueError: `rows` is below one.
         """
-        return pieces.as_batches(self, pieces.split_rows(self.values, self.layout, rows))
+        return pieces.as_batches(self, pieces.split_rows(self.values, self.spans, rows))
 
     @outside_graphs
     def split_steps(self, steps: int) -> list[Self]:
@@ -302,7 +302,7 @@ class VarlenBatch(DocumentViews):
         Raises:
             ValueError: `steps` is below one, or no multiple of `align`.
         """
-        return pieces.as_batches(self, pieces.split_steps(self.values, self.layout, steps))
+        return pieces.as_batches(self, pieces.split_steps(self.values, self.spans, steps))
 
     @classmethod
     @outside_graphs

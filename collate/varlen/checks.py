@@ -9,7 +9,7 @@ from torch import Tensor
 from collate.errors import LengthError
 from collate.lengths.validation import check_padding_intact
 from collate.varlen.construct import DocumentBatch
-from collate.varlen.layout import check_arrays
+from collate.varlen.spans import check_arrays
 
 _EXPORTED: Final = (
     *("values", "lengths", "mask", "document_ids", "position_ids", "permutation", "documents_per_row"),
@@ -30,7 +30,7 @@ def missing_attribute(batch: object, name: str) -> str:
 
 def describe_documents(batch: DocumentBatch) -> str:
     """One line: shape, dtype, device, the number of documents and the fraction of gaps."""
-    lengths = batch.layout.tensor("lengths")
+    lengths = batch.spans.tensor("lengths")
     if not isinstance(batch.values, Tensor) or not isinstance(lengths, Tensor):
         # A pytree of something else.
         return f"VarlenBatch({batch.values!r}, {lengths!r})"
@@ -39,7 +39,7 @@ def describe_documents(batch: DocumentBatch) -> str:
     gaps = 1 - lengths.sum().item() / (rows * capacity)
     return (
         f"VarlenBatch({list(batch.values.shape)} {dtype} on {batch.values.device}, {len(lengths)} documents, "
-        f"gaps {gaps:.1%}, align={batch.layout.align})"
+        f"gaps {gaps:.1%}, align={batch.spans.align})"
     )
 
 
@@ -51,10 +51,10 @@ def verify_documents(batch: DocumentBatch) -> None:
         TypeError: Lengths or permutation are not integers.
         ValueError: The permutation is not one.
     """
-    layout = batch.layout
+    spans = batch.spans
     names = ("lengths", "documents_per_row", "permutation")
-    check_arrays({name: layout.array(name) for name in names}, **layout.options)
-    if not np.array_equal(layout.make_table(), batch.offsets.table.cpu().numpy()):
+    check_arrays({name: spans.array(name) for name in names}, **spans.options)
+    if not np.array_equal(spans.make_table(), batch.offsets.table.cpu().numpy()):
         raise LengthError("the offsets are not those of the lengths: make a new batch of the sequences")
     if batch.padding_value is not None:
         check_padding_intact(batch.values, batch.offsets.spread()[0], batch.padding_value)

@@ -17,9 +17,9 @@ from collate.tensors.numpy_view import Int64Array
 from collate.tensors.steps import PaddingValue, flat_index, gather_steps, scatter_steps
 from collate.tensors.to_device import to_device
 from collate.varlen import values_of_rows
-from collate.varlen.layout import DocumentLayout, Offsets, check_arrays, check_fit, check_options
 from collate.varlen.offsets import aligned_lengths
 from collate.varlen.rows import RowOptions
+from collate.varlen.spans import DocumentSpans, Offsets, check_arrays, check_fit, check_options
 from collate.widths import Widths, check_widths, padded_width
 
 
@@ -31,7 +31,7 @@ class DocumentBatch(Protocol):
         """The rows `[R, C, *F]`."""
 
     @property
-    def layout(self) -> DocumentLayout:
+    def spans(self) -> DocumentSpans:
         """The host's integers."""
 
     @property
@@ -53,7 +53,7 @@ DocumentsT = TypeVar("DocumentsT", bound=DocumentBatch)
 def trusted_documents(
     kind: type[DocumentsT],
     values: Tensor,
-    layout: DocumentLayout,
+    spans: DocumentSpans,
     offsets: Offsets | None = None,
     *,
     padding_value: PaddingValue | None = None,
@@ -61,15 +61,15 @@ def trusted_documents(
 ) -> DocumentsT:
     """Make a batch whose parts are known to agree, without reading them again; offsets are made when None."""
     batch = object.__new__(kind)
-    offsets = send_offsets(layout, values.device) if offsets is None else offsets
-    set_parts(batch, values, layout, offsets, padding_value=padding_value, ignore_index=ignore_index)
+    offsets = send_offsets(spans, values.device) if offsets is None else offsets
+    set_parts(batch, values, spans, offsets, padding_value=padding_value, ignore_index=ignore_index)
     return batch
 
 
 def set_parts(
     batch: DocumentBatch,
     values: Tensor,
-    layout: DocumentLayout,
+    spans: DocumentSpans,
     offsets: Offsets,
     *,
     padding_value: PaddingValue | None,
@@ -78,17 +78,15 @@ def set_parts(
     """Give a new batch its parts; its class is frozen."""
     if padding_value is not None and not torch.compiler.is_compiling():
         padding_value = same_nan(padding_value)
-    object.__setattr__(batch, "values", values)
-    object.__setattr__(batch, "layout", layout)
-    object.__setattr__(batch, "offsets", offsets)
-    object.__setattr__(batch, "padding_value", padding_value)
-    object.__setattr__(batch, "ignore_index", ignore_index)
+    parts = {"values": values, "spans": spans, "offsets": offsets}
+    # A frozen dataclass is written to through its dictionary.
+    vars(batch).update(parts, padding_value=padding_value, ignore_index=ignore_index)
 
 
 def check_documents(
     values: Tensor, integers: Mapping[str, IntegersLike | None], **options: int | None
-) -> DocumentLayout:
-    """The layout of a constructor's integers, checked against the values.
+) -> DocumentSpans:
+    """The spans of a constructor's integers, checked against the values.
 
     Raises:
         LengthError: Documents do not fit their rows or caps, integers are not on the host, or R x C is beyond int32.
@@ -102,10 +100,10 @@ def check_documents(
         # They become tensors when they are checked.
         integers = {**integers, "documents_per_row": [len(cast("Sequence[int]", integers["lengths"]))]}
     checked = check_options(capacity=capacity, **options)  # type: ignore[arg-type]
-    layout = DocumentLayout(check_arrays(integers, **checked), **checked)
-    if layout.num_rows != rows:
-        raise LengthError(f"documents_per_row must be one per row, [{rows}], got [{layout.num_rows}]")
-    return layout
+    spans = DocumentSpans(check_arrays(integers, **checked), **checked)
+    if spans.num_rows != rows:
+        raise LengthError(f"documents_per_row must be one per row, [{rows}], got [{spans.num_rows}]")
+    return spans
 
 
 def join_sequences(
@@ -128,8 +126,8 @@ def join_sequences(
         check_declared(lengths, items.lengths)
     value = check_padding_value(padding_value, items.dtype)
     order, per_row = options.fill(aligned_lengths(items.lengths, options.align).tolist())
-    layout = values_of_rows.make_layout(items.lengths[order], per_row, order, options)
-    return trusted_documents(kind, values_of_rows.join_documents(items, layout, value), layout, padding_value=value)
+    spans = values_of_rows.make_spans(items.lengths[order], per_row, order, options)
+    return trusted_documents(kind, values_of_rows.join_documents(items, spans, value), spans, padding_value=value)
 
 
 def move_from_padded(
@@ -143,16 +141,16 @@ def move_from_padded(
     lengths = batch.host_lengths()
     order, per_row = _rows_of_documents(lengths, options, documents_per_row)
     permutation = batch.permutation.numpy()[order]
-    layout = values_of_rows.make_layout(lengths[order], per_row, permutation, options)
+    spans = values_of_rows.make_spans(lengths[order], per_row, permutation, options)
     if documents_per_row is not None:
-        check_fit(lengths, per_row, **layout.options)
+        check_fit(lengths, per_row, **spans.options)
     width = batch.padded.shape[1]
     # Time steps are read document after document, in the order of the new rows.
     steps = gather_steps(batch.padded, flat_index(lengths[order], width, batch.device, firsts=order * width))
     value = 0 if batch.padding_value is None else batch.padding_value
-    index = flat_index(lengths[order], layout.capacity, batch.device, firsts=layout.starts())
-    values = scatter_steps(steps, index, (layout.num_rows, layout.capacity), value)
-    return trusted_documents(kind, values, layout, padding_value=value)
+    index = flat_index(lengths[order], spans.capacity, batch.device, firsts=spans.starts())
+    values = scatter_steps(steps, index, (spans.num_rows, spans.capacity), value)
+    return trusted_documents(kind, values, spans, padding_value=value)
 
 
 def move_to_padded(batch: DocumentBatch, widths: Widths) -> LengthTrackedBatch:
@@ -161,19 +159,19 @@ def move_to_padded(batch: DocumentBatch, widths: Widths) -> LengthTrackedBatch:
     Raises:
         LengthError: There is no document, or one is longer than all `widths`.
     """
-    layout, values = batch.layout, batch.values
-    lengths = layout.array("lengths")
+    spans, values = batch.spans, batch.values
+    lengths = spans.array("lengths")
     if len(lengths) == 0:
         raise LengthError("a padded batch needs at least one document, these rows are empty: leave them out")
     width = padded_width(int(lengths.max()), check_widths(widths))
     value = 0 if batch.padding_value is None else batch.padding_value
-    steps = gather_steps(values, flat_index(lengths, layout.capacity, values.device, firsts=layout.starts()))
+    steps = gather_steps(values, flat_index(lengths, spans.capacity, values.device, firsts=spans.starts()))
     return trusted_batch(
         LengthTrackedBatch,
         scatter_steps(steps, flat_index(lengths, width, values.device), (len(lengths), width), value),
         torch.from_numpy(lengths.copy()),
         mask=None,
-        permutation=torch.from_numpy(layout.array("permutation").copy()),
+        permutation=torch.from_numpy(spans.array("permutation").copy()),
         padding_value=value,
     )
 
@@ -187,14 +185,14 @@ def replace_documents(batch: DocumentsT, values: Tensor, padding_value: PaddingV
     if tuple(values.shape[:2]) != batch.offsets.shape:
         raise LengthError(f"new values must be {[*batch.offsets.shape]} and features, got {list(values.shape)}")
     same = values.device == batch.values.device
-    offsets = batch.offsets if same else send_offsets(batch.layout, values.device)
-    return trusted_documents(type(batch), values, batch.layout, offsets, padding_value=padding_value)
+    offsets = batch.offsets if same else send_offsets(batch.spans, values.device)
+    return trusted_documents(type(batch), values, batch.spans, offsets, padding_value=padding_value)
 
 
-def send_offsets(layout: DocumentLayout, device: torch.device) -> Offsets:
-    """The offsets of a layout on a device, sent in one piece."""
-    table = torch.from_numpy(layout.make_table())
-    return Offsets(table if device.type == "cpu" else to_device(table, device), (layout.num_rows, layout.capacity))
+def send_offsets(spans: DocumentSpans, device: torch.device) -> Offsets:
+    """The offsets of spans on a device, sent in one piece."""
+    table = torch.from_numpy(spans.make_table())
+    return Offsets(table if device.type == "cpu" else to_device(table, device), (spans.num_rows, spans.capacity))
 
 
 def _rows_of_documents(

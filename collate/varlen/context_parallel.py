@@ -6,7 +6,7 @@ steps, rank 0 has steps 0, 1, 6 and 7:
 
 >>> import numpy as np
 >>> from collate.varlen.offsets import offset_table
->>> table = offset_table(np.array([8]), np.array([1]), np.array([0]), capacity=8, align=4, slots=2)
+>>> table = offset_table(np.array([8]), np.array([1]), capacity=8, align=4, slots=2)
 >>> offsets = Offsets(torch.from_numpy(table), (1, 8))
 >>> [ContextParallel.of(offsets, 4, rank, 2).index.tolist() for rank in (0, 1)]
 [[[0, 1, 6, 7]], [[2, 3, 4, 5]]]
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from collate.tensors.steps import gather_steps, scatter_steps
-from collate.varlen.layout import Offsets
 from collate.varlen.offsets import CU_SEQLENS_PADDED
+from collate.varlen.spans import Offsets
 from collate.widths import check_count
 
 

@@ -7,7 +7,7 @@ documents, the second one, and each document has a gap behind it:
 >>> starts = document_starts(lengths, per_row, capacity=8, align=4)
 >>> starts
 array([0, 4, 8])
->>> table = offset_table(lengths, per_row, starts, capacity=8, align=4, slots=8)
+>>> table = offset_table(lengths, per_row, capacity=8, align=4, slots=8)
 >>> table[CU_SEQLENS]
 array([ 0,  3,  4,  6,  8, 12, 16, 16, 16], dtype=int32)
 >>> table[DOCUMENT]
@@ -16,6 +16,7 @@ array([ 0, -1,  1, -1,  2, -1, -1, -1, -1], dtype=int32)
 (array([ 0,  4,  8, 12, 16, 16, 16, 16, 16], dtype=int32), array([0, 3, 5, 9, 9, 9, 9, 9, 9], dtype=int32))
 """
 
+from itertools import accumulate
 from typing import Final, TypeAlias, cast
 
 import numpy as np
@@ -67,7 +68,6 @@ def count_slots(rows: int, max_documents: int, align: int) -> int:
 def offset_table(
     lengths: Int64Array,
     per_row: Int64Array,
-    starts: Int64Array,
     *,
     first_steps: Int64Array | None = None,
     capacity: int,
@@ -79,7 +79,6 @@ def offset_table(
     Args:
         lengths: int64 `[N]`, documents in row order.
         per_row: int64 `[R]`.
-        starts: int64 `[N]`, as from `document_starts`.
         first_steps: int64 `[N]`, the position of each document's first step; None is all 0.
         capacity: C.
         align: documents start at its multiples within their row.
@@ -91,39 +90,86 @@ def offset_table(
         with the gap that alignment leaves behind them, and of what is left of a row; `CU_SEQLENS_REAL`: real steps
         before each of these. Slots that are not used repeat the last offset.
     """
-    table, total = np.empty((5, slots + 1), np.int32), len(per_row) * capacity
+    table = np.empty((5, slots + 1), np.int32)
     if align == 1 and len(per_row) == 1:
-        _fill_flat(table, starts, int(starts[-1] + lengths[-1]) if len(lengths) else 0, total)
-        bounds, documents = table[CU_SEQLENS], table[DOCUMENT]
+        _fill_one_row(table, lengths, capacity)
+    elif align == 1:
+        _fill_unaligned(table, lengths, per_row, capacity)
     else:
-        bounds, documents = segments(starts, starts + lengths, per_row, capacity)
-        table[CU_SEQLENS], table[DOCUMENT] = total, -1
-        table[CU_SEQLENS, : len(bounds)] = bounds
-        table[DOCUMENT, : len(bounds)] = documents
-        _fill_padded(table, lengths, (starts, per_row, capacity), align)
+        _fill_aligned(table, lengths, per_row, capacity, align)
     table[FIRST_POSITION] = 0
     if first_steps is not None:
-        table[FIRST_POSITION, : len(bounds)][documents >= 0] = first_steps
+        table[FIRST_POSITION, document_slots(table)] = first_steps
     return table
 
 
-def _fill_flat(table: Int32Array, starts: Int64Array, end: int, total: int) -> None:
-    """Fill the table of one row without alignment, where documents follow each other: there is one gap, at the end."""
-    size = len(starts)
-    # All three bounds are the same up to the gap.
-    table[: CU_SEQLENS_REAL + 1, :size] = starts
-    table[: CU_SEQLENS_REAL + 1, size:] = end
-    if end < total:
-        table[:CU_SEQLENS_REAL, size + 1 :] = total
+def _fill_one_row(table: Int32Array, lengths: Int64Array, capacity: int) -> None:
+    """What `_fill_unaligned` does, for one row."""
+    size = len(lengths)
+    table[CU_SEQLENS, 0] = 0
+    np.add.accumulate(lengths, dtype=np.int32, out=table[CU_SEQLENS, 1 : size + 1])
+    end = table[CU_SEQLENS, size]
+    table[CU_SEQLENS, size + 1 :] = end
+    table[CU_SEQLENS_PADDED : CU_SEQLENS_REAL + 1] = table[CU_SEQLENS]
+    if end < capacity:
+        table[:CU_SEQLENS_REAL, size + 1 :] = capacity
     table[DOCUMENT, :size], table[DOCUMENT, size:] = np.arange(size), -1
 
 
-def _fill_padded(table: Int32Array, lengths: Int64Array, rows: tuple[Int64Array, Int64Array, int], align: int) -> None:
-    """Fill the offsets of documents with their alignment; without any they are those of all segments."""
-    starts, per_row, capacity = rows
-    bounds, documents = table[CU_SEQLENS], table[DOCUMENT]
-    if align > 1:
-        bounds, documents = segments(starts, starts + aligned_lengths(lengths, align), per_row, capacity)
+def _fill_unaligned(table: Int32Array, lengths: Int64Array, per_row: Int64Array, capacity: int) -> None:
+    """Fill the table where documents follow each other: gaps are at the ends of rows only, and both bounds are equal.
+
+    Rows of 4 steps with documents of 3 and 4 steps have one gap, in slot 1; the second document is in slot 2:
+
+    >>> table = np.empty((5, 5), np.int32)
+    >>> _fill_unaligned(table, np.array([3, 4]), np.array([1, 1]), 4)
+    >>> table[:4].tolist()
+    [[0, 3, 4, 8, 8], [0, 3, 4, 8, 8], [0, 3, 3, 7, 7], [0, -1, 1, -1, -1]]
+    """
+    # Lists take two thirds of the time of arrays: rows are few, and their documents too.
+    counts, bounds, real, documents = lengths.tolist(), list[int](), list[int](), list[int]()
+    first = row_start = waste = 0
+    for count in per_row.tolist():
+        through, row_end = first + count, row_start + capacity
+        ends = list(accumulate(counts[first:through], initial=row_start))
+        gap = row_end - ends[-1]
+        documents += range(first, through)
+        if gap:
+            documents.append(-1)
+        else:
+            ends.pop()
+        bounds += ends
+        # What lies before a step are real steps and the gaps of earlier rows.
+        real += [end - waste for end in ends]
+        first, row_start, waste = through, row_end, waste + gap
+    used = len(bounds)
+    table[CU_SEQLENS_PADDED : DOCUMENT + 1, :used] = bounds, real, documents
+    table[CU_SEQLENS_PADDED, used:], table[CU_SEQLENS_REAL, used:] = row_start, row_start - waste
+    table[DOCUMENT, used:] = -1
+    table[CU_SEQLENS] = table[CU_SEQLENS_PADDED]
+
+
+def row_end_gaps(lengths: Int64Array, per_row: Int64Array, capacity: int) -> list[int]:
+    """Steps behind the documents of each row, where documents follow each other.
+
+    >>> row_end_gaps(np.array([3, 1, 2]), np.array([2, 1]), capacity=4)
+    [0, 2]
+    """
+    counts, first, gaps = lengths.tolist(), 0, list[int]()
+    for count in per_row.tolist():
+        gaps.append(capacity - sum(counts[first : first + count]))
+        first += count
+    return gaps
+
+
+def _fill_aligned(table: Int32Array, lengths: Int64Array, per_row: Int64Array, capacity: int, align: int) -> None:
+    """Fill the table where each document may have a gap behind it."""
+    starts = document_starts(lengths, per_row, capacity, align)
+    bounds, documents = segments(starts, starts + lengths, per_row, capacity)
+    table[CU_SEQLENS], table[DOCUMENT] = len(per_row) * capacity, -1
+    table[CU_SEQLENS, : len(bounds)] = bounds
+    table[DOCUMENT, : len(bounds)] = documents
+    bounds, documents = segments(starts, starts + aligned_lengths(lengths, align), per_row, capacity)
     table[CU_SEQLENS_PADDED] = len(per_row) * capacity
     table[CU_SEQLENS_PADDED, : len(bounds)] = bounds
     steps = np.zeros(table.shape[1] + 1, np.int64)

@@ -12,96 +12,96 @@ from collate.padding.padding_value import cast_padding_value
 from collate.tensors.numpy_view import to_array
 from collate.tensors.to_device import to_device
 from collate.varlen.construct import DocumentBatch, DocumentsT, trusted_documents
-from collate.varlen.layout import DocumentLayout, Offsets, check_int32
+from collate.varlen.spans import DocumentSpans, Offsets, check_int32
 
 
-def split_rows(values: Tensor, layout: DocumentLayout, rows: int) -> Iterator[tuple[Tensor, DocumentLayout]]:
+def split_rows(values: Tensor, spans: DocumentSpans, rows: int) -> Iterator[tuple[Tensor, DocumentSpans]]:
     """Pieces of at most `rows` rows.
 
     Yields:
-        Values, and the layout of their documents.
+        Values, and the spans of their documents.
 
     Raises:
         ValueError: `rows` is below one.
     """
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
-    per_row = layout.array("documents_per_row")
+    per_row = spans.array("documents_per_row")
     bounds = np.append(0, np.cumsum(per_row))
     for start in range(0, len(per_row), rows):
         stop = min(start + rows, len(per_row))
         documents = slice(int(bounds[start]), int(bounds[stop]))
-        names = ("lengths", "permutation", *(["first_steps"] if layout.has_first_steps else []))
-        arrays = {name: layout.array(name)[documents] for name in names}
+        names = ("lengths", "permutation", *(["first_steps"] if spans.has_first_steps else []))
+        arrays = {name: spans.array(name)[documents] for name in names}
         arrays["documents_per_row"] = per_row[start:stop]
-        part = DocumentLayout(arrays, **layout.options)
+        part = DocumentSpans(arrays, **spans.options)
         yield values[start:stop], part
 
 
-def split_steps(values: Tensor, layout: DocumentLayout, steps: int) -> Iterator[tuple[Tensor, DocumentLayout]]:
-    """Chunks of at most `steps` steps of all rows, with the layout of each.
+def split_steps(values: Tensor, spans: DocumentSpans, steps: int) -> Iterator[tuple[Tensor, DocumentSpans]]:
+    """Chunks of at most `steps` steps of all rows, with the spans of each.
 
     A row of 6 steps holds documents of 2 and 4 steps. Its chunks of 3 steps hold 2 and 1 steps of them, then 0 and 3:
 
     >>> import torch
     >>> arrays = {"lengths": np.array([2, 4]), "documents_per_row": np.array([2]), "permutation": np.arange(2)}
-    >>> layout = DocumentLayout(arrays, capacity=6)
-    >>> chunks = split_steps(torch.arange(6)[None], layout, 3)
+    >>> spans = DocumentSpans(arrays, capacity=6)
+    >>> chunks = split_steps(torch.arange(6)[None], spans, 3)
     >>> [(part.array("lengths").tolist(), part.array("first_steps").tolist()) for _, part in chunks]
     [([2, 1], [0, 0]), ([0, 3], [2, 1])]
 
     Yields:
-        Values, and the layout of their documents.
+        Values, and the spans of their documents.
 
     Raises:
-        ValueError: `steps` is below one, or no multiple of the layout's `align`.
+        ValueError: `steps` is below one, or no multiple of the spans' `align`.
     """
-    if steps < 1 or steps % layout.align:
-        raise ValueError(f"steps must be a multiple of align={layout.align}, at least 1, got {steps}")
-    starts = layout.starts() - layout.rows_of_documents() * layout.capacity
-    lengths, first_steps = layout.array("lengths"), layout.array("first_steps")
-    for start in range(0, layout.capacity, steps):
-        width = min(steps, layout.capacity - start)
+    if steps < 1 or steps % spans.align:
+        raise ValueError(f"steps must be a multiple of align={spans.align}, at least 1, got {steps}")
+    starts = spans.starts() - spans.rows_of_documents() * spans.capacity
+    lengths, first_steps = spans.array("lengths"), spans.array("first_steps")
+    for start in range(0, spans.capacity, steps):
+        width = min(steps, spans.capacity - start)
         before = np.clip(start - starts, 0, lengths)
-        options = layout.options | {"capacity": width}
-        if layout.max_seqlen is not None:
-            options["max_seqlen"] = min(width, layout.max_seqlen)
+        options = spans.options | {"capacity": width}
+        if spans.max_seqlen is not None:
+            options["max_seqlen"] = min(width, spans.max_seqlen)
         arrays = {
             "lengths": np.clip(start + width - starts, 0, lengths) - before,
-            "documents_per_row": layout.array("documents_per_row"),
-            "permutation": layout.array("permutation"),
+            "documents_per_row": spans.array("documents_per_row"),
+            "permutation": spans.array("permutation"),
             "first_steps": first_steps + before,
         }
-        part = DocumentLayout(arrays, **options)
+        part = DocumentSpans(arrays, **options)
         yield values[:, start : start + width], part
 
 
-def join_layouts(layouts: Sequence[DocumentLayout], permutation: Tensor) -> DocumentLayout:
-    """The layout of all rows of several batches, one after the other.
+def join_spans(all_spans: Sequence[DocumentSpans], permutation: Tensor) -> DocumentSpans:
+    """The spans of all rows of several batches, one after the other.
 
     Args:
-        layouts: at least one, of one capacity and `align`.
+        all_spans: at least one, of one capacity and `align`.
         permutation: int64 `[N]`, of the whole.
 
     Raises:
         LengthError: The rows have too many steps for int32 offsets.
     """
-    check_int32(sum(layout.num_rows for layout in layouts), layouts[0].capacity)
-    options = layouts[0].options
+    check_int32(sum(spans.num_rows for spans in all_spans), all_spans[0].capacity)
+    options = all_spans[0].options
     for name in ("max_documents", "max_seqlen"):
-        caps = [getattr(layout, name) for layout in layouts]
+        caps = [getattr(spans, name) for spans in all_spans]
         options[name] = None if None in caps else max(caps)
     names = ["lengths", "documents_per_row"]
-    if any(layout.has_first_steps for layout in layouts):
+    if any(spans.has_first_steps for spans in all_spans):
         names.append("first_steps")
-    arrays = {name: np.concatenate([layout.array(name) for layout in layouts]) for name in names}
-    return DocumentLayout({**arrays, "permutation": to_array(permutation)}, **options)
+    arrays = {name: np.concatenate([spans.array(name) for spans in all_spans]) for name in names}
+    return DocumentSpans({**arrays, "permutation": to_array(permutation)}, **options)
 
 
-def as_batches(batch: DocumentsT, parts: Iterator[tuple[Tensor, DocumentLayout]]) -> list[DocumentsT]:
+def as_batches(batch: DocumentsT, parts: Iterator[tuple[Tensor, DocumentSpans]]) -> list[DocumentsT]:
     """Pieces of a batch as batches of its kind."""
     marks = {"padding_value": batch.padding_value, "ignore_index": batch.ignore_index}
-    return [trusted_documents(type(batch), values, layout, **marks) for values, layout in parts]  # type: ignore[arg-type]
+    return [trusted_documents(type(batch), values, spans, **marks) for values, spans in parts]  # type: ignore[arg-type]
 
 
 def concat_documents(kind: type[DocumentsT], batches: Sequence[DocumentBatch]) -> DocumentsT:
@@ -113,18 +113,18 @@ def concat_documents(kind: type[DocumentsT], batches: Sequence[DocumentBatch]) -
     """
     if not batches:
         raise LengthError("concat needs at least one batch, got none")
-    kinds = {(b.values.dtype, b.values.device, b.values.shape[1:], b.layout.align, b.ignore_index) for b in batches}
+    kinds = {(b.values.dtype, b.values.device, b.values.shape[1:], b.spans.align, b.ignore_index) for b in batches}
     if len(kinds) > 1:
         raise ValueError(
             "batches must share dtype, device, capacity, features, align and ignore_index, got "
             f"{sorted(map(str, kinds))}"
         )
     padding_values = {b.padding_value for b in batches}
-    permutation = join_permutations([b.layout.tensor("permutation") for b in batches])
+    permutation = join_permutations([b.spans.tensor("permutation") for b in batches])
     return trusted_documents(
         kind,
         torch.cat([b.values for b in batches]),
-        join_layouts([b.layout for b in batches], permutation),
+        join_spans([b.spans for b in batches], permutation),
         # Gaps of different values are unspecified.
         padding_value=padding_values.pop() if len(padding_values) == 1 else None,
         ignore_index=batches[0].ignore_index,
@@ -155,7 +155,7 @@ def move_documents(
     return trusted_documents(
         type(batch),
         values,
-        batch.layout,
+        batch.spans,
         offsets,
         padding_value=cast_padding_value(batch.padding_value, batch.values.dtype, values.dtype),
         ignore_index=batch.ignore_index,
@@ -167,7 +167,7 @@ def pin_documents(batch: DocumentsT) -> DocumentsT:
     return trusted_documents(
         type(batch),
         batch.values.pin_memory(),
-        batch.layout,
+        batch.spans,
         Offsets(batch.offsets.table.pin_memory(), batch.offsets.shape),
         padding_value=batch.padding_value,
         ignore_index=batch.ignore_index,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self, TypeAlias
+from typing import Literal, Self, TypeAlias, cast
 
 import numpy as np
 
@@ -12,6 +12,8 @@ from collate.varlen.best_fit import cut_fields, cut_in_order, pack_best_fit, pac
 from collate.widths import check_count
 
 Arrange: TypeAlias = Literal["best-fit", "given"]
+# The documents in row order, int64 `[N]`, and the number of documents of each row, int64 `[R]`.
+RowOrder: TypeAlias = tuple[Int64Array, Int64Array]
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,15 @@ class RowOptions:
             )
         return self
 
-    def fill(self, sizes: Sequence[int], name: str = "sequences") -> tuple[Int64Array, Int64Array]:
+    def fill(self, sizes: Sequence[int], name: str = "sequences") -> RowOrder:
         """Put documents into rows.
 
         Args:
             sizes: N steps with alignment, in source order, each of a document or of the longest field of a sample.
-            name: what errors call them.
+            name: The name of the documents in errors.
 
         Returns:
-            The documents in row order, int64 `[N]`, and how many each row has, int64 `[R]`.
+            The documents in row order, int64 `[N]`, and the number of documents of each row, int64 `[R]`.
 
         Raises:
             LengthError: A document is longer than a row, or the rows are too few.
@@ -74,10 +76,13 @@ class RowOptions:
                 f"{self.capacity}: cut with max_length, leave it out in the sampler, or raise the capacity"
             )
         pack = pack_best_fit if self.arrange == "best-fit" else cut_in_order
-        packs = pack(sizes, self.capacity, self.max_documents)
-        return self._counted(packs, f"{name}: {len(sizes)} documents of {sum(sizes)} steps", self.capacity)
+        order, per_row = _row_order(pack(sizes, self.capacity, self.max_documents))
+        if self.rows is not None:
+            what = f"{name}: {len(sizes)} documents of {sum(sizes)} steps"
+            per_row = self._filled_up(per_row, what, self.capacity)
+        return order, per_row
 
-    def fill_fields(self, sizes: Int64Array, capacities: Int64Array) -> tuple[Int64Array, Int64Array]:
+    def fill_fields(self, sizes: Int64Array, capacities: Int64Array) -> RowOrder:
         """The same for samples with several fields, which are to be in the same row in all of them.
 
         Args:
@@ -88,16 +93,32 @@ class RowOptions:
             LengthError: The rows are too few.
         """
         pack = pack_fields if self.arrange == "best-fit" else cut_fields
-        packs = pack(sizes, capacities, self.max_documents)
-        what = f"samples: {len(sizes)} of {sizes.sum(0).tolist()} steps in their fields"
-        return self._counted(packs, what, capacities.tolist())
-
-    def _counted(self, packs: list[list[int]], what: str, capacity: object) -> tuple[Int64Array, Int64Array]:
+        order, per_row = _row_order(pack(sizes, capacities, self.max_documents))
         if self.rows is not None:
-            if len(packs) > self.rows:
-                raise LengthError(
-                    f"{what} (align={self.align}, max_documents={self.max_documents}) take {len(packs)} rows of "
-                    f"{capacity} steps, rows is {self.rows}: collate fewer samples, or raise rows or capacity"
-                )
-            packs = packs + [[]] * (self.rows - len(packs))
-        return np.array([item for items in packs for item in items], np.int64), np.array(list(map(len, packs)))
+            what = f"samples: {len(sizes)} of {sizes.sum(0).tolist()} steps in their fields"
+            per_row = self._filled_up(per_row, what, capacities.tolist())
+        return order, per_row
+
+    def _filled_up(self, per_row: Int64Array, what: str, capacity: object) -> Int64Array:
+        """Documents per row, with empty rows up to `rows`.
+
+        Raises:
+            LengthError: There are more rows.
+        """
+        missing = cast(int, self.rows) - len(per_row)
+        if missing < 0:
+            raise LengthError(
+                f"{what} (align={self.align}, max_documents={self.max_documents}) take {len(per_row)} rows of "
+                f"{capacity} steps, rows is {self.rows}: collate fewer samples, or raise rows or capacity"
+            )
+        return np.concatenate([per_row, np.zeros(missing, np.int64)]) if missing else per_row
+
+
+def _row_order(rows: list[int]) -> RowOrder:
+    """The row of each document -> documents in row order, and their number in each row.
+
+    >>> _row_order([1, 0, 0, 1])
+    (array([1, 2, 0, 3]), array([2, 2]))
+    """
+    numbers = np.array(rows, np.int64)
+    return numbers.argsort(kind="stable"), np.bincount(numbers)

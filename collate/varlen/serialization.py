@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from collate.operations.serialization import fits_pipe, inline_values, tensor_of, type_name, with_own_storage
 from collate.tensors.steps import PaddingValue
 from collate.varlen.construct import DocumentBatch, DocumentsT, trusted_documents
-from collate.varlen.layout import DocumentLayout, Offsets
+from collate.varlen.spans import DocumentSpans, Offsets
 
 _INTEGERS: Final = ("lengths", "documents_per_row", "permutation")
 
@@ -26,7 +26,7 @@ def travels(cls: type[DocumentsT]) -> type[DocumentsT]:
     def unflatten(parts: Iterable[Any], context: Sequence[Any]) -> DocumentsT:
         values, table, *integers = parts
         capacity, align, max_documents, max_seqlen, rows, padding_value, ignore_index = context
-        layout = DocumentLayout(
+        spans = DocumentSpans(
             None,
             dict(zip((*_INTEGERS, "first_steps"), integers, strict=True)),
             capacity=capacity,
@@ -35,7 +35,7 @@ def travels(cls: type[DocumentsT]) -> type[DocumentsT]:
             max_seqlen=max_seqlen,
         )
         offsets = Offsets(table, (rows, capacity))
-        return trusted_documents(cls, values, layout, offsets, padding_value=padding_value, ignore_index=ignore_index)
+        return trusted_documents(cls, values, spans, offsets, padding_value=padding_value, ignore_index=ignore_index)
 
     pytree.register_pytree_node(
         cls,
@@ -65,8 +65,8 @@ def unreduce_documents(
 ) -> DocumentsT:
     """Make a batch from what `reduce` sent."""
     arrays = {name: np.frombuffer(part, np.int64) for name, part in integers.items()}
-    layout = DocumentLayout(arrays, **options)
-    return trusted_documents(cls, values, layout, padding_value=marks[0], ignore_index=marks[1])
+    spans = DocumentSpans(arrays, **options)
+    return trusted_documents(cls, values, spans, padding_value=marks[0], ignore_index=marks[1])
 
 
 def send(batch: DocumentsT) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -83,17 +83,17 @@ def receive_documents(cls: type[DocumentsT], values: tuple[Any, ...], *facts: An
 
 
 def _facts(batch: DocumentBatch) -> tuple[Any, ...]:
-    layout = batch.layout
-    names = (*_INTEGERS, "first_steps") if layout.has_first_steps else _INTEGERS
-    integers = {name: layout.array(name).tobytes() for name in names}
-    return integers, layout.options, (batch.padding_value, batch.ignore_index)
+    spans = batch.spans
+    names = (*_INTEGERS, "first_steps") if spans.has_first_steps else _INTEGERS
+    integers = {name: spans.array(name).tobytes() for name in names}
+    return integers, spans.options, (batch.padding_value, batch.ignore_index)
 
 
 def _flatten(batch: DocumentBatch) -> tuple[list[Any], tuple[Any, ...]]:
-    layout = batch.layout
-    integers = [layout.tensor(name) for name in (*_INTEGERS, "first_steps")]
+    spans = batch.spans
+    integers = [spans.tensor(name) for name in (*_INTEGERS, "first_steps")]
     parts = [batch.values, batch.offsets.table, *integers]
-    options = tuple(layout.options.values())
+    options = tuple(spans.options.values())
     return parts, (*options, batch.offsets.shape[0], batch.padding_value, batch.ignore_index)
 
 

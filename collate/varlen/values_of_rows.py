@@ -9,15 +9,13 @@ from torch import Tensor
 from collate.padding.rows import RaggedRows, check_shapes
 from collate.tensors.numpy_view import Int64Array
 from collate.tensors.steps import PaddingValue
-from collate.varlen.layout import DocumentLayout, check_fit, check_int32
-from collate.varlen.offsets import aligned_lengths
+from collate.varlen.offsets import aligned_lengths, row_end_gaps
 from collate.varlen.rows import RowOptions
+from collate.varlen.spans import DocumentSpans, check_fit, check_int32
 
 
-def make_layout(
-    lengths: Int64Array, per_row: Int64Array, permutation: Int64Array, options: RowOptions
-) -> DocumentLayout:
-    """The layout of documents that `RowOptions.fill` has put into rows.
+def make_spans(lengths: Int64Array, per_row: Int64Array, permutation: Int64Array, options: RowOptions) -> DocumentSpans:
+    """The spans of documents that `RowOptions.fill` has put into rows.
 
     Args:
         lengths: int64 `[N]`, in row order.
@@ -36,15 +34,15 @@ def make_layout(
     if options.max_seqlen is not None:
         check_fit(lengths, per_row, capacity=capacity, align=options.align, **caps)
     arrays = {"lengths": lengths, "documents_per_row": per_row, "permutation": permutation}
-    return DocumentLayout(arrays, capacity=capacity, align=options.align, **caps)
+    return DocumentSpans(arrays, capacity=capacity, align=options.align, **caps)
 
 
-def join_documents(rows: RaggedRows, layout: DocumentLayout, padding_value: PaddingValue) -> Tensor:
+def join_documents(rows: RaggedRows, spans: DocumentSpans, padding_value: PaddingValue) -> Tensor:
     """Join documents and the gaps between them: every step of the rows is written once.
 
     Args:
         rows: N documents in source order, on one device; gradients flow back to tensors that require them.
-        layout: where they go; its permutation says which each is.
+        spans: where they go; its permutation says which each is.
         padding_value: what the gaps hold; the dtype must be able to hold it (`check_padding_value`).
 
     Returns:
@@ -53,49 +51,54 @@ def join_documents(rows: RaggedRows, layout: DocumentLayout, padding_value: Padd
     Raises:
         ValueError: Numbers of axes or feature shapes differ.
     """
-    # For the few integers of a batch, Python's own sum takes a fifth of NumPy's time.
+    # For the few integers of a batch, Python's own functions take a fifth of the time of NumPy's.
     counts = rows.lengths.tolist()
     has_empty = 0 in counts
     if has_empty:
         # An empty document is left out below, so that joining does not compare its shape with the others'.
         check_shapes(rows.items, rows.name)
-    shape = layout.num_rows, layout.capacity
-    total, steps = shape[0] * shape[1], sum(counts)
-    order = layout.array("permutation").tolist()
-    all_items: Any = rows.items
-    items = [all_items[place] for place in order]
-    if has_empty or steps < total:
-        padding = _padding_of(rows, gaps_of(layout).tolist(), padding_value)
-        items = _with_gaps(items, [counts[place] for place in order], padding)
-    return rows.join(items, total).view(*shape, *rows.features)
-
-
-def gaps_of(layout: DocumentLayout) -> Int64Array:
-    """Steps before each document that belong to none, and behind the last one: int64 `[N + 1]`."""
-    starts, total = layout.starts(), layout.num_rows * layout.capacity
-    ends = starts + layout.array("lengths")
-    gaps = np.empty(len(starts) + 1, np.int64)
-    gaps[:-1], gaps[-1] = starts, total
-    gaps[1:] -= ends
-    return gaps
-
-
-def _padding_of(rows: RaggedRows, gaps: list[int], padding_value: PaddingValue) -> list[Any]:
-    """What each gap holds, of the rows' own kind; None where it has no steps."""
-    like = rows.items[0]
-    device = like.device if isinstance(like, Tensor) else None
-    filled = torch.full((max(gaps), *rows.features), padding_value, dtype=rows.dtype, device=device)
-    padding: Any = filled if isinstance(like, Tensor) else filled.numpy()
-    return [padding[:gap] if gap else None for gap in gaps]
-
-
-def _with_gaps(items: list[Any], lengths: list[int], padding: list[Any]) -> list[Any]:
-    """Items with a gap before each and behind the last, what is empty left out."""
-    pieces: list[Any] = []
-    for item, length, gap in zip(items, lengths, padding, strict=False):
-        if gap is not None:
-            pieces.append(gap)
+    shape = spans.num_rows, spans.capacity
+    total = shape[0] * shape[1]
+    order = spans.array("permutation").tolist()
+    pieces: list[Any] = [rows.items[index] for index in order]
+    if sum(counts) < total:
+        gaps = gaps_of(spans)
+        padding = _padding_of(rows, set(gaps.values()), padding_value)
+        # From the end on, so that earlier indices stay as they are.
+        for index, gap in reversed(gaps.items()):
+            pieces.insert(index, padding[gap])
+    if has_empty:
         # torch joins one by one as soon as one piece is empty; what is differentiated stays in the graph nevertheless.
-        if length or (isinstance(item, Tensor) and item.requires_grad):
-            pieces.append(item)
-    return pieces if padding[-1] is None else [*pieces, padding[-1]]
+        pieces = [piece for piece in pieces if len(piece) or (isinstance(piece, Tensor) and piece.requires_grad)]
+    return rows.join(pieces, total).view(*shape, *rows.features)
+
+
+def gaps_of(spans: DocumentSpans) -> dict[int, int]:
+    """The steps of each gap, by the document that it is before; N for the gap at the end, what is empty left out.
+
+    Rows of 8 steps, with documents of 3 and 2 steps in the first and of 4 in the second, each from a multiple of 4 on:
+
+    >>> arrays = {"lengths": np.array([3, 2, 4]), "documents_per_row": np.array([2, 1]), "permutation": np.arange(3)}
+    >>> gaps_of(DocumentSpans(arrays, capacity=8, align=4)), gaps_of(DocumentSpans(arrays, capacity=8))
+    ({1: 1, 2: 2, 3: 4}, {2: 3, 3: 4})
+    """
+    lengths, per_row = spans.array("lengths"), spans.array("documents_per_row")
+    if spans.align == 1:
+        gaps: dict[int, int] = {}
+        for through, gap in zip(per_row.cumsum().tolist(), row_end_gaps(lengths, per_row, spans.capacity), strict=True):
+            if gap:
+                # The gap of an empty row continues the one before it.
+                gaps[through] = gaps.get(through, 0) + gap
+        return gaps
+    starts = spans.starts()
+    steps = np.append(starts, spans.num_rows * spans.capacity) - np.append(0, starts + lengths)
+    return {index: gap for index, gap in enumerate(steps.tolist()) if gap}
+
+
+def _padding_of(rows: RaggedRows, sizes: set[int], padding_value: PaddingValue) -> dict[int, Any]:
+    """What gaps of each size hold, of the rows' own kind."""
+    like = rows.items[0]
+    device = like.device if isinstance(like, Tensor) else "cpu"
+    filled = torch.full((max(sizes), *rows.features), padding_value, dtype=rows.dtype, device=device)
+    padding: Any = filled if isinstance(like, Tensor) else filled.numpy()
+    return {size: padding[:size] for size in sizes}

@@ -11,22 +11,22 @@ from collate.tensors.graphs import outside_graphs
 from collate.tensors.numpy_view import Int64Array
 from collate.tensors.steps import flat_index, gather_steps
 from collate.tensors.to_device import refuse_capture, to_device
-from collate.varlen.layout import DocumentLayout, Offsets
 from collate.varlen.offsets import CU_SEQLENS_PADDED, CU_SEQLENS_REAL, document_slots
 from collate.varlen.segment_sums import sum_segments
+from collate.varlen.spans import DocumentSpans, Offsets
 
 
 class DocumentViews:
     """Read-only views of a `VarlenBatch`."""
 
     values: Tensor
-    layout: DocumentLayout
+    spans: DocumentSpans
     offsets: Offsets
     ignore_index: int | None
     is_varlen: ClassVar[bool] = True
 
     def __len__(self) -> int:
-        return self.layout.tensor("lengths").shape[0]
+        return self.spans.tensor("lengths").shape[0]
 
     @property
     def device(self) -> torch.device:
@@ -36,27 +36,27 @@ class DocumentViews:
     @property
     def lengths(self) -> Tensor:
         """Real steps of each document, int64 `[N]` on the host, in row order."""
-        return self.layout.tensor("lengths")
+        return self.spans.tensor("lengths")
 
     @property
     def documents_per_row(self) -> Tensor:
         """How many documents each row has, int64 `[R]` on the host."""
-        return self.layout.tensor("documents_per_row")
+        return self.spans.tensor("documents_per_row")
 
     @property
     def permutation(self) -> Tensor:
         """The sample that each document was, int64 `[N]` on the host."""
-        return self.layout.tensor("permutation")
+        return self.spans.tensor("permutation")
 
     @property
     def align(self) -> int:
         """Documents start at multiples of it."""
-        return self.layout.align
+        return self.spans.align
 
     @property
     def max_documents(self) -> int | None:
         """Documents that a row may have; None where slots are as many as this batch needs."""
-        return self.layout.max_documents
+        return self.spans.max_documents
 
     @property
     def mask(self) -> Tensor:
@@ -94,7 +94,7 @@ class DocumentViews:
     @property
     def max_seqlen(self) -> int:
         """A bound of all lengths, a host integer that stays the same for a run."""
-        return self.layout.capacity if self.layout.max_seqlen is None else self.layout.max_seqlen
+        return self.spans.capacity if self.spans.max_seqlen is None else self.spans.max_seqlen
 
     @property
     @outside_graphs
@@ -118,7 +118,7 @@ class DocumentViews:
     def sequences(self) -> list[Tensor]:
         """The documents in row order: N views `[L_i, *F]`."""
         steps, lengths = self.values.flatten(0, 1), self.host_lengths().tolist()
-        return [steps[start : start + n] for start, n in zip(self.layout.starts().tolist(), lengths, strict=True)]
+        return [steps[start : start + n] for start, n in zip(self.spans.starts().tolist(), lengths, strict=True)]
 
     @outside_graphs
     def flat(self) -> Tensor:
@@ -135,7 +135,7 @@ class DocumentViews:
     @property
     def first_step(self) -> int:
         """Steps of documents that came before these rows, the most of any: 0, but in later chunks of `split_steps`."""
-        return 0 if not self.layout.has_first_steps else int(self.layout.array("first_steps").max(initial=0))
+        return 0 if not self.spans.has_first_steps else int(self.spans.array("first_steps").max(initial=0))
 
     def host_lengths(self) -> Int64Array:
         """The lengths that the batch was made with: int64 `[N]`, not to be written to.
@@ -143,7 +143,7 @@ class DocumentViews:
         Raises:
             LengthError: They were written to since.
         """
-        return self.layout.array("lengths")
+        return self.spans.array("lengths")
 
     def check_unwritten(self) -> None:
         """Check that the host's integers are those that the batch was made with; compiled code is not looked at.
@@ -153,11 +153,11 @@ class DocumentViews:
         """
         if not torch.compiler.is_compiling() and type(self.lengths) is Tensor:
             for name in ("lengths", "documents_per_row", "permutation"):
-                self.layout.array(name)
+                self.spans.array(name)
 
     def real_step_index(self) -> Tensor:
         """Places of the real steps in `[0, R * C)`, document after document: int64 `[M]` on the values' device."""
-        return flat_index(self.host_lengths(), self.layout.capacity, self.device, firsts=self.layout.starts())
+        return flat_index(self.host_lengths(), self.spans.capacity, self.device, firsts=self.spans.starts())
 
     def packing_map(self, device: torch.device) -> PackingMap:
         """How the documents lie in a `PackedSequence`.
@@ -167,7 +167,7 @@ class DocumentViews:
         """
         refuse_capture(device)
         shape = self.offsets.shape
-        return PackingMap.of(self.host_lengths(), shape[1], device, firsts=self.layout.starts(), num_rows=shape[0])
+        return PackingMap.of(self.host_lengths(), shape[1], device, firsts=self.spans.starts(), num_rows=shape[0])
 
     def sum_sequences(self, steps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Sums over each segment of something that has one entry per step: `[R, C, *G]` -> `[slots, *G]`.
@@ -179,7 +179,7 @@ class DocumentViews:
     @outside_graphs
     def pick_sequences(self, sums: Tensor) -> Tensor:
         """The documents' own entries of `[slots, *G]`: `[N, *G]`, in row order."""
-        slots = document_slots(self.layout.make_table())
+        slots = document_slots(self.spans.make_table())
         return sums.index_select(0, to_device(slots, sums.device))
 
     def spread_weights(self, weights: Tensor) -> Tensor | None:
@@ -194,21 +194,21 @@ class DocumentViews:
     def last_values(self) -> tuple[Tensor, Tensor]:
         """Each document's value at its last step, `[N, *F]`, and whether it has one, bool `[N]`."""
         lengths = self.host_lengths()
-        last = np.maximum(self.layout.starts() + lengths - 1, 0)
+        last = np.maximum(self.spans.starts() + lengths - 1, 0)
         index, filled = to_device(np.stack([last, lengths]), self.device)
         return gather_last(self.values, index), filled > 0
 
     def difference(self, other: "DocumentViews") -> str | None:
         """What keeps another batch from being of the same steps of the same documents; None where nothing does."""
         for name in ("lengths", "documents_per_row", "permutation", "first_steps"):
-            mine, theirs = self.layout.array(name), other.layout.array(name)
+            mine, theirs = self.spans.array(name), other.spans.array(name)
             if not np.array_equal(mine, theirs):
                 return (
                     f"output has {name} {mine.tolist()}, target has {theirs.tolist()}: they must be of the same steps "
                     "of the same documents; collate both fields together"
                 )
         for name in ("capacity", "align"):
-            options = getattr(self.layout, name), getattr(other.layout, name)
+            options = getattr(self.spans, name), getattr(other.spans, name)
             if options[0] != options[1]:
                 return f"output has {name}={options[0]}, target has {name}={options[1]}: make both alike"
         return None

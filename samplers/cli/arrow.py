@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from samplers.cli.extras import load_extra
+from samplers.extras import load_extra
 
 # Rows in memory at a time.
 ROWS_AT_ONCE: Final = 1000

@@ -12,8 +12,9 @@ from typing import Any, BinaryIO, Final, TypeAlias, cast
 
 import numpy as np
 
+from samplers.cli.arguments import check_exists
 from samplers.cli.exact_numbers import as_numbers, cast_exactly
-from samplers.cli.extras import load_extra
+from samplers.extras import load_extra
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.format.npy import AnyArray
 from samplers.shards.indexing.index import LengthIndex, tables_of
@@ -24,7 +25,7 @@ from samplers.shards.storage.paths import expand_shards
 NamedRows: TypeAlias = Iterator[tuple[str, dict[str, Any]]]
 
 # Samples that are read together from a shard.
-SAMPLES_AT_ONCE: Final = 500
+SAMPLES_PER_READ: Final = 500
 # A number in JSON that may be too large for a float64 (1e308): an exponent of three digits, or 300 digits.
 _LARGE: Final = re.compile(r"\d[eE]\+?\d{3}|\d{300}")
 _JSON: Final = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
@@ -82,16 +83,6 @@ def read_input_rows(inputs: Sequence[str], selection: ColumnSelection, split: st
             yield from _read_files(str(folder / "*.parquet"), selection)
             continue
         yield from _read_files(path, selection)
-
-
-def check_exists(path: str) -> None:
-    """Refuse a path that does not exist. Patterns and URLs are not checked here.
-
-    Raises:
-        FileNotFoundError: There is no such file or folder.
-    """
-    if not any(character in path for character in "*?[{") and "://" not in path and not Path(path).exists():
-        raise FileNotFoundError(f"no file or folder {path}")
 
 
 def stacked_fields(inputs: Sequence[str], selection: ColumnSelection) -> list[str]:
@@ -278,8 +269,8 @@ def _parse_float(text: str) -> float:
 
 def _read_shards(pattern: str, columns: list[str] | None) -> NamedRows:
     for dataset in _datasets(pattern, columns):
-        for first in range(0, len(dataset), SAMPLES_AT_ONCE):
-            for sample in dataset.__getitems__(range(first, min(first + SAMPLES_AT_ONCE, len(dataset)))):
+        for first in range(0, len(dataset), SAMPLES_PER_READ):
+            for sample in dataset.__getitems__(range(first, min(first + SAMPLES_PER_READ, len(dataset)))):
                 yield f"{pattern}: sample {sample['__key__']!r}", sample
 
 

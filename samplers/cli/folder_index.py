@@ -6,7 +6,7 @@ from typing import Final
 
 import click
 
-from samplers.cli.convert import check_exists
+from samplers.cli.arguments import check_exists
 from samplers.shards.indexing.find_index import find_corpus
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.indexing.index_file import SUFFIX

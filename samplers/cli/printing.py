@@ -3,12 +3,13 @@
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import click
 import numpy as np
+from tqdm import tqdm
 
 from samplers.cli.compare import PlanSummary, describe_lengths, plan_column, tabulate
 from samplers.planning.sorting import Lengths
@@ -16,6 +17,7 @@ from samplers.planning.tables.batch_table import BatchTable
 from samplers.shards.format.samples import Sample
 from samplers.shards.indexing.index import LengthIndex, tables_of
 from samplers.shards.indexing.tables import Field
+from samplers.shards.storage.process_pool import ItemT
 
 # Lines in a pipe are not wrapped.
 PIPE_WIDTH: Final = 1 << 16
@@ -140,3 +142,9 @@ def print_rows(corpus: LengthIndex, batch: Sequence[int], samples: Sequence[Samp
         click.echo(f"{index:>10}  {sample['__key__']:<{key}}{counts}  {'#' * real}{'.' * (BAR - real)}")
     if len(batch) > rows:
         click.echo(f"... and {len(batch) - rows:,} more rows: --rows {len(batch)} prints them all")
+
+
+def show_progress(items: Iterable[ItemT], total: int | None, unit: str) -> Iterable[ItemT]:
+    """The items, with a progress bar on a terminal."""
+    bar: Iterable[ItemT] = tqdm(items, total=total, unit=unit, disable=not sys.stderr.isatty(), leave=False)
+    return bar

@@ -6,8 +6,25 @@ those that are left out; a batch is *due* when a limit of the buffer is reached;
 and a *stale* one still describes the epoch before.
 """
 
-from samplers.dynamic.node import LengthBucketNode, PackingNode
-from samplers.dynamic.pack_stage import PackStage, pack_by_length
-from samplers.dynamic.stage import BucketStage, bucket_by_length
+from typing import TYPE_CHECKING
+
+from samplers.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from samplers.dynamic.node import LengthBucketNode, PackingNode
+    from samplers.dynamic.pack_stage import PackStage, pack_by_length
+    from samplers.dynamic.stage import BucketStage, bucket_by_length
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "BucketStage": "samplers.dynamic.stage",
+            "LengthBucketNode": "samplers.dynamic.node",
+            "PackStage": "samplers.dynamic.pack_stage",
+            "PackingNode": "samplers.dynamic.node",
+            "bucket_by_length": "samplers.dynamic.stage",
+            "pack_by_length": "samplers.dynamic.pack_stage",
+        },
+    )
 
 __all__ = ["BucketStage", "LengthBucketNode", "PackStage", "PackingNode", "bucket_by_length", "pack_by_length"]

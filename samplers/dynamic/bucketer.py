@@ -30,7 +30,7 @@ longest down, each batch as large as the budget allows. These batches come oldes
 
 from bisect import bisect_left, bisect_right
 from math import inf
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -46,9 +46,9 @@ class Bucketer(StreamBuffer[SampleT]):
     Args:
         budget: Limit of a batch. The width is that of its longest sample, or 1 if all are empty.
         widths: Padded widths, checked by `check_widths`. None pads to the longest row.
+        buffer_size, max_wait, max_bytes, min_length, max_length: As for `StreamBuffer`.
         overlong: What to do with a sample that alone exceeds the budget: `"error"`, `"drop"` (counted in `dropped`)
             or `"alone"` (a batch of one, counted in `alone`).
-        options: Those of `StreamBuffer`.
 
     Raises:
         TypeError: A size is not an int.
@@ -57,10 +57,29 @@ class Bucketer(StreamBuffer[SampleT]):
 
     choices: ClassVar[tuple[str, ...]] = ("error", "drop", "alone")
 
+    # Pickles of earlier releases have none.
+    widths: AllowedWidths = None
+
     def __init__(
-        self, budget: Budget, *, widths: AllowedWidths = None, overlong: Overlong = "error", **options: Any
+        self,
+        budget: Budget,
+        *,
+        buffer_size: int,
+        max_wait: int | None = None,
+        max_bytes: int | None = None,
+        overlong: Overlong = "error",
+        widths: AllowedWidths = None,
+        min_length: int = 0,
+        max_length: int | None = None,
     ) -> None:
-        super().__init__(overlong=overlong, **options)
+        super().__init__(
+            buffer_size=buffer_size,
+            max_wait=max_wait,
+            max_bytes=max_bytes,
+            min_length=min_length,
+            max_length=max_length,
+            overlong=overlong,
+        )
         self.budget, self.widths = budget, widths
         # When the source has ended: the shortest sample of each remaining batch, (length, arrival), ascending.
         self._edges: list[tuple[int, int]] = []

@@ -43,6 +43,10 @@ class StreamBuffer(ABC, Generic[SampleT]):
         ValueError: A size is below one, or `overlong` is unknown.
     """
 
+    # Pickles of earlier releases have none of these.
+    min_length = 0
+    max_length: int | None = None
+    too_short = 0
     # What `overlong` may be.
     choices: ClassVar[tuple[str, ...]] = ("error", "drop")
 

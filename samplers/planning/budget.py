@@ -21,7 +21,7 @@ MANY_ROWS: Final = 1 << 40
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """The limits of a batch of two rows or more; a batch must hold all limits that are given.
+    """The limits of a batch of two rows or more; a batch must keep all limits that are given.
 
     Args:
         max_tokens: Tokens in a batch, counted as `count_tokens` says.
@@ -90,7 +90,7 @@ class Budget:
         return shares
 
     def fits(self, rows: int, width: Sequence[int], tokens: int) -> bool:
-        """Whether one batch holds every limit: as `use`, but in Python ints, for batches that grow row by row.
+        """Whether one batch keeps every limit: like `use`, but in Python ints, for batches that grow row by row.
 
         Args:
             rows: Rows of the batch.

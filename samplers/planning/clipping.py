@@ -48,7 +48,7 @@ def warn_of_longer(sorted_lengths: SortedLengths) -> None:
 
 
 def check_collator(collate_fn: Any, sorted_lengths: SortedLengths, options: Options, fields: Sequence[str]) -> None:
-    """Check that a collator cuts and pads samples as they are planned, as far as it tells how it does.
+    """Check that a collator cuts and pads samples as they are planned, as far as its attributes tell.
 
     Args:
         collate_fn: Any function; a `PadCollator` has `max_length`, `widths` and `shapes`.

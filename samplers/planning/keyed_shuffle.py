@@ -159,7 +159,7 @@ def permute_each(indices: Integers, sizes: Integers, keys: Words) -> Integers:
         return indices
     usual = sizes == sizes[0]
     size = int(sizes[0])
-    # One domain for all is much cheaper than a domain for each; the others are put right afterwards.
+    # One domain for all is much cheaper than a domain for each; the few others are computed again afterwards.
     within = indices if usual.all() else np.minimum(indices, size - 1)
     moved = Domains(sizes[:1]).permute(within, None, keys)
     others = np.flatnonzero(~usual)
@@ -183,7 +183,8 @@ def draw_until(
     within 32 attempts, a draw is accepted so often that a patient epoch, of 1,024 attempts, practically always finds
     one.
 
-    Draw 1 cannot be made, draw 2 is the first to be accepted; of the draws below no one is, and the first is taken:
+    Below, attempt 0 is not accepted, attempt 1 cannot be made, and attempt 2 is the first to be accepted. In the second
+    call none is accepted, and attempt 0 is the result:
 
     >>> draws = [3, None, 8, 9]
     >>> draw_until(lambda attempt: draws[attempt % 4], lambda number: number > 5)

@@ -165,7 +165,7 @@ class BatchPlan(EpochPlan):
         return simulate_random_padding(self._table.sorted_lengths, self._table.options)
 
     def report(self) -> PlanReport:
-        """What the plan holds, wastes and leaves out; this computes four whole epochs."""
+        """The figures of the plan; this computes four whole epochs."""
         sizes, table, sorted_lengths = self._sizes, self._table, self._table.sorted_lengths
         later = [make_schedule(table, self.epoch + lag, self.num_replicas) for lag in LAGS]
         repeated = [self._share_repeated_pairs(schedule) for schedule in later]
@@ -185,7 +185,7 @@ class BatchPlan(EpochPlan):
             steps=self.steps,
             padding=1 - real_tokens / int(padded.sum()),
             budget_use=float(use.mean()),
-            greatest_use=float(use[sizes.rows > 1].max(initial=0)),
+            max_budget_use=float(use[sizes.rows > 1].max(initial=0)),
             too_short=sorted_lengths.too_short,
             overlong_dropped=sorted_lengths.overlong_dropped,
             last_dropped=len(sorted_lengths) - sequences,
@@ -194,7 +194,7 @@ class BatchPlan(EpochPlan):
             repeated_pairs_in_2=repeated[1],
             repeated_pairs_in_5=repeated[2],
             shapes=len(sizes.shapes),
-            shapes_of_4=len({shape for each in all_sizes for shape in each.shapes}),
+            shapes_in_4_epochs=len({shape for each in all_sizes for shape in each.shapes}),
             autocorrelation=autocorrelation(self.tokens / rows),
             imbalance=imbalance,
             worst_imbalance=worst_imbalance,

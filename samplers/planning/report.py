@@ -17,7 +17,7 @@ from samplers.planning.sorting import SortedLengths
 LAGS: Final = (1, 2, 5)
 # Enough samples for three digits of a share, in a fraction of a second.
 SIMULATED_SAMPLES: Final = 100_000
-# Former field names, as pickles of release 0.1 and its development versions have them.
+# Former field names, as pickles of release 0.1 and of development versions have them.
 FORMER_NAMES: Final = {
     "short": "too_short",
     "dropped": "overlong_dropped",
@@ -27,12 +27,14 @@ FORMER_NAMES: Final = {
     "meeting_again_in_2": "repeated_pairs_in_2",
     "meeting_again_in_5": "repeated_pairs_in_5",
     "worst_step": "worst_imbalance",
+    "greatest_use": "max_budget_use",
+    "shapes_of_4": "shapes_in_4_epochs",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanReport:
-    """What an epoch's plan holds, what it wastes and what it leaves out.
+    """The figures of an epoch's plan: what it contains, wastes and leaves out.
 
     Attributes:
         sequences: Samples in the plan.
@@ -42,7 +44,7 @@ class PlanReport:
         steps: Batches of each replica.
         padding: Share of the padded tokens that are padding, 0 to 1.
         budget_use: Mean share of the budget that a batch uses.
-        greatest_use: The largest such share of a batch with two rows or more.
+        max_budget_use: The largest such share of a batch with two rows or more.
         too_short: Samples that `min_length` left out.
         overlong_dropped: Samples that `overlong="drop"` left out.
         last_dropped: Samples that `drop_last` left out.
@@ -51,7 +53,8 @@ class PlanReport:
         repeated_pairs_in_2: The same, for the epoch two later.
         repeated_pairs_in_5: The same, for the epoch five later.
         shapes: Number of different (rows, padded width) of the batches.
-        shapes_of_4: The same over this epoch and those one, two and five later: shapes that a compiled model meets.
+        shapes_in_4_epochs: The same over this epoch and those one, two and five later: shapes that a compiled model
+            meets.
         autocorrelation: Lag-1 autocorrelation of the mean length over steps; 0 if it is undefined.
         imbalance: Time lost to the slowest replica: the sum over steps of W x the largest padded tokens of a replica,
             divided by all padded tokens. 1.0 means that no time is lost.
@@ -65,7 +68,7 @@ class PlanReport:
     steps: int
     padding: float
     budget_use: float
-    greatest_use: float
+    max_budget_use: float
     too_short: int
     overlong_dropped: int
     last_dropped: int
@@ -74,7 +77,7 @@ class PlanReport:
     repeated_pairs_in_2: float
     repeated_pairs_in_5: float
     shapes: int
-    shapes_of_4: int
+    shapes_in_4_epochs: int
     autocorrelation: float
     imbalance: float
     worst_imbalance: float
@@ -87,6 +90,8 @@ class PlanReport:
     meeting_again_in_2 = renamed_attribute("meeting_again_in_2", "repeated_pairs_in_2")
     meeting_again_in_5 = renamed_attribute("meeting_again_in_5", "repeated_pairs_in_5")
     worst_step = renamed_attribute("worst_step", "worst_imbalance")
+    greatest_use = renamed_attribute("greatest_use", "max_budget_use")
+    shapes_of_4 = renamed_attribute("shapes_of_4", "shapes_in_4_epochs")
 
     def __str__(self) -> str:
         return "\n".join(f"{field.name.replace('_', ' '):<20}{self._format(field.name):>16}" for field in fields(self))
@@ -136,7 +141,7 @@ def measure_imbalance(costs: Integers) -> tuple[float, float]:
 
 
 def count_pairs(sizes: Integers) -> int:
-    """How many pairs of samples groups of these sizes hold."""
+    """The number of pairs of samples in groups of these sizes."""
     return int((sizes * (sizes - 1) // 2).sum())
 
 

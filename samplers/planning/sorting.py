@@ -270,7 +270,7 @@ def _argsort_sums(columns: Integers) -> IndexArray:
 def mark_longer_half(values: Integers) -> npt.NDArray[np.bool_]:
     """Whether each of `values` `[n]` is above a threshold that halves them as well as possible: bool `[n]`.
 
-    Equal values are never parted. The middle value is the same on every machine, however it is found.
+    Equal values are never separated. The middle value is the same on every machine, however it is found.
 
     >>> mark_longer_half(np.array([3, 9, 4, 9, 9])).tolist()
     [False, True, False, True, True]

@@ -53,7 +53,7 @@ class PlannedBatchSampler(PlannedLoader, Sampler[list[int]]):
         return self._steps * self._batches_per_step
 
     def __iter__(self) -> "BatchIterator":
-        """An iterator over one epoch's batches; which epoch is decided when it takes its first."""
+        """An iterator over one epoch's batches; it decides which epoch when it takes its first batch."""
         return BatchIterator(self, self._cursor)
 
     @property
@@ -66,7 +66,7 @@ class PlannedBatchSampler(PlannedLoader, Sampler[list[int]]):
 
 
 class BatchIterator(Iterator[list[int]]):
-    """One iteration over an epoch, or over the rest of one; only the iterator knows how far it is.
+    """One iteration over an epoch, or over the remainder of one; only the iterator knows how far it is.
 
     Nothing is decided before the first batch is taken, since loaders make iterators that they never use.
 
@@ -77,7 +77,7 @@ class BatchIterator(Iterator[list[int]]):
 
     def __init__(self, sampler: PlannedBatchSampler, cursor: EpochCursor) -> None:
         self._sampler, self._cursor = sampler, cursor
-        # Of each step, this many batches are given here, the first of them that of this rank.
+        # This iterator gives this many batches of each step; the first one is that of this rank.
         self._batches_per_step = sampler.num_replicas if sampler.rank == "all" else 1
         self._first_rank = 0 if sampler.rank == "all" else sampler.rank
         self._iteration: Iteration | None = None
@@ -118,8 +118,8 @@ class BatchIterator(Iterator[list[int]]):
 
         Raises:
             TypeError: The position is not a mapping, or one of its values has the wrong type.
-            ValueError: It is of other lengths, options, seed or version, this number of replicas cannot share the rest
-                of its epoch, or it lies in the middle of a step of other replicas.
+            ValueError: It is of other lengths, options, seed or version, this number of replicas cannot share the
+                remainder of its epoch, or it lies in the middle of a step of other replicas.
         """
         start = self._sampler.read_position(state)
         dealt = self._read_dealt(state)

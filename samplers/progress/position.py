@@ -13,7 +13,7 @@ from samplers.planning.tables.epoch_table import EpochTable
 PositionDict: TypeAlias = dict[str, int | str]
 
 POSITION_VERSION: Final = 2
-# The version of the first release, whose plans were different.
+# The version of the first release, which had other plans.
 _FIRST_VERSION: Final = 1
 _DIGESTED: Final = ("lengths", "options", "seed")
 # Epochs and replicas are stored as int64 where a loader's workers share them; no training gets this far.

@@ -41,7 +41,7 @@ def _refuse_second_sharding(num_replicas: int, rank: object) -> None:
     """Refuse a sampler of one rank where accelerate would split its batches among the ranks again.
 
     Raises:
-        RuntimeError: It would.
+        RuntimeError: accelerate would.
     """
     # accelerate's prepare would silently take every W-th batch of this rank's batches. Only if the program has imported
     # accelerate can it be in use; importing it here would make every start slow.
@@ -55,7 +55,7 @@ def _refuse_second_sharding(num_replicas: int, rank: object) -> None:
 
 
 def _refuse_missing_group(*, grouped: bool) -> None:
-    """Refuse a sampler of a launched process that does not know the others.
+    """Refuse a sampler in a process that a launcher started, but that does not know the other processes.
 
     Raises:
         RuntimeError: There are others, and no process group.

@@ -27,17 +27,17 @@ from samplers.shards.skip_counts import is_alive, shared_zeros
 
 # A loader may have up to this many workers; their shared memory is 160 kB.
 WORKERS: Final = 1024
-# Events of records: an epoch was set, the present iteration's epoch was set again, a seek, an iteration began, an
-# iteration began after a seek.
+# The events of records: an epoch was set; the present iteration's epoch was set again; a position was sought; an
+# iteration began; an iteration began after a seek.
 _SET, _SET_AGAIN, _SEEK, _BEGUN, _BEGUN_SOUGHT = range(1, 6)
-# A reader that finds a half written record looks again, but not for ever: its writer may have died.
+# A reader that finds a half-written record reads it again, but only this often: its writer may have died.
 _LOOKS: Final = 1000
 _PAUSE_SECONDS: Final = 1e-3
 _NO_SEED: Final = -1
 
 
 class Token(NamedTuple):
-    """What identifies the iteration of an iterator; tokens of one loader's workers differ in the process only.
+    """Identifies the iteration of an iterator; the tokens of one loader's workers differ in the process only.
 
     Attributes:
         seed: Seed that the loader drew for its workers; -1 in the main process, where an iterator is alone.
@@ -85,7 +85,7 @@ class Record(NamedTuple):
 
     @property
     def token(self) -> Token:
-        """What identifies its iteration."""
+        """The token of its iteration."""
         return Token(self.seed, self.begun, self.process, self.worker, self.birth)
 
     @property
@@ -154,7 +154,7 @@ class SharedEpochCursor:
             self._write(_MAIN if record.is_begun else _REQUESTS, 0, record)
 
     def to_process(self) -> tuple[Any, ...]:
-        """How it is sent to another process, which then shares it."""
+        """The parts to send to another process, which then shares the memory."""
         return SharedEpochCursor, (self._num_replicas, self._cells)
 
     @property
@@ -263,7 +263,7 @@ class SharedEpochCursor:
         return Position(newest.epoch + 1, self._num_replicas) if newest.is_begun else newest.start
 
     def _records(self) -> list[Record]:
-        """All records, as of one moment; a half written record is read again."""
+        """All records, as of one moment; a half-written record is read again."""
         for look in range(_LOOKS):
             if look:
                 sleep(_PAUSE_SECONDS)

@@ -14,7 +14,7 @@ from zlib import crc32
 import numpy as np
 from torch.utils.data import Dataset
 
-from samplers.shards.deprecation import renamed_argument
+from collate.deprecated.names import renamed_arguments
 from samplers.shards.field_value import check_length, decode_field
 from samplers.shards.format.keys import decode_key
 from samplers.shards.format.npy import AnyArray
@@ -52,6 +52,7 @@ class ShardDataset(Dataset[Sample]):
     # Of the class, since former pickles have none.
     _pieces: PieceCutter | None = None
 
+    @renamed_arguments(check="checksums")
     def __init__(
         self,
         shards: Shards,
@@ -62,7 +63,6 @@ class ShardDataset(Dataset[Sample]):
         checksums: bool = True,
         handler: Handler | None = None,
         max_failed: float | None = None,
-        check: bool | None = None,
     ) -> None:
         """Open the index. Shards are opened, and checked against it, when they are first read.
 
@@ -76,7 +76,6 @@ class ShardDataset(Dataset[Sample]):
             handler: Called with the error of a sample of a batch that cannot be read. It returns True to skip the
                 sample, or False to raise, as `webdataset.warn_and_continue` does. None raises.
             max_failed: Fraction of samples that may be skipped, 0 to 1. None is a tenth, but at least 99 samples.
-            check: Former name of `checksums`, until the next release.
 
         Raises:
             FileNotFoundError: There is no index.
@@ -84,7 +83,6 @@ class ShardDataset(Dataset[Sample]):
             ValueError: The index is damaged or of other shards, a field does not exist, or `max_failed` is not
                 between 0 and 1.
         """
-        checksums = renamed_argument("ShardDataset", ("check", check), ("checksums", checksums))
         if isinstance(fields, str):
             raise TypeError(f"fields must be a list of names, got the string {fields!r}")
         self.index = _open_index(shards, index)

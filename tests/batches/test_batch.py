@@ -5,9 +5,13 @@ import dataclasses
 import io
 import itertools
 import pickle
+from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given
@@ -45,7 +49,9 @@ def same(left: LengthTrackedBatch, right: LengthTrackedBatch) -> bool:
 
 
 @given(sequences(), ORDERS, st.sampled_from([None, 4, [7, 100]]), st.booleans())
-def test_what_is_made_agrees_and_unsorts_to_what_went_in(rows, kind, widths, as_arrays):
+def test_what_is_made_agrees_and_unsorts_to_what_went_in(
+    rows: list[torch.Tensor], kind: str, widths: int | list[int] | None, as_arrays: bool
+) -> None:
     given_rows = rows
     if as_arrays and rows[0].dtype != torch.bfloat16:
         given_rows = [row.numpy() for row in rows]
@@ -66,7 +72,7 @@ def test_what_is_made_agrees_and_unsorts_to_what_went_in(rows, kind, widths, as_
 
 
 @given(sequences())
-def test_the_padded_block_is_the_one_pad_sequence_makes(rows):
+def test_the_padded_block_is_the_one_pad_sequence_makes(rows: list[torch.Tensor]) -> None:
     batch = LengthTrackedBatch.from_sequences(rows, order="given")
     expected = pad_sequence(rows, batch_first=True)
     if expected.shape[1] == 0:
@@ -75,7 +81,7 @@ def test_the_padded_block_is_the_one_pad_sequence_makes(rows):
 
 
 @given(sequences(max_rows=40))
-def test_longest_first_is_stable(rows):
+def test_longest_first_is_stable(rows: list[torch.Tensor]) -> None:
     batch = LengthTrackedBatch.from_sequences(rows)
     counts = [len(row) for row in rows]
     assert batch.permutation.tolist() == sorted(range(len(rows)), key=lambda place: -counts[place])
@@ -84,7 +90,7 @@ def test_longest_first_is_stable(rows):
 @pytest.mark.parametrize("features", [(), (3,)])
 @pytest.mark.parametrize("width", [3, 700])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_short_and_long_rows_are_padded_alike(dtype, width, features):
+def test_short_and_long_rows_are_padded_alike(dtype: torch.dtype, width: int, features: tuple[int, ...]) -> None:
     counts = [length * width for length in (1, 0, 4, 2)]
     rng = np.random.default_rng(0)
     rows = [fill(rng, (count, *features), dtype) for count in counts]
@@ -97,21 +103,21 @@ def test_short_and_long_rows_are_padded_alike(dtype, width, features):
         assert batch.padded.untyped_storage().nbytes() == batch.padded.nbytes
 
 
-def test_gradients_flow_through_long_rows():
+def test_gradients_flow_through_long_rows() -> None:
     rows = [torch.randn(count, 2, requires_grad=True) for count in (40, 0, 90)]
     (LengthTrackedBatch.from_sequences(rows).padded ** 2).sum().backward()
     assert all(torch.equal(row.grad, 2 * row) for row in rows)
 
 
 @pytest.mark.parametrize("first", [torch.zeros(3), torch.zeros(2000), torch.zeros(2000).numpy()])
-def test_an_empty_row_of_another_shape_is_refused(first):
+def test_an_empty_row_of_another_shape_is_refused(first: npt.NDArray[Any] | torch.Tensor) -> None:
     rows = [first, first[:0, None]]
     with pytest.raises(ValueError, match="all samples must have one feature shape"):
         LengthTrackedBatch.from_sequences(rows)
 
 
 @given(sequences(), ORDERS)
-def test_unpack_undoes_pack_at_the_same_width_and_in_batch_order(rows, kind):
+def test_unpack_undoes_pack_at_the_same_width_and_in_batch_order(rows: list[torch.Tensor], kind: str) -> None:
     batch = LengthTrackedBatch.from_sequences(rows, order=order_of(kind, len(rows)), widths=9)
     if not batch.num_tokens:
         with pytest.raises(LengthError, match="all .* rows have length 0"):
@@ -124,12 +130,12 @@ def test_unpack_undoes_pack_at_the_same_width_and_in_batch_order(rows, kind):
     assert torch.equal(back.lengths, batch.lengths)
 
 
-def _like(mask, values):
+def _like(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return mask.reshape(*mask.shape, *[1] * (values.dim() - 2))
 
 
 @given(sequences().filter(lambda rows: all(len(row) for row in rows)))
-def test_pack_gives_what_torch_packs(rows):
+def test_pack_gives_what_torch_packs(rows: list[torch.Tensor]) -> None:
     batch = LengthTrackedBatch.from_sequences(rows, order="given")
     ours = batch.pack()
     torchs = pack_padded_sequence(batch.padded, batch.lengths, batch_first=True, enforce_sorted=False)
@@ -142,7 +148,7 @@ def test_pack_gives_what_torch_packs(rows):
 
 
 @given(sequences(dtypes=[torch.float64]), st.booleans())
-def test_gradients_flow_through_padding_packing_and_flattening(rows, packs):
+def test_gradients_flow_through_padding_packing_and_flattening(rows: list[torch.Tensor], packs: bool) -> None:
     leaves = [row.clone().requires_grad_() for row in rows]
     batch = LengthTrackedBatch.from_sequences(leaves)
     if not batch.num_tokens:
@@ -152,10 +158,10 @@ def test_gradients_flow_through_padding_packing_and_flattening(rows, packs):
     assert all(torch.equal(leaf.grad, 2 * row) for leaf, row in zip(leaves, rows, strict=True))
 
 
-def test_packing_can_be_differentiated_twice():
+def test_packing_can_be_differentiated_twice() -> None:
     rows = [torch.randn(length, 2, dtype=torch.float64, requires_grad=True) for length in (3, 1, 2)]
 
-    def through(*leaves):
+    def through(*leaves: Any) -> torch.Tensor:
         batch = LengthTrackedBatch.from_sequences(leaves, order="given")
         return batch.unpack(batch.pack()).padded ** 2
 
@@ -164,7 +170,7 @@ def test_packing_can_be_differentiated_twice():
 
 
 @given(sequences(), st.integers(1, 5))
-def test_concat_of_split_is_the_batch_itself(rows, size):
+def test_concat_of_split_is_the_batch_itself(rows: list[torch.Tensor], size: int) -> None:
     batch = LengthTrackedBatch.from_sequences(rows)
     pieces = batch.split(size)
     assert all(len(piece) <= size for piece in pieces)
@@ -172,7 +178,7 @@ def test_concat_of_split_is_the_batch_itself(rows, size):
 
 
 @given(sequences(dtypes=[torch.int64]), sequences(dtypes=[torch.int64]))
-def test_concat_of_two_batches_follows_both_source_orders(left, right):
+def test_concat_of_two_batches_follows_both_source_orders(left: list[torch.Tensor], right: list[torch.Tensor]) -> None:
     left, right = ([row[..., None].flatten(1)[:, :1] for row in rows] for rows in (left, right))
     both = LengthTrackedBatch.concat([LengthTrackedBatch.from_sequences(rows) for rows in (left, right)])
     agrees(both)
@@ -180,7 +186,7 @@ def test_concat_of_two_batches_follows_both_source_orders(left, right):
 
 
 @given(sequences(), st.integers(1, 7))
-def test_chunks_in_time_hold_every_step_once(rows, steps):
+def test_chunks_in_time_hold_every_step_once(rows: list[torch.Tensor], steps: int) -> None:
     batch = LengthTrackedBatch.from_sequences(rows)
     chunks = batch.split_steps(steps)
     for chunk in chunks:
@@ -193,7 +199,7 @@ def test_chunks_in_time_hold_every_step_once(rows, steps):
 
 
 @given(sequences())
-def test_a_batch_survives_pickle_copy_replace_pytrees_and_weights_only_loading(rows):
+def test_a_batch_survives_pickle_copy_replace_pytrees_and_weights_only_loading(rows: list[torch.Tensor]) -> None:
     batch = LengthTrackedBatch.from_sequences(rows)
     file = io.BytesIO()
     torch.save({"batch": batch}, file)
@@ -210,19 +216,19 @@ def test_a_batch_survives_pickle_copy_replace_pytrees_and_weights_only_loading(r
         assert same(survivor, batch)
 
 
-def test_a_chunk_ships_its_own_steps_and_not_the_storage_it_looks_into():
+def test_a_chunk_ships_its_own_steps_and_not_the_storage_it_looks_into() -> None:
     batch = LengthTrackedBatch.from_sequences([torch.zeros(10_000), torch.zeros(9_000)])
     assert len(pickle.dumps(batch.split_steps(10)[1])) < 2_000
 
 
-def test_a_result_travels_without_its_graph():
+def test_a_result_travels_without_its_graph() -> None:
     batch = LengthTrackedBatch.from_sequences([torch.ones(2, requires_grad=True)]).map(torch.exp)
     assert not pickle.loads(pickle.dumps(batch)).padded.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.complex64, torch.int8], ids=str)
 @pytest.mark.parametrize("steps", [0, 3, 40_000])
-def test_small_blocks_go_through_the_pipe_and_large_ones_through_shared_memory(dtype, steps):
+def test_small_blocks_go_through_the_pipe_and_large_ones_through_shared_memory(dtype: torch.dtype, steps: int) -> None:
     made = LengthTrackedBatch.from_sequences(
         [torch.ones(steps, 5).to(dtype), torch.zeros(1, 5).to(dtype)], order="given"
     )
@@ -237,7 +243,7 @@ def test_small_blocks_go_through_the_pipe_and_large_ones_through_shared_memory(d
 
 
 @pytest.mark.parametrize("rows", [2, THROUGH_PIPE // 8])
-def test_what_is_conjugated_lazily_comes_through_a_queue(rows):
+def test_what_is_conjugated_lazily_comes_through_a_queue(rows: int) -> None:
     """Red before: torch's queues forget that it is, and so did a batch's."""
     values = torch.randn(rows, 2, dtype=torch.complex64)
     for padded in (values.conj(), values.conj().imag):
@@ -245,7 +251,7 @@ def test_what_is_conjugated_lazily_comes_through_a_queue(rows):
         assert torch.equal(sent.padded, padded)
 
 
-def test_a_block_that_requires_gradients_still_does_on_the_other_side():
+def test_a_block_that_requires_gradients_still_does_on_the_other_side() -> None:
     leaf = LengthTrackedBatch.from_sequences([torch.ones(3), torch.ones(1)])
     leaf = leaf.with_padded(leaf.padded.requires_grad_())
     for batch, still in ((leaf, True), (leaf.map(lambda x: x * 2), False), (leaf.map(torch.Tensor.detach), False)):
@@ -255,21 +261,23 @@ def test_a_block_that_requires_gradients_still_does_on_the_other_side():
 
 
 @given(sequences(), st.sampled_from(DTYPES))
-def test_a_change_of_dtype_leaves_lengths_and_padding_as_they_were(rows, dtype):
+def test_a_change_of_dtype_leaves_lengths_and_padding_as_they_were(
+    rows: list[torch.Tensor], dtype: torch.dtype
+) -> None:
     batch = LengthTrackedBatch.from_sequences(rows, padding_value=1).to(dtype)
     assert batch.padded.dtype == dtype
     agrees(batch)
     batch.verify()
 
 
-def test_to_gives_the_batch_itself_where_nothing_changes():
+def test_to_gives_the_batch_itself_where_nothing_changes() -> None:
     batch = LengthTrackedBatch.from_sequences([[1, 2], [3]])
     assert batch.to("cpu") is batch
     assert batch.to(torch.int64, non_blocking=True) is batch
 
 
 @given(sequences(dtypes=[torch.float32]), st.integers(0, 2))
-def test_states_and_rows_of_any_tensor_come_back_in_source_order(rows, dim):
+def test_states_and_rows_of_any_tensor_come_back_in_source_order(rows: list[torch.Tensor], dim: int) -> None:
     batch = LengthTrackedBatch.from_sequences(rows)
     shape = [2, 2, 2]
     shape[dim] = len(rows)
@@ -278,7 +286,7 @@ def test_states_and_rows_of_any_tensor_come_back_in_source_order(rows, dim):
 
 
 @given(sequences(dtypes=[torch.float32]))
-def test_the_views_for_attention_say_the_same_as_the_lengths(rows):
+def test_the_views_for_attention_say_the_same_as_the_lengths(rows: list[torch.Tensor]) -> None:
     batch = LengthTrackedBatch.from_sequences(rows)
     flat, bounds = batch.flat(), batch.cu_seqlens
     assert bounds.dtype == torch.int32
@@ -294,7 +302,7 @@ def test_the_views_for_attention_say_the_same_as_the_lengths(rows):
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_the_nested_tensor_holds_the_same_rows_and_pads_back_to_the_longest():
+def test_the_nested_tensor_holds_the_same_rows_and_pads_back_to_the_longest() -> None:
     rows = [torch.randn(length, 2) for length in (3, 5, 1)]
     batch = LengthTrackedBatch.from_sequences(rows, widths=8)
     nested = batch.nested()
@@ -302,12 +310,12 @@ def test_the_nested_tensor_holds_the_same_rows_and_pads_back_to_the_longest():
     assert torch.equal(nested.to_padded_tensor(0.0), batch.padded[:, :5])
 
 
-def test_positions_in_a_later_chunk_go_on_where_the_earlier_one_ended():
+def test_positions_in_a_later_chunk_go_on_where_the_earlier_one_ended() -> None:
     chunk = LengthTrackedBatch.from_sequences([[1, 2, 3, 4], [5, 6, 7]]).split_steps(2)[1]
     assert chunk.position_ids.tolist() == [2, 3, 2]
 
 
-def test_a_plain_dict_holds_what_it_is_asked_for():
+def test_a_plain_dict_holds_what_it_is_asked_for() -> None:
     batch = LengthTrackedBatch.from_sequences([[1, 2], [3]])
     plain = batch.as_dict({"input_ids": "padded", "attention_mask": "mask"})
     assert plain["input_ids"] is batch.padded
@@ -316,7 +324,7 @@ def test_a_plain_dict_holds_what_it_is_asked_for():
         batch.as_dict({"ids": "tokens"})
 
 
-def test_a_batch_says_what_it_is():
+def test_a_batch_says_what_it_is() -> None:
     batch = LengthTrackedBatch.from_sequences([torch.zeros(n, 2) for n in range(9)])
     assert repr(batch) == (
         "LengthTrackedBatch([9, 8, 2] float32 on cpu, lengths=[8, 7, 6, 5, 4, 3, ... 0], padding 50.0%)"
@@ -324,7 +332,7 @@ def test_a_batch_says_what_it_is():
 
 
 @given(lengths(), st.integers(0, 3))
-def test_a_real_value_in_the_padding_is_found(counts, extra):
+def test_a_real_value_in_the_padding_is_found(counts: list[int], extra: int) -> None:
     rows = [torch.ones(count, 2) for count in counts]
     batch = LengthTrackedBatch.from_sequences(rows, order="given", widths=[max(counts) + 1 + extra])
     deflated = [max(count - 1, 0) for count in counts]
@@ -334,7 +342,7 @@ def test_a_real_value_in_the_padding_is_found(counts, extra):
             wrong.verify()
 
 
-def test_padding_of_nan_is_recognised_as_untouched():
+def test_padding_of_nan_is_recognised_as_untouched() -> None:
     batch = LengthTrackedBatch.from_sequences([torch.ones(2), torch.ones(1)], padding_value=float("nan"))
     batch.verify()
     batch.padded[1, 1] = 0
@@ -342,7 +350,7 @@ def test_padding_of_nan_is_recognised_as_untouched():
         batch.verify()
 
 
-def test_new_values_leave_the_padding_unspecified_and_may_bring_new_lengths():
+def test_new_values_leave_the_padding_unspecified_and_may_bring_new_lengths() -> None:
     batch = LengthTrackedBatch.from_sequences([torch.randn(6, 2), torch.randn(4, 2)])
     assert batch.map(nn.Linear(2, 3)).padding_value is None
     shorter = batch.with_padded(batch.padded[:, ::2], lengths=(batch.lengths + 1) // 2)
@@ -353,23 +361,25 @@ def test_new_values_leave_the_padding_unspecified_and_may_bring_new_lengths():
 class Model(nn.Module):
     """All that a batch goes through in a compiled or exported model."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.widen = nn.Linear(2, 3)
 
-    def forward(self, batch):
+    def forward(self, batch: LengthTrackedBatch) -> tuple[LengthTrackedBatch | torch.Tensor, ...]:
         hidden = batch.map(self.widen)
         shorter = hidden.with_padded(hidden.padded[:, :2], hidden.lengths.clamp(max=2))
         return hidden, shorter, hidden.unsort(), masked_mean(hidden), last_step(shorter), batch.key_padding_mask
 
 
-def alike(left, right):
+def alike(
+    left: tuple[LengthTrackedBatch | torch.Tensor, ...], right: tuple[LengthTrackedBatch | torch.Tensor, ...]
+) -> None:
     for ours, expected in zip(pytree.tree_leaves(left), pytree.tree_leaves(right), strict=True):
         torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_models_give_the_same_batches_without_a_graph_break(backend):
+def test_compiled_models_give_the_same_batches_without_a_graph_break(backend: str) -> None:
     torch.compiler.reset()
     model = Model()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
@@ -379,7 +389,7 @@ def test_compiled_models_give_the_same_batches_without_a_graph_break(backend):
         agrees(compiled(batch)[1])
 
 
-def test_an_exported_model_takes_and_gives_batches_after_a_journey_through_a_file(tmp_path):
+def test_an_exported_model_takes_and_gives_batches_after_a_journey_through_a_file(tmp_path: Path) -> None:
     model = Model()
     batch = LengthTrackedBatch.from_sequences([torch.randn(count, 2) for count in (3, 5, 1)])
     torch.export.save(torch.export.export(model, (batch,)), tmp_path / "model.pt2")
@@ -390,7 +400,7 @@ def test_an_exported_model_takes_and_gives_batches_after_a_journey_through_a_fil
     assert isinstance(exported(batch)[0], LengthTrackedBatch)
 
 
-def test_two_steps_of_a_pinned_batch_need_an_accelerator():
+def test_two_steps_of_a_pinned_batch_need_an_accelerator() -> None:
     batch = LengthTrackedBatch.from_sequences([[1, 2], [3]])
     if torch.accelerator.is_available():
         pinned = batch.pin_memory()
@@ -582,7 +592,9 @@ SPARSE = torch.ones(3).to_sparse()
     ],
 )
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse CSR")
-def test_bad_input_is_refused_with_what_where_and_the_way_out(make, kind, message):
+def test_bad_input_is_refused_with_what_where_and_the_way_out(
+    make: Callable[..., Any], kind: type[Any], message: str
+) -> None:
     with pytest.raises(kind, match=message):
         make()
 
@@ -597,7 +609,7 @@ BYTES = {
 
 
 @pytest.mark.parametrize("dtype", BYTES, ids=str)
-def test_a_float_of_eight_bits_is_padded_by_what_it_can_hold(dtype):
+def test_a_float_of_eight_bits_is_padded_by_what_it_can_hold(dtype: torch.dtype) -> None:
     """Red before: infinity was taken for each of them, and became nan in four; so was 0 where there is none."""
     held, others = BYTES[dtype]
     rows = [torch.ones(n).to(dtype) for n in (3, 1)]
@@ -610,7 +622,7 @@ def test_a_float_of_eight_bits_is_padded_by_what_it_can_hold(dtype):
             LengthTrackedBatch.from_sequences(rows, padding_value=value)
 
 
-def test_new_values_of_a_later_chunk_keep_its_first_step():
+def test_new_values_of_a_later_chunk_keep_its_first_step() -> None:
     """Red before: with new lengths, the chunk was taken for one from the beginning."""
     chunk = LengthTrackedBatch.from_sequences([torch.arange(6.0), torch.arange(5.0)]).split_steps(4)[1]
     shorter = chunk.with_padded(chunk.padded[:, :1], lengths=chunk.lengths.clamp(max=1))
@@ -683,7 +695,7 @@ WRITES = {
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("use", USES)
 @torch.no_grad()
-def test_lengths_that_were_written_to_are_noticed_wherever_they_are_used(use):
+def test_lengths_that_were_written_to_are_noticed_wherever_they_are_used(use: str) -> None:
     """Red before for all but lengths out of range in `pack`: mask and lengths parted without a word."""
     for make, write in itertools.product(BATCHES.values(), WRITES.values()):
         batch = make()
@@ -713,7 +725,7 @@ OTHER_WRITES = {
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("use", USES)
 @torch.no_grad()
-def test_mask_and_places_that_were_written_to_are_noticed_too(use):
+def test_mask_and_places_that_were_written_to_are_noticed_too(use: str) -> None:
     """Red before for all but `verify`: means used the mask, losses the lengths, and `unsort` other places."""
     for make, (write, message) in itertools.product(BATCHES.values(), OTHER_WRITES.values()):
         batch = make()
@@ -723,7 +735,7 @@ def test_mask_and_places_that_were_written_to_are_noticed_too(use):
             USES[use](batch)
 
 
-def test_places_written_to_are_not_taken_over_with_new_lengths():
+def test_places_written_to_are_not_taken_over_with_new_lengths() -> None:
     """Red before: only what unsorted in the end showed it."""
     batch = BATCHES["made"]()
     batch.permutation.copy_(torch.tensor([1, 0, 2]))
@@ -733,7 +745,7 @@ def test_places_written_to_are_not_taken_over_with_new_lengths():
         batch.unsort(torch.ones(3))
 
 
-def test_a_mask_that_is_written_to_and_still_right_is_let_be():
+def test_a_mask_that_is_written_to_and_still_right_is_let_be() -> None:
     batch, mask = BATCHES["made"](), torch.arange(6) < torch.tensor([[6], [4], [2]])
     given = LengthTrackedBatch(batch.padded, batch.lengths, mask=mask)
     for made in (batch, given):
@@ -745,7 +757,7 @@ def test_a_mask_that_is_written_to_and_still_right_is_let_be():
         given.pack()
 
 
-def test_masks_written_to_in_inference_mode_are_noticed():
+def test_masks_written_to_in_inference_mode_are_noticed() -> None:
     with torch.inference_mode():
         batch = BATCHES["made"]()
         batch.mask[0, 5] = False
@@ -753,7 +765,7 @@ def test_masks_written_to_in_inference_mode_are_noticed():
             batch.pack()
 
 
-def test_a_large_mask_is_looked_at_where_torch_has_written_to_it():
+def test_a_large_mask_is_looked_at_where_torch_has_written_to_it() -> None:
     batch = LengthTrackedBatch(torch.zeros(2, 40_000), [40_000, 3])
     batch.pack()
     batch.mask[1, 3] = True
@@ -769,7 +781,7 @@ def test_a_large_mask_is_looked_at_where_torch_has_written_to_it():
         (lambda part: torch.zeros_like(part) if part.tolist() == [2, 0, 1] else part, "distinct indices"),
     ],
 )
-def test_masks_and_places_that_a_pytree_made_unfit_are_refused(change, message):
+def test_masks_and_places_that_a_pytree_made_unfit_are_refused(change: Callable[..., Any], message: str) -> None:
     """Red before: law 1 says that `pack` checks what a pytree was put together from."""
     batch = LengthTrackedBatch.from_sequences([[1, 2], [3], [4, 5, 6]])
     assert batch.permutation.tolist() == [2, 0, 1]
@@ -778,7 +790,7 @@ def test_masks_and_places_that_a_pytree_made_unfit_are_refused(change, message):
 
 
 @pytest.mark.parametrize("given_as", ["tensor", "array"])
-def test_the_lengths_and_places_that_the_caller_keeps_do_not_change_the_batch(given_as):
+def test_the_lengths_and_places_that_the_caller_keeps_do_not_change_the_batch(given_as: str) -> None:
     """Red before: the caller's tensors were kept."""
     lengths, places = torch.tensor([6, 4, 2]), torch.tensor([2, 0, 1])
     kept = (lengths, places) if given_as == "tensor" else (lengths.numpy(), places.numpy())
@@ -793,7 +805,7 @@ def test_the_lengths_and_places_that_the_caller_keeps_do_not_change_the_batch(gi
         batch.pack()
 
 
-def test_lengths_written_to_are_noticed_in_inference_mode():
+def test_lengths_written_to_are_noticed_in_inference_mode() -> None:
     with torch.inference_mode():
         batch = BATCHES["made"]()
         batch.lengths.sub_(1)
@@ -801,7 +813,7 @@ def test_lengths_written_to_are_noticed_in_inference_mode():
             batch.pack()
 
 
-def test_a_batch_whose_lengths_were_written_to_can_still_be_shown():
+def test_a_batch_whose_lengths_were_written_to_can_still_be_shown() -> None:
     batch = BATCHES["made"]()
     batch.lengths.sub_(1)
     assert "lengths=[5, 3, 1]" in repr(batch)
@@ -810,7 +822,7 @@ def test_a_batch_whose_lengths_were_written_to_can_still_be_shown():
 # --- copies and pytrees
 
 
-def test_a_copy_shares_its_parts_and_the_graph():
+def test_a_copy_shares_its_parts_and_the_graph() -> None:
     """Red before: a copy went the way of pickle, which detaches, and its mask was made anew."""
     leaf = torch.randn(2, 3, requires_grad=True)
     batch = LengthTrackedBatch(leaf * 2, [3, 1])
@@ -820,7 +832,7 @@ def test_a_copy_shares_its_parts_and_the_graph():
     assert leaf.grad is not None
 
 
-def test_a_deep_copy_has_memory_of_its_own_and_keeps_leaves_and_sharing():
+def test_a_deep_copy_has_memory_of_its_own_and_keeps_leaves_and_sharing() -> None:
     leaf = LengthTrackedBatch(torch.randn(2, 3, requires_grad=True), [3, 1])
     twice = copy.deepcopy([leaf, leaf, leaf.padded])
     assert twice[0] is twice[1]
@@ -845,20 +857,20 @@ def test_a_deep_copy_has_memory_of_its_own_and_keeps_leaves_and_sharing():
     ],
     ids=["doubled", "negated", "cut in time", "floats"],
 )
-def test_lengths_that_a_pytree_made_unfit_are_refused(change, use):
+def test_lengths_that_a_pytree_made_unfit_are_refused(change: Callable[..., Any], use: str) -> None:
     """Red before: steps of other rows were read, without a word."""
     batch = pytree.tree_map(change, LengthTrackedBatch.from_sequences([torch.arange(1.0, n + 1) for n in (6, 3, 1)]))
     with pytest.raises((LengthError, TypeError), match="length"):
         USES[use](batch)
 
 
-def test_vmap_maps_over_the_rows_of_a_batch():
+def test_vmap_maps_over_the_rows_of_a_batch() -> None:
     """Red before: putting the pytree together raised."""
     batch = LengthTrackedBatch.from_sequences([torch.arange(1.0, n + 1) for n in (3, 1)])
     assert torch.equal(torch.vmap(lambda row: row.padded.sum())(batch), torch.tensor([6.0, 1.0]))
 
 
-def test_a_pytree_node_takes_any_leaves():
+def test_a_pytree_node_takes_any_leaves() -> None:
     """Red before: None in place of the mask raised."""
     batch = LengthTrackedBatch.from_sequences([[1, 2, 3], [4]], padding_value=7)
     leaves, spec = pytree.tree_flatten({"x": batch})
@@ -872,12 +884,12 @@ def test_a_pytree_node_takes_any_leaves():
     assert same(pytree.tree_unflatten(leaves, spec)["x"], batch)
 
 
-def test_a_subclass_keeps_its_kind_through_everything():
+def test_a_subclass_keeps_its_kind_through_everything() -> None:
     """Red before: a subclass was a leaf to pytrees, and weights-only loading refused it."""
 
     class Frames(LengthTrackedBatch):
         @property
-        def seconds(self):
+        def seconds(self) -> float:
             return self.num_tokens / 100
 
     batch = Frames.from_sequences([[1, 2], [3]])
@@ -893,12 +905,12 @@ class Spectrum(LengthTrackedBatch):
     """A subclass that can be found by its name."""
 
 
-def test_a_subclass_loads_under_weights_only(tmp_path):
+def test_a_subclass_loads_under_weights_only(tmp_path: Path) -> None:
     torch.save(Spectrum.from_sequences([[1, 2], [3]]), tmp_path / "batch.pt")
     assert type(torch.load(tmp_path / "batch.pt")) is Spectrum
 
 
-def test_joined_batches_that_are_padded_with_nan_keep_their_padding_value():
+def test_joined_batches_that_are_padded_with_nan_keep_their_padding_value() -> None:
     rows = [torch.ones(2), torch.ones(1)]
     parts = [LengthTrackedBatch.from_sequences(rows, padding_value=float("nan")).to(torch.float64) for _ in range(2)]
     joined = LengthTrackedBatch.concat([parts[0], pickle.loads(pickle.dumps(parts[1]))])
@@ -907,7 +919,7 @@ def test_joined_batches_that_are_padded_with_nan_keep_their_padding_value():
     assert pytree.tree_structure(parts[0]) == pytree.tree_structure(pickle.loads(pickle.dumps(parts[1])))
 
 
-def test_a_batch_of_fake_tensors_is_made_without_reading_them():
+def test_a_batch_of_fake_tensors_is_made_without_reading_them() -> None:
     with FakeTensorMode():
         batch = LengthTrackedBatch(torch.zeros(2, 3, 4), torch.tensor([3, 1]), permutation=torch.tensor([1, 0]))
         assert batch.mask.shape == (2, 3)
@@ -916,7 +928,7 @@ def test_a_batch_of_fake_tensors_is_made_without_reading_them():
 
 
 @pytest.mark.parametrize("width", [2**15 - 1, 2**15, 2**15 + 1, 70_000])
-def test_masks_of_wide_blocks_are_those_of_narrow_ones(width):
+def test_masks_of_wide_blocks_are_those_of_narrow_ones(width: int) -> None:
     counts = np.array([width, 0, 1, width - 1, 2**15 - 1, 2**14])
     assert np.array_equal(length_mask(counts, width), np.arange(width) < counts[:, None])
 
@@ -939,7 +951,7 @@ JOURNEYS = {
 
 @pytest.mark.parametrize("journey", JOURNEYS.values(), ids=JOURNEYS)
 @pytest.mark.parametrize("kind", ["tensors", "arrays"])
-def test_a_wide_batch_has_a_mask_wherever_it_goes(journey, kind):
+def test_a_wide_batch_has_a_mask_wherever_it_goes(journey: Callable[..., Any], kind: str) -> None:
     """A collator does not make it, since nothing may use it before it goes to a device, where it is made again."""
     rows = WIDE_ROWS if kind == "tensors" else [row.numpy() for row in WIDE_ROWS]
     batch = LengthTrackedBatch.from_sequences(rows, padding_value=5)
@@ -951,12 +963,12 @@ def test_a_wide_batch_has_a_mask_wherever_it_goes(journey, kind):
     there.verify()
 
 
-def agrees_widely(batch):
+def agrees_widely(batch: LengthTrackedBatch) -> None:
     assert batch.lengths.tolist() == [70_000, 40_000, 3, 0]
     assert torch.equal(batch.mask, torch.arange(70_000) < batch.lengths[:, None])
 
 
-def test_writes_are_noticed_in_a_wide_batch_before_and_after_its_mask_is_made():
+def test_writes_are_noticed_in_a_wide_batch_before_and_after_its_mask_is_made() -> None:
     batch = LengthTrackedBatch.from_sequences(WIDE_ROWS)
     batch.lengths[1] = 4
     with pytest.raises(LengthError, match="they were written to"):
@@ -969,8 +981,8 @@ def test_writes_are_noticed_in_a_wide_batch_before_and_after_its_mask_is_made():
             masked_mean(batch)
 
 
-def test_compiled_code_takes_wide_batches_with_and_without_a_mask():
-    def used(batch):
+def test_compiled_code_takes_wide_batches_with_and_without_a_mask() -> None:
+    def used(batch: LengthTrackedBatch) -> torch.Tensor:
         return torch.where(batch.mask, batch.padded, 0).sum(1) + masked_mean(batch)
 
     torch._dynamo.reset()
@@ -995,7 +1007,7 @@ LONG = {
 
 @pytest.mark.parametrize("kind", LONG)
 @pytest.mark.parametrize("features", [(), (3,)])
-def test_long_rows_of_any_memory_are_padded_as_torch_pads_them(kind, features):
+def test_long_rows_of_any_memory_are_padded_as_torch_pads_them(kind: str, features: tuple[int, ...]) -> None:
     rows = [LONG[kind](torch.randn(n, *features)) for n in (40_000, 1, 80_000)]
     batch = LengthTrackedBatch.from_sequences(rows, padding_value=3, order="given")
     assert torch.equal(batch.padded, pad_sequence([row.resolve_conj() for row in rows], True, 3))
@@ -1004,7 +1016,7 @@ def test_long_rows_of_any_memory_are_padded_as_torch_pads_them(kind, features):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-def test_changes_flow_through_long_rows_in_forward_mode():
+def test_changes_flow_through_long_rows_in_forward_mode() -> None:
     with forward_ad.dual_level():
         change = torch.randn(40_000)
         rows = [forward_ad.make_dual(torch.randn(40_000), change), torch.randn(80_000)]

@@ -139,14 +139,6 @@ def test_a_batch_is_packed_and_unpacked_as_on_the_host(counts, dtype, order):
     assert torch.equal(batch.flat().cpu(), host.flat())
 
 
-@pytest.fixture
-def deterministic():
-    """Torch refuses what might come out otherwise another time."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def test_gradients_equal_torch_s_bit_for_bit_and_are_deterministic(deterministic):
     batch = LengthTrackedBatch.from_sequences([torch.randn(n, 5) for n in (9, 8, 5, 2)]).to(CUDA)
     leaf = batch.padded.clone().requires_grad_()

@@ -2,8 +2,10 @@
 
 import tracemalloc
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given
@@ -24,11 +26,11 @@ FILLED = lengths().filter(any)
 
 
 @pytest.fixture
-def far(monkeypatch):
+def far(monkeypatch: pytest.MonkeyPatch) -> tuple[torch.device, list[Any]]:
     """A device whose memory is the host's: what is sent there is written down, and stays."""
     sent = []
 
-    def send(integers, device):
+    def send(integers: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
         sent.append(integers)
         return torch.as_tensor(integers)
 
@@ -38,7 +40,7 @@ def far(monkeypatch):
 
 
 @given(FILLED, st.integers(0, 3))
-def test_a_device_finds_the_layout_that_the_host_finds(far, counts, more):
+def test_a_device_finds_the_layout_that_the_host_finds(far: tuple[Any, ...], counts: list[int], more: int) -> None:
     device, sent = far
     sent.clear()
     width = max(counts) + more
@@ -52,7 +54,9 @@ def test_a_device_finds_the_layout_that_the_host_finds(far, counts, more):
 
 
 @given(lengths(), st.integers(0, 3))
-def test_a_device_finds_the_places_of_real_steps_that_the_host_finds(far, counts, more):
+def test_a_device_finds_the_places_of_real_steps_that_the_host_finds(
+    far: tuple[Any, ...], counts: list[int], more: int
+) -> None:
     device, sent = far
     sent.clear()
     width = max(counts) + more
@@ -63,7 +67,9 @@ def test_a_device_finds_the_places_of_real_steps_that_the_host_finds(far, counts
     assert torch.equal(here, mask.flatten().nonzero()[:, 0])
 
 
-def test_a_device_is_sent_a_few_integers_for_each_row_and_step_and_not_one_for_each_token(far):
+def test_a_device_is_sent_a_few_integers_for_each_row_and_step_and_not_one_for_each_token(
+    far: tuple[torch.device, list[Any]],
+) -> None:
     device, sent = far
     counts = np.random.default_rng(0).integers(200, 401, 64)
     PackingMap.of(counts, 400, device)
@@ -73,7 +79,7 @@ def test_a_device_is_sent_a_few_integers_for_each_row_and_step_and_not_one_for_e
     assert sum(part.size for part in sent) == 2 * 64
 
 
-def by_torch(padded, counts, width):
+def by_torch(padded: torch.Tensor, counts: torch.Tensor, width: int) -> tuple[nn.Module, torch.Tensor]:
     """The rows through torch's own calls, by stable order: torch's own sort shuffles ties."""
     order = counts.argsort(descending=True, stable=True)
     packed = pack_padded_sequence(padded[order], counts[order], batch_first=True)
@@ -82,7 +88,7 @@ def by_torch(padded, counts, width):
 
 
 @given(sequences().filter(lambda rows: all(map(len, rows))), st.sampled_from(["longest", "given", "shuffled"]))
-def test_pack_and_unpack_equal_torch_s_bit_for_bit(rows, kind):
+def test_pack_and_unpack_equal_torch_s_bit_for_bit(rows: list[torch.Tensor], kind: str) -> None:
     batch = LengthTrackedBatch.from_sequences(rows, order=order_of(kind, len(rows)))
     theirs, block = by_torch(batch.padded, batch.lengths, batch.padded.shape[1])
     packed = batch.pack()
@@ -91,16 +97,10 @@ def test_pack_and_unpack_equal_torch_s_bit_for_bit(rows, kind):
     assert torch.equal(batch.unpack(packed).padded, block)
 
 
-@pytest.fixture
-def deterministic():
-    """Torch refuses what might come out otherwise another time."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @given(sequences(dtypes=[torch.float64]).filter(lambda rows: all(map(len, rows))), st.booleans())
-def test_gradients_equal_torch_s_bit_for_bit_and_are_deterministic(deterministic, rows, in_order):
+def test_gradients_equal_torch_s_bit_for_bit_and_are_deterministic(
+    deterministic: Any, rows: list[torch.Tensor], in_order: bool
+) -> None:
     batch = LengthTrackedBatch.from_sequences(rows, order="longest" if in_order else "given")
     leaf = batch.padded.clone().requires_grad_()
     weights = torch.randn_like(leaf)
@@ -110,10 +110,10 @@ def test_gradients_equal_torch_s_bit_for_bit_and_are_deterministic(deterministic
     assert torch.equal(ours, torch.autograd.grad((block * weights).sum(), leaf)[0])
 
 
-def test_pack_and_unpack_can_be_differentiated_twice():
+def test_pack_and_unpack_can_be_differentiated_twice() -> None:
     batch = LengthTrackedBatch.from_sequences([torch.randn(n, 2, dtype=torch.float64) for n in (3, 1, 2)])
 
-    def run(padded):
+    def run(padded: torch.Tensor) -> torch.Tensor:
         tracked = batch.with_padded(padded)
         return tracked.unpack(tracked.pack()).padded ** 2
 
@@ -122,7 +122,7 @@ def test_pack_and_unpack_can_be_differentiated_twice():
     assert torch.autograd.gradgradcheck(run, leaf)
 
 
-def test_what_another_layout_packed_is_refused():
+def test_what_another_layout_packed_is_refused() -> None:
     batch = LengthTrackedBatch.from_sequences([[1, 2, 3], [4]])
     other = LengthTrackedBatch.from_sequences([[1, 2], [3, 4]])
     with pytest.raises(LengthError, match=r"holds \[2, 2\] rows at each step, these lengths make \[2, 1, 1\]"):
@@ -134,12 +134,12 @@ def test_what_another_layout_packed_is_refused():
 HEADS, SIZE = 2, 8
 
 
-def heads(values):
+def heads(values: torch.Tensor) -> torch.Tensor:
     """`[..., T, HEADS * S]` as attention wants it: `[..., HEADS, T, S]`."""
     return values.unflatten(-1, (HEADS, -1)).transpose(-3, -2)
 
 
-def attended(batch, project):
+def attended(batch: LengthTrackedBatch, project: nn.Module) -> torch.Tensor:
     """Padded, masked attention of a batch's rows: the real steps of its result, `[M, HEADS * S]`."""
     query, key, value = map(heads, project(batch.padded).chunk(3, -1))
     # An empty row may attend to its first step: to nothing at all would be NaN.
@@ -148,14 +148,14 @@ def attended(batch, project):
     return batch.with_padded(result.transpose(1, 2).flatten(2)).flat()
 
 
-def gradients(result, project):
+def gradients(result: torch.Tensor, project: nn.Module) -> tuple[torch.Tensor, ...]:
     weights = torch.linspace(-1, 1, result.numel(), dtype=result.dtype, device=result.device).view_as(result)
     return torch.autograd.grad((result * weights).sum(), list(project.parameters()))
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("counts", [[5, 3, 1], [2, 7, 7, 4]])
-def test_attention_on_the_nested_batch_equals_the_padded_and_masked_one(counts):
+def test_attention_on_the_nested_batch_equals_the_padded_and_masked_one(counts: list[int]) -> None:
     torch.manual_seed(0)
     project = nn.Linear(4, 3 * HEADS * SIZE, dtype=torch.float64)
     rows = [torch.randn(n, 4, dtype=torch.float64) for n in counts]
@@ -170,7 +170,7 @@ def test_attention_on_the_nested_batch_equals_the_padded_and_masked_one(counts):
 
 
 @pytest.mark.parametrize("counts", [[5, 3, 1], [2, 7, 0, 4]])
-def test_attention_between_the_bounds_equals_the_padded_and_masked_one(counts):
+def test_attention_between_the_bounds_equals_the_padded_and_masked_one(counts: list[int]) -> None:
     """What `varlen_attn` does on a GPU, which it needs: each row alone, between two of the bounds."""
     torch.manual_seed(0)
     project = nn.Linear(4, 3 * HEADS * SIZE, dtype=torch.float64)
@@ -189,7 +189,7 @@ def test_attention_between_the_bounds_equals_the_padded_and_masked_one(counts):
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.bool, torch.int8, torch.complex64], ids=str
 )
 @pytest.mark.parametrize("features", [(), (3,), (2, 5)], ids=str)
-def test_many_bytes_are_written_where_few_are(dtype, features):
+def test_many_bytes_are_written_where_few_are(dtype: torch.dtype, features: tuple[int, ...]) -> None:
     lengths = np.random.default_rng(0).integers(0, 400, 40)
     shape = (int(lengths.sum()), 64, *features)
     steps = torch.randint(0, 2, shape).to(dtype)[:, ::2]
@@ -202,7 +202,7 @@ def test_many_bytes_are_written_where_few_are(dtype, features):
     assert torch.equal(gather_steps(block, index), steps)
 
 
-def test_the_layout_of_a_batch_is_found_once(monkeypatch):
+def test_the_layout_of_a_batch_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
     batch, found = LengthTrackedBatch.from_sequences([torch.ones(n, 2) for n in (4, 3, 1)]), []
     of = PackingMap.of
     monkeypatch.setattr(PackingMap, "of", lambda *facts: found.append(facts) or of(*facts))
@@ -213,7 +213,7 @@ def test_the_layout_of_a_batch_is_found_once(monkeypatch):
 # --- skewed batches: what is made is as long as the real steps, not rows x the longest row
 
 
-def places_by_matrix(counts, width):
+def places_by_matrix(counts: npt.NDArray[Any], width: Any) -> tuple[npt.NDArray[Any], ...]:
     """The oracle: every step of every row, written out, and the running ones taken."""
     rows = np.flatnonzero(counts)
     rows = rows[np.argsort(-counts[rows], kind="stable")]
@@ -221,7 +221,7 @@ def places_by_matrix(counts, width):
     return (rows * width + np.arange(len(running))[:, None])[running], running.sum(1)
 
 
-def reversed_by_matrix(sizes):
+def reversed_by_matrix(sizes: npt.NDArray[Any]) -> npt.NDArray[Any]:
     running = sizes[:, None] > np.arange(sizes[0])
     starts = np.cumsum(sizes) - sizes
     mirrored = running.sum(0) - 1 - np.arange(len(sizes))[:, None]
@@ -229,7 +229,7 @@ def reversed_by_matrix(sizes):
 
 
 @given(FILLED, st.integers(0, 3))
-def test_places_and_reversed_steps_are_those_of_the_whole_matrix(counts, more):
+def test_places_and_reversed_steps_are_those_of_the_whole_matrix(counts: list[int], more: int) -> None:
     counts = np.array(counts)
     layout = PackingMap.of(counts, counts.max() + more, HOST)
     places, sizes = places_by_matrix(counts, counts.max() + more)
@@ -239,7 +239,7 @@ def test_places_and_reversed_steps_are_those_of_the_whole_matrix(counts, more):
 
 
 @pytest.mark.parametrize("make", ["pack", "reverse"])
-def test_one_long_row_among_many_costs_memory_for_its_steps_alone(make):
+def test_one_long_row_among_many_costs_memory_for_its_steps_alone(make: str) -> None:
     """Red before: 200,000 x 2,000 steps were written out, 400 MB and 3.2 GB."""
     counts = np.array([200_000] + [3] * 1_999)
     sizes = PackingMap.of(counts, 200_000, HOST).sizes
@@ -263,7 +263,7 @@ UNCOMMON = [
 
 @pytest.mark.parametrize("dtype", UNCOMMON, ids=str)
 @pytest.mark.parametrize("features", [(), (2,), (2, 20_000)], ids=str)
-def test_dtypes_that_torch_copies_by_no_index_come_back_too(dtype, features):
+def test_dtypes_that_torch_copies_by_no_index_come_back_too(dtype: torch.dtype, features: tuple[int, ...]) -> None:
     """Red before for small batches: "index_copy_cpu" not implemented."""
     bits = torch.randint(0, 100, (3, 4, *features), generator=torch.Generator().manual_seed(0))
     batch = LengthTrackedBatch(bits.to(torch.float32).to(dtype), [4, 2, 3])

@@ -21,11 +21,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner, Result
+from command import run
 from corpora import assert_same, tokens, write
 
 from samplers.cli.commands import main
-from samplers.cli.extras import load_extra
+from samplers.extras import load_extra
 from samplers.planning.plan import plan_epoch
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.indexing.find_index import find_index_files
@@ -67,12 +67,6 @@ def work(finished, tmp_path, monkeypatch):
     folder = shutil.copytree(finished, tmp_path / "work")
     monkeypatch.chdir(folder)
     return folder
-
-
-def run(*arguments: object, status: int = 0) -> Result:
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="lengthtrack")
-    assert result.exit_code == status, result.output
-    return result
 
 
 def start(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:

@@ -9,12 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner
+from command import run
 from corpora import tokens, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samplers.cli.commands import main
 from samplers.cli.exact_numbers import cast_exactly
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.indexing.index import LengthIndex
@@ -22,12 +21,6 @@ from samplers.shards.storage.process_pool import ProcessKilledError
 
 DTYPES = ["?", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8"]
 EDGES = st.sampled_from([2**power + step for power in (11, 24, 53, 63) for step in (-1, 0, 1)])
-
-
-def run(*arguments, status=0):
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="lengthtrack")
-    assert result.exit_code == status, result.output
-    return result
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from samplers import PackingBatchSampler
 from samplers.cli.commands import main
-from samplers.cli.pack_compare import PolynomialCost
+from samplers.cli.compare import PolynomialCost
 
 LENGTHS = np.random.default_rng(0).integers(0, 600, 400)
 

@@ -7,21 +7,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from indexed import Index
 
 from samplers.planning.options import Options
 from samplers.planning.schedule import make_schedule
 from samplers.planning.tables.window_table import WindowTable, make_window_table
 
 SHARDS = 10
-
-
-class Index:
-    """Lengths with a fingerprint."""
-
-    fingerprint = "1"
-
-    def __init__(self, lengths: np.ndarray) -> None:
-        self.lengths = lengths
 
 
 def make_table(samples: int = 8_000, shards: int = SHARDS, **options: Any) -> WindowTable:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from indexed import Index
 
 from samplers import LengthBucketBatchSampler
 from samplers.planning.options import Options
@@ -14,15 +15,6 @@ from samplers.planning.tables.window_table import WindowTable, make_window_table
 
 EPOCHS = 30
 SEEDS = st.integers(0, 2**32 - 1)
-
-
-class Index:
-    """Lengths with a fingerprint."""
-
-    fingerprint = "1"
-
-    def __init__(self, lengths: np.ndarray) -> None:
-        self.lengths = lengths
 
 
 def draw(seed: int, samples: int) -> np.ndarray:

@@ -206,7 +206,7 @@ def test_an_epoch_of_unlike_fields_ends_with_a_batch_of_most_rows_too() -> None:
 def test_rows_of_unlike_fields_are_not_pooled_beyond_the_budget() -> None:
     plan = plan_epoch([(19, 1)] * 28 + [(1, 19)] * 32, max_tokens=80, num_replicas=16, shuffle=False)
     assert len(plan._table) == 15
-    assert plan.report().greatest_use <= 1
+    assert plan.report().max_budget_use <= 1
 
 
 def test_drop_last_drops_other_samples_in_other_epochs() -> None:
@@ -275,7 +275,7 @@ def test_a_report_counts_the_shapes_that_batches_have() -> None:
     report = plans[0].report()
     assert set(plans[0].batch_shapes) == seen[0]
     assert report.shapes == len(seen[0]) >= len({width for _, width in seen[0]})
-    assert report.shapes_of_4 == len(set.union(*seen))
+    assert report.shapes_in_4_epochs == len(set.union(*seen))
 
 
 def test_list_array_memory_map_and_index_give_one_plan(tmp_path: Any) -> None:
@@ -334,7 +334,7 @@ def test_speech_like_lengths_pad_little_and_rarely_meet_again() -> None:
     report = plan.report()
     assert report.padding <= 0.016
     assert report.repeated_pairs <= 0.15
-    assert report.greatest_use <= 1
+    assert report.max_budget_use <= 1
     assert abs(report.autocorrelation) < 0.15
     assert plan.random_padding > 0.4
 

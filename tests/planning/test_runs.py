@@ -8,6 +8,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from indexed import Index
 
 from samplers.planning.options import Options
 from samplers.planning.plan import plan_epoch
@@ -19,15 +20,6 @@ from samplers.shards.writing.writer import ShardWriter
 Array = npt.NDArray[Any]
 CLASSES = 10
 EPOCHS = 40
-
-
-class Index:
-    """Lengths with a fingerprint, as an index has them."""
-
-    fingerprint = "1"
-
-    def __init__(self, lengths: Array) -> None:
-        self.lengths = lengths
 
 
 @given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=30), min_size=1, max_size=4))

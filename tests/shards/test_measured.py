@@ -12,10 +12,9 @@ from zlib import crc32
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from command import run
 
 from collate.errors import LengthError
-from samplers.cli.commands import main
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.indexing.measuring import Measure, identify
 
@@ -44,12 +43,6 @@ def sounds(path, lengths, **others):
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     return path
-
-
-def run(*arguments, status=0):
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="lengthtrack")
-    assert result.exit_code == status, result.output
-    return result
 
 
 def test_verify_says_which_lengths_it_has_not_measured(tmp_path):

@@ -7,19 +7,14 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from corpora import LAYOUTS, assert_same, corpora, tokens, write
+from corpora import LAYOUTS, assert_same, corpora, files, tokens, write
 from hypothesis import given
 from hypothesis import strategies as st
+from killed import KILL_AT_A_SYNC
 
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.writing.writer import ShardWriter
-
-
-def files(folder):
-    """All files of a folder, with what they hold."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
 
 WRITING = """
 import os, signal, sys
@@ -38,18 +33,7 @@ def write(folder, layout, **options):
                 writer.write(sample)
 """
 
-KILLED_AT_A_SYNC = """
-sync, calls = os.fsync, 0
-
-def kill_at(count):
-    def fsync(descriptor):
-        global calls
-        calls += 1
-        if calls == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        sync(descriptor)
-    os.fsync = fsync
-
+KILLED = """
 folder = Path(sys.argv[1])
 for layout in ("blocks", "plain"):
     write(folder / layout, layout)
@@ -66,7 +50,7 @@ for layout in ("blocks", "plain"):
 
 def test_a_writer_killed_at_any_moment_goes_on_to_the_same_bytes(tmp_path):
     # Three shards, three indexes and the corpus file are each synced with their folder: 14 moments, and one too late.
-    code = WRITING + KILLED_AT_A_SYNC
+    code = WRITING + KILL_AT_A_SYNC + KILLED
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert run.stdout.split() == [*["-9"] * 14, "0"] * 2
     for layout in LAYOUTS:

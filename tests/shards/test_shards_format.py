@@ -8,6 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 from corpora import LAYOUTS, assert_same, groups, read_with_webdataset, tokens, write
+from faults import npy
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -205,12 +206,6 @@ def test_samples_of_a_stream_do_not_hold_their_block(tmp_path):
     first, second = decode_groups(groups(tmp_path))
     assert first["tokens"].flags.owndata
     assert second["tokens"].flags.writeable
-
-
-def npy(array):
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
 
 
 GROUP = {"__key__": "k", "__url__": "u.tar", "x.npy": npy(np.arange(3))}

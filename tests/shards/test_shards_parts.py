@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import LAYOUTS, assert_same, read_with_webdataset, tokens, write
+from corpora import LAYOUTS, assert_same, files, read_with_webdataset, tokens, write
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,10 +19,6 @@ from samplers.shards.format.samples import decode_groups
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.storage.process_pool import run_in_processes
 from samplers.shards.writing.writer import ShardWriter
-
-
-def files(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def part_of(lengths):

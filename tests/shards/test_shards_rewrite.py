@@ -10,7 +10,8 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from corpora import LAYOUTS, assert_same, corpora, tokens, write
+from corpora import LAYOUTS, assert_same, corpora, files, tokens, write
+from faults import npy
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,16 +20,6 @@ from samplers.shards.dataset import ShardDataset
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.writing import source as rereading
 from samplers.shards.writing.writer import ShardWriter
-
-
-def files(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def npy(array):
-    stream = io.BytesIO()
-    np.save(stream, array)
-    return stream.getvalue()
 
 
 def wav(samples):

@@ -7,6 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 from corpora import LAYOUTS, tokens, write
+from faults import npy
 
 from collate.errors import LengthError
 from samplers.shards.format.tar import split_name
@@ -17,12 +18,6 @@ def add(tar, name, data):
     info = tarfile.TarInfo(name)
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))
-
-
-def npy(array):
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
 
 
 def tar_of(path, members):

@@ -14,6 +14,7 @@ import torch
 from corpora import LAYOUTS, assert_same, corpora, groups, read_with_webdataset, tokens, write
 from hypothesis import given
 from hypothesis import strategies as st
+from killed import KILL_AT_A_SYNC
 from webdataset import autodecode, filters
 
 from samplers.shards.dataset import ShardDataset
@@ -265,23 +266,14 @@ def test_an_exception_keeps_the_finished_shards_and_leaves_nothing_else(tmp_path
     assert ShardDataset(tmp_path).index.lengths.tolist() == [1, 2, 3, 4]
 
 
-KILLED = """
+IMPORTS = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
 from samplers.shards.writing.writer import ShardWriter
+"""
 
-sync, calls = os.fsync, 0
-
-def kill_at(count):
-    def fsync(descriptor):
-        global calls
-        calls += 1
-        if calls == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        sync(descriptor)
-    os.fsync = fsync
-
+KILLED = """
 def write(folder, layout):
     with ShardWriter(folder, layout=layout, max_samples=50, block_size=7) as writer:
         for place in range(120):
@@ -302,7 +294,12 @@ for layout in ("blocks", "plain"):
 
 def test_a_killed_writer_leaves_no_half_shard_under_a_final_name(tmp_path):
     # Killed between samples, and at every one of the moments at which it sends something to the disk.
-    run = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", IMPORTS + KILL_AT_A_SYNC + KILLED, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     codes = {(layout, int(count)): int(code) for layout, count, code in map(str.split, run.stdout.splitlines())}
     # Three shards, three indexes and the corpus file are each synced with their folder: 14 times in all.
     assert all(code == -9 for code in codes.values())

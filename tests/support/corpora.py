@@ -84,3 +84,8 @@ def read_with_webdataset(folder: Path, *stages: object) -> list[dict[str, object
         read = list(webdataset.WebDataset(paths, shardshuffle=False).compose(*stages))
         gc.collect()
     return read
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The content of each file of a folder, by name."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}

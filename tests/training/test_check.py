@@ -141,7 +141,7 @@ def test_what_went_with_the_rows_by_its_size_alone_is_named(net, batch):
         return F.cross_entropy(net.head(net.widen(b["x"].flat())), b["y"].flat(), weight=b["weights"], reduction="sum")
 
     report = check_step(weighted, given)
-    assert "label, weights went with the rows, having 4 entries" in str(report)
+    assert "label, weights followed the rows (4 entries)" in str(report)
 
 
 def test_a_complex_field_is_checked(net):

@@ -27,10 +27,10 @@ def test_no_right_pipeline_is_accused(name, device):
 
 # What is right under a condition is said, and not accused.
 NOTED = {
-    "GPT-2, a prompt without loss": "right where targets are shifted by one",
-    "Llama": "right where targets are shifted by one",
-    "wav2vec 2.0 with CTC": "a stride leaves a remainder over",
-    "tutorial: nn.Transformer translation": "the step knows it by its value 0",
+    "GPT-2, a prompt without loss": "right if targets are shifted by one",
+    "Llama": "right if targets are shifted by one",
+    "wav2vec 2.0 with CTC": "a stride leaves a remainder",
+    "tutorial: nn.Transformer translation": "the step recognises it by its value 0",
     "scheduled sampling": "the step draws random numbers",
 }
 

@@ -206,7 +206,7 @@ def test_lengths_guessed_from_floats_are_found_since_a_zero_may_be_real(features
     samples = [{"x": torch.randn(n, *features, generator=draw), "label": n % CLASSES} for n in (3, 7, 2, 5)]
     report = check_step(step, samples=samples, collate=collate)
     assert [finding.probe for finding in report.findings] == ["dead step"], report
-    assert "takes the lengths of x from its values: with 0 at step 6 of sample 1, its last, lengths" in str(report)
+    assert "takes the lengths of x from its values: with 0 at step 6, the last of sample 1, lengths" in str(report)
     assert "take len() of each sample" in report.findings[0].likely[0]
     assert check_step(step, samples=samples, collate=lambda s: collate(s, guess=False)).ok
 
@@ -217,7 +217,7 @@ def test_a_mask_of_what_no_sample_holds_is_noted_and_not_accused():
         lambda b: word_means(model, b), samples=worded(), collate=lambda s: of_words(s, guess=lambda x: x != 0)
     )
     assert report.ok, report
-    assert "mask and lengths of the batch say that there is no such step: right where no sample ever" in str(report)
+    assert "mask and lengths of the batch leave that step out: right only if no sample ever" in str(report)
 
 
 RIGHT_PARTS = {

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from collate import DevicePrefetcher, LengthError, VarlenBatch, VarlenCollator, sequence_loss
-from collate.varlen.layout import check_int32
+from collate.varlen.spans import check_int32
 
 PARTS = ("values", "lengths", "documents_per_row", "permutation", "mask", "document_ids", "position_ids", "cu_seqlens")
 
@@ -180,7 +180,7 @@ def test_dtypes_and_devices_change_values_alone():
     floats = batch.to(torch.float16)
     assert floats.values.dtype == torch.float16
     assert floats.padding_value == -1
-    assert floats.layout is batch.layout
+    assert floats.spans is batch.spans
     assert floats.offsets is batch.offsets
     assert batch.to("cpu") is batch
     meta = batch.to("meta")

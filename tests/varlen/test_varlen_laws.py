@@ -130,7 +130,7 @@ def test_bounds_are_those_of_runs_and_slots_are_fixed(case, spare):
         assert bounds.dtype == torch.int32
         assert (bounds.diff() >= 0).all()
     # Empty documents are segments without steps, and the gap before one is another than the gap behind it.
-    empty = set(batch.layout.starts()[batch.lengths.numpy() == 0].tolist())
+    empty = set(batch.spans.starts()[batch.lengths.numpy() == 0].tolist())
     assert set(fixed.cu_seqlens.tolist()) == {*slow_segments(slow_rows(batch)), *empty, total}
     used = (fixed.cu_seqlens.diff() > 0).sum() + (batch.lengths == 0).sum()
     assert (fixed.cu_seqlens[used + 1 :] == total).all()

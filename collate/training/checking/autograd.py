@@ -25,12 +25,12 @@ _DROPOUTS = {
 }
 # The rate is the only float among their arguments, or is given by name.
 _WITH_RATE = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
-# Where the rate stands if it is not given by name.
+# The index of the rate among positional arguments.
 _RATE_AT = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward: 10}
 
 
 class WithoutDropout(TorchFunctionMode):
-    """Within it torch drops nothing, whoever calls: modules, functions, attention and recurrent layers."""
+    """A mode in which torch drops nothing: in modules, functions, attention and recurrent layers."""
 
     def __torch_function__(
         self,
@@ -52,14 +52,14 @@ class WithoutDropout(TorchFunctionMode):
 
 
 class Buffers:
-    """The buffers of modules, and what they held when each module was first seen."""
+    """The buffers of modules, and the values that they held when each module was first seen."""
 
     def __init__(self) -> None:
         self._seen: set[nn.Module] = set()
         self._saved: list[tuple[nn.Module, str, Tensor, Tensor]] = []
 
     def keep(self, module: nn.Module) -> None:
-        """Remember the buffers of one module, not those of its parts."""
+        """Save the buffers of one module, not those of its submodules."""
         if module in self._seen:
             return
         self._seen.add(module)
@@ -69,7 +69,7 @@ class Buffers:
 
     @contextmanager
     def of_all_that_run(self) -> Iterator[None]:
-        """Within it every module is saved right before its first forward pass."""
+        """A context in which every module's buffers are saved right before its first forward pass."""
         hook = register_module_forward_pre_hook(lambda module, _: self.keep(module))
         try:
             yield
@@ -78,11 +78,11 @@ class Buffers:
 
     @property
     def are_of_trained_modules(self) -> bool:
-        """Whether any module that was seen has a parameter of its own that takes gradients."""
+        """Whether any saved module has a parameter of its own that takes gradients."""
         return any(weight.requires_grad for module in self._seen for weight in module.parameters(recurse=False))
 
     def restore(self) -> None:
-        """Let the modules hold the same buffers with the same values as when they were saved."""
+        """Give the modules the buffers and values that were saved."""
         for module, name, buffer, value in self._saved:
             setattr(module, name, buffer)
             buffer.data.copy_(value)
@@ -108,8 +108,8 @@ def leaves_of(results: Sequence[Tensor]) -> list[Tensor]:
 def gradients_of(loss: Tensor, leaves: Sequence[Tensor], *, keep_graph: bool) -> list[Tensor]:
     """A scalar's gradient for each leaf, dense; zeros where the scalar does not depend on it.
 
-    The engine is called itself: `autograd.grad` and `backward` suspend every `TorchFunctionMode`, so that whatever is
-    computed again in the backward pass, as by checkpointing, would drop again.
+    The engine is called directly: `autograd.grad` and `backward` suspend every `TorchFunctionMode`, so that dropout
+    would be active in code that the backward pass runs again, as checkpointing does.
     """
     if not leaves or not loss.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves]

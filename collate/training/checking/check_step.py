@@ -1,12 +1,12 @@
 """Does a training step respect the lengths? A checker for users' own code.
 
-The step is run again on batches that must make no difference (other values in the padding, more padding, rows in
-another order, one row at a time) and on batches that must make one (another value at a row's last real time step). A
-mistake with padding moves the loss by a per cent and gradients by half, and nothing raises: only a comparison tells.
+The step is run again on batches that must give the same loss (other values in the padding, more padding, rows in
+another order, one row at a time) and on batches that must not (another value at a row's last real time step). A typical
+mistake with padding changes the loss by 1 % and the gradients by 50 %, and nothing raises: only a comparison shows it.
 
 The rows [1, 2, 3] and [4] are padded to 2 x 3. A mean over all 6 cells is 10/6; with 3 more columns of zeros it is
-10/12, off by 50 %. The rows alone give 6/3 = 2 and 4/1 = 4: weighted 3/4 and 1/4, by real time steps, they make 2.5,
-as a simple mean 3. No mean gives 10/6. The right mean, over 4 real time steps, is 2.5 in every probe:
+10/12, off by 50 %. One at a time, the rows give 6/3 = 2 and 4/1 = 4. The mean of these is 2.5 if it is weighted by real
+time steps (3/4 and 1/4), and 3 if not; neither is 10/6. The right mean, over 4 real time steps, is 2.5 in every probe:
 
 >>> from collate import LengthTrackedBatch
 >>> batch = LengthTrackedBatch.from_sequences([torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0])])
@@ -43,12 +43,12 @@ def check_step(
     seed: int = 0,
     tolerance: float = 1e-4,
 ) -> StepReport:
-    """Run a training step on batches that must make no difference, and on some that must.
+    """Run a training step on changed batches, of which some must give the same loss and others must not.
 
-    Before every run the random states of torch, Python and NumPy are those of `seed`, and buffers such as running means
-    are those of the beginning; all of that is restored after the check. torch's dropout is switched off meanwhile.
-    A step that draws other random numbers gets only the probes that keep their shapes. Gradients of all leaves that the
-    loss depends on are compared.
+    Every run starts from the random states of `seed` (torch, Python and NumPy) and from the buffers, such as running
+    means, that modules have before the check. All of them are restored afterwards. torch's dropout is off during the
+    check. A step that still draws random numbers gets only the probes that keep the shapes of its batch. The gradients
+    of all leaves that the loss depends on are compared.
 
     Args:
         step: Takes a batch and returns a scalar loss, or a mapping of such losses, each of which is checked; it must
@@ -56,9 +56,10 @@ def check_step(
         batch: A `LengthTrackedBatch`, or a mapping, tuple or list with at least one in it; tensors, arrays, lists and
             tuples with an entry per row go with the rows. It should hold rows of different lengths, none of them empty.
         samples: Instead of a batch, B samples of different lengths, to be collated by `collate`.
-        collate: From a list of samples to a batch of any kind; what it does wrong is found with what the step does.
-        module: The module that the step trains. Buffers of modules that the step calls are found without it; those of
-            a module that is used but never called are restored if it is named here.
+        collate: Makes a batch of any kind from a list of samples; its mistakes are found together with those of the
+            step.
+        module: The module that the step trains. The buffers of modules that the step calls are found without it; those
+            of a module that is used but never called are restored only if it is given here.
         seed: Seed of the values tried, and of the step's own random numbers.
         tolerance: Relative change of loss or gradients that counts as a difference.
 
@@ -90,13 +91,14 @@ def _report_of_batch(runner: Runner, variants: BatchVariants, tolerance: float) 
     found = [_without_graph(runner, probes), probes.padding(), probes.dead_step()]
     if runner.is_random:
         probes.skipped.append(
-            "width, order and other rows: the step draws random numbers, other ones for a batch of another shape"
+            "width, order and other rows: the step draws random numbers, and a batch of another shape gets other ones"
         )
-        # Random numbers may have moved a wider batch, but where nothing moves, padding is known by its number.
-        found += _of_marks(probes, known=bool(probes.marked) and probes.width() is not None)
+        # On a wider batch other random numbers may have changed the loss. If nothing changed, the step recognises
+        # padding by its value.
+        found += _of_marks(probes, confirmed=bool(probes.marked) and probes.width() is not None)
     else:
         others = [probes.width(), probes.order(), probes.other_rows()]
-        found += [*_of_marks(probes, known=any(others)), *map(_with_rows(variants), others)]
+        found += [*_of_marks(probes, confirmed=any(others)), *map(_with_rows(variants), others)]
     return StepReport(_loss(runner), tuple(finding for finding in found if finding), tuple(probes.skipped))
 
 
@@ -135,13 +137,13 @@ def _report_of_samples(inner: Runner, samples: Sequence[Any], collate: Collate, 
     if not batch.fields or not batch.has_padding:
         return StepReport(_loss(runner), tuple(found), tuple(probes.skipped))
     report = _report_of_batch(inner, batch, tolerance)
-    known = {finding.probe for finding in found}
-    rest = tuple(finding for finding in report.findings if finding.probe not in known)
-    return replace(report, findings=(*found, *rest), skipped=tuple(dict.fromkeys((*probes.skipped, *report.skipped))))
+    names = {finding.probe for finding in found}
+    others = tuple(finding for finding in report.findings if finding.probe not in names)
+    return replace(report, findings=(*found, *others), skipped=tuple(dict.fromkeys((*probes.skipped, *report.skipped))))
 
 
 def _unfit(runner: Runner, batch: Any, tolerance: float) -> StepReport | None:
-    """The report of a step that nothing can be compared with: it is nan, or not the same twice."""
+    """The report of a step that cannot be compared: a result is not finite, or a second run differs; else None."""
     for name, term in runner.base.items():
         if not term.is_finite:
             bad = sum(not bool(gradient.isfinite().all()) for gradient in term.gradients)
@@ -156,46 +158,46 @@ def _unfit(runner: Runner, batch: Any, tolerance: float) -> StepReport | None:
 
 
 def _without_graph(runner: Runner, probes: Probes) -> Finding | None:
-    """The finding that the loss trains nothing; of some terms among others, which may be constant, a note."""
+    """The finding that no gradient flows from the loss; for some terms of several, which may be constant, a note."""
     if runner.without_graph == runner.names:
         what = "the loss has no graph, so that no gradient flows to the weights of the modules that the step runs"
         return Finding("graph", what, 0.0, LIKELY["graph"])
     for name in runner.without_graph:
-        probes.note(f"gradients of term {name!r}: it has no graph, which is right for a constant only")
+        probes.note(f"gradients of term {name!r}: it has no graph, which is right only for a constant")
     return None
 
 
-def _of_marks(probes: BatchProbes, *, known: bool) -> list[Finding]:
-    """Findings in padding that is marked by its number, where other findings say that the step does not know that."""
-    if known:
+def _of_marks(probes: BatchProbes, *, confirmed: bool) -> list[Finding]:
+    """Findings in padding whose value no real step holds; only notes if no other probe confirms them."""
+    if confirmed:
         return [finding for _, finding in probes.marked[:1]]
     for name, _ in probes.marked:
         value = probes.variants.fields[name].padding_value
         probes.skipped.append(
-            f"padding of {name}: the step knows it by its value {value}, which no real step of this batch holds: right "
-            "where none ever does"
+            f"padding of {name}: the step recognises it by its value {value}, which no real step of this batch holds: "
+            "right only if none ever does"
         )
     return []
 
 
 def _with_rows(variants: BatchVariants) -> Callable[[Finding | None], Finding | None]:
-    """A function that adds to a finding which parts went with the rows."""
+    """A function that adds to a finding which parts were reordered with the rows."""
     taken = ", ".join(variants.taken_along())
 
     def explained(finding: Finding | None) -> Finding | None:
         if finding is None or not taken or finding.probe not in ("order", "other rows"):
             return finding
-        return replace(finding, what=f"{finding.what}; {taken} went with the rows, having {variants.rows} entries")
+        return replace(finding, what=f"{finding.what}; {taken} followed the rows ({variants.rows} entries)")
 
     return explained
 
 
 def _explained(findings: list[Finding], variants: SampleVariants) -> list[Finding]:
-    """The findings, the first of them with what the collate function does, where that can be seen."""
+    """The findings; the first one also says what the collate function did, if that can be seen."""
     try:
         seen = (variants.lost_step() or variants.disagreement()) if findings else None
     except RAISED:
-        # A collate function may refuse values that it never met.
+        # A collate function may refuse values that it was not written for.
         seen = None
     if seen is None:
         return findings
@@ -203,11 +205,11 @@ def _explained(findings: list[Finding], variants: SampleVariants) -> list[Findin
 
 
 def _of_guesses(inner: Runner, probes: Probes, variants: SampleVariants) -> list[Finding]:
-    """The finding that lengths are guessed from values; a note where no sample holds the number that padding has."""
+    """The finding that lengths are guessed from values; only a note if no sample holds padding's value."""
     try:
         guess = variants.guessed()
     except RAISED as error:
-        # A collate function may refuse values that it never met.
+        # A collate function may refuse values that it was not written for.
         probes.note(
             f"lengths guessed from values: on a sample that ends like padding, the collate function raises {error}"
         )
@@ -216,12 +218,12 @@ def _of_guesses(inner: Runner, probes: Probes, variants: SampleVariants) -> list
         return []
     if guess.can_be_real:
         return [probes.finding("dead step", guess.what, 0.0, GUESSED)]
-    probes.note(f"{guess.what}: right where no sample ever holds that number")
+    probes.note(f"{guess.what}: right only if no sample ever holds that number")
     return []
 
 
 def _is_read(inner: Runner, guess: Guess) -> bool:
-    """Whether the loss is another one with the lengths that were not guessed."""
+    """Whether the loss changes if the guessed lengths are replaced by the true ones."""
     try:
         losses, others = inner.values(guess.batch), inner.values(guess.otherwise)
     except RAISED:
@@ -230,7 +232,7 @@ def _is_read(inner: Runner, guess: Guess) -> bool:
 
 
 def _loss(runner: Runner) -> float:
-    """The loss of the whole batch, of several terms their sum."""
+    """The loss of the whole batch; with several terms, their sum."""
     return sum(term.loss for term in runner.base.values())
 
 

@@ -1,4 +1,4 @@
-"""The probes of `check_step`: what must make no difference to a step, and what must make one."""
+"""The probes of `check_step`: changes of a batch that must not affect the loss, and changes that must."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,20 +12,20 @@ from collate.training.checking.report import COLLATED, LAST_COLUMN, LIKELY, OWN_
 from collate.training.checking.rerun import RAISED, Drift, Outcome, Runner, Term, combined
 from collate.training.checking.variants import BatchVariants, Variants, mapped, shares_of, trimmed, widened
 
-# Rows whose last step is tried, and how often with values such as real steps hold, and then with wild ones: enough
-# for a dead ReLU or a maximum elsewhere to be ruled out.
+# How many rows have their last step tried, and how often: first with values of other real steps, then with wild values.
+# With fewer tries, a dead ReLU or a maximum at another step would make a step that is read look dead.
 ROWS, TRIES = 8, 3
-# How often all values of the field, and the step's random numbers, are drawn again where that was not enough: the
-# maximum may have been elsewhere, or the step masked at random.
+# If the loss still has not changed, all values of the field and the random numbers are drawn again this many times: the
+# maximum may have been at another step, or a random mask may have hidden this one.
 REDRAWN, REDRAWN_AT_RANDOM = 3, 12
-# Another value at a real time step must move at least this fraction of the loss: the rounding of a single sum.
+# Another value at a real time step must change the loss by more than this fraction, the rounding error of one sum.
 ROUNDING = 1e-9
-# With more gradient entries than this, the weights of the rows are not solved for.
+# Above this many gradient entries (80 MB in float64) the weights of the rows are not solved for.
 MANY = 10_000_000
 
 
 class Probes:
-    """Probes of rows, whether they are those of a batch or samples that are collated first.
+    """Probes of rows: those of a batch, or samples that are collated first.
 
     Attributes:
         skipped: probes that could not be made, and why.
@@ -36,7 +36,7 @@ class Probes:
         self.skipped: list[str] = []
         self.collated = variants.kind == "sample"
 
-    # --- what must make no difference
+    # --- changes that must not affect the loss
 
     def order(self) -> Finding | None:
         """The same rows in other orders."""
@@ -49,9 +49,10 @@ class Probes:
         return self.found("order", f"another order of the {self.variants.kind}s", drift)
 
     def orders(self) -> list[list[int]]:
-        """Orders of the rows; the second and third are not their own inverse, nor is the third's square for 2 labels.
+        """Orders to try: reversed, all rows rotated by one, the first three rotated, and a random one.
 
-        An order that is its own inverse hides rows that are sorted twice instead of being put back.
+        A reversed order is its own inverse, so that it hides rows that are sorted twice instead of being put back; the
+        rotations show that.
         """
         rows = list(range(self.variants.rows))
         generator = torch.Generator().manual_seed(self.runner.seed)
@@ -60,7 +61,7 @@ class Probes:
         return [list(order) for order in dict.fromkeys(map(tuple, orders))]
 
     def other_rows(self) -> Finding | None:
-        """One row at a time: their losses must make up the batch's, as a sum or as a mean over rows or steps."""
+        """One row at a time: the rows' losses must combine to the batch's, as a sum or as a mean over rows or steps."""
         alone: list[Outcome] = []
         full = [row for row in range(self.variants.rows) if all(each[row] for each in self.variants.lengths.values())]
         for row in full:
@@ -79,8 +80,8 @@ class Probes:
         if drifts[name] <= self.tolerance:
             return None
         what = (
-            f"{self.variants.kind}s one at a time make up another {f'term {name!r}' if name else 'loss'} or gradient, "
-            f"as a sum or as any mean{f', off by {drifts[name]:.2%}' if math.isfinite(drifts[name]) else ''}"
+            f"{self.variants.kind}s run one at a time give another {f'term {name!r}' if name else 'loss'} or gradient, "
+            f"as a sum and as any mean{f', off by {drifts[name]:.2%}' if math.isfinite(drifts[name]) else ''}"
         )
         if strange := [row for row, outcome in zip(full, alone, strict=True) if not outcome[name].is_finite]:
             what += f"; {self.variants.kind} {strange[0]} alone gives {alone[full.index(strange[0])][name].loss:.6g}"
@@ -88,16 +89,16 @@ class Probes:
         return self.finding("other rows", what, drifts[name], OWN_COUNT if own_count else None)
 
     def apart(self, name: str, alone: Sequence[Outcome], shares: Sequence[Sequence[float]]) -> float:
-        """How far a term of the batch is from the weighted sums of the rows' terms, at least."""
+        """The smallest distance between a term of the batch and a weighted sum of the rows' terms."""
         terms, whole = [outcome[name] for outcome in alone], {name: self.runner.base[name]}
-        # Losses alone tell which weights it can be; gradients are many.
+        # Losses, one number each, narrow the weights down first; gradients have many entries.
         losses = [{name: Term(combined(terms, share, gradients=False).loss, whole[name].gradients)} for share in shares]
         apart = [self.runner.drift(loss, whole).size for loss in losses]
         able = [index for index, size in enumerate(apart) if size <= max(self.tolerance, min(apart))]
         return min(self.runner.drift({name: combined(terms, shares[at])}, whole).size for at in able)
 
     def fits_other_shares(self, alone: Sequence[Term], whole: Term) -> bool:
-        """Whether any other weights of the rows make up the batch: then no row knows another."""
+        """Whether some other weights of the rows give the batch's gradients: then rows do not influence each other."""
         numbers = len(alone) * sum(gradient.numel() for gradient in whole.gradients)
         if not 0 < numbers < MANY or not all(term.is_finite for term in alone):
             return False
@@ -107,15 +108,15 @@ class Probes:
         apart = (rows.cpu() @ weights)[:, 0] - target.cpu()
         return bool(apart.norm() <= max(self.tolerance, 1e-3) * target.cpu().norm()) and bool((weights > 0).all())
 
-    # --- what must make one
+    # --- a change that must affect it
 
     def dead_step(self) -> Finding | None:
         """Another value at a row's last real step must move the loss."""
         unread, names = [], list(self.variants.lengths)
         for name in names:
             rows = self.rows_to_try(name)
-            # A field that is not read at all is none of our business, and a model of the first step alone, such as one
-            # that reads a class token, means what it does.
+            # Two cases are no findings: a field that is not read at all, and a model that reads the first step only,
+            # such as a class token.
             if rows and not self.moves(self.variants, name, None, slice(None), tries=TRIES):
                 unread.append(name)
                 continue
@@ -131,7 +132,7 @@ class Probes:
         return None
 
     def rows_to_try(self, name: str) -> list[int]:
-        """Rows of a field that have a last step, some of them; none where there is no other value to try."""
+        """Up to `ROWS` rows of a field that are not empty; none if there is no other value to try."""
         if self.variants.is_alike(name):
             self.note(f"dead step: {name} holds the same number everywhere")
             return []
@@ -142,7 +143,7 @@ class Probes:
         return [row for row in rows if not self.matters(name, row, self.variants.lengths[name][row] - 1)]
 
     def dead_finding(self, name: str, rows: Sequence[int], dead: Sequence[int]) -> Finding:
-        """What is said of rows whose last steps do not count."""
+        """The finding for rows whose last step does not count."""
         lengths, row, kind = self.variants.lengths[name], dead[0], self.variants.kind
         what = f"step {lengths[row] - 1} of {kind} {row} of {name}, its last, never counts"
         longest = max(lengths)
@@ -155,7 +156,7 @@ class Probes:
         return self.counts(self.variants, name, row, slice(step, step + 1))
 
     def counts(self, variants: Variants, name: str, row: int, steps: slice) -> bool:
-        """Whether other values at these steps move the loss, whatever the other steps hold and is drawn at random."""
+        """Whether other values at these steps change the loss, for some values of the other steps and some seed."""
         if self.moves(variants, name, row, steps, tries=TRIES):
             return True
         for attempt in range(REDRAWN_AT_RANDOM if self.runner.is_random else REDRAWN):
@@ -167,7 +168,7 @@ class Probes:
     def moves(
         self, variants: Variants, name: str, row: int | None, steps: slice, *, tries: int = 1, seed: int | None = None
     ) -> bool:
-        """Whether other values at these steps move the loss; so they do where they make the step raise."""
+        """Whether other values at these steps change the loss; an error of the step counts as a change."""
         try:
             base = self.runner.values(variants.whole, seed)
             for attempt in range(2 * tries if all(map(math.isfinite, base.values())) else 0):
@@ -188,19 +189,19 @@ class Probes:
         return bool(long) and first and not any(self.matters(name, row, 1) for row in long)
 
     def is_meant(self, name: str, rows: Sequence[int], dead: Sequence[int]) -> bool:
-        """Whether last steps do not count because targets are shifted, or by a stride; the report says so."""
+        """Whether last steps do not count because targets are shifted, or because of a stride; the report notes it."""
         if other := self.shifted_against(name, rows, dead):
             self.skipped.append(
-                f"dead step: the last step of {name} counts in no row, and the first of {other} neither: right where "
-                "targets are shifted by one"
+                f"dead step: the last step of {name} counts in no row, nor does the first of {other}: right if targets "
+                "are shifted by one"
                 if len(dead) == len(rows)
-                else f"dead step: rows of one step of {name} never count: right where targets are shifted by one"
+                else f"dead step: rows of one step of {name} never count: right if targets are shifted by one"
             )
             return True
         if self.is_stride(name, rows, dead):
             self.skipped.append(
-                f"dead step: the last steps of {name} count in some rows only, by their length: right where a "
-                "convolution or a pooling with a stride leaves a remainder over"
+                f"dead step: whether the last steps of {name} count depends on a row's length: right if a convolution "
+                "or pooling with a stride leaves a remainder"
             )
             return True
         return False
@@ -217,7 +218,7 @@ class Probes:
                 inputs, targets = other, name
             else:
                 continue
-            # Targets are those of the next step: the last input never counts, nor does the first target.
+            # Each input predicts the next step's target: the last input never counts, nor does the first target.
             read = [(inputs, row, lengths[row] - 2) for row in long] + [
                 (targets, row, lengths[row] - 1) for row in long
             ]
@@ -228,11 +229,12 @@ class Probes:
         return None
 
     def is_stride(self, name: str, rows: Sequence[int], dead: Sequence[int]) -> bool:
-        """Whether rows end in a remainder that a stride leaves over, which is tried on rows that are cut.
+        """Whether rows end in a remainder that a stride leaves over; tested on shortened rows.
 
         With stride 2 and a kernel of 2, a row of 5 leaves the remainder 1: cut to 4 it gives the same loss, cut to 3 it
-        leaves a remainder again. Lengths that are too small by one fail the first test, rows that are cut to a width
-        the second. A cut row draws other random numbers; remainders must then differ from row to row.
+        leaves a remainder again. Lengths that are too small by one fail the first test; a step that cuts all rows to a
+        fixed width fails the second. If the step draws random numbers, losses of a shortened row cannot be compared;
+        then remainders must differ from row to row.
         """
         lengths = self.variants.lengths[name]
         row = max(dead, key=lengths.__getitem__)
@@ -253,7 +255,7 @@ class Probes:
         return all(abs(values[term] - loss) <= self.tolerance * abs(loss) for term, loss in base.items())
 
     def remainder(self, name: str, row: int) -> int:
-        """How many steps at the end of a row do not count, found by halving."""
+        """The number of steps at the end of a row that do not count, found by bisection."""
         length = self.variants.lengths[name][row]
         dead, alive = 1, length
         while alive - dead > 1:
@@ -275,7 +277,7 @@ class Probes:
         return max((self.runner.drift(outcome) for outcome in outcomes), key=lambda drift: drift.size)
 
     def found(self, probe: str, changed: str, drift: Drift) -> Finding | None:
-        """A finding where a drift counts."""
+        """A finding if the drift is above the tolerance."""
         if drift.size <= self.tolerance:
             return None
         return self.finding(probe, f"{changed} moves {drift}", drift.size)
@@ -289,7 +291,7 @@ class Probes:
 
 
 class BatchProbes(Probes):
-    """Probes of a batch, its padding among them."""
+    """Probes of a batch, including its padding."""
 
     variants: BatchVariants
 
@@ -300,7 +302,7 @@ class BatchProbes(Probes):
     def padding(self) -> Finding | None:
         """Other values in the padding, one field at a time.
 
-        Where padding is a number that no real step holds, a step may know it by that: what is found goes to `marked`.
+        A step may recognise padding by a value that no real step holds: such findings go to `marked`.
         """
         for name, field in self.variants.fields.items():
             if bool(field.mask.all()) or _is_marked(field):
@@ -313,7 +315,7 @@ class BatchProbes(Probes):
         return None
 
     def padding_of(self, name: str, mask: Tensor) -> Finding | None:
-        """Other values at these steps of padding, first such as real steps hold, then wild ones."""
+        """Other values in this padding: first those of real steps, then wild ones."""
         changed = f"the padding of {name}"
         found = self.compare("padding", self.variants.with_values(name, mask, wild=False), changed)
         if found:
@@ -321,7 +323,7 @@ class BatchProbes(Probes):
         try:
             outcome = self.runner.run(self.variants.with_values(name, mask, wild=True))
         except RAISED:
-            # Values that no real step could hold may be refused, as a probability of 7 is.
+            # The step may refuse values that no real step could hold, such as a probability of 7.
             return None
         if not all(term.is_finite for term in outcome.values()):
             return None
@@ -336,9 +338,10 @@ class BatchProbes(Probes):
         return self.found("width", "a wider batch", self.runner.drift(outcome))
 
     def width_of_a_row(self) -> Finding | None:
-        """A row at the batch's width against the same row at its own, where a wider batch is too wide for the step.
+        """One row at the batch's width, compared with the same row without padding.
 
-        A table of positions may be exactly as long as the batch.
+        This replaces the wider batch where the step refuses one: its table of positions may be exactly as long as the
+        batch is wide.
         """
         name = next(name for name, field in self.variants.fields.items() if not bool(field.mask.all()))
         row = min(range(self.variants.rows), key=self.variants.lengths[name].__getitem__)
@@ -355,7 +358,7 @@ class BatchProbes(Probes):
         return self.found("width", f"row {row} with padding", drift)
 
     def compare(self, probe: str, batch: Any, changed: str) -> Finding | None:
-        """A finding where a batch that must make no difference makes one, or makes the step raise."""
+        """A finding if a batch that must give the same loss gives another one, or makes the step raise."""
         try:
             drift = self.runner.drift(self.runner.run(batch))
         except RAISED as error:
@@ -364,7 +367,7 @@ class BatchProbes(Probes):
 
 
 def _is_marked(field: LengthTrackedBatch) -> bool:
-    """Whether whole numbers are padded by a mark that says what is no target, as -100 does; real steps may hold it."""
+    """Whether padding is a negative whole number that means "no target", such as -100; real steps may hold it too."""
     value, real = field.padding_value, field.flat()
     if real.is_floating_point() or real.is_complex() or value is None or value >= 0:
         return False
@@ -372,7 +375,7 @@ def _is_marked(field: LengthTrackedBatch) -> bool:
 
 
 def _may_be_marked(field: LengthTrackedBatch) -> bool:
-    """Whether whole numbers are padded by one that no real step of this batch holds, such as a token for padding."""
+    """Whether padding is a whole number that no real step of this batch holds, such as a padding token."""
     if field.padded.is_floating_point() or field.padded.is_complex() or field.padding_value is None:
         return False
     return not bool((field.flat() == field.padding_value).any())

@@ -1,4 +1,4 @@
-"""The report of a checked training step: findings, and the mistakes that look like them."""
+"""The report of a checked training step: findings, and the mistakes with the same symptom."""
 
 import warnings
 from dataclasses import dataclass
@@ -44,14 +44,14 @@ LIKELY = {
         LAST_COLUMN,
     ),
     "repeat": (
-        "a state, a cache or a counter carried from call to call: begin with a fresh one inside of the step",
-        "random numbers from a generator of its own: make it from a fixed seed inside of the step",
+        "a state, a cache or a counter carried from call to call: begin with a fresh one inside the step",
+        "random numbers from a generator of its own: make it from a fixed seed inside the step",
         "buffers of a module that is used but never called: pass it as module=",
-        "an optimizer that moves inside of the step",
+        "an optimizer that is called inside the step",
     ),
     "graph": (
         "a loss that was detached, or went through item(), a NumPy array, argmax or another function without gradients",
-        "a step that runs under torch.no_grad() or torch.inference_mode(), or a check that does",
+        "a step, or a call of check_step, under torch.no_grad() or torch.inference_mode()",
         "a metric returned instead of the loss",
     ),
     "finite": (
@@ -90,7 +90,7 @@ class ProbeName(str):
     __slots__ = ()
 
     def __eq__(self, other: object) -> bool:
-        # A comparison of two such names is not one with the former name.
+        # Two present names are compared as strings; only a plain string can be the former name.
         if type(other) is str and other == "company" and str.__eq__(self, "other rows"):
             message = 'the probe "company" is now "other rows", and the old name goes with the next release'
             warnings.warn(message, DeprecationWarning, stacklevel=2)
@@ -108,12 +108,12 @@ class Finding:
     """One way in which a step does not respect the lengths.
 
     Attributes:
-        probe: what was tried: `"padding"`, `"width"`, `"order"`, `"other rows"` or `"dead step"`; `"repeat"` for a step
-            that is not the same twice, `"finite"` for a loss or gradients that are nan or infinite, `"graph"` for a
-            loss that no gradient flows from.
-        what: what happened, with term, field, row and step where they are known.
-        drift: relative change of the loss or of the gradients, the larger; 0 for a dead step.
-        likely: mistakes that look like this, the likeliest first.
+        probe: What was tried: `"padding"`, `"width"`, `"order"`, `"other rows"` or `"dead step"`; `"repeat"` for a step
+            whose second run differs, `"finite"` for a loss or gradients that are nan or infinite, `"graph"` for a loss
+            that no gradient flows from.
+        what: What happened, with term, field, row and step where they are known.
+        drift: Relative change of the loss or of the gradients, the larger; 0 for a dead step.
+        likely: Mistakes with this symptom, the likeliest first.
     """
 
     probe: str
@@ -133,9 +133,9 @@ class StepReport:
     """What `check_step` found.
 
     Attributes:
-        loss: of the batch as it was given; of several terms the sum.
-        findings: laws that are broken; none for a step that respects the lengths.
-        skipped: probes that could not be made, and why; what was seen and is right under a condition.
+        loss: The loss of the unchanged batch; with several terms, their sum.
+        findings: The broken laws; empty for a step that respects the lengths.
+        skipped: Probes that could not be made, and why; and observations that are right under a condition.
     """
 
     loss: float
@@ -148,7 +148,7 @@ class StepReport:
         return not self.findings
 
     def raise_if_broken(self) -> None:
-        """Fail where something was found, as in a test.
+        """Raise an error if there is a finding; for tests.
 
         Raises:
             LengthError: With the whole report as its text.

@@ -1,4 +1,4 @@
-"""A step run again and again under equal conditions, and how far two of its runs are apart.
+"""Run a step repeatedly under equal conditions, and measure how far two runs are apart.
 
 A step gives one loss or several terms; each term is compared with itself.
 """
@@ -23,10 +23,10 @@ LossStep: TypeAlias = Callable[[Any], Tensor | Mapping[str, Tensor]]
 
 # What a step or a module may raise on a batch that it was not written for.
 RAISED = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError)
-# A term or its gradient that is smaller than this share of the largest one is rounding, not a measure.
+# Terms and gradients below this fraction of the largest one are compared with that fraction: they may be rounding.
 SMALL = 1e-3
 
-# What the backward pass says, and what to do about it.
+# Words in an error of the backward pass -> what to do about it.
 _NO_GRADIENTS = {
     "incompatible with": "Pass use_reentrant=False to checkpoint: the check needs the gradients of single tensors",
     "a second time": "The step must not call backward itself: return the loss before that",
@@ -35,14 +35,14 @@ _NO_GRADIENTS = {
 
 @dataclass(frozen=True)
 class Term:
-    """What a step gives for a batch: a loss, and its gradient for each leaf."""
+    """One loss of a step on a batch, and its gradient for each leaf."""
 
     loss: float
     gradients: list[Tensor]
 
     @property
     def is_finite(self) -> bool:
-        """Whether there is no nan and no infinity in it."""
+        """Whether the loss and all gradients are finite."""
         return math.isfinite(self.loss) and all(bool(gradient.isfinite().all()) for gradient in self.gradients)
 
     @property
@@ -56,7 +56,7 @@ class Term:
         return math.sqrt(sum(float((a - b).abs().double().square().sum()) for a, b in pairs))
 
 
-# By the name of each term; a step that gives one loss gives the term "".
+# Name -> term; a step that returns a single loss has the one term "".
 Outcome: TypeAlias = dict[str, Term]
 
 
@@ -66,7 +66,7 @@ class Drift:
 
     Attributes:
         size: The largest relative change of a loss or of gradients, infinite where one is not a number.
-        term: which term that is.
+        term: The name of that term.
     """
 
     size: float
@@ -74,16 +74,16 @@ class Drift:
 
     def __str__(self) -> str:
         what = f"the {f'term {self.term!r}' if self.term else 'loss'} or its gradients"
-        return f"{what} by {self.size:.2%}" if math.isfinite(self.size) else f"{what} to what is not a number"
+        return f"{what} by {self.size:.2%}" if math.isfinite(self.size) else f"{what} to nan or infinity"
 
 
 class Runner:
-    """A step, the seed of its random numbers, and what it gives for the batch as it is.
+    """A step, the seed of its random numbers, and its result on the unchanged batch.
 
     Attributes:
-        base: what the step gives for the whole batch.
-        is_random: whether its loss depends on the seed.
-        without_graph: terms that no gradient flows from, though the step runs modules with weights to train.
+        base: The result on the unchanged batch.
+        is_random: Whether the loss depends on the seed.
+        without_graph: Terms that no gradient flows from, although the step runs modules with weights to train.
     """
 
     base: Outcome
@@ -96,7 +96,7 @@ class Runner:
         self.names: list[str] = []
 
     def begin(self, batch: Any, inputs: Sequence[Tensor] = ()) -> None:
-        """Learn what the step depends on, its inputs left out, and what it gives for the batch.
+        """Run the step; record its result, and the leaves that it depends on other than its inputs.
 
         Raises:
             LengthError: A loss is not a scalar, or gradients cannot be taken.
@@ -119,10 +119,10 @@ class Runner:
         self.is_random = self.values(batch, self.seed + 1) != {name: term.loss for name, term in self.base.items()}
 
     def losses(self, batch: Any, seed: int | None = None) -> dict[str, Tensor]:
-        """The step's terms for a batch, with buffers and random numbers as at the beginning.
+        """The step's losses on a batch, by name, with the original buffers and freshly seeded random numbers.
 
         Raises:
-            LengthError: The step gives other terms than for the batch as it is.
+            LengthError: The step returns other terms than on the unchanged batch.
         """
         self.buffers.restore()
         _seed(self.seed if seed is None else seed)
@@ -133,7 +133,7 @@ class Runner:
         return terms
 
     def run(self, batch: Any) -> Outcome:
-        """The step's losses and gradients for a batch."""
+        """The step's losses and gradients on a batch."""
         losses = self.losses(batch)
         last = len(losses) - 1
         return {
@@ -142,11 +142,11 @@ class Runner:
         }
 
     def values(self, batch: Any, seed: int | None = None) -> dict[str, float]:
-        """The step's losses alone."""
+        """The step's losses on a batch, without gradients."""
         return {name: float(loss.detach()) for name, loss in self.losses(batch, seed).items()}
 
     def drift(self, outcome: Outcome, other: Outcome | None = None) -> Drift:
-        """Relative distance of a run from another one, or from that of the batch as it is."""
+        """Relative distance of a run from another, or from the run on the unchanged batch."""
         base = self.base if other is None else other
         losses = max(abs(term.loss) for term in base.values())
         sizes = max(term.size for term in base.values())
@@ -160,7 +160,7 @@ class Runner:
 
 
 def combined(outcomes: Sequence[Term], shares: Sequence[float], *, gradients: bool = True) -> Term:
-    """The weighted sum of runs, of their losses alone if so; one without weight is left out, since it may be nan."""
+    """The weighted sum of runs, or of their losses only; a run of weight 0 is left out, since it may be nan."""
     used = [(share, outcome) for share, outcome in zip(shares, outcomes, strict=True) if share]
     loss = sum(share * outcome.loss for share, outcome in used)
     if not gradients:
@@ -172,10 +172,10 @@ def combined(outcomes: Sequence[Term], shares: Sequence[float], *, gradients: bo
 
 @contextmanager
 def undisturbed(module: nn.Module | None) -> Iterator[Buffers]:
-    """Switch dropout off, and give back random states and buffers, however the check ends.
+    """Switch dropout off, and restore random states and buffers however the check ends.
 
     Yields:
-        The buffers: those of `module`, to which those of other modules can be added.
+        The buffers of `module`; those of other modules can be added.
     """
     buffers = Buffers()
     for part in module.modules() if module is not None else ():
@@ -224,8 +224,8 @@ def _scalar(loss: object, name: str) -> Tensor:
         raise TypeError(f"{name} must return a scalar tensor, got {type(loss).__name__}: {_return_hint(loss)}")
     if loss.numel() != 1:
         raise LengthError(
-            f"{name} must return a scalar loss, got shape {list(loss.shape)}: reduce it as in training, and of a "
-            "model's output return the loss alone (output.loss)"
+            f"{name} must return a scalar loss, got shape {list(loss.shape)}: reduce it as in training; of a model's "
+            "output return the loss alone (output.loss)"
         )
     if loss.is_complex():
         raise TypeError(f"{name} must return a real loss, got {loss.dtype}")
@@ -233,7 +233,7 @@ def _scalar(loss: object, name: str) -> Tensor:
 
 
 def _return_hint(result: object) -> str:
-    """What to return instead."""
+    """A hint what to return instead, for the message."""
     if result is None:
         return "add a return statement"
     if isinstance(result, (int, float)):

@@ -1,4 +1,4 @@
-"""Samples and the collate function that makes a batch of them: variants for probes, and which row a sample went to."""
+"""Variants of samples for probes, and what a user's collate function made of the samples."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,10 +20,11 @@ class Guess:
     """Lengths that a collate function takes from values.
 
     Attributes:
-        what: what was seen.
-        can_be_real: whether a real step can hold what padding holds: any float can, a whole number that samples hold.
-        batch: where the last step of a sample is like padding.
-        otherwise: the same with the lengths that were not guessed.
+        what: What was observed, for the report.
+        can_be_real: Whether a real step can hold padding's value: always for floats; a whole number if a sample holds
+            it.
+        batch: The batch in which the last step of one sample equals padding.
+        otherwise: The same batch with the true lengths.
     """
 
     what: str
@@ -33,7 +34,7 @@ class Guess:
 
 
 class SampleVariants:
-    """Variants of a list of samples; a step takes the list, and collates it first."""
+    """Variants of a list of samples; the checked step takes the list, and collates it first."""
 
     kind = "sample"
 
@@ -93,10 +94,10 @@ class SampleVariants:
         """All time steps of a field: `[M, *F]`."""
         return torch.cat(self._values(name))
 
-    # --- what the collate function did, for a finding to name
+    # --- what the collate function did, for the text of a finding
 
     def disagreement(self) -> str | None:
-        """Two parts of the batch whose rows are in other orders, if that can be seen; None otherwise."""
+        """A sentence on two parts of the batch whose rows are in different orders; None if no such parts are seen."""
         rows_of = {name: self._rows_of(name) for name in self.numbers}
         known = {name: rows for name, rows in rows_of.items() if rows is not None}
         for name, rows in known.items():
@@ -111,7 +112,7 @@ class SampleVariants:
         return None
 
     def lost_step(self) -> str | None:
-        """A sample's last step that never comes into the batch, though other steps of its field do."""
+        """A sentence on a last step that never gets into the batch, though other steps of its field do; else None."""
         for name, lengths in self.lengths.items():
             full = [row for row, length in enumerate(lengths) if length]
             lost = [row for row in full if self._loses(name, row, slice(lengths[row] - 1, None))]
@@ -123,10 +124,10 @@ class SampleVariants:
     # --- lengths that are guessed from values, as by x != 0
 
     def guessed(self) -> "Guess | None":
-        """What in the batch follows the values of a sample though it should follow its length, if anything does.
+        """Find parts of the batch that state lengths but take them from values; None if there are none.
 
-        The last step of a sample gets values of other steps, and then what the padding holds. Parts that say the
-        samples' lengths for all of the former, and others for the latter, are guessed.
+        The last step of a sample gets the values of other steps, and then padding's value. A part is guessed from
+        values if it states the true lengths for all of the former, and other lengths for the latter.
         """
         for name, lengths in self.lengths.items():
             real, few = self._steps(name), _some(self._steps(name))
@@ -142,15 +143,15 @@ class SampleVariants:
                     if parts := _parts_that_follow(sorted(lengths), batches, batch):
                         what = (
                             f"the collate function takes the lengths of {name} from its values: with {value:g} at "
-                            f"step {lengths[row] - 1} of sample {row}, its last, {' and '.join(parts)} of the batch "
-                            "say that there is no such step"
+                            f"step {lengths[row] - 1}, the last of sample {row}, {' and '.join(parts)} of the batch "
+                            "leave that step out"
                         )
                         can_be_real = real.is_floating_point() or bool((real == value).any())
                         return Guess(what, can_be_real, batch, _with_parts(batch, batches[0], parts))
         return None
 
     def _without(self, name: str, padding: Tensor, other: Tensor) -> "SampleVariants":
-        """The samples with another step instead of each that equals the padding: only last steps are under test."""
+        """The samples with `other` in place of every step that equals padding, so that only last steps are tested."""
         samples = list(self.whole)
         for row, value in enumerate(self._values(name)):
             is_padding = (value == padding)[..., None].flatten(1).all(1)
@@ -161,20 +162,20 @@ class SampleVariants:
         return self.of(samples)
 
     def ending_in(self, name: str, row: int, step: Tensor) -> Any:
-        """The batch of the samples, with this last step in one of them."""
+        """The batch of the samples, one of which gets this last step."""
         value = self._values(name)[row].clone()
         value[-1] = step
         return self.collate([*self.whole[:row], _replaced(self.whole[row], name, value), *self.whole[row + 1 :]])
 
     def _paddings(self, name: str) -> list[float]:
-        """Numbers that the padding of a field may hold: 0, and what stands at the end of rows of the batch."""
+        """Candidates for the value of a field's padding: 0, and the values at the ends of rows of the batch."""
         real = self._values(name)[0]
         found = {0.0}
         for _, part in parts_of(self.collate(self.whole)):
             values = part.padded if isinstance(part, LengthTrackedBatch) else part
             if isinstance(values, Tensor) and values.dim() == real.dim() + 1 and values.dtype == real.dtype:
                 found |= {float(end.flatten()[0]) for end in values[:, -1] if bool((end == end.flatten()[0]).all())}
-        # A negative whole number marks what is no target, as -100 does.
+        # A negative whole number means "no target", as -100 does.
         exact = not real.is_floating_point()
         return sorted(value for value in found if value == value and not (exact and value < 0))[:4]
 
@@ -185,7 +186,7 @@ class SampleVariants:
         return not any(_rows_that_differ(base, self._parts(samples)) for samples in changed)
 
     def _rows_of(self, name: str) -> list[int] | None:
-        """The row that each sample's field went to, seen by what changes with it."""
+        """The row of each sample, found by changing one sample at a time; None if that is ambiguous."""
         base, rows = self._parts(self.whole), []
         real = torch.cat([value.reshape(-1, *value.shape[1:]) for value in self.numbers[name]])
         for index, value in enumerate(self.numbers[name]):
@@ -198,7 +199,7 @@ class SampleVariants:
         return rows if len(set(rows)) == self.rows else None
 
     def _other_lengths(self, name: str, rows: Sequence[int]) -> str | None:
-        """A part of the batch that holds the right lengths in another order, in words."""
+        """A sentence on a part of the batch that holds the right lengths in another order; None if there is none."""
         lengths = [length for _, length in sorted(zip(rows, self.lengths[name], strict=True))]
         for part, values in self._parts(self.whole).items():
             found = [int(value) for value in values] if all(map(_is_integer, values)) else []
@@ -214,7 +215,7 @@ class SampleVariants:
 
 
 def _as_tensor(value: object) -> Tensor | None:
-    """Numbers of any kind as a tensor on the host; None for what is no number."""
+    """Numbers of any kind as a tensor on the host; None for anything else."""
     if isinstance(value, Tensor):
         return value.detach().cpu()
     try:
@@ -277,7 +278,7 @@ def _rows_that_differ(base: dict[str, list[Any]], other: dict[str, list[Any]]) -
 
 
 def _some(steps: Tensor, count: int = 6) -> list[Tensor]:
-    """Some different ones of steps `[M, *F]`."""
+    """Up to `count` different steps of `[M, *F]`."""
     if steps.dtype == torch.bool or steps.is_complex():
         return []
     distinct = torch.unique(steps, dim=0)
@@ -285,14 +286,16 @@ def _some(steps: Tensor, count: int = 6) -> list[Tensor]:
 
 
 def _parts_that_follow(lengths: list[int], batches: Sequence[Any], batch: Any) -> list[str]:
-    """The parts that say these sorted lengths in each of some batches, and other ones in one more."""
-    before = [dict(_said(other)) for other in batches]
+    """The parts that state these sorted lengths in each of `batches`, and other lengths in `batch`."""
+    before = [dict(_stated_lengths(other)) for other in batches]
     return [
-        part for part, said in _said(batch) if said != lengths and all(other.get(part) == lengths for other in before)
+        part
+        for part, stated in _stated_lengths(batch)
+        if stated != lengths and all(other.get(part) == lengths for other in before)
     ]
 
 
-def _said(batch: Any) -> Iterator[tuple[str, list[int]]]:
+def _stated_lengths(batch: Any) -> Iterator[tuple[str, list[int]]]:
     """The lengths that each part of a batch states, sorted.
 
     Yields:
@@ -315,7 +318,7 @@ def _with_parts(batch: Any, other: Any, names: Sequence[str]) -> Any:
 
 
 def _as_lengths(part: object) -> list[int] | None:
-    """The length of each row that a part of a batch says: integers `[B]`, or a mask `[B, T]` of either polarity."""
+    """The length of each row that a part of a batch states: integers `[B]`, or a mask `[B, T]` of either polarity."""
     if isinstance(part, LengthTrackedBatch):
         return cast("list[int]", part.lengths.tolist())
     if isinstance(part, (list, tuple)):
@@ -326,7 +329,7 @@ def _as_lengths(part: object) -> list[int] | None:
     if values.ndim == 1 and values.dtype.kind in "iu":
         return cast("list[int]", values.tolist())
     if values.ndim == 2 and values.size and bool(((values == 0) | (values == 1)).all()):
-        # A row is real at its first step.
+        # The first step of each row is real, which tells the polarity of a mask.
         counts = (values if values[:, 0].all() else 1 - values).sum(1)
         return [int(count) for count in counts]
     return None

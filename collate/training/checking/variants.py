@@ -34,13 +34,13 @@ class Variants(Protocol):
         """The variants of a changed whole."""
 
     def chosen(self, rows: Sequence[int]) -> Any:
-        """The same with some rows only, in this order."""
+        """The same with these rows only, in this order."""
 
     def alone(self, row: int) -> Any:
         """One row, no wider than it is long."""
 
     def counts(self, row: int) -> list[float]:
-        """Whatever a mean over this row alone may divide by; nan where it is none."""
+        """Every count that a mean over this row alone may divide by; nan where there is none."""
 
     def is_alike(self, name: str) -> bool:
         """Whether a field of whole numbers holds the same one everywhere, so that there is no other one to try."""
@@ -49,10 +49,10 @@ class Variants(Protocol):
         """Other values at some real steps of a row, or of all rows.
 
         Args:
-            name: the field.
+            name: The field.
             row: None for all.
-            steps: which of its real steps.
-            wild: far from what real steps hold; otherwise such as other real steps hold.
+            steps: The real steps to change.
+            wild: Values far from those of real steps; otherwise values of other real steps.
         """
 
     def cut(self, name: str, row: int, steps: int) -> Self:
@@ -104,7 +104,7 @@ class BatchVariants:
         return self.with_values(name, selected & field.mask, wild=wild)
 
     def with_values(self, name: str, selected: Tensor, *, wild: bool) -> Any:
-        """Other values at these steps `[B, T]` of a field, such as real steps could hold, or far from that."""
+        """Other values at these steps `[B, T]` of a field; see `drawn`."""
         field = self.fields[name]
         other = drawn(field.flat(), field.padded, self.generator, wild=wild)
         return self.swapped({name: field.with_padded(torch.where(expand_like(selected, other), other, field.padded))})
@@ -125,7 +125,7 @@ class BatchVariants:
         return self.of(self.swapped(others))
 
     def taken_along(self) -> list[str]:
-        """What went with the rows because it has an entry for each, though nothing says that these are the rows'."""
+        """Tensors that are selected with the rows only because they have as many entries as there are rows."""
         return [name for name, part in parts_of(self.whole) if isinstance(part, Tensor) and _is_column(part, self.rows)]
 
 
@@ -193,13 +193,13 @@ def holds_one_number(steps: Tensor) -> bool:
 
 
 def drawn(real: Tensor, present: Tensor, generator: torch.Generator, *, wild: bool) -> Tensor:
-    """Other values than are present, such as real steps could hold.
+    """Draw values that differ from the present ones and that real steps could hold.
 
     Args:
         real: `[M, *F]`, all real steps.
         present: `[..., *F]`.
-        generator: of the random choice.
-        wild: normal numbers of four deviations instead of other steps' values; whole numbers are never wild.
+        generator: Source of the random choices.
+        wild: Normal numbers of four times the standard deviation instead; whole numbers are never wild.
 
     Returns:
         A tensor like `present`.
@@ -211,12 +211,12 @@ def drawn(real: Tensor, present: Tensor, generator: torch.Generator, *, wild: bo
         return ~present
     if not _is_inexact(real):
         values: Tensor = torch.unique(real)
-        # Draw a different value: with two classes an independent draw repeats half the time, four in a row are common.
+        # With two classes an independent draw repeats the value half the time, and four repeats in a row are common.
         indices = torch.searchsorted(values.long(), present.detach().cpu().long().contiguous())
         shift = torch.randint(1, max(len(values), 2), shape, generator=generator, device="cpu")
         return values[(indices + shift) % len(values)].to(present.device)
     if not wild and bool((real != real[:1]).any()):
-        # Values of other steps, whole: probabilities stay probabilities, and unit vectors stay of length one.
+        # Whole steps are copied: probabilities still sum to one, and unit vectors keep their length.
         axes = shape[: present.dim() - real.dim() + 1]
         steps = torch.randint(len(real), axes, generator=generator, device="cpu")
         return real[steps].to(present.device)
@@ -228,11 +228,11 @@ def drawn(real: Tensor, present: Tensor, generator: torch.Generator, *, wild: bo
 
 
 def counts_of(batch: Any) -> list[float]:
-    """Whatever a mean over a batch of one row may divide by: steps, one less, pairs of steps, targets, weights."""
+    """Every count that a mean over a batch of one row may divide by: steps, steps - 1, pairs, targets, weights."""
     counts: list[float] = []
     for _, part in parts_of(batch):
         if isinstance(part, LengthTrackedBatch):
-            # The square is that of scores between all pairs of steps.
+            # The square is the number of attention scores, one for each pair of steps.
             counts += [float(part.num_tokens), float(part.num_tokens - 1), float(part.num_tokens**2)]
             counts += _weights(part.flat())
         elif isinstance(part, Tensor) and part.dim() and len(part) == 1:
@@ -242,7 +242,7 @@ def counts_of(batch: Any) -> list[float]:
 
 
 def shares_of(counts: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Weights `[B]` of the rows' means in the mean of a batch, for everything that is counted in each row."""
+    """Weights `[B]` of the rows' means in a batch's mean: one list for each kind of count."""
     columns = {tuple(column) for column in zip(*counts, strict=True)}
     return [
         [count / sum(column) for count in column]
@@ -252,11 +252,11 @@ def shares_of(counts: Sequence[Sequence[float]]) -> list[list[float]]:
 
 
 def _weights(steps: Tensor) -> list[float]:
-    """What steps `[M, *F]` may count as, all of them and without the first, as where targets are shifted."""
+    """The total weight of steps `[M, *F]`: of all, and without the first, which shifted targets leave out."""
     steps = steps.detach()
     if steps.is_complex() or (steps.is_floating_point() and bool((steps < 0).any())):
         return [np.nan, np.nan]
-    # A negative number marks what is no target, as -100 does.
+    # A negative number means "no target", as -100 does.
     weights = steps if steps.is_floating_point() or steps.dtype == torch.bool else steps >= 0
     return [float(weights.double().sum()), float(weights[1:].double().sum())]
 
@@ -277,7 +277,7 @@ def _is_structure(part: object) -> bool:
 
 
 def _is_column(part: object, rows: int) -> bool:
-    """Whether something has an entry per row: a tensor or an array, or a list or tuple of what is no field itself."""
+    """Whether a part has one entry per row: a tensor, an array, or a list or tuple that is no container of fields."""
     if isinstance(part, (Tensor, np.ndarray)):
         return part.ndim > 0 and len(part) == rows
     if not isinstance(part, (list, tuple)) or hasattr(part, "_fields") or len(part) != rows:
@@ -298,7 +298,7 @@ def check_fields(variants: BatchVariants) -> None:
     if not variants.fields:
         raise LengthError(
             "the batch holds no LengthTrackedBatch: collate it with PadCollator, or pass samples= and collate= to "
-            "check it together with a collate function of your own"
+            "check it together with your own collate function"
         )
     if not variants.has_padding:
         raise LengthError("no field has padding: check with rows of different lengths")

@@ -46,7 +46,7 @@ RUNS: Final = 21
 # Attributes that are large and that are computed again where a table is unpickled.
 _COMPUTED: Final = frozenset(["_exchange", "_run_numbers", "_epochs"])
 # Costs are counted in millionths of the budget.
-COST_UNITS: Final = 1 << 20
+BUDGET_UNITS: Final = 1 << 20
 
 
 class BatchSizes(NamedTuple):
@@ -226,7 +226,7 @@ class BatchTable(EpochTable):
         def measure(rows: Integers) -> Integers:
             return self._count_costs(self.measure_batches(samples, rows))
 
-        rows = cut_by_cost(measure(np.ones(len(samples), np.int64)), num_replicas, measure=measure, limit=COST_UNITS)
+        rows = cut_by_cost(measure(np.ones(len(samples), np.int64)), num_replicas, measure=measure, limit=BUDGET_UNITS)
         if rows is None:
             return split_batches(np.split(given, np.cumsum(counts)[:-1]), num_replicas)
         return np.split(samples, rows.cumsum()[:-1])
@@ -237,7 +237,7 @@ class BatchTable(EpochTable):
         Rounded up, and integers, because sums of floats may differ between machines.
         """
         shares = np.minimum(np.maximum(self.budget_use(sizes), self.shape_fill(sizes)), 2.0)
-        units: Integers = np.maximum(1, np.ceil(shares * COST_UNITS)).astype(np.int64)
+        units: Integers = np.maximum(1, np.ceil(shares * BUDGET_UNITS)).astype(np.int64)
         return units
 
     def budget_use(self, sizes: BatchSizes) -> Floats:

@@ -158,7 +158,7 @@ def count_windows(sorted_lengths: SortedLengths, options: Options) -> int:
 
 
 def estimate_batches(sorted_lengths: SortedLengths, options: Options) -> int:
-    """About how many batches the corpus has, from the rows that fit at up to 1,024 of its lengths."""
+    """An estimate of the corpus' number of batches, from the rows that fit at up to 1,024 of its lengths."""
     # In integers, since a float's last bit may differ between machines.
     probes = range(0, len(sorted_lengths), -(-len(sorted_lengths) // PROBES))
     lengths = sorted_lengths.lengths_between(0, len(sorted_lengths), probes.step)

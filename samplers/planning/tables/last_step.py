@@ -75,7 +75,7 @@ def split_batches(batches: list[IndexArray], num_replicas: int) -> list[IndexArr
 
 
 def split_largest(sizes: list[int], count: int) -> list[int]:
-    """Into how many parts each batch is split, so that there are `count` batches more and the largest part is smallest.
+    """The number of parts of each batch, so that there are `count` more batches and the largest part is smallest.
 
     >>> split_largest([10, 4, 3], 2)
     [3, 1, 1]

@@ -1,10 +1,11 @@
 """PoolTable: the batches of a small corpus, which is sorted again in each epoch.
 
-Buckets leave a corpus of a few batches little to mix: half of it may be one bucket. Such a corpus is small enough to be
+Buckets mix little in a corpus of a few batches: half of it may be one bucket. Such a corpus is small enough to be
 dealt again in each epoch. Its samples go at random to as many *pools* as it has windows; each pool is sorted by length
 and cut into batches that are as full as the budget allows. The number of batches depends on the draw, so an epoch takes
-the first draw that has no more batches than every epoch shall have, and splits batches if it has fewer. Replicas would
-wait for each other where batches are short: for them, a draw is cut again into batches with even shares of the budget.
+the first draw that has no more batches than every epoch must have, and splits batches if it has fewer. With several
+replicas, short batches would make replicas wait for each other: there a draw is cut again into batches with even shares
+of the budget.
 
 Twelve samples, two pools, batches of three rows: each pool of six is sorted, and the batches of two epochs, as
 lengths:
@@ -45,7 +46,7 @@ from samplers.planning.tables.last_step import split_largest
 
 # An epoch is sorted when its first batch is taken: some milliseconds.
 MANY_SAMPLES: Final = 1 << 15
-# Draws from which the number of batches of every epoch is decided.
+# Number of draws that decide how many batches every epoch has.
 SAMPLED_DRAWS: Final = 8
 # Shares of the budget are counted in 1024ths; this many 1024ths on either side of the smallest share are tried.
 SHARE_UNITS: Final = 1 << 10
@@ -228,7 +229,7 @@ class PoolTable(BatchTable):
         return Pools(members, ends.tolist(), borders)
 
     def _cut(self, widths: Integers, first: int, end: int, share: int) -> list[int]:
-        """Where batches end that are cut from `first` to `end`, each of a share of the rows that fit.
+        """The ends of batches cut from `first` to `end`, each with this share of the rows that fit.
 
         At three quarters of 5 rows, 3.75, batches have 3, 4, 4 and 4 rows, since fractions of a row are carried over.
         """
@@ -242,7 +243,7 @@ class PoolTable(BatchTable):
         return ends
 
     def _even(self, pools: Pools) -> Pools:
-        """Cut the pools again into as many batches, and those that the epoch lacks, of even shares of the budget.
+        """Cut the pools again into as many batches as the epoch needs, with even shares of the budget.
 
         Otherwise the last batch of a pool is short, and the replicas of its step wait for those with a full batch. The
         last batches of all pools are cut again together, so that at most one batch of the epoch is short, and not by
@@ -265,13 +266,13 @@ class PoolTable(BatchTable):
         return Pools(members, pools.ends, [*np.cumsum([0, *sizes]).tolist(), *ends])
 
     def _cut_into(self, widths: Integers, first: int, end: int, most: int) -> list[int]:
-        """Where batches of an even share end, cut from `first` to `end`: `most` batches, if that is possible."""
+        """The ends of batches with an even share, cut from `first` to `end`: `most` batches, if possible."""
         low, high = 0, SHARE_UNITS
         while high - low > 1:
             middle = (low + high) // 2
             fits = len(self._cut(widths, first, end, middle)) <= most
             low, high = (low, middle) if fits else (middle, high)
-        # Of the shares nearby, one whose last batch is as full as the others.
+        # Of the shares nearby, choose one whose last batch is as full as the others.
         near = range(max(1, high - NEAR), min(SHARE_UNITS, high + NEAR) + 1)
         cuts = [self._cut(widths, first, end, share) for share in near]
         fitting = [cut for cut in cuts if len(cut) <= most]
@@ -345,6 +346,6 @@ def make_pool_table(sorted_lengths: SortedLengths, options: Options) -> PoolTabl
     if not windows > 1 or not fewest <= batches < MANY_BATCHES:
         return None
     if options.drop_last and options.batch_size is not None and not table.full_rows:
-        # Which batches `batch_size` leaves short would depend on the draw.
+        # The draw would decide which batches `batch_size` leaves short.
         return None
     return replace(table, batches=table.usual_batches())

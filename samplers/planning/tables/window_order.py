@@ -99,7 +99,7 @@ class WindowOrder(EpochOrder):
         return ReadingOrder(batch_ids[read_at], groups[read_at])
 
     def _attempt_key(self, purpose: int, attempt: int) -> int:
-        """The key of an attempt; the first has the key that epochs had before there were others."""
+        """The key of an attempt; the first attempt has the key that plans had before there were attempts."""
         return derive_key(self.key(purpose), attempt) if attempt else self.key(purpose)
 
     def _order_windows(self, attempt: int) -> Integers:

@@ -167,7 +167,7 @@ class Groupings:
         return self._tables[number]
 
     def first_table(self) -> WindowTable:
-        """The grouping whose number of batches all others shall have.
+        """The grouping whose number of batches all others must have.
 
         Raises:
             ValueError: No batch is left to plan.
@@ -306,6 +306,6 @@ def group_shards(samples: Integers, window: int, key: int | None) -> list[tuple[
         groups[-1].append(shard)
         held += int(samples[shard])
     if len(groups) > 1 and 2 * held < window:
-        # A last window of less than half the size would pad much.
+        # A last window of less than half the size would have much padding.
         groups[-2:] = [groups[-2] + groups[-1]]
     return [tuple(group) for group in groups]

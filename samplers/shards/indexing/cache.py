@@ -6,12 +6,13 @@ if the new build wants checksums and a.tar.ltx has none.
 """
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 
+from samplers.shards.format.header_lengths import DeclaredLength, HeaderLength, SoundHeaders
 from samplers.shards.indexing.index_file import SUFFIX, read_index, write_index
-from samplers.shards.indexing.measuring import LengthOf
+from samplers.shards.indexing.measuring import LengthOf, Measure
 from samplers.shards.indexing.scan import scan_shard
 from samplers.shards.indexing.tables import Tables
 from samplers.shards.storage.atomic import TEMPORARY, remove_leftover
@@ -23,12 +24,13 @@ class IndexCache:
     """Indexes shards, with a cache of their indexes.
 
     Attributes:
-        fields: Fields whose lengths count. None for all arrays with an axis.
+        fields: Fields whose lengths count. None for all arrays with an axis, or else all sound.
         length: `(field, bytes) -> steps` for fields that are not arrays.
         checksums: Read payloads too.
         cache_dir: Where the index of each shard is written: True for next to the shard, or a local folder. False for
             no cache.
         length_id: Name of `length`. None without a function, or for one that has no name.
+        header: Measures fields that are not arrays, without a function.
     """
 
     fields: Collection[str] | None
@@ -36,6 +38,7 @@ class IndexCache:
     checksums: bool
     cache_dir: bool | Path = False
     length_id: str | None = None
+    header: HeaderLength = field(default_factory=SoundHeaders)
 
     def __call__(self, shard: str) -> Tables:
         """The tables of a shard: from the cache if its index fits, else from a scan.
@@ -43,7 +46,8 @@ class IndexCache:
         Raises:
             FileExistsError: Another process is writing the index.
             ValueError: The cached index is of other fields or by another function, the function has no name although
-                its lengths are to be cached, or the shard cannot be scanned.
+                its lengths are to be cached, the shard cannot be scanned, or no field needs the length in another
+                member.
         """
         cached = self.load(shard)
         if cached is not None:
@@ -51,9 +55,15 @@ class IndexCache:
             self._check_length_id(cached, shard)
             return cached if self.checksums else replace(cached, crcs=None)
         # Scans of a whole shard are lost at a kill, so each index is written at once.
-        tables = scan_shard(shard, self.fields, self.length, checksums=self.checksums)
+        measure = Measure(header=self.header) if self.length is None else Measure(self.length)
+        tables = scan_shard(shard, self.fields, measure, checksums=self.checksums)
         if tables.measured:
-            tables = replace(tables, length_id=self.length_id)
+            tables = replace(tables, length_id=self._recorded_id)
+        elif isinstance(self.header, DeclaredLength):
+            raise ValueError(
+                f"{shard}: {self.header.path} would be the length of no field, arrays have their own: name a field "
+                "that is not an array (length_fields=, --fields)"
+            )
         if self.cache_dir is not False:
             self._check_has_id(tables, shard)
             path = self.path_of(shard)
@@ -116,7 +126,17 @@ class IndexCache:
 
     @property
     def _measures(self) -> bool:
-        return self.length is not None or self.length_id is not None
+        return self._wanted_id is not None or self.length is not None
+
+    @property
+    def _recorded_id(self) -> str | None:
+        """Name of what measures."""
+        return self.header.id if self.length is None else self.length_id
+
+    @property
+    def _wanted_id(self) -> str | None:
+        """Name of what was asked for. None for the default."""
+        return self.header.id if isinstance(self.header, DeclaredLength) else self.length_id
 
     def _check_length_id(self, cached: Tables, shard: str) -> None:
         """Refuse lengths that another function measured.
@@ -124,10 +144,10 @@ class IndexCache:
         Raises:
             ValueError: Another one did.
         """
-        if cached.measured and self._measures and cached.length_id != self.length_id:
+        if cached.measured and self._measures and cached.length_id != self._wanted_id:
             raise ValueError(
                 f"{self.path_of(shard)}: its lengths of {', '.join(cached.measured)} were measured by "
-                f"{cached.length_id!r}, length= is now {self.length_id!r}: delete it to measure again, give resume= "
+                f"{cached.length_id!r}, length= is now {self._wanted_id!r}: delete it to measure again, give resume= "
                 f"another folder, or length_id={cached.length_id!r} if both give the same lengths"
             )
 
@@ -137,7 +157,7 @@ class IndexCache:
         Raises:
             ValueError: It has none.
         """
-        if tables.measured and self.length_id is None:
+        if tables.measured and self._recorded_id is None:
             raise ValueError(
                 f"{shard}: a cached index must name the function that measured the lengths of "
                 f"{', '.join(tables.measured)}, but no name can be made for {self.length!r}, which holds objects: give "
@@ -146,7 +166,7 @@ class IndexCache:
 
 
 def _tracked_fields(tables: Tables) -> list[str]:
-    return [field.name for field in tables.fields if field.tracked]
+    return [each.name for each in tables.fields if each.tracked]
 
 
 def _size_since(shard: str, index: Path) -> int | None:

@@ -11,7 +11,8 @@ from typing import Any, Self, overload
 
 import numpy as np
 
-from samplers.shards.deprecation import renamed_argument
+from collate.deprecated.names import renamed_arguments
+from samplers.shards.format.header_lengths import DeclaredLength, SoundHeaders, header_length_of
 from samplers.shards.format.keys import decode_key
 from samplers.shards.format.npy import AnyArray
 from samplers.shards.indexing.cache import IndexCache
@@ -19,7 +20,7 @@ from samplers.shards.indexing.find_index import find_index_files
 from samplers.shards.indexing.index_file import open_tables, read_index, sort_by_length, write_index
 from samplers.shards.indexing.measuring import Decoder, LengthOf, Measure, identify
 from samplers.shards.indexing.tables import Tables, join_tables
-from samplers.shards.indexing.verify import check_request, check_shard
+from samplers.shards.indexing.verify import check_request, check_shard, complete_measure
 from samplers.shards.storage.atomic import local_path
 from samplers.shards.storage.paths import expand_shards, refuse_twice
 from samplers.shards.storage.process_pool import run_in_processes
@@ -63,6 +64,7 @@ class LengthIndex:
         self._lengths = lengths.reshape(-1) if sum(tracked) == 1 else lengths
 
     @classmethod
+    @renamed_arguments(fields="length_fields")
     def build(
         cls,
         shards: Shards,
@@ -73,10 +75,13 @@ class LengthIndex:
         checksums: bool = False,
         resume: bool | str | os.PathLike[str] = False,
         length_id: str | None = None,
+        length_field: str | None = None,
         progress: bool = False,
-        fields: Collection[str] | None = None,
     ) -> Self:
         """Index shards: read their headers and skip their payloads.
+
+        Sound has its frames in its header too: wav, flac, ogg, opus and mp3, which `soundfile` reads (install
+        `lengthtrack[speech]`). Their lengths are frames, and `rates` has the frames in a second.
 
         With `resume=True` the index `SHARD.ltx` of each shard is written next to it as soon as the shard is scanned,
         and a shard with such an index is not scanned again. So a build that was killed resumes where it was. An index
@@ -84,7 +89,8 @@ class LengthIndex:
 
         Args:
             shards: Paths, brace patterns, wildcards, folders or URLs.
-            length_fields: Fields whose lengths count. None for every `.npy` array with an axis.
+            length_fields: Fields whose lengths count. None for every `.npy` array with an axis; if there is none, all
+                sound.
             length: `(field, bytes) -> steps`, for fields in other encodings. Picklable, if there are workers.
             workers: Number of processes. 0 stays in this one.
             checksums: Read payloads too, and store a crc32 of every sample and field.
@@ -93,30 +99,38 @@ class LengthIndex:
             length_id: A name for `length`, which the index records, so that an index by another function is refused.
                 None makes one from its source without comments and from the constants and functions of its module
                 that it uses, but not from what it calls in other modules: change the name when those change.
+            length_field: The member that declares the lengths of fields that are not arrays, instead of `length`: such
+                as `json.num_samples`, the key `num_samples` in the member `json`. Where `length_fields` names none, the
+                field is the one that is sound, or `json` itself. A list there counts with its length.
             progress: Show a progress bar.
-            fields: Former name of `length_fields`, until the next release.
 
         Raises:
             FileExistsError: Another process is writing the index of a shard.
             FileNotFoundError: A shard is absent.
-            LengthError: A block's lengths do not fit its steps, or `length` does not return a length.
+            LengthError: A block's lengths do not fit its steps, or `length` or `length_field` gives no length.
+            ModuleNotFoundError: soundfile is needed, and not installed.
             ProcessKilledError: A process was killed. The message has its shard. A `RuntimeError`.
             TypeError: `length_fields` is a single string, `length_id` is not text, or `workers` not an int.
             ValueError: A shard comes twice, is damaged or empty or has a pickle, or samples differ in their fields; an
                 existing index of a shard is of other fields or by another function, or a function has no name;
+                a sound file has no length in its header; `length_field` names no field or comes with `length`;
                 `resume=True` with a remote shard; or `workers` is negative.
         """
-        length_fields = renamed_argument("LengthIndex.build", ("fields", fields), ("length_fields", length_fields))
         if isinstance(length_fields, str):
             raise TypeError(f"length_fields must be a list of names, got the string {length_fields!r}")
         if length_id is not None and (not isinstance(length_id, str) or not length_id):
             raise TypeError(f"length_id must be a name, got {length_id!r}")
+        if header_length_of(length_id) is not None:
+            raise ValueError(f"length_id={length_id!r} is a name for lengths from headers: choose another")
+        if length_field is not None and length is not None:
+            raise ValueError("length_field and length both measure: give one")
         cache_dir = resume if isinstance(resume, bool) else local_path(resume, "resume")
         if isinstance(cache_dir, Path):
             cache_dir.mkdir(parents=True, exist_ok=True)
         paths = expand_shards(shards)
         length_id = identify(length) if length_id is None and length is not None else length_id
-        cache = IndexCache(length_fields, length, checksums, cache_dir, length_id).inherit_fields(paths)
+        header = SoundHeaders() if length_field is None else DeclaredLength(length_field)
+        cache = IndexCache(length_fields, length, checksums, cache_dir, length_id, header).inherit_fields(paths)
         # `closing` kills the workers when this process is interrupted.
         with closing(run_in_processes(cache, paths, workers, unit="shard", progress=progress)) as results:
             parts = dict(results)
@@ -190,8 +204,16 @@ class LengthIndex:
 
     @property
     def length_id(self) -> str | None:
-        """Name of the function that measured the lengths of fields that are not arrays. None if none did or unknown."""
+        """What measured the lengths of fields that are not arrays. None if nothing did or it is unknown.
+
+        The name of a function, `sound headers`, or `declared in FIELD.KEY`.
+        """
         return self._tables.length_id
+
+    @property
+    def rates(self) -> dict[str, tuple[int, ...]]:
+        """Steps in a second, by field, where headers have them: ascending, several if samples differ."""
+        return dict(self._tables.rates)
 
     @property
     def keys(self) -> Keys:
@@ -220,24 +242,23 @@ class LengthIndex:
         parts = [*self.fields, *(shard.fingerprint for shard in self._tables.shards)]
         return blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
 
+    @renamed_arguments(payload="checksums")
     def verify(
         self,
         *,
         checksums: bool = False,
         length: LengthOf | None = None,
         decode: Mapping[str, Decoder] | None = None,
-        payload: bool | None = None,
     ) -> tuple[str, ...]:
         """Compare the index with its shards, and its own file with its checksum.
 
-        With `length` or `decode`, lengths of fields that are not arrays are measured again. Without, only their
-        headers are compared.
+        Lengths from the headers of sound, or declared in another member, are read again. Those by a function need it
+        again, as `length` or `decode`: without, they are not compared.
 
         Args:
             checksums: Read every sample too, and compare its crc32.
             length: `(field, bytes) -> steps`, as for `build`.
             decode: Functions from bytes to a sequence, by field. They come before `length`.
-            payload: Former name of `checksums`, until the next release.
 
         Returns:
             The fields whose lengths were not measured. Empty if everything was compared.
@@ -249,8 +270,7 @@ class LengthIndex:
                 `decode` names a field whose length needs no measuring.
             TypeError: `decode` returns a masked array with masked values.
         """
-        checksums = bool(renamed_argument("LengthIndex.verify", ("payload", payload), ("checksums", checksums)))
-        measure = Measure(length, dict(decode or {}))
+        measure = complete_measure(self._tables, Measure(length, dict(decode or {})))
         check_request(self._tables, measure, checksums=checksums)
         if self._path is not None:
             read_index(self._path, checked_up_to=None)

@@ -22,7 +22,9 @@ The header is an object with
   int32 `[N, K]`, `keys` bytes `[N]` padded with zeros, `places` int64 `[N, M]` (`Tables.offsets`), `order` (samples by
   the sum of their tracked lengths, longest first, stable) int32 or int64 `[N]`, in the plain layout `sizes` int64
   `[N, M]`, in blocks `blocks` int64 `[G, 1 + M + K]`, and `crcs` uint32 `[N, M]` if payloads were read (see `Tables`);
-- `length_id`, if it is known: the function that measured the lengths of fields that are not arrays.
+- `length_id`, if it is known: what measured the lengths of fields that are not arrays: the name of a function,
+  `sound headers`, or `declared in FIELD.KEY`;
+- `rates`, if they are known: for such a field its steps in a second, ascending; several if samples differ.
 
 An index of two samples of one shard. The lengths take 2 x 4 bytes, so the keys follow at offset 64:
 
@@ -72,6 +74,7 @@ from samplers.shards.indexing.index_header import (
 from samplers.shards.indexing.tables import (
     Field,
     Layout,
+    Rates,
     Shard,
     Tables,
     TablesLike,
@@ -107,6 +110,7 @@ class FileTables:
         fields: As of `Tables`.
         shards: As of `Tables`.
         length_id: As of `Tables`.
+        rates: As of `Tables`.
         shapes: As of `Tables`.
     """
 
@@ -116,6 +120,7 @@ class FileTables:
     fields: tuple[Field, ...]
     shards: tuple[Shard, ...]
     length_id: str | None
+    rates: Rates
     shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
     def array(self, name: str) -> AnyArray:
@@ -149,7 +154,8 @@ def open_tables(path: str, shard: str | None = None) -> TablesLike:
     # `FileTables.array` compares these bytes, in case the file is replaced in between.
     with Path(path).open("rb") as file:
         prefix = file.read(_PREFIX.size)
-    return FileTables(path, prefix, tables.layout, tables.fields, tables.shards, tables.length_id, tables.shapes)
+    parts = (tables.layout, tables.fields, tables.shards, tables.length_id, tables.rates, tables.shapes)
+    return FileTables(path, prefix, *parts)
 
 
 def read_index(

@@ -13,7 +13,7 @@ import numpy as np
 
 from samplers.shards.format.npy import DTYPES, AnyArray
 from samplers.shards.format.samples import field_of
-from samplers.shards.indexing.tables import ARRAYS, Field, Shard, Tables, TablesLike, key_width
+from samplers.shards.indexing.tables import ARRAYS, Field, Rates, Shard, Tables, TablesLike, join_rates, key_width
 
 # Bytes before the header: magic, version, sizes and checksums.
 PREFIX_BYTES: Final = 24
@@ -47,6 +47,8 @@ def encode_header(
     }
     if length_id is not None:
         header["length_id"] = length_id
+    if rates := join_rates(parts):
+        header["rates"] = dict(rates)
     text = json.dumps(header, separators=(",", ":")).encode()
     return text, round_up(PREFIX_BYTES + len(text))
 
@@ -75,7 +77,20 @@ def build_tables(header: dict[str, Any], content: AnyArray, start: int, path: st
     order, length_id = arrays.pop("order"), header.get("length_id")
     if not isinstance(length_id, str | None):
         raise ValueError(f"length_id is {length_id!r}")
-    return Tables(header["layout"], fields, shards, **arrays, length_id=length_id), order
+    rates = _read_rates(header.get("rates", {}))
+    return Tables(header["layout"], fields, shards, **arrays, length_id=length_id, rates=rates), order
+
+
+def _read_rates(entries: dict[str, Any]) -> Rates:
+    """The rates from the header.
+
+    Raises:
+        ValueError: No writer writes such an entry.
+    """
+    rates = tuple((name, tuple(values)) for name, values in entries.items())
+    if not all(values and all(type(rate) is int and rate > 0 for rate in values) for _, values in rates):
+        raise ValueError(f"rates are {entries}")
+    return rates
 
 
 def _read_field(entry: dict[str, Any], layout: str) -> Field:

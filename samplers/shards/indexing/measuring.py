@@ -18,6 +18,7 @@ import textwrap
 import tokenize
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from functools import partial
 from hashlib import blake2b
 from pathlib import PurePath
@@ -25,6 +26,7 @@ from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeAlias
 
 from samplers.masked import refuse_masked
+from samplers.shards.format.header_lengths import HeaderLength
 
 # (field, bytes) -> steps.
 LengthOf: TypeAlias = Callable[[str, bytes], int]
@@ -34,15 +36,17 @@ Decoder: TypeAlias = Callable[[bytes], Any]
 
 @dataclass(frozen=True)
 class Measure:
-    """Measures the steps of a field: by its decoder if there is one, else by the length function.
+    """Measures the steps of a field: by its decoder if there is one, by the length function, or from headers.
 
     Attributes:
         length: `(field, bytes) -> steps`.
         decode: Functions from bytes to a sequence, by field.
+        header: Measures the fields that no function measures.
     """
 
-    length: LengthOf | None
-    decode: Mapping[str, Decoder]
+    length: LengthOf | None = None
+    decode: Mapping[str, Decoder] = dataclass_field(default_factory=dict)
+    header: HeaderLength | None = None
 
     def __call__(self, field: str, data: bytes) -> int:
         """Steps of a field. 0 if nothing measures it."""
@@ -54,6 +58,10 @@ class Measure:
 
     def measures(self, field: str) -> bool:
         """Whether this measures the field."""
+        return self.calls(field) or self.header is not None
+
+    def calls(self, field: str) -> bool:
+        """Whether a function measures the field."""
         return self.length is not None or field in self.decode
 
 

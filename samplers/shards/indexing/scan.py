@@ -4,8 +4,9 @@ from collections.abc import Collection, Iterator
 from itertools import chain
 from typing import Any
 
+from samplers.shards.format.header_lengths import SoundHeaders
 from samplers.shards.format.samples import KEYS, NO_SAMPLES
-from samplers.shards.indexing.measuring import LengthOf
+from samplers.shards.indexing.measuring import Measure
 from samplers.shards.indexing.scan_blocks import scan_blocks
 from samplers.shards.indexing.scan_plain import PlainScan
 from samplers.shards.indexing.shard_groups import ShardGroups
@@ -14,19 +15,19 @@ from samplers.shards.storage.reading import open_file
 
 
 def scan_shard(
-    path: str, fields: Collection[str] | None = None, length: LengthOf | None = None, *, checksums: bool = False
+    path: str, fields: Collection[str] | None = None, measure: Measure | None = None, *, checksums: bool = False
 ) -> Tables:
     """Read the headers of a shard.
 
     Args:
         path: Path or URL.
         fields: Fields whose lengths count. None for all arrays with an axis.
-        length: `(field, bytes) -> steps` for fields that are not arrays.
+        measure: Measures fields that are not arrays. None for the headers of sound files.
         checksums: Read payloads too.
 
     Raises:
         FileNotFoundError: There is no such shard.
-        LengthError: A block's lengths do not fit its steps, or `length` does not return a length.
+        LengthError: A block's lengths do not fit its steps, or what measures does not give a length.
         ValueError: The shard is damaged, empty, has pickles, or its samples differ in their fields. The message has
             shard, key and field.
     """
@@ -37,7 +38,7 @@ def scan_shard(
         raise ValueError(f"{path}: {NO_SAMPLES}")
     if KEYS in first[1]:
         return scan_blocks(groups, chain([first], pairs), fields)
-    scan = PlainScan(groups, fields, length)
+    scan = PlainScan(groups, fields, measure or Measure(header=SoundHeaders()))
     for key, members in chain([first], pairs):
         scan.add(key, members)
     return scan.tables()

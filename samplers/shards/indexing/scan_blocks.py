@@ -18,7 +18,7 @@ import numpy as np
 from samplers.shards.format.keys import decode_key, encode_keys
 from samplers.shards.format.npy import DTYPES, AnyArray, decode_npy
 from samplers.shards.format.samples import KEYS, check_block_lengths, read_block_keys, split_block
-from samplers.shards.indexing.shard_groups import Members, ShardGroups, check_steps
+from samplers.shards.indexing.shard_groups import Members, ShardGroups, check_stored_length
 from samplers.shards.indexing.tables import Field, Tables
 
 
@@ -144,7 +144,7 @@ def _read_column(groups: ShardGroups, members: Members, keys: AnyArray, field: F
         member_offsets += (lengths_member.data,)
         lengths = decode_npy(groups.digested_content(lengths_member), f"{context} (lengths)")
         lengths = check_block_lengths(lengths, keys, header.shape[0], context)
-        check_steps(int(lengths.max()), context)
+        check_stored_length(int(lengths.max()), context)
     elif header.shape[0] != len(keys):
         raise ValueError(f"{context}: {len(keys)} keys, but an array of shape {list(header.shape)}")
     field = replace(field, dtype=header.dtype.str, shape=header.shape[1:])

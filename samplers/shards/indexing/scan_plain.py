@@ -9,12 +9,13 @@ from zlib import crc32
 import numpy as np
 
 from collate.errors import LengthError
+from samplers.shards.format.header_lengths import DeclaredLength
 from samplers.shards.format.keys import encode_key
 from samplers.shards.format.npy import find_npy_header
 from samplers.shards.format.samples import KEYS, field_of, refuse_pickle
 from samplers.shards.format.tar import Member
-from samplers.shards.indexing.measuring import LengthOf
-from samplers.shards.indexing.shard_groups import Members, ShardGroups, check_steps
+from samplers.shards.indexing.measuring import Measure
+from samplers.shards.indexing.shard_groups import Members, ShardGroups, check_stored_length
 from samplers.shards.indexing.tables import Field, Tables
 
 # Headers whose lengths are cached.
@@ -26,17 +27,19 @@ class PlainScan:
 
     Args:
         groups: The shard.
-        fields: Fields whose lengths count. None for the arrays with an axis in the first sample.
-        length: `(field, bytes) -> steps` for fields that are not arrays.
+        fields: Fields whose lengths count. None for the arrays with an axis in the first sample, or else its sound.
+        measure: Measures fields that are not arrays.
     """
 
-    def __init__(self, groups: ShardGroups, fields: Collection[str] | None, length: LengthOf | None) -> None:
-        self._groups, self._measure_bytes = groups, length
+    def __init__(self, groups: ShardGroups, fields: Collection[str] | None, measure: Measure) -> None:
+        self._groups, self._measure = groups, measure
         self._tracked = None if fields is None else list(fields)
         self._keys: dict[str, None] = {}
         self._columns: dict[str, _PlainColumn] = {}
         # Lengths by suffix, size and header of the array. Parsing is most of the work, and headers recur.
         self._cached_lengths: dict[tuple[str, int, bytes], int] = {}
+        # Rates by field, each once.
+        self._rates: dict[str, set[int]] = {}
 
     def add(self, key: str, members: Members) -> None:
         """Add a sample.
@@ -51,13 +54,13 @@ class PlainScan:
             problem = "a block among single samples" if KEYS in members else "the key comes twice"
             raise ValueError(f"{context}: {problem}")
         if self._tracked is None:
-            self._tracked = self._variable_arrays(members, context)
+            self._tracked = self._default_fields(members, context)
         sample, tracked = len(self._keys), 0
         self._keys[key] = None
         for suffix, member in members.items():
             column = self._columns.get(suffix) or self._new_column(suffix, context)
             crc = crc32(self._groups.content(member)) if self._groups.checksums else 0
-            column.append(sample, (member.data, member.size, crc, self._length(column, member, key)))
+            column.append(sample, (member.data, member.size, crc, self._length(column, members, key)))
             tracked += column.field.tracked
         if tracked < len(self._tracked):
             names = [field_of(suffix)[0] for suffix in members]
@@ -82,10 +85,11 @@ class PlainScan:
             np.stack([column.offsets for column in columns], 1).astype("<i8"),
             np.stack([column.sizes for column in columns], 1).astype("<i8"),
             np.stack([column.crcs for column in columns], 1).astype("<u4") if self._groups.checksums else None,
+            rates=tuple((name, tuple(sorted(rates))) for name, rates in sorted(self._rates.items())),
         )
 
-    def _variable_arrays(self, members: Members, context: str) -> list[str]:
-        """The fields of a sample that are arrays with an axis.
+    def _default_fields(self, members: Members, context: str) -> list[str]:
+        """The fields of a sample that are arrays with an axis; if there are none, those that a header measures.
 
         Raises:
             ValueError: There are none.
@@ -95,11 +99,13 @@ class PlainScan:
             for suffix, member in members.items()
             if field_of(suffix)[1] == "npy" and self._groups.npy_header(member, context).shape
         ]
+        if self._measure.header is not None and (not names or isinstance(self._measure.header, DeclaredLength)):
+            names = self._measure.header.default_fields(members, context)
         if not names:
             raise ValueError(
-                f"{context}: none of {sorted(members)} is a .npy array with an axis: name the fields whose lengths "
-                "count (length_fields=, --fields), and give a length function to measure other encodings (length=, "
-                "--length MODULE:FUNCTION)"
+                f"{context}: none of {sorted(members)} is a .npy array with an axis, or sound: name the fields whose "
+                "lengths count (length_fields=, --fields), and give a length function to measure other encodings "
+                "(length=, --length MODULE:FUNCTION)"
             )
         return names
 
@@ -119,10 +125,11 @@ class PlainScan:
         self._columns[suffix] = _PlainColumn(Field(name, suffix, variable=tracked, tracked=tracked))
         return self._columns[suffix]
 
-    def _length(self, column: "_PlainColumn", member: Member, key: str) -> int:
+    def _length(self, column: "_PlainColumn", members: Members, key: str) -> int:
         """Steps of a member, 0 for a field whose lengths do not count."""
         if not column.field.is_array:
-            return self._measure(column.field.name, member, key) if column.field.tracked else 0
+            return self._measure_member(column.field, members, key) if column.field.tracked else 0
+        member = members[column.field.suffix]
         # The header without the payload, because almost every payload is different.
         header = member.head[: find_npy_header(member.head)[1]]
         cache_key = (column.field.suffix, member.size, header)
@@ -156,29 +163,35 @@ class PlainScan:
                 f"{context}: {header.dtype} with features {list(header.shape[1:])}, earlier samples have "
                 f"{field.dtype} with features {list(field.shape)}: a field has one dtype and feature shape"
             )
-        return check_steps(header.shape[0], context)
+        return check_stored_length(header.shape[0], context)
 
-    def _measure(self, name: str, member: Member, key: str) -> int:
-        """Steps of a member by the user's function.
+    def _measure_member(self, field: Field, members: Members, key: str) -> int:
+        """Steps of a member that is not an array; 0 if nothing measures it.
 
         Raises:
-            LengthError: It does not return a length.
-            ValueError: There is no function.
+            LengthError: What measures it does not give a length.
+            ValueError: Its header does not have it.
         """
-        context = f"{self._groups.context(key)}, field {name!r}"
-        if self._measure_bytes is None:
-            raise ValueError(
-                f"{context}: not a .npy array: give a length function (field, bytes) -> steps: "
-                "length=, or --length MODULE:FUNCTION of a command"
-            )
+        context = f"{self._groups.context(key)}, field {field.name!r}"
+        if not self._measure.calls(field.name):
+            return self._read_header(field, members, context)
         try:
-            steps = self._measure_bytes(name, self._groups.content(member))
+            steps = self._measure(field.name, self._groups.content(members[field.suffix]))
         except Exception as error:
             error.add_note(f"length= was called for {context}")
             raise
         if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 0:
             raise LengthError(f"{context}: length= must give a non-negative int, got {steps!r}")
-        return check_steps(int(steps), context)
+        return check_stored_length(int(steps), context)
+
+    def _read_header(self, field: Field, members: Members, context: str) -> int:
+        """Steps of a member from a header, whose rate is noted; 0 without one."""
+        if self._measure.header is None:
+            return 0
+        steps, rate = self._measure.header.measure(self._groups.file, members, field.suffix, context)
+        if rate:
+            self._rates.setdefault(field.name, set()).add(rate)
+        return check_stored_length(steps, context)
 
 
 class _PlainColumn:

@@ -123,7 +123,7 @@ def keys_fit(width: int, count: int, size: int) -> bool:
     return width * count <= size * _MAX_KEYS_RATIO + _FREE_BYTES
 
 
-def check_steps(steps: int, context: str) -> int:
+def check_stored_length(steps: int, context: str) -> int:
     """Return a length that fits the tables' 32 bits.
 
     Raises:

@@ -32,6 +32,9 @@ import numpy as np
 
 from samplers.shards.format.npy import AnyArray
 
+# Steps in a second, by field: ascending, more than one if samples differ.
+Rates: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
+
 Layout: TypeAlias = Literal["plain", "blocks"]
 
 # Arrays of `Tables` and their dtypes, little-endian.
@@ -113,6 +116,11 @@ class TablesLike(Protocol):
         ...
 
     @property
+    def rates(self) -> Rates:
+        """Steps in a second of the fields where they are known."""
+        ...
+
+    @property
     def shapes(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
         """Dtype and shape of each array, by name."""
         ...
@@ -140,6 +148,7 @@ class Tables:
             the offsets of the lengths of its variable fields. None in the plain layout.
         length_id: Name of the function that measured the lengths of fields that are not arrays. None if there is no
             such field, or the function is unknown.
+        rates: Steps in a second, by field, where headers have them.
     """
 
     layout: Layout
@@ -152,6 +161,7 @@ class Tables:
     crcs: AnyArray | None = None
     blocks: AnyArray | None = None
     length_id: str | None = None
+    rates: Rates = ()
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         # Pickles of release 0.1 call the offsets `places`.
@@ -175,7 +185,7 @@ class Tables:
 
     @property
     def measured(self) -> list[str]:
-        """The fields whose lengths were measured by a user's function, because no header has them."""
+        """The fields that are not arrays, so that `length_id` says what measured their lengths."""
         return [field.name for field in self.fields if field.tracked and not field.is_array]
 
     @cached_property
@@ -195,7 +205,9 @@ class Tables:
             start, end = np.searchsorted(self.blocks[:, 0], [first, last])
             arrays["blocks"] = self.blocks[start:end].copy()
             arrays["blocks"][:, 0] -= first
-        return Tables(self.layout, self.fields, (self.shards[number],), **arrays, length_id=self.length_id)
+        return Tables(
+            self.layout, self.fields, (self.shards[number],), **arrays, length_id=self.length_id, rates=self.rates
+        )
 
 
 def join_tables(parts: Sequence[TablesLike]) -> Tables:
@@ -207,7 +219,7 @@ def join_tables(parts: Sequence[TablesLike]) -> Tables:
     length_id = check_alike(parts)
     shards = tuple(shard for part in parts for shard in part.shards)
     arrays = {name: _concatenate(parts, name) for name in parts[0].shapes}
-    return Tables(parts[0].layout, parts[0].fields, shards, **arrays, length_id=length_id)
+    return Tables(parts[0].layout, parts[0].fields, shards, **arrays, length_id=length_id, rates=join_rates(parts))
 
 
 def check_alike(parts: Sequence[TablesLike]) -> str | None:
@@ -238,6 +250,19 @@ def check_alike(parts: Sequence[TablesLike]) -> str | None:
             "with one, or with one length_id= if both measure the same"
         )
     return names[0] if names and None not in by_id else None
+
+
+def join_rates(parts: Sequence[TablesLike]) -> Rates:
+    """The rates of all parts, for the fields whose rates all of them know.
+
+    >>> from types import SimpleNamespace
+    >>> a, b = (SimpleNamespace(rates=(("wav", (rate,)),)) for rate in (16000, 8000))
+    >>> join_rates([a, b, a]), join_rates([a, SimpleNamespace(rates=())])
+    ((('wav', (8000, 16000)),), ())
+    """
+    by_part = [dict(part.rates) for part in parts]
+    names = [name for name in by_part[0] if all(name in rates for rates in by_part)]
+    return tuple((name, tuple(sorted({rate for rates in by_part for rate in rates[name]}))) for name in names)
 
 
 def concat_column(parts: Sequence[TablesLike], name: str) -> Iterator[AnyArray]:

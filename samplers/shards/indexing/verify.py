@@ -5,12 +5,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias, overload
 
 import numpy as np
 
 from collate.errors import LengthError
+from samplers.shards.format.header_lengths import header_length_of
 from samplers.shards.format.keys import decode_key
 from samplers.shards.format.npy import LONGEST_HEADER, AnyArray, read_npy_header
 from samplers.shards.indexing.index_file import REBUILD
@@ -22,6 +23,11 @@ from samplers.shards.storage.reading import RandomAccess, open_file
 
 # Fields to read: column in the tables, field, and column of its lengths (-1 for a field of fixed size).
 ReadColumns: TypeAlias = list[tuple[int, Field, int]]
+
+
+def complete_measure(tables: Tables, measure: Measure) -> Measure:
+    """A measure that also reads the headers from which the index has its lengths."""
+    return replace(measure, header=header_length_of(tables.length_id))
 
 
 def check_shard(tables: Tables, measure: Measure, *, checksums: bool) -> None:
@@ -176,7 +182,7 @@ def find_errors(
         TypeError: `workers` is not an int.
         ValueError: The index does not allow this verification, or `workers` is negative.
     """
-    check = _ShardCheck(measure or Measure(None, {}), checksums=checksums)
+    check = _ShardCheck(complete_measure(tables, measure or Measure()), checksums=checksums)
     check_request(tables, check.measure, checksums=checksums)
     # Workers finish in any order: errors of later shards wait here for those of earlier ones.
     waiting: dict[int, str | None] = {}

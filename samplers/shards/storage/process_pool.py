@@ -9,6 +9,7 @@ import pickle
 import signal
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import BrokenExecutor
 from contextlib import suppress
 from itertools import islice
 from multiprocessing import Pipe, Process, parent_process
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from collate.widths import check_count
 
 
-class ProcessKilledError(RuntimeError):
+class ProcessKilledError(BrokenExecutor):
     """A process was killed while it was working, for example because memory ran out."""
 
 

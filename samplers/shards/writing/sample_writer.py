@@ -74,7 +74,7 @@ class SampleWriter:
             ValueError: `folder` is a URL, an option is out of range, or an existing shard has another layout or
                 schema, or has changed since it was indexed.
         """
-        check_options(layout, prefix, stack, max_samples=max_samples, max_bytes=max_bytes, block_size=block_size)
+        check_writer_options(layout, prefix, stack, max_samples=max_samples, max_bytes=max_bytes, block_size=block_size)
         self._folder, self._prefix = local_path(folder, "folder"), prefix
         self._shard_class: type[ShardFile] = BlockShard if layout == "blocks" else PlainShard
         self._new_shard = partial(BlockShard, block_size=block_size) if layout == "blocks" else PlainShard
@@ -276,7 +276,7 @@ class SampleWriter:
         return tables
 
 
-def check_options(layout: str, prefix: str, stack: Collection[str], **counts: int) -> None:
+def check_writer_options(layout: str, prefix: str, stack: Collection[str], **counts: int) -> None:
     """Check the options of a writer.
 
     Raises:

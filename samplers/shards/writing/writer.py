@@ -29,7 +29,7 @@ from samplers.shards.storage.atomic import local_path
 from samplers.shards.storage.reading import Shards
 from samplers.shards.writing.existing import find_shards, refuse_shards, remove_leftovers
 from samplers.shards.writing.parts import PartT, PartWriter, finished_parts, write_all
-from samplers.shards.writing.sample_writer import SampleWriter, WriterOptions, check_options
+from samplers.shards.writing.sample_writer import SampleWriter, WriterOptions, check_writer_options
 from samplers.shards.writing.source import Rename, read_shards
 
 
@@ -87,7 +87,7 @@ class ShardWriter(SampleWriter):
         """
         values = list(parts)
         # Before anything is written: an option that only a worker refused would name a part that is not to blame.
-        check_options(**{"layout": "blocks", "prefix": "shard", "stack": ()} | options)
+        check_writer_options(**{"layout": "blocks", "prefix": "shard", "stack": ()} | options)
         folder, prefix = local_path(folder, "folder"), options.get("prefix", "shard")
         folder.mkdir(parents=True, exist_ok=True)
         if append:

@@ -24,7 +24,7 @@ from collate.varlen.offsets import (
 from collate.widths import check_count
 
 
-class DocumentLayout:
+class DocumentSpans:
     """Which documents are where: host integers only, shared by all batches of the same documents.
 
     The integers are kept as arrays that nobody else has. Users get tensors with memory of their own, made when they
@@ -32,7 +32,7 @@ class DocumentLayout:
 
     Args:
         arrays: int64 `lengths` and `permutation` `[N]` and `documents_per_row` `[R]`, known to be right, which become
-            the layout's; in a later chunk also `first_steps` `[N]`, the steps of each document before it.
+            the spans'; in a later chunk also `first_steps` `[N]`, the steps of each document before it.
         tensors: the same as tensors that nobody has looked at, in place of arrays.
         capacity: C, steps of a row.
         align: documents start at its multiples within their row.
@@ -83,7 +83,7 @@ class DocumentLayout:
         """The arrays, by name, which are not to be written to.
 
         Raises:
-            LengthError: A tensor of one was written to since the batch was made; or the layout was put together from a
+            LengthError: A tensor of one was written to since the batch was made; or the spans was put together from a
                 pytree's leaves, and they do not fit; or a program is being exported.
         """
         refuse_export()
@@ -122,13 +122,12 @@ class DocumentLayout:
 
     def make_table(self) -> Int32Array:
         """The table of offsets: int32 `[5, slots + 1]`."""
-        starts, arrays = self.starts(), self._arrays
+        arrays = self.arrays()
         per_row = arrays["documents_per_row"]
         most = max(per_row.tolist()) if self.max_documents is None else self.max_documents
         return offset_table(
             arrays["lengths"],
             per_row,
-            starts,
             first_steps=arrays.get("first_steps"),
             capacity=self.capacity,
             align=self.align,
@@ -178,11 +177,11 @@ def check_arrays(
     max_documents: int | None,
     max_seqlen: int | None,
 ) -> dict[str, Int64Array]:
-    """Check a layout's integers against each other, and take them as int64 arrays of their own.
+    """Check a spans's integers against each other, and take them as int64 arrays of their own.
 
     Args:
         integers: `lengths`, `documents_per_row`, and `permutation` and `first_steps`, which may be None.
-        capacity: as in `DocumentLayout`, as are the others.
+        capacity: as in `DocumentSpans`, as are the others.
         align: a divisor of the capacity.
         max_documents: a cap.
         max_seqlen: a cap.
@@ -210,7 +209,7 @@ def check_arrays(
 
 
 def check_options(*, capacity: int, align: int, max_documents: int | None, max_seqlen: int | None) -> dict[str, Any]:
-    """Check the options of a layout, and take them as Python ints.
+    """Check the options of a spans, and take them as Python ints.
 
     Raises:
         TypeError: An option is not an int.
