@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final, TypedDict, Unpack, cast
 
 import numpy as np
@@ -17,6 +18,7 @@ from samplers.planning.pack_batches.window_packs import WindowPacks, make_window
 from samplers.planning.packs.documents import DocumentCost, OverlongDocuments
 from samplers.planning.plan import BatchPlan
 from samplers.planning.schedule import count_steps
+from samplers.planning.sorting import as_length_array
 from samplers.planning.tables.window_table import WindowTable, make_window_table
 from samplers.progress.loader import PlannedLoader
 from samplers.progress.position import check_epoch, warn_of_drop
@@ -89,8 +91,8 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         options: `window` is how many samples a run of shards has at least (None: 10,000); a worker holds its part of a
             window in memory. The others are those of `LengthBucketBatchSampler`; with `drop_last`, every window drops
             the batch that `batch_size` leaves short. Or, with `capacity`, those of `PackingBatchSampler`: the stream
-            packs, and reads pieces of split samples itself. The windows of packs are the same in every epoch, and the
-            last batch of a window may have fewer rows.
+            packs, and reads pieces of split samples itself. The windows of packs are planned at construction, and are
+            the same in every epoch; the last batch of a window may have fewer rows.
 
     Attributes:
         data: The samples by index, as a `ShardDataset`.
@@ -158,12 +160,19 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         return StreamIterator(self, self._cursor)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != _NOT_PICKLED}
+        state = {name: value for name, value in self.__dict__.items() if name != _NOT_PICKLED}
+        if isinstance(self._table, WindowPacks):
+            # Planning all windows again would take longer than sending the plan, without the lengths.
+            state[_NOT_PICKLED] = replace(self._table, lengths=np.empty(0, np.int64))
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         # A worker reads the index, which may be a memory map, instead of receiving the table.
-        self._table = self._make_table()
+        if _NOT_PICKLED in state:
+            self._table = replace(cast(WindowPacks, self._table), lengths=as_length_array(self.data.index))
+        else:
+            self._table = self._make_table()
 
     @property
     def skipped(self) -> dict[str, dict[str, int]]:

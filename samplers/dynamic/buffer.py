@@ -279,6 +279,8 @@ class StreamBuffer(ABC, Generic[SampleT]):
         Raises:
             LengthError: It is negative.
         """
+        if type(length) is int and length >= 0:
+            return length
         # Not `least=0`, because a negative length is a `LengthError` everywhere.
         length = check_count("length", length, least=-sys.maxsize, hint="give the steps of a sample")
         if length < 0:

@@ -148,18 +148,19 @@ class Packer(StreamBuffer[SampleT]):
         if fitting == 0:
             return []
         longest = order[fitting - 1][0]
-        best, chosen = longest, [longest]
         if longest == room or fitting == 1 or free < 2:
-            return chosen
-        for number in range(PAIRS):
-            index = number * fitting // PAIRS
+            return [longest]
+        best, first, second = longest, longest, -1
+        for index in range(0, fitting, -(-fitting // PAIRS)):
             size = order[index][0]
-            other = bisect_right(order, (room - size, inf)) - 1
+            other = bisect_right(order, (room - size, inf), 0, fitting) - 1
             # A sample is no pair with itself.
             other -= other == index
             if other >= 0 and size + order[other][0] > best:
-                best, chosen = size + order[other][0], [max(size, order[other][0]), min(size, order[other][0])]
-        return chosen
+                first, second = size, order[other][0]
+                best = first + second
+        # The longer one first.
+        return [longest] if second < 0 else sorted((first, second), reverse=True)
 
     def _arrange(self, rows: list[list[tuple[int, int]]]) -> list[int]:
         """The arrivals of a batch, in the order from which a collator cuts the same rows."""

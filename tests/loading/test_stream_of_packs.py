@@ -1,6 +1,7 @@
 """A `ShardStream` with a capacity: packs of shards, read window by window, on any replicas and from any position."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,16 @@ def test_a_stateful_loader_resumes_packs_with_pieces(corpus: Path, workers: int)
         parts.setdefault(label, []).append(values)
     joined = [[value for part in sorted(parts[label]) for value in part] for label in range(300)]
     assert joined == [sample["tokens"].tolist() for sample in tokens(LENGTHS)]  # type: ignore[attr-defined]
+
+
+def test_a_worker_that_is_spawned_reads_the_same_packs(corpus: Path) -> None:
+    data = stream(corpus, capacity=32, overlong="split", rows=2)
+    again = pickle.loads(pickle.dumps(data))
+    assert list(again) == list(data)
+    assert again.fingerprint == data.fingerprint
+    spawned = DataLoader(stream(corpus), batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    labels = [[label for label, _ in batch] for batch in spawned]
+    assert labels == [[label for label, _ in batch] for batch in stream(corpus)]
 
 
 def test_each_epoch_has_other_rows_and_as_many(corpus: Path) -> None:

@@ -87,7 +87,9 @@ def measure_balance(costs: Floats, replicas: int) -> tuple[float, float, float]:
         costs: Cost of each batch, in the order of slots, float64 `[steps x replicas]`.
         replicas: W.
     """
-    mean = float(costs.mean()) or 1.0
+    mean = float(costs.mean())
+    if mean == 0:
+        return 1.0, 1.0, 1.0
     parts = np.rint(costs / mean * _COST_PARTS).astype(np.int64)
     return *measure_imbalance(parts.reshape(-1, replicas)), mean
 
