@@ -33,7 +33,7 @@ def pack_by_length(
     Args:
         length: Length of a sample in steps: a function, or the field that holds the sequence (or its length).
         capacity: Steps that a row holds.
-        rows: Rows of a batch; the last batch may have fewer.
+        rows: Rows of a batch; it has fewer where the buffer does not hold as many, and at the end.
         multiple: Samples take steps up to a multiple of it; `capacity` must be one.
         max_documents: Samples in a row at most. None is no limit.
         buffer_size: Largest number of samples in the buffer. It should hold several rows; a larger buffer wastes less.

@@ -39,7 +39,7 @@ class Packer(StreamBuffer[SampleT]):
 
     Args:
         capacity: Steps of a row.
-        rows: Rows of a batch; at the end of the source the last batch may have fewer.
+        rows: Rows of a batch; it has fewer where the buffer does not hold as many, and at the end.
         multiple: Samples take steps up to a multiple of it; `capacity` must be one.
         max_documents: Samples in a row at most. None is no limit.
         overlong: What to do with a sample that is longer than a row: `"error"` or `"drop"` (counted in `dropped`).
