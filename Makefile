@@ -3,18 +3,24 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 # The environment is made again when one of these files changes.
 READY := .venv/ready
+# The same for the oldest versions that are allowed, in an environment of their own.
+OLDEST := .venv-oldest/bin
+OLDEST_READY := .venv-oldest/ready
+# What the oldest versions could break, and needs no extra. `make oldest OLDEST_TESTS=...` runs other tests.
+OLDEST_TESTS ?= tests/batches tests/varlen tests/shards tests/loading/test_sampler.py tests/loading/test_shard_stream.py tests/dynamic tests/planning tests/training tests/test_imports.py tests/test_facade.py
 # Processes that run the tests.
 JOBS ?= 2
 
 # The other files of the folder are shared by these.
-BENCHMARKS := collation packing transport rnn language_model planning scale shards bucketing packing_plans varlen
+BENCHMARKS := collation packing transport rnn language_model planning scale shards bucketing packing_plans varlen block_masks
 
-.PHONY: help demo test check format lint types coverage frameworks fuzz storm bench gpu docs clean
+.PHONY: help demo test check format lint types coverage frameworks oldest fuzz storm bench gpu docs clean
 
 help:
 	@echo "make demo        create the environment, then train the main job: a byte-level language model on Python's library"
 	@echo "make test        create the environment, then run all tests and doctests in JOBS (2) processes"
 	@echo "make check       format, lint, types, all tests with branch coverage"
+	@echo "make oldest      the tests of both packages on the oldest versions of torch, NumPy and the others that are allowed"
 	@echo "make fuzz        20,000 mutated shards and indexes give the right data, or an error that names the file"
 	@echo "make storm       all objects with state under random saves, copies, breaks and restores, for STORM_MINUTES (10)"
 	@echo "make frameworks  test the examples of frameworks (Lightning, accelerate, transformers, datasets, Ray)"
@@ -51,6 +57,15 @@ coverage: $(READY)
 
 check: format lint types test coverage
 
+$(OLDEST_READY): pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	$(OLDEST)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable '.[oldest]'
+	@touch $(OLDEST_READY)
+
+# One torch warns of what another does not, so here a warning is no error.
+oldest: $(OLDEST_READY)
+	$(OLDEST)/python -m pytest -n $(JOBS) --dist loadfile $(OLDEST_TESTS)
+
 fuzz: $(READY)
 	$(BIN)/python tests/support/fuzz.py
 
@@ -74,4 +89,4 @@ docs: $(READY)
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
+	rm -rf .venv .venv-oldest runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*

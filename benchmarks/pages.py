@@ -361,6 +361,8 @@ def pack_time_rows(results: Results) -> list[Cells]:
 
 
 TABLES: Final[dict[str, tuple[str, Callable[[Results], list[Cells]]]]] = {
+    "block_masks": ("block_masks", lambda results: ratio_rows(results["cases"])),
+    "block_masks-targets": ("block_masks", bar_rows),
     "plans": ("planning", plan_rows),
     "corpora": ("planning", corpus_rows),
     "windows": ("planning", window_rows),

@@ -62,6 +62,8 @@ if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
         if name in _MODULES:
+            # Whoever has one kind of batch may load the other from disk.
+            import_module("collate.varlen.batch")
             value = getattr(import_module(_MODULES[name]), name)
         elif not name.startswith("_") and find_spec(f"collate.{name}") is not None:
             value = import_module(f"collate.{name}")

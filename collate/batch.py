@@ -353,7 +353,8 @@ class LengthTrackedBatch(PaddedSequences):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         check_unwritten(self)
         copied = memo[id(self)] = object.__new__(type(self))
-        copied.__dict__.update({name: deepcopy(part, memo) for name, part in self.__dict__.items()})
+        parts = {name: part for name, part in vars(self).items() if name != views.PACKING_MAP}
+        copied.__dict__.update(deepcopy(parts, memo))
         return copied
 
     # --- for attention and for trainers

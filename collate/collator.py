@@ -1,7 +1,7 @@
 """PadCollator: a list of samples -> batches, every field in one row order."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal, Protocol, Self, cast
+from typing import Any, Final, Literal, Protocol, Self, cast
 
 import numpy as np
 import torch
@@ -24,13 +24,19 @@ from collate.padding.columns import (
     titled,
 )
 from collate.padding.options import check_max_length, check_shape_list, each_checked, field_widths, option_of
-from collate.padding.padding_value import check_padding_value
+from collate.padding.padding_value import UNCHOSEN, check_padding_value, warn_of_labels
 from collate.padding.rows import RaggedRows, measure_rows
 from collate.tensors.nested import FieldValues, assemble, columns_of
 from collate.tensors.numpy_view import Int64Array
 from collate.tensors.steps import PaddingValue
 from collate.widths import AllowedWidths, PaddedShape, Widths, check_widths, padded_width
 
+# Options that a `repr` leaves out.
+_DEFAULTS: Final = {
+    **dict.fromkeys(["sort_by", "widths", "shapes", "max_length", "length_field"]),
+    "stack": (),
+    "on_empty": "keep",
+}
 # Types that can always be pickled, so that no trial is needed.
 _PLAIN = (str, bytes, int, float, bool, type(None))
 
@@ -63,7 +69,8 @@ class PadCollator:
     a single tensor is the field `""`. Where an option is given per field, every variable-length field must be in it.
 
     Args:
-        padding_value: What the padding holds, for all fields or per field (0 for tokens, -100 for labels).
+        padding_value: What the padding holds, for all fields or per field (0 for tokens, -100 for labels). Without it a
+            field called `labels` is padded with 0 too, and a warning says so.
         sort_by: The field whose lengths give the row order, longest first; None takes the first variable-length field,
             False keeps the order of the samples.
         stack: Fields of one fixed shape, to be stacked.
@@ -91,9 +98,12 @@ class PadCollator:
                 [   1, -100]]), ['b', 'a'])
     """
 
+    # Pickles of earlier releases do not have it.
+    _is_padding_chosen = True
+
     def __init__(
         self,
-        padding_value: PaddingValue | Mapping[str, PaddingValue] = 0,
+        padding_value: PaddingValue | Mapping[str, PaddingValue] = UNCHOSEN,
         *,
         sort_by: str | Literal[False] | None = None,
         stack: Collection[str] = (),
@@ -114,7 +124,8 @@ class PadCollator:
             )
         if shapes is not None and widths is not None:
             raise ValueError("shapes name the padded widths already: leave widths out")
-        self.padding_value = padding_value
+        self._is_padding_chosen = padding_value is not UNCHOSEN
+        self.padding_value = padding_value if self._is_padding_chosen else 0
         self.sort_by = sort_by
         self.stack = frozenset(stack)
         self.widths: AllowedWidths | Mapping[str, AllowedWidths] = each_checked(widths, check_widths)
@@ -125,7 +136,10 @@ class PadCollator:
 
     @classmethod
     def for_sampler(
-        cls, sampler: PlansLengths, padding_value: PaddingValue | Mapping[str, PaddingValue] = 0, **options: Any
+        cls,
+        sampler: PlansLengths,
+        padding_value: PaddingValue | Mapping[str, PaddingValue] = UNCHOSEN,
+        **options: Any,
     ) -> Self:
         """Make a collator that cuts and pads as a sampler has planned, so that batches keep to its budget.
 
@@ -167,6 +181,12 @@ class PadCollator:
         if hasattr(sampler, "acknowledge_max_length"):
             sampler.acknowledge_max_length()
         return collate
+
+    def __repr__(self) -> str:
+        options = {name: getattr(self, name) for name in ("padding_value", *_DEFAULTS)}
+        options["stack"] = tuple(sorted(self.stack))
+        given = [f"{name}={value!r}" for name, value in options.items() if value != _DEFAULTS.get(name, _DEFAULTS)]
+        return f"{type(self).__name__}({', '.join(given)})"
 
     def __call__(self, samples: Sequence[object]) -> Any:
         """Collate B >= 1 samples of one structure; see the class for what becomes of each field.
@@ -345,6 +365,8 @@ class PadCollator:
         missing = rows - len(order)
         if isinstance(column, RaggedRows):
             value = self.padding_value_of(name, column)
+            if not self._is_padding_chosen and name.rpartition(".")[2] == "labels":
+                warn_of_labels(name, column, widths[name])
             return padded_batch(LengthTrackedBatch, column, order, shape=(rows, widths[name]), padding_value=value)
         if isinstance(column, Tensor):
             column = column.index_select(0, torch.from_numpy(order))

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from samplers.shards.indexing.index import LengthIndex
     from samplers.shards.split_dataset import SplitDataset
     from samplers.shards.writing.writer import ShardWriter
+    from samplers.sources.lengths_of import lengths_of
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
@@ -45,6 +46,7 @@ else:
             "ShardWriter": "samplers.shards.writing.writer",
             "SplitDataset": "samplers.shards.split_dataset",
             "bucket_by_length": "samplers.dynamic.stage",
+            "lengths_of": "samplers.sources.lengths_of",
             "optimal_widths": "samplers.planning.optimal_widths",
             "pack": "samplers.planning.packs.one_list",
             "pack_by_length": "samplers.dynamic.pack_stage",
@@ -65,6 +67,7 @@ __all__ = [
     "ShardWriter",
     "SplitDataset",
     "bucket_by_length",
+    "lengths_of",
     "optimal_widths",
     "pack",
     "pack_by_length",

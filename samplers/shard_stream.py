@@ -151,6 +151,11 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         # Refuses now what could not be shared in a later epoch.
         self._steps = count_steps(self._table, self.num_replicas)
 
+    def __repr__(self) -> str:
+        data = f"{len(self.data)} samples, {len(self.data.index.shards)} shards"
+        who = f"num_replicas={self.num_replicas}, rank={self.rank}"
+        return f"{type(self).__name__}({data}, {self.options.describe()}, {who}, batches={len(self)})"
+
     def __len__(self) -> int:
         """Batches of this replica in a whole epoch: the same in each epoch, and on every replica."""
         return self._steps

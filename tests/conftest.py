@@ -1,4 +1,7 @@
-"""Hypothesis profiles: `dev` for the desk, `ci` for a derandomised, longer run (HYPOTHESIS_PROFILE=ci); one thread."""
+"""Hypothesis profiles: `dev` for the desk, `ci` for a derandomised, longer run, `quick` where a suite runs once more.
+
+HYPOTHESIS_PROFILE names one. Also here: one thread, and what to skip where there is no Unix.
+"""
 
 import os
 from collections.abc import Iterator
@@ -10,6 +13,7 @@ from hypothesis import HealthCheck, settings
 SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("dev", max_examples=50, deadline=None, suppress_health_check=SLOW)
 settings.register_profile("ci", max_examples=300, deadline=None, derandomize=True, suppress_health_check=SLOW)
+settings.register_profile("quick", max_examples=5, derandomize=True, deadline=None, suppress_health_check=SLOW)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
@@ -28,3 +32,9 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what only Unix has, where it is absent."""
+    if not hasattr(os, "fork") and item.get_closest_marker("unix"):
+        pytest.skip("needs Unix")

@@ -1,17 +1,28 @@
 """The packages work where `resource`, `fcntl` and /proc do not exist, as on Windows."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from samplers.shards.storage import locks
+from samplers import ShardWriter
+from samplers.shards.storage import locks, paths
 
 ROOT = Path(__file__).parents[1]
+# Reading, writing, planning, loading and collating. Tests that need Unix themselves are marked.
+CORE = [
+    "tests/shards/test_shards_writer.py",
+    "tests/shards/test_shards_dataset.py",
+    "tests/loading/test_sampler.py",
+    "tests/batches/test_collator.py",
+    "tests/dynamic/test_stream.py",
+]
 BARE = """
 import builtins, io, os, sys
 from pathlib import Path
@@ -83,6 +94,70 @@ def test_where_windows_locks_bytes_a_file_is_locked_far_behind_its_end(tmp_path,
         one.write(b"x" * 100)
         assert (locks.lock(one), locks.lock(other), one.tell()) == (True, False, 100)
     assert [place > 1 << 30 for _, place in held] == [True]
+
+
+def run_elsewhere(*command: object, timeout: int = 900) -> subprocess.CompletedProcess[str]:
+    """Run Python as on another platform: see tests/support/other_platform."""
+    paths = os.pathsep.join([str(ROOT / "tests" / "support" / "other_platform"), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": paths, "HYPOTHESIS_PROFILE": "quick"}
+    # Coverage of this run would be that of a system that we do not measure.
+    environment = {name: value for name, value in environment.items() if not name.startswith(("COV_", "PYTEST_"))}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=ROOT,
+        timeout=timeout,
+    )
+
+
+def test_the_core_of_the_suite_passes_on_another_platform() -> None:
+    """Without the modules and functions of Unix and /proc, with spawned processes, and files that stay if open."""
+    done = run_elsewhere("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:cov", *CORE)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def test_an_index_is_refreshed_where_open_files_stay(tmp_path: Path) -> None:
+    """The former index is open while the new one is made, and must not be when it is replaced."""
+    for number in range(2):
+        with ShardWriter(tmp_path / "shards", append=number > 0) as writer:
+            writer.write({"__key__": f"k{number}", "x": np.arange(3)})
+        (tmp_path / "shards" / "shard.ltx").replace(tmp_path / "corpus.ltx")
+        done = run_elsewhere("-m", "lengthtrack", "index", tmp_path / "shards")
+        assert done.returncode == 0, done.stderr
+        assert f"{number + 1} sample" in done.stdout
+        (tmp_path / "corpus.ltx").replace(tmp_path / "shards" / "shard.ltx")
+
+
+def test_a_file_that_is_open_elsewhere_is_named_if_it_cannot_be_replaced(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from samplers.shards.storage.atomic import AtomicFile
+target = Path(sys.argv[1], "a")
+target.write_bytes(b"before")
+with target.open("rb"):
+    file = AtomicFile(target)
+    file.stream.write(b"after")
+    try:
+        file.commit()
+    except PermissionError as error:
+        print(error, target.read_bytes(), [path.name for path in target.parent.iterdir()])
+"""
+    done = run_elsewhere("-c", code, tmp_path)
+    assert "cannot be replaced" in done.stdout, done.stderr
+    assert f"'{tmp_path / 'a'}' b'before' ['a']" in done.stdout
+
+
+def test_braces_expand_behind_the_backslash_of_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    r"""Red before: `C:\data\{a,b}.tar` was taken for a name with braces."""
+    monkeypatch.setattr(paths, "_HAS_ESCAPES", False)
+    monkeypatch.setattr(paths, "_SPECIAL", re.compile("[{},]"))
+    assert paths.expand_braces(r"C:\data\{a,b}.tar") == [r"C:\data\a.tar", r"C:\data\b.tar"]
+    assert paths.expand_braces(r"C:\{08..10}.tar") == [r"C:\08.tar", r"C:\09.tar", r"C:\10.tar"]
 
 
 @pytest.mark.parametrize("package", ["samplers"])

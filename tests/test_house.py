@@ -24,7 +24,8 @@ LAYERS = {
         ["batch_sampler", "window_reader"],
         ["progress", "dynamic"],
         ["planning", "shards"],
-        ["testing", "lazy_names", "masked", "extras"],
+        ["sources"],
+        ["testing", "lazy_names", "masked"],
     ],
     "samplers.planning": [
         ["pack_batches"],
@@ -86,6 +87,12 @@ LAYERS = {
         ["measuring", "shard_groups"],
         ["tables"],
     ],
+    "samplers.cli.conversion": [
+        ["writing"],
+        ["rows", "unfinished"],
+        ["arrow", "exact_numbers", "tokenizer"],
+    ],
+    "samplers.sources": [["lengths_of"], ["files"], ["json_lines", "megatron"], ["arrow_lengths"], ["extras"]],
     "samplers.shards.format": [["header_lengths"], ["samples", "tar"], ["keys"], ["npy"]],
     "samplers.shards.storage": [["paths"], ["reading"], ["atomic", "process_pool", "remote"], ["locks"]],
     "samplers.dynamic": [
@@ -99,8 +106,8 @@ LAYERS = {
         ["commands"],
         ["index_commands", "sample_commands"],
         ["folder_index", "plots", "printing"],
-        ["compare", "convert", "sources"],
-        ["arrow", "exact_numbers"],
+        ["reported"],
+        ["compare", "conversion", "describing", "opening"],
         ["arguments"],
     ],
     "collate": [
@@ -206,6 +213,7 @@ def test_the_public_names_are_those_that_were_promised():
         *("LengthBucketBatchSampler", "BatchPlan", "plan_epoch", "optimal_widths", "bucket_by_length"),
         *("LengthBucketNode", "LengthIndex", "ShardWriter", "ShardDataset", "ShardStream", "LengthError"),
         *("PackingBatchSampler", "PackingNode", "SplitDataset", "pack", "pack_by_length"),
+        "lengths_of",
     }
 
 
@@ -221,6 +229,31 @@ def test_the_changelog_begins_with_the_version_of_the_package():
     first = re.search(r"^## \[(.+?)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert first
     assert first[1] == version
+
+
+def test_make_oldest_runs_on_the_versions_that_are_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = [line for line in (ROOT / "constraints-oldest.txt").read_text().splitlines() if not line.startswith("#")]
+    pinned = {name: release(version) for name, version in (pin.split("==") for pin in pins)}
+    declared = {name: release(version) for name, version in (each.split(">=") for each in project["dependencies"])}
+    assert declared.items() <= pinned.items()
+    page = (ROOT / "docs" / "install.md").read_text()
+    for name, version in (each.split(">=") for each in project["dependencies"]):
+        assert f"| {name} | {version} |" in page
+
+
+def release(version: str) -> list[int]:
+    """A version's numbers without the zeros at its end."""
+    numbers = [int(number) for number in version.split(".")]
+    while numbers[-1:] == [0]:
+        numbers.pop()
+    return numbers
+
+
+def test_the_install_page_lists_every_extra() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    page = (ROOT / "docs" / "install.md").read_text()
+    assert {name for name in extras if f"| `{name}` |" not in page} == set()
 
 
 def test_the_guide_for_contributors_stays_short():

@@ -79,7 +79,7 @@ def keep_lengths(batch: TrackedBatch) -> None:
         snapshot = _take_snapshot(batch, batch.lengths)
         snapshot.permutation = _memory_of(batch.permutation)
         # A mask that does not exist yet starts with version 0 when `DerivedMask` makes it.
-        snapshot.version = _version_of(vars(batch)["mask"]) if "mask" in vars(batch) else 0
+        snapshot.version = version_of(vars(batch)["mask"]) if "mask" in vars(batch) else 0
 
 
 def keep_lengths_that_fit(batch: TrackedBatch) -> None:
@@ -198,7 +198,7 @@ def _check_mask(batch: TrackedBatch, snapshot: _Snapshot) -> None:
     mask = vars(batch).get("mask")
     if type(mask) is not Tensor or not mask.is_cpu:
         return
-    version = _version_of(mask)
+    version = version_of(mask)
     if version == snapshot.version and (mask.numel() > _FEW_CELLS or _counts(mask, snapshot)):
         return
     values = _values_of(mask)
@@ -224,7 +224,7 @@ def _counts(mask: Tensor, snapshot: _Snapshot) -> bool:
     return values is None or np.count_nonzero(values) == snapshot.total
 
 
-def _version_of(mask: Tensor) -> int | None:
+def version_of(mask: Tensor) -> int | None:
     """How often torch has written to a tensor; always 0 in inference mode, where torch does not count."""
     if type(mask) is not Tensor:
         return None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from collate.errors import LengthError
 from collate.lengths.permutation import join_permutations
-from collate.lengths.tracking import TrackedBatch, check_unwritten
+from collate.lengths.tracking import TrackedBatch, check_tracked, check_unwritten
 from collate.operations.construct import BatchT, changed_batch, trusted_batch
 from collate.padding.padding_value import cast_padding_value
 from collate.tensors.steps import PaddingValue
@@ -54,10 +54,12 @@ def concat_batches(kind: type[BatchT], batches: Sequence[TrackedBatch]) -> Batch
 
     Raises:
         LengthError: There is no batch.
+        TypeError: One is a tensor.
         ValueError: Dtypes, devices, feature shapes or first steps differ.
     """
     if not batches:
         raise LengthError("concat needs at least one batch, got none")
+    check_tracked("concat", *batches)
     kinds = {(b.padded.dtype, b.padded.device, b.padded.shape[2:], b.first_step) for b in batches}
     if len(kinds) > 1:
         raise ValueError(

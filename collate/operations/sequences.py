@@ -1,5 +1,6 @@
 """A padded batch as sequences: the methods that losses, means and recurrent modules call on every kind of batch."""
 
+from importlib import import_module
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -19,11 +20,12 @@ from collate.tensors.steps import PaddingValue
 class PaddedSequences:
     """The methods of a `LengthTrackedBatch` that a `VarlenBatch` has as well, and the way from the one to the other."""
 
-    # The varlen class is in a room above this one, and sets this attribute when it is imported.
-    varlen_class: ClassVar[Any] = None
-    # What a varlen batch of labels holds in time steps without a label; here all real time steps count.
-    ignore_index: ClassVar[None] = None
     is_varlen: ClassVar[bool] = False
+
+    @property
+    def ignore_index(self) -> int | None:
+        """What a varlen batch of labels holds in time steps without a label; here all real time steps count."""
+        return None
 
     @property
     def step_values(self: TrackedBatch) -> Tensor:
@@ -61,6 +63,10 @@ class PaddedSequences:
     def sum_sequences(self, steps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Sums over each row of something that has one entry per time step: `[B, T, *G]` -> `[B, *G]`."""
         return steps.sum(1, dtype=dtype)
+
+    def step_counts(self: TrackedBatch) -> Tensor:
+        """Real time steps of each row: int64 `[B]`."""
+        return self.mask.sum(1)
 
     def pick_sequences(self, sums: Tensor) -> Tensor:
         """The rows' entries of what `sum_sequences` gives: all of them."""
@@ -127,4 +133,5 @@ class PaddedSequences:
             raise ValueError("a later chunk of split_steps cannot be put into other rows: convert the whole batch")
         options: dict[str, Any] = {"capacity": capacity, "rows": rows, "align": align, "max_documents": max_documents}
         options |= {"max_seqlen": max_seqlen, "arrange": arrange}
-        return self.varlen_class.from_padded(self, options, documents_per_row)
+        # The class is in a room above this one, and may not be loaded yet.
+        return import_module("collate.varlen.batch").VarlenBatch.from_padded(self, options, documents_per_row)

@@ -26,14 +26,18 @@ _LARGEST_OFFSET: Final = 2**31 - 1
 _EXPORTED: Final = ("padded", "lengths", "mask", "permutation", "key_padding_mask", "cu_seqlens", "position_ids")
 
 
+# What `packing_map` keeps with the batch; copies make their own.
+PACKING_MAP: Final = "_packing_map"
+
+
 def packing_map(batch: TrackedBatch, device: torch.device) -> PackingMap:
     """The index map between padded and packed; the batch keeps it, since `unpack` usually follows `pack`."""
     refuse_capture(device)
     lengths, width = host_lengths(batch), batch.padded.shape[1]
     # A frozen dataclass is written to through its dictionary.
-    cached: PackingMap | None = vars(batch).get("_packing_map")
+    cached: PackingMap | None = vars(batch).get(PACKING_MAP)
     if cached is None or not cached.fits(lengths, device):
-        cached = vars(batch)["_packing_map"] = PackingMap.of(lengths, width, device)
+        cached = vars(batch)[PACKING_MAP] = PackingMap.of(lengths, width, device)
     return cached
 
 

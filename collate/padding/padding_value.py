@@ -1,12 +1,23 @@
 """The number that padding holds, and whether a dtype can hold it."""
 
 import math
+import warnings
 from functools import lru_cache
+from typing import Final
 
 import numpy as np
 import torch
 
+from collate.padding.rows import RaggedRows
 from collate.tensors.steps import PaddingValue
+
+
+class _UnchosenZero(int):
+    """The default 0, which can be told from a 0 that a user gives."""
+
+
+# What collators pad with unless told otherwise.
+UNCHOSEN: Final = _UnchosenZero(0)
 
 
 @lru_cache(maxsize=512, typed=True)
@@ -23,6 +34,21 @@ def check_padding_value(value: PaddingValue, dtype: torch.dtype) -> PaddingValue
     if not _holds(value, dtype):
         raise ValueError(f"padding_value {value!r} cannot be held by {dtype}: choose one that can, or a wider dtype")
     return value
+
+
+def warn_of_labels(name: str, rows: RaggedRows, width: int) -> None:
+    """Warn of labels that are padded with 0, which is a class, if nobody chose 0.
+
+    Warns:
+        UserWarning: There is padding in a field of integers.
+    """
+    if rows.dtype.is_floating_point or rows.dtype.is_complex or not (rows.lengths < width).any():
+        return
+    warnings.warn(
+        f"field {name!r} is padded with 0, which a loss counts as class 0: choose with padding_value, such as "
+        f'PadCollator({{"{name}": -100, ...}}) for every field, or PadCollator(0) if 0 is meant',
+        stacklevel=5,
+    )
 
 
 def cast_padding_value(value: PaddingValue | None, old: torch.dtype, new: torch.dtype) -> PaddingValue | None:

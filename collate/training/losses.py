@@ -75,7 +75,7 @@ def sequence_loss(
         return losses.sum()
     if reduction == "token":
         return losses.sum() / (max(output.num_tokens, 1) if counts is None else _not_zero(counts.sum()))
-    totals = output.sum_sequences(output.mask if counts is None else counts)
+    totals = output.step_counts() if counts is None else output.sum_sequences(counts)
     return (output.sum_sequences(losses) / _not_zero(totals)).sum() / _not_zero((totals != 0).sum())
 
 
@@ -96,7 +96,7 @@ def masked_mean(batch: SequenceBatch) -> Tensor:
     # In half precision a sum overflows beyond 65,504, and so does a count.
     wide = torch.promote_types(values.dtype, torch.float32)
     total = batch.sum_sequences(torch.where(expand_like(batch.mask, values), values, 0), wide)
-    counts = batch.sum_sequences(batch.mask).clamp(min=1).to(wide)
+    counts = batch.step_counts().clamp(min=1).to(wide)
     return batch.pick_sequences(total / expand_like(counts, total)).to(values.dtype)
 
 
@@ -137,6 +137,11 @@ def token_scale(num_tokens: int | SequenceBatch, group: dist.ProcessGroup | None
     if hasattr(num_tokens, "is_varlen"):
         count = count_labelled_steps(cast("SequenceBatch", num_tokens))
     else:
+        if isinstance(num_tokens, Tensor):
+            raise TypeError(
+                f"num_tokens must be an int or a batch, got a Tensor {list(num_tokens.shape)}: give batch.num_tokens, "
+                "or wrap labels as LengthTrackedBatch(padded, lengths)"
+            )
         count = check_count("num_tokens", num_tokens, least=0, hint="give the real tokens of this rank, or a batch")
     if not dist.is_available() or not dist.is_initialized():
         if isinstance(count, int):

@@ -72,6 +72,9 @@ class DevicePrefetcher(Generic[LoaderBatch]):
         self._running = ref(running)
         return running
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.loader).__name__}, {str(self.device)!r}, depth={self.depth})"
+
     def __len__(self) -> int:
         """The loader's own length."""
         return len(self.loader)

@@ -62,6 +62,9 @@ class SequenceBatch(Protocol):
     def sum_sequences(self, steps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Sums over sequences: `[B, T, *G]` -> `[S, *G]`."""
 
+    def step_counts(self) -> Tensor:
+        """Real steps of sequences: integers `[S]`, which a sum in floating point would not count beyond 2**24."""
+
     def pick_sequences(self, sums: Tensor) -> Tensor:
         """The entries of sequences: `[S, *G]` -> `[N, *G]`."""
 

@@ -1,7 +1,7 @@
-"""Several sequences ("documents") in one row: the batch, its collator, and the integers that kernels want.
+"""What lives here: rows that hold several sequences ("documents"), their collator, and the offsets that kernels take.
 
-Imports: the files of `collate` and its rooms `lengths` and `tensors`. The room `training` runs on both kinds of batch.
-Words: a document is one sample's sequence. A row has a capacity of C steps and holds documents one after the other,
-each from a multiple of `align` on. A gap is a run of steps without a document. A segment is a document or a gap. A
-slot is an entry of a table of segments; their number is fixed for a run, so that compiled code sees one shape.
+May import: `collator`, `batch`, `operations`, `lengths`, `padding`, `widths` and `tensors` of `collate`.
+Words: a *document* is one sample's sequence. A *row* holds documents one after the other, up to its *capacity* of C
+steps. A *gap* is a run of steps without a document, a *segment* a document or a gap. A *slot* is an entry of the table
+of segments, whose number is fixed for a run. A *span* is where a document lies.
 """

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from collate.batch import LengthTrackedBatch
 from collate.lengths.validation import IntegersLike
-from collate.operations.sequences import PaddedSequences
 from collate.padding.padding_value import check_padding_value
 from collate.tensors.graphs import outside_graphs
 from collate.tensors.masks import expand_like
@@ -23,6 +22,7 @@ from collate.tensors.to_device import to_device
 from collate.varlen import checks, pieces
 from collate.varlen.construct import (
     check_documents,
+    check_ignore_index,
     join_sequences,
     move_from_padded,
     move_to_padded,
@@ -44,30 +44,30 @@ from collate.widths import Widths
 class VarlenBatch(KernelViews):
     """Several sequences ("documents") in each row, with their lengths, rows, offsets and permutation.
 
-    Documents stand one after the other, each from a multiple of `align` on; all other steps of a row are gaps. Lengths
-    and the other integers of the host stay there wherever the values go, and are not to be written to, which is
-    noticed where they are used. What kernels need is made of them when the batch is made, and sent in one small piece;
-    nothing is ever read back. A subclass may add methods, but no fields.
+    Documents follow each other, and each starts at a multiple of `align`; all other steps of a row are gaps. Lengths,
+    documents per row and permutation stay on the host, wherever the values are. Do not write to them, to the mask or
+    to the offsets: a write is noticed where they are used. The offsets for kernels are made from the host's integers
+    when the batch is made, and sent as one small tensor; nothing is ever read back. A subclass may add methods, but no
+    fields.
 
     Args:
-        values: `[R, C, *F]`, any dtype and device. With one row it is the padding-free form, and `values[0]` the flat
-            one.
+        values: `[R, C, *F]`, any dtype and device. One row is the padding-free form, and `values[0]` its flat form.
         lengths: int64 `[N]` on the host, documents in row order; a document may be empty.
-        documents_per_row: int64 `[R]` on the host; may be left out where there is one row.
+        documents_per_row: int64 `[R]` on the host; may be left out for one row.
         permutation: int64 `[N]` on the host; document i was sample `permutation[i]` of the list that was collated; the
             given order when None. A piece made by `split_rows` keeps the indices of its documents.
-        padding_value: what the gaps hold; None where that is unspecified, as after `with_values`.
-        align: documents start at its multiples: 1, 8, or twice the size of a context-parallel group.
-        max_documents: documents that a row may have. It fixes the number of slots of `cu_seqlens`, so that compiled
-            code sees one shape; None takes what this batch has.
-        max_seqlen: what kernels are told as the bound of all lengths, fixed for a run; None is C. See `longest`.
-        ignore_index: what a step without a label holds, where the values are labels; see `next_step_labels`.
+        padding_value: The value of all gaps; None where that is unspecified, as after `with_values`.
+        align: Documents start at its multiples: 1, 8, or twice the size of a context-parallel group.
+        max_documents: Documents that a row may have. It fixes the number of slots of `cu_seqlens`, so that compiled
+            code sees one shape; None takes the largest number in this batch.
+        max_seqlen: Upper bound of all lengths for kernels, fixed for a run; None is C. See `longest`.
+        ignore_index: The value of steps without a label, where the values are labels; see `next_step_labels`.
 
     Raises:
         LengthError: Documents do not fit their rows or caps, integers are not on the host, or R x C is beyond int32.
         TypeError: The values are no tensor, or lengths and permutation are not integers.
-        ValueError: The values have fewer than two axes, no row or no step; the permutation is none; the dtype cannot
-            hold the padding value; or C is no multiple of `align`.
+        ValueError: The values have fewer than two axes, no row or no step; the permutation is not one; the dtype
+            cannot hold the padding value; or C is no multiple of `align`.
 
     Example:
         >>> import torch
@@ -105,9 +105,10 @@ class VarlenBatch(KernelViews):
         integers = {"lengths": lengths, "documents_per_row": documents_per_row, "permutation": permutation}
         caps = {"max_documents": max_documents, "max_seqlen": max_seqlen}
         spans = check_documents(values, integers, align=align, **caps)
-        for value in (padding_value, ignore_index):
-            if value is not None:
-                check_padding_value(value, values.dtype)
+        if padding_value is not None:
+            padding_value = check_padding_value(padding_value, values.dtype)
+        if ignore_index is not None:
+            ignore_index = check_ignore_index(ignore_index, values.dtype)
         offsets = send_offsets(spans, values.device)
         set_parts(self, values, spans, offsets, padding_value=padding_value, ignore_index=ignore_index)
 
@@ -131,14 +132,14 @@ class VarlenBatch(KernelViews):
         Args:
             sequences: N >= 1 tensors or arrays `[L_i, *F]` of one dtype and feature shape, or lists of numbers; L_i
                 may be 0. Gradients flow back to tensors that require them.
-            padding_value: what the gaps hold; the dtype must be able to hold it.
-            capacity: C; None puts everything into one row that is as long as that takes.
+            padding_value: The value of all gaps; the dtype must be able to hold it.
+            capacity: C; None puts all sequences into one row, as long as they need.
             rows: R, filled up with empty rows; None is as few as hold the documents.
-            align: as in the class.
-            max_documents: as in the class; rows are made with it.
-            max_seqlen: as in the class.
+            align: As in the class.
+            max_documents: As in the class; no row gets more.
+            max_seqlen: As in the class.
             arrange: `"best-fit"`, or `"given"` for rows that are cut from the list in its order; see `VarlenCollator`.
-            lengths: declared lengths `[N]` in source order, checked against the real ones.
+            lengths: Declared lengths `[N]` in source order, checked against the real ones.
 
         Raises:
             LengthError: There is no sequence, a declared length is not the real one, or the rows do not hold them.
@@ -156,8 +157,8 @@ class VarlenBatch(KernelViews):
         """Put the rows of a padded batch into rows of documents; what `LengthTrackedBatch.to_varlen` calls.
 
         Args:
-            batch: values `[B, T, *F]`; gradients flow back to real steps.
-            row_options: as in `from_sequences`.
+            batch: Values `[B, T, *F]`; gradients flow back to real steps.
+            row_options: As in `from_sequences`.
             documents_per_row: int64 `[R]`: take the rows of the batch in their order, that many for each row.
 
         Raises:
@@ -171,7 +172,7 @@ class VarlenBatch(KernelViews):
         travels(cls)
 
     if not TYPE_CHECKING:
-        # Type checkers would take it for a promise that every attribute is there.
+        # A type checker would take it as a promise that every attribute exists.
         def __getattr__(self, name: str) -> Any:
             raise AttributeError(checks.missing_attribute(self, name))
 
@@ -182,12 +183,12 @@ class VarlenBatch(KernelViews):
 
     @outside_graphs
     def verify(self) -> None:
-        """Check lengths, rows, permutation and offsets against each other, and what the gaps hold; waits for a device.
+        """Check lengths, rows, permutation, offsets and the values of gaps; this waits for an accelerator.
 
         Raises:
             LengthError: They do not agree, or a real value in a gap shows that a length is too small.
             TypeError: Lengths or permutation are not integers.
-            ValueError: The permutation is none.
+            ValueError: The permutation is not one.
         """
         self.check_unwritten()
         checks.verify_documents(self)
@@ -198,15 +199,16 @@ class VarlenBatch(KernelViews):
         """The same documents with new values.
 
         Args:
-            values: `[R, C, *G]` on any device, each document computed from itself; what its gaps hold is unspecified.
+            values: `[R, C, *G]` on any device, each document computed from itself; the values of gaps are unspecified.
 
         Raises:
             LengthError: Rows or capacity differ.
+            TypeError: The values are no tensor.
         """
         return replace_documents(self, values, None)
 
     def with_step_values(self, values: Tensor, padding_value: PaddingValue | None) -> Self:
-        """As `with_values`, with what the gaps hold.
+        """As `with_values`, with the value of all gaps.
 
         Raises:
             LengthError: Rows or capacity differ.
@@ -218,24 +220,25 @@ class VarlenBatch(KernelViews):
 
         Raises:
             LengthError: The module changed the number of rows or steps.
+            TypeError: It did not return a tensor.
         """
         return self.with_values(module(self.values))
 
     def next_step_labels(self, ignore_index: int = -100) -> Self:
-        """What each step is to predict: the next step of its own document.
+        """The label of each step: the next step of its own document.
 
         Args:
-            ignore_index: what the last step of a document, and every gap, has in place of a label.
+            ignore_index: The value of the last step of each document, and of all gaps.
 
         Returns:
-            Values `[R, C, *F]`. `sequence_loss` counts the steps of it that have labels; its loss function must give 0
+            Values `[R, C, *F]`. `sequence_loss` counts only the steps that have labels; its loss function must return 0
             for `ignore_index`, as `torch.nn.functional.cross_entropy` does for -100.
 
         Raises:
             ValueError: The dtype cannot hold `ignore_index`.
         """
         if not torch.compiler.is_compiling():
-            check_padding_value(ignore_index, self.values.dtype)
+            ignore_index = check_ignore_index(ignore_index, self.values.dtype)
         ids = self.document_ids
         goes_on = torch.zeros_like(ids, dtype=torch.bool)
         goes_on[:, :-1] = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
@@ -249,7 +252,7 @@ class VarlenBatch(KernelViews):
         """A padded batch with a row for each document, in the same order; gradients flow.
 
         Args:
-            widths: what the padded width is rounded up to, as `LengthTrackedBatch.from_sequences` takes it.
+            widths: The allowed padded widths, as in `LengthTrackedBatch.from_sequences`.
 
         Raises:
             LengthError: There is no document, or one is wider than `widths`.
@@ -263,19 +266,18 @@ class VarlenBatch(KernelViews):
     @overload
     def unsort(self, entries: list[Any], dim: int = 0) -> list[Any]: ...
     def unsort(self, entries: Tensor | list[Any] | None = None, dim: int = 0) -> Tensor | list[Any]:
-        """Anything that has one entry per document, back in source order.
+        """Anything with one entry per document, in source order.
 
         Args:
-            entries: a tensor `[..., N, ...]`, or a list of N; None is `sequences()`, the documents themselves.
-            dim: the axis of the documents.
+            entries: A tensor `[..., N, ...]`, or a list of N; None is `sequences()`, the documents themselves.
+            dim: The axis of the documents.
 
         Raises:
+            TypeError: The entries are neither a tensor nor a list.
             ValueError: There is not one entry per document.
         """
         entries = self.sequences() if entries is None else entries
-        count = entries.shape[dim] if isinstance(entries, Tensor) else len(entries)
-        if count != len(self):
-            raise ValueError(f"there must be one entry for each of the {len(self)} documents, got {count}")
+        checks.check_entries(entries, dim, len(self))
         back = np.argsort(self.spans.array("permutation"), kind="stable")
         if isinstance(entries, Tensor):
             return entries.index_select(dim, to_device(back, entries.device))
@@ -288,6 +290,7 @@ class VarlenBatch(KernelViews):
         """Pieces of at most `rows` rows, as for gradient accumulation; `concat` joins them again.
 
         Raises:
+            TypeError: `rows` is not an int.
             ValueError: `rows` is below one.
         """
         return pieces.as_batches(self, pieces.split_rows(self.values, self.spans, rows))
@@ -296,10 +299,11 @@ class VarlenBatch(KernelViews):
     def split_steps(self, steps: int) -> list[Self]:
         """Chunks of at most `steps` steps of all rows, for truncated back-propagation through time.
 
-        All documents are in every chunk, with length 0 where they do not reach into it, so that states that `apply_rnn`
-        carries from chunk to chunk equal those of whole documents. Positions go on. Labels are to be made before.
+        Every chunk has all documents, with length 0 where they have no steps in it, so that states that `apply_rnn`
+        carries from chunk to chunk equal those of whole documents. Positions continue. Make labels before splitting.
 
         Raises:
+            TypeError: `steps` is not an int.
             ValueError: `steps` is below one, or no multiple of `align`.
         """
         return pieces.as_batches(self, pieces.split_steps(self.values, self.spans, steps))
@@ -317,6 +321,7 @@ class VarlenBatch(KernelViews):
 
         Raises:
             LengthError: There is no batch.
+            TypeError: One of them is no `VarlenBatch`.
             ValueError: They differ in what must be the same.
         """
         return pieces.concat_documents(cls, batches)
@@ -344,8 +349,8 @@ class VarlenBatch(KernelViews):
         """The batch with its values and offsets on another device, or values of another dtype; lengths stay.
 
         Args:
-            device: where to; a dtype may stand here as well, as in `Tensor.to`.
-            dtype: the values' new dtype.
+            device: The target; a dtype is taken here as well, as in `Tensor.to`.
+            dtype: The new dtype of the values.
             non_blocking: None copies without waiting where the values are pinned.
 
         Returns:
@@ -367,10 +372,10 @@ class VarlenBatch(KernelViews):
             tensor.record_stream(cast("torch.cuda.Stream", stream))
 
     def as_dict(self, names: Mapping[str, str]) -> dict[str, Any]:
-        """A plain dict, for trainers that take nothing else.
+        """A plain dict, for trainers that accept only mappings.
 
         Args:
-            names: the attribute that each key holds, such as `{"input_ids": "values", "position_ids": "position_ids"}`.
+            names: The attribute of each key, such as `{"input_ids": "values", "position_ids": "position_ids"}`.
 
         Raises:
             ValueError: There is no such attribute.
@@ -392,7 +397,3 @@ class VarlenBatch(KernelViews):
         copied = memo[id(self)] = object.__new__(type(self))
         copied.__dict__.update({name: deepcopy(part, memo) for name, part in self.__dict__.items()})
         return copied
-
-
-# `collate.operations` stands below this module and cannot import it.
-PaddedSequences.varlen_class = VarlenBatch

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from collate.errors import LengthError
 from collate.lengths.validation import check_padding_intact
 from collate.varlen.construct import DocumentBatch
+from collate.varlen.offsets import spread_on_host
 from collate.varlen.spans import check_arrays
 
 _EXPORTED: Final = (
@@ -54,10 +56,40 @@ def verify_documents(batch: DocumentBatch) -> None:
     spans = batch.spans
     names = ("lengths", "documents_per_row", "permutation")
     check_arrays({name: spans.array(name) for name in names}, **spans.options)
-    if not np.array_equal(spans.make_table(), batch.offsets.table.cpu().numpy()):
+    table = spans.make_table()
+    if not np.array_equal(table, batch.offsets.table.cpu().numpy()):
         raise LengthError("the offsets are not those of the lengths: make a new batch of the sequences")
+    documents, positions = spread_on_host(table, batch.offsets.shape)
+    expected = {"mask": documents >= 0, "document_ids": documents, "position_ids": positions}
+    for (name, values), present in zip(expected.items(), batch.offsets.spread(), strict=True):
+        if not torch.equal(values, present.cpu()):
+            row = int((values != present.cpu()).any(1).nonzero()[0])
+            raise LengthError(
+                f"the {name} of row {row} are not those of its lengths: make a new batch of the sequences"
+            )
     if batch.padding_value is not None:
         check_padding_intact(batch.values, batch.offsets.spread()[0], batch.padding_value)
+
+
+def check_entries(entries: object, dim: int, count: int) -> None:
+    """Check that something has one entry per document.
+
+    Raises:
+        TypeError: It is neither a tensor nor a list.
+        ValueError: It has another number of entries, or no such axis.
+    """
+    if not isinstance(entries, (Tensor, list)):
+        raise TypeError(
+            f"unsort takes a tensor or a list with one entry per document, got a {type(entries).__name__}: make a "
+            "tensor or a list of it"
+        )
+    if isinstance(entries, list):
+        got: object = len(entries) if len(entries) != count else None
+    else:
+        has_axis = -entries.dim() <= dim < entries.dim()
+        got = None if has_axis and entries.shape[dim] == count else f"shape {list(entries.shape)} with dim={dim}"
+    if got is not None:
+        raise ValueError(f"there must be one entry for each of the {count} documents, got {got}")
 
 
 def named_attributes(batch: DocumentBatch, names: Mapping[str, str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """VarlenCollator: a list of samples -> rows that hold several of them, every field in the same rows."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -83,9 +83,12 @@ class VarlenCollator:
         on_empty: Literal["keep", "error"] = "keep",
     ) -> None:
         self.capacity = dict(capacity) if isinstance(capacity, Mapping) else capacity
-        self.options = RowOptions(None, rows, align, max_documents, max_seqlen, arrange)
         capacities = self.capacity.values() if isinstance(self.capacity, dict) else [self.capacity]
-        self.each = {steps: replace(self.options, capacity=steps).checked() for steps in capacities}
+        if not capacities:
+            raise ValueError("capacity names no field: name each variable-length field, or give one number for all")
+        options = RowOptions(None, rows, align, max_documents, max_seqlen, arrange)
+        self.each = {steps: replace(options, capacity=steps).checked() for steps in capacities}
+        self.options = replace(next(iter(self.each.values())), capacity=None)
         self.fields = PadCollator(
             padding_value,
             sort_by=False,
@@ -94,6 +97,14 @@ class VarlenCollator:
             length_field=length_field,
             on_empty=on_empty,
         )
+
+    def __repr__(self) -> str:
+        options = "".join(
+            f", {each.name}={getattr(self.options, each.name)!r}"
+            for each in fields(self.options)
+            if each.name != "capacity" and getattr(self.options, each.name) != each.default
+        )
+        return f"{type(self).__name__}(capacity={self.capacity!r}{options}, {self.fields!r})"
 
     @property
     def max_length(self) -> int | Mapping[str, int | None] | None:

@@ -40,11 +40,14 @@ class DocumentBatch(Protocol):
 
     @property
     def padding_value(self) -> PaddingValue | None:
-        """What the gaps hold."""
+        """The value of all gaps."""
 
     @property
     def ignore_index(self) -> int | None:
-        """What time steps without a label hold."""
+        """The value of time steps without a label."""
+
+    def check_unwritten(self) -> None:
+        """Check that integers, mask and offsets were not written to."""
 
 
 DocumentsT = TypeVar("DocumentsT", bound=DocumentBatch)
@@ -94,11 +97,12 @@ def check_documents(
         ValueError: The values have another shape, the permutation is not one, or an option has an impossible value.
     """
     rows, capacity = _shape_of_rows(values)
+    if integers["lengths"] is None:
+        raise TypeError(f"lengths must be integers, got None: give the steps of each document of {rows} rows")
     if integers["documents_per_row"] is None:
         if rows > 1:
             raise ValueError(f"documents_per_row must say how many of the documents each of the {rows} rows holds")
-        # They become tensors when they are checked.
-        integers = {**integers, "documents_per_row": [len(cast("Sequence[int]", integers["lengths"]))]}
+        integers = {**integers, "documents_per_row": [np.size(np.asarray(integers["lengths"]))]}
     checked = check_options(capacity=capacity, **options)  # type: ignore[arg-type]
     spans = DocumentSpans(check_arrays(integers, **checked), **checked)
     if spans.num_rows != rows:
@@ -159,6 +163,7 @@ def move_to_padded(batch: DocumentBatch, widths: Widths) -> LengthTrackedBatch:
     Raises:
         LengthError: There is no document, or one is longer than all `widths`.
     """
+    batch.check_unwritten()
     spans, values = batch.spans, batch.values
     lengths = spans.array("lengths")
     if len(lengths) == 0:
@@ -176,12 +181,30 @@ def move_to_padded(batch: DocumentBatch, widths: Widths) -> LengthTrackedBatch:
     )
 
 
+def check_ignore_index(value: int, dtype: torch.dtype) -> int:
+    """Check that a dtype can hold what a step without a label holds, and take it as a Python number.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: The dtype cannot hold it.
+    """
+    try:
+        return cast(int, check_padding_value(value, dtype))
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("padding_value", "ignore_index")) from None
+
+
 def replace_documents(batch: DocumentsT, values: Tensor, padding_value: PaddingValue | None) -> DocumentsT:
     """The same documents with new values.
 
     Raises:
         LengthError: Rows or capacity differ.
+        TypeError: The values are no tensor.
     """
+    if not isinstance(values, Tensor):
+        raise TypeError(
+            f"new values must be a tensor {[*batch.offsets.shape]} and features, got {type(values).__name__}"
+        )
     if tuple(values.shape[:2]) != batch.offsets.shape:
         raise LengthError(f"new values must be {[*batch.offsets.shape]} and features, got {list(values.shape)}")
     same = values.device == batch.values.device

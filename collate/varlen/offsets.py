@@ -1,4 +1,4 @@
-"""Where documents lie in their rows, in closed form from host integers.
+"""Offsets of documents and gaps, in closed form from host integers.
 
 Two rows of capacity 8, with documents of 3, 2 and 4 steps that start at multiples of 4. The first row holds two
 documents, the second one, and each document has a gap behind it:
@@ -28,10 +28,10 @@ from collate.tensors.numpy_view import Int64Array
 
 Int32Array: TypeAlias = npt.NDArray[np.int32]
 
-# The rows of a table of offsets, which is sent to a device in one piece.
+# Rows of the table of offsets, which is sent to a device as one tensor.
 CU_SEQLENS, CU_SEQLENS_PADDED, CU_SEQLENS_REAL, DOCUMENT, FIRST_POSITION = range(5)
 
-# Offsets are int32, as kernels want them.
+# Kernels take offsets as int32.
 MOST_STEPS: Final = (1 << 31) - 1
 
 
@@ -74,7 +74,7 @@ def offset_table(
     align: int,
     slots: int,
 ) -> Int32Array:
-    """All offsets of a batch as one array of integers.
+    """All offsets of a batch in one array.
 
     Args:
         lengths: int64 `[N]`, documents in row order.
@@ -82,12 +82,12 @@ def offset_table(
         first_steps: int64 `[N]`, the position of each document's first step; None is all 0.
         capacity: C.
         align: documents start at its multiples within their row.
-        slots: S, at least as many as there are segments.
+        slots: S, at least the number of segments.
 
     Returns:
         int32 `[5, S + 1]`. `CU_SEQLENS`: bounds of all segments. `DOCUMENT`: which document each segment is, -1 for a
         gap. `FIRST_POSITION`: position of each segment's first step. `CU_SEQLENS_PADDED`: bounds of documents together
-        with the gap that alignment leaves behind them, and of what is left of a row; `CU_SEQLENS_REAL`: real steps
+        with the gap that alignment leaves behind them, and of the remainder of a row; `CU_SEQLENS_REAL`: real steps
         before each of these. Slots that are not used repeat the last offset.
     """
     table = np.empty((5, slots + 1), np.int32)
@@ -139,7 +139,7 @@ def _fill_unaligned(table: Int32Array, lengths: Int64Array, per_row: Int64Array,
         else:
             ends.pop()
         bounds += ends
-        # What lies before a step are real steps and the gaps of earlier rows.
+        # Before a step are the real steps and the gaps of earlier rows.
         real += [end - waste for end in ends]
         first, row_start, waste = through, row_end, waste + gap
     used = len(bounds)

@@ -1,6 +1,7 @@
 """Rows of documents cut into pieces, by rows or along time, and joined again."""
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from collate.tensors.numpy_view import to_array
 from collate.tensors.to_device import to_device
 from collate.varlen.construct import DocumentBatch, DocumentsT, trusted_documents
 from collate.varlen.spans import DocumentSpans, Offsets, check_int32
+from collate.widths import check_count
 
 
 def split_rows(values: Tensor, spans: DocumentSpans, rows: int) -> Iterator[tuple[Tensor, DocumentSpans]]:
@@ -22,10 +24,10 @@ def split_rows(values: Tensor, spans: DocumentSpans, rows: int) -> Iterator[tupl
         Values, and the spans of their documents.
 
     Raises:
+        TypeError: `rows` is not an int.
         ValueError: `rows` is below one.
     """
-    if rows < 1:
-        raise ValueError(f"rows must be at least 1, got {rows}")
+    check_count("rows", rows, least=1, hint="give the rows of one piece")
     per_row = spans.array("documents_per_row")
     bounds = np.append(0, np.cumsum(per_row))
     for start in range(0, len(per_row), rows):
@@ -54,10 +56,12 @@ def split_steps(values: Tensor, spans: DocumentSpans, steps: int) -> Iterator[tu
         Values, and the spans of their documents.
 
     Raises:
+        TypeError: `steps` is not an int.
         ValueError: `steps` is below one, or no multiple of the spans' `align`.
     """
-    if steps < 1 or steps % spans.align:
-        raise ValueError(f"steps must be a multiple of align={spans.align}, at least 1, got {steps}")
+    check_count("steps", steps, least=1, hint="give the steps of one chunk")
+    if steps % spans.align:
+        raise ValueError(f"steps must be a multiple of align={spans.align}, got {steps}: documents start at multiples")
     starts = spans.starts() - spans.rows_of_documents() * spans.capacity
     lengths, first_steps = spans.array("lengths"), spans.array("first_steps")
     for start in range(0, spans.capacity, steps):
@@ -100,6 +104,7 @@ def join_spans(all_spans: Sequence[DocumentSpans], permutation: Tensor) -> Docum
 
 def as_batches(batch: DocumentsT, parts: Iterator[tuple[Tensor, DocumentSpans]]) -> list[DocumentsT]:
     """Pieces of a batch as batches of its kind."""
+    batch.check_unwritten()
     marks = {"padding_value": batch.padding_value, "ignore_index": batch.ignore_index}
     return [trusted_documents(type(batch), values, spans, **marks) for values, spans in parts]  # type: ignore[arg-type]
 
@@ -109,16 +114,24 @@ def concat_documents(kind: type[DocumentsT], batches: Sequence[DocumentBatch]) -
 
     Raises:
         LengthError: There is no batch.
+        TypeError: One of them is no `VarlenBatch`.
         ValueError: They differ in what must be the same.
     """
-    if not batches:
+    if len(batches) == 0:
         raise LengthError("concat needs at least one batch, got none")
+    strangers = [type(batch).__name__ for batch in batches if not getattr(batch, "is_varlen", False)]
+    if strangers:
+        raise TypeError(
+            f"concat takes VarlenBatch objects, got a {strangers[0]}: to_varlen() makes one of a padded batch"
+        )
     kinds = {(b.values.dtype, b.values.device, b.values.shape[1:], b.spans.align, b.ignore_index) for b in batches}
     if len(kinds) > 1:
         raise ValueError(
             "batches must share dtype, device, capacity, features, align and ignore_index, got "
             f"{sorted(map(str, kinds))}"
         )
+    for batch in batches:
+        batch.check_unwritten()
     padding_values = {b.padding_value for b in batches}
     permutation = join_permutations([b.spans.tensor("permutation") for b in batches])
     return trusted_documents(
@@ -142,6 +155,7 @@ def move_documents(
         device, dtype = None, device
     if non_blocking is None:
         non_blocking = not batch.values.is_cuda and batch.values.is_pinned()
+    batch.check_unwritten()
     values = batch.values.to(device=device, dtype=dtype, non_blocking=non_blocking)
     if values is batch.values:
         return batch
@@ -158,7 +172,7 @@ def move_documents(
         batch.spans,
         offsets,
         padding_value=cast_padding_value(batch.padding_value, batch.values.dtype, values.dtype),
-        ignore_index=batch.ignore_index,
+        ignore_index=cast("int | None", cast_padding_value(batch.ignore_index, batch.values.dtype, values.dtype)),
     )
 
 

@@ -1,7 +1,7 @@
 """Which documents go into which row: options that the collator and the constructors share."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self, TypeAlias, cast
 
 import numpy as np
@@ -35,9 +35,10 @@ class RowOptions:
             ValueError: A number is below one, capacity is no multiple of `align`, several rows have no capacity, or no
                 arrangement of that name is known.
         """
-        for name in ("capacity", "rows", "align", "max_documents", "max_seqlen"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name), least=1, hint="leave it out, or give a whole number")
+        numbers = {name: getattr(self, name) for name in ("capacity", "rows", "align", "max_documents", "max_seqlen")}
+        for name, value in numbers.items():
+            if value is not None:
+                numbers[name] = check_count(name, value, least=1, hint="leave it out, or give a whole number")
         if self.arrange not in ("best-fit", "given"):
             raise ValueError(f"arrange must be 'best-fit' or 'given', got {self.arrange!r}")
         if self.capacity is None and self.rows not in (None, 1):
@@ -47,7 +48,7 @@ class RowOptions:
                 f"capacity must be a multiple of align, got {self.capacity} and {self.align}: "
                 f"{-(-self.capacity // self.align) * self.align} is one"
             )
-        return self
+        return replace(self, **numbers)
 
     def fill(self, sizes: Sequence[int], name: str = "sequences") -> RowOrder:
         """Put documents into rows.

@@ -13,7 +13,7 @@ from torch.autograd import Function
 
 
 def sum_segments(steps: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Sum floating-point steps over segments.
+    """Sum steps over segments, in float32 where they are integers.
 
     Args:
         steps: `[T, *G]`.
@@ -22,6 +22,8 @@ def sum_segments(steps: Tensor, cu_seqlens: Tensor) -> Tensor:
     Returns:
         `[S, *G]`, 0 for a segment without steps; gradients flow.
     """
+    if steps.is_complex():
+        return torch.view_as_complex(sum_segments(torch.view_as_real(steps), cu_seqlens))
     if not steps.is_floating_point():
         return sum_segments(steps.to(torch.float32), cu_seqlens)
     bounds = cu_seqlens.to(torch.int64)

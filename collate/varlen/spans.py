@@ -1,4 +1,4 @@
-"""What the host knows of a batch's documents, checked, and the table of offsets that is made of it."""
+"""Where the documents of a batch lie: host integers, checked, and the table of offsets that is made from them."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from collate.errors import LengthError
+from collate.lengths.tracking import version_of
 from collate.lengths.validation import IntegersLike, as_int64, check_permutation
 from collate.tensors.graphs import is_making_graph, refuse_export
 from collate.tensors.numpy_view import Int64Array, to_array
@@ -25,19 +26,19 @@ from collate.widths import check_count
 
 
 class DocumentSpans:
-    """Which documents are where: host integers only, shared by all batches of the same documents.
+    """The row, start and length of each document: host integers, shared by all batches of the same documents.
 
-    The integers are kept as arrays that nobody else has. Users get tensors with memory of their own, made when they
-    ask for them, so that a write to one is noticed.
+    The integers are private arrays. Users get tensors that are copies, made on request, so that a write to one is
+    noticed.
 
     Args:
-        arrays: int64 `lengths` and `permutation` `[N]` and `documents_per_row` `[R]`, known to be right, which become
-            the spans'; in a later chunk also `first_steps` `[N]`, the steps of each document before it.
-        tensors: the same as tensors that nobody has looked at, in place of arrays.
+        arrays: Int64 `lengths` and `permutation` `[N]` and `documents_per_row` `[R]`, known to be right, which become
+            the object's own; in a later chunk also `first_steps` `[N]`, the steps of each document in earlier chunks.
+        tensors: The same as unchecked tensors, in place of arrays.
         capacity: C, steps of a row.
-        align: documents start at its multiples within their row.
-        max_documents: documents that a row may have, which fixes the number of slots; None is as many as there are.
-        max_seqlen: bound of the lengths that is given to kernels; None is C.
+        align: Documents start at its multiples within their row.
+        max_documents: Documents that a row may have, which fixes the number of slots; None is as many as there are.
+        max_seqlen: Upper bound of the lengths, for kernels; None is C.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class DocumentSpans:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What is no array."""
+        """Capacity, alignment and caps."""
         return {name: getattr(self, name) for name in ("capacity", "align", "max_documents", "max_seqlen")}
 
     @property
@@ -83,12 +84,12 @@ class DocumentSpans:
         """The arrays, by name, which are not to be written to.
 
         Raises:
-            LengthError: A tensor of one was written to since the batch was made; or the spans was put together from a
-                pytree's leaves, and they do not fit; or a program is being exported.
+            LengthError: The tensor of one was written to since the batch was made; or a pytree's leaves were put
+                together, and do not fit; or a program is being exported.
         """
         refuse_export()
         if not self._arrays:
-            # A pytree is put together from any leaves, and looked at only when somebody needs them.
+            # A pytree may be put together from any leaves, which are checked when they are first used.
             self._arrays = check_arrays(self._tensors, **self.options)
         for name, shown in self._tensors.items():
             kept = self._arrays.get(name)
@@ -136,7 +137,7 @@ class DocumentSpans:
 
 
 class Offsets:
-    """A table of offsets on a device, and what is spread out of it there.
+    """A table of offsets on a device, and the mask and ids of all steps that are made from it there.
 
     Args:
         table: int32 `[5, slots + 1]`; its rows are named in `collate.varlen.offsets`.
@@ -147,6 +148,7 @@ class Offsets:
         self.table = table
         self.shape = shape
         self._spread: tuple[Tensor, Tensor, Tensor] | None = None
+        self._versions = _versions_of(table)
 
     def spread(self) -> tuple[Tensor, Tensor, Tensor]:
         """Mask bool, document ids int32 and position ids int64, all `[R, C]` on the table's device; made once.
@@ -162,11 +164,32 @@ class Offsets:
                 spread_on_host(self.table.numpy(), self.shape) if on_host else spread_on_device(self.table, self.shape)
             )
             self._spread = (spread[0] >= 0, *spread)
+            self._versions = _versions_of(self.table, *self._spread)
         return self._spread
+
+    def check_unwritten(self) -> None:
+        """Check that torch has not written to the table, the mask or the ids; a write through NumPy is for `verify`.
+
+        Raises:
+            LengthError: It has.
+        """
+        names = ("offsets", "mask", "document_ids", "position_ids")
+        present = _versions_of(self.table, *(self._spread or ()))
+        for name, before, now in zip(names, self._versions, present, strict=False):
+            if before != now:
+                raise LengthError(
+                    f"the batch's {name} were written to {now - before} times since they were made: lengths do not "
+                    "follow. Clone them before you change them, and give weights= to leave steps out of a loss"
+                )
 
     def cu_seqlens(self, row: int = CU_SEQLENS) -> Tensor:
         """One row of the table: int32 `[slots + 1]`."""
         return self.table[row]
+
+
+def _versions_of(*tensors: Tensor) -> list[int]:
+    """How often torch has written to each tensor; 0 where it does not count."""
+    return [0] * len(tensors) if torch.compiler.is_compiling() else [version_of(tensor) or 0 for tensor in tensors]
 
 
 def check_arrays(
@@ -177,7 +200,7 @@ def check_arrays(
     max_documents: int | None,
     max_seqlen: int | None,
 ) -> dict[str, Int64Array]:
-    """Check a spans's integers against each other, and take them as int64 arrays of their own.
+    """Check the integers of spans against each other, and copy them to int64 arrays.
 
     Args:
         integers: `lengths`, `documents_per_row`, and `permutation` and `first_steps`, which may be None.
@@ -187,7 +210,7 @@ def check_arrays(
         max_seqlen: a cap.
 
     Raises:
-        LengthError: IntegersLike are not on the host, a length is negative, documents do not fit their rows or are more
+        LengthError: Integers are not on the host, a length is negative, documents do not fit their rows or are more
             than `max_documents` or longer than `max_seqlen`, documents per row do not sum to N, or offsets exceed
             int32.
         TypeError: They are not integers.
@@ -209,7 +232,7 @@ def check_arrays(
 
 
 def check_options(*, capacity: int, align: int, max_documents: int | None, max_seqlen: int | None) -> dict[str, Any]:
-    """Check the options of a spans, and take them as Python ints.
+    """Check the options of spans, and return them as Python ints.
 
     Raises:
         TypeError: An option is not an int.
@@ -267,6 +290,13 @@ def check_fit(
             "max_length"
         )
     rows = np.repeat(np.arange(len(per_row)), per_row)
+    if len(lengths) and lengths.max() > capacity:
+        # Sums of such lengths might overflow.
+        document = int(lengths.argmax())
+        raise LengthError(
+            f"document {document} in row {rows[document]} has {lengths[document]} steps, the capacity is {capacity}: "
+            "cut it, or make longer rows"
+        )
     ends = document_starts(lengths, per_row, capacity, align) + lengths - rows * capacity
     beyond = np.flatnonzero(ends > capacity)
     if len(beyond):
@@ -278,7 +308,7 @@ def check_fit(
 
 
 def _whole(integers: IntegersLike, name: str) -> Int64Array:
-    """IntegersLike of at least 0 on the host, as an array of their own.
+    """Integers of at least 0 on the host, copied to an array.
 
     Raises:
         LengthError: They are on a device, negative, or not one-dimensional.
@@ -287,7 +317,7 @@ def _whole(integers: IntegersLike, name: str) -> Int64Array:
         raise LengthError(f"{name} must stay on the host, got a tensor on {integers.device}: keep them on the CPU")
     values = to_array(as_int64(integers, name)).copy()
     if values.ndim != 1:
-        raise LengthError(f"{name} must be one-dimensional, got shape {list(values.shape)}")
+        raise LengthError(f"{name} must be one-dimensional, got shape {list(values.shape)}: give a list of integers")
     if len(values) and values.min() < 0:
         place = int(values.argmin())
         raise LengthError(f"{name} must not be negative, got {values[place]} at index {place}")

@@ -11,7 +11,7 @@ from collate.tensors.graphs import outside_graphs
 from collate.tensors.numpy_view import Int64Array
 from collate.tensors.steps import flat_index, gather_steps
 from collate.tensors.to_device import refuse_capture, to_device
-from collate.varlen.offsets import CU_SEQLENS_PADDED, CU_SEQLENS_REAL, document_slots
+from collate.varlen.offsets import CU_SEQLENS, CU_SEQLENS_PADDED, CU_SEQLENS_REAL, DOCUMENT, document_slots
 from collate.varlen.segment_sums import sum_segments
 from collate.varlen.spans import DocumentSpans, Offsets
 
@@ -141,17 +141,19 @@ class DocumentViews:
         """The lengths that the batch was made with: int64 `[N]`, not to be written to.
 
         Raises:
-            LengthError: They were written to since.
+            LengthError: They, or mask or offsets, were written to since.
         """
+        self.offsets.check_unwritten()
         return self.spans.array("lengths")
 
     def check_unwritten(self) -> None:
-        """Check that the host's integers are those that the batch was made with; compiled code is not looked at.
+        """Check that integers, mask and offsets are those that the batch was made with, except in compiled code.
 
         Raises:
             LengthError: They were written to.
         """
         if not torch.compiler.is_compiling() and type(self.lengths) is Tensor:
+            self.offsets.check_unwritten()
             for name in ("lengths", "documents_per_row", "permutation"):
                 self.spans.array(name)
 
@@ -175,6 +177,11 @@ class DocumentViews:
         The number of launches does not depend on the number of documents, and no document's sum on another's values.
         """
         return sum_segments(steps.flatten(0, 1).to(dtype or steps.dtype), self.cu_seqlens)
+
+    def step_counts(self) -> Tensor:
+        """Real steps of each segment, 0 for a gap: int32 `[slots]`."""
+        table = self.offsets.table
+        return torch.where(table[DOCUMENT, :-1] >= 0, table[CU_SEQLENS].diff(), 0)
 
     @outside_graphs
     def pick_sequences(self, sums: Tensor) -> Tensor:

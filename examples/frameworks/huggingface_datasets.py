@@ -4,14 +4,13 @@ python examples/frameworks/huggingface_datasets.py
 """
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from parity import COLLATE, MAX_TOKENS, Parity, Tagger, take_step
 from tally import Tally, show
 from torch.utils.data import DataLoader
 
-from samplers import LengthBucketBatchSampler
+from samplers import LengthBucketBatchSampler, lengths_of
 
 
 def make_table() -> Dataset:
@@ -20,12 +19,6 @@ def make_table() -> Dataset:
     samples = [data[index] for index in range(len(data))]
     rows = [{"id": s["id"], "bits": s["bits"].numpy(), "odd": s["odd"].numpy(), "n": len(s["bits"])} for s in samples]
     return Dataset.from_list(rows).shuffle(seed=3)
-
-
-def lengths_of(table: Dataset, column: str) -> np.ndarray:
-    """Lengths `[N]` of a list column, in the order of the rows; `table.data` has another order."""
-    blocks = table.select_columns(column).with_format("arrow").iter(batch_size=10_000)
-    return np.concatenate([pc.list_value_length(block[column]).to_numpy() for block in blocks])
 
 
 def train(table: Dataset, lengths: np.ndarray) -> None:

@@ -129,6 +129,28 @@ def measuring_options(command: Command) -> Command:
     return command
 
 
+def source_options(command: Command) -> Command:
+    """Add the options that say which lengths of the sources are meant."""
+    options = [
+        click.option(
+            "--fields",
+            type=parse_names,
+            metavar="NAME[,NAME...]",
+            help="Fields or columns whose lengths count; by default those of the index, or the only list.",
+        ),
+        click.option("--split", help="Of a Hugging Face dataset that has several."),
+        click.option(
+            "--text", type=click.Choice(["bytes", "characters"]), help="What counts in a column of text without tokens."
+        ),
+        click.option(
+            "--rate", type=click.IntRange(1), help="Steps in a second, for durations; by default that of the index."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def plan_options(command: Command) -> Command:
     """Add the planner's options, except for `--max-tokens` and `--window`."""
     options = [
@@ -149,7 +171,8 @@ def plan_options(command: Command) -> Command:
         click.option(
             "--overlong",
             type=click.Choice(["alone", "cut", "drop", "error", "split"]),
-            help="What to do with samples over the budget: alone, or, with --pack, split, if not given.",
+            default="error",
+            help="What to do with samples over the budget, as for a sampler; cut and split need --pack.",
         ),
         click.option("--drop-last", is_flag=True, help="Drop the last, partial step."),
         click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the shuffles."),

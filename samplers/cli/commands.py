@@ -15,6 +15,7 @@ from samplers.cli.arguments import (
     parse_numbers,
     parse_windows,
     plan_options,
+    source_options,
 )
 
 # The module of each command's function. It is loaded when the command runs.
@@ -47,9 +48,14 @@ def main(*, traceback: bool) -> None:
     "--fields",
     type=parse_names,
     metavar="NAME[,NAME...]",
-    help="Fields whose lengths count; by default all arrays with an axis.",
+    help="Fields whose lengths count; by default all arrays with an axis, or else all sound.",
 )
 @measuring_options
+@click.option(
+    "--length-field",
+    metavar="FIELD.KEY",
+    help="Number or list in another member that is the length of such fields, as json.num_samples.",
+)
 @click.option(
     "--length-id", help="Name of the measuring function, stored in the index; by default made from its source."
 )
@@ -58,8 +64,9 @@ def main(*, traceback: bool) -> None:
 def index(**options: Any) -> None:
     """Build or refresh the index of SHARDS.
 
-    Reads headers, and payloads only for --checksums. A refreshed index has the fields and checksums of the former one,
-    unless options change them.
+    Reads headers, and payloads only for --checksums. Sound (wav, flac, ogg, opus, mp3) has its frames in its header,
+    which needs lengthtrack[speech]. A refreshed index has the fields and checksums of the former one, and measures them
+    in the same way, unless options change them.
     """
     _run("index", options)
 
@@ -90,12 +97,14 @@ def verify(**options: Any) -> None:
     epilog=examples(
         "lengthtrack report shards --max-tokens 4096,8192 --window auto,200",
         "lengthtrack report lengths.npy --max-tokens 8192 --replicas 8 --widths best:6",
+        "lengthtrack report dataset --split train --fields tokens --max-tokens 8192",
         "lengthtrack report corpus.ltx --max-tokens 8192 --replicas 4 --plot padding.png --json report.json",
         "lengthtrack report corpus.ltx --batch-size 16 --json -",
         "lengthtrack report lengths.npy --pack 2048,4096 --cost 1 --replicas 8 --plot packs.svg",
     )
 )
-@click.argument("sources", nargs=-1, required=True, metavar="INDEX|SHARDS|lengths.npy")
+@click.argument("sources", nargs=-1, required=True, metavar="INDEX|SHARDS|DATASET|FILE...")
+@source_options
 @click.option(
     "--max-tokens",
     type=parse_numbers,
@@ -120,7 +129,9 @@ def verify(**options: Any) -> None:
 def report(**options: Any) -> None:
     """Report what an epoch would cost, by budget and window, or by the capacity of rows.
 
-    One column for each plan, before any training. Opens only the index, no shards.
+    One column for each plan, before any training. Of an index or shards, only the index is opened. Other sources are a
+    folder that save_to_disk of a Hugging Face dataset has written (only offsets are read), Parquet and JSON lines, a
+    Megatron .idx, and a .npy of lengths.
     """
     _run("report", options)
 
@@ -130,6 +141,7 @@ def report(**options: Any) -> None:
         "lengthtrack convert corpus.jsonl blocks --key id --fields tokens,label --dtype tokens=int32",
         "lengthtrack convert data.parquet from_parquet --fields tokens=input_ids --max-samples 50",
         "lengthtrack convert dataset from_datasets --split train",
+        "lengthtrack convert texts.jsonl tokens --text text --tokenizer bytes_of:encode",
         "lengthtrack convert 'shards/*.tar' plain --layout plain",
     )
 )
@@ -142,7 +154,14 @@ def report(**options: Any) -> None:
     help="Fields to store, as NAME or NAME=COLUMN; by default all.",
 )
 @click.option("--key", help="Column of the samples' keys; by default __key__, or else the row number.")
-@click.option("--text", type=parse_names, metavar="NAME[,NAME...]", help="Text fields, stored as UTF-8 bytes.")
+@click.option(
+    "--text", type=parse_names, metavar="NAME[,NAME...]", help="Text fields, stored as UTF-8 bytes or as tokens."
+)
+@click.option(
+    "--tokenizer",
+    metavar="MODULE:FUNCTION|tokenizer.json",
+    help="Makes tokens of the text fields: text -> list of integers, or a file of Hugging Face tokenizers.",
+)
 @click.option(
     "--stack", type=parse_names, metavar="NAME[,NAME...]", help="Arrays that have the same size in every sample."
 )
@@ -158,11 +177,13 @@ def report(**options: Any) -> None:
 @click.option("--max-samples", type=click.IntRange(1), default=100_000, help="Most samples in a shard.")
 @click.option("--prefix", default="shard", help="Of the shards' names.")
 @click.option("--split", help="Of a Hugging Face dataset that has several.")
+@click.option("--resume", is_flag=True, help="Complete a conversion that was interrupted.")
 def convert(**options: Any) -> None:
     """Write the samples of INPUT to shards in FOLDER, with their index.
 
     INPUT is shards, JSON lines (.jsonl, .jsonl.gz), Parquet files, or a folder that save_to_disk of a Hugging Face
-    dataset has written; the last two need lengthtrack[convert]. Lists become sequences, numbers stay numbers.
+    dataset has written; the last two need lengthtrack[convert]. Lists become sequences, numbers stay numbers. After
+    Ctrl-C or a kill, the same command with --resume writes the remainder.
     """
     _run("convert", options)
 

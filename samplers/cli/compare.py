@@ -329,7 +329,6 @@ def compare_packs(lengths: Lengths, capacities: Sequence[int], options: dict[str
     for name, (default, option) in _OF_BUDGETS.items():
         if options.pop(name) != default:
             raise click.UsageError(f"{option} is not for --pack: a row holds its capacity")
-    options["overlong"] = options["overlong"] or "split"
     options["cost"] = parse_cost(options["cost"])
     if options["overlong"] == "alone":
         raise click.UsageError("--overlong alone is not for --pack: choose cut, drop, error or split")

@@ -7,9 +7,12 @@ from typing import Final
 import click
 
 from samplers.cli.arguments import check_exists
+from samplers.cli.conversion.unfinished import refuse_unfinished
+from samplers.shards.format.header_lengths import DeclaredLength, header_length_of
 from samplers.shards.indexing.find_index import find_corpus
-from samplers.shards.indexing.index import LengthIndex
+from samplers.shards.indexing.index import LengthIndex, tables_of
 from samplers.shards.indexing.index_file import SUFFIX
+from samplers.shards.storage.paths import expand_shards
 
 CORPUS: Final = f"corpus{SUFFIX}"
 
@@ -28,6 +31,38 @@ def index_of_folder(shards: Sequence[str]) -> Path:
         return find_corpus(folder) or folder / CORPUS
     except ValueError as error:
         raise click.UsageError(f"{error} as --output") from error
+
+
+def expand_existing(shards: Sequence[str]) -> list[str]:
+    """The shards of paths and patterns, each of which exists.
+
+    Raises:
+        FileNotFoundError: One does not.
+        ValueError: Some are of an unfinished conversion.
+    """
+    for pattern in shards:
+        check_exists(pattern)
+    paths = expand_shards(list(shards))
+    refuse_unfinished(paths)
+    return paths
+
+
+def refresh_measure(before: LengthIndex, target: Path) -> str | None:
+    """The member that declares the lengths of an index, for its refresh. None if arrays or sound have them.
+
+    Raises:
+        UsageError: A function measured them, which only the user knows.
+    """
+    header = header_length_of(before.length_id)
+    if isinstance(header, DeclaredLength):
+        return header.path
+    measured = tables_of(before).measured
+    if measured and header is None and before.length_id is not None:
+        raise click.UsageError(
+            f"{target}: the lengths of {', '.join(measured)} were measured by {before.length_id}: give the function "
+            "again, with --length or --decode, or delete the index to measure in another way"
+        )
+    return None
 
 
 def open_earlier(target: Path) -> LengthIndex | None:

@@ -10,28 +10,21 @@ import click
 
 from samplers.cli.arguments import flatten, split_pack_options
 from samplers.cli.compare import compare_packs, compare_plans, pack_column, trace_windows
-from samplers.cli.folder_index import index_of_folder, open_earlier, unlisted_shards
-from samplers.cli.printing import (
-    describe_index,
-    describe_reading,
-    judge,
-    print_columns,
-    print_report,
-    show_progress,
-    write_json,
-)
-from samplers.cli.sources import as_shards, load_measure, open_lengths, open_sources, parse_widths, require_budget
-from samplers.extras import load_extra
+from samplers.cli.describing import describe_index
+from samplers.cli.folder_index import expand_existing, index_of_folder, open_earlier, refresh_measure, unlisted_shards
+from samplers.cli.opening import as_shards, load_measure, open_sources, parse_widths, require_budget
+from samplers.cli.printing import describe_reading, judge, print_columns, print_report, show_progress, write_json
+from samplers.cli.reported import LengthRequest, ReportedLengths, open_reported
 from samplers.shards.indexing.find_index import find_index_files
 from samplers.shards.indexing.index import LengthIndex, tables_of
 from samplers.shards.indexing.index_file import read_index
 from samplers.shards.indexing.measuring import LengthOf, Measure
-from samplers.shards.indexing.verify import find_errors
-from samplers.shards.storage.paths import expand_shards
+from samplers.shards.indexing.verify import complete_measure, find_errors
+from samplers.sources.extras import load_extra
 
 # Exit status if nothing differs, but not everything was measured. 2 is a usage error, by convention.
 NOT_MEASURED: Final = 3
-# With fewer shards a worker takes longer to start than it saves.
+# With fewer, a worker takes longer to start than it saves.
 SHARDS_PER_WORKER: Final = 8
 
 
@@ -42,29 +35,34 @@ def index(
     fields: list[str] | None,
     length: str | None,
     decode: tuple[str, ...],
+    length_field: str | None,
     length_id: str | None,
     checksums: bool | None,
     workers: int | None,
 ) -> None:
     """Build or refresh the index of shards."""
+    paths = expand_existing(shards)
     target = Path(output) if output else index_of_folder(shards)
     before = open_earlier(target)
     # A second `lengthtrack index` refreshes: it must not drop fields or checksums that the first one was asked for.
     if before is not None:
         fields = list(before.fields) if fields is None else fields
         checksums = tables_of(before).crcs is not None if checksums is None else checksums
-    paths = expand_shards(list(shards))
+    measure = _length_of(load_measure(length, decode))
+    if before is not None and measure is None and length_field is None:
+        length_field = refresh_measure(before, target)
     built = LengthIndex.build(
         paths,
         fields,
-        _length_of(load_measure(length, decode)),
+        measure,
         workers=_count_workers(workers, len(paths)),
         checksums=bool(checksums),
         length_id=length_id,
+        length_field=length_field,
         progress=sys.stderr.isatty(),
     )
     built.save(target)
-    what = "built" if before is None else "unchanged" if before.fingerprint == built.fingerprint else "refreshed"
+    what = "built" if before is None else "unchanged" if _is_same(before, built) else "refreshed"
     click.echo(f"{target}: {what}, {describe_index(built)}{', with checksums' * bool(checksums)}")
 
 
@@ -79,13 +77,13 @@ def verify(
 ) -> None:
     """Check an index against its shards, and lengths against payloads."""
     _refuse_quick(quick, length or decode)
-    measure = load_measure(length, decode)
     # `LengthIndex.open` does not check files over 256 MiB: verify checks all.
     for path in find_index_files(as_shards(sources)):
         read_index(path, checked_up_to=None)
     corpus = open_sources(sources)
     tables, shards = tables_of(corpus), corpus.shards
     checksums = not quick and tables.crcs is not None
+    measure = complete_measure(tables, load_measure(length, decode))
     missing = [name for name in tables.measured if not measure.measures(name)]
     results = find_errors(tables, checksums=checksums, measure=measure, workers=_count_workers(workers, len(shards)))
     problems = [*filter(None, show_progress(results, len(shards), "shard")), *unlisted_shards(sources, shards)]
@@ -114,15 +112,16 @@ def report(
         _report_packs(sources, capacities, packed, json_path=json_path, plot=plot)
         return
     require_budget(max_tokens, options)
-    lengths = open_lengths(sources)
+    opened = _open_lengths(sources, options)
+    lengths = opened.lengths
     options["widths"] = parse_widths(options["widths"], lengths)
     # Before the plans, so that a missing matplotlib is an error at once.
     pictures = load_extra("samplers.cli.plots", "plots") if plot else None
     summaries = compare_plans(lengths, flatten(max_tokens) or [None], flatten(window), **options)
     # JSON on stdout must be the only output.
     if json_path != "-":
-        print_report(sources, lengths, summaries)
-    write_json(sources, lengths, [summary.as_json() for summary in summaries], json_path)
+        print_report(sources, opened, summaries)
+    write_json(sources, opened, [summary.as_json() for summary in summaries], json_path)
     if pictures is not None:
         pictures.draw_comparison(lengths, summaries, trace_windows(lengths, summaries), Path(str(plot)))
 
@@ -136,16 +135,26 @@ def _report_packs(
     plot: str | None,
 ) -> None:
     """What `lengthtrack report --pack` does; the errors are those of `compare_packs`."""
-    lengths = open_lengths(sources)
+    opened = _open_lengths(sources, options)
     # Before the plans, so that a missing matplotlib is an error at once.
     pictures = load_extra("samplers.cli.plots", "plots") if plot else None
-    summaries = compare_packs(lengths, capacities, options)
+    summaries = compare_packs(opened.lengths, capacities, options)
     # JSON on stdout must be the only output.
     if json_path != "-":
-        print_columns(sources, lengths, [pack_column(summary) for summary in summaries])
-    write_json(sources, lengths, [summary.as_json() for summary in summaries], json_path)
+        print_columns(sources, opened, [pack_column(summary) for summary in summaries])
+    write_json(sources, opened, [summary.as_json() for summary in summaries], json_path)
     if pictures is not None:
         pictures.draw_packs(summaries, Path(str(plot)))
+
+
+def _open_lengths(sources: Sequence[str], options: dict[str, Any]) -> ReportedLengths:
+    """The lengths of the sources; the options that say which are taken out of the others."""
+    return open_reported(sources, LengthRequest(*(options.pop(name) for name in ("fields", "split", "text", "rate"))))
+
+
+def _is_same(before: LengthIndex, built: LengthIndex) -> bool:
+    """Whether a refreshed index has the same lengths, measured in the same way."""
+    return (before.fingerprint, before.length_id, before.rates) == (built.fingerprint, built.length_id, built.rates)
 
 
 def _refuse_quick(quick: object, measures: object) -> None:

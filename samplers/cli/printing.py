@@ -12,7 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from samplers.cli.compare import PlanSummary, describe_lengths, plan_column, tabulate
-from samplers.planning.sorting import Lengths
+from samplers.cli.describing import count, describe_seconds
+from samplers.cli.reported import ReportedLengths
 from samplers.planning.tables.batch_table import BatchTable
 from samplers.shards.format.samples import Sample
 from samplers.shards.indexing.index import LengthIndex, tables_of
@@ -47,54 +48,48 @@ def judge(problems: Sequence[str], missing: Sequence[str]) -> str:
     return click.style(f"the rest agrees{unmeasured}", fg="yellow") if missing else click.style("all agree", fg="green")
 
 
-def describe_index(corpus: LengthIndex) -> str:
-    """An index as text."""
-    shards = count(len(corpus.shards), "shard")
-    return f"{count(len(corpus), 'sample')} in {shards}, lengths of {', '.join(corpus.fields)}"
-
-
-def count(number: int, unit: str) -> str:
-    """A number with its unit, for example 1,200 samples."""
-    return f"{number:,} {unit}{'s' * (number != 1)}"
-
-
-def print_report(sources: Sequence[str], lengths: Lengths, summaries: Sequence[PlanSummary]) -> None:
+def print_report(sources: Sequence[str], opened: ReportedLengths, summaries: Sequence[PlanSummary]) -> None:
     """Print a comparison of plans as a table."""
-    print_columns(sources, lengths, [plan_column(summary) for summary in summaries])
+    print_columns(sources, opened, [plan_column(summary) for summary in summaries])
     # Plans of one budget have the same over-long samples: say it once.
-    for text in dict.fromkeys(_overlong_line(lengths, summary) for summary in summaries if summary.overlong):
+    for text in dict.fromkeys(_overlong_line(opened, summary) for summary in summaries if summary.overlong):
         click.echo(f"\n{text}")
 
 
-def print_columns(sources: Sequence[str], lengths: Lengths, columns: Sequence[dict[str, str]]) -> None:
+def print_columns(sources: Sequence[str], opened: ReportedLengths, columns: Sequence[dict[str, str]]) -> None:
     """Print a corpus, and columns of figures as a table."""
-    figures = describe_lengths(lengths)
+    figures = describe_lengths(opened.lengths)
     name = sources[0] if len(sources) == 1 else f"{len(sources):,} sources"
-    what = describe_index(lengths) if isinstance(lengths, LengthIndex) else f"{figures['samples']:,} samples"
-    click.secho(f"{name}: {what}", bold=True)
+    click.secho(f"{name}: {opened.description}", bold=True)
     click.echo(
         f"{figures['steps']:,} steps; length {figures['least']:,.0f} to {figures['most']:,.0f}, median "
-        f"{figures['median']:,.0f}, mean {figures['mean']:,.0f}, 95 % up to {figures['percentile_95']:,.0f}\n"
+        f"{figures['median']:,.0f}, mean {figures['mean']:,.0f}, 95 % up to {figures['percentile_95']:,.0f}"
     )
+    if opened.rate is not None:
+        names = ("steps", "least", "most", "median", "mean", "percentile_95")
+        total, least, most, *others = (describe_seconds(figures[each] / opened.rate) for each in names)
+        middle = "median {}, mean {}, 95 % up to {}".format(*others)
+        click.echo(f"{total} at {opened.rate:,} Hz; {least} to {most}, {middle}")
+    click.echo("")
     # Only a terminal has a width.
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
     for line in tabulate(columns, width):
         click.echo(line)
 
 
-def write_json(sources: Sequence[str], lengths: Lengths, plans: Sequence[Any], path: str | None) -> None:
+def write_json(sources: Sequence[str], opened: ReportedLengths, plans: Sequence[Any], path: str | None) -> None:
     """Write the figures of a corpus and of plans as JSON; "-" is stdout, None is nowhere."""
     if path is not None:
-        figures = {"sources": list(sources), "lengths": describe_lengths(lengths), "plans": plans}
-        text = json.dumps(figures, indent=2)
+        figures = {"sources": list(sources), "lengths": describe_lengths(opened.lengths), "rate": opened.rate}
+        text = json.dumps(figures | {"plans": plans}, indent=2)
         click.echo(text) if path == "-" else Path(path).write_text(text + "\n", encoding="utf-8")
 
 
-def _overlong_line(lengths: Lengths, summary: PlanSummary) -> str:
+def _overlong_line(opened: ReportedLengths, summary: PlanSummary) -> str:
     """A line about samples over the budget."""
     corpus = summary.table.sorted_lengths
     worst = corpus.order[: min(NAMED, summary.report.overlong_alone)].tolist()
-    keys = [lengths.keys[index] if isinstance(lengths, LengthIndex) else f"sample {index}" for index in worst]
+    keys = [opened.name_of(index) for index in worst]
     longest = ", ".join(f"{key} ({corpus.lengths[index]} steps)" for key, index in zip(keys, worst, strict=True))
     done = "are batches of one here" if worst else "are left out here"
     return (
@@ -121,7 +116,8 @@ def print_batch(corpus: LengthIndex, table: BatchTable, batch: list[int], sample
 
 def _describe_field(field: Field, value: Any, rows: int, width: int | None) -> str:
     if not isinstance(value, (np.ndarray, np.generic)):
-        return f"{rows:,} of {type(value).__name__}"
+        longest = "" if width is None else f", {width:,} steps at most"
+        return f"{rows:,} of {type(value).__name__}{longest}"
     steps = ["L" if width is None else str(width)] if field.variable else []
     shape = value.shape[1:] if field.variable else value.shape
     return f"{value.dtype} [{', '.join([str(rows), *steps, *map(str, shape)])}]"
@@ -130,7 +126,9 @@ def _describe_field(field: Field, value: Any, rows: int, width: int | None) -> s
 def print_rows(corpus: LengthIndex, batch: Sequence[int], samples: Sequence[Sample], rows: int) -> None:
     """Print the rows of a batch, real steps and padding."""
     first = corpus.fields[0]
-    lengths = {name: [len(sample[name]) for sample in samples] for name in corpus.fields}
+    # Of the index: the length of a field that is not an array is not that of its bytes.
+    columns = corpus.lengths[np.asarray(batch)].reshape(len(batch), -1)
+    lengths = {name: columns[:, column].tolist() for column, name in enumerate(corpus.fields)}
     width = max(1, *lengths[first])
     # `max` of 1 row, in case no row is printed.
     key = max(len(sample["__key__"]) for sample in samples[: max(1, rows)])

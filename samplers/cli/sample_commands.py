@@ -1,20 +1,25 @@
 """The bodies of `convert` and `show`, which read and write samples, and so need torch."""
 
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from samplers.cli.arguments import parse_pairs
-from samplers.cli.convert import ColumnSelection, SampleMaker, read_input_rows, stacked_fields
-from samplers.cli.printing import count, print_batch, print_rows, show_progress
-from samplers.cli.sources import open_sources, parse_dtypes, parse_widths, require_budget
+from samplers.cli.arguments import check_exists, parse_pairs
+from samplers.cli.conversion.rows import ColumnSelection, SampleMaker, count_rows, read_input_rows, stacked_fields
+from samplers.cli.conversion.tokenizer import load_tokenizer
+from samplers.cli.conversion.unfinished import describe_conversion
+from samplers.cli.conversion.writing import resumable, write_samples
+from samplers.cli.describing import count
+from samplers.cli.opening import load_function, open_sources, parse_dtypes, parse_widths, require_budget
+from samplers.cli.printing import print_batch, print_rows, show_progress
 from samplers.planning.options import Options
 from samplers.planning.plan import BatchPlan
 from samplers.planning.tables.pool_table import choose_table
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.indexing.index_file import SUFFIX
-from samplers.shards.writing.writer import ShardWriter
 
 
 def convert(
@@ -24,6 +29,7 @@ def convert(
     fields: list[str] | None,
     key: str | None,
     text: list[str] | None,
+    tokenizer: str | None,
     stack: list[str] | None,
     dtype: tuple[str, ...],
     rounded: list[str] | None,
@@ -31,19 +37,43 @@ def convert(
     max_samples: int,
     prefix: str,
     split: str | None,
+    resume: bool,
 ) -> None:
-    """Write the samples of the inputs to shards in a folder, with their index."""
+    """Write the samples of the inputs to shards in a folder, with their index.
+
+    Raises:
+        UsageError: A tokenizer is given, and no text.
+    """
     columns = None if fields is None else parse_pairs("--fields", fields)
+    if tokenizer and not text:
+        raise click.UsageError("--tokenizer makes tokens of text fields: name them with --text")
+    tokenize = load_tokenizer(tokenizer, partial(load_function, option="--tokenizer"))
     selection = ColumnSelection(
-        fields=columns, key=key, text=text or (), dtypes=parse_dtypes(dtype), rounded=rounded or ()
+        fields=columns,
+        key=key,
+        text=text or (),
+        tokenizer=tokenize,
+        dtypes=parse_dtypes(dtype),
+        rounded=rounded or (),
     )
+    options: dict[str, Any] = {
+        "fields": fields,
+        "key": key,
+        "text": text,
+        "stack": stack,
+        "dtype": sorted(dtype),
+        "round": rounded,
+    }
+    options |= {"layout": layout, "split": split, "tokenizer": None if tokenize is None else tokenize.id}
+    for path in inputs:
+        check_exists(path)
     # Blocks say which fields have a fixed size. Rows of other inputs do not.
     stack = stack or stacked_fields(inputs, selection)
-    maker, samples = SampleMaker(selection), 0
-    with ShardWriter(folder, layout=layout, max_samples=max_samples, prefix=prefix, stack=stack) as writer:
-        for context, row in show_progress(read_input_rows(inputs, selection, split), None, "sample"):
-            _write(writer, context, maker.make(context, row))
-            samples += 1
+    total = count_rows(inputs, split) if sys.stderr.isatty() else None
+    rows = show_progress(read_input_rows(inputs, selection, split), total, "sample")
+    writing: dict[str, Any] = {"layout": layout, "max_samples": max_samples, "prefix": prefix, "stack": stack}
+    with resumable(Path(folder), describe_conversion(inputs, options), resume=resume, **writing) as writer:
+        samples = write_samples(writer, SampleMaker(selection), rows)
     shards = len(writer.shards)
     click.echo(
         f"{Path(folder, prefix + SUFFIX)}: {count(samples, 'sample')} in {count(shards, 'shard')}, layout {layout}"
@@ -63,18 +93,6 @@ def show(*, sources: tuple[str, ...], step: int, rank: int, rows: int, **options
     click.secho(f"step {step:,} of {plan.steps:,}, rank {rank} of {plan.num_replicas}, epoch {plan.epoch}", bold=True)
     print_batch(corpus, table, batch, samples)
     print_rows(corpus, batch, samples, rows)
-
-
-def _write(writer: ShardWriter, context: str, sample: dict[str, Any]) -> None:
-    """Write a sample, with its origin in errors.
-
-    Raises:
-        ValueError: The writer refuses it.
-    """
-    try:
-        writer.write(sample)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{context}: {error}") from error
 
 
 def _check_step(plan: BatchPlan, step: int, rank: int) -> int:

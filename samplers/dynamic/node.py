@@ -52,6 +52,9 @@ class StreamNode(BaseNode[list[SampleT]], Generic[SampleT]):
         # Parts of the source's state that, right after `reset`, still describe the end of the epoch before.
         self._stale: dict[tuple[Any, ...], Any] = {}
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.source).__name__}, {self._stage.describe()})"
+
     @property
     def dropped(self) -> int:
         """Number of over-long samples that this epoch has left out so far."""

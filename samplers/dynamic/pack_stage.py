@@ -99,3 +99,7 @@ class PackStage(StreamStage[SampleT]):
     def new_bucketer(self) -> Packer[SampleT]:
         """An empty buffer with these options."""
         return Packer(**self.options)
+
+    def _described(self) -> dict[str, Any]:
+        usual = {"rows": 1, "multiple": 1, "min_length": 0}
+        return {name: None if usual.get(name) == value else value for name, value in self.options.items()}

@@ -109,6 +109,19 @@ class StreamStage(ABC, Generic[SampleT]):
     def new_bucketer(self) -> StreamBuffer[SampleT]:
         """An empty buffer with the stage's options."""
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.describe()})"
+
+    def describe(self) -> str:
+        """Length, limits and buffer as text for a `repr`."""
+        length = getattr(self.length, "__qualname__", None) or repr(self.length)
+        options = {name: value for name, value in self._described().items() if value is not None}
+        return ", ".join([f"length={length}", *(f"{name}={value!r}" for name, value in options.items())])
+
+    @abstractmethod
+    def _described(self) -> dict[str, Any]:
+        """The options for a `repr`; None is not shown."""
+
     def __call__(self, source: Iterable[SampleT]) -> Iterator[list[SampleT]]:
         """Bucket a stream.
 
@@ -211,6 +224,12 @@ class BucketStage(StreamStage[SampleT]):
     def new_bucketer(self) -> Bucketer[SampleT]:
         """An empty buffer with these options."""
         return Bucketer(self.budget, **self.options)
+
+    def _described(self) -> dict[str, Any]:
+        limits = {name: getattr(self.budget, name) for name in ("max_tokens", "batch_size", "cost")}
+        options = limits | self.options
+        # Zero is the default of `min_length`.
+        return options | {"min_length": options.get("min_length") or None}
 
 
 def report_overlong(bucketer: StreamBuffer[Any]) -> None:

@@ -1,7 +1,7 @@
 """The planner's options: checked once, on creation, and then passed as one value."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Final, Literal, Protocol, TypeAlias, TypedDict
 
@@ -35,6 +35,10 @@ class EpochOptions(Protocol):
     @property
     def drop_last(self) -> bool:
         """Whether the last, partial step is dropped."""
+        ...
+
+    def describe(self) -> str:
+        """The options that are not the default, as text."""
         ...
 
 
@@ -102,6 +106,14 @@ class Options:
             raise ValueError(f"overlong must be 'error', 'drop' or 'alone', got {self.overlong!r}")
         _ = self.allowed_widths
 
+    def describe(self) -> str:
+        """The options that are not the default, as text for a `repr`; of `indices` their number.
+
+        >>> Options(max_tokens=100, batch_size=8, indices=range(5)).describe()
+        'max_tokens=100, batch_size=8, indices=<5>'
+        """
+        return describe_options(self)
+
     @cached_property
     def budget(self) -> Budget:
         """What a batch may cost."""
@@ -121,6 +133,20 @@ class Options:
         """Check an integer option, and store it as a Python int."""
         # A NumPy integer would end in saved positions, which JSON does not hold. The class is frozen, so not `setattr`.
         object.__setattr__(self, name, check_count(name, getattr(self, name), least=least, hint=hint))
+
+
+def describe_options(options: Any) -> str:
+    """The options of a dataclass that are not the default, as text for a `repr`; of `indices` their number."""
+    values = {each.name: getattr(options, each.name) for each in fields(options)}
+    given = {each.name for each in fields(options) if values[each.name] is not each.default}
+    # An array is not compared, and not printed.
+    if "indices" in given:
+        values["indices"] = f"<{len(values['indices'])}>"
+    return ", ".join(
+        f"{name}={value}" if name == "indices" else f"{name}={value!r}"
+        for name, value in values.items()
+        if name in given
+    )
 
 
 def make_options(options: PlanOptions) -> Options:

@@ -1,6 +1,7 @@
 """Lengths to a sorted order: which samples are planned, sorted once, longest first."""
 
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -22,6 +23,11 @@ IndexArray: TypeAlias = npt.NDArray[np.signedinteger[Any]]
 HASHED_WHOLE: Final = 10_000_000
 # Samples in a leaf of the tree that orders samples of several fields.
 LEAF: Final = 128
+# No sample has as many fields: these are the steps of sequences.
+MOST_FIELDS: Final = 64
+_SEQUENCES: Final = (
+    "if these are the sequences themselves, give their lengths: lengths_of(sequences), or lengths_of(dataset, column)"
+)
 LONGEST_LENGTH: Final = (1 << 63) - 1
 _MASKED: Final = (
     "measure them, or give lengths.filled(0) and plan the others alone with "
@@ -155,19 +161,41 @@ def as_length_array(lengths: Lengths) -> npt.NDArray[Any]:
         lengths = lengths.lengths
     if isinstance(lengths, np.ma.MaskedArray):
         refuse_masked(lengths, "lengths", _MASKED)
+    _refuse_dataset(lengths)
     try:
         array = np.asarray(lengths)
     except ValueError as error:
-        raise ValueError(f"lengths must be [N] or [N, K]: every sample must have as many ({error})") from error
+        raise ValueError(
+            f"lengths must be [N] or [N, K]: every sample must have as many, got sequences of several; {_SEQUENCES}"
+        ) from error
     if array.ndim not in {1, 2} or array.size == 0:
-        raise ValueError(f"lengths must be [N] or [N, K] with N and K at least 1, got {list(array.shape)}")
+        hint = f"; {_SEQUENCES}" if array.ndim > 2 else ""
+        raise ValueError(f"lengths must be [N] or [N, K] with N and K at least 1, got {list(array.shape)}{hint}")
+    if array.ndim == 2 and array.shape[1] > MOST_FIELDS:
+        raise ValueError(
+            f"lengths must be [N] or [N, K] with K at most {MOST_FIELDS} fields, got {list(array.shape)}; {_SEQUENCES}"
+        )
     if isinstance(lengths, (list, tuple)) and (array.ndim > 1 or array.dtype.kind == "f"):
         # In a list, NumPy overlooks the masks of rows, and makes a float of a masked number.
         masks = [np.ma.is_masked(row) for row in lengths]
         refuse_masked(np.ma.array(masks, mask=masks), "lengths", _MASKED)
     if array.dtype.kind not in "iu":
-        raise TypeError(f"lengths must be integers, got {array.dtype}{_first_fraction(array)}: count whole steps")
+        hint = "count whole steps" if array.dtype.kind == "f" else _SEQUENCES
+        raise TypeError(f"lengths must be integers, got {array.dtype}{_first_fraction(array)}: {hint}")
     return array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
+
+
+def _refuse_dataset(lengths: object) -> None:
+    """Refuse a dataset in place of its lengths.
+
+    Raises:
+        TypeError: It is one. The message says where its lengths are.
+    """
+    kind = type(lengths).__name__
+    if hasattr(getattr(lengths, "index", None), "lengths"):
+        raise TypeError(f"lengths must be integers, got a {kind}: give its index, .index, which holds them")
+    if hasattr(lengths, "column_names") or isinstance(lengths, Mapping):
+        raise TypeError(f"lengths must be integers, got a {kind}: give lengths_of(dataset, column)")
 
 
 def argsort_longest_first(values: npt.NDArray[Any]) -> IndexArray:

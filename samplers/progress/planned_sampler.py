@@ -48,6 +48,10 @@ class PlannedBatchSampler(PlannedLoader, Sampler[list[int]]):
         # Refuses now what could not be shared in a later epoch.
         self._steps = count_steps(self._table, self.num_replicas)
 
+    def __repr__(self) -> str:
+        samples, who = self._table.planned, f"num_replicas={self.num_replicas}, rank={self.rank!r}"
+        return f"{type(self).__name__}({samples} samples, {self.options.describe()}, {who}, batches={len(self)})"
+
     def __len__(self) -> int:
         """Batches of this replica in a whole epoch: the same in each epoch, and on every replica."""
         return self._steps * self._batches_per_step

@@ -125,6 +125,10 @@ class ShardDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.index) + (0 if self._pieces is None else len(self._pieces))
 
+    def __repr__(self) -> str:
+        fields = [field.name for _, field, _ in self._columns]
+        return f"{type(self).__name__}({len(self)} samples, {len(self.index.shards)} shards, fields={fields})"
+
     def __getitem__(self, index: int) -> Sample:
         """The sample of one index. Errors are those of `__getitems__`, and are raised even with a handler."""
         rows = check_range([operator.index(index)], len(self))

@@ -430,3 +430,20 @@ def test_a_subclass_makes_its_own_kind_for_a_sampler():
 def test_a_count_that_is_no_int_is_a_type_error_everywhere(use, count):
     with pytest.raises(TypeError, match="must be an int, got"):
         use(count)
+
+
+def test_labels_that_nobody_chose_to_pad_with_zero_are_warned_of():
+    # Red: they were padded with 0, a class, in silence.
+    samples = [{"labels": [1, 2], "tags": [1]}, {"labels": [1], "tags": [1]}]
+    for name, each in (("labels", samples), ("y.labels", [{"y": {"labels": [1]}}, {"y": {"labels": []}}])):
+        with pytest.warns(
+            UserWarning, match=f"field '{name}' is padded with 0, which a loss counts as class 0: choose"
+        ):
+            PadCollator()(each)
+    with pytest.warns(UserWarning, match="field 'labels'"):
+        pickle.loads(pickle.dumps(PadCollator(widths=4)))([{"labels": [1]}])
+    # Chosen, without padding, or no class.
+    PadCollator(0)(samples)
+    PadCollator({"labels": -100, "tags": 0})(samples)
+    PadCollator()(samples[:1])
+    PadCollator()([{"labels": [0.5, 1.0]}, {"labels": [0.5]}])

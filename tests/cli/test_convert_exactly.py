@@ -14,7 +14,7 @@ from corpora import tokens, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samplers.cli.exact_numbers import cast_exactly
+from samplers.cli.conversion.exact_numbers import cast_exactly
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.storage.process_pool import ProcessKilledError

@@ -52,7 +52,7 @@ def test_the_figures_are_those_of_the_plan(work: Path) -> None:
 
 
 def test_a_column_stands_for_each_capacity(work: Path) -> None:
-    lines = run("lengths.npy", "--pack", 1024, "--pack", "2048,512").output.splitlines()
+    lines = run("lengths.npy", "--pack", 1024, "--pack", "2048,512", "--overlong", "split").output.splitlines()
     columns = {line[:21].strip(): line[21:].split() for line in lines if "  " in line}
     assert columns["capacity"] == ["1,024", "2,048", "512"]
     reports = [

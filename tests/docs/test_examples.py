@@ -80,7 +80,7 @@ def test_packed_documents_have_the_losses_of_padded_ones_and_less_padding():
     padding = dict(re.findall(r"^(\w+) .* padding +([\d.]+)%$", out, re.MULTILINE))
     assert float(padding["packed"]) < float(padding["random"])
     assert float(re.search(r"differ by ([\d.e+-]+) at most", out)[1]) < 1e-4
-    assert len((EXAMPLES / "finetune_packed.py").read_text().splitlines()) < 120
+    assert len((EXAMPLES / "finetune_packed.py").read_text().splitlines()) < 130
 
 
 def test_the_main_job_writes_plans_trains_and_proves(whole):

@@ -7,7 +7,6 @@ import itertools
 import lzma
 import os
 import pickle
-import resource
 import signal
 import tarfile
 import tempfile
@@ -581,6 +580,7 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path, make):
 @contextmanager
 def largest_file(size) -> Iterator[None]:
     """No file can grow beyond this, as on a full disk."""
+    resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

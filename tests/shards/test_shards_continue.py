@@ -1,6 +1,5 @@
 """ShardWriter(append=True): killed or finished, a writer is gone on with, and the corpus is as if nothing had been."""
 
-import fcntl
 import subprocess
 import sys
 from itertools import pairwise
@@ -255,6 +254,8 @@ def test_of_two_writers_of_one_prefix_neither_overwrites_the_others_shard(tmp_pa
 
 
 def test_a_file_system_without_locks_can_be_written_to(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
     def refuse(stream, operation):
         raise OSError("locks are not supported")
 

@@ -1,6 +1,5 @@
 """ShardWriter: what is written reads back, by any reader; shards appear whole or not at all."""
 
-import fcntl
 import io
 import json
 import os
@@ -292,6 +291,7 @@ for layout in ("blocks", "plain"):
 """
 
 
+@pytest.mark.unix
 def test_a_killed_writer_leaves_no_half_shard_under_a_final_name(tmp_path):
     # Killed between samples, and at every one of the moments at which it sends something to the disk.
     run = subprocess.run(
@@ -334,6 +334,7 @@ def test_a_disk_that_fails_leaves_no_shard(tmp_path, monkeypatch):
 
 
 def test_a_leftover_of_a_killed_writer_is_named(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
     (tmp_path / "shard-000000.tar.tmp").touch()
     with pytest.raises(FileExistsError, match="already holds shard-000000.tar.tmp"):
         ShardWriter(tmp_path)

@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
@@ -14,7 +16,16 @@ from test_varlen_laws import packed
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from collate import DevicePrefetcher, LengthError, VarlenBatch, VarlenCollator, sequence_loss
+from collate import (
+    DevicePrefetcher,
+    LengthError,
+    VarlenBatch,
+    VarlenCollator,
+    apply_rnn,
+    last_step,
+    masked_mean,
+    sequence_loss,
+)
 from collate.varlen.spans import check_int32
 
 PARTS = ("values", "lengths", "documents_per_row", "permutation", "mask", "document_ids", "position_ids", "cu_seqlens")
@@ -86,6 +97,20 @@ def test_a_write_to_the_integers_is_noticed(name):
             use()
 
 
+@pytest.mark.parametrize("name", ["mask", "document_ids", "position_ids", "cu_seqlens"])
+def test_a_write_to_what_kernels_read_is_noticed(name: str) -> None:
+    batch = small()
+    part = getattr(batch, name)
+    part[0] = 0
+    for use in (batch.flat, batch.to_padded, batch.verify, lambda: last_step(batch), lambda: batch.to(torch.float32)):
+        with pytest.raises(LengthError, match=r"the batch's \w+ were written to 1 times since they were made"):
+            use()
+    other = small()
+    getattr(other, name).numpy()[0] ^= True
+    with pytest.raises(LengthError, match="are not those of"):
+        other.verify()
+
+
 def test_what_the_caller_keeps_is_not_the_batchs():
     lengths, per_row = torch.tensor([2, 1]), np.array([2])
     batch = VarlenBatch(torch.zeros(1, 4), lengths, per_row)
@@ -106,6 +131,13 @@ def test_what_the_caller_keeps_is_not_the_batchs():
         ((torch.zeros(1, 4), [-1, 2]), LengthError, "lengths must not be negative, got -1 at index 0"),
         ((torch.zeros(1, 4), [1.0, 2.0]), TypeError, "lengths must be integers"),
         ((torch.zeros(1, 4), [1, 2], None, [0, 0]), ValueError, "permutation must hold distinct indices"),
+        ((torch.zeros(1, 4), None), TypeError, "lengths must be integers, got None"),
+        ((torch.zeros(1, 4), 3), LengthError, r"lengths must be one-dimensional, got shape \[\]"),
+        (
+            (torch.zeros(1, 4), [2**62] * 4),
+            LengthError,
+            "document 0 in row 0 has 4611686018427387904 steps, the capacity",
+        ),
     ],
 )
 def test_what_does_not_agree_is_refused(arguments, kind, message):
@@ -163,6 +195,20 @@ def test_errors_say_what_to_do():
         batch.with_values(torch.zeros(3, 5))
     with pytest.raises(ValueError, match="one entry for each of the 3 documents, got 2"):
         batch.unsort([1, 2])
+    with pytest.raises(ValueError, match=r"one entry for each of the 3 documents, got shape \[2, 3\] with dim=5"):
+        batch.unsort(torch.zeros(2, 3), dim=5)
+    with pytest.raises(TypeError, match="a tensor or a list with one entry per document, got a tuple"):
+        batch.unsort((1, 2, 3))
+    with pytest.raises(TypeError, match=r"new values must be a tensor \[3, 6\] and features, got NoneType"):
+        batch.map(lambda values: None)
+    with pytest.raises(TypeError, match="rows must be an int, got True"):
+        batch.split_rows(True)
+    with pytest.raises(TypeError, match="steps must be an int, got 2.0"):
+        batch.split_steps(2.0)
+    with pytest.raises(TypeError, match="concat takes VarlenBatch objects, got a LengthTrackedBatch"):
+        VarlenBatch.concat([batch, batch.to_padded()])
+    with pytest.raises(ValueError, match="ignore_index -100 cannot be held by torch.uint8"):
+        batch.to(torch.uint8).next_step_labels()
     with pytest.raises(ValueError, match="multiple of 2 \\* size = 4"):
         batch.context_parallel(0, 2)
     with pytest.raises(ValueError, match="names 'padded', which is none of"):
@@ -173,6 +219,48 @@ def test_errors_say_what_to_do():
         VarlenBatch.concat([])
     with pytest.raises(ValueError, match="batches must share"):
         VarlenBatch.concat([batch, small(align=1)])
+
+
+def test_options_are_kept_as_python_numbers_that_load_again() -> None:
+    """NumPy's numbers would be refused by weights-only loading."""
+    collate = VarlenCollator(np.float32(-1), capacity=np.int64(8), max_documents=np.int32(2), max_seqlen=np.int64(6))
+    batch = collate([torch.arange(3.0)])
+    made = VarlenBatch(torch.zeros(1, 4), [2], padding_value=np.float32(0), ignore_index=np.int64(-1))
+    for saved in (batch, made, made.next_step_labels(np.int64(-2))):
+        file = io.BytesIO()
+        torch.save(saved, file)
+        file.seek(0)
+        assert same(torch.load(file), saved)
+        assert {type(value) for value in saved.spans.options.values()} <= {int, type(None)}
+
+
+def test_labels_keep_their_mark_in_another_dtype() -> None:
+    labels = small().next_step_labels().to(torch.uint8)
+    ours = sequence_loss(lambda x, y: x + 0 * y, labels.with_values(torch.ones(3, 6)), labels, reduction="sum")
+    assert labels.ignore_index == 156
+    assert ours == 7
+
+
+def test_a_padded_batch_that_was_imported_alone_goes_to_varlen() -> None:
+    code = "from collate.batch import *; print(LengthTrackedBatch.from_sequences([[1, 2], [3]]).to_varlen(capacity=4))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.startswith("VarlenBatch([1, 4] int64")
+
+
+@pytest.mark.parametrize("kind", ["padded", "varlen"])
+def test_a_batch_that_a_recurrent_module_has_read_is_sent_as_before(kind: str) -> None:
+    """What `apply_rnn` keeps with the batch, an index for each real step, stays where it is."""
+    batch = VarlenBatch.from_sequences([torch.zeros(n, 2) for n in (500, 300)])
+    batch = batch.to_padded() if kind == "padded" else batch
+    before = pickle.dumps(batch)
+    apply_rnn(nn.GRU(2, 3), batch)
+    assert pickle.dumps(batch) == before
+    assert bytes(ForkingPickler.dumps(copy.deepcopy(batch))) == bytes(ForkingPickler.dumps(batch))
+    assert vars(copy.deepcopy(batch)).keys() == vars(pickle.loads(before)).keys()
+    file = io.BytesIO()
+    torch.save(batch, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file).flat(), batch.flat())
 
 
 def test_dtypes_and_devices_change_values_alone():
@@ -189,6 +277,29 @@ def test_dtypes_and_devices_change_values_alone():
     assert meta.mask.shape == (3, 6)
     assert meta.lengths.tolist() == batch.lengths.tolist()
     assert list(DevicePrefetcher([batch], "cpu")) == [batch]
+
+
+def test_a_default_device_and_inference_mode_change_nothing() -> None:
+    collate = VarlenCollator(-1, capacity=6, rows=3, align=2)
+    samples = [torch.arange(5.0), torch.arange(3.0)]
+    expected = parts_of(collate(samples))
+    with torch.device("meta"):
+        on_default = parts_of(collate(samples))
+    with torch.inference_mode():
+        in_inference = parts_of(collate(samples))
+    for parts in (on_default, in_inference):
+        for ours, theirs in zip(parts, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def parts_of(batch: VarlenBatch) -> list[torch.Tensor]:
+    """Everything that a batch makes of its documents."""
+    padded = batch.to_padded()
+    made = [batch.next_step_labels(), padded.to_varlen(capacity=6), *batch.split_rows(1), *batch.split_steps(2)]
+    results = [part.values for part in (*made, VarlenBatch.concat([batch, batch]), pickle.loads(pickle.dumps(batch)))]
+    shared = batch.context_parallel(0, 1).take(batch.values)
+    sums = [masked_mean(batch), last_step(batch), batch.flat(), batch.unsort(last_step(batch)), shared]
+    return [*results, *sums, padded.padded, *(getattr(batch, name) for name in PARTS)]
 
 
 def test_a_dict_for_trainers_holds_what_kernels_take():

@@ -51,6 +51,7 @@ def test_best_fit_fills_rows_as_a_slow_search_does(sizes, most):
 def test_rows_that_are_given_are_cut_where_the_next_does_not_fit(sizes, most):
     packs = as_packs(cut_in_order(sizes, 20, most))
     assert [item for row in packs for item in row] == list(range(len(sizes)))
+    assert all(sum(sizes[i] for i in row) <= 20 and (most is None or len(row) <= most) for row in packs)
     for row, after in pairwise(packs):
         full = most is not None and len(row) == most
         assert full or sum(sizes[i] for i in [*row, after[0]]) > 20

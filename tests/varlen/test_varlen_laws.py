@@ -1,6 +1,7 @@
-"""The laws of rows with several documents: each is held against one document at a time."""
+"""The laws of rows with several documents: each is compared with one document at a time."""
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,6 +114,18 @@ def test_agreement_order_and_conservation(case):
     assert torch.equal(batch.flat(), torch.cat(batch.sequences()))
     assert batch.longest == max(map(len, documents)) <= batch.max_seqlen == batch.values.shape[1]
     batch.verify()
+
+
+@given(packed(), st.data())
+def test_any_permutation_leads_back_to_the_source_order(case: Any, data: st.DataObject) -> None:
+    _, batch = case
+    permutation = data.draw(st.permutations(range(len(batch))))
+    other = VarlenBatch(batch.values, batch.lengths, batch.documents_per_row, permutation, align=batch.align)
+    results = [None] * len(batch)
+    for document, sample in enumerate(permutation):
+        results[sample] = document
+    assert other.unsort(torch.arange(len(batch))).tolist() == other.unsort(list(range(len(batch)))) == results
+    assert other.unsort(torch.arange(len(batch))[None], dim=1).tolist() == [results]
 
 
 @given(packed(), st.integers(0, 3))
@@ -236,12 +249,8 @@ class OneByOne:
         return sum(means) / len(means) if means else total
 
 
-@given(
-    floats(),
-    st.sampled_from(["token", "sequence", "sum"]),
-    st.sampled_from([None, "steps", "documents"]),
-    st.booleans(),
-)
+@pytest.mark.parametrize("reduction", ["token", "sequence", "sum"])
+@given(case=floats(), weighted=st.sampled_from([None, None, "steps", "documents"]), next_step=st.booleans())
 def test_losses_equal_one_document_at_a_time(case, reduction, weighted, next_step):
     documents, options = case
     documents = [document.requires_grad_() for document in documents]

@@ -77,6 +77,11 @@ class Buffers:
             hook.remove()
 
     @property
+    def modules(self) -> set[nn.Module]:
+        """All modules that were seen."""
+        return self._seen
+
+    @property
     def are_of_trained_modules(self) -> bool:
         """Whether any saved module has a parameter of its own that takes gradients."""
         return any(weight.requires_grad for module in self._seen for weight in module.parameters(recurse=False))

@@ -17,7 +17,7 @@ time steps (3/4 and 1/4), and 3 if not; neither is 10/6. The right mean, over 4 
 True
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,8 @@ from torch import nn
 
 from collate.errors import LengthError
 from collate.tensors.nested import fresh
+from collate.training.checking.leaks.check_documents import report_of_documents
+from collate.training.checking.leaks.documents import PlainCases, VarlenCases, holds_documents
 from collate.training.checking.probes import ROUNDING, BatchProbes, Probes
 from collate.training.checking.report import GUESSED, LIKELY, Finding, StepReport
 from collate.training.checking.rerun import RAISED, LossStep, Runner, undisturbed
@@ -42,8 +44,16 @@ def check_step(
     module: nn.Module | None = None,
     seed: int = 0,
     tolerance: float = 1e-4,
+    fields: Mapping[str, Any] | Collection[str] | None = None,
+    cu_seqlens: Any = None,
+    thorough: bool = False,
 ) -> StepReport:
     """Run a training step on changed batches, of which some must give the same loss and others must not.
+
+    A batch that holds a `VarlenBatch`, or plain tensors with `cu_seqlens`, is checked for leaks between documents: the
+    contents of some documents change, all lengths stay, and what every other document gives must stay the same bit
+    for bit. The step may then return losses per document `[N]`, in the order of the rows, or any tensor with an entry
+    per step, or a scalar.
 
     Every run starts from the random states of `seed` (torch, Python and NumPy) and from the buffers, such as running
     means, that modules have before the check. All of them are restored afterwards. torch's dropout is off during the
@@ -61,7 +71,13 @@ def check_step(
         module: The module that the step trains. The buffers of modules that the step calls are found without it; those
             of a module that is used but never called are restored only if it is given here.
         seed: Seed of the values tried, and of the step's own random numbers.
-        tolerance: Relative change of loss or gradients that counts as a difference.
+        tolerance: Relative change of loss or gradients that counts as a difference. Between documents none does; there
+            it says how far apart two runs of the same batch may be.
+        fields: Plain tensors `[steps, ...]` or `[R, C, ...]` with contents of documents, by name, of which the step
+            takes the mapping; or, next to a batch that is a mapping, the names of such tensors in it. Positions and
+            other tensors made from lengths are no contents.
+        cu_seqlens: Offsets of the documents in these, `[N + 1]`.
+        thorough: Separate every pair of documents, in 2 ceil(log2 N) runs; otherwise odd ones change, then even ones.
 
     Returns:
         The report.
@@ -70,12 +86,20 @@ def check_step(
         LengthError: The batch holds no `LengthTrackedBatch`, or none with padding to try; samples are too few or all of
             one length; a loss is not a scalar, or gradients cannot be taken.
         TypeError: The step returns no tensor and no mapping of tensors; or neither a batch nor samples with their
-            collate function are given, or both.
+            collate function are given, or both; or fields without `cu_seqlens`.
     """
+    if fields is not None or cu_seqlens is not None:
+        batch, fields = _plain_fields(batch, fields, cu_seqlens)
     _check_arguments(batch, samples, collate)
     owner = module if module is not None else getattr(step, "__self__", None)
     with undisturbed(owner if isinstance(owner, nn.Module) else None) as buffers:
+        if fields is not None:
+            plain = PlainCases(batch, fields, cu_seqlens, seed)
+            return report_of_documents(Runner(step, seed, buffers), plain, tolerance=tolerance, thorough=thorough)
         if samples is None or collate is None:
+            if holds_documents(batch):
+                cases = VarlenCases(batch, seed)
+                return report_of_documents(Runner(step, seed, buffers), cases, tolerance=tolerance, thorough=thorough)
             variants = BatchVariants(batch, torch.Generator().manual_seed(seed))
             check_fields(variants)
             return _report_of_batch(Runner(step, seed, buffers), variants, tolerance)
@@ -133,10 +157,14 @@ def _report_of_samples(inner: Runner, samples: Sequence[Any], collate: Collate, 
             found += _of_guesses(inner, probes, variants)
     if finding := _without_graph(runner, probes):
         found.insert(0, finding)
-    batch = BatchVariants(variants.collate(variants.whole), generator)
-    if not batch.fields or not batch.has_padding:
+    made = variants.collate(variants.whole)
+    batch = BatchVariants(made, generator)
+    if holds_documents(made):
+        report = report_of_documents(inner, VarlenCases(made, inner.seed), tolerance=tolerance, thorough=False)
+    elif not batch.fields or not batch.has_padding:
         return StepReport(_loss(runner), tuple(found), tuple(probes.skipped))
-    report = _report_of_batch(inner, batch, tolerance)
+    else:
+        report = _report_of_batch(inner, batch, tolerance)
     names = {finding.probe for finding in found}
     others = tuple(finding for finding in report.findings if finding.probe not in names)
     return replace(report, findings=(*found, *others), skipped=tuple(dict.fromkeys((*probes.skipped, *report.skipped))))
@@ -234,6 +262,21 @@ def _is_read(inner: Runner, guess: Guess) -> bool:
 def _loss(runner: Runner) -> float:
     """The loss of the whole batch; with several terms, their sum."""
     return sum(term.loss for term in runner.base.values())
+
+
+def _plain_fields(
+    batch: Any, fields: Mapping[str, Any] | Collection[str] | None, cu_seqlens: Any
+) -> tuple[Any, list[str]]:
+    """What the step takes, and the names of its plain tensors with contents of documents.
+
+    Raises:
+        TypeError: Fields are given without offsets, or offsets without fields.
+    """
+    if fields is None or cu_seqlens is None or isinstance(fields, str):
+        raise TypeError("fields and cu_seqlens go together: tensors with the contents of documents, and their offsets")
+    if (batch is None) != isinstance(fields, Mapping):
+        raise TypeError("give fields as a mapping of tensors, or a batch and the names of its fields, and not both")
+    return fields if batch is None else batch, list(fields)
 
 
 def _check_arguments(batch: Any, samples: Sequence[Any] | None, collate: Collate | None) -> None:

@@ -118,15 +118,19 @@ class Runner:
             raise LengthError(f"gradients cannot be taken: {error}\n{ways_out[0]}") from error
         self.is_random = self.values(batch, self.seed + 1) != {name: term.loss for name, term in self.base.items()}
 
+    def raw(self, batch: Any, seed: int | None = None) -> object:
+        """What the step returns for a batch, with buffers and random numbers as at the beginning."""
+        self.buffers.restore()
+        _seed(self.seed if seed is None else seed)
+        return self.step(fresh(batch))
+
     def losses(self, batch: Any, seed: int | None = None) -> dict[str, Tensor]:
         """The step's losses on a batch, by name, with the original buffers and freshly seeded random numbers.
 
         Raises:
             LengthError: The step returns other terms than on the unchanged batch.
         """
-        self.buffers.restore()
-        _seed(self.seed if seed is None else seed)
-        terms = _terms(self.step(fresh(batch)))
+        terms = _terms(self.raw(batch, seed))
         self.names = self.names or list(terms)
         if list(terms) != self.names:
             raise LengthError(f"a step must always give the same terms, got {list(terms)} instead of {self.names}")

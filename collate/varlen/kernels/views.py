@@ -199,6 +199,6 @@ class KernelViews(DocumentViews):
         per_row = self.documents_per_row.numpy()
         row_starts = np.repeat(np.arange(rows) * capacity, per_row)
         ends = document_starts(self.host_lengths(), per_row, capacity, self.align) - row_starts + prefix
-        # Document -1, a gap, takes the last entry.
-        table = to_device(np.append(ends, 0).astype(np.int32), self.device)
-        return table[self.document_ids.long()]
+        # Document -1, a gap, takes the first entry.
+        table = to_device(np.append(0, ends).astype(np.int32), self.device)
+        return table.index_select(0, (self.document_ids + 1).flatten()).view(rows, capacity)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from collate.widths import check_count
-from samplers.planning.options import LARGEST_SEED, Indices, check_flag
+from samplers.planning.options import LARGEST_SEED, Indices, check_flag, describe_options
 from samplers.planning.packs.documents import DocumentCost, OverlongDocuments
 
 
@@ -62,6 +62,14 @@ class PackOptions:
             raise ValueError(f"seed must be at most 2**64 - 1, got {self.seed}: take it modulo 2**64")
         self._check_count("rows", 1, "give the rows of a batch")
         self._check_count("min_length", 0, "0 keeps every sample")
+
+    def describe(self) -> str:
+        """The options that are not the default, as text for a `repr`; of `indices` their number.
+
+        >>> PackOptions(capacity=100, rows=4).describe()
+        'capacity=100, rows=4'
+        """
+        return describe_options(self)
 
     def _check_count(self, name: str, least: int, hint: str) -> None:
         """Check an integer option, and store it as a Python int."""

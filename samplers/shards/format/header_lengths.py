@@ -22,10 +22,10 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from collate.errors import LengthError
-from samplers.extras import load_extra
 from samplers.shards.format.samples import decode_member, field_of
 from samplers.shards.format.tar import Member
 from samplers.shards.storage.reading import RandomAccess
+from samplers.sources.extras import load_extra
 
 # Encodings of sound that soundfile reads.
 SOUND: Final = frozenset(["wav", "flac", "ogg", "oga", "opus", "mp3"])

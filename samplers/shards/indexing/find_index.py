@@ -32,7 +32,7 @@ def find_index_files(shards: Shards) -> list[str]:
         shards: A folder, an `.ltx` file or several, or shards: paths, brace patterns, wildcards or URLs.
 
     Raises:
-        FileNotFoundError: A pattern matches no file.
+        FileNotFoundError: A pattern matches no file, or a path does not exist.
         ValueError: A folder has several corpora, or index files and shards are mixed.
     """
     if isinstance(shards, (str, os.PathLike)):
@@ -44,4 +44,16 @@ def find_index_files(shards: Shards) -> list[str]:
     indexes = [source for source in sources if source.endswith(SUFFIX)]
     if indexes and len(indexes) < len(sources):
         raise ValueError(f"{indexes[0]} is an index and {(set(sources) - set(indexes)).pop()} is not: give one kind")
-    return indexes or [f"{shard}{SUFFIX}" for shard in expand_shards(sources)]
+    return indexes or [_index_next_to(shard) for shard in expand_shards(sources)]
+
+
+def _index_next_to(shard: str) -> str:
+    """The path of the index of a shard, which may be gone.
+
+    Raises:
+        FileNotFoundError: There is neither.
+    """
+    index = f"{shard}{SUFFIX}"
+    if "://" not in shard and not Path(shard).exists() and not Path(index).exists():
+        raise FileNotFoundError(f"no file or folder {shard}")
+    return index

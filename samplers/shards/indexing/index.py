@@ -4,7 +4,6 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 from typing import Any, Self, overload
@@ -59,6 +58,7 @@ class LengthIndex:
         """Internal: use `build`, `open`, `open_all` or `concat`."""
         self._tables = tables
         self._path, self._order, self._moved = path, order, moved
+        self._fingerprint: str | None = None
         tracked = [field.tracked for field in tables.variable]
         lengths = tables.lengths if all(tracked) else tables.lengths[:, np.flatnonzero(tracked)]
         self._lengths = lengths.reshape(-1) if sum(tracked) == 1 else lengths
@@ -230,17 +230,22 @@ class LengthIndex:
         """Index of each shard's first sample, then N: int64 `[S + 1]`."""
         return self._tables.starts
 
-    @cached_property
+    @property
     def order(self) -> AnyArray:
         """Samples by (the sum of) their lengths, longest first, stable: int32 or int64 `[N]`. Stored in the file."""
-        return sort_by_length([self._tables]) if self._order is None else self._order
+        if self._order is None:
+            self._order = sort_by_length([self._tables])
+        return self._order
 
-    @cached_property
+    # A property, and not a cached one: type checkers take no descriptor of another kind for one of a protocol.
+    @property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits of all keys and lengths by shard: equal for the same corpus in any folder."""
         # Without paths, so that a moved corpus keeps its positions.
-        parts = [*self.fields, *(shard.fingerprint for shard in self._tables.shards)]
-        return blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
+        if self._fingerprint is None:
+            parts = [*self.fields, *(shard.fingerprint for shard in self._tables.shards)]
+            self._fingerprint = blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
+        return self._fingerprint
 
     @renamed_arguments(payload="checksums")
     def verify(

@@ -104,8 +104,8 @@ class PlainScan:
         if not names:
             raise ValueError(
                 f"{context}: none of {sorted(members)} is a .npy array with an axis, or sound: name the fields whose "
-                "lengths count (length_fields=, --fields), and give a length function to measure other encodings "
-                "(length=, --length MODULE:FUNCTION)"
+                "lengths count (length_fields=, --fields), and what measures other encodings: a function (length=, "
+                "--length MODULE:FUNCTION), or a member that declares it (length_field=, --length-field FIELD.KEY)"
             )
         return names
 

@@ -85,11 +85,24 @@ class AtomicFile:
             raise FileExistsError(f"{path} exists: another writer is at work in this folder: write to another one")
 
     def commit(self) -> None:
-        """Flush everything to the disk, then give the file its final name."""
+        """Flush everything to the disk, then give the file its final name.
+
+        Raises:
+            PermissionError: The file of that name may not be replaced, as on Windows while a program has it open.
+        """
         self.stream.flush()
         os.fsync(self.stream.fileno())
         self.stream.close()
-        self.temporary.replace(self.path)
+        try:
+            self.temporary.replace(self.path)
+        except PermissionError as error:
+            self.discard()
+            raise PermissionError(
+                error.errno,
+                "cannot be replaced: where the system replaces no open file, close the datasets, indexes and programs "
+                "that use it, or write elsewhere",
+                str(self.path),
+            ) from error
         _sync_folder(self.path.parent)
 
     def discard(self) -> None:

@@ -15,7 +15,9 @@ _LETTER_RANGE: Final = re.compile(r"([A-Za-z])\.\.([A-Za-z])(?:\.\.-?(\d+))?")
 _ALPHABET: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 # A backslash escapes any character.
 _ESCAPED: Final = re.compile(r"\\(.)")
-_SPECIAL: Final = re.compile(r"\\.|[{},]", re.DOTALL)
+# On Windows a backslash separates folders, and escapes nothing.
+_HAS_ESCAPES: Final = os.sep != "\\"
+_SPECIAL: Final = re.compile(r"\\.|[{},]" if _HAS_ESCAPES else "[{},]", re.DOTALL)
 _WILD: Final = re.compile(r"[*?\[]")
 
 
@@ -55,7 +57,7 @@ def refuse_twice(named: Iterable[tuple[str, str]]) -> None:
     """
     sources: dict[str, str] = {}
     for path, source in named:
-        name = path if "://" in path else os.path.normpath(Path(path).absolute())
+        name = path if "://" in path else os.path.normcase(os.path.normpath(Path(path).absolute()))
         if name in sources:
             by = f"by {source!r}" if source == sources[name] else f"by {sources[name]!r} and by {source!r}"
             raise ValueError(f"{path} is named twice, {by}, and its samples would come twice: name each shard once")
@@ -74,7 +76,7 @@ def expand_braces(pattern: str) -> list[str]:
     ['x-a1.tar', 'x-a2.tar', 'x-b.tar']
     """
     texts = _spell_out(pattern, pattern)
-    return texts if os.sep == "\\" else [_ESCAPED.sub(r"\1", text) for text in texts]
+    return [_ESCAPED.sub(r"\1", text) for text in texts] if _HAS_ESCAPES else texts
 
 
 def _expand(pattern: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise, repeat
 from operator import attrgetter
 from pathlib import Path
@@ -18,6 +19,8 @@ Shards: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 # Gaps up to this size (bytes) are read and discarded; a second read call costs more.
 _READ_THROUGH: Final = 2048
 _DISCARDED: Final = memoryview(bytearray(_READ_THROUGH))
+# Linux reads at most 2 GiB in one call, and macOS refuses more.
+_MOST_AT_ONCE: Final = 1 << 30
 # Linux takes at most 1024 buffers in one call, and each array may need a second buffer for the gap before it.
 _LONGEST_RUN: Final = 500
 
@@ -65,9 +68,11 @@ class LocalFile:
 
     def read(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes from `offset` on."""
-        data = os.pread(self._descriptor, size, offset)
-        # Linux reads at most 2 GiB in one call.
-        while len(data) < size and (more := os.pread(self._descriptor, size - len(data), offset + len(data))):
+        data = b""
+        while (missing := min(size - len(data), _MOST_AT_ONCE)) > 0:
+            more = os.pread(self._descriptor, missing, offset + len(data))
+            if not more:
+                break
             data += more
         return data
 
@@ -84,7 +89,10 @@ class LocalFile:
             self._fill_run(buffers[first:last], offsets[first:last])
         if not dense:
             # A call never reads more than its array holds. So if the sum is right, every array is full.
-            size = sum(map(os.preadv, repeat(self._descriptor), zip(buffers, strict=True), offsets))
+            size = 0
+            # An array over 2 GiB is an error on macOS. A disk that fails gives its error again below.
+            with suppress(OSError):
+                size = sum(map(os.preadv, repeat(self._descriptor), zip(buffers, strict=True), offsets))
             if size != sum(map(attrgetter("nbytes"), buffers)):
                 for buffer, offset in zip(buffers, offsets, strict=True):
                     self._fill_slowly(buffer, offset)
@@ -98,19 +106,22 @@ class LocalFile:
                 buffers.append(_DISCARDED[: offset - end])
             buffers.append(array)
             end = offset + array.nbytes
-        if os.preadv(self._descriptor, buffers, offsets[0]) != end - offsets[0]:
+        size = 0
+        with suppress(OSError):
+            size = os.preadv(self._descriptor, buffers, offsets[0])
+        if size != end - offsets[0]:
             for array, offset in zip(arrays, offsets, strict=True):
                 self._fill_slowly(array, offset)
 
     def _fill_slowly(self, array: npt.NDArray[Any], offset: int) -> None:
-        """Fill one array with as many calls as it needs: one call reads at most 2 GiB.
+        """Fill one array with as many calls as it needs: a call reads at most 1 GiB.
 
         Raises:
             ValueError: The file ends before the array is full.
         """
         remainder: Any = array.reshape(-1).view(np.uint8)
         while len(remainder):
-            size = os.preadv(self._descriptor, (remainder,), offset)
+            size = os.preadv(self._descriptor, (remainder[:_MOST_AT_ONCE],), offset)
             if not size:
                 raise ValueError(truncated(self.path, self.size, offset, len(remainder)))
             remainder, offset = remainder[size:], offset + size

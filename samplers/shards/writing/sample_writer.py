@@ -100,6 +100,10 @@ class SampleWriter:
         self._entered = True
         return self
 
+    def __repr__(self) -> str:
+        name = f"{str(self._folder)!r}, prefix={self._prefix!r}, layout={self._layout!r}"
+        return f"{type(self).__name__}({name}, {len(self._keys)} samples, {len(self.shards)} finished shards)"
+
     @property
     def keys(self) -> KeysView[str]:
         """The keys of all samples in their order, also of those that existed before."""

@@ -1,34 +1,30 @@
 """Convert rows to samples: of shards, JSON lines, Parquet and Hugging Face datasets, a few at a time."""
 
-import gzip
-import json
-import re
-import zlib
-from codecs import BOM_UTF8
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TypeAlias, cast
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
 from samplers.cli.arguments import check_exists
-from samplers.cli.exact_numbers import as_numbers, cast_exactly
-from samplers.extras import load_extra
+from samplers.cli.conversion.exact_numbers import as_numbers, cast_exactly
+from samplers.cli.conversion.tokenizer import Tokenizer
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.format.npy import AnyArray
 from samplers.shards.indexing.index import LengthIndex, tables_of
 from samplers.shards.indexing.index_file import SUFFIX
 from samplers.shards.storage.paths import expand_shards
+from samplers.sources.extras import load_extra
+from samplers.sources.files import is_dataset_folder, load_dataset_folder
+from samplers.sources.json_lines import JSON_LINES, read_json_lines
 
 # The origin of a row, for messages, and its values by column.
 NamedRows: TypeAlias = Iterator[tuple[str, dict[str, Any]]]
 
+_ARROW: Final = "samplers.cli.conversion.arrow"
 # Samples that are read together from a shard.
 SAMPLES_PER_READ: Final = 500
-# A number in JSON that may be too large for a float64 (1e308): an exponent of three digits, or 300 digits.
-_LARGE: Final = re.compile(r"\d[eE]\+?\d{3}|\d{300}")
-_JSON: Final = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 _INPUTS: Final = "a folder or pattern of .tar shards, .jsonl or .parquet files, or a folder written by save_to_disk"
 
 
@@ -39,7 +35,8 @@ class ColumnSelection:
     Attributes:
         fields: Column for each field. None takes all columns under their own names.
         key: Column of the keys. None takes `__key__`, or else the row number.
-        text: Fields that are text, stored as UTF-8 bytes, uint8 `[L]`.
+        text: Fields that are text, stored as UTF-8 bytes, uint8 `[L]`, or as tokens.
+        tokenizer: Makes tokens of them. None stores bytes.
         dtypes: Dtypes of fields.
         rounded: Fields whose numbers may be rounded to their dtype.
     """
@@ -47,6 +44,7 @@ class ColumnSelection:
     fields: Mapping[str, str] | None = None
     key: str | None = None
     text: Collection[str] = ()
+    tokenizer: Tokenizer | None = None
     dtypes: Mapping[str, np.dtype[Any]] = field(default_factory=dict)
     rounded: Collection[str] = ()
 
@@ -76,13 +74,44 @@ def read_input_rows(inputs: Sequence[str], selection: ColumnSelection, split: st
     for path in inputs:
         check_exists(path)
         folder = Path(path)
-        if (folder / "dataset_dict.json").exists() or (folder / "dataset_info.json").exists():
-            yield from load_extra("samplers.cli.arrow", "convert").read_dataset(path, selection.columns, split)
+        if is_dataset_folder(path):
+            yield from load_extra(_ARROW, "convert").read_dataset(path, selection.columns, split)
             continue
         if folder.is_dir() and any(folder.glob("*.parquet")):
             yield from _read_files(str(folder / "*.parquet"), selection)
             continue
         yield from _read_files(path, selection)
+
+
+def count_rows(inputs: Sequence[str], split: str | None = None) -> int | None:
+    """The number of rows of all inputs, without reading their values. None if it is unknown."""
+    counts = [_count(path, split) for path in inputs]
+    return None if None in counts else sum(count or 0 for count in counts)
+
+
+def _count(path: str, split: str | None) -> int | None:
+    """The number of rows of one input."""
+    folder = Path(path)
+    if is_dataset_folder(path):
+        return int(load_dataset_folder(path, split).num_rows)
+    if folder.is_dir() and any(folder.glob("*.parquet")):
+        path = str(folder / "*.parquet")
+    if path.endswith(".parquet"):
+        parquet = load_extra("pyarrow.parquet", "convert")
+        return sum(int(parquet.read_metadata(file).num_rows) for file in expand_shards(path))
+    if path.endswith(JSON_LINES) and not path.endswith(".gz"):
+        return sum(_count_lines(file) for file in expand_shards(path))
+    if path.endswith((".tar", SUFFIX)) or folder.is_dir():
+        shards = [path] if path.endswith(SUFFIX) else [shard + SUFFIX for shard in expand_shards(path)]
+        indexed = all(Path(shard).exists() for shard in shards)
+        return sum(len(LengthIndex.open(shard)) for shard in shards) if indexed else None
+    return None
+
+
+def _count_lines(path: str) -> int:
+    """The number of lines that are not empty, with or without a line break at the end."""
+    with Path(path).open("rb") as file:
+        return sum(1 for line in file if line.strip())
 
 
 def stacked_fields(inputs: Sequence[str], selection: ColumnSelection) -> list[str]:
@@ -123,6 +152,20 @@ class SampleMaker:
         values = {name: self._value(f"{context}, field {name!r}", name, row[column]) for name, column in names.items()}
         return {"__key__": key, **values}
 
+    def skip(self, context: str, row: Mapping[str, Any]) -> str:
+        """The key of a row whose sample exists already.
+
+        Raises:
+            ValueError: As `make` does.
+        """
+        fields = self._selection.fields or [name for name in row if name != self._selection.key]
+        # The first values of a field decide its dtype, also for later rows.
+        if len(self._examples) < len([name for name in fields if name not in {"__key__", *self._selection.text}]):
+            return str(self.make(context, row)["__key__"])
+        key = self._key(context, row)
+        self._made += 1
+        return key
+
     def _key(self, context: str, row: Mapping[str, Any]) -> str:
         if self._selection.key is None and "__key__" not in row:
             return f"{self._made:09}"
@@ -134,7 +177,11 @@ class SampleMaker:
 
     def _value(self, context: str, name: str, value: Any) -> Any:
         if isinstance(value, str) and name in self._selection.text:
-            return np.frombuffer(_encode(context, value), np.uint8)
+            tokenizer = self._selection.tokenizer
+            if tokenizer is None:
+                return np.frombuffer(_encode(context, value), np.uint8)
+            tokens = tokenizer(value, context)
+            return self._cast(context, name, tokens, self._selection.dtypes.get(name, tokens.dtype))
         if not isinstance(value, (bool, int, float, list, np.ndarray, np.generic)):
             type_name = "text" if isinstance(value, str) else type(value).__name__
             raise ValueError(
@@ -198,73 +245,15 @@ def _encode(context: str, text: str) -> bytes:
 
 
 def _read_files(pattern: str, selection: ColumnSelection) -> NamedRows:
-    if pattern.endswith(_JSON):
+    if pattern.endswith(JSON_LINES):
         for path in expand_shards(pattern):
-            yield from _read_json(path)
+            yield from read_json_lines(path)
     elif pattern.endswith(".parquet"):
-        yield from load_extra("samplers.cli.arrow", "convert").read_parquet(expand_shards(pattern), selection.columns)
+        yield from load_extra(_ARROW, "convert").read_parquet(expand_shards(pattern), selection.columns)
     elif pattern.endswith((".tar", SUFFIX)) or Path(pattern).is_dir():
         yield from _read_shards(pattern, selection.columns)
     else:
         raise ValueError(f"{pattern}: of no kind that can be converted: give {_INPUTS}")
-
-
-def _read_json(path: str) -> NamedRows:
-    for number, data in enumerate(_read_lines(path), start=1):
-        context = f"{path}, line {number}"
-        if number == 1:
-            # Programs on Windows put one at the start of a file.
-            data = data.removeprefix(BOM_UTF8)
-        if data.startswith(BOM_UTF8):
-            raise ValueError(f"{context}: not JSON: a byte order mark, which only a file may begin with: take it out")
-        # Many writers end a file with an empty line.
-        if not data.strip():
-            continue
-        try:
-            line = data.decode()
-            # By default Python reads a number that is too large for a float as infinity.
-            parse_float = _parse_float if _LARGE.search(line) else None
-            row = json.loads(line, parse_float=parse_float, object_pairs_hook=_refuse_twice)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{context}: not UTF-8: {error}: convert the file to it") from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{context}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{context}: must be an object, got {type(row).__name__}")
-        yield context, row
-
-
-def _read_lines(path: str) -> Iterator[bytes]:
-    with Path(path).open("rb") as file:
-        lines = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if path.endswith(".gz") else file
-        number = 0
-        # The damage of a gzip file shows when its lines are read.
-        try:
-            for line in lines:
-                number += 1
-                yield line
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path}: damaged or cut short behind line {number}: {error}") from None
-
-
-def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object without a repeated name. Python would take the last value in silence.
-
-    Raises:
-        ValueError: A name comes twice.
-    """
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} comes twice in one object")
-    return values
-
-
-def _parse_float(text: str) -> float:
-    number = float(text)
-    if number in {float("inf"), float("-inf")}:
-        raise ValueError(f"{text} is larger than any float64")
-    return number
 
 
 def _read_shards(pattern: str, columns: list[str] | None) -> NamedRows:

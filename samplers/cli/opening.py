@@ -1,4 +1,4 @@
-"""Arguments that stand for data: indexes, lengths, functions, dtypes and widths."""
+"""Arguments that stand for data: indexes, functions, dtypes and widths."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 import numpy as np
-import numpy.typing as npt
 
 from collate.widths import Widths
 from samplers.cli.arguments import parse_numbers, parse_pairs
@@ -107,30 +106,13 @@ def as_shards(sources: Sequence[str]) -> Shards:
     return sources[0] if len(sources) == 1 else list(sources)
 
 
-def open_lengths(sources: Sequence[str]) -> Lengths:
-    """The lengths in a `.npy` file, mapped, or the index of the sources.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is damaged, or has Python objects.
-    """
-    if len(sources) == 1 and sources[0].endswith(".npy"):
-        try:
-            lengths: npt.NDArray[Any] = np.load(sources[0], mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise ValueError(f"{sources[0]}: {error} Save an integer array with np.save") from None
-        return lengths
-    return open_sources(sources)
-
-
 def require_budget(max_tokens: object, options: dict[str, Any]) -> None:
-    """Refuse a plan without a budget, and set what happens to samples over it.
+    """Refuse a plan without a budget.
 
     Raises:
-        UsageError: There is no budget, or `--overlong` is for packs alone.
+        UsageError: There is none, or `--overlong` is for packs alone.
     """
     if not max_tokens and options["batch_size"] is None:
         raise click.UsageError("no budget: give --max-tokens or --batch-size")
     if options["overlong"] in {"cut", "split"}:
         raise click.UsageError(f"--overlong {options['overlong']} needs --pack: choose alone, drop or error")
-    options["overlong"] = options["overlong"] or "alone"

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from samplers.extras import load_extra
+from samplers.sources.files import load_dataset_folder
 
 # Rows in memory at a time.
 ROWS_AT_ONCE: Final = 1000
@@ -50,11 +50,7 @@ def read_dataset(path: str, columns: Sequence[str] | None, split: str | None) ->
     Raises:
         ValueError: A column or split does not exist, or a column is not text or numbers of one dtype and shape.
     """
-    dataset = load_extra("datasets", "convert").load_from_disk(path)
-    if isinstance(dataset, dict):
-        if split not in dataset:
-            raise ValueError(f"{path}: holds the splits {list(dataset)}, got {split!r}: choose one with --split")
-        dataset = dataset[split]
+    dataset = load_dataset_folder(path, split)
     _check_columns(dataset.column_names, columns, path)
     # Without this, `datasets` would also read the columns that are not wanted.
     chosen = dataset if columns is None else dataset.select_columns(list(columns))

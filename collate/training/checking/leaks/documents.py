@@ -1,0 +1,404 @@
+"""Where documents are in a batch, and the same batch with other contents, or with documents in another order."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from copy import copy
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from collate.errors import LengthError
+from collate.lengths.validation import as_int64
+from collate.tensors.masks import expand_like
+from collate.tensors.nested import labelled_parts, map_parts
+from collate.tensors.numpy_view import Int64Array, to_array
+from collate.training.checking.leaks.contents import other_contents
+from collate.varlen.batch import VarlenBatch
+from collate.varlen.offsets import document_starts
+
+
+class Places:
+    """Where N documents are among the time steps of a field.
+
+    Args:
+        starts: first step of each, int64 `[N]`, rows one after the other.
+        lengths: int64 `[N]`.
+        shapes: the rows and steps of a row that tensors with these steps may have; the first one is the batch's own.
+    """
+
+    def __init__(self, starts: Int64Array, lengths: Int64Array, shapes: Sequence[tuple[int, int]]) -> None:
+        self.starts, self.lengths, self.shapes = starts, lengths, list(dict.fromkeys(shapes))
+        self.steps = shapes[0][0] * shapes[0][1]
+        ids = np.full(self.steps, -1)
+        for document, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+            ids[start : start + length] = document
+        # The document of each step, -1 in gaps: int64 `[steps]`.
+        self.ids = torch.from_numpy(ids)
+
+    @classmethod
+    def of(cls, field: VarlenBatch) -> "Places":
+        """The places of a varlen batch."""
+        rows, capacity = field.values.shape[:2]
+        lengths, per_row = field.host_lengths(), to_array(field.documents_per_row)
+        starts = document_starts(lengths, per_row, capacity, field.align)
+        return cls(starts, lengths, [(rows, capacity)])
+
+    def as_steps(self, tensor: Tensor, *, steps_last: bool = False) -> Tensor | None:
+        """A tensor that has an entry per step, as `[steps, ...]`; None where it has none.
+
+        Args:
+            tensor: `[R, C, ...]`, `[R * C, ...]` or `[1, R * C, ...]`.
+            steps_last: take `[R, ..., C]` as well, as convolutions have it.
+        """
+        shape = tuple(tensor.shape)
+        if shape[:1] == (self.steps,):
+            return tensor
+        if shape[:2] == (1, self.steps):
+            return tensor[0]
+        for rows, capacity in self.shapes:
+            if shape[:2] == (rows, capacity):
+                return tensor.flatten(0, 1)
+            if steps_last and len(shape) > 2 and (shape[0], shape[-1]) == (rows, capacity):
+                return tensor.movedim(-1, 1).flatten(0, 1)
+        return None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Places) and self.shapes == other.shapes and torch.equal(self.ids, other.ids)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class DocumentCases(Protocol):
+    """What probes need of a batch of documents.
+
+    Attributes:
+        whole: what the step takes.
+        count: N.
+        places: where documents are, in each field whose lengths differ.
+        lengths: the most steps that each document has in any field, int64 `[N]`.
+        fields: the fields with contents, by name.
+    """
+
+    whole: Any
+    count: int
+    places: list[Places]
+    lengths: Int64Array
+    fields: dict[str, Tensor]
+
+    def changed(self, documents: Collection[int]) -> Any:
+        """The batch with other contents in these documents, the same ones whenever they are changed."""
+
+    def redrawn(self, seed: int) -> Self:
+        """The same batch, for which `changed` gives other contents again."""
+
+    def with_leaves(self, batch: Any) -> tuple[Any, dict[str, tuple[Tensor, Places]]]:
+        """A batch whose float fields are leaves that take gradients, and these leaves."""
+
+    def reversed(self) -> tuple[Any, list[Places], Int64Array] | str:
+        """The batch with the documents of each row in reverse, their places, and which document each now is.
+
+        Where that cannot be made, the reason.
+        """
+
+    def is_silent(self, document: int) -> bool:
+        """Whether labels say that no step of a document counts, so that it may have no result."""
+
+
+class VarlenCases:
+    """Cases of a batch that holds `VarlenBatch`es."""
+
+    def __init__(self, batch: Any, seed: int) -> None:
+        self.whole = batch
+        self.parts = dict(_varlen_parts(batch))
+        self.count = len(next(iter(self.parts.values())))
+        for name, part in self.parts.items():
+            if len(part) != self.count:
+                raise LengthError(
+                    f"field {name!r} has {len(part)} documents, the first field has {self.count}: collate all fields "
+                    "of the batch together"
+                )
+        self.places = _distinct(Places.of(part) for part in self.parts.values())
+        self.lengths = np.max([part.host_lengths() for part in self.parts.values()], axis=0)
+        self.fields = {name: part.values for name, part in self.parts.items()}
+        self.contents = {
+            name: other_contents(part.values.flatten(0, 1), Places.of(part).ids, seed).view_as(part.values)
+            for name, part in self.parts.items()
+        }
+
+    def changed(self, documents: Collection[int]) -> Any:
+        """As in `DocumentCases`."""
+        others = {}
+        for name, part in self.parts.items():
+            selected = _selected(part.document_ids, documents)
+            values = torch.where(expand_like(selected, part.values), self.contents[name], part.values)
+            others[id(part)] = _with_values(part, values)
+        return _replaced(self.whole, others)
+
+    def redrawn(self, seed: int) -> "VarlenCases":
+        """As in `DocumentCases`."""
+        return VarlenCases(self.whole, seed)
+
+    def with_leaves(self, batch: Any) -> tuple[Any, dict[str, tuple[Tensor, Places]]]:
+        """As in `DocumentCases`."""
+        leaves, others = {}, {}
+        for name, part in _varlen_parts(batch):
+            if part.values.is_floating_point():
+                leaf = part.values.detach().requires_grad_()
+                leaves[name] = leaf, Places.of(part)
+                others[id(part)] = _with_values(part, leaf)
+        return _replaced(batch, others), leaves
+
+    def reversed(self) -> tuple[Any, list[Places], Int64Array] | str:
+        """As in `DocumentCases`."""
+        per_row = to_array(next(iter(self.parts.values())).documents_per_row)
+        if per_row.max() < 2:
+            return "no row holds two documents"
+        ends = np.cumsum(per_row)
+        order = np.concatenate(
+            [np.arange(end - 1, end - size - 1, -1) for end, size in zip(ends, per_row, strict=True)]
+        )
+        turned = {id(part): _reordered(part, order) for part in self.parts.values()}
+        shapes = {shape for places in self.places for shape in places.shapes}
+        for name, part in _plain_parts(self.whole):
+            if tuple(part.shape[:2]) in shapes:
+                return f"{name!r} is a plain tensor with an entry per step: make it from the batch inside of the step"
+        batch = _replaced(_documents_in_order(self.whole, order, self.count), turned)
+        return batch, _distinct(Places.of(part) for part in turned.values()), order
+
+    def is_silent(self, document: int) -> bool:
+        """As in `DocumentCases`."""
+        parts = [(part.values.flatten(0, 1), part.document_ids.flatten()) for part in self.parts.values()]
+        return any(_is_negative(values[ids == document]) for values, ids in parts)
+
+
+class PlainCases:
+    """Cases of plain tensors whose documents are given by their bounds."""
+
+    def __init__(self, batch: Any, names: Collection[str], cu_seqlens: Any, seed: int) -> None:
+        bounds = _check_bounds(cu_seqlens)
+        self.whole, starts, self.lengths = batch, bounds[:-1], np.diff(bounds)
+        self.fields = _plain_fields(batch, names)
+        self.count = len(self.lengths)
+        end = int(bounds[-1])
+        steps, shapes = _steps_of(self.fields, end)
+        self.places = [Places(starts, self.lengths, [(1, steps), *shapes])]
+        ids = self.places[0].ids
+        self.contents = {}
+        for name, field in self.fields.items():
+            flat = self._flat(field)
+            self.contents[name] = other_contents(flat, ids, seed).view_as(field)
+
+    def changed(self, documents: Collection[int]) -> Any:
+        """As in `DocumentCases`."""
+        others = {}
+        for name, field in self.fields.items():
+            selected = expand_like(_selected(self.places[0].ids.to(field.device), documents), self._flat(field))
+            values = torch.where(selected, self._flat(self.contents[name]), self._flat(field))
+            others[id(field)] = values.view_as(field)
+        return _replaced(self.whole, others)
+
+    def redrawn(self, seed: int) -> "PlainCases":
+        """As in `DocumentCases`."""
+        bounds = np.append(self.places[0].starts, self.places[0].starts[-1] + self.lengths[-1])
+        return PlainCases(self.whole, list(self.fields), bounds, seed)
+
+    def with_leaves(self, batch: Any) -> tuple[Any, dict[str, tuple[Tensor, Places]]]:
+        """As in `DocumentCases`."""
+        leaves, others = {}, {}
+        for name in self.fields:
+            field = batch[name]
+            if field.is_floating_point():
+                leaf = field.detach().requires_grad_()
+                leaves[name], others[id(field)] = (leaf, self.places[0]), leaf
+        return _replaced(batch, others), leaves
+
+    def reversed(self) -> tuple[Any, list[Places], Int64Array] | str:
+        """As in `DocumentCases`."""
+        return "the step knows the offsets of plain tensors itself; a VarlenBatch is tried with its documents reversed"
+
+    def is_silent(self, document: int) -> bool:
+        """As in `DocumentCases`."""
+        here = self.places[0].ids == document
+        return any(_is_negative(self._flat(field)[here.to(field.device)]) for field in self.fields.values())
+
+    def _flat(self, field: Tensor) -> Tensor:
+        """A field as `[steps, ...]`."""
+        steps = self.places[0].as_steps(field)
+        return field if steps is None else steps
+
+
+def holds_documents(batch: Any) -> bool:
+    """Whether there is a `VarlenBatch` in a nested batch."""
+    return any(True for _ in _varlen_parts(batch))
+
+
+def _distinct(places: Iterator[Places]) -> list[Places]:
+    """Places without repetition."""
+    found: list[Places] = []
+    for place in places:
+        if place not in found:
+            found.append(place)
+    return found
+
+
+def _walk(batch: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """All parts of a nested batch by dotted names.
+
+    Yields:
+        Pairs of a name and a part.
+    """
+    parts = labelled_parts(batch)
+    if not parts:
+        yield name, batch
+    for label, part in parts:
+        yield from _walk(part, f"{name}.{label}" if name else label)
+
+
+def _varlen_parts(batch: Any) -> Iterator[tuple[str, VarlenBatch]]:
+    """The varlen batches in a nested batch.
+
+    Yields:
+        Pairs of a name and a batch.
+    """
+    for name, part in _walk(batch):
+        if isinstance(part, VarlenBatch):
+            yield name or "the batch", part
+
+
+def _plain_parts(batch: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in a nested batch.
+
+    Yields:
+        Pairs of a name and a tensor.
+    """
+    for name, part in _walk(batch):
+        if isinstance(part, Tensor):
+            yield name, part
+
+
+def _replaced(batch: Any, others: Mapping[int, Any]) -> Any:
+    """The batch with other parts in place of those with these ids."""
+    if id(batch) in others:
+        return others[id(batch)]
+    return map_parts(batch, lambda part: _replaced(part, others))
+
+
+def _documents_in_order(batch: Any, order: Int64Array, count: int) -> Any:
+    """The batch in which tensors, arrays and lists with an entry per document follow another order."""
+    if isinstance(batch, Tensor) and batch.dim() and len(batch) == count:
+        return batch.index_select(0, torch.from_numpy(order).to(batch.device))
+    if isinstance(batch, np.ndarray) and batch.ndim and len(batch) == count:
+        return batch[order]
+    if isinstance(batch, list) and len(batch) == count and not any(isinstance(part, VarlenBatch) for part in batch):
+        return [batch[index] for index in order.tolist()]
+    return map_parts(batch, lambda part: _documents_in_order(part, order, count))
+
+
+def _reordered(part: VarlenBatch, order: Int64Array) -> VarlenBatch:
+    """A varlen batch whose documents follow another order, as many in each row as before."""
+    places, lengths = Places.of(part), part.host_lengths()[order]
+    rows, capacity = part.values.shape[:2]
+    per_row = to_array(part.documents_per_row)
+    starts = document_starts(lengths, per_row, capacity, part.align)
+    source = torch.from_numpy(np.flatnonzero(places.ids.numpy() < 0))
+    index = torch.full((rows * capacity,), -1)
+    for document, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        begin = int(places.starts[order[document]])
+        index[start : start + length] = torch.arange(begin, begin + length)
+    # Gaps are as many as before.
+    index[index < 0] = source
+    values = part.values.flatten(0, 1).index_select(0, index.to(part.device)).view_as(part.values)
+    return VarlenBatch(
+        values,
+        lengths,
+        per_row,
+        to_array(part.permutation)[order],
+        padding_value=part.padding_value,
+        align=part.align,
+        max_documents=part.max_documents,
+        max_seqlen=part.max_seqlen,
+        ignore_index=part.ignore_index,
+    )
+
+
+def _with_values(part: VarlenBatch, values: Tensor) -> VarlenBatch:
+    """The same documents with other values, and the same marks of gaps and of steps without a label."""
+    other = copy(part)
+    object.__setattr__(other, "values", values)
+    return other
+
+
+def _selected(ids: Tensor, documents: Collection[int]) -> Tensor:
+    """Which steps are of these documents: bool like `ids`."""
+    return torch.isin(ids, torch.tensor(sorted(documents), dtype=ids.dtype, device=ids.device))
+
+
+def _is_negative(steps: Tensor) -> bool:
+    """Whether whole numbers are negative at every step but the first, which has no label where targets are shifted."""
+    if steps.is_floating_point() or steps.is_complex() or steps.dtype == torch.bool:
+        return False
+    return bool((steps[1:] < 0).all() or (steps[:-1] < 0).all())
+
+
+def _check_bounds(cu_seqlens: Any) -> Int64Array:
+    """Offsets of documents, checked: int64 `[N + 1]`.
+
+    Raises:
+        LengthError: They do not begin at 0, or they fall.
+    """
+    on_host = cu_seqlens.cpu() if isinstance(cu_seqlens, Tensor) else cu_seqlens
+    bounds = to_array(as_int64(on_host, "cu_seqlens"))
+    if bounds.ndim != 1 or len(bounds) < 2 or bounds[0] != 0 or (np.diff(bounds) < 0).any():
+        raise LengthError(f"cu_seqlens must begin at 0 and never fall, [documents + 1], got {bounds.tolist()}")
+    return bounds
+
+
+def _plain_fields(batch: Any, names: Collection[str]) -> dict[str, Tensor]:
+    """The tensors with these names.
+
+    Raises:
+        LengthError: The batch has no such tensor.
+    """
+    fields = {}
+    for name in names:
+        field = batch.get(name) if isinstance(batch, Mapping) else None
+        if not isinstance(field, Tensor):
+            raise LengthError(f"fields must name tensors of the batch, {name!r} is {type(field).__name__}")
+        fields[name] = field
+    return fields
+
+
+def _steps_of(fields: Mapping[str, Tensor], end: int) -> tuple[int, list[tuple[int, int]]]:
+    """How many steps the fields have, and the rows and steps of a row in which they come.
+
+    Raises:
+        LengthError: A field has no entry per step, or not as many as another.
+    """
+    counts: dict[str, int] = {}
+    shapes = []
+    for name, field in fields.items():
+        flat = field.shape[0] if field.dim() else 0
+        both = flat * field.shape[1] if field.dim() > 1 else flat
+        # `[T, F]` begins with the steps, `[R, C]` has them in both axes.
+        counts[name] = flat if flat >= end else both
+        if flat < end and field.dim() > 1:
+            shapes.append((field.shape[0], field.shape[1]))
+    sizes = set(counts.values())
+    if len(sizes) != 1 or min(sizes) < end:
+        raise LengthError(
+            f"cu_seqlens ends at step {end}, the fields have {counts} steps: each field must be [steps, ...] or "
+            "[rows, steps, ...], with all documents in it"
+        )
+    return sizes.pop(), shapes
+
+
+def describe_documents(documents: Sequence[int], shown: int = 6) -> str:
+    """A few numbers of documents for a message.
+
+    >>> describe_documents([3]), describe_documents(range(9))
+    ('document 3', 'documents 0, 1, 2, 3, 4, 5 and 3 more')
+    """
+    names = ", ".join(str(document) for document in documents[:shown])
+    more = f" and {len(documents) - shown} more" if len(documents) > shown else ""
+    return f"document{'s' if len(documents) > 1 else ''} {names}{more}"
