@@ -120,7 +120,7 @@ class LengthTrackedBatch(PaddedSequences):
 
         Raises:
             LengthError: There is no sequence, a declared length is not the real one, or a row is wider than `widths`.
-            TypeError: Dtypes differ, or a sequence is not one.
+            TypeError: Dtypes differ, or an entry is not a sequence of numbers.
             ValueError: Feature shapes differ, the order is no permutation, or the dtype cannot hold the padding value.
         """
         rows = measure_rows(sequences)

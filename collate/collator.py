@@ -171,6 +171,7 @@ class PadCollator:
             # They are the sampler's widths already.
             del planned["widths"]
         collate = cls(padding_value, **(options | planned))
+        # Compared as the class stores them: widths [8, 16] and (16, 8) are the same.
         for name in planned.keys() & options.keys():
             again = getattr(cls(padding_value, **{name: options[name]}), name)
             if again != getattr(collate, name):
@@ -223,6 +224,7 @@ class PadCollator:
         read = {name: self._read(name, values) for name, values in columns.items()}
         variable = {name: column for name, column in read.items() if isinstance(column, RaggedRows)}
         self._check_names(columns, variable)
+        # Before rows are cut: a declared length is that of the whole sequence.
         self._check_lengths(variable, read, samples)
         _check_structure_can_travel(samples[0], columns)
         return read | {name: self._cut(name, column) for name, column in variable.items()}
@@ -250,6 +252,7 @@ class PadCollator:
         kinds = set(map(type, values))
         if kinds <= NUMBER_DTYPES.keys():
             return stack_numbers(name, values, kinds)
+        # By type and number of axes only, never by length: a field whose rows happen to be equally long stays variable.
         if all(issubclass(kind, (Tensor, np.ndarray, np.generic)) for kind in kinds):
             has_axis = cast("Tensor", values[0]).ndim > 0
             return measure_rows(values, titled(name), kinds) if has_axis else stack_samples(name, values)
@@ -340,6 +343,7 @@ class PadCollator:
         longest = {name: int(column.lengths.max()) for name, column in rows.items()}
         if self.shapes is None:
             return size, {name: padded_width(limit, option_of(self.widths, name)) for name, limit in longest.items()}
+        # Smallest first, see `check_shape_list`.
         for shape in self.shapes:
             widths = field_widths(shape, list(longest))
             if shape[0] >= size and all(widths[name] >= limit for name, limit in longest.items()):
@@ -371,6 +375,7 @@ class PadCollator:
         if isinstance(column, Tensor):
             column = column.index_select(0, torch.from_numpy(order))
             return torch.cat([column, column.new_zeros(missing, *column.shape[1:])]) if missing else column
+        # A list has no dtype whose zero could fill it.
         return [column[index] for index in order.tolist()] + [None] * missing
 
 

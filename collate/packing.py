@@ -79,6 +79,7 @@ class PackingMap:
             )
         firsts = np.arange(len(lengths)) * width if firsts is None else firsts
         filled = np.flatnonzero(lengths)
+        # Stable, as in torch: rows of equal length keep their order.
         order = np.argsort(-lengths[filled], kind="stable")
         rows = filled[order]
         # Indices among the rows that are not empty: a packed batch does not know the others.
@@ -89,6 +90,7 @@ class PackingMap:
             indices = [torch.from_numpy(part) for part in both]
         else:
             sizes = rows_running(lengths[rows])
+            # One array, one copy to the device: B' + 2 max L integers, or 3 B' + 2 max L if rows are reordered.
             parts = [firsts[rows], sizes, np.cumsum(sizes) - sizes, *both]
             begins, counts, starts, *indices = to_device(np.concatenate(parts), device).split(list(map(len, parts)))
             index = spread_steps(begins, counts, starts, total=int(sizes.sum()))
@@ -142,7 +144,7 @@ class PackingMap:
 
 
 def _index_and_sizes(lengths: Int64Array, firsts: Int64Array) -> tuple[Tensor, Int64Array]:
-    """What `spread_steps` gives, and the sizes, on the host: for rows that are sorted, longest first.
+    """The index as of `spread_steps`, and the sizes, computed on the host; rows are longest first.
 
     Nothing here has B x T entries: one long row among many short ones costs no more than its own time steps. Rows of 3
     and 1 time steps that start at 3 and 0 (two rows, 3 wide) have sizes 2, 1, 1 and starts 0, 2, 3:
@@ -151,6 +153,7 @@ def _index_and_sizes(lengths: Int64Array, firsts: Int64Array) -> tuple[Tensor, I
     (tensor([3, 0, 4, 5]), array([2, 1, 1]))
     """
     sizes, steps = rows_running(lengths), np.arange(lengths[0])
+    # Rows are equally long: packed steps are the padded values, transposed.
     if lengths[-1] == lengths[0]:
         return torch.from_numpy((firsts + steps[:, None]).ravel()), sizes
     starts = np.cumsum(sizes) - sizes
@@ -160,7 +163,7 @@ def _index_and_sizes(lengths: Int64Array, firsts: Int64Array) -> tuple[Tensor, I
 
 
 def rows_running(lengths: Int64Array) -> Int64Array:
-    """RaggedRows that are longer than each step: int64 `[max L]`.
+    """The number of rows that are longer than each step: int64 `[max L]`.
 
     >>> rows_running(np.array([3, 1]))
     array([2, 1, 1])
@@ -180,6 +183,7 @@ def spread_steps(firsts: Tensor, sizes: Tensor, starts: Tensor, *, total: int) -
     Returns:
         int64 `[M]`.
     """
+    # With `output_size` known on the host, torch need not read the sum of `sizes` from the device.
     steps = torch.repeat_interleave(sizes, output_size=total)
     ranks = torch.arange(total, device=steps.device) - starts.index_select(0, steps)
     return firsts.index_select(0, ranks) + steps

@@ -1,7 +1,8 @@
 """Batches of similar lengths: plans, batch samplers, streams and shards.
 
 Contents: the files here are the loaders; the rooms are `planning` (lengths to batches), `progress` (positions),
-`dynamic` (streams without known lengths), `shards` (lengths and samples on disk) and `cli` (the command).
+`dynamic` (streams without known lengths), `shards` (lengths and samples on disk), `sources` (lengths of data of other
+programs) and `cli` (the command).
 It imports `errors`, `widths` and `deprecated` from `collate`, nothing else. CONTRIBUTING defines the words.
 """
 

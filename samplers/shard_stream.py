@@ -264,6 +264,7 @@ class StreamIterator(Iterator[Any]):
 
     @property
     def _worker_numbers(self) -> dict[str, int]:
+        """The numbers on which a state depends, by name."""
         return {"worker": self._worker, "workers": self._workers, "num_replicas": self._stream.num_replicas}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -25,6 +25,9 @@ def check_node(make: Make, *, every: int = 1) -> int:
     and after one that was broken off, and under a `Prefetcher`, which saves in its own thread, ahead of the items that
     were taken.
 
+    It raises at the first difference, like `torch.testing.assert_close`, and makes no report as `check_step` does:
+    after a wrong item, the later ones tell nothing.
+
     Args:
         make: Returns a new node each time, over a source that gives the same items each time. Tensors and arrays in
             items are compared by dtype, shape and value, everything else by `==`.

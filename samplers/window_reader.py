@@ -98,10 +98,12 @@ class ShardsInOrder(ShardDataset):
         return samples
 
     def _forget(self) -> None:
+        """Start without the state of another process."""
         super()._forget()
         self._free_fetched()
 
     def _fail(self, error: Exception, row: int) -> Failed:
+        """The failure of a sample, without the traceback of its error."""
         # A window stays in memory until its steps are taken; tracebacks would keep all that was being read.
         cause: BaseException | None = error
         while cause is not None:
@@ -114,6 +116,7 @@ class ShardsInOrder(ShardDataset):
         self._fetched: FetchedFile | None = None
 
     def _file(self, shard: int) -> RandomAccess:
+        """An open shard; a remote one is fetched whole."""
         file = super()._file(shard)
         if isinstance(file, LocalFile):
             return file

@@ -7,6 +7,7 @@ import sys
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ builtins.open = io.open = without_proc(io.open)
 """
 
 
-def run(code, missing, *arguments):
+def run(code: Any, missing: Any, *arguments: Any) -> Any:
     text = f"MISSING = {missing!r}\n{BARE}{textwrap.dedent(code)}"
     done = subprocess.run(
         [sys.executable, "-c", text, *map(str, arguments)], capture_output=True, text=True, check=False
@@ -51,7 +52,7 @@ def run(code, missing, *arguments):
     return done.stdout.strip()
 
 
-def test_shards_are_written_and_read_without_the_modules_of_unix(tmp_path):
+def test_shards_are_written_and_read_without_the_modules_of_unix(tmp_path: Path) -> None:
     code = """
     # The modules of the other package, without its root.
     import types
@@ -79,10 +80,12 @@ def test_shards_are_written_and_read_without_the_modules_of_unix(tmp_path):
     assert run(code, ["resource", "fcntl", "msvcrt"], tmp_path, ROOT) == "None"
 
 
-def test_where_windows_locks_bytes_a_file_is_locked_far_behind_its_end(tmp_path, monkeypatch):
+def test_where_windows_locks_bytes_a_file_is_locked_far_behind_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     held = {}
 
-    def locking(descriptor, mode, count):
+    def locking(descriptor: Any, mode: Any, count: Any) -> None:
         place = (os.fstat(descriptor).st_ino, os.lseek(descriptor, 0, os.SEEK_CUR))
         if held.setdefault(place, descriptor) != descriptor:
             raise OSError("locked")
@@ -161,7 +164,7 @@ def test_braces_expand_behind_the_backslash_of_windows(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("package", ["samplers"])
-def test_the_packages_are_imported_without_the_modules_of_unix(package):
+def test_the_packages_are_imported_without_the_modules_of_unix(package: str) -> None:
     collate = subprocess.run(
         [sys.executable, "-c", "import sys; sys.modules['resource'] = None; import collate"],
         capture_output=True,

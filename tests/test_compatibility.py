@@ -91,7 +91,7 @@ def find_entries(file: str) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A copy of the corpora of each release, so that nothing is written beside the originals."""
     copies = {release: tmp_path_factory.mktemp("release") / "corpora" for release in RELEASES}
     for release, copied in copies.items():
@@ -108,7 +108,7 @@ WITH_CORPORA = [release for release in RELEASES if (FOLDER / release / "corpora.
 LAYOUTS = [(release, layout) for release in WITH_CORPORA for layout in ("blocks", "plain")]
 
 
-def test_no_fixtures_are_missing():
+def test_no_fixtures_are_missing() -> None:
     assert {"0.1.0", "0.2.0.dev0"} <= set(RELEASES)
     for release in RELEASES[1:]:
         files = {"corpora", "corpora.json", "plans.json", "public.json", "saved.json", "states.json"}
@@ -119,7 +119,7 @@ def test_no_fixtures_are_missing():
 
 
 @pytest.mark.parametrize(("release", "entry"), entries("public.json"))
-def test_a_public_name_is_there_with_all_that_it_took(release, entry):
+def test_a_public_name_is_there_with_all_that_it_took(release: str, entry: tuple[Any, ...]) -> None:
     name, old = entry
     new = surface.describe(RENAMED.get(name, name))
     assert_takes(name, old, new)
@@ -155,7 +155,7 @@ def assert_takes(name: str, old: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("release", "layout"), LAYOUTS)
-def test_a_corpus_reads_as_it_was_written(release, layout, folders):
+def test_a_corpus_reads_as_it_was_written(release: str, layout: str, folders: dict[str, Path]) -> None:
     data = ShardDataset(folders[release] / layout)
     assert plain.tell_samples(data) == told(release)[layout]["samples"]
     assert plain.tell("index", data.index) == told(release)[layout]["index"]
@@ -163,7 +163,7 @@ def test_a_corpus_reads_as_it_was_written(release, layout, folders):
 
 
 @pytest.mark.parametrize("release", WITH_CORPORA)
-def test_shards_of_other_programs_read_by_an_old_index(release, folders):
+def test_shards_of_other_programs_read_by_an_old_index(release: str, folders: dict[str, Path]) -> None:
     data = ShardDataset(*corpora.foreign_in(folders[release]))
     assert plain.tell_samples(data) == told(release)["foreign"]["samples"]
     assert plain.tell("index", data.index) == told(release)["foreign"]["index"]
@@ -171,7 +171,9 @@ def test_shards_of_other_programs_read_by_an_old_index(release, folders):
 
 @pytest.mark.parametrize("release", WITH_CORPORA)
 @pytest.mark.parametrize("layout", ["blocks", "plain", "foreign"])
-def test_old_shards_are_indexed_again_as_they_were(release, layout, folders, tmp_path):
+def test_old_shards_are_indexed_again_as_they_were(
+    release: str, layout: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     shards = sorted((folders[release] / layout).glob("*.tar"))
     index = LengthIndex.build(shards, told(release)[layout]["index"]["fields"], checksums=True)
     index.save(tmp_path / "again.ltx")
@@ -180,7 +182,7 @@ def test_old_shards_are_indexed_again_as_they_were(release, layout, folders, tmp
 
 
 @pytest.mark.parametrize("release", WITH_CORPORA)
-def test_an_index_of_each_shard_and_of_the_corpus_agree(release, folders):
+def test_an_index_of_each_shard_and_of_the_corpus_agree(release: str, folders: dict[str, Path]) -> None:
     for layout in ("blocks", "plain"):
         parts = sorted((folders[release] / layout).glob("*.tar.ltx"))
         joined = LengthIndex.concat([LengthIndex.open(part) for part in parts])
@@ -188,7 +190,9 @@ def test_an_index_of_each_shard_and_of_the_corpus_agree(release, folders):
 
 
 @pytest.mark.parametrize("release", WITH_CORPORA)
-def test_a_build_goes_on_with_the_indexes_that_were_kept(release, folders, tmp_path):
+def test_a_build_goes_on_with_the_indexes_that_were_kept(
+    release: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     shards = shutil.copytree(folders[release] / "foreign", tmp_path / "foreign")
     for index in shards.glob("*.tar.ltx"):
         # A copy is as new as its shard, and an index older than its shard is not taken.
@@ -200,7 +204,9 @@ def test_a_build_goes_on_with_the_indexes_that_were_kept(release, folders, tmp_p
 
 
 @pytest.mark.parametrize(("release", "layout"), LAYOUTS)
-def test_a_writer_goes_on_behind_old_shards(release, layout, folders, tmp_path):
+def test_a_writer_goes_on_behind_old_shards(
+    release: str, layout: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     folder = shutil.copytree(folders[release] / layout, tmp_path / layout)
     before = len(ShardDataset(folder))
     with ShardWriter(folder, layout=layout, stack=["place"], append=True) as writer:
@@ -218,7 +224,7 @@ def added(first: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("release", WITH_CORPORA)
-def test_parts_of_a_killed_run_are_taken_over(release, folders, tmp_path):
+def test_parts_of_a_killed_run_are_taken_over(release: str, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(folders[release] / "parts", tmp_path / "parts")
     assert sorted(path.name for path in folder.iterdir()) == told(release)["parts"]["files"]
     stamps = {path.name: path.stat().st_ino for path in folder.glob("*.tar")}
@@ -234,7 +240,7 @@ def test_parts_of_a_killed_run_are_taken_over(release, folders, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:count= of a plan is now called:DeprecationWarning")
 @pytest.mark.parametrize(("release", "entry"), entries("plans.json"))
-def test_a_plan_and_its_fingerprint_stay_as_they_were(release, entry):
+def test_a_plan_and_its_fingerprint_stay_as_they_were(release: str, entry: dict[str, Any]) -> None:
     sampler = loaders.make(entry["recipe"], FOLDER)
     assert sampler.position(0)["fingerprint"] == entry["fingerprint"]
     assert len(sampler) == entry["len"]
@@ -243,13 +249,19 @@ def test_a_plan_and_its_fingerprint_stay_as_they_were(release, entry):
 
 
 @pytest.mark.parametrize(("release", "entry"), entries("states.json"))
-def test_the_rest_of_an_epoch_comes_after_a_saved_state(release, entry, folders):
+def test_the_rest_of_an_epoch_comes_after_a_saved_state(
+    release: str, entry: dict[str, Any], folders: dict[str, Path]
+) -> None:
     state = entry["state"] if entry["form"] == "json" else load(entry["form"], decode(entry["state"]), FOLDER)
     assert loaders.resume(entry["recipe"], state, folders[release]) == entry["after"]
 
 
 @pytest.mark.parametrize(("release", "entry"), entries("refused.json"))
-def test_a_position_within_an_epoch_planned_otherwise_is_refused(release, entry, folders):
+def test_a_position_within_an_epoch_planned_otherwise_is_refused(
+    release: str,
+    entry: dict[str, dict[str, dict[str, int] | int | str] | dict[str, int | str] | str],
+    folders: dict[str, Path],
+) -> None:
     with pytest.raises(ValueError, match=entry["error"]):
         loaders.resume(entry["recipe"], entry["state"], folders[release])
 
@@ -267,7 +279,7 @@ def is_kept(entry: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize(("release", "entry"), objects("pickle", "torch.save"))
-def test_what_was_saved_loads_as_it_was(release, entry, folders):
+def test_what_was_saved_loads_as_it_was(release: str, entry: dict[str, Any], folders: dict[str, Path]) -> None:
     value = load(entry["form"], decode(entry["data"]), folders[release])
     assert [name for name in plain.READ.get(entry["kind"], []) if not hasattr(value, name)] == []
     result = json.loads(json.dumps(plain.tell(entry["kind"], value)))
@@ -285,14 +297,18 @@ def renamed_report(result: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("release", "entry"), objects("text"))
-def test_the_tree_of_a_batch_that_an_export_holds_is_known(release, entry):
+def test_the_tree_of_a_batch_that_an_export_holds_is_known(
+    release: str, entry: dict[str, dict[str, str] | str]
+) -> None:
     tree = pytree.treespec_loads(entry["data"])
     leaves = list(range(tree.num_leaves))
     assert pytree.tree_leaves(pytree.tree_unflatten([torch.tensor(leaf) for leaf in leaves], tree)) == leaves
 
 
 @pytest.mark.parametrize("release", RELEASES)
-def test_what_was_saved_loads_in_a_process_that_has_imported_nothing(release, folders, tmp_path):
+def test_what_was_saved_loads_in_a_process_that_has_imported_nothing(
+    release: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     # Here all modules are imported by now, which may be what makes an old name known.
     saved = json.loads((FOLDER / release / "saved.json").read_text())
     kept = [entry for entry in saved if entry["form"] in {"pickle", "torch.save"} and is_kept(entry)]
@@ -327,7 +343,7 @@ for path in files:
 
 
 @pytest.mark.parametrize(("release", "entry"), objects("pickle", "torch.save"))
-def test_a_saved_object_names_modules_as_listed_and_no_machine(release, entry):
+def test_a_saved_object_names_modules_as_listed_and_no_machine(release: str, entry: dict[str, Any]) -> None:
     data = decode(entry["data"])
     assert pickles.names_in(data) == entry["names"]
     assert not [text for text in pickles.texts_in(data) if text.startswith(("/", "\\")) or text[1:3] == ":\\"]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -160,14 +161,14 @@ def entry_of(package: str, module: str) -> str:
 
 
 @pytest.mark.parametrize("package", LAYERS)
-def test_the_layers_name_every_entry_of_a_room_and_no_other(package):
+def test_the_layers_name_every_entry_of_a_room_and_no_other(package: str) -> None:
     named = [entry for layer in LAYERS[package] for entry in layer]
     assert sorted(named) == sorted({entry_of(package, module) for module in modules(package)})
     assert len(named) <= 12
 
 
 @pytest.mark.parametrize("package", LAYERS)
-def test_imports_point_down_and_never_at_a_package_root(package):
+def test_imports_point_down_and_never_at_a_package_root(package: str) -> None:
     level = {entry: depth for depth, layer in enumerate(LAYERS[package]) for entry in layer}
     for module, path in modules(package).items():
         here = entry_of(package, module)
@@ -180,7 +181,7 @@ def test_imports_point_down_and_never_at_a_package_root(package):
                 assert level[there] > level[here], f"{module} imports {imported}, which is not below it"
 
 
-def test_no_module_imports_itself_through_others():
+def test_no_module_imports_itself_through_others() -> None:
     graph = {
         name: set(imports_of(path)) for package in ("collate", "samplers") for name, path in modules(package).items()
     }
@@ -191,7 +192,7 @@ def test_no_module_imports_itself_through_others():
 
 
 @pytest.mark.parametrize("package", [collate, samplers])
-def test_the_public_names_are_sorted_complete_and_documented(package):
+def test_the_public_names_are_sorted_complete_and_documented(package: ModuleType) -> None:
     public = {name for name in dir(package) if not name.startswith("_") and not _is_module(getattr(package, name))}
     assert package.__all__ == sorted(package.__all__)
     assert set(package.__all__) == public
@@ -203,7 +204,7 @@ def _is_module(value: object) -> bool:
     return type(value).__name__ == "module"
 
 
-def test_the_public_names_are_those_that_were_promised():
+def test_the_public_names_are_those_that_were_promised() -> None:
     assert set(collate.__all__) == {
         *("LengthTrackedBatch", "PadCollator", "DevicePrefetcher", "apply_rnn", "sequence_loss", "masked_mean"),
         *("last_step", "token_scale", "check_step", "find_max_tokens", "LengthError", "VarlenBatch"),
@@ -217,14 +218,14 @@ def test_the_public_names_are_those_that_were_promised():
     }
 
 
-def test_importing_samplers_loads_no_heavy_extra():
+def test_importing_samplers_loads_no_heavy_extra() -> None:
     heavy = {"transformers", "lhotse", "matplotlib", "lightning", "accelerate", "pandas", "torchvision"}
     code = f"import collate, samplers, sys; print(sorted(set(sys.modules) & {heavy}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_the_changelog_begins_with_the_version_of_the_package():
+def test_the_changelog_begins_with_the_version_of_the_package() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     first = re.search(r"^## \[(.+?)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert first
@@ -256,17 +257,17 @@ def test_the_install_page_lists_every_extra() -> None:
     assert {name for name in extras if f"| `{name}` |" not in page} == set()
 
 
-def test_the_guide_for_contributors_stays_short():
+def test_the_guide_for_contributors_stays_short() -> None:
     assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 120
 
 
-def test_code_stands_within_the_first_thirty_lines_of_the_readme():
+def test_code_stands_within_the_first_thirty_lines_of_the_readme() -> None:
     lines = README.splitlines()[:30]
     assert "```python" in lines
     assert "```" in lines[lines.index("```python") :]
 
 
-def test_both_packages_are_typed_and_hold_no_assert():
+def test_both_packages_are_typed_and_hold_no_assert() -> None:
     for package in ("collate", "samplers"):
         assert (ROOT / package / "py.typed").exists()
         for path in modules(package).values():

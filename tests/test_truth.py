@@ -103,7 +103,7 @@ def findings(trees: dict[str, ast.AST], sized: set[str]) -> list[str]:
     ]
 
 
-def test_no_sized_object_of_ours_is_asked_whether_it_is_true():
+def test_no_sized_object_of_ours_is_asked_whether_it_is_true() -> None:
     sized = find_sized()
     assert {"LengthBucketBatchSampler", "ShardStream", "LengthTrackedBatch", "Bucketer", "BatchTable"} <= sized
     assert findings(TREES, sized) == []
@@ -121,5 +121,5 @@ def test_no_sized_object_of_ours_is_asked_whether_it_is_true():
         "def f(rows, course: Course): return [row for row in rows if course]",
     ],
 )
-def test_the_pattern_is_found_wherever_it_stands(code):
+def test_the_pattern_is_found_wherever_it_stands(code: str) -> None:
     assert len(findings({"x.py": ast.parse(code)}, {"Course"})) == 1

@@ -1,6 +1,8 @@
 """Law 10 from a shard to the batch: one number on disk, in the index, the plan, the batch, and in what is packed."""
 
 import tempfile
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +16,11 @@ from collate import LengthError, PadCollator
 from samplers import LengthBucketBatchSampler, ShardDataset, ShardWriter
 
 
-def write(folder, layout, lengths):
+def write(folder: Path, layout: str, lengths: Any) -> None:
     with ShardWriter(folder, layout=layout, max_samples=7, block_size=4) as writer:
-        for place, length in enumerate(lengths):
-            values = np.full(length, place, np.int32)
-            writer.write({"__key__": f"k{place}", "x": values, "steps": np.int64(length)})
+        for index, length in enumerate(lengths):
+            values = np.full(length, index, np.int32)
+            writer.write({"__key__": f"k{index}", "x": values, "steps": np.int64(length)})
 
 
 @settings(max_examples=25)
@@ -28,7 +30,7 @@ def write(folder, layout, lengths):
     st.none() | st.integers(1, 40),
     st.integers(30, 90),
 )
-def test_a_length_is_the_same_number_everywhere(lengths, layout, max_length, max_tokens):
+def test_a_length_is_the_same_number_everywhere(lengths: Any, layout: str, max_length: Any, max_tokens: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write(folder, layout, lengths)
         data = ShardDataset(folder)
@@ -39,19 +41,19 @@ def test_a_length_is_the_same_number_everywhere(lengths, layout, max_length, max
         for batch in DataLoader(data, batch_sampler=sampler, collate_fn=collate):
             field = batch["x"]
             field.verify()
-            places = [int(key[1:]) for key in batch["__key__"]]
-            assert field.lengths.tolist() == [min(lengths[p], max_length or 99) for p in places]
+            indices = [int(key[1:]) for key in batch["__key__"]]
+            assert field.lengths.tolist() == [min(lengths[p], max_length or 99) for p in indices]
             assert field.padded.shape[0] * field.lengths.max() <= max_tokens
-            assert all((row == p).all() for row, p in zip(field.sequences(), places, strict=True))
+            assert all((row == p).all() for row, p in zip(field.sequences(), indices, strict=True))
             if field.num_tokens:
                 assert len(field.pack().data) == field.num_tokens
-            seen += places
+            seen += indices
         assert sorted(seen) == list(range(len(lengths)))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
-def test_the_same_through_workers(tmp_path, kind, workers):
+def test_the_same_through_workers(tmp_path: Path, kind: type[Any], workers: int) -> None:
     lengths = np.random.default_rng(0).integers(1, 30, 60).tolist()
     write(tmp_path, "blocks", lengths)
     data = ShardDataset(tmp_path)
@@ -60,10 +62,10 @@ def test_the_same_through_workers(tmp_path, kind, workers):
     seen = {}
     for batch in loader:
         seen |= dict(zip(batch["__key__"], batch["x"].lengths.tolist(), strict=True))
-    assert seen == {f"k{place}": length for place, length in enumerate(lengths)}
+    assert seen == {f"k{index}": length for index, length in enumerate(lengths)}
 
 
-def test_a_declared_length_that_is_not_the_real_one_is_named_on_its_way(tmp_path):
+def test_a_declared_length_that_is_not_the_real_one_is_named_on_its_way(tmp_path: Path) -> None:
     with ShardWriter(tmp_path) as writer:
         writer.write({"__key__": "a", "x": np.arange(3), "steps": np.int64(5)})
     loader = DataLoader(ShardDataset(tmp_path), collate_fn=PadCollator(length_field={"x": "steps"}))
@@ -71,7 +73,7 @@ def test_a_declared_length_that_is_not_the_real_one_is_named_on_its_way(tmp_path
         next(iter(loader))
 
 
-def test_source_order_comes_back_after_a_whole_epoch(tmp_path):
+def test_source_order_comes_back_after_a_whole_epoch(tmp_path: Path) -> None:
     lengths = np.random.default_rng(1).integers(1, 20, 50).tolist()
     write(tmp_path, "blocks", lengths)
     data = ShardDataset(tmp_path)

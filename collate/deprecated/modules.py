@@ -1,4 +1,4 @@
-"""Former module names, which pickles of earlier releases name: each still gives what its module has become."""
+"""Former names of modules, which stand in pickles of earlier releases: each still leads to the present module."""
 
 import sys
 from collections.abc import Sequence
@@ -126,4 +126,5 @@ class FormerModule:
 def find_former_modules() -> None:
     """Make former names importable, once."""
     if not any(isinstance(finder, FormerModules) for finder in sys.meta_path):
+        # Last: a module of that name which exists is found first.
         sys.meta_path.append(FormerModules())

@@ -95,6 +95,7 @@ def keep_lengths_that_fit(batch: TrackedBatch) -> None:
     except (LengthError, TypeError, RuntimeError):
         # torch does not show the numbers in a tensor that vmap maps over.
         return
+    # The permutation and the mask are checked when lengths are first used.
     _take_snapshot(batch, lengths)
 
 
@@ -115,6 +116,7 @@ def host_lengths(batch: TrackedBatch) -> Int64Array:
     if snapshot is None:
         # Compiled code and pytrees check nothing when they make a batch.
         snapshot = _take_snapshot(batch, check_batch_lengths(batch.lengths, *batch.padded.shape[:2]))
+    # Lengths are compared by value, not by a version counter, which misses writes through NumPy.
     elif snapshot.counts != to_array(batch.lengths).tobytes():
         raise LengthError(
             f"the batch was made with lengths {snapshot.lengths.tolist()}, and they were written to: they now are "
@@ -178,6 +180,7 @@ def _check_permutation(batch: TrackedBatch, snapshot: _Snapshot) -> None:
     contents = _memory_of(batch.permutation)
     if contents is None or contents == snapshot.permutation:
         return
+    # None: a batch from a pytree's leaves, whose permutation was never checked. It is checked now, once.
     if snapshot.permutation is not None:
         raise LengthError(
             f"the batch was made with permutation {np.frombuffer(snapshot.permutation, np.int64).tolist()}, and it was "
@@ -189,7 +192,7 @@ def _check_permutation(batch: TrackedBatch, snapshot: _Snapshot) -> None:
 
 
 def _check_mask(batch: TrackedBatch, snapshot: _Snapshot) -> None:
-    """Compare the mask with the lengths, where torch has written to it or it is small.
+    """Compare the mask with the lengths, if torch has written to it or if it is small.
 
     Raises:
         LengthError: It does not agree.
@@ -204,6 +207,7 @@ def _check_mask(batch: TrackedBatch, snapshot: _Snapshot) -> None:
     values = _values_of(mask)
     if values is None:
         return
+    # A mask that was never checked (from a pytree) may have a wrong shape or dtype too.
     if snapshot.version is None:
         check_mask(mask, torch.from_numpy(snapshot.lengths), batch.padded)
     elif not np.array_equal(values, real := length_mask(snapshot.lengths, values.shape[1])):

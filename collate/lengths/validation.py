@@ -60,6 +60,7 @@ def check_permutation(permutation: IntegersLike, rows: int) -> Tensor:
         raise ValueError(f"permutation must be one sample index per row, [{rows}], got shape {list(indices.shape)}")
     if type(indices) is not Tensor:
         return indices
+    # Sorted, duplicates are neighbours: [2, 0, 2] becomes [0, 2, 2].
     ordered = np.sort(to_array(indices))
     if (ordered[0] < 0) or (ordered[1:] == ordered[:-1]).any():
         raise ValueError(f"permutation must hold distinct indices of at least 0, got {indices.tolist()}")
@@ -108,6 +109,7 @@ def check_padding_intact(padded: Tensor, mask: Tensor, padding_value: PaddingVal
     Raises:
         LengthError: A padding step holds something else; the message names row, step and value.
     """
+    # NaN is the one value that does not equal itself.
     same = padded.isnan() if padding_value != padding_value else padded == padding_value
     # A trailing axis of one, so that there always is a feature axis to reduce.
     touched = ~(same[..., None].flatten(2).all(2) | mask)

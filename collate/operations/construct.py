@@ -102,6 +102,7 @@ def unchecked_batch(
 
 def changed_batch(batch: BatchT, **parts: Any) -> BatchT:
     """The batch with some parts replaced, unchecked; the mask is made again if the values are on another device."""
+    # Parts that are kept would carry a write into the new batch, whose snapshot would then confirm it.
     check_unwritten(batch)
     names = (*TENSOR_FIELDS, "padding_value", "first_step")
     present = {name: getattr(batch, name) for name in names}

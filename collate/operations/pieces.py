@@ -70,6 +70,7 @@ def concat_batches(kind: type[BatchT], batches: Sequence[TrackedBatch]) -> Batch
     value = values.pop() if len(values) == 1 else None
     width = max(b.padded.shape[1] for b in batches)
     padded = torch.cat([pad_to_width(b.padded, width, 0 if value is None else value) for b in batches])
+    # Lengths that were written to would be copied into the new batch as if they were right.
     for batch in batches:
         check_unwritten(batch)
     return trusted_batch(
@@ -113,5 +114,6 @@ def move_batch(
     padded = batch.padded.to(device=device, dtype=dtype, non_blocking=non_blocking)
     if padded is batch.padded:
         return batch
+    # Float padding 0.5 is 0 after a conversion to int64.
     value = cast_padding_value(batch.padding_value, batch.padded.dtype, padded.dtype)
     return changed_batch(batch, padded=padded, padding_value=value)

@@ -79,6 +79,7 @@ class PaddedSequences:
 
     def last_values(self: TrackedBatch) -> tuple[Tensor, Tensor]:
         """Each row's value at its last real time step, `[B, *F]`, and whether it has one, bool `[B]`."""
+        # From the mask, which is on the values' device, so that nothing is sent to it.
         last = (self.mask.sum(1) - 1).clamp(min=0)
         rows = torch.arange(len(self.padded), device=self.padded.device)
         return self.padded[rows, last], self.mask[:, 0]

@@ -56,6 +56,7 @@ def reduce(batch: BatchT) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     An autograd graph cannot be sent, so that values which were computed from other tensors lose it.
     """
     padded = with_own_storage(batch.padded)
+    # As bytes: each tensor in a queue between processes needs a file descriptor of its own.
     lengths, indices = host_lengths(batch).tobytes(), to_array(batch.permutation).tobytes()
     return unreduce, (type(batch), padded, lengths, indices, batch.padding_value, batch.first_step)
 
@@ -104,6 +105,7 @@ def receive(
 
 def inline_values(tensor: Tensor) -> tuple[bytearray, torch.dtype, torch.Size, bool]:
     """The parts that a small tensor is sent as; `tensor_of` makes it from them again."""
+    # A bytearray, because torch.frombuffer warns of memory that cannot be written to.
     values = bytearray(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
     return values, tensor.dtype, tensor.shape, tensor.requires_grad
 
@@ -144,6 +146,7 @@ class _Trial(ForkingPickler):
             return NotImplemented
         if value.requires_grad and not value.is_leaf:
             raise TypeError("a tensor that was computed from others that require gradients: detach() it")
+        # The pickle is thrown away, so that any callable without arguments will do.
         return bool, ()
 
 

@@ -51,6 +51,7 @@ def assemble(sample: object, fields: Mapping[str, object], name: str = "") -> ob
     if isinstance(sample, Mapping):
         return parts
     kind = cast("Any", type(sample))
+    # A named tuple takes its fields one by one, a tuple takes them as one iterable.
     return kind(*parts.values()) if hasattr(sample, "_fields") else kind(parts.values())
 
 
@@ -63,6 +64,7 @@ def map_parts(batch: Any, change: Callable[[Any], Any]) -> Any:
         parts = {key: change(part) for key, part in batch.items()}
         if type(batch) is dict or not isinstance(batch, MutableMapping):
             return parts
+        # A copy keeps the type and its attributes, such as those of a tokenizer's BatchEncoding.
         changed = copy(batch)
         changed.update(parts)
         return changed
@@ -109,6 +111,7 @@ def _check_alike(samples: Sequence[object], name: str) -> None:
     first = cast("Mapping[object, object]", samples[0])
     context = f"field {name!r} of " if name else ""
     for index, sample in enumerate(samples):
+        # Mappings of different types may be mixed, since they become dicts anyway.
         if type(sample) is not type(first) and not (isinstance(sample, Mapping) and isinstance(first, Mapping)):
             raise TypeError(
                 f"{context}sample {index} must be a {type(first).__name__} like sample 0, got {type(sample).__name__}"

@@ -160,7 +160,7 @@ def _has_records(steps: Tensor) -> bool:
 
 
 def _write_records(steps: Tensor, index: Int64Array, size: tuple[int, ...], padding_value: PaddingValue) -> Tensor:
-    """The result of filling and `index_copy_`, faster: NumPy copies each step once, as one record."""
+    """Do what filling and `index_copy_` do, but faster: NumPy copies each step once, as one record."""
     padded, padding = steps.new_empty(size), np.ones(size[0], bool)
     padding[index] = False
     _records(padded)[index] = _records(steps.contiguous())

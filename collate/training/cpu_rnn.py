@@ -83,7 +83,7 @@ def run_segments(rnn: nn.RNNBase, packed: PackedSequence, hx: RnnState | None) -
 
 
 def each_part(state: RnnState | None, change: Callable[[Tensor], Tensor]) -> Any:
-    """Change a state that may be absent, or a tuple of tensors."""
+    """Apply a function to each tensor of a state, which is a tensor, a tuple of tensors, or None."""
     if isinstance(state, tuple):
         return tuple(map(change, state))
     return None if state is None else change(state)
@@ -91,9 +91,11 @@ def each_part(state: RnnState | None, change: Callable[[Tensor], Tensor]) -> Any
 
 def _run_directions(rnn: nn.RNNBase, data: Tensor, sizes: Tensor, state: RnnState) -> tuple[Tensor, RnnState]:
     """Run layer by layer: a layer reads both directions of the one before."""
+    # The same permutation reverses steps and puts them back: it is its own inverse.
     reverse = reversed_steps(to_array(sizes))
     finals = []
     for layer in range(rnn.num_layers):
+        # torch drops between layers: not before the first, not after the last.
         if layer and rnn.dropout:
             data = F.dropout(data, rnn.dropout, rnn.training)
         outputs = []
@@ -114,13 +116,16 @@ def _run_direction(
     counts, steps = torch.unique_consecutive(sizes, return_counts=True)
     outputs: list[Tensor] = []
     ended: list[RnnState] = []
+    # Sizes 3, 3, 1, 1, 1: counts 3 and 1, steps 2 and 3, so that the segments have 6 and 3 packed steps.
     segments = data.split((counts * steps).tolist())
     for segment, rows, length in zip(segments, counts.tolist(), steps.tolist(), strict=True):
         if outputs:
+            # Rows are sorted longest first, so that the rows which end here are the last ones.
             ended.append(each_part(state, partial(_state_rows, rows=slice(rows, None))))
             state = each_part(state, partial(_state_rows, rows=slice(rows)))
         output, state = kernel(segment.view(length, rows, -1), state)
         outputs.append(output.flatten(0, 1))
+    # The rows that ended last are the longest of the ended ones: reversed, the states are in row order.
     return torch.cat(outputs), _joined([state, *ended[::-1]], dim=1)
 
 
@@ -151,9 +156,11 @@ def reversed_steps(sizes: Int64Array) -> Tensor:
         sizes: int64 `[max L]`, rows still running at each step.
     """
     total = np.arange(int(sizes.sum()))
+    # All rows are equally long: whole time steps change places.
     if sizes[-1] == sizes[0]:
         return torch.from_numpy(total.reshape(len(sizes), -1)[::-1].ravel())
     starts = np.cumsum(sizes) - sizes
+    # The rank of a packed step is its row: rows are longest first in each time step.
     ranks = total - np.repeat(starts, sizes)
     # Row i, longest first, runs for as many steps as have more than i rows.
     lengths = len(sizes) - np.searchsorted(sizes[::-1], np.arange(sizes[0]), side="right")

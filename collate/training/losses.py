@@ -74,6 +74,7 @@ def sequence_loss(
     if reduction == "sum":
         return losses.sum()
     if reduction == "token":
+        # Without weights the number is known on the host, and nothing waits for the device.
         return losses.sum() / (max(output.num_tokens, 1) if counts is None else _not_zero(counts.sum()))
     totals = output.step_counts() if counts is None else output.sum_sequences(counts)
     return (output.sum_sequences(losses) / _not_zero(totals)).sum() / _not_zero((totals != 0).sum())
@@ -96,6 +97,7 @@ def masked_mean(batch: SequenceBatch) -> Tensor:
     # In half precision a sum overflows beyond 65,504, and so does a count.
     wide = torch.promote_types(values.dtype, torch.float32)
     total = batch.sum_sequences(torch.where(expand_like(batch.mask, values), values, 0), wide)
+    # An empty sequence has the sum 0, and 0 / 1 is its mean.
     counts = batch.step_counts().clamp(min=1).to(wide)
     return batch.pick_sequences(total / expand_like(counts, total)).to(values.dtype)
 
@@ -147,6 +149,7 @@ def token_scale(num_tokens: int | SequenceBatch, group: dist.ProcessGroup | None
         if isinstance(count, int):
             return torch.tensor(1 / count if count else 0.0, dtype=torch.float64, device="cpu")
         return torch.where(count > 0, 1 / count.to(torch.float64).clamp(min=1), 0)
+    # NCCL communicates tensors on a GPU only, Gloo those on the host.
     on_host = "cpu" in dist.get_backend_config(group)
     device = "cpu" if on_host else torch.accelerator.current_accelerator(check_available=True)
     total = torch.as_tensor(count, dtype=torch.int64, device=device).clone()
@@ -173,7 +176,9 @@ def _weights_of_steps(output: SequenceBatch, weights: Tensor) -> Tensor:
         ValueError: There is not one for each step, or for each document.
     """
     if not isinstance(weights, Tensor):
-        way_out = "pass its values" if hasattr(weights, "is_varlen") else "torch.as_tensor makes one"
+        way_out = "torch.as_tensor makes one"
+        if hasattr(weights, "is_varlen"):
+            way_out = "pass its .values" if weights.is_varlen else "pass its .padded"
         raise TypeError(f"weights must be a tensor [B, T], got {type(weights).__name__}: {way_out}")
     shape = output.step_values.shape[:2]
     steps = weights if weights.shape == shape else output.spread_weights(weights)

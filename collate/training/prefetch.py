@@ -179,6 +179,7 @@ class PrefetchIterator(Iterator[LoaderBatch]):
     def close(self) -> None:
         """End the pass here; batches on the way are dropped."""
         self._queue.clear()
+        # Dropping a loader's iterator ends its workers.
         self._source = self._error = None
         self._finished = True
 
@@ -333,7 +334,7 @@ class CopyStream:
         return moved, self.stream.record_event()
 
     def receive(self, batch: Any, arrived: torch.Event) -> None:
-        """Let the current stream wait for the copy, and the allocator know that this stream uses the batch."""
+        """Make the current stream wait for the copy, and tell the allocator that this stream uses the batch."""
         current = torch.accelerator.current_stream(self.device)
         # An accelerator with a single stream keeps the order by itself.
         if current != self.stream:

@@ -1,4 +1,4 @@
-"""What functions that run a user's training step restore afterwards: random states, buffers, weights, optimizer."""
+"""Restore random states, buffers, weights and optimizer after a user's training step was run."""
 
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +37,7 @@ def restored_training(
         # Only the step's own device: others would be started for nothing.
         stack.enter_context(restored_random_state([device] if device.type == "cuda" else []))
         if optimizer is not None:
+            # Callbacks run in reverse: weights first, then the optimizer that refers to them.
             stack.callback(optimizer.load_state_dict, _copy_state(optimizer))
         if module is not None:
             for tensor in (*module.parameters(), *module.buffers()):

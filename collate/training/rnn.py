@@ -106,6 +106,7 @@ def _fill_states(state: RnnState, rows: Tensor, hx: RnnState | None, size: int) 
 def _put_part(part: Tensor, rows: Tensor, hx: Tensor | None, size: int) -> Tensor:
     """One tensor of the states, `[*, B, *]`."""
     states = part.new_zeros(part.shape[0], size, *part.shape[2:]) if hx is None else hx.to(part.dtype)
+    # Out of place: the caller's initial states stay as they are, and gradients flow to both parts.
     return states.index_copy(1, rows, part)
 
 

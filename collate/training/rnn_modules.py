@@ -27,6 +27,7 @@ def is_plain(rnn: nn.Module) -> bool:
     kind, own = type(rnn), vars(rnn)
     if kind not in _FORWARDS or kind.forward is not _FORWARDS[kind]:
         return False
+    # An attribute of the instance comes before the method of the class.
     replaced = any(name in own for name in _INTERCEPTED) or own.get("_compiled_call_impl") is not None
     return not replaced and not any(own[name] for name in _HOOKS) and not any(_GLOBAL_HOOKS)
 
@@ -54,6 +55,7 @@ def check_rnn_inputs(rnn: nn.RNNBase, packed: PackedSequence, hx: RnnState | Non
         raise RuntimeError(f"the module was made with weights of {weight_shapes(rnn)}, they now are {shapes}")
     states = _states(rnn, packed, hx)
     _check_devices(packed.data, [*states, *weights])
+    # Autocast converts the parts itself.
     if not _is_autocast(packed.data.device.type):
         for name, parts in (("hx", states), ("a weight", weights)):
             for part in parts:

@@ -18,7 +18,7 @@ from collate.tensors.steps import PaddingValue
 from collate.varlen.batch import VarlenBatch
 from collate.varlen.construct import trusted_documents
 from collate.varlen.offsets import aligned_lengths
-from collate.varlen.rows import Arrange, RowOptions, RowOrder
+from collate.varlen.rows import Arrange, DocumentOrder, RowOptions
 from collate.varlen.values_of_rows import join_documents, make_spans
 
 
@@ -132,7 +132,7 @@ class VarlenCollator:
         fields = {name: self._field(name, column, order, batches) for name, column in columns.items()}
         return assemble(samples[0], fields)
 
-    def _order(self, documents: Mapping[str, RaggedRows], size: int) -> RowOrder:
+    def _order(self, documents: Mapping[str, RaggedRows], size: int) -> DocumentOrder:
         """Put samples into rows, in which they are to fit in all of their fields."""
         if not documents:
             return np.arange(size), np.array([size])
@@ -159,7 +159,7 @@ class VarlenCollator:
                 )
 
     def _field(
-        self, name: str, column: Any, order: RowOrder, batches: list[VarlenBatch]
+        self, name: str, column: Any, order: DocumentOrder, batches: list[VarlenBatch]
     ) -> VarlenBatch | Tensor | list[Any]:
         indices, per_row = order
         if isinstance(column, Tensor):

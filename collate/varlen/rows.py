@@ -13,7 +13,7 @@ from collate.widths import check_count
 
 Arrange: TypeAlias = Literal["best-fit", "given"]
 # The documents in row order, int64 `[N]`, and the number of documents of each row, int64 `[R]`.
-RowOrder: TypeAlias = tuple[Int64Array, Int64Array]
+DocumentOrder: TypeAlias = tuple[Int64Array, Int64Array]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class RowOptions:
             )
         return replace(self, **numbers)
 
-    def fill(self, sizes: Sequence[int], name: str = "sequences") -> RowOrder:
+    def fill(self, sizes: Sequence[int], name: str = "sequences") -> DocumentOrder:
         """Put documents into rows.
 
         Args:
@@ -83,7 +83,7 @@ class RowOptions:
             per_row = self._filled_up(per_row, what, self.capacity)
         return order, per_row
 
-    def fill_fields(self, sizes: Int64Array, capacities: Int64Array) -> RowOrder:
+    def fill_fields(self, sizes: Int64Array, capacities: Int64Array) -> DocumentOrder:
         """The same for samples with several fields, which are to be in the same row in all of them.
 
         Args:
@@ -115,7 +115,7 @@ class RowOptions:
         return np.concatenate([per_row, np.zeros(missing, np.int64)]) if missing else per_row
 
 
-def _row_order(rows: list[int]) -> RowOrder:
+def _row_order(rows: list[int]) -> DocumentOrder:
     """The row of each document -> documents in row order, and their number in each row.
 
     >>> _row_order([1, 0, 0, 1])

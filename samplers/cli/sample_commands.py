@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from samplers.cli.arguments import check_exists, parse_pairs
-from samplers.cli.conversion.rows import ColumnSelection, SampleMaker, count_rows, read_input_rows, stacked_fields
+from samplers.cli.conversion.rows import ColumnSelection, SampleMaker, count_input_rows, read_input_rows, stacked_fields
 from samplers.cli.conversion.tokenizer import load_tokenizer
 from samplers.cli.conversion.unfinished import describe_conversion
 from samplers.cli.conversion.writing import resumable, write_samples
@@ -69,7 +69,7 @@ def convert(
         check_exists(path)
     # Blocks say which fields have a fixed size. Rows of other inputs do not.
     stack = stack or stacked_fields(inputs, selection)
-    total = count_rows(inputs, split) if sys.stderr.isatty() else None
+    total = count_input_rows(inputs, split) if sys.stderr.isatty() else None
     rows = show_progress(read_input_rows(inputs, selection, split), total, "sample")
     writing: dict[str, Any] = {"layout": layout, "max_samples": max_samples, "prefix": prefix, "stack": stack}
     with resumable(Path(folder), describe_conversion(inputs, options), resume=resume, **writing) as writer:

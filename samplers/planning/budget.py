@@ -112,6 +112,7 @@ class Budget:
 
     @cached_property
     def _cached_rows(self) -> dict[int | tuple[int, ...], int]:
+        """The results of `max_rows` so far, by width."""
         return {}
 
     def _find_rows(self, width: int | tuple[int, ...]) -> int:

@@ -111,7 +111,7 @@ def _check_collator_widths(widths: Any, options: Options, fields: Sequence[str])
     Raises:
         ValueError: It does.
     """
-    # A multiple of one rounds nothing up, as None does.
+    # A multiple of one rounds nothing up, just like None.
     planned = options.allowed_widths or 1
     for name in fields:
         collated = _option_for(widths, name)

@@ -70,7 +70,7 @@ def stream_keys(key: int, numbers: Integers) -> Words:
 
 
 def permute(indices: Integers, size: int, keys: Words | int) -> Integers:
-    """Where each index goes under a keyed bijection on `range(size)`.
+    """The image of each index under a keyed bijection on `range(size)`.
 
     A Feistel network over a domain of any size (the generalised Feistel cipher with cycle walking of Black and Rogaway,
     2002). An index is written as `(left, right)` in `range(a) x range(b)`, with `a * b` just above `size`: of size 10,
@@ -104,7 +104,7 @@ class Domains:
         self._rounds = rounds[np.searchsorted(size_below, sizes.view(np.uint64), side="right")].view(np.int64)
 
     def permute(self, indices: Integers, domains: Integers | None, keys: Words) -> Integers:
-        """Where each index goes under a keyed bijection on its domain, as by the function `permute`.
+        """The image of each index under a keyed bijection on its domain, as in the function `permute`.
 
         Args:
             indices: int64 `[n]`, each in the range of its domain.

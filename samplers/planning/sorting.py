@@ -307,6 +307,7 @@ def mark_longer_half(values: Integers) -> npt.NDArray[np.bool_]:
     above: npt.NDArray[np.bool_] = np.greater(values, middle)
     at_least: npt.NDArray[np.bool_] = np.greater_equal(values, middle)
     count_above, count_at_least = int(above.sum()), int(at_least.sum())
+    # Of [3, 9, 4, 9, 9], the middle value is 9: none is above it, three are at least 9, and three is near half of five.
     above_is_nearer = count_above and abs(2 * count_above - len(values)) < abs(2 * count_at_least - len(values))
     return above if count_at_least == len(values) or above_is_nearer else at_least
 

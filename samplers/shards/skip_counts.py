@@ -160,6 +160,7 @@ class Tally:
         return first % MAX_PROCESSES
 
     def _column_of(self, row: int, shard: str, reason: int) -> int:
+        """The column of a pair in the row of this process, remembered."""
         if (shard, reason) not in self._columns:
             self._columns[shard, reason] = self._find_column(row, shard, reason)
         return self._columns[shard, reason]

@@ -67,7 +67,7 @@ def test_what_is_made_agrees_and_unsorts_to_what_went_in(
     assert source.permutation.tolist() == list(range(len(rows)))
     assert all(torch.equal(a, b) for a, b in zip(source.sequences(), rows, strict=True))
     assert all(
-        torch.equal(row, rows[place]) for row, place in zip(batch.sequences(), batch.permutation.tolist(), strict=True)
+        torch.equal(row, rows[index]) for row, index in zip(batch.sequences(), batch.permutation.tolist(), strict=True)
     )
 
 
@@ -84,7 +84,7 @@ def test_the_padded_block_is_the_one_pad_sequence_makes(rows: list[torch.Tensor]
 def test_longest_first_is_stable(rows: list[torch.Tensor]) -> None:
     batch = LengthTrackedBatch.from_sequences(rows)
     counts = [len(row) for row in rows]
-    assert batch.permutation.tolist() == sorted(range(len(rows)), key=lambda place: -counts[place])
+    assert batch.permutation.tolist() == sorted(range(len(rows)), key=lambda index: -counts[index])
 
 
 @pytest.mark.parametrize("features", [(), (3,)])
@@ -199,7 +199,7 @@ def test_chunks_in_time_hold_every_step_once(rows: list[torch.Tensor], steps: in
 
 
 @given(sequences())
-def test_a_batch_survives_pickle_copy_replace_pytrees_and_weights_only_loading(rows: list[torch.Tensor]) -> None:
+def test_a_batch_survives_pickle_copy_pytrees_and_weights_only_loading(rows: list[torch.Tensor]) -> None:
     batch = LengthTrackedBatch.from_sequences(rows)
     file = io.BytesIO()
     torch.save({"batch": batch}, file)
@@ -228,7 +228,7 @@ def test_a_result_travels_without_its_graph() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.complex64, torch.int8], ids=str)
 @pytest.mark.parametrize("steps", [0, 3, 40_000])
-def test_small_blocks_go_through_the_pipe_and_large_ones_through_shared_memory(dtype: torch.dtype, steps: int) -> None:
+def test_small_values_go_through_the_pipe_and_large_ones_through_memory(dtype: torch.dtype, steps: int) -> None:
     made = LengthTrackedBatch.from_sequences(
         [torch.ones(steps, 5).to(dtype), torch.zeros(1, 5).to(dtype)], order="given"
     )
@@ -302,7 +302,7 @@ def test_the_views_for_attention_say_the_same_as_the_lengths(rows: list[torch.Te
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_the_nested_tensor_holds_the_same_rows_and_pads_back_to_the_longest() -> None:
+def test_the_nested_tensor_holds_the_same_rows_and_pads_back() -> None:
     rows = [torch.randn(length, 2) for length in (3, 5, 1)]
     batch = LengthTrackedBatch.from_sequences(rows, widths=8)
     nested = batch.nested()
@@ -350,7 +350,7 @@ def test_padding_of_nan_is_recognised_as_untouched() -> None:
         batch.verify()
 
 
-def test_new_values_leave_the_padding_unspecified_and_may_bring_new_lengths() -> None:
+def test_new_values_leave_padding_unspecified_and_may_have_new_lengths() -> None:
     batch = LengthTrackedBatch.from_sequences([torch.randn(6, 2), torch.randn(4, 2)])
     assert batch.map(nn.Linear(2, 3)).padding_value is None
     shorter = batch.with_padded(batch.padded[:, ::2], lengths=(batch.lengths + 1) // 2)
@@ -389,7 +389,7 @@ def test_compiled_models_give_the_same_batches_without_a_graph_break(backend: st
         agrees(compiled(batch)[1])
 
 
-def test_an_exported_model_takes_and_gives_batches_after_a_journey_through_a_file(tmp_path: Path) -> None:
+def test_an_exported_model_takes_and_gives_batches_once_it_was_saved(tmp_path: Path) -> None:
     model = Model()
     batch = LengthTrackedBatch.from_sequences([torch.randn(count, 2) for count in (3, 5, 1)])
     torch.export.save(torch.export.export(model, (batch,)), tmp_path / "model.pt2")
@@ -725,7 +725,7 @@ OTHER_WRITES = {
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("use", USES)
 @torch.no_grad()
-def test_mask_and_places_that_were_written_to_are_noticed_too(use: str) -> None:
+def test_mask_and_permutation_that_were_written_to_are_noticed_too(use: str) -> None:
     """Red before for all but `verify`: means used the mask, losses the lengths, and `unsort` other places."""
     for make, (write, message) in itertools.product(BATCHES.values(), OTHER_WRITES.values()):
         batch = make()
@@ -735,7 +735,7 @@ def test_mask_and_places_that_were_written_to_are_noticed_too(use: str) -> None:
             USES[use](batch)
 
 
-def test_places_written_to_are_not_taken_over_with_new_lengths() -> None:
+def test_permutation_written_to_are_not_taken_over_with_new_lengths() -> None:
     """Red before: only what unsorted in the end showed it."""
     batch = BATCHES["made"]()
     batch.permutation.copy_(torch.tensor([1, 0, 2]))
@@ -781,7 +781,7 @@ def test_a_large_mask_is_looked_at_where_torch_has_written_to_it() -> None:
         (lambda part: torch.zeros_like(part) if part.tolist() == [2, 0, 1] else part, "distinct indices"),
     ],
 )
-def test_masks_and_places_that_a_pytree_made_unfit_are_refused(change: Callable[..., Any], message: str) -> None:
+def test_masks_and_permutation_that_a_pytree_made_unfit_are_refused(change: Callable[..., Any], message: str) -> None:
     """Red before: law 1 says that `pack` checks what a pytree was put together from."""
     batch = LengthTrackedBatch.from_sequences([[1, 2], [3], [4, 5, 6]])
     assert batch.permutation.tolist() == [2, 0, 1]
@@ -790,14 +790,14 @@ def test_masks_and_places_that_a_pytree_made_unfit_are_refused(change: Callable[
 
 
 @pytest.mark.parametrize("given_as", ["tensor", "array"])
-def test_the_lengths_and_places_that_the_caller_keeps_do_not_change_the_batch(given_as: str) -> None:
+def test_lengths_and_indices_of_the_caller_do_not_change_the_batch(given_as: str) -> None:
     """Red before: the caller's tensors were kept."""
-    lengths, places = torch.tensor([6, 4, 2]), torch.tensor([2, 0, 1])
-    kept = (lengths, places) if given_as == "tensor" else (lengths.numpy(), places.numpy())
+    lengths, indices = torch.tensor([6, 4, 2]), torch.tensor([2, 0, 1])
+    kept = (lengths, indices) if given_as == "tensor" else (lengths.numpy(), indices.numpy())
     made = LengthTrackedBatch(torch.randn(3, 6), *kept[:1], permutation=kept[1])
     shorter = made.with_padded(torch.randn(3, 6, 1), lengths=kept[0])
     lengths.sub_(1)
-    places.zero_()
+    indices.zero_()
     for batch in (made, shorter):
         agrees(batch)
         assert batch.lengths.tolist() == [6, 4, 2]
@@ -968,7 +968,7 @@ def agrees_widely(batch: LengthTrackedBatch) -> None:
     assert torch.equal(batch.mask, torch.arange(70_000) < batch.lengths[:, None])
 
 
-def test_writes_are_noticed_in_a_wide_batch_before_and_after_its_mask_is_made() -> None:
+def test_writes_are_noticed_in_a_wide_batch_with_and_without_a_mask() -> None:
     batch = LengthTrackedBatch.from_sequences(WIDE_ROWS)
     batch.lengths[1] = 4
     with pytest.raises(LengthError, match="they were written to"):

@@ -4,7 +4,10 @@ import json
 import pickle
 import threading
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,18 +23,18 @@ Pair = namedtuple("Pair", "left right")
 
 
 @given(sequences(), st.integers(0, 2**31), st.booleans())
-def test_every_field_comes_in_the_row_order_of_one(rows, seed, by_other):
+def test_every_field_comes_in_the_row_order_of_one(rows: list[torch.Tensor], seed: int, by_other: bool) -> None:
     rng = np.random.default_rng(seed)
     others = [torch.arange(int(rng.integers(0, 9))) for _ in rows]
     samples = [
-        {"x": x, "inner": {"y": y, "id": place}, "name": f"n{place}"}
-        for place, (x, y) in enumerate(zip(rows, others, strict=True))
+        {"x": x, "inner": {"y": y, "id": index}, "name": f"n{index}"}
+        for index, (x, y) in enumerate(zip(rows, others, strict=True))
     ]
     batch = PadCollator(sort_by="inner.y" if by_other else None)(samples)
     order = batch["inner"]["id"].tolist()
     counts = [len(value) for value in (others if by_other else rows)]
-    assert order == sorted(range(len(rows)), key=lambda place: -counts[place])
-    assert batch["name"] == [f"n{place}" for place in order]
+    assert order == sorted(range(len(rows)), key=lambda index: -counts[index])
+    assert batch["name"] == [f"n{index}" for index in order]
     for field, values in ((batch["x"], rows), (batch["inner"]["y"], others)):
         assert field.permutation.tolist() == order
         assert all(torch.equal(a, b) for a, b in zip(field.unsort().sequences(), values, strict=True))
@@ -64,7 +67,9 @@ def test_every_field_comes_in_the_row_order_of_one(rows, seed, by_other):
     ],
 )
 @pytest.mark.parametrize("count", [1, 3])
-def test_what_a_field_becomes_depends_on_its_type_alone(value, kind, dtype, count):
+def test_what_a_field_becomes_depends_on_its_type_alone(
+    value: Any, kind: type[Any], dtype: torch.dtype | None, count: int
+) -> None:
     field = PadCollator()([{"f": value}] * count)["f"]
     assert isinstance(field, kind)
     assert len(field) == count
@@ -78,7 +83,7 @@ def test_what_a_field_becomes_depends_on_its_type_alone(value, kind, dtype, coun
         assert field == [value] * count
 
 
-def test_samples_keep_their_structure():
+def test_samples_keep_their_structure() -> None:
     rows = [torch.arange(2), torch.arange(3)]
     bare = PadCollator()(rows)
     assert bare.lengths.tolist() == [3, 2]
@@ -90,7 +95,7 @@ def test_samples_keep_their_structure():
     assert named.right == ["r", "r"]
 
 
-def test_options_are_taken_per_field():
+def test_options_are_taken_per_field() -> None:
     collate = PadCollator(
         padding_value={"a": 7, "1.b": -100},
         widths={"a": 4, "1.b": [5, 9]},
@@ -106,7 +111,7 @@ def test_options_are_taken_per_field():
     assert batch[1]["b"].lengths.tolist() == [1, 6]
 
 
-def test_fields_named_in_stack_keep_one_shape():
+def test_fields_named_in_stack_keep_one_shape() -> None:
     samples = [{"x": [1] * n, "image": np.ones((2, 3), np.float32), "pair": [1, 2], "t": torch.ones(4)} for n in (1, 2)]
     batch = PadCollator(stack=["image", "pair", "t"])(samples)
     assert batch["image"].shape == (2, 2, 3)
@@ -114,7 +119,7 @@ def test_fields_named_in_stack_keep_one_shape():
     assert batch["t"].shape == (2, 4)
 
 
-def test_a_batch_is_filled_to_the_smallest_shape_that_holds_it():
+def test_a_batch_is_filled_to_the_smallest_shape_that_holds_it() -> None:
     collate = PadCollator(9, shapes=[(8, 2), (4, 8), (2, 4)])
     batch = collate([{"x": [1], "y": 5, "s": "a"}, {"x": [1, 2, 3], "y": 6, "s": "b"}])
     assert batch["x"].padded.tolist() == [[1, 2, 3, 9], [1, 9, 9, 9]]
@@ -127,7 +132,7 @@ def test_a_batch_is_filled_to_the_smallest_shape_that_holds_it():
     batch["x"].verify()
 
 
-def test_no_buffer_is_used_twice():
+def test_no_buffer_is_used_twice() -> None:
     collate = PadCollator()
     first = collate([[1, 2], [3]])
     before = first.padded.clone()
@@ -135,7 +140,7 @@ def test_no_buffer_is_used_twice():
     assert torch.equal(first.padded, before)
 
 
-def test_samples_from_read_only_memory_are_copied_without_a_warning(tmp_path):
+def test_samples_from_read_only_memory_are_copied_without_a_warning(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.arange(6, dtype=np.float32).reshape(3, 2))
     mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
     batch = PadCollator()([mapped, mapped[:2], mapped[::-1], mapped[:1].copy()])
@@ -144,7 +149,7 @@ def test_samples_from_read_only_memory_are_copied_without_a_warning(tmp_path):
     assert mapped[2, 1] == 5
 
 
-def test_gradients_of_samples_flow_through_the_collator():
+def test_gradients_of_samples_flow_through_the_collator() -> None:
     rows = [torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)]
     PadCollator(sort_by=False)(rows).padded.sum().backward()
     assert all(row.grad.tolist() == [1] * len(row) for row in rows)
@@ -153,21 +158,21 @@ def test_gradients_of_samples_flow_through_the_collator():
 class Ragged(Dataset):
     """Sequences of length 0 to 9; which object stands in the third field is chosen by each test."""
 
-    def __init__(self, extra=None, fail=False):
+    def __init__(self, extra: Any = None, fail: bool = False) -> None:
         self.extra, self.fail = extra, fail
 
-    def __len__(self):
+    def __len__(self) -> int:
         return 20
 
-    def __getitem__(self, place):
-        if self.fail and place == 5:
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if self.fail and index == 5:
             raise LengthError("sample 5 is not what it says")
-        return {"x": torch.full((place % 10,), place), "n": place, "extra": self.extra}
+        return {"x": torch.full((index % 10,), index), "n": index, "extra": self.extra}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_loaders_of_every_kind_give_the_same_batches(workers, method):
+def test_loaders_of_every_kind_give_the_same_batches(workers: int, method: str) -> None:
     if workers == 0 and method != "fork":
         pytest.skip("without workers there is nothing to start")
     options = {"multiprocessing_context": method, "persistent_workers": True} if workers else {}
@@ -181,13 +186,13 @@ def test_loaders_of_every_kind_give_the_same_batches(workers, method):
             assert [row.tolist() for row in rows] == [[n] * (n % 10) for n in range(start, min(start + 6, 20))]
 
 
-def test_an_error_of_a_worker_reaches_the_user_as_itself():
+def test_an_error_of_a_worker_reaches_the_user_as_itself() -> None:
     loader = DataLoader(Ragged(fail=True), batch_size=6, num_workers=1, collate_fn=PadCollator())
     with pytest.raises(LengthError, match="sample 5 is not what it says"):
         list(loader)
 
 
-def history():
+def history() -> Any:
     return [torch.ones(2, requires_grad=True) * 2]
 
 
@@ -205,25 +210,25 @@ def history():
     ],
     ids=["lock", "list of locks", "lambda", "history", "local class"],
 )
-def test_what_cannot_travel_from_a_worker_is_refused_instead_of_hanging(extra, message):
+def test_what_cannot_travel_from_a_worker_is_refused_instead_of_hanging(extra: Any, message: str) -> None:
     options = {"batch_size": 6, "num_workers": 1, "multiprocessing_context": "fork", "timeout": 30}
     with pytest.raises(TypeError, match=message):
         list(DataLoader(Ragged(extra), collate_fn=PadCollator(), **options))
 
 
-def test_without_workers_any_object_goes_into_a_list():
+def test_without_workers_any_object_goes_into_a_list() -> None:
     extra = threading.Lock()
     assert next(iter(DataLoader(Ragged(extra), batch_size=6, collate_fn=PadCollator())))["extra"] == [extra] * 6
 
 
-def test_stacked_tensors_leave_a_worker_without_their_graph():
+def test_stacked_tensors_leave_a_worker_without_their_graph() -> None:
     weight = torch.ones(2, requires_grad=True)
     loader = DataLoader(Ragged(weight * 2), batch_size=6, num_workers=1, collate_fn=PadCollator(stack=["extra"]))
     assert next(iter(loader))["extra"].tolist() == [[2, 2]] * 6
     assert PadCollator(stack=["w"])([{"w": weight}] * 2)["w"].requires_grad
 
 
-def test_the_collator_can_be_pickled():
+def test_the_collator_can_be_pickled() -> None:
     collate = PadCollator({"x": -1}, shapes=[(4, 8)], length_field={"x": "n"}, on_empty="error")
     again = pickle.loads(pickle.dumps(collate))
     sample = [{"x": [1, 2], "n": 2}]
@@ -231,7 +236,7 @@ def test_the_collator_can_be_pickled():
 
 
 @pytest.mark.parametrize("kind", [torch.tensor, np.int32, np.array, int, np.uint8, lambda n: torch.tensor([n])])
-def test_a_declared_length_may_be_any_kind_of_integer(kind):
+def test_a_declared_length_may_be_any_kind_of_integer(kind: Callable[..., Any]) -> None:
     samples = [{"x": [1, 2], "n": kind(2)}, {"x": [3], "n": kind(1)}]
     assert PadCollator(length_field={"x": "n"})(samples)["x"].lengths.tolist() == [2, 1]
 
@@ -253,7 +258,7 @@ def test_a_declared_length_may_be_any_kind_of_integer(kind):
         ([5, 5], "LengthTrackedBatch"),
     ],
 )
-def test_a_declared_length_that_is_no_integer_is_refused_and_not_cut(length, got):
+def test_a_declared_length_that_is_no_integer_is_refused_and_not_cut(length: Any, got: str) -> None:
     """Red before: tensors and NumPy's numbers were cut to an integer, and a bool was 1."""
     steps = 1 if isinstance(length, bool | np.bool_) or length is True else 5
     samples = [{"x": [0] * steps, "n": length}] * 2
@@ -263,7 +268,7 @@ def test_a_declared_length_that_is_no_integer_is_refused_and_not_cut(length, got
 
 @pytest.mark.parametrize("stack", [(), ("x",)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_masked_arrays_are_refused(masked, stack):
+def test_masked_arrays_are_refused(masked: bool, stack: tuple[str, ...]) -> None:
     """Red before: what was masked became real steps."""
     samples = [{"x": np.ma.masked_array([1, 2, 3], [0, masked, 0])}, {"x": np.arange(3)}]
     with pytest.raises(TypeError, match=r"field 'x': sample 0 is a masked array, .* \.compressed\(\)"):
@@ -348,12 +353,14 @@ SAMPLES = [{"x": [1, 2], "n": 2, "y": [1]}, {"x": [3], "n": 1, "y": [2]}]
         ({"on_empty": "drop"}, SAMPLES, ValueError, "on_empty must be 'keep' or 'error', got 'drop'"),
     ],
 )
-def test_bad_samples_and_options_are_refused_by_name(options, samples, kind, message):
+def test_bad_samples_and_options_are_refused_by_name(
+    options: dict[str, Any], samples: list[Any], kind: type[Exception], message: str
+) -> None:
     with pytest.raises(kind, match=message):
         PadCollator(**options)(samples)
 
 
-def test_options_may_be_numpy_s_integers_and_shapes_come_from_json():
+def test_options_may_be_numpy_s_integers_and_shapes_come_from_json() -> None:
     """Red before: "not iterable", refused, and an error of comparing lists."""
     sample = {"x": [1] * 9, "y": [1] * 3}
     cut = PadCollator(widths=np.int64(8), max_length=np.int64(7))([sample])
@@ -374,7 +381,7 @@ class Planned:
     widths: object = None
 
 
-def of(collate):
+def of(collate: PadCollator) -> tuple[Any, ...]:
     return collate.max_length, collate.widths, collate.padding_value, collate.sort_by
 
 
@@ -388,7 +395,9 @@ def of(collate):
         (Planned({"x": 4}, {"x": 8}), {"max_length": {"x": 4}}, {"max_length": 4}),
     ],
 )
-def test_a_collator_for_a_sampler_has_its_widths_and_its_greatest_length(sampler, same, other):
+def test_a_collator_for_a_sampler_has_its_widths_and_its_greatest_length(
+    sampler: Planned, same: dict[str, Any], other: dict[str, int]
+) -> None:
     plain = PadCollator(-1, sort_by=False, max_length=sampler.max_length, widths=sampler.widths)
     for again in ({}, same):
         assert of(PadCollator.for_sampler(sampler, -1, sort_by=False, **again)) == of(plain)
@@ -396,17 +405,17 @@ def test_a_collator_for_a_sampler_has_its_widths_and_its_greatest_length(sampler
         PadCollator.for_sampler(sampler, **other)
 
 
-def test_a_collator_is_made_for_nothing_but_a_sampler_of_lengths():
+def test_a_collator_is_made_for_nothing_but_a_sampler_of_lengths() -> None:
     with pytest.raises(TypeError, match="a list has no max_length and no widths"):
         PadCollator.for_sampler([[0, 1]])
 
 
-def test_shapes_of_a_sampler_stand_for_its_widths():
+def test_shapes_of_a_sampler_stand_for_its_widths() -> None:
     collate = PadCollator.for_sampler(Planned(4, 8), shapes=[(2, 8), (1, 16)])
     assert collate([[1] * 9]).padded.shape == (2, 8)
 
 
-def test_a_subclass_makes_its_own_kind_for_a_sampler():
+def test_a_subclass_makes_its_own_kind_for_a_sampler() -> None:
     class Mine(PadCollator):
         pass
 
@@ -427,12 +436,14 @@ def test_a_subclass_makes_its_own_kind_for_a_sampler():
         lambda count: token_scale(count),
     ],
 )
-def test_a_count_that_is_no_int_is_a_type_error_everywhere(use, count):
+def test_a_count_that_is_no_int_is_a_type_error_everywhere(
+    use: Callable[..., Any], count: bool | float | str | None
+) -> None:
     with pytest.raises(TypeError, match="must be an int, got"):
         use(count)
 
 
-def test_labels_that_nobody_chose_to_pad_with_zero_are_warned_of():
+def test_labels_that_nobody_chose_to_pad_with_zero_are_warned_of() -> None:
     # Red: they were padded with 0, a class, in silence.
     samples = [{"labels": [1, 2], "tags": [1]}, {"labels": [1], "tags": [1]}]
     for name, each in (("labels", samples), ("y.labels", [{"y": {"labels": [1]}}, {"y": {"labels": []}}])):

@@ -4,7 +4,9 @@ import itertools
 import logging
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from shutil import which
+from typing import Any
 
 import pytest
 import torch
@@ -25,11 +27,11 @@ BACKENDS = ["eager", pytest.param("inductor", marks=NEEDS_COMPILER)]
 class Tagger(nn.Module):
     """A recurrent tagger."""
 
-    def __init__(self, kind):
+    def __init__(self, kind: type[Any]) -> None:
         super().__init__()
         self.embed, self.rnn, self.head = nn.Linear(3, 3), kind(3, 4), nn.Linear(4, 2)
 
-    def forward(self, batch):
+    def forward(self, batch: LengthTrackedBatch) -> torch.Tensor:
         hidden, _ = apply_rnn(self.rnn, batch.map(self.embed))
         logits = hidden.map(self.head)
         return sequence_loss(lambda x, y: (x - y).square().sum(-1), logits, logits.with_padded(logits.padded * 0 + 1))
@@ -38,11 +40,11 @@ class Tagger(nn.Module):
 class Packer(nn.Module):
     """Everything that depends on host lengths but a recurrent module."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Linear(3, 3)
 
-    def forward(self, batch):
+    def forward(self, batch: LengthTrackedBatch) -> torch.Tensor:
         hidden = batch.map(self.embed)
         packed = hidden.pack()
         again = hidden.unpack(PackedSequence(packed.data * 2, *packed[1:])).map(self.embed)
@@ -52,14 +54,14 @@ class Packer(nn.Module):
 class Places(nn.Module):
     """The views for attention."""
 
-    def forward(self, batch):
+    def forward(self, batch: LengthTrackedBatch) -> torch.Tensor:
         return batch.position_ids.sum() + batch.cu_seqlens.sum() + batch.flat().sum()
 
 
 MODELS = {"LSTM": lambda: Tagger(nn.LSTM), "GRU": lambda: Tagger(nn.GRU), "packs": Packer, "places": Places}
 
 
-def batches(count, seed=0):
+def batches(count: int, seed: int = 0) -> Iterator[Any]:
     """Batches of many shapes, with empty rows."""
     rng = torch.Generator().manual_seed(seed)
     for number in range(count):
@@ -67,11 +69,11 @@ def batches(count, seed=0):
         yield LengthTrackedBatch.from_sequences([torch.randn(n, 3, generator=rng) for n in [*counts, 2 + number % 7]])
 
 
-def counting(backend):
+def counting(backend: str) -> tuple[Callable[..., Any], list[Any]]:
     """A backend, and the names of the code whose graphs it was given."""
     graphs = []
 
-    def compiler(graph, inputs):
+    def compiler(graph: Any, inputs: list[Any]) -> Callable[..., Any]:
         graphs.append(graph)
         return torch._dynamo.lookup_backend(backend)(graph, inputs)
 
@@ -81,7 +83,9 @@ def counting(backend):
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_a_model_that_packs_is_compiled_once_for_batches_of_fifty_shapes(backend, dynamic, model, caplog):
+def test_a_model_that_packs_is_compiled_once_for_batches_of_fifty_shapes(
+    backend: str, dynamic: bool | None, model: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
     """Red before: the third batch raised, with `dynamic=True` the first."""
     torch.compiler.reset()
     torch.manual_seed(0)
@@ -106,7 +110,7 @@ def test_a_model_that_packs_is_compiled_once_for_batches_of_fifty_shapes(backend
 
 
 @pytest.mark.parametrize("model", ["LSTM", "packs"])
-def test_one_shape_is_compiled_once_whatever_the_lengths(model):
+def test_one_shape_is_compiled_once_whatever_the_lengths(model: str) -> None:
     torch.compiler.reset()
     model = MODELS[model]()
     compiler, graphs = counting("eager")
@@ -119,14 +123,14 @@ def test_one_shape_is_compiled_once_whatever_the_lengths(model):
     assert made[-1] == made[0]
 
 
-def test_fullgraph_says_what_cannot_be_in_a_graph_and_what_to_do():
+def test_fullgraph_says_what_cannot_be_in_a_graph_and_what_to_do() -> None:
     torch.compiler.reset()
     compiled = torch.compile(lambda batch: batch.flat().sum(), backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="cannot be in a graph.*Compile without fullgraph=True"):
         compiled(next(batches(1)))
 
 
-def test_bounds_of_rows_are_in_the_graph():
+def test_bounds_of_rows_are_in_the_graph() -> None:
     torch.compiler.reset()
     compiled = torch.compile(lambda batch: batch.cu_seqlens, backend="eager", fullgraph=True)
     for batch in batches(5):
@@ -134,7 +138,7 @@ def test_bounds_of_rows_are_in_the_graph():
         assert compiled(batch).dtype == torch.int32
 
 
-def test_lengths_that_a_compiled_model_made_are_checked_where_they_are_used():
+def test_lengths_made_in_a_compiled_model_are_checked_at_their_use() -> None:
     torch.compiler.reset()
     compiled = torch.compile(
         lambda batch, lengths: LengthTrackedBatch(batch.padded * 2, lengths), backend="eager", fullgraph=True
@@ -146,7 +150,7 @@ def test_lengths_that_a_compiled_model_made_are_checked_where_they_are_used():
         compiled(batch, torch.tensor([2, 4])).pack()
 
 
-def test_importing_and_running_loads_no_compiler():
+def test_importing_and_running_loads_no_compiler() -> None:
     """To mark functions with `torch.compiler.disable` would, and take as long as importing torch."""
     code = (
         "import sys, torch; before = set(sys.modules)\n"
@@ -161,7 +165,7 @@ def test_importing_and_running_loads_no_compiler():
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_export_says_what_to_export_instead(strict, model):
+def test_export_says_what_to_export_instead(strict: bool, model: Callable[..., Any]) -> None:
     """Red before: errors of torch's about `.numpy()` and data-dependent expressions."""
     model = model()
     batch = next(batches(1))
@@ -172,17 +176,17 @@ def test_export_says_what_to_export_instead(strict, model):
 class Padded(nn.Module):
     """What the error of `apply_rnn` says to export instead."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.rnn = nn.GRU(3, 4, num_layers=2, batch_first=True)
 
-    def forward(self, batch):
+    def forward(self, batch: LengthTrackedBatch) -> tuple[LengthTrackedBatch, torch.Tensor]:
         hidden = batch.with_padded(self.rnn(batch.padded)[0])
         return hidden, last_step(hidden)
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes self.rnn._flat_weights")
-def test_what_is_said_to_be_exported_instead_gives_the_same_at_real_steps():
+def test_what_is_said_to_be_exported_instead_gives_the_same_at_real_steps() -> None:
     model = Padded()
     batch = next(batches(1))
     exported = torch.export.export(model, (batch,)).module()

@@ -2,6 +2,8 @@
 
 import gc
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,17 +40,17 @@ every_count = pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 
 
 @pytest.fixture
-def unwaiting():
+def unwaiting() -> Iterator[Any]:
     """Makes torch raise an error wherever the host would wait for the GPU, from when it is called to the test's end."""
     yield lambda: torch.cuda.set_sync_debug_mode("error")
     torch.cuda.set_sync_debug_mode("default")
 
 
-def samples_of(counts, features=6, classes=3):
+def samples_of(counts: Any, features: int = 6, classes: int = 3) -> Any:
     return [{"x": torch.randn(n, features), "y": torch.randint(0, classes, (n,)), "n": n} for n in counts]
 
 
-def collated(counts, **options):
+def collated(counts: Any, **options: Any) -> Any:
     return PadCollator({"x": 0, "y": -100}, **options)(samples_of(counts))
 
 
@@ -58,7 +60,9 @@ def collated(counts, **options):
 @every_count
 @pytest.mark.parametrize("loading", [(False, "x"), (True, "x"), (True, False)])
 @pytest.mark.parametrize("running", [(nn.LSTM, "token"), (nn.LSTM, "sequence"), (nn.GRU, "sum")])
-def test_nothing_waits_from_the_loader_to_the_end_of_the_backward_pass(unwaiting, counts, loading, running):
+def test_nothing_waits_from_the_loader_to_the_end_of_the_backward_pass(
+    unwaiting: Any, counts: list[int], loading: tuple[Any, ...], running: tuple[type[Any], str]
+) -> None:
     (pinned, sort_by), (kind, reduction) = loading, running
     rnn, head = kind(6, 8, num_layers=2, batch_first=True).to(CUDA), nn.Linear(8, 3).to(CUDA)
     optimizer = torch.optim.SGD([*rnn.parameters(), *head.parameters()], lr=0.1)
@@ -68,7 +72,7 @@ def test_nothing_waits_from_the_loader_to_the_end_of_the_backward_pass(unwaiting
     )
     losses = []
 
-    def epoch():
+    def epoch() -> None:
         for batch in DevicePrefetcher(loader, CUDA):
             hidden, _ = apply_rnn(rnn, batch["x"])
             loss = sequence_loss(
@@ -87,12 +91,12 @@ def test_nothing_waits_from_the_loader_to_the_end_of_the_backward_pass(unwaiting
 
 
 @every_count
-def test_no_view_of_a_batch_waits(unwaiting, counts):
+def test_no_view_of_a_batch_waits(unwaiting: Any, counts: list[int]) -> None:
     batch = collated(counts)["x"].pin_memory().to(CUDA)
     leaf = batch.padded.clone().requires_grad_()
     weights = torch.rand(batch.mask.shape, device=CUDA)
 
-    def views():
+    def views() -> Any:
         tracked = batch.with_padded(leaf)
         total = masked_mean(tracked).sum() + last_step(tracked).sum() + tracked.flat().sum()
         total += sequence_loss(lambda a, b: (a - b).square().sum(-1), tracked, batch, weights=weights)
@@ -108,7 +112,7 @@ def test_no_view_of_a_batch_waits(unwaiting, counts):
     views()
 
 
-def test_a_wait_would_be_found(unwaiting):
+def test_a_wait_would_be_found(unwaiting: Any) -> None:
     batch = collated([3, 1])["x"].to(CUDA)
     unwaiting()
     with pytest.raises(RuntimeError, match="synchroniz"):
@@ -123,7 +127,7 @@ def test_a_wait_would_be_found(unwaiting):
 @every_count
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("order", ["longest", "given"])
-def test_a_batch_is_packed_and_unpacked_as_on_the_host(counts, dtype, order):
+def test_a_batch_is_packed_and_unpacked_as_on_the_host(counts: list[int], dtype: torch.dtype, order: str) -> None:
     rng = np.random.default_rng(0)
     rows = [fill(rng, (n, 3), dtype) for n in counts]
     host = LengthTrackedBatch.from_sequences(rows, order=order, widths=4)
@@ -139,7 +143,7 @@ def test_a_batch_is_packed_and_unpacked_as_on_the_host(counts, dtype, order):
     assert torch.equal(batch.flat().cpu(), host.flat())
 
 
-def test_gradients_equal_torch_s_bit_for_bit_and_are_deterministic(deterministic):
+def test_gradients_equal_torch_s_bit_for_bit_and_are_deterministic(deterministic: None) -> None:
     batch = LengthTrackedBatch.from_sequences([torch.randn(n, 5) for n in (9, 8, 5, 2)]).to(CUDA)
     leaf = batch.padded.clone().requires_grad_()
     weights = torch.randn_like(leaf)
@@ -152,12 +156,12 @@ def test_gradients_equal_torch_s_bit_for_bit_and_are_deterministic(deterministic
 
 
 @pytest.mark.parametrize("reduction", ["token", "sequence", "sum"])
-def test_a_whole_step_is_deterministic_and_equals_the_host_s(deterministic, reduction):
+def test_a_whole_step_is_deterministic_and_equals_the_host_s(deterministic: None, reduction: str) -> None:
     torch.manual_seed(0)
     batch = collated([9, 7, 0, 2], sort_by=False)
     head = nn.Linear(6, 3)
 
-    def gradients_on(device):
+    def gradients_on(device: Any) -> Any:
         moved = head.to(device)
         output = batch["x"].to(device).map(moved)
         loss_fn = nn.CrossEntropyLoss(reduction="none")
@@ -170,7 +174,7 @@ def test_a_whole_step_is_deterministic_and_equals_the_host_s(deterministic, redu
         assert torch.equal(theirs, repeated)
 
 
-def launches(call):
+def launches(call: Any) -> Any:
     """Kernels, copies and fills that a call asks for."""
     call()
     torch.cuda.synchronize()
@@ -184,8 +188,8 @@ def launches(call):
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("order", ["longest", "given"])
-def test_the_number_of_launches_does_not_depend_on_the_number_of_steps(order):
-    def both_of(steps):
+def test_the_number_of_launches_does_not_depend_on_the_number_of_steps(order: str) -> None:
+    def both_of(steps: Any) -> Any:
         counts = np.linspace(steps // 2, steps, 8).astype(int)[:: -1 if order == "longest" else 1]
         batch = LengthTrackedBatch.from_sequences([torch.randn(n, 4) for n in counts], order="given").to(CUDA)
         leaf = batch.padded.clone().requires_grad_()
@@ -203,17 +207,17 @@ def test_the_number_of_launches_does_not_depend_on_the_number_of_steps(order):
 class Numbered:
     """Batches that hold their own number, each large enough for its copy to take a while."""
 
-    def __init__(self, count, pinned):
+    def __init__(self, count: Any, pinned: Any) -> None:
         self.count, self.pinned = count, pinned
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Any]:
         for number in range(self.count):
             block = torch.full((8, 1 << 19), number, dtype=torch.int32)
             batch = LengthTrackedBatch(block, [1 << 19] * 8)
             yield batch.pin_memory() if self.pinned else batch
 
 
-def left_over():
+def left_over() -> Any:
     """Bytes in use on the device; what a stream has yet to let go of is let go of first."""
     gc.collect()
     torch.cuda.empty_cache()
@@ -222,7 +226,7 @@ def left_over():
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
 @pytest.mark.parametrize("pinned", [False, True])
-def test_what_a_late_step_reads_is_its_own_batch(depth, pinned):
+def test_what_a_late_step_reads_is_its_own_batch(depth: int, pinned: bool) -> None:
     """The step is held up, its batch dropped at once: its memory must not be given to a batch that comes after."""
     sums = []
     for batch in DevicePrefetcher(Numbered(8, pinned), CUDA, depth=depth):
@@ -234,7 +238,7 @@ def test_what_a_late_step_reads_is_its_own_batch(depth, pinned):
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
-def test_memory_on_the_device_is_bounded_by_the_depth(depth):
+def test_memory_on_the_device_is_bounded_by_the_depth(depth: int) -> None:
     size = (8 << 19) * 5  # int32 values and a bool mask.
     before = left_over()
     torch.cuda.reset_peak_memory_stats()
@@ -246,7 +250,7 @@ def test_memory_on_the_device_is_bounded_by_the_depth(depth):
     assert left_over() - before <= size // 100
 
 
-def test_a_copy_runs_beside_the_step(unwaiting):
+def test_a_copy_runs_beside_the_step(unwaiting: Any) -> None:
     """The host takes the next batch while the GPU is still busy with the step before."""
     batches = iter(DevicePrefetcher(Numbered(3, pinned=True), CUDA, depth=1))
     next(batches)
@@ -263,7 +267,7 @@ def test_a_copy_runs_beside_the_step(unwaiting):
     assert third.padded[0, 0].item() == 2
 
 
-def test_containers_arrive_whole_and_on_the_device():
+def test_containers_arrive_whole_and_on_the_device() -> None:
     batches = list(DevicePrefetcher([collated([3, 1]) | {"more": (torch.ones(2), "text")}] * 3, CUDA))
     for batch in batches:
         assert batch["x"].device.type == batch["y"].mask.device.type == batch["more"][0].device.type == "cuda"
@@ -272,7 +276,7 @@ def test_containers_arrive_whole_and_on_the_device():
         batch["x"].verify()
 
 
-def test_an_early_end_and_a_close_leave_nothing_on_the_device():
+def test_an_early_end_and_a_close_leave_nothing_on_the_device() -> None:
     before = left_over()
     with DevicePrefetcher(Numbered(8, pinned=True), CUDA) as batches:
         for _batch in batches:
@@ -284,11 +288,11 @@ def test_an_early_end_and_a_close_leave_nothing_on_the_device():
 # --- graphs
 
 
-def test_what_reads_host_lengths_is_refused_while_a_graph_is_captured():
+def test_what_reads_host_lengths_is_refused_while_a_graph_is_captured() -> None:
     batch = collated([3, 1])["x"].to(CUDA)
     batch.pack()
 
-    def capture(reads):
+    def capture(reads: Any) -> None:
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             torch.ones(1, device=CUDA)
             reads()
@@ -302,7 +306,7 @@ def test_what_reads_host_lengths_is_refused_while_a_graph_is_captured():
 
 
 @pytest.mark.parametrize("counts", [[5, 3, 1], [2, 7, 7, 4]])
-def test_varlen_attention_between_the_bounds_equals_the_padded_and_masked_one(counts):
+def test_varlen_attention_equals_the_padded_and_masked_one(counts: list[int]) -> None:
     varlen = pytest.importorskip("torch.nn.attention.varlen")
     torch.manual_seed(0)
     size = 64
@@ -318,7 +322,7 @@ def test_varlen_attention_between_the_bounds_equals_the_padded_and_masked_one(co
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("counts", [[5, 3, 1], [2, 7, 7, 4]])
-def test_attention_on_the_nested_batch_equals_the_padded_and_masked_one(counts):
+def test_attention_on_the_nested_batch_equals_the_padded_and_masked_one(counts: list[int]) -> None:
     torch.manual_seed(0)
     project = nn.Linear(4, 3 * HEADS * SIZE, device=CUDA)
     batch = LengthTrackedBatch.from_sequences([torch.randn(n, 4) for n in counts], order="given", widths=8).to(CUDA)
@@ -333,15 +337,15 @@ def test_attention_on_the_nested_batch_equals_the_padded_and_masked_one(counts):
 # --- memory
 
 
-def test_a_gpu_is_filled_and_not_overrun():
-    def step(rows, width):
+def test_a_gpu_is_filled_and_not_overrun() -> None:
+    def step(rows: int, width: int) -> None:
         torch.ones(rows * width * 4096, dtype=torch.uint8, device=CUDA)
 
     tokens = find_max_tokens(step, [256], device=CUDA, memory_limit=4096 * MEGABYTE)
     assert 0.8 * 943_718 <= tokens <= 943_718
 
 
-def test_a_step_that_runs_out_of_memory_is_survived_and_leaves_the_model_as_it_was():
+def test_running_out_of_memory_leaves_the_model_as_it_was() -> None:
     model = nn.Linear(64, 64).to(CUDA)
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.randn(2, 64, device=CUDA)).sum().backward()
@@ -350,7 +354,7 @@ def test_a_step_that_runs_out_of_memory_is_survived_and_leaves_the_model_as_it_w
     moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
     random = torch.cuda.get_rng_state()
 
-    def step(rows, width):
+    def step(rows: int, width: int) -> None:
         optimizer.zero_grad()
         loss = model(torch.randn(rows * width, 64, device=CUDA)).square().sum()
         torch.empty(rows * width << 20, dtype=torch.uint8, device=CUDA)

@@ -3,6 +3,10 @@
 The default is meta here, where nothing has values: what is wrongly made there cannot be used by accident.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy.typing as npt
 import pytest
 import torch
 from torch import nn
@@ -27,11 +31,11 @@ KINDS = {
 }
 
 
-def squares(output, target):
+def squares(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (output - target).square()
 
 
-def all_of_it(rows):
+def all_of_it(rows: list[list[float] | npt.NDArray[Any] | torch.Tensor]) -> list[torch.Tensor]:
     """Everything that a batch goes through: what comes of it, as plain tensors and numbers."""
     batch = LengthTrackedBatch.from_sequences(rows, padding_value=2, widths=4)
     again = LengthTrackedBatch(batch.padded, batch.lengths.tolist())
@@ -54,10 +58,10 @@ def all_of_it(rows):
 
 
 @pytest.fixture(params=["with", "set"])
-def on_meta(request):
+def on_meta(request: pytest.FixtureRequest) -> Callable[..., Any]:
     """What makes meta the default device, by either of torch's ways."""
 
-    def run(call):
+    def run(call: Callable[..., Any]) -> Any:
         if request.param == "with":
             with torch.device("meta"):
                 return call()
@@ -70,7 +74,7 @@ def on_meta(request):
     return run
 
 
-def agree(left, right):
+def agree(left: list[torch.Tensor], right: list[torch.Tensor]) -> None:
     assert len(left) == len(right)
     for one, other in zip(left, right, strict=True):
         assert one.device == other.device == torch.device("cpu")
@@ -80,7 +84,9 @@ def agree(left, right):
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", LENGTHS)
-def test_a_batch_goes_its_whole_way_whatever_the_default_device(on_meta, size, kind):
+def test_a_batch_goes_its_whole_way_whatever_the_default_device(
+    on_meta: Callable[..., Any], size: str, kind: str
+) -> None:
     """Red before: from_sequences, the constructor and all that send integers raised or gave what has no values."""
     rows = KINDS[kind]([torch.rand(n, generator=torch.Generator().manual_seed(n)) for n in LENGTHS[size]])
     if size == "empty" and kind == "lists":
@@ -88,7 +94,7 @@ def test_a_batch_goes_its_whole_way_whatever_the_default_device(on_meta, size, k
     agree(on_meta(lambda: all_of_it(rows)), all_of_it(rows))
 
 
-def test_a_collator_makes_its_fields_on_the_host(on_meta):
+def test_a_collator_makes_its_fields_on_the_host(on_meta: Callable[..., Any]) -> None:
     """Red before."""
     samples = [
         {"x": torch.rand(n, 2), "y": [1] * n, "label": n, "weight": 0.5, "shape": torch.ones(2), "id": str(n)}
@@ -104,25 +110,27 @@ def test_a_collator_makes_its_fields_on_the_host(on_meta):
 
 @pytest.mark.parametrize("counts", [(3, 1, 0, 5), (0, 0)])
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
-def test_recurrent_modules_run_whatever_the_default_device(on_meta, kind, counts):
+def test_recurrent_modules_run_whatever_the_default_device(
+    on_meta: Callable[..., Any], kind: type[Any], counts: tuple[int, ...]
+) -> None:
     """Red before."""
     torch.manual_seed(0)
     rnn, rows = kind(2, 3, bidirectional=True), [torch.rand(n, 2) for n in counts]
 
-    def run():
+    def run() -> list[torch.Tensor]:
         output, state = apply_rnn(rnn, LengthTrackedBatch.from_sequences(rows))
         return [output.padded, output.lengths, *(state if isinstance(state, tuple) else (state,))]
 
     agree(on_meta(run), run())
 
 
-def test_a_step_is_checked_whatever_the_default_device(on_meta):
+def test_a_step_is_checked_whatever_the_default_device(on_meta: Callable[..., Any]) -> None:
     """Red before."""
     torch.manual_seed(0)
     rnn, head = nn.GRU(2, 3, batch_first=True), nn.Linear(3, 1)
     samples = [{"x": torch.randn(n, 2), "y": torch.randint(3, (n,))} for n in (4, 2, 3)]
 
-    def right(batch):
+    def right(batch: dict[str, LengthTrackedBatch]) -> torch.Tensor:
         return apply_rnn(rnn, batch["x"])[0].map(head).flat().square().sum() + batch["y"].flat().float().exp().sum()
 
     collate = PadCollator({"x": 0, "y": -100})

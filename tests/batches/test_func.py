@@ -1,5 +1,8 @@
 """torch.func: gradients, ensembles and forward mode through what packs and unpacks, against plain autograd."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -15,15 +18,15 @@ FLOATS = {"dtype": torch.float64}
 COUNTS = (4, 0, 2, 3)
 
 
-def values(features=3):
+def values(features: int = 3) -> torch.Tensor:
     return torch.randn(len(COUNTS), 5, features, **FLOATS)
 
 
-def squares(output, target):
+def squares(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (output - target).square().sum(-1)
 
 
-def tracked(padded, order=None):
+def tracked(padded: torch.Tensor, order: list[int] | None = None) -> LengthTrackedBatch:
     return LengthTrackedBatch(padded, list(COUNTS), permutation=order)
 
 
@@ -46,7 +49,7 @@ ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
 @ways
-def test_gradients_of_torch_func_are_those_of_autograd(way):
+def test_gradients_of_torch_func_are_those_of_autograd(way: Callable[..., Any]) -> None:
     """Red before: lengths were read from memory that a wrapped tensor has not."""
     x = values().requires_grad_()
     expected = torch.autograd.grad(way(x), x)[0]
@@ -56,7 +59,7 @@ def test_gradients_of_torch_func_are_those_of_autograd(way):
 
 
 @ways
-def test_forward_mode_agrees_with_reverse_mode(way):
+def test_forward_mode_agrees_with_reverse_mode(way: Callable[..., Any]) -> None:
     x, direction = values(), values()
     value, change = jvp(way, (x,), (direction,))
     torch.testing.assert_close(value, way(x))
@@ -67,14 +70,14 @@ def test_forward_mode_agrees_with_reverse_mode(way):
 
 
 @pytest.mark.parametrize("way", ["flat", "pack", "unpack", "loss of tokens"])
-def test_second_derivatives_are_those_of_autograd(way):
+def test_second_derivatives_are_those_of_autograd(way: str) -> None:
     x = values(1)
     expected = torch.autograd.functional.hessian(WAYS[way], x)
     torch.testing.assert_close(hessian(WAYS[way])(x), expected)
 
 
 @ways
-def test_a_map_over_values_is_a_loop_over_them(way):
+def test_a_map_over_values_is_a_loop_over_them(way: Callable[..., Any]) -> None:
     several = torch.stack([values(), values(), values()])
     torch.testing.assert_close(vmap(way)(several), torch.stack([way(x) for x in several]))
     torch.testing.assert_close(vmap(grad(way))(several), torch.stack([grad(way)(x) for x in several]))
@@ -83,11 +86,11 @@ def test_a_map_over_values_is_a_loop_over_them(way):
 class Tagger(nn.Module):
     """An embedding, a recurrent module if there is one, and a loss."""
 
-    def __init__(self, kind=None, **options):
+    def __init__(self, kind: type[Any] | None = None, **options: Any) -> None:
         super().__init__()
         self.embed, self.rnn = nn.Linear(3, 3), None if kind is None else kind(3, 3, **options)
 
-    def forward(self, batch):
+    def forward(self, batch: LengthTrackedBatch) -> torch.Tensor:
         hidden = batch.map(self.embed)
         hidden = hidden.unpack(hidden.pack()) if self.rnn is None else apply_rnn(self.rnn, hidden)[0]
         return hidden.flat().square().sum() + sequence_loss(squares, hidden, hidden.with_padded(hidden.padded * 0))
@@ -105,7 +108,7 @@ taggers = pytest.mark.parametrize("make", TAGGERS.values(), ids=TAGGERS)
 
 @taggers
 @pytest.mark.parametrize("order", [COUNTS, (4, 3, 3)], ids=["given", "longest"])
-def test_gradients_by_a_functional_call_are_those_of_autograd(make, order):
+def test_gradients_by_a_functional_call_are_those_of_autograd(make: Callable[..., Any], order: tuple[int, ...]) -> None:
     model = make().double()
     batch = LengthTrackedBatch(torch.randn(len(order), 5, 3, **FLOATS), list(order))
     weights = dict(model.named_parameters())
@@ -116,13 +119,13 @@ def test_gradients_by_a_functional_call_are_those_of_autograd(make, order):
 
 
 @taggers
-def test_forward_mode_through_a_module_agrees_with_reverse_mode(make):
+def test_forward_mode_through_a_module_agrees_with_reverse_mode(make: Callable[..., Any]) -> None:
     model = make().double()
     batch = tracked(values())
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     direction = {name: torch.randn_like(weight) for name, weight in weights.items()}
 
-    def loss(weights):
+    def loss(weights: dict[str, torch.Tensor]) -> torch.Tensor:
         return functional_call(model, weights, (batch,))
 
     _, change = jvp(loss, (weights,), (direction,))
@@ -131,12 +134,12 @@ def test_forward_mode_through_a_module_agrees_with_reverse_mode(make):
 
 
 @pytest.mark.parametrize("mapped", [vmap, lambda loss: vmap(grad(loss))], ids=["values", "gradients"])
-def test_an_ensemble_is_a_loop_over_its_members(mapped):
+def test_an_ensemble_is_a_loop_over_its_members(mapped: Callable[..., Any]) -> None:
     members = [Tagger().double() for _ in range(3)]
     batch = tracked(values())
     weights, _ = stack_module_state(members)
 
-    def loss(weights):
+    def loss(weights: dict[str, torch.Tensor]) -> torch.Tensor:
         return functional_call(members[0], weights, (batch,))
 
     several = mapped(loss)(weights)
@@ -147,7 +150,7 @@ def test_an_ensemble_is_a_loop_over_its_members(mapped):
 
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
-def test_torch_itself_maps_no_recurrent_module_over_weights(kind):
+def test_torch_itself_maps_no_recurrent_module_over_weights(kind: type[Any]) -> None:
     """What to hope for of `apply_rnn`: when this fails, torch has learned it."""
     rnn = kind(3, 4)
     weights = {name: torch.stack([weight, weight]) for name, weight in rnn.named_parameters()}
@@ -161,15 +164,15 @@ def test_torch_itself_maps_no_recurrent_module_over_weights(kind):
 class Called(nn.Module):
     """A module, called in some way."""
 
-    def __init__(self, rnn, call):
+    def __init__(self, rnn: nn.Module, call: Callable[..., Any]) -> None:
         super().__init__()
         self.rnn, self.call = rnn, call
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         return self.call(self.rnn, x)
 
 
-def test_a_jacobian_of_packed_steps_picks_them():
+def test_a_jacobian_of_packed_steps_picks_them() -> None:
     x = values(1)
     jacobian = jacrev(lambda x: tracked(x).flat())(x).flatten(2)[:, 0]
     assert jacobian.sum(1).tolist() == [1.0] * sum(COUNTS)

@@ -54,7 +54,7 @@ def test_a_device_finds_the_layout_that_the_host_finds(far: tuple[Any, ...], cou
 
 
 @given(lengths(), st.integers(0, 3))
-def test_a_device_finds_the_places_of_real_steps_that_the_host_finds(
+def test_a_device_finds_the_indices_of_real_steps_that_the_host_finds(
     far: tuple[Any, ...], counts: list[int], more: int
 ) -> None:
     device, sent = far
@@ -67,7 +67,7 @@ def test_a_device_finds_the_places_of_real_steps_that_the_host_finds(
     assert torch.equal(here, mask.flatten().nonzero()[:, 0])
 
 
-def test_a_device_is_sent_a_few_integers_for_each_row_and_step_and_not_one_for_each_token(
+def test_a_device_is_sent_integers_for_rows_and_steps_not_for_tokens(
     far: tuple[torch.device, list[Any]],
 ) -> None:
     device, sent = far
@@ -213,7 +213,7 @@ def test_the_layout_of_a_batch_is_found_once(monkeypatch: pytest.MonkeyPatch) ->
 # --- skewed batches: what is made is as long as the real steps, not rows x the longest row
 
 
-def places_by_matrix(counts: npt.NDArray[Any], width: Any) -> tuple[npt.NDArray[Any], ...]:
+def indices_by_matrix(counts: npt.NDArray[Any], width: Any) -> tuple[npt.NDArray[Any], ...]:
     """The oracle: every step of every row, written out, and the running ones taken."""
     rows = np.flatnonzero(counts)
     rows = rows[np.argsort(-counts[rows], kind="stable")]
@@ -229,11 +229,11 @@ def reversed_by_matrix(sizes: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 @given(FILLED, st.integers(0, 3))
-def test_places_and_reversed_steps_are_those_of_the_whole_matrix(counts: list[int], more: int) -> None:
+def test_indices_and_reversed_steps_are_those_of_the_whole_matrix(counts: list[int], more: int) -> None:
     counts = np.array(counts)
     layout = PackingMap.of(counts, counts.max() + more, HOST)
-    places, sizes = places_by_matrix(counts, counts.max() + more)
-    assert layout.index.tolist() == places.tolist()
+    indices, sizes = indices_by_matrix(counts, counts.max() + more)
+    assert layout.index.tolist() == indices.tolist()
     assert layout.sizes.tolist() == sizes.tolist()
     assert reversed_steps(sizes).tolist() == reversed_by_matrix(sizes).tolist()
 

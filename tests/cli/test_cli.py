@@ -13,6 +13,7 @@ import tomllib
 from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -40,7 +41,7 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything that the examples in the help name."""
     folder = tmp_path_factory.mktemp("work")
     write(folder / "shards", tokens(LENGTHS), max_samples=100)
@@ -62,7 +63,7 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture
-def work(finished, tmp_path, monkeypatch):
+def work(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of that folder of one's own, and the working directory."""
     folder = shutil.copytree(finished, tmp_path / "work")
     monkeypatch.chdir(folder)
@@ -93,35 +94,35 @@ def samples_of(folder: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_examples_in_the_help_can_be_pasted(command, work):
+def test_the_examples_in_the_help_can_be_pasted(command: str, work: Path) -> None:
     for example in examples(command):
         run(*shlex.split(example)[1:])
 
 
-def test_the_entry_point_is_the_command():
+def test_the_entry_point_is_the_command() -> None:
     module, name = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["lengthtrack"].split(":")
     assert getattr(import_module(module), name) is main
 
 
-def test_importing_the_library_loads_nothing_of_the_command():
+def test_importing_the_library_loads_nothing_of_the_command() -> None:
     code = "import collate, samplers, sys; print({'click', 'matplotlib', 'pyarrow', 'datasets'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
-def test_an_extra_that_is_missing_is_named_with_its_command():
+def test_an_extra_that_is_missing_is_named_with_its_command() -> None:
     with pytest.raises(ModuleNotFoundError, match=re.escape("pip install 'lengthtrack[plots]'")):
         load_extra("a_module_that_is_not_there", "plots")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_index_is_what_build_makes(work, workers):
+def test_index_is_what_build_makes(work: Path, workers: int) -> None:
     output = run("index", "shards/*.tar", "--output", "new.ltx", "--workers", workers).output
     assert output == "new.ltx: built, 400 samples in 4 shards, lengths of tokens\n"
     new, built = LengthIndex.open("new.ltx"), LengthIndex.build("shards")
     assert (new.fingerprint, new._tables.crcs) == (built.fingerprint, None)
 
 
-def test_index_of_a_folder_refreshes_the_index_that_is_there(work):
+def test_index_of_a_folder_refreshes_the_index_that_is_there(work: Path) -> None:
     assert "unchanged" in run("index", "shards").output
     assert find_index_files("shards") == ["shards/shard.ltx"]
     write(work / "more", tokens([5, 6], first=1000), prefix="zzz")
@@ -132,14 +133,14 @@ def test_index_of_a_folder_refreshes_the_index_that_is_there(work):
     assert run("verify", "shards").output.rstrip().endswith("all agree")
 
 
-def test_index_of_a_folder_without_one_is_its_corpus_file(work):
+def test_index_of_a_folder_without_one_is_its_corpus_file(work: Path) -> None:
     for file in (work / "shards").glob("*.ltx"):
         file.unlink()
     assert run("index", "shards").output.startswith("shards/corpus.ltx: built")
     run("verify", "shards", "--quick")
 
 
-def test_a_damaged_index_is_built_anew_and_says_so(work):
+def test_a_damaged_index_is_built_anew_and_says_so(work: Path) -> None:
     (work / "corpus.ltx").write_bytes(b"no index")
     result = run("index", "shards", "--output", "corpus.ltx")
     assert "built from the options alone" in result.stderr
@@ -147,7 +148,7 @@ def test_a_damaged_index_is_built_anew_and_says_so(work):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_verify_names_every_bad_shard_and_goes_on(work, workers):
+def test_verify_names_every_bad_shard_and_goes_on(work: Path, workers: int) -> None:
     index = LengthIndex.open("shards/shard.ltx")
     flip(work / "shards/shard-000000.tar", int(index._tables.offsets[3, 0]) + 8)
     (work / "shards/shard-000002.tar").unlink()
@@ -160,14 +161,14 @@ def test_verify_names_every_bad_shard_and_goes_on(work, workers):
     assert "and 2 more: --errors 3" in run("verify", "shards", "--errors", 1, status=1).output
 
 
-def test_verify_quick_leaves_payloads_unread(work):
+def test_verify_quick_leaves_payloads_unread(work: Path) -> None:
     index = LengthIndex.open("shards/shard.ltx")
     flip(work / "shards/shard-000000.tar", int(index._tables.offsets[3, 0]) + 8)
     assert "headers and lengths read, all agree" in run("verify", "shards", "--quick").output
     run("verify", "shards", status=1)
 
 
-def test_verify_names_both_lengths_where_they_differ(work):
+def test_verify_names_both_lengths_where_they_differ(work: Path) -> None:
     tables = LengthIndex.open("corpus.ltx")._tables
     lengths = tables.lengths.copy()
     lengths[150] += 1
@@ -176,13 +177,13 @@ def test_verify_names_both_lengths_where_they_differ(work):
     assert f"sample 'k150', field 'tokens': the index says {LENGTHS[150] + 1} steps, the shard {LENGTHS[150]}" in output
 
 
-def test_verify_says_when_there_are_no_checksums(work):
+def test_verify_says_when_there_are_no_checksums(work: Path) -> None:
     run("index", "shards", "--output", "bare.ltx")
     assert "no checksums to compare payloads with" in run("verify", "bare.ltx").output
 
 
 @pytest.mark.parametrize("layout", ["blocks", "plain"])
-def test_an_index_cut_to_a_shard_is_the_index_of_that_shard(tmp_path, layout):
+def test_an_index_cut_to_a_shard_is_the_index_of_that_shard(tmp_path: Path, layout: str) -> None:
     folder = write(tmp_path / "shards", tokens([3, 1, 2, 5, 4]), layout=layout, max_samples=2, block_size=1)
     whole = LengthIndex.open(folder / "shard.ltx")
     for number, shard in enumerate(whole.shards):
@@ -193,7 +194,7 @@ def test_an_index_cut_to_a_shard_is_the_index_of_that_shard(tmp_path, layout):
             assert np.array_equal(part.arrays[name], array), name
 
 
-def test_report_gives_the_numbers_of_the_plan(work):
+def test_report_gives_the_numbers_of_the_plan(work: Path) -> None:
     budgets, windows = [2000, 5000], [None, 80]
     arguments = ["--max-tokens", "2000,5000", "--window", "auto,80", "--replicas", 3, "--seed", 7, "--widths", "16"]
     figures = json.loads(run("report", "corpus.ltx", *arguments, "--json", "-").output)
@@ -212,7 +213,7 @@ def test_report_gives_the_numbers_of_the_plan(work):
     assert (figures["lengths"]["samples"], figures["lengths"]["steps"]) == (400, sum(LENGTHS))
 
 
-def test_report_prints_a_column_for_each_budget_and_window(work):
+def test_report_prints_a_column_for_each_budget_and_window(work: Path) -> None:
     output = run("report", "corpus.ltx", "--max-tokens", 2000, "--max-tokens", "5000,2000", "--window", 80).output
     report = plan_epoch(LENGTHS, max_tokens=5000, window=80).report()
     # Labels and values stand two blanks apart at least.
@@ -224,7 +225,7 @@ def test_report_prints_a_column_for_each_budget_and_window(work):
     assert lines["autocorrelation"][1] == f"{report.autocorrelation:.3f}"
 
 
-def test_report_is_the_same_from_an_index_from_shards_and_from_an_array(work):
+def test_report_is_the_same_from_an_index_from_shards_and_from_an_array(work: Path) -> None:
     reports = [
         json.loads(run("report", *source, "--max-tokens", 3000, "--json", "-").output)["plans"]
         for source in (["shards"], sorted(Path("shards").glob("*.tar")), ["corpus.ltx"], ["lengths.npy"])
@@ -232,13 +233,13 @@ def test_report_is_the_same_from_an_index_from_shards_and_from_an_array(work):
     assert all(report == reports[0] for report in reports)
 
 
-def test_report_and_its_options_need_no_shard(work):
+def test_report_and_its_options_need_no_shard(work: Path) -> None:
     for shard in (work / "shards").glob("*.tar"):
         shard.unlink()
     run("report", "corpus.ltx", "--batch-size", 8, "--widths", "best:4", "--count", "padded", "--drop-last")
 
 
-def test_report_names_samples_over_the_budget(work):
+def test_report_names_samples_over_the_budget(work: Path) -> None:
     worst = int(np.argmax(LENGTHS))
     output = run("report", "corpus.ltx", "--max-tokens", 590, "--overlong", "alone").output
     over = sum(length > 590 for length in LENGTHS)
@@ -249,7 +250,7 @@ def test_report_names_samples_over_the_budget(work):
     assert "choose overlong='drop'" in refused.stderr
 
 
-def test_report_of_two_fields_counts_both(tmp_path):
+def test_report_of_two_fields_counts_both(tmp_path: Path) -> None:
     np.save(tmp_path / "two.npy", RNG.integers(1, 40, (100, 2)))
     picture = tmp_path / "two.png"
     figures = json.loads(
@@ -259,7 +260,7 @@ def test_report_of_two_fields_counts_both(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_picture_tells_lengths_padding_and_steps(work):
+def test_the_picture_tells_lengths_padding_and_steps(work: Path) -> None:
     run("report", "corpus.ltx", "--max-tokens", "2000,4000", "--replicas", 2, "--plot", "figure.svg")
     drawn = Path("figure.svg").read_text()
     for text in ("length (steps)", "bucket edges", "Padding against window", "4,000 tokens", "fraction of the budget"):
@@ -269,7 +270,7 @@ def test_the_picture_tells_lengths_padding_and_steps(work):
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.parquet", "rows"])
-def test_rows_become_the_samples_they_were(work, name):
+def test_rows_become_the_samples_they_were(work: Path, name: str) -> None:
     rows = [row | {"speed": place / 2} for place, row in enumerate(ROWS)]
     if name == "rows":
         datasets.Dataset.from_list(rows).save_to_disk(name)
@@ -288,7 +289,7 @@ def test_rows_become_the_samples_they_were(work, name):
         assert_same(sample, {"__key__": row["id"]} | expected | {"speed": np.float64(row["speed"])})
 
 
-def test_a_folder_of_parquet_files_is_read_in_the_order_of_their_names(work):
+def test_a_folder_of_parquet_files_is_read_in_the_order_of_their_names(work: Path) -> None:
     Path("parts").mkdir()
     for number in (1, 0):
         pq.write_table(pa.table({"tokens": [[number], [number, number]]}), f"parts/{number}.parquet")
@@ -297,7 +298,7 @@ def test_a_folder_of_parquet_files_is_read_in_the_order_of_their_names(work):
     assert [sample["__key__"] for sample in samples_of(work / "out")] == [f"{n:09}" for n in range(4)]
 
 
-def test_columns_of_features_keep_their_dtype_and_shape(work):
+def test_columns_of_features_keep_their_dtype_and_shape(work: Path) -> None:
     frames = [RNG.normal(size=(steps, 2)).astype(np.float32) for steps in (3, 0, 2)]
     flat = pa.array([frame.tolist() for frame in frames], pa.list_(pa.list_(pa.float32(), 2)))
     ragged = pa.array([frame.tolist() for frame in frames], pa.large_list(pa.list_(pa.float32())))
@@ -313,7 +314,7 @@ def test_columns_of_features_keep_their_dtype_and_shape(work):
         assert_same(sample, {"__key__": sample["__key__"]} | expected)
 
 
-def test_a_dataset_with_chosen_rows_is_converted_as_it_stands(work):
+def test_a_dataset_with_chosen_rows_is_converted_as_it_stands(work: Path) -> None:
     dataset = datasets.Dataset.from_dict({"tokens": [[n] * n for n in range(2500)]}).select(range(2400, 1, -1))
     dataset.save_to_disk("chosen")
     run("convert", "chosen", "out")
@@ -321,7 +322,7 @@ def test_a_dataset_with_chosen_rows_is_converted_as_it_stands(work):
 
 
 @pytest.mark.parametrize("layout", ["blocks", "plain"])
-def test_shards_are_converted_there_and_back(work, layout):
+def test_shards_are_converted_there_and_back(work: Path, layout: str) -> None:
     rows = [sample | {"speaker": np.arange(3.0)} for sample in tokens([4, 0, 9])]
     write(work / "source", rows, stack=["speaker"], layout=layout)
     run("convert", "source", "middle", "--stack", "speaker", "--layout", "plain")
@@ -331,13 +332,13 @@ def test_shards_are_converted_there_and_back(work, layout):
             assert_same(read, row)
 
 
-def test_arrays_of_fixed_size_in_blocks_stay_so(work):
+def test_arrays_of_fixed_size_in_blocks_stay_so(work: Path) -> None:
     write(work / "source", [sample | {"speaker": np.arange(3.0)} for sample in tokens([4, 2])], stack=["speaker"])
     run("convert", "source/shard.ltx", "out", "--fields", "tokens,speaker")
     assert LengthIndex.open("out/shard.ltx").fields == ("tokens",)
 
 
-def test_text_is_stored_as_its_bytes_and_numbers_as_the_dtype_asked_for(work):
+def test_text_is_stored_as_its_bytes_and_numbers_as_the_dtype_asked_for(work: Path) -> None:
     Path("rows.jsonl").write_text('{"text": "maße", "x": [1, 2.5]}\n{"text": "", "x": []}\n{"text": "b", "x": [3]}\n')
     run("convert", "rows.jsonl", "out", "--text", "text", "--dtype", "x=float32")
     read = samples_of(work / "out")
@@ -348,7 +349,7 @@ def test_text_is_stored_as_its_bytes_and_numbers_as_the_dtype_asked_for(work):
 
 
 @pytest.mark.parametrize("first", ['{"x": [1]}\n', "\n", ""])
-def test_a_file_of_json_lines_may_begin_with_a_byte_order_mark(work, first):
+def test_a_file_of_json_lines_may_begin_with_a_byte_order_mark(work: Path, first: str) -> None:
     # Red: "line 1: not JSON".
     for number in range(2):
         Path(f"part-{number}.jsonl").write_text(first + f'{{"x": [{number}]}}\n', encoding="utf-8-sig")
@@ -379,7 +380,9 @@ def test_a_file_of_json_lines_may_begin_with_a_byte_order_mark(work, first):
         ("", [], "a corpus needs a sample"),
     ],
 )
-def test_rows_that_are_no_samples_are_refused_with_their_place(work, lines, options, message):
+def test_rows_that_are_no_samples_are_refused_with_their_place(
+    work: Path, lines: str, options: list[str], message: str
+) -> None:
     Path("rows.jsonl").write_text(lines)
     result = run("convert", "rows.jsonl", "out", *options, status=1)
     assert message in result.stderr
@@ -397,12 +400,12 @@ def test_rows_that_are_no_samples_are_refused_with_their_place(work, lines, opti
         (pa.array(["text"]), "--text x"),
     ],
 )
-def test_columns_that_are_no_numbers_are_refused_by_name(work, column, message):
+def test_columns_that_are_no_numbers_are_refused_by_name(work: Path, column: Any, message: str) -> None:
     pq.write_table(pa.table({"x": column}), "bad.parquet")
     assert message in run("convert", "bad.parquet", "out", status=1).stderr
 
 
-def test_show_prints_the_batch_of_the_plan(work):
+def test_show_prints_the_batch_of_the_plan(work: Path) -> None:
     plan = plan_epoch(LENGTHS, max_tokens=4000, num_replicas=2, overlong="alone")
     batch = plan.batches[3 * 2 + 1]
     output = run("show", "corpus.ltx", "--max-tokens", 4000, "--replicas", 2, "--step", 3, "--rank", 1).output
@@ -414,7 +417,7 @@ def test_show_prints_the_batch_of_the_plan(work):
     assert rows == [(str(place), str(place), str(LENGTHS[place])) for place in batch[:20]]
 
 
-def test_show_reads_every_kind_of_field(tmp_path):
+def test_show_reads_every_kind_of_field(tmp_path: Path) -> None:
     rows = [{"__key__": f"k{n}", "x": np.ones((n, 3), "f4"), "y": np.arange(n), "z": np.arange(2.0)} for n in (2, 0)]
     folder = write(tmp_path / "shards", rows, stack=["z"])
     output = run("show", folder, "--max-tokens", 50, "--rows", 1).output
@@ -450,7 +453,7 @@ def test_show_reads_every_kind_of_field(tmp_path):
         ("lengths", 2, "No such command"),
     ],
 )
-def test_an_error_is_one_line_with_a_way_out(work, arguments, status, message):
+def test_an_error_is_one_line_with_a_way_out(work: Path, arguments: str, status: int, message: str) -> None:
     shutil.copytree("shards", "bare", ignore=shutil.ignore_patterns("*.ltx"))
     LengthIndex.build("shards").save("moved.ltx")
     for shard in Path("shards").glob("*.tar"):
@@ -464,27 +467,27 @@ def test_an_error_is_one_line_with_a_way_out(work, arguments, status, message):
     assert result.stdout == ""
 
 
-def test_a_traceback_is_shown_only_when_it_is_asked_for(tmp_path):
+def test_a_traceback_is_shown_only_when_it_is_asked_for(tmp_path: Path) -> None:
     assert "Traceback" not in start("report", "nothing.ltx", "--max-tokens", 9, cwd=tmp_path).stderr
     asked = start("--traceback", "report", "nothing.ltx", "--max-tokens", 9, cwd=tmp_path)
     assert (asked.returncode, "Traceback" in asked.stderr) == (1, True)
 
 
-def test_in_a_pipe_there_are_no_bars_and_no_colours(work):
+def test_in_a_pipe_there_are_no_bars_and_no_colours(work: Path) -> None:
     for arguments in (["verify", "shards"], ["report", "shards", "--max-tokens", 4000]):
         done = start(*arguments)
         assert (done.returncode, done.stderr) == (0, "")
         assert not set(done.stdout) & set("\x1b\r")
 
 
-def test_a_reader_who_leaves_early_gets_no_traceback(work):
+def test_a_reader_who_leaves_early_gets_no_traceback(work: Path) -> None:
     command = f"{shlex.quote(sys.executable)} -m samplers.cli show corpus.ltx --max-tokens 60000 --rows 400 | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("step 0 of")
     assert "Traceback" not in done.stderr
 
 
-def test_on_a_terminal_there_is_a_bar(work):
+def test_on_a_terminal_there_is_a_bar(work: Path) -> None:
     pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
     ours, theirs = pty.openpty()
     # A bar on a terminal without columns has no room, and a read of what was never written would wait.

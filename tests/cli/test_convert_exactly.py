@@ -4,6 +4,7 @@ import gzip
 import json
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,19 +25,19 @@ EDGES = st.sampled_from([2**power + step for power in (11, 24, 53, 63) for step 
 
 
 @pytest.fixture
-def work(tmp_path, monkeypatch):
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def exactly(value):
+def exactly(value: Any) -> Any:
     """A number with all its digits; infinities and NaN as they are called."""
     value = value.item()
     return Fraction(value) if np.isfinite(value) else str(value)
 
 
 @given(st.data(), st.sampled_from(DTYPES), st.sampled_from(DTYPES))
-def test_a_cast_gives_the_same_numbers_or_names_one_that_it_would_change(data, before, after):
+def test_a_cast_gives_the_same_numbers_or_names_one_that_it_would_change(data: Any, before: Any, after: Any) -> None:
     before, after = np.dtype(before), np.dtype(after)
     if before.kind == "f":
         numbers = st.floats(width=8 * before.itemsize) | st.integers(-1000, 1000).map(float)
@@ -86,21 +87,23 @@ def test_a_cast_gives_the_same_numbers_or_names_one_that_it_would_change(data, b
         ('{"t": [1], "id": 1}\n{"t": [1], "id": 1}', ["--key", "id"], "line 2: __key__ must be unique"),
     ],
 )
-def test_a_number_that_would_change_is_named_with_its_place(work, lines, options, message):
+def test_a_number_that_would_change_is_named_with_its_place(
+    work: Path, lines: str, options: list[str], message: str
+) -> None:
     Path("rows.jsonl").write_text(lines.replace("\\\\", "\\"))
     error = run("convert", "rows.jsonl", "out", *options, status=1).stderr
     assert message in error
     assert error.startswith("Error: rows.jsonl, line ")
 
 
-def test_rounding_is_done_where_it_is_asked_for(work):
+def test_rounding_is_done_where_it_is_asked_for(work: Path) -> None:
     Path("rows.jsonl").write_text('{"t": [0.1, 16777217], "n": [1]}\n{"t": [], "n": [2]}\n')
     run("convert", "rows.jsonl", "out", "--dtype", "t=float32", "--round", "t")
     assert ShardDataset("out")[0]["t"].tolist() == np.array([0.1, 16777216], np.float32).tolist()
     assert ShardDataset("out")[0]["n"].dtype == np.int64
 
 
-def test_lists_of_true_and_false_and_numbers_that_fit_are_converted(work):
+def test_lists_of_true_and_false_and_numbers_that_fit_are_converted(work: Path) -> None:
     rows = [
         {"b": [True, False], "f": [1, 0.5], "u": [2**64 - 1], "s": 16777216.0},
         {"b": [], "f": [2], "u": [], "s": 1.5},
@@ -112,7 +115,7 @@ def test_lists_of_true_and_false_and_numbers_that_fit_are_converted(work):
     assert (first["u"].tolist(), second["f"].tolist(), second["s"]) == ([2**64 - 1], [2.0], 1.5)
 
 
-def test_a_damaged_file_is_named_with_the_line(work):
+def test_a_damaged_file_is_named_with_the_line(work: Path) -> None:
     content = gzip.compress(b'{"t": [1]}\n' * 20_000 + bytes(range(256)) * 50)
     Path("cut.jsonl.gz").write_bytes(content[: len(content) // 2])
     assert (
@@ -140,31 +143,31 @@ def test_a_damaged_file_is_named_with_the_line(work):
         "report shards --max-tokens 99 --plot s3://bucket/x.png",
     ],
 )
-def test_a_url_is_refused_where_the_command_writes(work, arguments):
+def test_a_url_is_refused_where_the_command_writes(work: Path, arguments: str) -> None:
     write(work / "shards", tokens([3]))
     Path("rows.jsonl").write_text('{"t": [1]}\n')
     assert "URLs are read, and not written" in run(*arguments.split(), status=2).stderr
     assert sorted(path.name for path in work.iterdir()) == ["rows.jsonl", "shards"]
 
 
-def test_an_index_goes_on_where_a_killed_one_left_its_file(work):
+def test_an_index_goes_on_where_a_killed_one_left_its_file(work: Path) -> None:
     write(work / "shards", tokens([3]))
     Path("shards/shard.ltx.tmp").write_bytes(b"left behind")
     assert "unchanged" in run("index", "shards").output
     assert not Path("shards/shard.ltx.tmp").exists()
 
 
-def test_a_killed_worker_is_one_line(work, monkeypatch):
+def test_a_killed_worker_is_one_line(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(work / "shards", tokens([3]))
 
-    def build(*arguments, **options):
+    def build(*arguments: Any, **options: Any) -> None:
         raise ProcessKilledError("shard-000000.tar: its process was killed by SIGKILL; memory may have run out")
 
     monkeypatch.setattr(LengthIndex, "build", build)
     assert run("index", "shards", status=1).stderr.startswith("Error: shard-000000.tar: its process was killed")
 
 
-def test_a_plot_leaves_out_windows_of_which_no_plan_is_made(work):
+def test_a_plot_leaves_out_windows_of_which_no_plan_is_made(work: Path) -> None:
     np.save("lengths.npy", np.random.default_rng(0).integers(1, 300, 150))
     # Of two windows the last step had too few rows for all replicas, and there was no figure.
     options = ["--max-tokens", 1024, "--replicas", 8, "--plot", "padding.png"]

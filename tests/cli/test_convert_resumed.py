@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from samplers import ShardDataset
 from samplers.cli.commands import main
-from samplers.cli.conversion.rows import count_rows
+from samplers.cli.conversion.rows import count_input_rows
 
 ROWS = [{"text": f"r{number} " + "é" * (number % 7), "y": number} for number in range(100)]
 TOKENS = """
@@ -191,8 +191,8 @@ def test_the_number_of_rows_is_known_before_they_are_read(work: Path) -> None:
     Path("parts").mkdir()
     pq.write_table(pa.Table.from_pylist(ROWS[:7]), "parts/0.parquet")
     run("convert", "a.jsonl", "shards", *OPTIONS)
-    counted = [count_rows([path], None) for path in ("a.jsonl", "a.parquet", "dataset", "parts", "shards")]
+    counted = [count_input_rows([path], None) for path in ("a.jsonl", "a.parquet", "dataset", "parts", "shards")]
     assert counted == [100, 100, 100, 7, 100]
-    assert count_rows(["a.jsonl", "a.parquet"]) == 200
-    assert count_rows(["shards/shard.ltx"]) == 100
-    assert count_rows(["a.jsonl", "b.jsonl.gz"]) is None
+    assert count_input_rows(["a.jsonl", "a.parquet"]) == 200
+    assert count_input_rows(["shards/shard.ltx"]) == 100
+    assert count_input_rows(["a.jsonl", "b.jsonl.gz"]) is None

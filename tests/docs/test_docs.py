@@ -3,6 +3,7 @@
 import re
 import runpy
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -19,12 +20,12 @@ pages = pytest.mark.parametrize("page", PAGES["pages"](), ids=lambda page: page.
 
 
 @pages
-def test_the_tables_of_a_page_are_those_of_the_results(page):
+def test_the_tables_of_a_page_are_those_of_the_results(page: Path) -> None:
     assert PAGES["renewed"](page.read_text()) == page.read_text(), "run benchmarks/pages.py"
 
 
 @pages
-def test_the_links_of_a_page_lead_somewhere(page):
+def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
     # Code has brackets before parentheses too.
     prose = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", prose):
@@ -32,25 +33,25 @@ def test_the_links_of_a_page_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)
-def test_a_page_uses_plain_words(page):
+def test_a_page_uses_plain_words(page: Path) -> None:
     # Code and messages of the library are quoted as they are.
     prose = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
     assert FOREIGN.findall(" ".join(prose.split())) == []
 
 
 @pages
-def test_the_files_that_a_page_names_exist(page):
+def test_the_files_that_a_page_names_exist(page: Path) -> None:
     for path in re.findall(r"`((?:examples|benchmarks|tests|docs|collate|samplers)/[\w./-]+\.\w+)`", page.read_text()):
         assert (ROOT / path).exists(), path
 
 
-def test_every_page_is_in_the_navigation_of_the_site_once():
+def test_every_page_is_in_the_navigation_of_the_site_once() -> None:
     listed = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text())
     assert sorted(listed) == sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
 
 
 @pytest.mark.parametrize("package", [collate, samplers])
-def test_every_public_name_is_in_the_reference_once(package):
+def test_every_public_name_is_in_the_reference_once(package: ModuleType) -> None:
     pages = "".join(page.read_text() for page in sorted((DOCS / "api").glob("*.md")))
     listed = re.findall(rf"^::: {package.__name__}\.(\w+)$", pages, re.MULTILINE)
     # An error that both packages export stands with those of the package that defines it.
@@ -58,7 +59,7 @@ def test_every_public_name_is_in_the_reference_once(package):
     assert sorted(listed) == sorted(set(package.__all__) - shared)
 
 
-def test_a_pipeline_that_the_page_of_shards_shows_stands_in_its_example():
+def test_a_pipeline_that_the_page_of_shards_shows_stands_in_its_example() -> None:
     [block] = re.findall(r"```python\n(?!>>>)(.*?)```", (ROOT / "docs" / "shards.md").read_text(), re.DOTALL)
     example = (ROOT / "examples" / "stream_webdataset.py").read_text()
     assert {line.strip() for line in block.splitlines()} <= {line.strip() for line in example.splitlines()}

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,12 +31,12 @@ def checksum(out: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("corpus") / "stdlib"
 
 
 @pytest.fixture(scope="module")
-def whole(corpus, tmp_path_factory) -> str:
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """What an uninterrupted run prints; the first run writes the corpus."""
     return run("train_language_model.py", *settings(corpus, tmp_path_factory.mktemp("whole") / "run.pt"))
 
@@ -45,14 +46,14 @@ def settings(corpus: Path, checkpoint: Path, steps: int = 40) -> list[object]:
     return [*small, "--data", corpus, "--checkpoint", checkpoint]
 
 
-def test_the_five_minute_way_in_learns_and_is_short():
+def test_the_five_minute_way_in_learns_and_is_short() -> None:
     out = run("five_minutes.py")
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", out)]
     assert losses[-1] < 0.1 < losses[0]
     assert len((EXAMPLES / "five_minutes.py").read_text().splitlines()) < 40
 
 
-def test_the_tests_of_a_step_run_as_a_user_runs_them_and_their_page_shows_them():
+def test_the_tests_of_a_step_run_as_users_run_them_and_as_the_page_says() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(EXAMPLES / "test_my_step.py")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -61,7 +62,7 @@ def test_the_tests_of_a_step_run_as_a_user_runs_them_and_their_page_shows_them()
     assert f"```python\n{(EXAMPLES / 'test_my_step.py').read_text()}```\n" in page
 
 
-def test_closed_shapes_are_few_cost_padding_and_still_learn():
+def test_closed_shapes_are_few_cost_padding_and_still_learn() -> None:
     out = run("fixed_shapes.py", "--eager")
     planned = re.search(r"^4 widths: \d+ batches, shapes (.*)$", out, re.MULTILINE)[1]
     seen = re.findall(r"^shape (\(\d+, \d+\)):", out, re.MULTILINE)
@@ -75,7 +76,7 @@ def test_closed_shapes_are_few_cost_padding_and_still_learn():
     assert len((EXAMPLES / "fixed_shapes.py").read_text().splitlines()) < 100
 
 
-def test_packed_documents_have_the_losses_of_padded_ones_and_less_padding():
+def test_packed_documents_have_the_losses_of_padded_ones_and_less_padding() -> None:
     out = run("finetune_packed.py", "--functions", 40)
     padding = dict(re.findall(r"^(\w+) .* padding +([\d.]+)%$", out, re.MULTILINE))
     assert float(padding["packed"]) < float(padding["random"])
@@ -83,7 +84,7 @@ def test_packed_documents_have_the_losses_of_padded_ones_and_less_padding():
     assert len((EXAMPLES / "finetune_packed.py").read_text().splitlines()) < 130
 
 
-def test_the_main_job_writes_plans_trains_and_proves(whole):
+def test_the_main_job_writes_plans_trains_and_proves(whole: str) -> None:
     assert "wrote 1,500 functions" in whole
     assert "trained 40 steps" in whole
     held_out, by_frequency = map(float, re.search(r"held-out loss: ([\d.]+) .* alone: ([\d.]+)", whole).groups())
@@ -96,7 +97,7 @@ def test_the_main_job_writes_plans_trains_and_proves(whole):
     assert padding < random / 2
 
 
-def test_a_second_start_checks_the_shards_instead_of_writing_them(whole, corpus, tmp_path):
+def test_a_second_start_checks_the_shards_instead_of_writing_them(whole: str, corpus: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in corpus.iterdir()}
     out = run("train_language_model.py", *settings(corpus, tmp_path / "run.pt"), "--workers", 0)
     assert "found 1,500 functions" in out
@@ -105,7 +106,9 @@ def test_a_second_start_checks_the_shards_instead_of_writing_them(whole, corpus,
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)], ids=["kill", "ctrl-c"])
-def test_an_interrupted_run_goes_on_with_exactly_the_batches_that_were_left(sent, code, whole, corpus, tmp_path):
+def test_an_interrupted_run_resumes_with_exactly_the_remaining_batches(
+    sent: Any, code: int, whole: str, corpus: Path, tmp_path: Path
+) -> None:
     checkpoint = tmp_path / "run.pt"
     process = start("train_language_model.py", *settings(corpus, checkpoint))
     for _ in range(6000):
@@ -119,14 +122,14 @@ def test_an_interrupted_run_goes_on_with_exactly_the_batches_that_were_left(sent
     assert checksum(out) == checksum(whole)
 
 
-def test_resuming_without_a_checkpoint_says_so(corpus, tmp_path):
+def test_resuming_without_a_checkpoint_says_so(corpus: Path, tmp_path: Path) -> None:
     process = start("train_language_model.py", *settings(corpus, tmp_path / "none.pt"), "--resume")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "there is no checkpoint at" in err
 
 
-def test_the_same_shards_stream_through_webdataset(whole, corpus):
+def test_the_same_shards_stream_through_webdataset(whole: str, corpus: Path) -> None:
     out = run("stream_webdataset.py", "--data", corpus)
     shares = [float(share) for share in re.findall(r"([\d.]+) ?%", out)]
     assert len(shares) >= 2
@@ -134,7 +137,7 @@ def test_the_same_shards_stream_through_webdataset(whole, corpus):
 
 
 @pytest.mark.parametrize("name", ["train_language_model.py", "stream_webdataset.py"])
-def test_help_explains_every_option(name):
+def test_help_explains_every_option(name: str) -> None:
     out = run(name, "--help")
     assert "--data" in out
     assert len(out.splitlines()) > 12

@@ -12,7 +12,7 @@ BLOCKS = dict(re.findall(r'```python title="(.*?)"\n(.*?)```', PAGE, re.DOTALL))
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes self.rnn._flat_weights")
-def test_a_recurrent_model_is_exported_as_the_page_does_it(tmp_path, capsys):
+def test_a_recurrent_model_is_exported_as_the_page_does_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Strict export looks names up in the module that they are in, so it needs one.
     path = tmp_path / "export_recurrent.py"
     path.write_text(BLOCKS[path.name])
@@ -21,7 +21,7 @@ def test_a_recurrent_model_is_exported_as_the_page_does_it(tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:# The axis name", "ignore:.*is deprecated")
-def test_the_file_for_onnx_gives_what_the_model_gives(tmp_path, monkeypatch):
+def test_the_file_for_onnx_gives_what_the_model_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnx, onnxscript and onnxruntime")
     pytest.importorskip("onnxscript", reason="needs onnx, onnxscript and onnxruntime")
     monkeypatch.chdir(tmp_path)

@@ -2,6 +2,7 @@
 
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reas
 on_cuda = pytest.param("cuda", marks=cuda)
 
 
-def fixed_batches(count=300):
+def fixed_batches(count: int = 300) -> Any:
     torch.manual_seed(0)
     samples = EXAMPLE["samples_of"](count)
     lengths = [len(sample["words"]) for sample in samples]
@@ -24,21 +25,21 @@ def fixed_batches(count=300):
     return sampler.shapes, DataLoader(samples, batch_sampler=sampler, collate_fn=collate)
 
 
-def gradients_of(loss, model):
+def gradients_of(loss: Any, model: Any) -> Any:
     return torch.autograd.grad(loss, list(model.parameters()))
 
 
-def assert_same(ours, theirs, **tolerance):
+def assert_same(ours: Any, theirs: Any, **tolerance: Any) -> None:
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, **tolerance)
 
 
-def test_a_step_is_made_once_for_each_shape_and_takes_no_lengths_in():
+def test_a_step_is_made_once_for_each_shape_and_takes_no_lengths_in() -> None:
     shapes, loader = fixed_batches()
     model = EXAMPLE["Tagger"]()
     graphs = []
 
-    def backend(graph, inputs):
+    def backend(graph: Any, inputs: Any) -> Any:
         graphs.append([value for value in inputs if not isinstance(value, torch.nn.Parameter)])
         return graph
 
@@ -61,7 +62,7 @@ def test_a_step_is_made_once_for_each_shape_and_takes_no_lengths_in():
 
 
 @pytest.mark.parametrize("device", [on_cuda])
-def test_one_cuda_graph_of_a_shape_serves_all_its_batches(device):
+def test_one_cuda_graph_of_a_shape_serves_all_its_batches(device: str) -> None:
     _, loader = fixed_batches()
     model = EXAMPLE["Tagger"]().to(device)
     weights = list(model.parameters())
@@ -80,7 +81,7 @@ def test_one_cuda_graph_of_a_shape_serves_all_its_batches(device):
         assert_same(grads, torch.autograd.grad(direct, weights), rtol=1e-4, atol=1e-5)
 
 
-def captured(model, words, tags):
+def captured(model: Any, words: str, tags: Any) -> Any:
     """Loss and gradients of a batch as a CUDA graph, with the tensors that it reads and writes."""
     words, tags = words.with_padded(words.padded.clone()), tags.with_padded(tags.padded.clone())
     inputs = (words.padded, words.mask, tags.padded, tags.mask)
@@ -99,7 +100,7 @@ def captured(model, words, tags):
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("device", [on_cuda])
-def test_reduced_overhead_skips_no_graph_and_gives_the_same_loss(device):
+def test_reduced_overhead_skips_no_graph_and_gives_the_same_loss(device: str) -> None:
     counters = pytest.importorskip("torch._dynamo.utils").counters
     shapes, loader = fixed_batches()
     model = EXAMPLE["Tagger"]().to(device)

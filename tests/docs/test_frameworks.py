@@ -10,6 +10,7 @@ import tomllib
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,7 +42,7 @@ class Epoch:
     loss: float
 
 
-def needs(package: str):
+def needs(package: str) -> Any:
     return pytest.mark.skipif(find_spec(package) is None, reason=f"{package} is not installed")
 
 
@@ -91,14 +92,14 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "processes", "count"), CASES)
-def test_every_epoch_holds_each_sample_once_and_the_loss_falls(name, processes, count):
+def test_every_epoch_holds_each_sample_once_and_the_loss_falls(name: str, processes: int, count: int) -> None:
     check_epochs(epochs_of(run(processes, name)), count, processes)
 
 
 @needs("transformers")
 @needs("accelerate")
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_trainer_that_resumes_amid_an_epoch_holds_each_sample_once(processes, tmp_path):
+def test_the_trainer_that_resumes_amid_an_epoch_holds_each_sample_once(processes: int, tmp_path: Path) -> None:
     check_epochs(epochs_of(run(processes, "huggingface_trainer.py", tmp_path)), 3, processes)
 
 
@@ -115,7 +116,7 @@ def facts_of(program: str, *arguments: object) -> dict:
 
 @needs("transformers")
 @needs("accelerate")
-def test_predictions_of_a_trainer_are_in_dataset_order_without_sorting(tmp_path):
+def test_predictions_of_a_trainer_are_in_dataset_order_without_sorting(tmp_path: Path) -> None:
     predictions = facts_of("trainer_predict.py", tmp_path)
     of_rows = [place * (1 + place * 7 % 5) for place in range(24)]
     assert predictions["False"] == of_rows
@@ -126,12 +127,12 @@ def test_predictions_of_a_trainer_are_in_dataset_order_without_sorting(tmp_path)
 
 @needs("lightning")
 @pytest.mark.parametrize("workers", [0, 1])
-def test_lightning_resumes_exactly_from_what_was_saved_during_fit(workers, tmp_path):
+def test_lightning_resumes_exactly_from_what_was_saved_during_fit(workers: int, tmp_path: Path) -> None:
     exact = facts_of("lightning_resume.py", tmp_path, workers)
     assert exact == {"steps": True, "last": True, "edge": True, "epochs": False, "after": False}
 
 
-def test_ddp_goes_on_with_another_number_of_processes(tmp_path):
+def test_ddp_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     file = tmp_path / "run.pt"
     first = epochs_of(run(2, "ddp_torchrun.py", file, 50))
     rest = epochs_of(run(1, "ddp_torchrun.py", file))
@@ -144,21 +145,21 @@ def test_ddp_goes_on_with_another_number_of_processes(tmp_path):
 
 
 @needs("datasets")
-def test_datasets_gives_the_lengths_of_its_rows_without_loading_them():
+def test_datasets_gives_the_lengths_of_its_rows_without_loading_them() -> None:
     out = run(1, "huggingface_datasets.py")
     check_epochs(epochs_of(out), 2)
     offsets, column = re.search(r"offsets \[(.+?)\] from the column \[(.+?)\]", out).groups()
     assert offsets == column
 
 
-def test_webdataset_pads_less_when_the_stream_is_bucketed():
+def test_webdataset_pads_less_when_the_stream_is_bucketed() -> None:
     bucketed, arrival = epochs_of(run(1, "webdataset_pipeline.py"))
     assert bucketed.held == arrival.held == "each once"
     assert bucketed.padding < arrival.padding / 5
 
 
 @needs("ray")
-def test_ray_indexes_a_corpus_and_two_workers_train_on_it():
+def test_ray_indexes_a_corpus_and_two_workers_train_on_it() -> None:
     out = run(1, "ray_data.py")
     assert "LengthIndex(1200 samples, 4 shards" in out
     epochs = epochs_of(out)
@@ -168,7 +169,7 @@ def test_ray_indexes_a_corpus_and_two_workers_train_on_it():
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
-def test_an_example_is_short_and_says_how_to_run_it(path):
+def test_an_example_is_short_and_says_how_to_run_it(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) < 90
     if "__main__" in text:
@@ -186,24 +187,24 @@ def blocks_of_the_page() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("example", "block"), blocks_of_the_page())
-def test_the_code_of_the_page_stands_in_its_example(example, block):
+def test_the_code_of_the_page_stands_in_its_example(example: str, block: str) -> None:
     lines = {line.strip() for line in (EXAMPLES / example).read_text().splitlines()}
     assert [line for line in block.splitlines() if line.strip() not in lines] == []
 
 
-def test_the_page_names_every_example():
+def test_the_page_names_every_example() -> None:
     shared = {"parity.py", "tally.py"}
     assert {path.name for path in EXAMPLES.glob("*.py")} - shared <= set(re.findall(r"frameworks/(\w+\.py)", PAGE))
 
 
-def test_each_framework_is_an_extra_that_is_pinned():
+def test_each_framework_is_an_extra_that_is_pinned() -> None:
     pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
     for name in FRAMEWORKS:
         assert name in pinned
         assert set(EXTRAS[name]) <= set(EXTRAS["frameworks"])
 
 
-def test_the_core_imports_no_framework():
+def test_the_core_imports_no_framework() -> None:
     code = f"import collate, samplers, sys; print(sorted(set(sys.modules) & {set(FRAMEWORKS)}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -59,7 +59,7 @@ def run(folder: Path) -> list[list[str]]:
     return [(folder / f"{rank}.txt").read_text().split() for rank in range(2)]
 
 
-def test_the_training_loop_of_the_page_trains_and_goes_on_from_its_checkpoint(tmp_path):
+def test_the_training_loop_of_the_page_trains_and_resumes(tmp_path: Path) -> None:
     [loop] = re.findall(r"```python\n(import torch\.distributed as dist\n.*?)```", PAGE, re.DOTALL)
     for shown, smaller in SMALLER.items():
         assert shown in loop

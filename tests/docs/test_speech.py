@@ -32,13 +32,13 @@ def whole() -> str:
     return run()
 
 
-def test_it_tells_the_corpus_and_pads_far_less_than_random_batches(whole):
+def test_it_tells_the_corpus_and_pads_far_less_than_random_batches(whole: str) -> None:
     assert re.search(r"1,500 samples, 1,\d{3} s of sound, 0.\d\d to 2.\d\d s each", whole)
     planned, random = map(float, re.search(r"padding ([\d.]+)%, in random batches ([\d.]+)%", whole).groups())
     assert planned < random / 5
 
 
-def test_it_learns_to_read_strings_that_it_has_not_heard(whole):
+def test_it_learns_to_read_strings_that_it_has_not_heard(whole: str) -> None:
     before, after = losses_of(whole)
     assert after < 0.2 < 2 < before
     shares = [float(share) for share in re.findall(r"([\d.]+)% of 150 held-out samples right", whole)]
@@ -46,7 +46,7 @@ def test_it_learns_to_read_strings_that_it_has_not_heard(whole):
     assert shares[1] > 85
 
 
-def test_a_batch_gives_what_its_samples_give_and_has_the_lengths_of_their_files(whole):
+def test_a_batch_equals_its_samples_and_has_the_lengths_of_their_files(whole: str) -> None:
     drift = float(re.search(r"8 held-out samples, .* largest difference ([\d.e-]+)", whole)[1])
     assert drift < 1e-4
     on_disk, in_batch = re.search(r"in their files (\[.+?\]), in the batch (\[.+?\])", whole).groups()
@@ -54,13 +54,13 @@ def test_a_batch_gives_what_its_samples_give_and_has_the_lengths_of_their_files(
     assert len(set(on_disk.split(","))) > 1
 
 
-def test_it_reads_shards_that_are_given_with_a_class_for_each_sound(tmp_path):
+def test_it_reads_shards_that_are_given_with_a_class_for_each_sound(tmp_path: Path) -> None:
     write_classes(tmp_path, 8000)
     before, after = losses_of(run("--shards", tmp_path, "--steps", 15))
     assert after < before
 
 
-def test_sound_of_another_rate_is_refused(tmp_path):
+def test_sound_of_another_rate_is_refused(tmp_path: Path) -> None:
     write_classes(tmp_path, 16_000)
     with pytest.raises(AssertionError, match=r"must be at 8000 Hz, got 16000.*\n.*classes.tar: group '0', field 'wav'"):
         run("--shards", tmp_path)

@@ -53,7 +53,7 @@ class Tour:
         return printed.replace(str(self.folder), FOLDER)
 
 
-def test_the_commands_of_the_tour_print_what_the_page_shows(tmp_path, monkeypatch):
+def test_the_commands_of_the_tour_print_what_the_page_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shown = PAGE.read_text()
     printed = Tour(tmp_path).page(shown)
@@ -64,6 +64,6 @@ def test_the_commands_of_the_tour_print_what_the_page_shows(tmp_path, monkeypatc
     assert len(losses[0]) >= 2
 
 
-def test_every_command_is_on_the_tour():
+def test_every_command_is_on_the_tour() -> None:
     shown = PAGE.read_text()
     assert set(main.commands) <= set(re.findall(r"^\$ lengthtrack (\w+)", shown, re.MULTILINE))

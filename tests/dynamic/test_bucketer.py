@@ -39,7 +39,7 @@ BUDGETS = st.fixed_dictionaries(
 
 def items(lengths: list[int]) -> list[tuple[int, Item]]:
     """A stream of samples that know their length and their place."""
-    return [(length, (length, place)) for place, length in enumerate(lengths)]
+    return [(length, (length, index)) for index, length in enumerate(lengths)]
 
 
 def within(batch: list[Item], budget: dict[str, Any]) -> bool:
@@ -74,7 +74,7 @@ def rest(waiting: list[Item], budget: dict[str, Any]) -> list[list[Item]]:
             batches[-1].append(item)
         else:
             batches.append([item])
-    return sorted((sorted(batch) for batch in batches), key=lambda batch: min(place for _, place in batch))
+    return sorted((sorted(batch) for batch in batches), key=lambda batch: min(index for _, index in batch))
 
 
 def take(waiting: list[Item], budget: dict[str, Any]) -> list[Item]:
@@ -125,8 +125,8 @@ def test_nobody_waits_longer_than_max_wait_and_the_buffer_stays_bounded(
         bucketer.push(length, sample)
         waiting.add(arrival)
         while bucketer.is_due:
-            waiting -= {place for _, place in bucketer.pop()}
-        assert all(arrival - place < bucketer.max_wait for place in waiting)
+            waiting -= {index for _, index in bucketer.pop()}
+        assert all(arrival - index < bucketer.max_wait for index in waiting)
         assert len(bucketer) == len(waiting) < options["buffer_size"]
         assert bucketer.oldest == min(waiting, default=arrival + 1)
 
@@ -136,19 +136,19 @@ def test_no_more_bytes_wait_than_max_bytes_and_nothing_is_lost(
     stream: list[tuple[int, int]], options: dict[str, int], max_bytes: int
 ) -> None:
     bucketer: Bucketer[tuple[int, bytes]] = Bucketer(Budget(max_tokens=100), **options | {"max_bytes": max_bytes})
-    samples = [(length, (place, bytes(size))) for place, (length, size) in enumerate(stream)]
+    samples = [(length, (index, bytes(size))) for index, (length, size) in enumerate(stream)]
     waiting: dict[int, int] = {}
     for length, sample in samples:
         bucketer.push(length, sample)
         waiting[sample[0]] = bytes_of(sample)
         assert bucketer.held_bytes == sum(waiting.values()) <= max_bytes + bytes_of(sample)
         while bucketer.is_due:
-            for place, _ in bucketer.pop():
-                del waiting[place]
+            for index, _ in bucketer.pop():
+                del waiting[index]
         assert bucketer.held_bytes == sum(waiting.values()) <= max_bytes
     while len(bucketer):
-        for place, _ in bucketer.pop():
-            del waiting[place]
+        for index, _ in bucketer.pop():
+            del waiting[index]
     assert not waiting
     assert bucketer.held_bytes == 0
 
@@ -166,7 +166,7 @@ def test_a_batch_comes_early_only_when_bytes_run_out_and_is_the_oldests() -> Non
     assert bucketer.held_bytes == bytes_of(sample)
 
 
-def test_a_sample_greater_than_max_bytes_empties_the_buffer_and_comes_out_itself() -> None:
+def test_a_sample_larger_than_max_bytes_empties_the_buffer() -> None:
     bucketer: Bucketer[bytes] = Bucketer(Budget(batch_size=2), buffer_size=99, max_bytes=500)
     stream = [(1, b"a"), (9, bytes(1000)), (2, b"b"), (3, b"c")]
     assert list(bucketer.batches_of(stream)) == [[b"a", bytes(1000)], [b"b", b"c"]]
@@ -206,7 +206,7 @@ BIG = np.zeros((100, 10), np.float32)
         ("x" * 4000, 4000),
         ("🐍" * 1000, 4000),
         ({"a": BIG, "b": {"c": [bytes(900), (BIG.copy(),)]}}, 8900),
-        ([1000 + place for place in range(100)], 100 * (28 + 8)),
+        ([1000 + index for index in range(100)], 100 * (28 + 8)),
         ({bytes(1000)}, 1000),
         (deque([bytes(1000)]), 1000),
         (Pair(BIG, [bytes(1000)]), 5000),
@@ -235,7 +235,7 @@ def test_an_object_counts_once_however_often_it_is_held_and_cycles_end() -> None
     assert bytes_of(deep) > 100_000 * 56
 
 
-def test_bytes_that_torch_does_not_tell_are_an_error_and_the_sample_has_not_come() -> None:
+def test_a_size_that_torch_does_not_tell_is_an_error_and_no_arrival() -> None:
     bucketer: Bucketer[Any] = Bucketer(Budget(max_tokens=2), buffer_size=2, max_bytes=100, overlong="alone")
     before = bucketer.state_dict()
     for length in (2, 3):
@@ -264,7 +264,7 @@ def test_overlong_samples_are_counted_and_nothing_else_is_lost(
     assert bucketer.arrivals == bucketer.oldest == len(lengths)
 
 
-def test_an_overlong_sample_is_an_error_that_names_it_and_leaves_the_rest_as_it_was() -> None:
+def test_an_overlong_sample_is_named_and_changes_nothing_else() -> None:
     bucketer: Bucketer[Any] = Bucketer(Budget(max_tokens=20), buffer_size=9)
     bucketer.push(3, "short")
     before = bucketer.state_dict()
@@ -303,8 +303,8 @@ def test_the_rest_is_cut_alike_whatever_is_out_of_it(
 
 def test_the_rest_is_cut_fast_also_in_many_small_batches() -> None:
     bucketer: Bucketer[int] = Bucketer(Budget(batch_size=1), buffer_size=30_000)
-    batches = list(bucketer.batches_of((place % 7, place) for place in range(20_000)))
-    assert batches == [[place] for place in range(20_000)]
+    batches = list(bucketer.batches_of((index % 7, index) for index in range(20_000)))
+    assert batches == [[index] for index in range(20_000)]
 
 
 def test_no_sample_is_pushed_after_the_end() -> None:
@@ -349,7 +349,7 @@ def test_a_state_goes_on_exactly_after_any_number_of_saves(
 
 
 @given(LENGTHS, OPTIONS, OPTIONS, st.integers(0, 60), st.integers(0, 20))
-def test_a_state_may_be_saved_while_it_is_refilled_and_goes_on_with_other_options(
+def test_a_state_saved_during_refill_resumes_with_other_options(
     lengths: list[int], options: dict[str, int], others: dict[str, int], cut: int, refilled: int
 ) -> None:
     first: Bucketer[Item] = Bucketer(Budget(max_tokens=50), **options)
@@ -368,8 +368,8 @@ def test_a_state_may_be_saved_while_it_is_refilled_and_goes_on_with_other_option
 
 def test_a_state_at_a_buffer_of_a_thousand_is_under_a_kilobyte() -> None:
     bucketer: Bucketer[int] = Bucketer(Budget(max_tokens=20_000), buffer_size=1000)
-    lengths = [(place * 7919) % 2900 + 100 for place in range(5000)]
-    for number, _ in enumerate(bucketer.batches_of((length, place) for place, length in enumerate(lengths))):
+    lengths = [(index * 7919) % 2900 + 100 for index in range(5000)]
+    for number, _ in enumerate(bucketer.batches_of((length, index) for index, length in enumerate(lengths))):
         assert number < 20 or len(json.dumps(bucketer.state_dict())) < 1000
 
 
@@ -387,8 +387,8 @@ def test_a_state_at_a_buffer_of_a_thousand_is_under_a_kilobyte() -> None:
 )
 def test_a_damaged_state_is_refused(change: dict[str, Any], says: str) -> None:
     bucketer: Bucketer[int] = Bucketer(Budget(batch_size=2), buffer_size=9)
-    for place in range(5):
-        bucketer.push(3, place)
+    for index in range(5):
+        bucketer.push(3, index)
     with pytest.raises(ValueError, match=says):
         bucketer.load_state_dict(bucketer.state_dict() | change)
     with pytest.raises(ValueError, match="is not what state_dict gave"):

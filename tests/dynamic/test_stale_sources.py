@@ -104,7 +104,7 @@ def test_a_state_of_any_epoch_gives_the_rest_or_an_error(wrap: str, before: list
     assert list(restored) == list(new())
 
 
-def test_a_loader_of_an_epoch_that_was_broken_off_loses_nothing():
+def test_a_loader_of_an_epoch_that_was_broken_off_loses_nothing() -> None:
     loader = nodes.Loader(make(batch_size=1, max_tokens=None, buffer_size=4))
     iterator = iter(loader)
     for _ in range(3):
@@ -117,7 +117,7 @@ def test_a_loader_of_an_epoch_that_was_broken_off_loses_nothing():
     assert next(iter(restored)) == next(iterator)
 
 
-def test_check_node_finds_what_cannot_be_saved_and_passes_the_way_out():
+def test_check_node_finds_what_cannot_be_saved_and_passes_the_way_out() -> None:
     with pytest.raises(
         AssertionError, match="after a whole one, restored from the state after 0 items: ValueError: .*not begun"
     ):

@@ -135,7 +135,7 @@ def test_what_was_dropped_set_apart_or_cut_off_is_logged(caplog: pytest.LogCaptu
 
 def sample_stream(count: int = 120) -> list[dict[str, Any]]:
     rng = random.Random(0)
-    return [{"__key__": str(place), "x": [place] * rng.randint(1, 30)} for place in range(count)]
+    return [{"__key__": str(index), "x": [index] * rng.randint(1, 30)} for index in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_nodes_and_their_workers_share_the_shards_out(shards: list[str], monkeyp
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-def test_an_epoch_of_resampled_shards_is_so_many_batches_and_what_it_cuts_off_is_told(
+def test_an_epoch_of_resampled_shards_is_cut_and_the_cut_is_logged(
     shards: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     stage = bucket_by_length(count_words, max_tokens=100, buffer_size=20)
@@ -314,7 +314,7 @@ def test_a_node_saved_at_any_batch_goes_on_exactly_also_on_the_second_save(kind:
 
 
 @pytest.mark.parametrize("kind", ["plain", "prefetcher", "parallel mapper"])
-def test_a_loader_saved_at_any_batch_goes_on_exactly_and_into_the_next_epoch(kind: str) -> None:
+def test_a_loader_saved_at_any_batch_resumes_exactly_and_continues(kind: str) -> None:
     whole = drain(started(node(kind)))
     for cut in range(0, len(whole), 4):
         first = tn.Loader(node(kind))
@@ -333,7 +333,7 @@ def test_a_loader_saved_at_any_batch_goes_on_exactly_and_into_the_next_epoch(kin
     st.lists(st.integers(0, 40), min_size=1, max_size=3),
     st.none() | st.integers(1, 3000),
 )
-def test_a_node_loses_nothing_over_any_number_of_saves_though_its_sources_state_is_alive(
+def test_a_node_loses_nothing_over_many_saves_of_a_live_state(
     lengths: list[int], buffer_size: int, overlong: Any, cuts: list[int], max_bytes: int | None
 ) -> None:
     options: dict[str, Any] = {"buffer_size": buffer_size, "overlong": overlong, "max_bytes": max_bytes}
@@ -354,7 +354,7 @@ def test_a_node_loses_nothing_over_any_number_of_saves_though_its_sources_state_
         assert drain(started(new(), saved)) == expected[taken:]
 
 
-def test_a_sources_state_is_asked_for_once_in_many_arrivals_and_little_is_read_again() -> None:
+def test_a_source_s_state_is_read_rarely_and_little_is_read_again() -> None:
     source = Numbers([3] * 2000)
     running = started(LengthBucketNode(source, identity, max_tokens=12, buffer_size=100))
     for _ in range(300):

@@ -14,7 +14,7 @@ LENGTHS = np.random.default_rng(0).integers(1, 30, 60).tolist()
 
 
 def source() -> nodes.BaseNode[Any]:
-    samples = [{"x": torch.full((length,), place), "y": np.arange(length)} for place, length in enumerate(LENGTHS)]
+    samples = [{"x": torch.full((length,), index), "y": np.arange(length)} for index, length in enumerate(LENGTHS)]
     return nodes.IterableWrapper(samples)
 
 
@@ -33,7 +33,7 @@ WRAPS = {
 
 
 @pytest.mark.parametrize("name", WRAPS)
-def test_the_node_of_buckets_keeps_the_contract(name):
+def test_the_node_of_buckets_keeps_the_contract(name: str) -> None:
     assert check_node(WRAPS[name], every=4) > 8
 
 
@@ -125,7 +125,7 @@ class Careless(Counter):
         return {"at": self.place["at"] - self.first}
 
 
-def test_a_node_that_counts_rightly_keeps_the_contract():
+def test_a_node_that_counts_rightly_keeps_the_contract() -> None:
     assert check_node(Counter) == 5
     assert check_node(lambda: nodes.Mapper(Counter(), str), every=3) == 5
 
@@ -143,19 +143,19 @@ def test_a_node_that_counts_rightly_keeps_the_contract():
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_node_that_breaks_the_contract_is_told_how(kind, message):
+def test_a_node_that_breaks_the_contract_is_told_how(kind: type[Any], message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         check_node(kind)
 
 
-def test_items_are_compared_by_value_dtype_and_type():
+def test_items_are_compared_by_value_dtype_and_type() -> None:
     drawn = iter(range(100))
     for item in (lambda: torch.tensor(next(drawn)), lambda: np.zeros(2, f"f{4 + 4 * (next(drawn) % 2)}")):
         with pytest.raises(AssertionError, match="a second new node"):
             check_node(lambda item=item: nodes.IterableWrapper([item()]))
 
 
-def test_every_is_at_least_one():
+def test_every_is_at_least_one() -> None:
     with pytest.raises(ValueError, match="every must be at least 1, got 0"):
         check_node(Counter, every=0)
 
@@ -199,7 +199,7 @@ class Once(Counter):
         (Once, r"in the epoch after a whole one, restored from the state after 0 items: ValueError: only once"),
     ],
 )
-def test_a_node_that_is_wrong_from_its_second_epoch_on_is_told_how(kind, message):
+def test_a_node_that_is_wrong_from_its_second_epoch_on_is_told_how(kind: type[Any], message: str) -> None:
     # Red: the states of a first epoch alone were tried.
     with pytest.raises(AssertionError, match=message):
         check_node(kind)

@@ -117,7 +117,7 @@ def test_an_error_of_a_length_function_is_never_skipped(error: Exception) -> Non
             list(bucket_by_length(measure, max_tokens=100, handler=handler)([3, error, 4]))
 
 
-def test_an_error_of_the_source_is_never_skipped_for_nothing_comes_after_it() -> None:
+def test_an_error_of_the_source_is_never_skipped() -> None:
     def source() -> Any:
         yield sample(0)
         raise ValueError("a bad shard")

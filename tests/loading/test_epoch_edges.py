@@ -3,6 +3,7 @@
 import json
 import logging
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def loader(sampler: Any, workers: int = 0) -> StatefulDataLoader:
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Any:
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     with ShardWriter(folder, max_samples=30) as writer:
         for number in range(120):
@@ -45,7 +46,7 @@ def keys(samples: list[dict[str, Any]]) -> list[str]:
     return [sample["__key__"] for sample in samples]
 
 
-def stream(shards: Any, **options: Any) -> ShardStream:
+def stream(shards: Path, **options: Any) -> ShardStream:
     return ShardStream(shards, collate_fn=keys, **({"max_tokens": 300, "window": 50} | options))
 
 
@@ -53,7 +54,7 @@ def stream(shards: Any, **options: Any) -> ShardStream:
 
 
 @given(st.integers(0, 4), st.booleans())
-def test_an_iterator_given_an_epochs_end_gives_nothing_and_the_next_follows(epoch: int, stopped: bool) -> None:
+def test_an_iterator_at_an_epoch_s_end_gives_nothing_then_the_next(epoch: int, stopped: bool) -> None:
     iterator = iter(at(epoch))
     list(iterator) if stopped else list(islice(iterator, len(make())))
     state = iterator.state_dict()
@@ -68,7 +69,7 @@ def test_an_iterator_given_an_epochs_end_gives_nothing_and_the_next_follows(epoc
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_saved_in_an_epochs_last_step_does_not_train_it_again(workers):
+def test_a_loader_saved_in_an_epochs_last_step_does_not_train_it_again(workers: int) -> None:
     saved = loader(make(), workers)
     list(saved)
     running = iter(saved)
@@ -81,7 +82,7 @@ def test_a_loader_saved_in_an_epochs_last_step_does_not_train_it_again(workers):
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3])
-def test_a_loader_saved_after_whole_epochs_goes_on_with_the_next(epochs):
+def test_a_loader_saved_after_whole_epochs_goes_on_with_the_next(epochs: int) -> None:
     saved = loader(make())
     for _ in range(epochs):
         list(saved)
@@ -122,7 +123,7 @@ def test_an_iterator_of_all_goes_on_within_a_step(replicas: int, taken: int, epo
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("cut", [0, 3, 6])
-def test_a_loader_of_all_replicas_resumes_in_the_second_epoch(workers, cut):
+def test_a_loader_of_all_replicas_resumes_in_the_second_epoch(workers: int, cut: int) -> None:
     options = {"num_replicas": 2, "rank": "all"}
     saved = loader(make(**options), workers)
     list(saved)
@@ -138,12 +139,14 @@ def test_a_loader_of_all_replicas_resumes_in_the_second_epoch(workers, cut):
 # --- positions that are dropped
 
 
-def dropped(caplog) -> list[str]:
+def dropped(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
 @pytest.mark.parametrize("kind", ["sampler", "stream"])
-def test_a_position_that_was_sought_and_dropped_is_logged(kind, shards, caplog):
+def test_a_position_that_was_sought_and_dropped_is_logged(
+    kind: str, shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     new = (lambda: make()) if kind == "sampler" else (lambda: stream(shards))
     position = new().position(3)
     steps = len(new()) - 3
@@ -160,7 +163,7 @@ def test_a_position_that_was_sought_and_dropped_is_logged(kind, shards, caplog):
 
 
 @pytest.mark.parametrize("kind", ["sampler", "stream"])
-def test_nothing_is_logged_where_nothing_is_lost(kind, shards, caplog):
+def test_nothing_is_logged_where_nothing_is_lost(kind: str, shards: Path, caplog: pytest.LogCaptureFixture) -> None:
     new = (lambda: make()) if kind == "sampler" else (lambda: stream(shards))
     position = new().position(3)
     sampler = new()
@@ -180,7 +183,7 @@ def test_nothing_is_logged_where_nothing_is_lost(kind, shards, caplog):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_dropped_state_of_a_loader_is_logged(workers, caplog):
+def test_a_dropped_state_of_a_loader_is_logged(workers: int, caplog: pytest.LogCaptureFixture) -> None:
     saved = loader(make(), workers)
     next(iter(saved))
     restored = loader(make(), workers)
@@ -194,7 +197,7 @@ def test_a_dropped_state_of_a_loader_is_logged(workers, caplog):
 
 
 @pytest.mark.parametrize("kind", ["sampler", "stream"])
-def test_a_position_of_the_first_release_is_refused_but_at_an_epochs_edge(kind, shards):
+def test_a_position_of_the_first_release_is_refused_but_at_an_epochs_edge(kind: str, shards: Path) -> None:
     new = (lambda **options: make(**options)) if kind == "sampler" else (lambda **options: stream(shards, **options))
     sampler = new()
     sampler.set_epoch(4)
@@ -213,7 +216,7 @@ def test_a_position_of_the_first_release_is_refused_but_at_an_epochs_edge(kind, 
             new(**other).seek(end)
 
 
-def test_an_iterators_state_of_a_stream_in_the_first_release_is_refused(shards):
+def test_an_iterators_state_of_a_stream_in_the_first_release_is_refused(shards: Path) -> None:
     iterator = iter(stream(shards))
     state = iterator.state_dict()
     assert state["version"] == 2
@@ -221,7 +224,7 @@ def test_an_iterators_state_of_a_stream_in_the_first_release_is_refused(shards):
         iterator.load_state_dict(state | FIRST)
 
 
-def test_a_workers_state_is_not_taken_for_a_position(shards):
+def test_a_workers_state_is_not_taken_for_a_position(shards: Path) -> None:
     data = stream(shards)
     iterator = iter(data)
     next(iterator)
@@ -242,14 +245,16 @@ def test_a_workers_state_is_not_taken_for_a_position(shards):
         ({"version": 3}, ValueError, "version 2, got version 3: resume with the release that saved it"),
     ],
 )
-def test_a_position_with_a_wild_number_is_refused_by_name(kind, change, error, says, shards):
+def test_a_position_with_a_wild_number_is_refused_by_name(
+    kind: str, change: dict[str, Any], error: type[Exception], says: str, shards: Path
+) -> None:
     sampler = make() if kind == "sampler" else stream(shards)
     with pytest.raises(error, match=says):
         sampler.seek(sampler.position(1) | change)
 
 
 @pytest.mark.parametrize("kind", ["sampler", "stream"])
-def test_an_epoch_beyond_what_workers_share_is_refused(kind, shards):
+def test_an_epoch_beyond_what_workers_share_is_refused(kind: str, shards: Path) -> None:
     sampler = make() if kind == "sampler" else stream(shards)
     for refuse in (sampler.set_epoch, sampler.plan):
         with pytest.raises(ValueError, match="epoch must be at most 2147483647, got 1180591620717411303424"):

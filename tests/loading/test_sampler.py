@@ -219,7 +219,7 @@ def test_an_iterator_under_way_can_be_sent_elsewhere() -> None:
     assert list(iterator) == whole[7:]
 
 
-def test_a_restored_iterator_outlasts_a_set_epoch_and_the_next_epoch_follows_it() -> None:
+def test_a_restored_iterator_outlasts_set_epoch_and_the_next_follows() -> None:
     sampler = make()
     iterator = iter(sampler)
     iterator.load_state_dict(make().position(4))
@@ -321,7 +321,7 @@ def test_a_position_without_a_value_or_that_is_no_mapping_is_refused() -> None:
         sampler.seek([1, 2])
 
 
-def test_a_rest_that_cannot_be_shared_is_refused_with_the_numbers_and_the_way_out() -> None:
+def test_a_remainder_that_cannot_be_shared_is_refused_with_a_remedy() -> None:
     sampler = make(lengths=[3] * 10, max_tokens=None, batch_size=5)
     list(islice(sampler, 1))
     position = sampler.position(1)
@@ -411,7 +411,7 @@ def test_a_stateful_loader_resumes_at_any_batch(workers: int, cuts: Any, manual:
         assert list(epochs(restored, 2, 4, manual=manual)) == expected[2:]
 
 
-def test_a_stateful_loader_saved_after_its_last_batch_goes_on_with_the_next_epoch() -> None:
+def test_a_stateful_loader_saved_at_its_end_resumes_at_the_next_epoch() -> None:
     loader = stateful_loader(0)
     expected = [list(make().plan(epoch).batches) for epoch in range(2)]
     assert list(loader) == expected[0]

@@ -1,6 +1,8 @@
 """ShardStream: a sharded corpus streams as it is planned, on any number of replicas and workers, from any position."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,37 +18,37 @@ COUNT = 300
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     rng = np.random.default_rng(0)
     with ShardWriter(folder, max_samples=40, block_size=16) as writer:
-        for place in range(COUNT):
-            writer.write({"__key__": f"{place:03}", "x": np.full(rng.integers(1, 40), place, np.int32)})
+        for index in range(COUNT):
+            writer.write({"__key__": f"{index:03}", "x": np.full(rng.integers(1, 40), index, np.int32)})
     return folder
 
 
-def collate(samples):
+def collate(samples: Any) -> Any:
     """The ids of a batch, which is all that most tests look at."""
     return [sample["__key__"] for sample in samples]
 
 
-def stream(corpus, **options):
+def stream(corpus: Path, **options: Any) -> Any:
     return ShardStream(corpus, **({"collate_fn": collate, "max_tokens": 200, "window": 80} | options))
 
 
-def loader(data, workers=0, kind=DataLoader, **options):
+def loader(data: Any, workers: int = 0, kind: Any = DataLoader, **options: Any) -> Any:
     return kind(data, batch_size=None, num_workers=workers, **options)
 
 
-def ids(batches):
+def ids(batches: Any) -> Any:
     return sorted(key for batch in batches for key in batch)
 
 
-ALL = [f"{place:03}" for place in range(COUNT)]
+ALL = [f"{index:03}" for index in range(COUNT)]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_every_sample_comes_once_in_every_epoch_whatever_the_workers(corpus, workers):
+def test_every_sample_comes_once_in_every_epoch_whatever_the_workers(corpus: Path, workers: int) -> None:
     data = stream(corpus)
     expected = [list(stream(corpus))] + [list(_at(corpus, epoch)) for epoch in (1, 2)]
     for epoch in range(3):
@@ -57,14 +59,14 @@ def test_every_sample_comes_once_in_every_epoch_whatever_the_workers(corpus, wor
     assert expected[0] != expected[1] != expected[2]
 
 
-def _at(corpus, epoch):
+def _at(corpus: Path, epoch: int) -> Any:
     data = stream(corpus)
     data.set_epoch(epoch)
     return data
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-def test_set_epoch_reaches_workers_that_live_on(corpus, persistent):
+def test_set_epoch_reaches_workers_that_live_on(corpus: Path, persistent: bool) -> None:
     data = stream(corpus)
     running = loader(data, 2, persistent_workers=persistent)
     for epoch in (0, 5, 6, 5):
@@ -83,7 +85,7 @@ SHARING = st.fixed_dictionaries(
 
 
 @given(SHARING, st.integers(0, 3))
-def test_replicas_share_an_epoch_evenly_within_the_budget(corpus, options, epoch):
+def test_replicas_share_an_epoch_evenly_within_the_budget(corpus: Path, options: Any, epoch: int) -> None:
     try:
         streams = [stream(corpus, rank=rank, **options) for rank in range(options["num_replicas"])]
     except ValueError as error:
@@ -100,7 +102,7 @@ def test_replicas_share_an_epoch_evenly_within_the_budget(corpus, options, epoch
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 12)), min_size=1, max_size=4), st.integers(0, 3))
-def test_a_position_goes_on_with_other_replicas_any_number_of_times(corpus, chain, seed):
+def test_a_position_goes_on_with_other_replicas_any_number_of_times(corpus: Path, chain: Any, seed: int) -> None:
     position, seen = None, []
     for replicas, steps in chain:
         streams = [stream(corpus, num_replicas=replicas, rank=rank, seed=seed) for rank in range(replicas)]
@@ -117,7 +119,7 @@ def test_a_position_goes_on_with_other_replicas_any_number_of_times(corpus, chai
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stateful_loader_resumes_at_every_batch_and_into_the_next_epoch(corpus, workers):
+def test_a_stateful_loader_resumes_at_every_batch_and_into_the_next_epoch(corpus: Path, workers: int) -> None:
     whole = list(stream(corpus))
     following = list(_at(corpus, 1))
     for cut in (0, 1, 2, len(whole) // 2, len(whole) - 1, len(whole)):
@@ -132,14 +134,14 @@ def test_a_stateful_loader_resumes_at_every_batch_and_into_the_next_epoch(corpus
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_after_an_early_break_the_next_epoch_is_whole(corpus, workers):
+def test_after_an_early_break_the_next_epoch_is_whole(corpus: Path, workers: int) -> None:
     data = stream(corpus)
     for _ in loader(data, workers):
         break
     assert ids(loader(data, workers)) == ALL
 
 
-def test_batches_are_collated_where_they_are_read(corpus):
+def test_batches_are_collated_where_they_are_read(corpus: Path) -> None:
     data = stream(corpus, collate_fn=PadCollator(-1))
     for batch in loader(data, 2):
         batch["x"].verify()
@@ -147,7 +149,7 @@ def test_batches_are_collated_where_they_are_read(corpus):
         assert all((row == int(key)).all() for row, key in zip(batch["x"].sequences(), batch["__key__"], strict=True))
 
 
-def test_the_shapes_are_known_before_the_first_batch(corpus):
+def test_the_shapes_are_known_before_the_first_batch(corpus: Path) -> None:
     data = stream(corpus, collate_fn=PadCollator(widths=8), widths=8)
     shapes = data.shapes
     for batch in data:
@@ -155,9 +157,9 @@ def test_the_shapes_are_known_before_the_first_batch(corpus):
         assert any(rows <= most and width <= limit for most, (limit,) in shapes)
 
 
-def test_left_out_samples_are_those_that_an_option_names(corpus):
+def test_left_out_samples_are_those_that_an_option_names(corpus: Path) -> None:
     chosen = np.arange(0, COUNT, 3)
-    assert ids(stream(corpus, indices=chosen)) == [ALL[place] for place in chosen]
+    assert ids(stream(corpus, indices=chosen)) == [ALL[index] for index in chosen]
     with pytest.raises(LengthError, match="max_tokens|budget"):
         stream(corpus, max_tokens=20)
     lengths = stream(corpus).data.index.lengths.reshape(-1)
@@ -165,7 +167,7 @@ def test_left_out_samples_are_those_that_an_option_names(corpus):
     assert kept == [key for key, length in zip(ALL, lengths, strict=True) if length <= 20]
 
 
-def test_a_position_of_another_corpus_or_plan_is_refused(corpus):
+def test_a_position_of_another_corpus_or_plan_is_refused(corpus: Path) -> None:
     position = stream(corpus).position(3)
     for options in ({"seed": 1}, {"max_tokens": 190}, {"indices": np.arange(9)}):
         with pytest.raises(ValueError, match="position"):
@@ -177,7 +179,7 @@ def test_a_position_of_another_corpus_or_plan_is_refused(corpus):
 
 
 @pytest.mark.parametrize("other", [{"worker": 1}, {"workers": 2}, {"num_replicas": 3}, {"num_replicas": None}])
-def test_a_state_of_other_workers_or_replicas_is_refused(corpus, other):
+def test_a_state_of_other_workers_or_replicas_is_refused(corpus: Path, other: dict[str, Any]) -> None:
     running = iter(stream(corpus, num_replicas=2, rank=0))
     with pytest.raises(
         ValueError, match="of as many workers and replicas, got .*: keep these numbers, or use position"
@@ -185,6 +187,6 @@ def test_a_state_of_other_workers_or_replicas_is_refused(corpus, other):
         running.load_state_dict(running.state_dict() | other)
 
 
-def test_more_replicas_than_rows_in_the_last_step_are_refused_with_the_way_out(corpus):
+def test_more_replicas_than_rows_in_the_last_step_are_refused(corpus: Path) -> None:
     with pytest.raises(ValueError, match="set drop_last=True, use fewer"):
         stream(corpus, max_tokens=None, batch_size=2, num_replicas=64, rank=0)

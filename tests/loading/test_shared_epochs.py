@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ copies = pytest.mark.parametrize("how", COPIES)
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Any:
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     lengths = np.random.default_rng(1).integers(1, 40, COUNT)
     with ShardWriter(folder, max_samples=30) as writer:
@@ -39,13 +40,13 @@ def keys(samples: list[dict[str, Any]]) -> list[str]:
     return [sample["__key__"] for sample in samples]
 
 
-def stream(shards: Any, epoch: int = 0) -> ShardStream:
+def stream(shards: Path, epoch: int = 0) -> ShardStream:
     data = ShardStream(shards, collate_fn=keys, max_tokens=300, window=50)
     data.set_epoch(epoch)
     return data
 
 
-def epochs(shards: Any, *numbers: int) -> list[list[list[str]]]:
+def epochs(shards: Path, *numbers: int) -> list[list[list[str]]]:
     return [list(stream(shards, number)) for number in numbers]
 
 
@@ -60,7 +61,7 @@ LOADERS = pytest.mark.parametrize(
 
 @copies
 @LOADERS
-def test_a_copy_comes_to_its_next_epochs(how, workers, options, shards):
+def test_a_copy_comes_to_its_next_epochs(how: str, workers: int, options: dict[str, bool], shards: Path) -> None:
     # Red: a copy with workers gave the same epoch for ever, and set_epoch did not reach workers that live on.
     data = stream(shards, 1)
     list(islice(data, 2))
@@ -76,7 +77,7 @@ def test_a_copy_comes_to_its_next_epochs(how, workers, options, shards):
 
 
 @copies
-def test_a_copy_keeps_what_was_sought(how, shards):
+def test_a_copy_keeps_what_was_sought(how: str, shards: Path) -> None:
     data = stream(shards)
     data.seek(data.position(3))
     copied = COPIES[how](data)
@@ -85,7 +86,7 @@ def test_a_copy_keeps_what_was_sought(how, shards):
 
 
 @copies
-def test_a_copied_sampler_and_its_iterator_go_their_own_ways(how):
+def test_a_copied_sampler_and_its_iterator_go_their_own_ways(how: str) -> None:
     # Red for copy.copy: both moved one epoch, and took batches out of one list.
     sampler = LengthBucketBatchSampler(np.arange(1, 200), max_tokens=400)
     whole = list(sampler.plan(0).batches)
@@ -97,7 +98,7 @@ def test_a_copied_sampler_and_its_iterator_go_their_own_ways(how):
     assert first + list(again) == first + list(iterator) == whole
 
 
-def test_a_pickle_of_a_stream_is_small_and_holds_no_memory_that_is_shared(shards):
+def test_a_pickle_of_a_stream_is_small_and_holds_no_memory_that_is_shared(shards: Path) -> None:
     data = stream(shards)
     list(islice(data, 1))
     assert len(pickle.dumps(data._cursor)) < 1000
@@ -110,7 +111,7 @@ def _advance(data: ShardStream, queue: Any) -> None:
 
 
 @pytest.mark.parametrize("way", ["argument", "queue"])
-def test_what_torchs_multiprocessing_sends_is_shared(way, shards):
+def test_what_torchs_multiprocessing_sends_is_shared(way: str, shards: Path) -> None:
     context = torch.multiprocessing.get_context("spawn")
     data, queue = stream(shards, 3), context.Queue()
     process = context.Process(target=_advance, args=(data if way == "argument" else None, queue))
@@ -124,7 +125,9 @@ def test_what_torchs_multiprocessing_sends_is_shared(way, shards):
 
 @pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
 @LOADERS
-def test_a_pass_after_an_early_break_is_the_next_epoch(kind, workers, options, shards):
+def test_a_pass_after_an_early_break_is_the_next_epoch(
+    kind: type[Any], workers: int, options: dict[str, bool], shards: Path
+) -> None:
     # Red: the same batches came in every pass.
     running = loader(stream(shards), workers, kind, **options)
     seen = [[batch for batch, _ in zip(running, range(2), strict=False)] for _ in range(4)]
@@ -133,20 +136,20 @@ def test_a_pass_after_an_early_break_is_the_next_epoch(kind, workers, options, s
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_workers_that_are_started_anew_agree_on_the_epoch(method, shards):
+def test_workers_that_are_started_anew_agree_on_the_epoch(method: str, shards: Path) -> None:
     running = loader(stream(shards), 2, multiprocessing_context=method)
     next(iter(running))
     assert list(running) == epochs(shards, 1)[0]
 
 
-def test_workers_with_the_same_seed_in_each_pass_are_told_apart(shards):
+def test_workers_with_the_same_seed_in_each_pass_are_told_apart(shards: Path) -> None:
     running = loader(stream(shards), 2)
     for epoch in range(4):
         torch.manual_seed(0)
         assert [batch for batch, _ in zip(running, range(3), strict=False)] == epochs(shards, epoch)[0][:3]
 
 
-def test_more_workers_than_batches_agree_as_well(shards):
+def test_more_workers_than_batches_agree_as_well(shards: Path) -> None:
     data = ShardStream(shards, collate_fn=keys, max_tokens=4000)
     running = loader(data, len(data) + 2)
     for epoch in range(3):
@@ -154,7 +157,7 @@ def test_more_workers_than_batches_agree_as_well(shards):
         assert list(running) == [[data.data.index.keys[sample] for sample in batch] for batch in plan.batches]
 
 
-def test_two_loaders_at_once_take_an_epoch_each(shards):
+def test_two_loaders_at_once_take_an_epoch_each(shards: Path) -> None:
     data = stream(shards)
     first, second = iter(loader(data, 2)), iter(loader(data, 2))
     taken = [next(first)], [next(second)]
@@ -164,7 +167,7 @@ def test_two_loaders_at_once_take_an_epoch_each(shards):
 
 @pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
 @pytest.mark.parametrize("options", [{}, {"multiprocessing_context": "spawn"}, {"persistent_workers": True}])
-def test_loaders_at_once_of_one_seed_take_an_epoch_each(kind, options, shards):
+def test_loaders_at_once_of_one_seed_take_an_epoch_each(kind: type[Any], options: dict[str, Any], shards: Path) -> None:
     # Red: the second took the first one's epoch, since workers knew those of their loader by its seed alone.
     data = stream(shards)
     running, taken = [], []
@@ -177,7 +180,7 @@ def test_loaders_at_once_of_one_seed_take_an_epoch_each(kind, options, shards):
     assert data.epoch == 3
 
 
-def test_a_pass_that_is_held_while_the_next_has_its_seed_is_no_part_of_it(shards):
+def test_a_pass_that_is_held_while_the_next_has_its_seed_is_no_part_of_it(shards: Path) -> None:
     running, held = loader(stream(shards), 3), []
     for epoch in range(4):
         torch.manual_seed(0)
@@ -185,7 +188,7 @@ def test_a_pass_that_is_held_while_the_next_has_its_seed_is_no_part_of_it(shards
         assert list(islice(held[-1], 3)) == epochs(shards, epoch)[0][:3]
 
 
-def test_loaders_of_one_seed_that_begin_together_take_whole_epochs(shards):
+def test_loaders_of_one_seed_that_begin_together_take_whole_epochs(shards: Path) -> None:
     # Before all workers of the first have begun, the second may take its epoch, but never a part of it.
     data = stream(shards)
     running = []
@@ -195,7 +198,7 @@ def test_loaders_of_one_seed_that_begin_together_take_whole_epochs(shards):
     assert all(list(each) in epochs(shards, 0, 1, 2) for each in running)
 
 
-def test_workers_whose_births_are_mixed_up_know_their_loader(shards):
+def test_workers_whose_births_are_mixed_up_know_their_loader(shards: Path) -> None:
     # Threads that start processes side by side: births differ within a loader, seeds do not.
     mine = [Token(5, 1, os.getpid(), worker, birth) for worker, birth in ((0, 7), (1, 8), (2, 11))]
     records = [Record(1, 4, 0, 1, 0, **mine[0]._asdict())]
@@ -204,7 +207,7 @@ def test_workers_whose_births_are_mixed_up_know_their_loader(shards):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_position_counts_from_where_a_loaders_state_led(workers, shards):
+def test_a_position_counts_from_where_a_loaders_state_led(workers: int, shards: Path) -> None:
     # Red: it counted from where the iteration began that had saved the state.
     saved = loader(stream(shards), workers, StatefulDataLoader)
     running = iter(saved)
@@ -220,13 +223,13 @@ def test_a_position_counts_from_where_a_loaders_state_led(workers, shards):
         data.position(len(data) - 2)
 
 
-def test_a_half_written_record_is_not_read(shards):
+def test_a_half_written_record_is_not_read(shards: Path) -> None:
     data = stream(shards, 2)
     data._cursor._numbers[0, 0, :3] = 99, 4, 50
     assert data.epoch == 2
 
 
-def test_forked_children_of_the_default_method_share(shards):
+def test_forked_children_of_the_default_method_share(shards: Path) -> None:
     data = stream(shards)
     process = multiprocessing.get_context("fork").Process(target=_advance, args=(data, None))
     process.start()
@@ -234,7 +237,7 @@ def test_forked_children_of_the_default_method_share(shards):
     assert data.epoch == 1
 
 
-def test_shared_memory_is_made_in_a_forked_process_whose_parent_used_threads():
+def test_shared_memory_is_made_in_a_fork_of_a_process_with_threads() -> None:
     """Red before: `share_memory_` copied with threads that a fork does not have, and hung."""
     torch.zeros(10_000_000).add_(1)
     process = torch.multiprocessing.get_context("fork").Process(target=shared_zeros, args=((5_000, 23), torch.int64))

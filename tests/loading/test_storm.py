@@ -15,7 +15,7 @@ NAMES = [name for name, adapter in ADAPTERS.items() if not adapter.is_slow or na
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_epochs_come_as_listed_whatever_is_saved_copied_or_broken_off(name):
+def test_epochs_come_as_listed_whatever_is_saved_copied_or_broken_off(name: str) -> None:
     adapter = ADAPTERS[name]
     chosen = settings(
         max_examples=2 if adapter.is_slow else 6,
@@ -29,7 +29,7 @@ def test_epochs_come_as_listed_whatever_is_saved_copied_or_broken_off(name):
 
 @pytest.mark.parametrize(("laid", "replicas"), [*product((1, 2, 3), repeat=2)])
 @pytest.mark.parametrize("steps", [0, 1, 3])
-def test_a_step_goes_on_where_it_was_left_after_other_replicas(laid, replicas, steps):
+def test_a_step_goes_on_where_it_was_left_after_other_replicas(laid: int, replicas: int, steps: int) -> None:
     """An example that the model could not follow: a state within a step of an epoch that other replicas began."""
     state = machine_for(ADAPTERS["sampler of all"])()
     state.begin(replicas=laid - 1, workers=0)

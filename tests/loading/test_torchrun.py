@@ -39,7 +39,7 @@ def ids_of(records: Any) -> list[int]:
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3, 4], ids="{}-processes".format)
-def epochs(request, tmp_path_factory) -> list[list[list[Record]]]:
+def epochs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[list[list[Record]]]:
     """Three epochs of `[processes]` lists of records, each as long as its rank says an epoch is."""
     folder = tmp_path_factory.mktemp("epochs")
     ranks = finish(request.param, "take_epochs", folder)
@@ -49,17 +49,17 @@ def epochs(request, tmp_path_factory) -> list[list[list[Record]]]:
     return [[[line for line in records if line["epoch"] == epoch] for records in ranks] for epoch in range(3)]
 
 
-def test_processes_take_every_sample_once_an_epoch(epochs):
+def test_processes_take_every_sample_once_an_epoch(epochs: list[list[list[Record]]]) -> None:
     for ranks in epochs:
         assert sorted(sample for records in ranks for sample in ids_of(records)) == ALL
 
 
-def test_every_process_takes_the_same_number_of_steps_in_each_epoch(epochs):
+def test_every_process_takes_the_same_number_of_steps_in_each_epoch(epochs: list[list[list[Record]]]) -> None:
     steps = {tuple(line["step"] for line in records) for ranks in epochs for records in ranks}
     assert steps == {tuple(range(1, len(epochs[0][0]) + 1))}
 
 
-def test_each_epoch_has_another_plan_and_it_is_the_one_that_was_announced(epochs):
+def test_each_epoch_has_another_plan_and_it_is_the_one_that_was_announced(epochs: list[list[list[Record]]]) -> None:
     processes = len(epochs[0])
     plans = [make_sampler(num_replicas=processes, rank=0).plan(epoch).batches for epoch in range(3)]
     taken = [[step["ids"] for steps in zip(*ranks, strict=True) for step in steps] for ranks in epochs]
@@ -67,14 +67,14 @@ def test_each_epoch_has_another_plan_and_it_is_the_one_that_was_announced(epochs
     assert len({str(plan) for plan in taken}) == 3
 
 
-def test_batches_keep_the_budget_and_the_lengths_of_their_samples(epochs):
+def test_batches_keep_the_budget_and_the_lengths_of_their_samples(epochs: list[list[list[Record]]]) -> None:
     for line in (line for ranks in epochs for records in ranks for line in records):
         assert line["lengths"] == [LENGTHS[sample] for sample in line["ids"]]
         assert line["padded"] == len(line["ids"]) * max(line["lengths"])
         assert line["padded"] <= MAX_TOKENS or len(line["ids"]) == 1
 
 
-def test_in_a_step_no_process_has_much_more_to_do_than_another(epochs):
+def test_in_a_step_no_process_has_much_more_to_do_than_another(epochs: list[list[list[Record]]]) -> None:
     for ranks in epochs:
         # The last step is a partial one, whose rows are shared out.
         for step in list(zip(*ranks, strict=True))[:-1]:
@@ -83,7 +83,7 @@ def test_in_a_step_no_process_has_much_more_to_do_than_another(epochs):
             assert max(widths) - min(widths) <= max(LENGTHS) / 6
 
 
-def test_a_sampler_built_before_the_process_group_ends_the_run_with_the_way_out(tmp_path):
+def test_a_sampler_built_before_the_process_group_ends_the_run(tmp_path: Path) -> None:
     status, out = run(2, "ranks.py", "build_too_early", tmp_path)
     assert status == 1
     assert "RuntimeError: a launcher started 2 processes (WORLD_SIZE)" in out
@@ -119,7 +119,7 @@ def committed(folder: Path) -> list[int]:
     return [sample for records in read(folder) for sample in ids_of(records[:steps])]
 
 
-def test_four_processes_killed_then_three_killed_then_one_lose_and_repeat_nothing(tmp_path):
+def test_four_processes_then_three_then_one_lose_and_repeat_nothing(tmp_path: Path) -> None:
     four, three, one = (tmp_path / name for name in ("four", "three", "one"))
     run_and_kill(4, four)
     run_and_kill(3, three, four)
@@ -142,7 +142,7 @@ def test_packs_of_four_killed_processes_then_three_then_eight_lose_and_repeat_no
 
 
 @pytest.fixture(scope="module")
-def gradients(tmp_path_factory) -> list[dict[str, list[list[torch.Tensor]]]]:
+def gradients(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[list[torch.Tensor]]]]:
     """Of two ranks: the gradients of each step of an epoch, by the source of their scale."""
     folder = tmp_path_factory.mktemp("gradients")
     finish(2, "save_gradients", folder)
@@ -150,7 +150,9 @@ def gradients(tmp_path_factory) -> list[dict[str, list[list[torch.Tensor]]]]:
 
 
 @pytest.mark.parametrize("scale", ["collective", "plan"])
-def test_two_processes_have_the_gradient_of_one_with_the_whole_step(gradients, scale):
+def test_two_processes_have_the_gradient_of_one_with_the_whole_step(
+    gradients: list[dict[str, list[list[torch.Tensor]]]], scale: str
+) -> None:
     plan = make_sampler(num_replicas=2, rank=0).plan(0)
     steps = [plan.batches[2 * step] + plan.batches[2 * step + 1] for step in range(plan.steps)]
     model = Tagger()

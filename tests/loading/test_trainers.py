@@ -30,7 +30,7 @@ def trained() -> list[torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def accelerated(tmp_path_factory) -> Path:
+def accelerated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one run of all ways into accelerate."""
     folder = tmp_path_factory.mktemp("accelerate")
     status, out = run(2, "trainers.py", "train_with_accelerate", folder)
@@ -39,7 +39,7 @@ def accelerated(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def lightning(tmp_path_factory) -> Path:
+def lightning(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of Lightning, and of those that go on from its checkpoints."""
     folder = tmp_path_factory.mktemp("lightning")
     status, out = run(2, "trainers.py", "train_with_lightning", folder)
@@ -71,36 +71,42 @@ WAYS = pytest.mark.parametrize("way", ["prepared", "unseen"])
 
 
 @WAYS
-def test_accelerate_trains_as_one_process_on_a_loader_that_is_dealt_out_once(way, accelerated, trained):
+def test_accelerate_trains_as_one_process_on_a_loader_dealt_once(
+    way: str, accelerated: Path, trained: list[torch.Tensor]
+) -> None:
     check_training(accelerated / way, trained)
 
 
 @WAYS
-def test_accelerate_goes_on_from_a_position(way, accelerated):
+def test_accelerate_goes_on_from_a_position(way: str, accelerated: Path) -> None:
     assert batches_of(accelerated / f"{way}-resumed", 1) == PLANS[1]
     assert batches_of(accelerated / f"{way}-resumed", 2) == PLANS[2]
 
 
-def test_a_sampler_that_accelerate_might_deal_out_twice_asks_which_it_is(accelerated):
+def test_a_sampler_that_accelerate_might_deal_out_twice_asks_which_it_is(accelerated: Path) -> None:
     for rank in range(2):
         text = (accelerated / f"{rank}.txt").read_text()
         assert "accelerate runs 2 processes" in text
         assert 'give rank="all" to a batch sampler whose loader goes through prepare' in text
 
 
-def test_lightning_trains_as_one_process_when_it_leaves_the_sampler_alone(lightning, trained):
+def test_lightning_trains_as_one_process_when_it_leaves_the_sampler_alone(
+    lightning: Path, trained: list[torch.Tensor]
+) -> None:
     check_training(lightning / "whole", trained)
 
 
 @pytest.mark.parametrize("used", [0, 5], ids=["edge", "middle"])
-def test_lightning_goes_on_from_a_checkpoint_with_the_batches_that_were_left(used, lightning, trained):
+def test_lightning_resumes_from_a_checkpoint_with_the_remaining_batches(
+    used: int, lightning: Path, trained: list[torch.Tensor]
+) -> None:
     checkpoint = f"step={len(PLANS[0]) // 2 + used}"
     assert batches_of(lightning / checkpoint, 0) == []
     assert batches_of(lightning / checkpoint, 1) == PLANS[1][2 * used :]
     check_weights(lightning / checkpoint, trained)
 
 
-def test_lightning_refuses_to_shard_the_sampler(tmp_path):
+def test_lightning_refuses_to_shard_the_sampler(tmp_path: Path) -> None:
     status, out = run(2, "trainers.py", "train_with_lightning", tmp_path, "Lightning's")
     assert status == 1
     assert "set `Trainer(use_distributed_sampler=False)`" in out

@@ -133,7 +133,7 @@ def test_every_sample_comes_once_or_is_counted_as_left_out(
 
 
 @given(cases(), st.integers(0, 3), st.integers(1, 5))
-def test_no_batch_of_two_rows_exceeds_a_budget_or_the_closed_list_of_shapes(
+def test_no_batch_of_two_rows_exceeds_the_budget_or_the_shapes(
     case: tuple[Array, dict[str, Any]], epoch: int, replicas: int
 ) -> None:
     lengths, options = case
@@ -178,7 +178,7 @@ def test_drop_last_drops_less_than_a_step_and_says_how_much(
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=60), st.integers(30, 90))
-def test_without_shuffle_batches_come_longest_first_and_the_same_each_epoch(lengths: list[int], budget: int) -> None:
+def test_without_shuffle_batches_are_longest_first_in_each_epoch(lengths: list[int], budget: int) -> None:
     first, second = (plan_epoch(lengths, epoch=epoch, max_tokens=budget, shuffle=False) for epoch in (0, 5))
     assert list(first.batches) == list(second.batches)
     order = [sample for batch in first.batches for sample in batch]
@@ -309,7 +309,7 @@ def global_states() -> tuple[Any, ...]:
 
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=200))
 def test_the_radix_sort_is_the_stable_sort(values: list[int]) -> None:
-    expected = sorted(range(len(values)), key=lambda place: -values[place])
+    expected = sorted(range(len(values)), key=lambda index: -values[index])
     assert argsort_longest_first(np.array(values)).tolist() == expected
 
 
@@ -395,7 +395,7 @@ def test_batches_are_a_sequence() -> None:
         batches[len(every)]
 
 
-def test_a_sample_over_the_budget_is_an_error_that_names_how_many_and_the_worst() -> None:
+def test_samples_over_the_budget_are_an_error_that_names_the_worst() -> None:
     with pytest.raises(
         LengthError, match="2 of 4 samples alone exceed the budget .max_tokens=10.*sample 2 of length 99"
     ):

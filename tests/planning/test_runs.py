@@ -27,11 +27,11 @@ def test_runs_are_those_of_a_walk_over_the_order(regions: list[list[int]]) -> No
     regions = [sorted(region, reverse=True) for region in regions]
     widths = np.array([width for region in regions for width in region])
     owner = np.repeat(np.arange(len(regions)), list(map(len, regions)))
-    finder = RunFinder(lambda places: widths[places], np.cumsum([0, *map(len, regions)]))
-    places = np.arange(len(widths))
+    finder = RunFinder(lambda indices: widths[indices], np.cumsum([0, *map(len, regions)]))
+    indices = np.arange(len(widths))
     alike = [[int(o) == int(p) for p in owner] for o in owner]
-    runs = [[q for q in places if alike[p][q] and widths[p] == widths[q]] for p in places]
-    starts, ends = finder.find_bounds(places)
+    runs = [[q for q in indices if alike[p][q] and widths[p] == widths[q]] for p in indices]
+    starts, ends = finder.find_bounds(indices)
     assert starts.tolist() == [run[0] for run in runs]
     assert ends.tolist() == [run[-1] + 1 for run in runs]
     bounds = np.arange(len(widths) + 1)

@@ -10,10 +10,13 @@ import shutil
 import struct
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import webdataset as wds
 from corpora import LAYOUTS, assert_same, write
@@ -28,33 +31,33 @@ from samplers import LengthBucketBatchSampler, ShardDataset, ShardStream
 from samplers.shards.skipping import IN_A_ROW
 
 COUNT, PER_SHARD = 300, 40
-KEYS = [f"{place:03}" for place in range(COUNT)]
+KEYS = [f"{index:03}" for index in range(COUNT)]
 SKIP = wds.ignore_and_continue
 
 
-def sample(place):
-    return {"__key__": KEYS[place], "x": np.full(1 + place * 7 % 39, place, np.int32)}
+def sample(index: int) -> dict[str, npt.NDArray[Any] | str]:
+    return {"__key__": KEYS[index], "x": np.full(1 + index * 7 % 39, index, np.int32)}
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
-def intact(request, tmp_path_factory):
+def intact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     return write(folder, map(sample, range(COUNT)), layout=request.param, max_samples=PER_SHARD, block_size=16)
 
 
 @pytest.fixture
-def corpus(intact, tmp_path):
+def corpus(intact: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(intact, tmp_path / "corpus"))
 
 
-def shard_of(folder, number):
+def shard_of(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:06}.tar"
 
 
-def flip(folder, *places):
+def flip(folder: Path, *indices: Any) -> None:
     """Another bit in the payload of samples."""
     index = ShardDataset(folder).index
-    for place in places:
+    for place in indices:
         number = int(np.searchsorted(index.starts, place, side="right")) - 1
         with shard_of(folder, number).open("r+b") as file:
             # Behind the array's own header, in the plain layout.
@@ -65,16 +68,16 @@ def flip(folder, *places):
             file.write(bytes([byte ^ 64]))
 
 
-def truncate(folder):
+def truncate(folder: Path) -> None:
     os.truncate(shard_of(folder, 2), shard_of(folder, 2).stat().st_size - 700)
 
 
-def change(folder):
+def change(folder: Path) -> None:
     other = write(folder.parent / "other", map(sample, range(90, 100)))
     shutil.copy(shard_of(other, 0), shard_of(folder, 2))
 
 
-def remove(folder):
+def remove(folder: Path) -> None:
     shard_of(folder, 2).unlink()
 
 
@@ -94,7 +97,7 @@ processes = pytest.mark.parametrize(
 damages = pytest.mark.parametrize("damage", DAMAGES)
 
 
-def spoil(folder, damage):
+def spoil(folder: Path, damage: str) -> tuple[set[Any], dict[str, dict[str, int]]]:
     """Damage a corpus.
 
     Returns:
@@ -102,20 +105,20 @@ def spoil(folder, damage):
     """
     act, lost, reason = DAMAGES[damage]
     act(folder)
-    counts = Counter(str(shard_of(folder, place // PER_SHARD)) for place in lost)
-    return {KEYS[place] for place in lost}, {shard: {reason: count} for shard, count in sorted(counts.items())}
+    counts = Counter(str(shard_of(folder, index // PER_SHARD)) for index in lost)
+    return {KEYS[index] for index in lost}, {shard: {reason: count} for shard, count in sorted(counts.items())}
 
 
-def keys(samples):
+def keys(samples: list[dict[str, npt.NDArray[Any] | str]]) -> list[str]:
     return [each["__key__"] for each in samples]
 
 
-def stream(folder, **options):
+def stream(folder: Path, **options: Any) -> ShardStream:
     options = {"collate_fn": keys, "batch_size": 24, "window": 150, "handler": SKIP, "max_failed": 0.5} | options
     return ShardStream(folder, **options)
 
 
-def without(batches, lost):
+def without(batches: list[list[str]], lost: set[Any]) -> list[list[str]]:
     return [[key for key in batch if key not in lost] for batch in batches]
 
 
@@ -123,7 +126,9 @@ def without(batches, lost):
 
 
 @processes
-def test_a_loader_goes_on_without_corrupt_samples_and_counts_them(corpus, damage, context):
+def test_a_loader_goes_on_without_corrupt_samples_and_counts_them(
+    corpus: Path, damage: str, context: str | None
+) -> None:
     sampler = LengthBucketBatchSampler(ShardDataset(corpus).index, batch_size=24, window=150)
     whole = list(DataLoader(ShardDataset(corpus), batch_sampler=sampler, collate_fn=keys))
     sampler.set_epoch(0)
@@ -138,18 +143,18 @@ def test_a_loader_goes_on_without_corrupt_samples_and_counts_them(corpus, damage
 
 
 @damages
-def test_a_single_sample_is_never_skipped_nor_is_one_without_a_handler(corpus, damage):
+def test_a_single_sample_is_never_skipped_nor_is_one_without_a_handler(corpus: Path, damage: str) -> None:
     lost, _ = spoil(corpus, damage)
     data = ShardDataset(corpus, handler=SKIP)
-    place = KEYS.index(min(lost))
-    for read in (data.__getitem__, lambda place: ShardDataset(corpus).__getitems__([150, place])):
+    index = KEYS.index(min(lost))
+    for read in (data.__getitem__, lambda index: ShardDataset(corpus).__getitems__([150, index])):
         with pytest.raises((ValueError, FileNotFoundError), match="shard-00000"):
-            read(place)
+            read(index)
     assert data.skipped == {}
     assert ShardDataset(corpus).skipped == {}
 
 
-def test_a_corpus_without_an_index_of_this_version_is_refused_whatever_the_handler(corpus):
+def test_an_index_of_another_version_is_refused_whatever_the_handler(corpus: Path) -> None:
     file = corpus / "shard.ltx"
     file.write_bytes(file.read_bytes()[:8] + b"\2\0\0\0" + file.read_bytes()[12:])
     with pytest.raises(ValueError, match="it has version 2, this program reads 1"):
@@ -157,24 +162,26 @@ def test_a_corpus_without_an_index_of_this_version_is_refused_whatever_the_handl
 
 
 @given(st.lists(st.integers(-COUNT, COUNT - 1), max_size=40), st.sets(st.integers(0, COUNT - 1), max_size=30))
-def test_what_is_left_of_a_batch_is_what_was_asked_for_without_the_lost(intact, places, lost):
+def test_what_is_left_of_a_batch_is_what_was_asked_for_without_the_lost(
+    intact: Path, indices: list[int], lost: set[Any]
+) -> None:
     class Lossy(ShardDataset):
-        def _read(self, rows):
+        def _read(self, rows: npt.NDArray[Any]) -> list[dict[str, npt.NDArray[Any] | str]] | None:
             if lost & set(rows.tolist()):
                 raise ValueError("a bad row")
             return super()._read(rows)
 
     data = Lossy(intact, handler=SKIP, max_failed=1)
-    expected = [KEYS[place] for place in places if place % COUNT not in lost]
-    if places and not expected:
-        with pytest.raises(RuntimeError, match=f"none of a batch's {len(places)} samples could be read"):
-            data.__getitems__(places)
+    expected = [KEYS[index] for index in indices if index % COUNT not in lost]
+    if indices and not expected:
+        with pytest.raises(RuntimeError, match=f"none of a batch's {len(indices)} samples could be read"):
+            data.__getitems__(indices)
         return
-    assert keys(data.__getitems__(places)) == expected
-    assert sum(count for shard in data.skipped.values() for count in shard.values()) == len(places) - len(expected)
+    assert keys(data.__getitems__(indices)) == expected
+    assert sum(count for shard in data.skipped.values() for count in shard.values()) == len(indices) - len(expected)
 
 
-def test_only_a_read_that_fails_is_repeated_in_parts(corpus, monkeypatch):
+def test_only_a_read_that_fails_is_repeated_in_parts(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flip(corpus, 57)
     sizes = []
     original = ShardDataset._read
@@ -188,7 +195,7 @@ def test_only_a_read_that_fails_is_repeated_in_parts(corpus, monkeypatch):
     assert len(sizes) <= 5 + 2 * 6
 
 
-def test_a_missing_shard_is_asked_for_once_a_batch_and_not_for_every_sample(corpus, monkeypatch):
+def test_a_missing_shard_is_tried_once_a_batch_not_once_a_sample(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remove(corpus)
     data = ShardDataset(corpus, handler=SKIP)
     opened: list[int] = []
@@ -198,17 +205,17 @@ def test_a_missing_shard_is_asked_for_once_a_batch_and_not_for_every_sample(corp
     assert opened.count(2) <= 2
 
 
-def test_a_batch_of_which_nothing_is_left_is_an_error_that_lists_it(corpus):
+def test_a_batch_of_which_nothing_is_left_is_an_error_that_lists_it(corpus: Path) -> None:
     flip(corpus, 10, 11, 12)
     data = ShardDataset(corpus, handler=SKIP)
     assert data.__getitems__([]) == []
     with pytest.raises(RuntimeError, match="none of a batch's 3 samples could be read") as caught:
         data.__getitems__([10, 12, 11])
-    assert all(f"sample {KEYS[place]!r} of {shard_of(corpus, 0)}" in str(caught.value) for place in (10, 11, 12))
+    assert all(f"sample {KEYS[index]!r} of {shard_of(corpus, 0)}" in str(caught.value) for index in (10, 11, 12))
     assert isinstance(caught.value.__cause__, ValueError)
 
 
-def test_a_hundred_failures_in_a_row_end_the_run_with_a_list(corpus):
+def test_a_hundred_failures_in_a_row_end_the_run_with_a_list(corpus: Path) -> None:
     for number in (2, 3, 4):
         shard_of(corpus, number).unlink()
     data = ShardDataset(corpus, handler=SKIP, max_failed=1)
@@ -218,19 +225,19 @@ def test_a_hundred_failures_in_a_row_end_the_run_with_a_list(corpus):
     assert str(caught.value).count("\nsample '") == IN_A_ROW
     # A sample between them breaks the row, in another batch too.
     data = ShardDataset(corpus, handler=SKIP, max_failed=1)
-    for places in ([*range(80, 179), 0], [*range(80, 179), 1]):
-        assert len(data.__getitems__(places)) == 1
+    for indices in ([*range(80, 179), 0], [*range(80, 179), 1]):
+        assert len(data.__getitems__(indices)) == 1
     data.__getitems__([0, *range(80, 140)])
     with pytest.raises(RuntimeError, match="in a row"):
         data.__getitems__([*range(80, 120), 1])
 
 
 @given(st.integers(0, 30), st.sampled_from([0, 0.01, 0.05, 0.1, 1]))
-def test_more_than_a_share_of_the_samples_ends_the_run(intact, bad, share):
+def test_more_than_a_share_of_the_samples_ends_the_run(intact: Path, bad: int, share: float) -> None:
     lost = set(range(0, 8 * bad, 8))
 
     class Lossy(ShardDataset):
-        def _read(self, rows):
+        def _read(self, rows: npt.NDArray[Any]) -> list[dict[str, npt.NDArray[Any] | str]] | None:
             if lost & set(rows.tolist()):
                 raise ValueError("a bad row")
             return super()._read(rows)
@@ -238,7 +245,7 @@ def test_more_than_a_share_of_the_samples_ends_the_run(intact, bad, share):
     data = Lossy(intact, handler=SKIP, max_failed=share)
     ends = bad > share * COUNT
 
-    def run():
+    def run() -> None:
         for epoch in range(2):
             for first in range(0, COUNT, 50):
                 data.__getitems__(range(first, first + 50))
@@ -251,9 +258,9 @@ def test_more_than_a_share_of_the_samples_ends_the_run(intact, bad, share):
         run()
 
 
-def test_of_a_small_corpus_any_share_below_a_hundred_samples_is_spared(intact):
+def test_of_a_small_corpus_any_share_below_a_hundred_samples_is_spared(intact: Path) -> None:
     class Lossy(ShardDataset):
-        def _read(self, rows):
+        def _read(self, rows: npt.NDArray[Any]) -> list[dict[str, npt.NDArray[Any] | str]] | None:
             if (rows % 3 > 0).any():
                 raise ValueError("a bad row")
             return super()._read(rows)
@@ -265,7 +272,7 @@ def test_of_a_small_corpus_any_share_below_a_hundred_samples_is_spared(intact):
         data.__getitems__([153, 154])
 
 
-def test_whatever_a_shard_has_become_the_rest_is_read_as_it_was_written(corpus):
+def test_whatever_a_shard_has_become_the_rest_is_read_as_it_was_written(corpus: Path) -> None:
     shard = shard_of(corpus, 2)
     content = shard.read_bytes()
     lost_in_all = 0
@@ -288,8 +295,8 @@ def test_whatever_a_shard_has_become_the_rest_is_read_as_it_was_written(corpus):
 # --- what may be skipped
 
 
-def decoding(error):
-    def decode(data):
+def decoding(error: Any) -> Callable[..., Any]:
+    def decode(data: bytes) -> npt.NDArray[Any] | None:
         if len(np.frombuffer(data, "<i4", offset=128)) == 5:
             raise error
         return np.frombuffer(data, "<i4", offset=128)
@@ -298,9 +305,9 @@ def decoding(error):
 
 
 @pytest.fixture
-def sounds(tmp_path):
+def sounds(tmp_path: Path) -> Path:
     folder = write(tmp_path / "sounds", map(sample, range(40)), layout="plain")
-    bad = [place for place in range(40) if len(sample(place)["x"]) == 5]
+    bad = [index for index in range(40) if len(sample(index)["x"]) == 5]
     assert len(bad) == 1
     return folder
 
@@ -319,7 +326,7 @@ def sounds(tmp_path):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_damage_that_a_function_of_the_user_meets_may_be_skipped(sounds, error, reason):
+def test_damage_that_a_function_of_the_user_meets_may_be_skipped(sounds: Path, error: Any, reason: str) -> None:
     data = ShardDataset(sounds, decode={"x": decoding(error)}, handler=SKIP)
     assert len(data.__getitems__(range(40))) == 39
     assert data.skipped == {str(shard_of(sounds, 0)): {reason: 1}}
@@ -335,7 +342,7 @@ def test_damage_that_a_function_of_the_user_meets_may_be_skipped(sounds, error, 
     ],
     ids=repr,
 )
-def test_an_error_of_the_program_is_never_skipped_and_no_handler_is_asked(sounds, error):
+def test_an_error_of_the_program_is_never_skipped_and_no_handler_is_asked(sounds: Path, error: Any) -> None:
     asked = []
     data = ShardDataset(sounds, decode={"x": decoding(error)}, handler=lambda error: asked.append(error) or True)
     with pytest.raises(type(error)):
@@ -344,8 +351,8 @@ def test_an_error_of_the_program_is_never_skipped_and_no_handler_is_asked(sounds
     assert data.skipped == {}
 
 
-def test_a_length_that_is_not_that_of_the_index_is_counted_as_one(sounds):
-    def decode(data):
+def test_a_length_that_is_not_that_of_the_index_is_counted_as_one(sounds: Path) -> None:
+    def decode(data: bytes) -> npt.NDArray[Any]:
         values = np.frombuffer(data, "<i4", offset=128)
         return values[1:] if len(values) == 5 else values
 
@@ -354,15 +361,15 @@ def test_a_length_that_is_not_that_of_the_index_is_counted_as_one(sounds):
     assert data.skipped == {str(shard_of(sounds, 0)): {"length": 1}}
 
 
-def test_handlers_of_webdataset_and_functions_decide(corpus):
+def test_handlers_of_webdataset_and_functions_decide(corpus: Path) -> None:
     flip(corpus, 3, 7)
 
-    def read(handler):
+    def read(handler: Callable[..., Any]) -> int | None:
         return len(ShardDataset(corpus, handler=handler).__getitems__(range(10)))
 
     seen = []
     assert read(lambda error: seen.append(str(error)) or "008" not in str(error)) == 8
-    assert [f"sample '{KEYS[place]}'" in text for place, text in zip((3, 7), seen, strict=True)] == [True, True]
+    assert [f"sample '{KEYS[index]}'" in text for index, text in zip((3, 7), seen, strict=True)] == [True, True]
     with pytest.warns(UserWarning, match="checksum"):
         assert read(wds.warn_and_continue) == 8
     for handler in (wds.reraise_exception, wds.ignore_and_stop, lambda _: None, lambda error: error):
@@ -383,7 +390,9 @@ def test_handlers_of_webdataset_and_functions_decide(corpus):
         ({"max_failed": -1}, ValueError, "max_failed must be a fraction of samples, 0 to 1, got -1"),
     ],
 )
-def test_a_wrong_handler_or_share_is_refused_at_once(intact, options, error, message):
+def test_a_wrong_handler_or_share_is_refused_at_once(
+    intact: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
     for make in (ShardDataset, partial(ShardStream, collate_fn=keys, batch_size=4)):
         with pytest.raises(error, match=message):
             make(intact, **options)
@@ -393,7 +402,9 @@ def test_a_wrong_handler_or_share_is_refused_at_once(intact, options, error, mes
 
 
 @processes
-def test_a_stream_goes_on_without_corrupt_samples_and_its_plan_stands(corpus, damage, context):
+def test_a_stream_goes_on_without_corrupt_samples_and_its_plan_stands(
+    corpus: Path, damage: str, context: str | None
+) -> None:
     before = stream(corpus, handler=None)
     whole, length, shapes = list(before), len(before), before.shapes
     lost, counts = spoil(corpus, damage)
@@ -408,7 +419,7 @@ def test_a_stream_goes_on_without_corrupt_samples_and_its_plan_stands(corpus, da
 
 @damages
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stateful_loader_resumes_among_corrupt_samples_exactly(corpus, damage, workers):
+def test_a_stateful_loader_resumes_among_corrupt_samples_exactly(corpus: Path, damage: str, workers: int) -> None:
     whole = list(stream(corpus, handler=None))
     lost, _ = spoil(corpus, damage)
     expected = without(whole, lost)
@@ -421,7 +432,7 @@ def test_a_stateful_loader_resumes_among_corrupt_samples_exactly(corpus, damage,
 
 
 @damages
-def test_replicas_stay_even_and_a_position_leads_to_other_numbers_of_them(corpus, damage):
+def test_replicas_stay_even_and_a_position_leads_to_other_numbers_of_them(corpus: Path, damage: str) -> None:
     whole = [stream(corpus, handler=None, num_replicas=2, rank=rank) for rank in range(2)]
     expected = [list(each) for each in whole]
     lost, counts = spoil(corpus, damage)
@@ -442,12 +453,12 @@ def test_replicas_stay_even_and_a_position_leads_to_other_numbers_of_them(corpus
     assert sorted(key for batch in [*taken, *last] for key in batch) == sorted(set(KEYS) - lost)
 
 
-def _position_of(data, steps):
+def _position_of(data: ShardStream, steps: int) -> dict[str, int | str]:
     data.set_epoch(0)
     return data.position(steps)
 
 
-def test_a_stream_that_loses_a_whole_batch_ends_there_and_not_before(corpus):
+def test_a_stream_that_loses_a_whole_batch_ends_there_and_not_before(corpus: Path) -> None:
     whole = list(stream(corpus, handler=None))
     flip(corpus, *map(int, whole[4]))
     running = iter(stream(corpus))
@@ -459,7 +470,7 @@ def test_a_stream_that_loses_a_whole_batch_ends_there_and_not_before(corpus):
         assert running.state_dict() == state
 
 
-def test_a_worker_tells_which_samples_ended_the_run(corpus):
+def test_a_worker_tells_which_samples_ended_the_run(corpus: Path) -> None:
     truncate(corpus)
     loader = DataLoader(stream(corpus, max_failed=0.01), batch_size=None, num_workers=2)
     with pytest.raises(RuntimeError, match="more than max_failed=0.01 of") as caught:
@@ -467,7 +478,7 @@ def test_a_worker_tells_which_samples_ended_the_run(corpus):
     assert f"of {shard_of(corpus, 2)}: ValueError: " in str(caught.value)
 
 
-def test_batches_that_lose_samples_are_valid(corpus):
+def test_batches_that_lose_samples_are_valid(corpus: Path) -> None:
     flip(corpus, *FLIPPED)
     total = 0
     for batch in stream(corpus, collate_fn=PadCollator(-1)):
@@ -476,7 +487,7 @@ def test_batches_that_lose_samples_are_valid(corpus):
     assert total == COUNT - len(FLIPPED)
 
 
-def test_a_copy_counts_by_itself_and_the_counts_go_on_over_epochs(corpus):
+def test_a_copy_counts_by_itself_and_the_counts_go_on_over_epochs(corpus: Path) -> None:
     flip(corpus, *FLIPPED)
     data = ShardDataset(corpus, handler=SKIP)
     loader = DataLoader(data, batch_size=50, num_workers=2, collate_fn=keys)

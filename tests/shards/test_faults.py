@@ -13,9 +13,10 @@ import tempfile
 import time
 import tracemalloc
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,28 +52,28 @@ SAMPLES = tokens([3, 20, 1, 7])
 
 
 @pytest.fixture(params=LAYOUTS)
-def corpus(request, tmp_path):
+def corpus(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A folder of one shard of `SAMPLES`, in either layout."""
     return write(tmp_path, SAMPLES, layout=request.param, block_size=2)
 
 
 @contextmanager
-def refused(error, *texts) -> Iterator[None]:
+def refused(error: type[Exception], *texts: Any) -> Iterator[None]:
     """The block raises an error whose message has all these texts, in this order."""
     with pytest.raises(error) as caught:
         yield
-    message, places = str(caught.value), [str(caught.value).find(str(text)) for text in texts]
-    assert -1 not in places, (message, texts)
-    assert places == sorted(places), message
+    message, offsets = str(caught.value), [str(caught.value).find(str(text)) for text in texts]
+    assert -1 not in offsets, (message, texts)
+    assert offsets == sorted(offsets), message
 
 
-def read_all(folder):
+def read_all(folder: Path) -> None:
     dataset = ShardDataset(folder)
-    for place, expected in enumerate(SAMPLES):
-        assert_same(dataset[place], expected)
+    for index, expected in enumerate(SAMPLES):
+        assert_same(dataset[index], expected)
 
 
-def members(path):
+def members(path: Path) -> Iterator[Any]:
     """Offset of the header, name and size of each member."""
     offset = 0
     for header, data in take_apart(path.read_bytes()):
@@ -81,7 +82,7 @@ def members(path):
     yield offset, "", 0
 
 
-def place_of(path, kind):
+def offset_of(path: Path, kind: str) -> int:
     """The offset of a byte of each kind in a shard, in its last group's tokens."""
     found = list(members(path))
     offset, _, size = [each for each in found if each[1].endswith("tokens.npy")][-1]
@@ -104,17 +105,17 @@ def place_of(path, kind):
 
 
 @pytest.mark.parametrize("kind", ["tar header", "npy header", "payload", "padding", "between members", "end mark"])
-def test_a_shard_cut_anywhere_is_noticed_with_its_index_and_without(corpus, kind):
+def test_a_shard_cut_anywhere_is_noticed_with_its_index_and_without(corpus: Path, kind: str) -> None:
     path = corpus / SHARD
-    size, place = path.stat().st_size, place_of(path, kind)
-    os.truncate(path, place)
-    with refused(ValueError, path, f"{place} bytes, the index says {size}: changed since it was indexed; build"):
+    size, end = path.stat().st_size, offset_of(path, kind)
+    os.truncate(path, end)
+    with refused(ValueError, path, f"{end} bytes, the index says {size}: changed since it was indexed; build"):
         ShardDataset(corpus)[0]
     with refused(ValueError, path, "at offset", "truncated"):
         LengthIndex.build(path)
-    with refused(ValueError, path, f"{place} bytes, the index says {size}"):
+    with refused(ValueError, path, f"{end} bytes, the index says {size}"):
         LengthIndex.open(corpus / "shard.ltx").verify()
-    with refused(ValueError, path, f"{place} bytes, the index says {size}"):
+    with refused(ValueError, path, f"{end} bytes, the index says {size}"):
         list(ShardStream(corpus, collate_fn=list, max_tokens=99))
 
 
@@ -142,10 +143,10 @@ FLIPS = {
 
 @pytest.mark.parametrize("door", range(3), ids=["read", "indexed", "verified"])
 @pytest.mark.parametrize(("kind", "layout"), FLIPS)
-def test_a_flipped_bit_is_noticed_where_it_matters(tmp_path, kind, layout, door):
+def test_a_flipped_bit_is_noticed_where_it_matters(tmp_path: Path, kind: str, layout: str, door: int) -> None:
     path = write(tmp_path, SAMPLES, layout=layout, block_size=2) / SHARD
     content = bytearray(path.read_bytes())
-    content[place_of(path, kind)] ^= 4
+    content[offset_of(path, kind)] ^= 4
     path.write_bytes(content)
     doors = [
         lambda: read_all(tmp_path),
@@ -157,11 +158,11 @@ def test_a_flipped_bit_is_noticed_where_it_matters(tmp_path, kind, layout, door)
         doors[door]()
 
 
-def test_a_hole_in_a_shard_does_not_end_it(corpus):
+def test_a_hole_in_a_shard_does_not_end_it(corpus: Path) -> None:
     path = corpus / SHARD
     content = path.read_bytes()
     # A block of the file system that reads as zeros: a whole header is gone.
-    offset = place_of(path, "between members")
+    offset = offset_of(path, "between members")
     path.write_bytes(content[:offset] + bytes(BLOCK) + content[offset + BLOCK :])
     with refused(ValueError, path, f"at offset {offset}", "something follows the end mark: a hole in the file"):
         LengthIndex.build(path)
@@ -172,7 +173,7 @@ def test_a_hole_in_a_shard_does_not_end_it(corpus):
     assert len(LengthIndex.build(path)) == len(SAMPLES)
 
 
-def test_a_shard_that_went_grew_or_was_replaced_is_named(corpus):
+def test_a_shard_that_went_grew_or_was_replaced_is_named(corpus: Path) -> None:
     path = corpus / SHARD
     content = path.read_bytes()
     path.unlink()
@@ -207,7 +208,9 @@ def test_a_shard_that_went_grew_or_was_replaced_is_named(corpus):
         (lambda c: b"", "it is too short: truncated"),
     ],
 )
-def test_an_index_that_is_another_or_damaged_is_refused_with_the_way_out(corpus, door, damage, message):
+def test_an_index_that_is_another_or_damaged_is_refused_with_the_way_out(
+    corpus: Path, door: Callable[..., Any] | type[Any], damage: Callable[..., Any], message: str
+) -> None:
     path = corpus / "shard.ltx"
     path.write_bytes(damage(path.read_bytes()))
     with refused(
@@ -242,7 +245,7 @@ FORGERIES = [
 
 
 @pytest.mark.parametrize(("forge", "message"), FORGERIES)
-def test_a_forged_index_of_sound_checksums_is_refused(tmp_path, forge, message):
+def test_a_forged_index_of_sound_checksums_is_refused(tmp_path: Path, forge: Callable[..., Any], message: str) -> None:
     path = write(tmp_path, SAMPLES) / "shard.ltx"
     header = index_header(path.read_bytes())
     forge(header)
@@ -269,14 +272,16 @@ def test_a_forged_index_of_sound_checksums_is_refused(tmp_path, forge, message):
         ("blocks", ("blocks", 1, 2**63 - 1), "a member is not within the shard"),
     ],
 )
-def test_a_forged_number_in_an_index_is_refused_and_nothing_allocated(tmp_path, layout, number, message):
-    array, place, value = number
+def test_a_forged_number_in_an_index_is_refused_and_nothing_allocated(
+    tmp_path: Path, layout: str, number: tuple[str, int, int], message: str
+) -> None:
+    array, index, value = number
     path = write(tmp_path, SAMPLES, layout=layout, block_size=2) / "shard.ltx"
     content = path.read_bytes()
     header = index_header(content)
     arrays = bytearray(index_arrays(content))
     width = int(header["arrays"][array]["dtype"][2:])
-    offset = header["arrays"][array]["offset"] + place * width
+    offset = header["arrays"][array]["offset"] + index * width
     arrays[offset : offset + width] = (value % 256**width).to_bytes(width, "little")
     path.write_bytes(rewritten(content, header, bytes(arrays)))
     with bounded(tmp_path), refused(ValueError, tmp_path, message):
@@ -284,7 +289,7 @@ def test_a_forged_number_in_an_index_is_refused_and_nothing_allocated(tmp_path, 
 
 
 @contextmanager
-def bounded(folder) -> Iterator[None]:
+def bounded(folder: Path) -> Iterator[None]:
     """The block allocates no more than a small multiple of the files in a folder."""
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     tracemalloc.start()
@@ -307,24 +312,24 @@ BLOCKS = {
 }
 
 
-def block(change=None):
+def block(change: dict[str, bytes] | None = None) -> list[tuple[str, bytes]]:
     """A block of two samples, with other members."""
     return [(f"g.{name}.npy", data) for name, data in (BLOCKS | (change or {})).items()]
 
 
-def lengths(*numbers, dtype=np.int64):
+def lengths(*numbers: Any, dtype: type[Any] = np.int64) -> dict[str, bytes]:
     return {"x.lengths": npy(np.array(numbers, dtype))}
 
 
-def keys(dtype, count=1, payload=b""):
+def keys(dtype: Any, count: int = 1, payload: bytes = b"") -> Any:
     return {"block.keys": claim(f"({count},)", dtype, payload)}
 
 
-def texts(*names):
+def texts(*names: Any) -> dict[str, bytes]:
     return {"block.keys": npy(np.array(names))}
 
 
-def header(shape, dtype="<i8", payload=b""):
+def header(shape: Any, dtype: str = "<i8", payload: bytes = b"") -> Any:
     """A plain shard whose array claims a shape."""
     return [("a.x.npy", claim(shape, dtype, payload))]
 
@@ -380,7 +385,7 @@ WITHIN = {
 
 
 @pytest.mark.parametrize("name", ALONE | WITHIN)
-def test_a_shard_that_contradicts_itself_is_refused_and_nothing_allocated(tmp_path, name):
+def test_a_shard_that_contradicts_itself_is_refused_and_nothing_allocated(tmp_path: Path, name: str) -> None:
     content, error, message = (ALONE | WITHIN)[name]
     path = tmp_path / "bad.tar"
     path.write_bytes(tar_of(content))
@@ -389,14 +394,14 @@ def test_a_shard_that_contradicts_itself_is_refused_and_nothing_allocated(tmp_pa
 
 
 @pytest.mark.parametrize("name", WITHIN)
-def test_a_stream_refuses_a_group_that_contradicts_itself_too(tmp_path, name):
+def test_a_stream_refuses_a_group_that_contradicts_itself_too(tmp_path: Path, name: str) -> None:
     content, error, message = WITHIN[name]
     group = {member.split(".", 1)[1]: data for member, data in content}
     with bounded(tmp_path), refused(error, "bad.tar: group", message):
         list(decode_groups([{"__key__": "g", "__url__": "bad.tar"} | group]))
 
 
-def test_long_headers_that_begin_alike_are_told_apart(tmp_path):
+def test_long_headers_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     # 300 spaces hide all that differs from the bytes that an index reads with the tar header.
     text = "{" + " " * 300 + "'descr': '<i8', 'fortran_order': False, 'shape': (%s), }"
@@ -406,7 +411,7 @@ def test_long_headers_that_begin_alike_are_told_apart(tmp_path):
         LengthIndex.build(path)
 
 
-def test_a_key_among_many_cannot_make_a_table_far_greater_than_the_shard(tmp_path):
+def test_a_key_among_many_cannot_make_a_table_far_greater_than_the_shard(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     members = [("k" * 4000 + ".x.npy", ARRAY), *((f"{place}.x.npy", ARRAY) for place in range(4000))]
     path.write_bytes(tar_of(members, tarfile.PAX_FORMAT))
@@ -426,14 +431,14 @@ def test_a_key_among_many_cannot_make_a_table_far_greater_than_the_shard(tmp_pat
 class Bomb:
     """What a pickle does when it is read: it makes a folder."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, ...]]:
         return os.mkdir, (str(self.path),)
 
 
-def explosive(tmp_path):
+def explosive(tmp_path: Path) -> Iterator[Any]:
     """Every extension under which webdataset runs a pickle, with the bytes that do it."""
     saved = io.BytesIO()
     torch.save(Bomb(tmp_path / "boom"), saved)
@@ -446,7 +451,7 @@ def explosive(tmp_path):
                 yield name, data
 
 
-def test_no_pickle_is_read_under_any_extension_that_webdataset_would_decode(tmp_path):
+def test_no_pickle_is_read_under_any_extension_webdataset_decodes(tmp_path: Path) -> None:
     found = list(explosive(tmp_path))
     assert {name for name, _ in found} == {"pkl", "pickle", "pyd", "pth"}
     path = tmp_path / "bad.tar"
@@ -470,7 +475,7 @@ def test_no_pickle_is_read_under_any_extension_that_webdataset_would_decode(tmp_
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../../../a", "a/../../b", "./a", "//a", "C:\\a", "\n", "~/a", "con"])
-def test_names_that_lead_elsewhere_are_keys_and_nothing_else(tmp_path, name):
+def test_names_that_lead_elsewhere_are_keys_and_nothing_else(tmp_path: Path, name: str) -> None:
     path = tmp_path / "inner" / "a.tar"
     path.parent.mkdir()
     path.write_bytes(tar_of([(f"{name}.x.npy", ARRAY)]))
@@ -480,7 +485,7 @@ def test_names_that_lead_elsewhere_are_keys_and_nothing_else(tmp_path, name):
 
 
 @pytest.mark.parametrize("kind", [b"1", b"2"])
-def test_links_are_never_followed(tmp_path, kind):
+def test_links_are_never_followed(tmp_path: Path, kind: bytes) -> None:
     secret = tmp_path / "secret.x.npy"
     secret.write_bytes(ARRAY)
     path = tmp_path / "a.tar"
@@ -513,7 +518,7 @@ TARS = {
 
 
 @pytest.mark.parametrize("name", TARS)
-def test_tar_headers_that_mislead_are_refused_with_the_offset(tmp_path, name):
+def test_tar_headers_that_mislead_are_refused_with_the_offset(tmp_path: Path, name: str) -> None:
     parts, message = TARS[name]
     path = tmp_path / "bad.tar"
     path.write_bytes(put_together(parts))
@@ -521,7 +526,7 @@ def test_tar_headers_that_mislead_are_refused_with_the_offset(tmp_path, name):
         LengthIndex.build(path)
 
 
-def test_extended_headers_and_names_take_time_in_proportion(tmp_path):
+def test_extended_headers_and_names_take_time_in_proportion(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     # A megabyte of records, and names of thousands of slashes: with the square of these it would be minutes.
     records = (header_of("x", 10**6, b"x"), b"5 a=\n" * 200_000)
@@ -532,7 +537,7 @@ def test_extended_headers_and_names_take_time_in_proportion(tmp_path):
     assert list(LengthIndex.build(path).keys) == ["a"]
 
 
-def zipped(data):
+def zipped(data: bytes) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x.npy", data)
@@ -548,14 +553,14 @@ def zipped(data):
         (zipped, "not a tar header: damaged, or not a tar file"),
     ],
 )
-def test_compressed_tars_are_refused_unopened(tmp_path, pack, message):
+def test_compressed_tars_are_refused_unopened(tmp_path: Path, pack: Callable[..., Any], message: str) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(pack(tar_of([("a.x.npy", npy(np.zeros(2_000_000)))])))
     with bounded(tmp_path), refused(ValueError, path, "at offset 0", message):
         LengthIndex.build(path)
 
 
-def test_compressed_members_stay_as_they_are(tmp_path):
+def test_compressed_members_stay_as_they_are(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     bombs = [("a.z.npz", zipped(npy(np.zeros(2_000_000)))), ("a.y.json.gz", gzip.compress(b" " * 10**7))]
     path.write_bytes(tar_of([("a.x.npy", ARRAY), *bombs]))
@@ -566,7 +571,7 @@ def test_compressed_members_stay_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: Path(path).symlink_to("/dev/zero")])
-def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path, make):
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path, make: Callable[..., Any]) -> None:
     path = tmp_path / "a.tar"
     make(path)
     for door in (lambda: LengthIndex.build([path / "." if path.is_dir() else path]), lambda: LengthIndex.open(path)):
@@ -578,7 +583,7 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path, make):
 
 
 @contextmanager
-def largest_file(size) -> Iterator[None]:
+def largest_file(size: int) -> Iterator[None]:
     """No file can grow beyond this, as on a full disk."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -591,15 +596,15 @@ def largest_file(size) -> Iterator[None]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [0, 3000, 200_000])
-def test_a_full_disk_is_named_and_leaves_only_whole_shards(tmp_path, layout, size):
-    samples = [{"__key__": f"k{place}", "x": np.full(500, place)} for place in range(100)]
+def test_a_full_disk_is_named_and_leaves_only_whole_shards(tmp_path: Path, layout: str, size: int) -> None:
+    samples = [{"__key__": f"k{index}", "x": np.full(500, index)} for index in range(100)]
     with largest_file(size), refused(OSError, tmp_path / "shard-0000", ".tar.tmp"):
         write(tmp_path, samples, layout=layout, block_size=3)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_fills_up_keeps_the_finished_shards(tmp_path):
-    small = [{"__key__": f"k{place}", "x": np.full(50, place)} for place in range(40)]
+def test_a_disk_that_fills_up_keeps_the_finished_shards(tmp_path: Path) -> None:
+    small = [{"__key__": f"k{index}", "x": np.full(50, index)} for index in range(40)]
     large = [{"__key__": "large", "x": np.zeros(10**6)}]
     with largest_file(100_000), refused(OSError, tmp_path / "shard-000002.tar.tmp"):
         write(tmp_path, [sample | {"x": sample["x"] * 1.0} for sample in small] + large, max_samples=20)
@@ -610,7 +615,7 @@ def test_a_disk_that_fills_up_keeps_the_finished_shards(tmp_path):
     assert [sample["x"][0] for sample in ShardDataset(tmp_path)] == list(range(40))
 
 
-def test_an_index_that_does_not_fit_leaves_the_old_one(corpus):
+def test_an_index_that_does_not_fit_leaves_the_old_one(corpus: Path) -> None:
     path = corpus / "shard.ltx"
     before = path.read_bytes()
     with largest_file(300), refused(OSError, corpus / "shard.ltx.tmp"):
@@ -619,7 +624,7 @@ def test_an_index_that_does_not_fit_leaves_the_old_one(corpus):
     assert not (corpus / "shard.ltx.tmp").exists()
 
 
-def test_a_device_that_is_full_is_named(tmp_path):
+def test_a_device_that_is_full_is_named(tmp_path: Path) -> None:
     file = AtomicFile(tmp_path / "a")
     full = os.open("/dev/full", os.O_WRONLY)
     os.dup2(full, file.stream.fileno())
@@ -651,7 +656,7 @@ def without_rights() -> Iterator[None]:
             os.seteuid(0)
 
 
-def test_permission_that_is_denied_is_named():
+def test_permission_that_is_denied_is_named() -> None:
     with as_somebody() as folder:
         write(folder, SAMPLES)
         dataset, shard, index = ShardDataset(folder), folder / SHARD, folder / "shard.ltx"
@@ -671,11 +676,11 @@ def test_permission_that_is_denied_is_named():
         folder.chmod(0o755)
 
 
-def fail(data):
+def fail(data: bytes) -> None:
     raise KeyError("no such chunk")
 
 
-def test_what_a_users_function_raises_tells_of_which_sample(tmp_path):
+def test_what_a_users_function_raises_tells_of_which_sample(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(tar_of([("a.wav", b"1234")]))
     with pytest.raises(KeyError, match="no such chunk") as caught:
@@ -694,23 +699,23 @@ def test_what_a_users_function_raises_tells_of_which_sample(tmp_path):
 LENGTHS = (np.arange(300) * 37 % 61 + 1).tolist()
 
 
-def tell(samples):
+def tell(samples: Any) -> Any:
     """A batch's keys, and who has read it."""
     return [sample["__key__"] for sample in samples], os.getpid()
 
 
-def by_place(folder):
+def by_place(folder: Path) -> tuple[LengthBucketBatchSampler, DataLoader]:
     dataset = ShardDataset(folder)
     sampler = LengthBucketBatchSampler(dataset.index, max_tokens=200, seed=3)
     return sampler, DataLoader(dataset, batch_sampler=sampler, collate_fn=tell, num_workers=2)
 
 
-def in_turn(folder):
+def in_turn(folder: Path) -> tuple[ShardStream, DataLoader]:
     stream = ShardStream(folder, collate_fn=tell, max_tokens=200, seed=3, window=80)
     return stream, DataLoader(stream, batch_size=None, num_workers=2)
 
 
-def take_and_kill(loader, taken):
+def take_and_kill(loader: DataLoader, taken: list[Any]) -> None:
     """Take batches, and after the seventh kill its worker, once the others have read ahead and wait."""
     for keys, pid in loader:
         taken.append(keys)
@@ -721,7 +726,9 @@ def take_and_kill(loader, taken):
 
 @pytest.mark.parametrize("make", [by_place, in_turn])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_after_a_killed_worker_the_rest_of_the_epoch_comes_once(tmp_path, make, layout):
+def test_after_a_killed_worker_the_rest_of_the_epoch_comes_once(
+    tmp_path: Path, make: Callable[..., Any], layout: str
+) -> None:
     write(tmp_path, tokens(LENGTHS), layout=layout, max_samples=50, block_size=20)
     source, loader = make(tmp_path)
     taken = []
@@ -732,22 +739,22 @@ def test_after_a_killed_worker_the_rest_of_the_epoch_comes_once(tmp_path, make, 
     source, loader = make(tmp_path)
     source.seek(position)
     rest = [keys for keys, _ in loader]
-    assert sorted(itertools.chain(*taken, *rest)) == sorted(f"k{place}" for place in range(300))
+    assert sorted(itertools.chain(*taken, *rest)) == sorted(f"k{index}" for index in range(300))
 
 
 @pytest.mark.parametrize("make", [by_place, in_turn])
-def test_an_error_in_a_worker_reaches_the_user_with_the_shards_name(tmp_path, make):
+def test_an_error_in_a_worker_reaches_the_user_with_the_shards_name(tmp_path: Path, make: Callable[..., Any]) -> None:
     write(tmp_path, tokens(LENGTHS), max_samples=50, block_size=20)
     path = tmp_path / "shard-000003.tar"
     content = bytearray(path.read_bytes())
-    content[place_of(path, "payload")] ^= 1
+    content[offset_of(path, "payload")] ^= 1
     path.write_bytes(content)
     with refused(ValueError, path, "do not have the checksum in the index"):
         for _ in make(tmp_path)[1]:
             pass
 
 
-def test_a_header_of_every_type_is_read_or_refused(tmp_path):
+def test_a_header_of_every_type_is_read_or_refused(tmp_path: Path) -> None:
     header, data = NEXT[0]
     for kind in range(256):
         path = tmp_path / f"{kind}.tar"

@@ -144,7 +144,7 @@ def assert_equal(read: Sample, written: Sample) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @given(corpora())
-def test_a_reader_written_from_the_page_reads_the_samples_and_their_index(layout, drawn):
+def test_a_reader_written_from_the_page_reads_the_samples_and_their_index(layout: str, drawn: tuple[Any, ...]) -> None:
     samples, stack = drawn
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), samples, layout=layout, stack=stack, max_samples=3, block_size=2)
@@ -177,7 +177,9 @@ def assert_index_tells(index: Index, samples: list[Sample], layout: str) -> None
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("lengths", [[3, 0, 7, 2, 7], [300, 1] * 120], ids=["short", "long"])
-def test_digests_fingerprints_order_and_blocks_are_what_the_page_says(tmp_path, layout, lengths):
+def test_digests_fingerprints_order_and_blocks_are_what_the_page_says(
+    tmp_path: Path, layout: str, lengths: list[int]
+) -> None:
     write(tmp_path, tokens(lengths), layout=layout, max_samples=170, block_size=80)
     index = Index(tmp_path / "shard.ltx")
     table, keys, first = index.arrays["lengths"], index.arrays["keys"], 0
@@ -194,7 +196,7 @@ def test_digests_fingerprints_order_and_blocks_are_what_the_page_says(tmp_path, 
     assert ("sizes" in index.arrays, "blocks" in index.arrays) == (layout == "plain", layout == "blocks")
 
 
-def test_an_index_says_which_function_measured_its_lengths_if_one_did(tmp_path):
+def test_an_index_says_which_function_measured_its_lengths_if_one_did(tmp_path: Path) -> None:
     write(tmp_path, tokens([3, 0]), layout="plain")
     assert Index(tmp_path / "shard.ltx").length_id is None
     # A number as text, which has no axis.
@@ -206,7 +208,7 @@ def test_an_index_says_which_function_measured_its_lengths_if_one_did(tmp_path):
         assert index.arrays["lengths"].tolist() == [[1], [1]]
 
 
-def test_the_rows_of_blocks_lead_to_the_arrays_of_each_block(tmp_path):
+def test_the_rows_of_blocks_lead_to_the_arrays_of_each_block(tmp_path: Path) -> None:
     lengths = [3, 0, 7, 2, 7]
     write(tmp_path, tokens(lengths), max_samples=3, block_size=2)
     index = Index(tmp_path / "shard.ltx")

@@ -7,7 +7,7 @@ TRIALS = 2_000
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_mutated_shards_and_indexes_give_the_right_data_or_an_error_that_names_the_file():
+def test_mutated_files_give_the_right_data_or_an_error_with_the_file() -> None:
     counts = fuzz(TRIALS, first=0)
     assert sum(counts.values()) == TRIALS
     # Both happen: mutations that matter, and ones that do not.

@@ -3,7 +3,9 @@
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,8 +28,8 @@ def samples(seed: int = 0) -> list[dict[str, object]]:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(0, 30_000, COUNT) * (rng.random(COUNT) > 0.1)
     return [
-        {"__key__": f"k{place}", "tokens": rng.integers(0, 1000, length), "label": place}
-        for place, length in enumerate(lengths.tolist())
+        {"__key__": f"k{index}", "tokens": rng.integers(0, 1000, length), "label": index}
+        for index, length in enumerate(lengths.tolist())
     ]
 
 
@@ -39,12 +41,12 @@ def write_both(folder: Path, **options: object) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_both(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")
-def server(folder):
+def server(folder: Path) -> Iterator[Any]:
     with serving(folder) as server:
         yield server
 
@@ -62,7 +64,9 @@ def shards_of(server: Served, layout: str, manner: str = "ranges") -> str:
     named=st.booleans(),
     places=st.lists(st.integers(-COUNT, COUNT - 1), max_size=9),
 )
-def test_samples_by_place_are_those_of_the_local_shards(folder, server, layout, named, places):
+def test_samples_by_place_are_those_of_the_local_shards(
+    folder: Path, server: Any, layout: str, named: Any, places: Any
+) -> None:
     there = server.url(f"{layout}.ltx") if named else shards_of(server, layout)
     index = None if named else folder / f"{layout}.ltx"
     remote, local = ShardDataset(there, index), ShardDataset(folder / f"{layout}.ltx")
@@ -71,7 +75,7 @@ def test_samples_by_place_are_those_of_the_local_shards(folder, server, layout, 
 
 
 @layouts
-def test_an_index_comes_through_its_url_with_one_request_for_its_bytes(folder, server, layout):
+def test_an_index_comes_through_its_url_with_one_request_for_its_bytes(folder: Path, server: Any, layout: str) -> None:
     server.log()
     index, local = LengthIndex.open(server.url(f"{layout}.ltx")), LengthIndex.open(folder / f"{layout}.ltx")
     log = server.log()
@@ -83,7 +87,7 @@ def test_an_index_comes_through_its_url_with_one_request_for_its_bytes(folder, s
 
 
 @layouts
-def test_a_few_samples_are_fetched_by_ranges_alone(folder, server, layout):
+def test_a_few_samples_are_fetched_by_ranges_alone(folder: Path, server: Any, layout: str) -> None:
     dataset = ShardDataset(server.url(f"{layout}.ltx"))
     server.log()
     read = dataset.__getitems__([3, 50, 27, 4])
@@ -99,7 +103,7 @@ def test_a_few_samples_are_fetched_by_ranges_alone(folder, server, layout):
 
 
 @given(data=st.data())
-def test_reads_anywhere_in_a_remote_file_give_its_bytes(folder, server, data):
+def test_reads_anywhere_in_a_remote_file_give_its_bytes(folder: Path, server: Any, data: Any) -> None:
     name = "plain-000001.tar"
     content = (folder / name).read_bytes()
     file = open_file(server.url(name))
@@ -111,7 +115,7 @@ def test_reads_anywhere_in_a_remote_file_give_its_bytes(folder, server, data):
 
 
 @layouts
-def test_an_index_is_built_from_ranges_and_nothing_is_fetched_twice(folder, server, layout):
+def test_an_index_is_built_from_ranges_and_nothing_is_fetched_twice(folder: Path, server: Any, layout: str) -> None:
     server.log()
     built = LengthIndex.build(shards_of(server, layout))
     log = server.log()
@@ -121,7 +125,7 @@ def test_an_index_is_built_from_ranges_and_nothing_is_fetched_twice(folder, serv
     assert log["bytes"] <= shard_bytes(folder, layout) * (1 if layout == "plain" else 0.5)
 
 
-def test_an_index_with_checksums_is_built_and_verified_over_http(server):
+def test_an_index_with_checksums_is_built_and_verified_over_http(server: Any) -> None:
     index = LengthIndex.build(shards_of(server, "plain"), checksums=True)
     index.verify(checksums=True)
     assert index.fingerprint == LengthIndex.open(server.url("plain.ltx")).fingerprint
@@ -136,7 +140,7 @@ def epoch_by_place(corpus: str | Path, workers: int, **options: object) -> list[
     return list(DataLoader(dataset, batch_sampler=sampler, collate_fn=list, num_workers=workers, **options))
 
 
-def assert_same_batches(read, expected) -> None:
+def assert_same_batches(read: Any, expected: Any) -> None:
     assert [len(batch) for batch in read] == [len(batch) for batch in expected]
     for batch, other in zip(read, expected, strict=True):
         for sample, written in zip(batch, other, strict=True):
@@ -144,14 +148,16 @@ def assert_same_batches(read, expected) -> None:
 
 
 @pytest.mark.parametrize(("layout", "start"), [("blocks", "fork"), ("plain", "fork"), ("blocks", "spawn")])
-def test_workers_read_by_place_over_http(folder, server, layout, start):
+def test_workers_read_by_place_over_http(folder: Path, server: Any, layout: str, start: str) -> None:
     read = epoch_by_place(server.url(f"{layout}.ltx"), 2, multiprocessing_context=start)
     assert_same_batches(read, epoch_by_place(folder / f"{layout}.ltx", 0))
 
 
 @layouts
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_gives_the_batches_of_the_local_one_and_fetches_each_shard_whole(folder, server, layout, workers):
+def test_a_stream_equals_the_local_one_and_fetches_each_shard_whole(
+    folder: Path, server: Any, layout: str, workers: int
+) -> None:
     options = {"collate_fn": list, "max_tokens": 100_000, "window": 20}
     server.log()
     remote = ShardStream(server.url(f"{layout}.ltx"), **options)
@@ -163,13 +169,13 @@ def test_a_stream_gives_the_batches_of_the_local_one_and_fetches_each_shard_whol
         assert log["bytes"] == shard_bytes(folder, layout) + (folder / f"{layout}.ltx").stat().st_size
 
 
-def test_plain_shards_are_rewritten_from_their_url(server, tmp_path):
+def test_plain_shards_are_rewritten_from_their_url(server: Any, tmp_path: Path) -> None:
     ShardWriter.rewrite(tmp_path, server.url("plain.ltx"))
     for read, written in zip(ShardDataset(tmp_path), samples(), strict=True):
         assert_same(read, written)
 
 
-def test_redirects_and_queries_are_followed(folder, server):
+def test_redirects_and_queries_are_followed(folder: Path, server: Any) -> None:
     index = folder / "blocks.ltx"
     shards = [server.url(f"blocks-00000{shard}.tar", "moved") for shard in range(3)]
     assert_same(ShardDataset(shards, index)[41], ShardDataset(index)[41])
@@ -179,7 +185,9 @@ def test_redirects_and_queries_are_followed(folder, server):
 
 
 @layouts
-def test_a_server_without_ranges_is_refused_by_place_and_does_for_a_stream(folder, server, layout):
+def test_a_server_without_ranges_is_refused_by_place_and_does_for_a_stream(
+    folder: Path, server: Any, layout: str
+) -> None:
     index, shards = folder / f"{layout}.ltx", shards_of(server, layout, "whole")
     server.log()
     with pytest.raises(ValueError, match=r"/whole/\w+-000002.tar: its server sent \d+ bytes for a range of .*, and gi"):
@@ -193,7 +201,7 @@ def test_a_server_without_ranges_is_refused_by_place_and_does_for_a_stream(folde
 
 
 @layouts
-def test_a_server_that_says_it_gives_no_ranges_is_refused_at_once(folder, server, layout):
+def test_a_server_that_says_it_gives_no_ranges_is_refused_at_once(folder: Path, server: Any, layout: str) -> None:
     dataset = ShardDataset(shards_of(server, layout, "denied"), folder / f"{layout}.ltx")
     server.log()
     with pytest.raises(ValueError, match=r"/denied/\w+-000000.tar: its server gives no size, or no ranges.*copy the"):
@@ -213,7 +221,9 @@ def test_a_server_that_says_it_gives_no_ranges_is_refused_at_once(folder, server
         ("signed", OSError, r"/signed/lost-000001.tar: cannot be read: ClientResponseError: 403"),
     ],
 )
-def test_a_shard_that_cannot_be_had_is_named_with_the_reason(server, tmp_path, manner, kind, message):
+def test_a_shard_that_cannot_be_had_is_named_with_the_reason(
+    server: Any, tmp_path: Path, manner: str, kind: type[Exception], message: str
+) -> None:
     folder = write(tmp_path, samples(1), prefix="lost", max_samples=40)
     index, shards = folder / "lost.ltx", shards_of(server, "lost", manner).replace("2}", "1}")
     dataset = ShardDataset(shards, index)
@@ -225,7 +235,7 @@ def test_a_shard_that_cannot_be_had_is_named_with_the_reason(server, tmp_path, m
         LengthIndex.build(shards)
 
 
-def test_an_index_that_is_not_there_is_named_and_one_out_of_reach_is_not_said_to_be_gone(server, folder):
+def test_a_missing_index_and_an_unreachable_one_have_different_errors(server: Any, folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no index http.*/ranges/none.ltx"):
         LengthIndex.open(server.url("none.ltx"))
     with serving(folder) as other:
@@ -235,7 +245,7 @@ def test_an_index_that_is_not_there_is_named_and_one_out_of_reach_is_not_said_to
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_server_that_dies_in_an_epoch_is_an_error_that_names_the_shard(folder, workers):
+def test_a_server_that_dies_in_an_epoch_is_an_error_that_names_the_shard(folder: Path, workers: int) -> None:
     with serving(folder) as server:
         dataset = ShardDataset(server.url("plain.ltx"))
         batches = iter(DataLoader(dataset, batch_size=1, collate_fn=list, num_workers=workers))
@@ -245,7 +255,7 @@ def test_a_server_that_dies_in_an_epoch_is_an_error_that_names_the_shard(folder,
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_server_that_dies_under_a_stream_is_an_error_that_names_the_shard(folder, workers):
+def test_a_server_that_dies_during_a_stream_is_an_error_with_the_shard(folder: Path, workers: int) -> None:
     with serving(folder) as server:
         stream = ShardStream(server.url("blocks.ltx"), collate_fn=list, batch_size=2, window=10)
         batches = iter(DataLoader(stream, batch_size=None, num_workers=workers))
@@ -254,7 +264,7 @@ def test_a_server_that_dies_under_a_stream_is_an_error_that_names_the_shard(fold
         list(batches)
 
 
-def test_the_example_serves_a_corpus_and_reads_it_both_ways():
+def test_the_example_serves_a_corpus_and_reads_it_both_ways() -> None:
     # Its main process goes on over HTTP after forked workers have read: it once waited for ever for what they closed.
     path = EXAMPLES / "shards_over_http.py"
     done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=120)
@@ -274,12 +284,12 @@ def number(text: str) -> int:
     return int(text.replace(",", ""))
 
 
-def test_a_corrupt_sample_is_found_without_fetching_its_shard_again(tmp_path):
+def test_a_corrupt_sample_is_found_without_fetching_its_shard_again(tmp_path: Path) -> None:
     folder = write(tmp_path, samples(), max_samples=20, block_size=10)
-    place = int(LengthIndex.open(folder / "shard.ltx").lengths[:40].argmax())
-    shard = folder / f"shard-{place // 20:06}.tar"
+    index = int(LengthIndex.open(folder / "shard.ltx").lengths[:40].argmax())
+    shard = folder / f"shard-{index // 20:06}.tar"
     content = bytearray(shard.read_bytes())
-    content[LengthIndex.open(folder / "shard.ltx")._tables.offsets[place, 0]] ^= 1
+    content[LengthIndex.open(folder / "shard.ltx")._tables.offsets[index, 0]] ^= 1
     shard.write_bytes(content)
     with serving(folder) as server:
         (folder / "shard-000002.tar").unlink()
@@ -289,7 +299,7 @@ def test_a_corrupt_sample_is_found_without_fetching_its_shard_again(tmp_path):
         keys = {sample["__key__"] for batch in stream for sample in batch}
         log = server.log()
         # Red before: the run ended. Halves down to a sample would have fetched the shard a dozen times.
-        assert keys == {f"k{other}" for other in range(40) if other != place}
+        assert keys == {f"k{other}" for other in range(40) if other != index}
         assert log["GET 200"] == 2
         # Once for all of its samples, and once before with those of the others.
         assert log["GET 404"] == 2

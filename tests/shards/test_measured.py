@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -21,19 +23,19 @@ from samplers.shards.indexing.measuring import Measure, identify
 HOP = 2
 
 
-def halves(field, data):
+def halves(field: Any, data: Any) -> Any:
     return len(data) // HOP
 
 
-def seven(field, data):
+def seven(field: Any, data: Any) -> Any:
     return 7
 
 
-def read_bytes(data):
+def read_bytes(data: Any) -> Any:
     return np.frombuffer(data, np.uint8)
 
 
-def sounds(path, lengths, **others):
+def sounds(path: Path, lengths: Any, **others: Any) -> Any:
     """A plain shard of `wav` members of these sizes."""
     path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w") as tar:
@@ -45,7 +47,7 @@ def sounds(path, lengths, **others):
     return path
 
 
-def test_verify_says_which_lengths_it_has_not_measured(tmp_path):
+def test_verify_says_which_lengths_it_has_not_measured(tmp_path: Path) -> None:
     shard = sounds(tmp_path / "a.tar", [5, 8])
     index = LengthIndex.build(shard, ["wav"], seven)
     # All lengths are wrong, and it was silent before.
@@ -59,7 +61,7 @@ def test_verify_says_which_lengths_it_has_not_measured(tmp_path):
         right.verify(decode={"flac": read_bytes})
 
 
-def test_steps_that_a_decoder_masks_are_no_length(tmp_path):
+def test_steps_that_a_decoder_masks_are_no_length(tmp_path: Path) -> None:
     # Red: they were counted as if they were there.
     shard = sounds(tmp_path / "a.tar", [4])
     with pytest.raises(TypeError, match=r"steps of field 'wav' must be known, .* masks 1 of 4 .*compressed"):
@@ -70,7 +72,9 @@ def test_steps_that_a_decoder_masks_are_no_length(tmp_path):
         LengthIndex.build(shard, ["wav"], lambda field, data: np.ma.array(3, mask=True))
 
 
-def test_the_command_says_what_it_has_not_measured_and_measures_when_told(tmp_path, monkeypatch):
+def test_the_command_says_what_it_has_not_measured_and_measures_when_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     sounds(tmp_path / "a.tar", [5, 8])
     (tmp_path / "my_sounds.py").write_text(
@@ -78,12 +82,13 @@ def test_the_command_says_what_it_has_not_measured_and_measures_when_told(tmp_pa
         "\ndef fails(data):\n    raise RuntimeError('no wav')\n"
     )
     output = run("index", "a.tar", "--output", "a.ltx", "--fields", "wav", "--length", "my_sounds:steps").output
-    assert output == "a.ltx: built, 2 samples in 1 shard, lengths of wav\n"
+    name = LengthIndex.open("a.ltx").length_id
+    assert output == f"a.ltx: built, 2 samples in 1 shard, lengths of wav (measured by {name})\n"
     output = run("verify", "a.ltx", status=3).output
     assert output == (
-        "2 samples in 1 shard, lengths of wav: headers read (no checksums to compare payloads with: lengthtrack index "
-        "--checksums), the rest agrees, lengths of wav NOT measured (give --length MODULE:FUNCTION or --decode "
-        "wav=MODULE:FUNCTION)\n"
+        f"2 samples in 1 shard, lengths of wav (measured by {name}): headers read (no checksums to compare payloads "
+        "with: lengthtrack index --checksums), the rest agrees, lengths of wav NOT measured (give --length "
+        "MODULE:FUNCTION or --decode wav=MODULE:FUNCTION)\n"
     )
     assert "NOT measured" in run("verify", "a.ltx", "--quick", status=3).output
     assert "headers and lengths read" in run("verify", "a.ltx", "--length", "my_sounds:steps").output
@@ -100,7 +105,7 @@ def test_the_command_says_what_it_has_not_measured_and_measures_when_told(tmp_pa
 
 
 @pytest.mark.parametrize("place", ["beside", "folder"])
-def test_a_build_goes_on_with_the_same_function_alone(tmp_path, place):
+def test_a_build_goes_on_with_the_same_function_alone(tmp_path: Path, place: str) -> None:
     shard = sounds(tmp_path / "a.tar", [4, 8])
     resume = True if place == "beside" else tmp_path / "kept"
     first = LengthIndex.build(shard, ["wav"], halves, resume=resume)
@@ -120,7 +125,7 @@ def test_a_build_goes_on_with_the_same_function_alone(tmp_path, place):
             LengthIndex.build(shard, ["wav"], seven, length_id=name)
 
 
-def test_the_name_of_a_function_is_kept_in_the_file_and_by_every_index(tmp_path):
+def test_the_name_of_a_function_is_kept_in_the_file_and_by_every_index(tmp_path: Path) -> None:
     shards = [sounds(tmp_path / f"{name}.tar", [4]) for name in "ab"]
     one, other = (LengthIndex.build(shard, ["wav"], halves, length_id="frames") for shard in shards)
     LengthIndex.concat([one, other]).save(tmp_path / "c.ltx")
@@ -134,7 +139,7 @@ def test_the_name_of_a_function_is_kept_in_the_file_and_by_every_index(tmp_path)
     assert LengthIndex.build(sounds(tmp_path / "d.tar", [4], **{"x.npy": data}), ["x"], halves).length_id is None
 
 
-def forget(path):
+def forget(path: Path) -> None:
     """Write an index as it was before functions were recorded."""
     content = path.read_bytes()
     size = int.from_bytes(content[12:16], "little")
@@ -146,7 +151,7 @@ def forget(path):
     path.write_bytes(new + bytes(-len(new) % 64) + content[start:])
 
 
-def test_an_index_without_the_record_opens_and_is_measured_anew(tmp_path):
+def test_an_index_without_the_record_opens_and_is_measured_anew(tmp_path: Path) -> None:
     shard = sounds(tmp_path / "a.tar", [4, 8])
     LengthIndex.build(shard, ["wav"], seven, resume=True)
     forget(tmp_path / "a.tar.ltx")
@@ -158,7 +163,7 @@ def test_an_index_without_the_record_opens_and_is_measured_anew(tmp_path):
     assert LengthIndex.build(shard, ["wav"], halves, resume=True).lengths.tolist() == [2, 4]
 
 
-def test_a_function_of_which_no_text_tells_needs_a_name_to_be_kept(tmp_path):
+def test_a_function_of_which_no_text_tells_needs_a_name_to_be_kept(tmp_path: Path) -> None:
     shard = sounds(tmp_path / "a.tar", [4])
     unclear = functools.partial(lambda model, field, data: len(data), object())
     assert LengthIndex.build(shard, ["wav"], unclear).length_id is None
@@ -188,7 +193,7 @@ def steps(field, data):
 NAMES = ["steps", "make(3)", "Steps(3)", "Steps(3).__call__", "partial(steps, data=b'')", "lambda f, d: len(d) // HOP"]
 
 
-def names_of(tmp_path, source, expressions=NAMES):
+def names_of(tmp_path: Path, source: Any, expressions: Any = NAMES) -> Any:
     """What functions of a module are called in a process of their own."""
     (tmp_path / "functions.py").write_text(
         "from functools import partial\n" + source + "".join(f"f{n} = {each}\n" for n, each in enumerate(expressions))
@@ -203,7 +208,7 @@ def names_of(tmp_path, source, expressions=NAMES):
     return done.stdout.splitlines()
 
 
-def test_a_function_has_one_name_in_every_process_until_it_changes(tmp_path):
+def test_a_function_has_one_name_in_every_process_until_it_changes(tmp_path: Path) -> None:
     source = SOURCE.format(more="")
     before = names_of(tmp_path, source)
     assert len(set(before)) == len(NAMES)
@@ -230,7 +235,7 @@ def test_a_function_has_one_name_in_every_process_until_it_changes(tmp_path):
     assert [name for name, other in zip(before, after, strict=True) if name == other] == before[:1]
 
 
-def test_functions_on_one_line_and_without_source_have_names_of_their_own():
+def test_functions_on_one_line_and_without_source_have_names_of_their_own() -> None:
     one, other = lambda f, d: len(d), lambda f, d: len(d) + 1
     assert len({identify(one), identify(other), None}) == 3
     typed = {}

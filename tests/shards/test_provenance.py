@@ -4,6 +4,8 @@ import io
 import struct
 import tarfile
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.indexing.index_file import write_index
 
 
-def lengths_on_disk(folder, field):
+def lengths_on_disk(folder: Path, field: Any) -> Any:
     """By the standard library and NumPy alone."""
     found = []
     for path in sorted(folder.glob("*.tar")):
@@ -34,7 +36,9 @@ def lengths_on_disk(folder, field):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @given(corpus=corpora(), block_size=st.integers(1, 4), max_samples=st.integers(1, 5))
-def test_a_length_is_the_same_number_from_disk_to_sample(tmp_path_factory, layout, corpus, block_size, max_samples):
+def test_a_length_is_the_same_number_from_disk_to_sample(
+    tmp_path_factory: pytest.TempPathFactory, layout: str, corpus: Any, block_size: Any, max_samples: Any
+) -> None:
     samples, stack = corpus
     folder = tmp_path_factory.mktemp("corpus")
     write(folder, samples, layout=layout, block_size=block_size, max_samples=max_samples, stack=stack)
@@ -50,7 +54,7 @@ def test_a_length_is_the_same_number_from_disk_to_sample(tmp_path_factory, layou
         assert [len(sample[name]) for sample in streamed] == given_
 
 
-def with_length(index, place, length, path):
+def with_length(index: Any, place: Any, length: Any, path: Path) -> Any:
     """An index file that is sound but for one length."""
     lengths = index._tables.lengths.copy()
     lengths[place] = length
@@ -60,7 +64,7 @@ def with_length(index, place, length, path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("length", [0, 2, 4, 2**31 - 1])
-def test_an_inflated_or_deflated_index_is_caught_by_name_and_numbers(tmp_path, layout, length):
+def test_an_inflated_or_deflated_index_is_caught_by_name_and_numbers(tmp_path: Path, layout: str, length: int) -> None:
     write(tmp_path, tokens([5, 3, 1]), layout=layout)
     index = LengthIndex.open(tmp_path / "shard.ltx")
     wrong = with_length(index, 1, length, tmp_path / "wrong.ltx")
@@ -71,28 +75,28 @@ def test_an_inflated_or_deflated_index_is_caught_by_name_and_numbers(tmp_path, l
         LengthIndex.open(wrong).verify()
 
 
-def patched(path, before, after):
+def patched(path: Path, before: Any, after: Any) -> None:
     """Overwrite bytes in a shard, in place."""
     content = path.read_bytes()
     assert content.count(before) == 1
     path.write_bytes(content.replace(before, after))
 
 
-def test_a_changed_length_in_a_block_is_caught_by_name_and_numbers(tmp_path):
+def test_a_changed_length_in_a_block_is_caught_by_name_and_numbers(tmp_path: Path) -> None:
     write(tmp_path, tokens([5, 3, 1]))
     # The sum stays, so that the block alone looks sound.
     patched(tmp_path / "shard-000000.tar", struct.pack("<3i", 5, 3, 1), struct.pack("<3i", 5, 1, 3))
     message = r"shard-000000.tar: sample 'k1', field 'tokens': the index says 3 steps, the shard 1"
-    for place in range(3):
+    for index in range(3):
         with pytest.raises(LengthError, match=message):
-            ShardDataset(tmp_path, checksums=False)[place]
+            ShardDataset(tmp_path, checksums=False)[index]
     with pytest.raises(LengthError, match=message):
         LengthIndex.open(tmp_path / "shard.ltx").verify()
     assert LengthIndex.build(tmp_path).lengths.tolist() == [5, 1, 3]
 
 
 @pytest.mark.parametrize("lengths", [(5, 3, 2), (4, 3, 1), (-1, 9, 1)])
-def test_lengths_that_do_not_add_up_are_refused_by_the_block_itself(tmp_path, lengths):
+def test_lengths_that_do_not_add_up_are_refused_by_the_block_itself(tmp_path: Path, lengths: tuple[int, ...]) -> None:
     write(tmp_path, tokens([5, 3, 1]))
     patched(tmp_path / "shard-000000.tar", struct.pack("<3i", 5, 3, 1), struct.pack("<3i", *lengths))
     message = "the lengths sum to|has length -1"
@@ -104,7 +108,7 @@ def test_lengths_that_do_not_add_up_are_refused_by_the_block_itself(tmp_path, le
         ShardDataset(tmp_path, checksums=False)[0]
 
 
-def test_a_changed_header_of_a_sample_is_caught(tmp_path):
+def test_a_changed_header_of_a_sample_is_caught(tmp_path: Path) -> None:
     write(tmp_path, tokens([5, 3, 1]), layout="plain")
     patched(tmp_path / "shard-000000.tar", b"(3,), }", b"(2,), }")
     with pytest.raises(
@@ -119,7 +123,7 @@ def test_a_changed_header_of_a_sample_is_caught(tmp_path):
         LengthIndex.open(tmp_path / "shard.ltx").verify()
 
 
-def test_a_changed_dtype_or_shape_of_a_block_is_caught(tmp_path):
+def test_a_changed_dtype_or_shape_of_a_block_is_caught(tmp_path: Path) -> None:
     write(tmp_path, tokens([5, 3, 1]))
     patched(
         tmp_path / "shard-000000.tar",
@@ -133,18 +137,18 @@ def test_a_changed_dtype_or_shape_of_a_block_is_caught(tmp_path):
     assert ShardDataset(tmp_path, fields=["label"])[2]["label"] == 2
 
 
-def test_a_place_that_is_moved_is_caught_before_anything_is_read_from_it(tmp_path):
+def test_a_place_that_is_moved_is_caught_before_anything_is_read_from_it(tmp_path: Path) -> None:
     write(tmp_path, tokens([5, 3, 1]))
     index = LengthIndex.open(tmp_path / "shard.ltx")
-    places = index._tables.offsets.copy()
-    places[1, 0] += 8
-    write_index(tmp_path / "wrong.ltx", [replace(index._tables, offsets=places)])
+    offsets = index._tables.offsets.copy()
+    offsets[1, 0] += 8
+    write_index(tmp_path / "wrong.ltx", [replace(index._tables, offsets=offsets)])
     with pytest.raises(ValueError, match="block of sample 'k0', field 'tokens'.* at another"):
         ShardDataset(tmp_path / "wrong.ltx", checksums=False)[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_offsets_and_sizes_outside_a_shard_allocate_nothing(tmp_path, layout):
+def test_offsets_and_sizes_outside_a_shard_allocate_nothing(tmp_path: Path, layout: str) -> None:
     write(tmp_path, tokens([5, 3, 1]), layout=layout)
     index = LengthIndex.open(tmp_path / "shard.ltx")
     name = "sizes" if layout == "plain" else "blocks"
@@ -155,7 +159,7 @@ def test_offsets_and_sizes_outside_a_shard_allocate_nothing(tmp_path, layout):
         ShardDataset(tmp_path / "wrong.ltx")[0]
 
 
-def test_webdataset_streams_the_same_samples_through_the_stage(tmp_path):
+def test_webdataset_streams_the_same_samples_through_the_stage(tmp_path: Path) -> None:
     samples = tokens([5, 3, 0, 1])
     for layout in LAYOUTS:
         write(tmp_path / layout, samples, layout=layout, block_size=3)

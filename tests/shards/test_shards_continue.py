@@ -3,6 +3,8 @@
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,7 +49,7 @@ for layout in ("blocks", "plain"):
 """
 
 
-def test_a_writer_killed_at_any_moment_goes_on_to_the_same_bytes(tmp_path):
+def test_a_writer_killed_at_any_moment_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     # Three shards, three indexes and the corpus file are each synced with their folder: 14 moments, and one too late.
     code = WRITING + KILL_AT_A_SYNC + KILLED
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
@@ -71,7 +73,7 @@ with ShardWriter(sys.argv[1], layout=sys.argv[2], max_samples=50, block_size=7, 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_writer_killed_in_mid_shard_is_refused_while_it_lives_and_gone_on_with_when_it_is_dead(tmp_path, layout):
+def test_a_live_writer_is_refused_and_a_killed_one_is_continued(tmp_path: Path, layout: str) -> None:
     command = [sys.executable, "-c", WRITING + KILLED_IN_A_SHARD, str(tmp_path / "killed"), layout]
     names = {}
     exec(WRITING, names)
@@ -92,8 +94,8 @@ def test_a_writer_killed_in_mid_shard_is_refused_while_it_lives_and_gone_on_with
 @pytest.mark.parametrize("layout", LAYOUTS)
 @given(corpus=corpora(), cuts=st.lists(st.integers(0, 8), max_size=3), max_samples=st.integers(1, 4))
 def test_a_corpus_written_in_several_goes_is_the_corpus_of_all_samples(
-    tmp_path_factory, layout, corpus, cuts, max_samples
-):
+    tmp_path_factory: pytest.TempPathFactory, layout: str, corpus: Any, cuts: Any, max_samples: Any
+) -> None:
     samples, stack = corpus
     folder = tmp_path_factory.mktemp("corpus")
     edges = [0, *sorted(min(cut, len(samples)) for cut in cuts), len(samples)]
@@ -110,7 +112,7 @@ def test_a_corpus_written_in_several_goes_is_the_corpus_of_all_samples(
     dataset.index.verify(checksums=True)
 
 
-def test_a_finished_writer_is_gone_on_with_twice(tmp_path):
+def test_a_finished_writer_is_gone_on_with_twice(tmp_path: Path) -> None:
     write(tmp_path, tokens([3, 1, 2]), max_samples=2)
     for first in (3, 5):
         with ShardWriter(tmp_path, append=True) as writer:
@@ -123,7 +125,7 @@ def test_a_finished_writer_is_gone_on_with_twice(tmp_path):
     assert (tmp_path / "again.ltx").read_bytes() == (tmp_path / "shard.ltx").read_bytes()
 
 
-def test_keys_that_are_there_are_known(tmp_path):
+def test_keys_that_are_there_are_known(tmp_path: Path) -> None:
     write(tmp_path, tokens([3, 1, 2]), max_samples=2)
     with ShardWriter(tmp_path, append=True) as writer:
         for sample in tokens([3, 1, 2]):
@@ -134,7 +136,7 @@ def test_keys_that_are_there_are_known(tmp_path):
     assert len(ShardDataset(tmp_path)) == 3
 
 
-def test_appending_to_nothing_is_writing(tmp_path):
+def test_appending_to_nothing_is_writing(tmp_path: Path) -> None:
     write(tmp_path / "a", tokens([3, 1]), append=True)
     write(tmp_path / "b", tokens([3, 1]))
     assert files(tmp_path / "a") == files(tmp_path / "b")
@@ -161,9 +163,9 @@ THERE = {"__key__": "a", "x": np.ones((2, 4), np.float32), "v": np.arange(3), "n
         ({"z": 1}, ValueError, "'z' is new: every sample must have .* like in .*shard-000000.tar"),
     ],
 )
-def test_other_kinds_than_those_on_disk_are_refused_by_shard_field_and_both_kinds(
-    tmp_path, layout, change, error, message
-):
+def test_a_schema_other_than_that_on_disk_is_refused_with_both(
+    tmp_path: Path, layout: str, change: dict[str, Any], error: type[Exception], message: str
+) -> None:
     write(tmp_path, [THERE], layout=layout, stack=["v"])
     new = {name: value for name, value in (THERE | {"__key__": "b"} | change).items() if value is not None}
     with ShardWriter(tmp_path, layout=layout, append=True) as writer:
@@ -174,7 +176,7 @@ def test_other_kinds_than_those_on_disk_are_refused_by_shard_field_and_both_kind
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_another_layout_or_stack_is_refused(tmp_path, layout):
+def test_another_layout_or_stack_is_refused(tmp_path: Path, layout: str) -> None:
     write(tmp_path, [THERE], layout=layout, stack=["v"])
     other = LAYOUTS[1 - LAYOUTS.index(layout)]
     with pytest.raises(ValueError, match=f'000000.tar is in layout="{layout}": continue in it, got "{other}"'):
@@ -185,7 +187,7 @@ def test_another_layout_or_stack_is_refused(tmp_path, layout):
         ShardWriter(tmp_path, layout=layout, stack=["z"], append=True)
 
 
-def test_shards_that_are_gone_changed_or_of_another_writer_are_refused(tmp_path):
+def test_shards_that_are_gone_changed_or_of_another_writer_are_refused(tmp_path: Path) -> None:
     write(tmp_path, tokens([3, 1, 2]), max_samples=1)
     shard = tmp_path / "shard-000001.tar"
     content = shard.read_bytes()
@@ -213,7 +215,7 @@ def test_shards_that_are_gone_changed_or_of_another_writer_are_refused(tmp_path)
         ShardWriter(tmp_path, append=True)
 
 
-def test_a_foreign_plain_shard_is_refused_by_its_encoding(tmp_path):
+def test_a_foreign_plain_shard_is_refused_by_its_encoding(tmp_path: Path) -> None:
     write(tmp_path, tokens([3]), layout="plain")
     shard = tmp_path / "shard-000000.tar"
     content = shard.read_bytes().replace(b"k0.label.cls", b"k0.label.wav")
@@ -229,7 +231,7 @@ def test_a_foreign_plain_shard_is_refused_by_its_encoding(tmp_path):
         ShardWriter(tmp_path, layout="plain", append=True)
 
 
-def test_writers_of_other_prefixes_are_let_be(tmp_path):
+def test_writers_of_other_prefixes_are_let_be(tmp_path: Path) -> None:
     write(tmp_path, tokens([1]), prefix="shard")
     write(tmp_path, tokens([2]), prefix="shard-x")
     (tmp_path / "shard-x-000007.tar.tmp").touch()
@@ -241,7 +243,7 @@ def test_writers_of_other_prefixes_are_let_be(tmp_path):
     assert LengthIndex.open(tmp_path / "shard-x.ltx").lengths.tolist() == [2, 4]
 
 
-def test_of_two_writers_of_one_prefix_neither_overwrites_the_others_shard(tmp_path):
+def test_of_two_writers_of_one_prefix_neither_overwrites_the_others_shard(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, max_samples=1) as first, ShardWriter(tmp_path, max_samples=1) as second:
         for sample in tokens([3, 1]):
             first.write(sample)
@@ -253,10 +255,10 @@ def test_of_two_writers_of_one_prefix_neither_overwrites_the_others_shard(tmp_pa
     assert ShardDataset(tmp_path).index.lengths.tolist() == [3, 1]
 
 
-def test_a_file_system_without_locks_can_be_written_to(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_can_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fcntl = pytest.importorskip("fcntl")
 
-    def refuse(stream, operation):
+    def refuse(stream: Any, operation: Any) -> None:
         raise OSError("locks are not supported")
 
     monkeypatch.setattr(fcntl, "flock", refuse)

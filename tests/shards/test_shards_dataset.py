@@ -6,6 +6,7 @@ import pickle
 import tarfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -25,7 +26,9 @@ from samplers.shards.storage.reading import LocalFile
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @given(corpus=corpora(), seed=st.integers(0, 2**32), size=st.integers(0, 20))
-def test_places_come_in_the_order_asked_for_with_the_fields_asked_for(tmp_path_factory, layout, corpus, seed, size):
+def test_samples_come_in_the_order_and_with_the_fields_asked_for(
+    tmp_path_factory: pytest.TempPathFactory, layout: str, corpus: Any, seed: int, size: Any
+) -> None:
     samples, stack = corpus
     folder = tmp_path_factory.mktemp("corpus")
     write(folder, samples, layout=layout, block_size=2, max_samples=3, stack=stack)
@@ -33,13 +36,13 @@ def test_places_come_in_the_order_asked_for_with_the_fields_asked_for(tmp_path_f
     names = [name for name in samples[0] if name != "__key__" and rng.random() < 0.5]
     dataset = ShardDataset(folder, fields=names)
     # Repeats and places from the end are among them.
-    places = rng.integers(-len(samples), len(samples), size).tolist()
-    for place, read in zip(places, dataset.__getitems__(places), strict=True):
-        assert_same(read, {name: samples[place][name] for name in ["__key__", *names]})
+    indices = rng.integers(-len(samples), len(samples), size).tolist()
+    for index, read in zip(indices, dataset.__getitems__(indices), strict=True):
+        assert_same(read, {name: samples[index][name] for name in ["__key__", *names]})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_samples_share_no_memory(tmp_path, layout):
+def test_samples_share_no_memory(tmp_path: Path, layout: str) -> None:
     dataset = ShardDataset(write(tmp_path, tokens([4, 4, 4]), layout=layout))
     first, second, again = dataset.__getitems__([0, 1, 0])
     first["tokens"][:] = -1
@@ -49,7 +52,7 @@ def test_samples_share_no_memory(tmp_path, layout):
     assert first["tokens"].flags.owndata
 
 
-def test_files_are_read_in_their_order_whatever_was_asked(tmp_path, monkeypatch):
+def test_files_are_read_in_their_order_whatever_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, tokens(list(range(1, 40))), max_samples=10, block_size=4)
     dataset = ShardDataset(tmp_path, fields=["tokens"])
     asked = np.random.default_rng(0).permutation(39).tolist()
@@ -66,17 +69,17 @@ def test_files_are_read_in_their_order_whatever_was_asked(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("step", [1, 3, 7, 40, 200])
-def test_neighbours_that_are_read_together_are_told_apart(tmp_path, step):
+def test_neighbours_that_are_read_together_are_told_apart(tmp_path: Path, step: int) -> None:
     lengths = np.random.default_rng(0).integers(0, 20, 3000).tolist()
     dataset = ShardDataset(write(tmp_path, tokens(lengths), block_size=step * 10 + 2000))
-    places = [*range(0, 3000, step), 5, 5, 4]
-    for place, sample in zip(places, dataset.__getitems__(places), strict=True):
-        assert sample["__key__"] == f"k{place}"
-        assert sample["tokens"].tolist() == list(range(1000 * place, 1000 * place + lengths[place]))
-        assert sample["label"] == place
+    indices = [*range(0, 3000, step), 5, 5, 4]
+    for index, sample in zip(indices, dataset.__getitems__(indices), strict=True):
+        assert sample["__key__"] == f"k{index}"
+        assert sample["tokens"].tolist() == list(range(1000 * index, 1000 * index + lengths[index]))
+        assert sample["label"] == index
 
 
-def test_fields_that_are_not_asked_for_are_not_read(tmp_path, monkeypatch):
+def test_fields_that_are_not_asked_for_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, [{"__key__": "a", "x": np.zeros(1000), "y": np.zeros(3)}])
     dataset = ShardDataset(tmp_path, fields=["y"])
     read = []
@@ -88,13 +91,13 @@ def test_fields_that_are_not_asked_for_are_not_read(tmp_path, monkeypatch):
     assert read == [24]
 
 
-def identity(samples):
+def identity(samples: Any) -> Any:
     return samples
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_workers_read_what_the_main_process_reads(tmp_path, layout, start):
+def test_workers_read_what_the_main_process_reads(tmp_path: Path, layout: str, start: str) -> None:
     write(tmp_path, tokens(list(range(30))), layout=layout, max_samples=7, block_size=3)
     dataset = ShardDataset(tmp_path)
     # Open in the parent, so that a forked worker inherits what it must not share.
@@ -108,11 +111,11 @@ def test_workers_read_what_the_main_process_reads(tmp_path, layout, start):
         collate_fn=identity,
     )
     read = [sample for batch in loader for sample in batch]
-    for place, sample in zip(order, read, strict=True):
-        assert_same(sample, expected[place])
+    for index, sample in zip(order, read, strict=True):
+        assert_same(sample, expected[index])
 
 
-def test_a_pickled_dataset_is_small_and_opens_its_own_files(tmp_path):
+def test_a_pickled_dataset_is_small_and_opens_its_own_files(tmp_path: Path) -> None:
     write(tmp_path, tokens([3] * 500), max_samples=100)
     dataset = ShardDataset(tmp_path)
     dataset[0]
@@ -122,7 +125,7 @@ def test_a_pickled_dataset_is_small_and_opens_its_own_files(tmp_path):
     assert_same(pickle.loads(sent)[499], dataset[499])
 
 
-def test_a_forked_process_opens_its_own_files(tmp_path, monkeypatch):
+def test_a_forked_process_opens_its_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = ShardDataset(write(tmp_path, tokens([3])))
     opened = []
     monkeypatch.setattr(dataset_module, "open_file", lambda path: opened.append(path) or LocalFile(path))
@@ -132,35 +135,35 @@ def test_a_forked_process_opens_its_own_files(tmp_path, monkeypatch):
     assert len(opened) == 2
 
 
-def open_files():
+def open_files() -> Any:
     """How many this process holds, where the system tells."""
     folder = Path("/proc/self/fd")
     return len(list(folder.iterdir())) if folder.is_dir() else 0
 
 
-def test_no_more_shards_are_open_than_allowed(tmp_path, monkeypatch):
+def test_no_more_shards_are_open_than_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset_module, "HANDLES", 3)
     write(tmp_path, tokens([2] * 20), max_samples=1)
     before = open_files()
     dataset = ShardDataset(tmp_path)
-    for place in range(20):
-        assert dataset[place]["tokens"].tolist() == [1000 * place, 1000 * place + 1]
+    for index in range(20):
+        assert dataset[index]["tokens"].tolist() == [1000 * index, 1000 * index + 1]
     dataset.__getitems__(range(20))
     assert open_files() <= before + 3
     del dataset
     assert open_files() <= before
 
 
-def test_threads_share_a_dataset(tmp_path, monkeypatch):
+def test_threads_share_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset_module, "HANDLES", 2)
     write(tmp_path, tokens(list(range(1, 41))), max_samples=5)
     dataset = ShardDataset(tmp_path)
     wrong = []
 
-    def read(seed):
-        places = np.random.default_rng(seed).integers(0, 40, 200).tolist()
-        right = [dataset[place]["tokens"].tolist() == list(range(1000 * place, 1001 * place + 1)) for place in places]
-        wrong.extend(place for place, ok in zip(places, right, strict=True) if not ok)
+    def read(seed: int) -> None:
+        indices = np.random.default_rng(seed).integers(0, 40, 200).tolist()
+        right = [dataset[index]["tokens"].tolist() == list(range(1000 * index, 1001 * index + 1)) for index in indices]
+        wrong.extend(index for index, ok in zip(indices, right, strict=True) if not ok)
 
     threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
     for thread in threads:
@@ -171,7 +174,7 @@ def test_threads_share_a_dataset(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_shards_can_be_named_in_every_way(tmp_path, layout):
+def test_shards_can_be_named_in_every_way(tmp_path: Path, layout: str) -> None:
     write(tmp_path, tokens([1, 2, 3, 4]), layout=layout, max_samples=2)
     paths = [tmp_path / f"shard-00000{shard}.tar" for shard in range(2)]
     patterns = [f"{tmp_path}/shard-{{000000..000001}}.tar", f"{tmp_path}/shard-*.tar", f"file://{tmp_path}/shard-*.tar"]
@@ -185,7 +188,7 @@ def test_shards_can_be_named_in_every_way(tmp_path, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_shards_can_be_behind_a_url(tmp_path, layout):
+def test_shards_can_be_behind_a_url(tmp_path: Path, layout: str) -> None:
     samples = tokens([3, 0, 5, 1])
     write(tmp_path, samples, layout=layout, max_samples=3)
     memory = fsspec.filesystem("memory")
@@ -193,8 +196,8 @@ def test_shards_can_be_behind_a_url(tmp_path, layout):
         memory.pipe(f"/{layout}/{path.name}", path.read_bytes())
     for shards in (f"memory://{layout}/shard-*.tar", f"memory://{layout}/shard.ltx"):
         dataset = ShardDataset(shards)
-        for place, read in zip([3, 1, 0, 2], dataset.__getitems__([3, 1, 0, 2]), strict=True):
-            assert_same(read, samples[place])
+        for index, read in zip([3, 1, 0, 2], dataset.__getitems__([3, 1, 0, 2]), strict=True):
+            assert_same(read, samples[index])
     built = LengthIndex.build(f"memory://{layout}/shard-{{000000..000001}}.tar", checksums=True)
     assert built.fingerprint == LengthIndex.open(tmp_path / "shard.ltx").fingerprint
     built.verify(checksums=True)
@@ -204,15 +207,15 @@ def test_shards_can_be_behind_a_url(tmp_path, layout):
     memory.rm(f"/{layout}", recursive=True)
 
 
-def wav(samples):
+def wav(samples: Any) -> Any:
     return b"RIFF" + np.asarray(samples, "<i2").tobytes()
 
 
-def read_wav(data):
+def read_wav(data: Any) -> Any:
     return np.frombuffer(data, "<i2", offset=4).astype(np.float32)
 
 
-def test_other_encodings_stay_bytes_or_are_decoded_and_held_against_the_index(tmp_path):
+def test_other_encodings_stay_bytes_or_are_decoded_and_checked(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     members = [("a.wav", wav([1, 2])), ("a.cls", b"7"), ("a.txt", "é".encode()), ("b.wav", wav([3])), ("b.cls", b"8"),
                ("b.txt", b""), ("b.json", b'{"x": [1]}')]  # fmt: skip
@@ -242,7 +245,9 @@ def test_other_encodings_stay_bytes_or_are_decoded_and_held_against_the_index(tm
         ([True], TypeError, "got bool"),
     ],
 )
-def test_places_that_are_none_are_refused(tmp_path, places, error, message):
+def test_indices_out_of_range_are_refused(
+    tmp_path: Path, places: list[bool | float | list[int]], error: type[Exception], message: str
+) -> None:
     dataset = ShardDataset(write(tmp_path, tokens([1, 2, 3])))
     with pytest.raises(error, match=message):
         dataset.__getitems__(places)
@@ -252,7 +257,7 @@ def test_places_that_are_none_are_refused(tmp_path, places, error, message):
         dataset[1.5]
 
 
-def test_options_that_name_nothing_are_refused(tmp_path):
+def test_options_that_name_nothing_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "a", tokens([1, 2]))
     write(tmp_path / "b", tokens([1, 2]), prefix="other")
     with pytest.raises(ValueError, match=r"no field 'text' in the index, there are \['tokens', 'label'\]"):
@@ -275,7 +280,7 @@ def test_options_that_name_nothing_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_shard_that_changed_or_went_is_named_when_it_is_touched(tmp_path, layout):
+def test_a_shard_that_changed_or_went_is_named_when_it_is_touched(tmp_path: Path, layout: str) -> None:
     write(tmp_path, tokens([1, 2, 3]), layout=layout, max_samples=1)
     path = tmp_path / "shard-000001.tar"
     content = path.read_bytes()
@@ -296,28 +301,28 @@ def test_a_shard_that_changed_or_went_is_named_when_it_is_touched(tmp_path, layo
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_flipped_byte_of_a_sample_is_noticed_when_it_is_read(tmp_path, layout):
+def test_every_flipped_byte_of_a_sample_is_noticed_when_it_is_read(tmp_path: Path, layout: str) -> None:
     write(tmp_path, tokens([5, 3]), layout=layout)
     path = tmp_path / "shard-000000.tar"
     content = bytearray(path.read_bytes())
     tables = LengthIndex.open(tmp_path / "shard.ltx")._tables
     size = 24 if tables.sizes is None else int(tables.sizes[1, 0])
     start = int(tables.offsets[1, 0])
-    for place in range(start, start + size, 3):
-        content[place] ^= 4
+    for index in range(start, start + size, 3):
+        content[index] ^= 4
         path.write_bytes(content)
         with pytest.raises(
             ValueError, match=rf"shard-000000.tar: sample 'k1', field 'tokens', at offset {start}: the bytes"
         ):
             ShardDataset(tmp_path)[1]
         assert len(ShardDataset(tmp_path)[0]["tokens"]) == 5
-        content[place] ^= 4
+        content[index] ^= 4
     content[start + size - 1] ^= 4
     path.write_bytes(content)
     assert ShardDataset(tmp_path, checksums=False)[1]["tokens"].tolist() != [1000, 1001, 1002]
 
 
-def test_a_shard_cut_while_it_is_open_is_noticed(tmp_path):
+def test_a_shard_cut_while_it_is_open_is_noticed(tmp_path: Path) -> None:
     write(tmp_path, tokens([5, 3]))
     dataset = ShardDataset(tmp_path)
     dataset[0]

@@ -4,6 +4,8 @@ import gzip
 import io
 import struct
 import tarfile
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +31,9 @@ PARTS = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_character
     kind=st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
     mtime=st.sampled_from([0, 1.5]),
 )
-def test_members_are_found_where_tarfile_finds_them(tmp_path_factory, files, kind, mtime):
+def test_members_are_found_where_tarfile_finds_them(
+    tmp_path_factory: pytest.TempPathFactory, files: Any, kind: Any, mtime: Any
+) -> None:
     path = tmp_path_factory.mktemp("tars") / "a.tar"
     with tarfile.open(path, "w", format=kind) as tar:
         for place, (name, size) in enumerate(files.items()):
@@ -48,7 +52,7 @@ def test_members_are_found_where_tarfile_finds_them(tmp_path_factory, files, kin
     assert all(file.read(m.data - len(m.header), len(m.header)) == m.header for m in found)
 
 
-def test_sizes_and_names_that_need_extensions_are_read(tmp_path):
+def test_sizes_and_names_that_need_extensions_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "for all"}) as tar:
         info = tarfile.TarInfo("short")
@@ -64,7 +68,7 @@ def test_sizes_and_names_that_need_extensions_are_read(tmp_path):
     assert [(m.name, m.size, m.head) for m in read_members(LocalFile(str(path)))] == [("a.x", 3, b"abc")]
 
 
-def changed_tar(change):
+def changed_tar(change: Any) -> Any:
     """A tar of one member, with other bytes at a place and a checksum that fits."""
     start, new = change
     head = bytearray(tar_header("a.x", 600))
@@ -95,7 +99,7 @@ def changed_tar(change):
         (changed_tar((156, b"x")), "at offset 0: the extended header is damaged"),
     ],
 )
-def test_what_is_no_whole_tar_is_refused_with_the_offset(tmp_path, content, message):
+def test_what_is_no_whole_tar_is_refused_with_the_offset(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"a.tar: .*{message}"):
@@ -103,7 +107,7 @@ def test_what_is_no_whole_tar_is_refused_with_the_offset(tmp_path, content, mess
 
 
 @pytest.mark.parametrize("records", [b"9 size=-1\n", b"22 GNU.sparse.major=1\n\n", b"12 size=4_0\n\n"])
-def test_extended_headers_that_mislead_are_refused(tmp_path, records):
+def test_extended_headers_that_mislead_are_refused(tmp_path: Path, records: bytes) -> None:
     path = tmp_path / "a.tar"
     head = bytearray(tar_header("a.x", len(records)))
     head[156:157] = b"x"
@@ -115,14 +119,14 @@ def test_extended_headers_that_mislead_are_refused(tmp_path, records):
 
 
 @given(st.lists(st.sampled_from("abAB._/- é"), max_size=12).map("".join))
-def test_names_are_split_as_webdataset_splits_them(name):
+def test_names_are_split_as_webdataset_splits_them(name: str) -> None:
     key, suffix = base_plus_ext(name)
     if not name.startswith("__"):
         assert split_name(name) == (None if key is None else (key, suffix.lower()))
 
 
 @given(hnp.arrays(st.sampled_from(sorted(DTYPES)), hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)))
-def test_array_headers_are_what_numpy_writes_and_reads(array):
+def test_array_headers_are_what_numpy_writes_and_reads(array: Any) -> None:
     content = npy_header(array.dtype.str, array.shape) + array.tobytes()
     read = np.load(io.BytesIO(content), allow_pickle=False)
     assert (read.dtype, read.shape, read.tobytes()) == (array.dtype, array.shape, array.tobytes())
@@ -137,7 +141,7 @@ def test_array_headers_are_what_numpy_writes_and_reads(array):
     st.sampled_from("CF"),
     st.sampled_from([(1, 0), (2, 0), (3, 0)]),
 )
-def test_arrays_that_numpy_writes_are_read_as_it_reads_them(array, order, version):
+def test_arrays_that_numpy_writes_are_read_as_it_reads_them(array: Any, order: Any, version: Any) -> None:
     file = io.BytesIO()
     np.lib.format.write_array(file, np.asarray(array, order=order), version)
     read = decode_npy(file.getvalue(), "here")
@@ -148,7 +152,7 @@ def test_arrays_that_numpy_writes_are_read_as_it_reads_them(array, order, versio
         assert read.flags.writeable
 
 
-def header(text, version=b"\x01\x00"):
+def header(text: str, version: bytes = b"\x01\x00") -> Any:
     return b"\x93NUMPY" + version + struct.pack("<H", len(text)) + text
 
 
@@ -178,19 +182,19 @@ def header(text, version=b"\x01\x00"):
         ),
     ],
 )
-def test_arrays_that_claim_what_they_are_not_are_refused(data, message):
+def test_arrays_that_claim_what_they_are_not_are_refused(data: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=f"^here: .*{message}"):
         decode_npy(data, "here")
 
 
-def test_a_header_is_read_from_the_first_bytes_alone():
+def test_a_header_is_read_from_the_first_bytes_alone() -> None:
     content = npy_header("<i8", (2**60, 3))
     found = read_npy_header(content, "here")
     assert (found.shape, found.nbytes, found.size) == ((2**60, 3), 2**60 * 24, 128)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_fields_of_a_stream_can_be_chosen(tmp_path, layout):
+def test_fields_of_a_stream_can_be_chosen(tmp_path: Path, layout: str) -> None:
     samples = tokens([2, 0, 3])
     write(tmp_path, samples, layout=layout, block_size=2)
     for read, written in zip(decode_groups(groups(tmp_path), ["label"]), samples, strict=True):
@@ -201,7 +205,7 @@ def test_fields_of_a_stream_can_be_chosen(tmp_path, layout):
         list(decode_groups(groups(tmp_path), ["tokens", "label", "text"]))
 
 
-def test_samples_of_a_stream_do_not_hold_their_block(tmp_path):
+def test_samples_of_a_stream_do_not_hold_their_block(tmp_path: Path) -> None:
     write(tmp_path, tokens([2, 3]))
     first, second = decode_groups(groups(tmp_path))
     assert first["tokens"].flags.owndata
@@ -246,19 +250,21 @@ BLOCK = {
         (BLOCK | {"block.keys.npy": BLOCK["block.keys.npy"][:-4]}, ValueError, "block.keys.npy: the header claims"),
     ],
 )
-def test_groups_that_contradict_themselves_are_refused_by_name(group, error, message):
+def test_groups_that_contradict_themselves_are_refused_by_name(
+    group: dict[str, Any], error: type[Exception], message: str
+) -> None:
     assert [sample["x"].tolist() for sample in decode_groups([GROUP, BLOCK])] == [[0, 1, 2], [0], [1, 2]]
     with pytest.raises(error, match=message):
         list(decode_groups([group]))
 
 
-def test_a_pickle_that_is_not_asked_for_is_left_alone():
+def test_a_pickle_that_is_not_asked_for_is_left_alone() -> None:
     assert [list(sample) for sample in decode_groups([GROUP | {"y.pkl": b""}], ["x"])] == [["__key__", "x"]]
     with pytest.raises(ValueError, match="'y.pkl' is a pickle"):
         list(decode_groups([GROUP | {"y.pkl": b""}], ["y"]))
 
 
-def test_webdatasets_own_decoder_reads_blocks_too(tmp_path, capsys):
+def test_webdatasets_own_decoder_reads_blocks_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, tokens([2, 1]))
     (block,) = read_with_webdataset(tmp_path, filters.map(autodecode.Decoder([])))
     assert block["block.keys.npy"].tolist() == ["k0", "k1"]
@@ -267,6 +273,6 @@ def test_webdatasets_own_decoder_reads_blocks_too(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_suffixes_name_fields():
+def test_suffixes_name_fields() -> None:
     assert field_of("left.audio.wav") == ("left.audio", "wav")
     assert field_of("cls") == ("cls", "cls")

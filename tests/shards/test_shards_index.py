@@ -4,6 +4,9 @@ import json
 import pickle
 import struct
 import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -15,7 +18,7 @@ from hypothesis import strategies as st
 from samplers.shards.indexing.index import LengthIndex
 
 
-def sequences_of(samples, stack):
+def sequences_of(samples: Any, stack: Any) -> Any:
     """The variable-length fields of these samples, in order."""
     return [name for name, value in samples[0].items() if name not in {"__key__", *stack} and np.ndim(value)]
 
@@ -23,8 +26,8 @@ def sequences_of(samples, stack):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @given(corpus=corpora(), block_size=st.integers(1, 4), max_samples=st.integers(1, 5))
 def test_an_index_built_from_tars_alone_is_the_writers_byte_for_byte(
-    tmp_path_factory, layout, corpus, block_size, max_samples
-):
+    tmp_path_factory: pytest.TempPathFactory, layout: str, corpus: Any, block_size: Any, max_samples: Any
+) -> None:
     samples, stack = corpus
     if not sequences_of(samples, stack):
         return
@@ -44,7 +47,9 @@ def test_an_index_built_from_tars_alone_is_the_writers_byte_for_byte(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @given(corpus=corpora())
-def test_lengths_keys_order_and_checksums_are_those_of_the_samples(tmp_path_factory, layout, corpus):
+def test_lengths_keys_order_and_checksums_are_those_of_the_samples(
+    tmp_path_factory: pytest.TempPathFactory, layout: str, corpus: Any
+) -> None:
     samples, stack = corpus
     folder = write(tmp_path_factory.mktemp("corpus"), samples, layout=layout, max_samples=3, stack=stack)
     index = LengthIndex.open(folder / "shard.ltx")
@@ -63,7 +68,7 @@ def test_lengths_keys_order_and_checksums_are_those_of_the_samples(tmp_path_fact
         assert index._tables.crcs.tolist() == crcs
 
 
-def test_an_opened_index_is_read_only_and_mapped_when_it_is_large(tmp_path):
+def test_an_opened_index_is_read_only_and_mapped_when_it_is_large(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(0, 9, 60_000).tolist()
     write(tmp_path, [{"__key__": f"{i}", "x": np.zeros(n, np.uint8)} for i, n in enumerate(lengths)])
@@ -80,7 +85,7 @@ def test_an_opened_index_is_read_only_and_mapped_when_it_is_large(tmp_path):
     assert pickle.loads(sent).lengths.tolist() == lengths
 
 
-def test_concat_is_the_corpus_of_all_shards(tmp_path):
+def test_concat_is_the_corpus_of_all_shards(tmp_path: Path) -> None:
     for part, layout in enumerate(["blocks", "blocks", "plain"]):
         write(tmp_path / f"{part}", tokens([part, 9, 0][: 3 - part], 10 * part), layout=layout, block_size=2)
     indexes = [LengthIndex.open(tmp_path / f"{part}" / "shard.ltx") for part in range(3)]
@@ -105,7 +110,7 @@ def test_concat_is_the_corpus_of_all_shards(tmp_path):
         LengthIndex.concat([indexes[0], LengthIndex.build(tmp_path / "1")])
 
 
-def test_a_fingerprint_is_of_keys_and_lengths_and_not_of_where_they_are(tmp_path):
+def test_a_fingerprint_is_of_keys_and_lengths_and_not_of_where_they_are(tmp_path: Path) -> None:
     samples = tokens([3, 1, 2])
     prints = {}
     for name, changed in {
@@ -122,7 +127,7 @@ def test_a_fingerprint_is_of_keys_and_lengths_and_not_of_where_they_are(tmp_path
     assert all(len(value) == 16 and int(value, 16) >= 0 for value in prints.values())
 
 
-def test_a_folder_can_be_moved_with_its_index(tmp_path):
+def test_a_folder_can_be_moved_with_its_index(tmp_path: Path) -> None:
     write(tmp_path / "a", tokens([3, 1, 2]), max_samples=2)
     (tmp_path / "a").rename(tmp_path / "b")
     LengthIndex.open(tmp_path / "b" / "shard.ltx").verify(checksums=True)
@@ -138,7 +143,7 @@ def test_a_folder_can_be_moved_with_its_index(tmp_path):
         index.moved_to(tmp_path / "c" / "shard-000001.tar")
 
 
-def test_one_field_of_several_can_be_tracked(tmp_path):
+def test_one_field_of_several_can_be_tracked(tmp_path: Path) -> None:
     samples = [{"__key__": f"{n}", "x": np.zeros(n), "y": np.zeros(n + 1), "z": np.zeros(5)} for n in range(4)]
     for layout in LAYOUTS:
         folder = write(tmp_path / layout, samples, layout=layout)
@@ -152,7 +157,7 @@ def test_one_field_of_several_can_be_tracked(tmp_path):
         assert pair.fingerprint != index.fingerprint
 
 
-def test_workers_and_a_bar_change_nothing(tmp_path, capsys):
+def test_workers_and_a_bar_change_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, tokens(list(range(9))), max_samples=2)
     index = LengthIndex.build(tmp_path, workers=2, checksums=True, progress=True)
     assert "5/5" in capsys.readouterr().err
@@ -162,7 +167,7 @@ def test_workers_and_a_bar_change_nothing(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_an_index_file_that_is_damaged_after_it_was_opened_is_noticed_by_verify(tmp_path):
+def test_verify_notices_an_index_file_damaged_after_it_was_opened(tmp_path: Path) -> None:
     path = write(tmp_path, tokens([3, 1])) / "shard.ltx"
     index = LengthIndex.open(path)
     content = path.read_bytes()
@@ -171,7 +176,7 @@ def test_an_index_file_that_is_damaged_after_it_was_opened_is_noticed_by_verify(
         index.verify()
 
 
-def test_a_replaced_index_is_noticed_by_those_who_use_it(tmp_path):
+def test_a_replaced_index_is_noticed_by_those_who_use_it(tmp_path: Path) -> None:
     write(tmp_path, tokens([3, 1]))
     sent = pickle.dumps(LengthIndex.open(tmp_path / "shard.ltx"))
     write(tmp_path / "b", tokens([3, 2]))
@@ -180,7 +185,7 @@ def test_a_replaced_index_is_noticed_by_those_who_use_it(tmp_path):
         pickle.loads(sent)
 
 
-def test_other_keys_and_other_headers_are_a_changed_shard(tmp_path):
+def test_other_keys_and_other_headers_are_a_changed_shard(tmp_path: Path) -> None:
     for layout in LAYOUTS:
         folder = write(tmp_path / layout, tokens([3, 1]), layout=layout)
         path, index = folder / "shard-000000.tar", LengthIndex.open(folder / "shard.ltx")
@@ -200,7 +205,7 @@ def test_other_keys_and_other_headers_are_a_changed_shard(tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_flipped_byte_of_a_shard_is_noticed(tmp_path, layout):
+def test_every_flipped_byte_of_a_shard_is_noticed(tmp_path: Path, layout: str) -> None:
     write(tmp_path, tokens([3, 20]), layout=layout)
     index = LengthIndex.open(tmp_path / "shard.ltx")
     path = tmp_path / "shard-000000.tar"
@@ -219,7 +224,7 @@ def test_every_flipped_byte_of_a_shard_is_noticed(tmp_path, layout):
     index.verify(checksums=True)
 
 
-def test_a_shard_that_grew_or_went_is_noticed(tmp_path):
+def test_a_shard_that_grew_or_went_is_noticed(tmp_path: Path) -> None:
     write(tmp_path, tokens([3, 20]))
     index = LengthIndex.open(tmp_path / "shard.ltx")
     path = tmp_path / "shard-000000.tar"
@@ -240,7 +245,7 @@ def test_a_shard_that_grew_or_went_is_noticed(tmp_path):
         LengthIndex.build([])
 
 
-def test_a_payload_can_only_be_verified_against_checksums(tmp_path):
+def test_a_payload_can_only_be_verified_against_checksums(tmp_path: Path) -> None:
     write(tmp_path, tokens([3, 20]))
     index = LengthIndex.build(tmp_path)
     index.verify()
@@ -248,7 +253,7 @@ def test_a_payload_can_only_be_verified_against_checksums(tmp_path):
         index.verify(checksums=True)
 
 
-def test_a_damaged_payload_is_named_by_shard_key_and_field(tmp_path):
+def test_a_damaged_payload_is_named_by_shard_key_and_field(tmp_path: Path) -> None:
     write(tmp_path, tokens([3, 200]))
     path = tmp_path / "shard-000000.tar"
     content = bytearray(path.read_bytes())
@@ -262,7 +267,7 @@ def test_a_damaged_payload_is_named_by_shard_key_and_field(tmp_path):
         index.verify(checksums=True)
 
 
-def rewritten(content, change):
+def rewritten(content: Any, change: Any) -> Any:
     """An index file whose header was changed, with checksums that fit."""
     size = int.from_bytes(content[12:16], "little")
     header = json.loads(content[24 : 24 + size])
@@ -300,7 +305,9 @@ def rewritten(content, change):
         (lambda c: rewritten(c, lambda h: h.clear()), "header is not valid"),
     ],
 )
-def test_an_index_file_that_is_not_whole_is_refused_by_name_and_reason(tmp_path, damage, message):
+def test_an_index_file_that_is_not_whole_is_refused_by_name_and_reason(
+    tmp_path: Path, damage: Callable[..., Any], message: str
+) -> None:
     path = write(tmp_path, tokens([3, 20])) / "shard.ltx"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=message) as caught:
@@ -310,19 +317,19 @@ def test_an_index_file_that_is_not_whole_is_refused_by_name_and_reason(tmp_path,
 
 
 @given(data=st.data())
-def test_every_flipped_bit_of_an_index_file_is_noticed(tmp_path_factory, data):
+def test_every_flipped_bit_of_an_index_file_is_noticed(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
     path = write(tmp_path_factory.mktemp("c"), tokens([3, 20])) / "shard.ltx"
     content = bytearray(path.read_bytes())
     size = int.from_bytes(content[12:16], "little")
     gap = range(24 + size, -(-(24 + size) // 64) * 64)
-    place = data.draw(st.integers(0, len(content) - 1).filter(lambda p: p not in gap))
-    content[place] ^= 1 << data.draw(st.integers(0, 7))
+    index = data.draw(st.integers(0, len(content) - 1).filter(lambda p: p not in gap))
+    content[index] ^= 1 << data.draw(st.integers(0, 7))
     path.write_bytes(content)
     with pytest.raises(ValueError, match="shard.ltx"):
         LengthIndex.open(path)
 
 
-def test_another_program_can_read_the_file_by_its_description(tmp_path):
+def test_another_program_can_read_the_file_by_its_description(tmp_path: Path) -> None:
     write(tmp_path, tokens([3, 0, 5], 7), max_samples=2)
     content = (tmp_path / "shard.ltx").read_bytes()
     magic, version, size, header_crc, content_crc = struct.unpack("<8sIIII", content[:24])
@@ -339,12 +346,12 @@ def test_another_program_can_read_the_file_by_its_description(tmp_path):
     assert arrays["keys"].tolist() == [b"k7", b"k8", b"k9"]
     assert arrays["order"].tolist() == [2, 0, 1]
     shard = (tmp_path / "shard-000001.tar").read_bytes()
-    place = arrays["places"].reshape(3, 2)[2, 0]
-    assert np.frombuffer(shard, "<i8", 5, place).tolist() == [9000, 9001, 9002, 9003, 9004]
-    assert crc32(shard[place : place + 40]) == arrays["crcs"].reshape(3, 2)[2, 0]
+    index = arrays["places"].reshape(3, 2)[2, 0]
+    assert np.frombuffer(shard, "<i8", 5, index).tolist() == [9000, 9001, 9002, 9003, 9004]
+    assert crc32(shard[index : index + 40]) == arrays["crcs"].reshape(3, 2)[2, 0]
 
 
-def test_saving_replaces_a_file_whole(tmp_path):
+def test_saving_replaces_a_file_whole(tmp_path: Path) -> None:
     write(tmp_path, tokens([3, 1]))
     opened = LengthIndex.open(tmp_path / "shard.ltx")
     LengthIndex.build(tmp_path).save(tmp_path / "shard.ltx")

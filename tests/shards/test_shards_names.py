@@ -1,6 +1,7 @@
 """What shards are called: braces as webdataset reads them, folders of any name, each shard once; no URL written."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from braceexpand import braceexpand
@@ -32,7 +33,7 @@ RANGES = st.sampled_from(
 PLAIN = st.text("ab01.,-/\\", max_size=4).filter(lambda text: not text.endswith("\\"))
 
 
-def nested(inner):
+def nested(inner: Any) -> Any:
     parts = st.lists(inner, min_size=1, max_size=3).map(",".join)
     return st.one_of(st.lists(inner, min_size=1, max_size=3).map("".join), parts.map(lambda text: f"{{{text}}}"))
 
@@ -41,7 +42,7 @@ PATTERNS = st.recursive(st.one_of(PLAIN, RANGES, st.just("\\{"), st.just("\\}"))
 
 
 @given(PATTERNS)
-def test_braces_mean_what_they_mean_to_webdataset(pattern):
+def test_braces_mean_what_they_mean_to_webdataset(pattern: str) -> None:
     assert expand_braces(pattern) == list(braceexpand(pattern))
 
 
@@ -55,18 +56,18 @@ def test_braces_mean_what_they_mean_to_webdataset(pattern):
         ("s3://b/{a,b}-{9..10}.tar", ["s3://b/a-9.tar", "s3://b/a-10.tar", "s3://b/b-9.tar", "s3://b/b-10.tar"]),
     ],
 )
-def test_braces_may_go_down_in_steps_and_one_in_another(pattern, names):
+def test_braces_may_go_down_in_steps_and_one_in_another(pattern: str, names: list[str]) -> None:
     # All but the last came out otherwise before.
     assert expand_shards(pattern) == names
 
 
 @pytest.mark.parametrize("pattern", ["{a", "a}", "{a,{b}", "{1..2}}"])
-def test_braces_that_do_not_match_are_refused(pattern):
+def test_braces_that_do_not_match_are_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match="braces do not match"):
         expand_shards(pattern)
 
 
-def test_patterns_are_spelt_out_in_order(tmp_path):
+def test_patterns_are_spelt_out_in_order(tmp_path: Path) -> None:
     assert expand_shards("s3://b/{a,b}-{9..11}.tar") == [f"s3://b/{c}-{n}.tar" for c in "ab" for n in (9, 10, 11)]
     assert expand_shards(["x.tar", "y-{00..01}.tar"]) == ["x.tar", "y-00.tar", "y-01.tar"]
     for name in ("b.tar", "a.tar", "odd[1].tar", "a.tar.ltx"):
@@ -76,7 +77,7 @@ def test_patterns_are_spelt_out_in_order(tmp_path):
     assert expand_shards(tmp_path) == [str(tmp_path / name) for name in ("a.tar", "b.tar", "odd[1].tar")]
 
 
-def test_a_shard_that_is_named_twice_is_refused(tmp_path, monkeypatch):
+def test_a_shard_that_is_named_twice_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, tokens([3, 1]), max_samples=1)
     first = tmp_path / "shard-000000.tar"
     monkeypatch.chdir(tmp_path)
@@ -99,7 +100,7 @@ def test_a_shard_that_is_named_twice_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["run[1]", "run{1}", "run{1,2}", "run{1", "run*"])
-def test_a_folder_may_have_brackets_and_braces_in_its_name(tmp_path, name):
+def test_a_folder_may_have_brackets_and_braces_in_its_name(tmp_path: Path, name: str) -> None:
     folder = write(tmp_path / name, tokens([3, 1, 2]), max_samples=1)
     paths = sorted(map(str, folder.glob("*.tar")))
     for shards in (folder, str(folder), paths, map(Path, paths)):
@@ -112,7 +113,7 @@ def test_a_folder_may_have_brackets_and_braces_in_its_name(tmp_path, name):
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/x", "memory://x", "http://host/x", "simplecache::s3://b/x"])
-def test_a_url_is_not_taken_for_a_folder_to_write_to(tmp_path, monkeypatch, url):
+def test_a_url_is_not_taken_for_a_folder_to_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     source = write(tmp_path / "source", tokens([3]))
     monkeypatch.chdir(tmp_path)
     index = LengthIndex.build(source)
@@ -134,7 +135,7 @@ def test_a_url_is_not_taken_for_a_folder_to_write_to(tmp_path, monkeypatch, url)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_file_url_is_a_path_to_writers_too(tmp_path, monkeypatch):
+def test_a_file_url_is_a_path_to_writers_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(f"file://{tmp_path}/a", tokens([3, 1]))
     LengthIndex.build(tmp_path / "a").save(f"file://{tmp_path}/a.ltx")

@@ -5,8 +5,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from samplers.shards.storage.process_pool import run_in_processes
 from samplers.shards.writing.writer import ShardWriter
 
 
-def part_of(lengths):
+def part_of(lengths: Any) -> Any:
     """Samples of a part; a part is its first key and its lengths."""
     first, *rest = lengths
     return tokens(rest, first)
@@ -32,7 +34,7 @@ SAMPLES = [sample for part in PARTS for sample in part_of(part)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path, layout):
+def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path, layout: str) -> None:
     for workers in (0, 1, 2, 7):
         index = ShardWriter.write_parts(
             tmp_path / f"{workers}", part_of, PARTS, workers=workers, layout=layout, max_samples=2
@@ -51,7 +53,9 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path, layout):
 
 
 @given(data=st.data())
-def test_parts_hold_what_a_single_writer_would_write_in_their_order(tmp_path_factory, data):
+def test_parts_hold_what_a_single_writer_would_write_in_their_order(
+    tmp_path_factory: pytest.TempPathFactory, data: Any
+) -> None:
     lengths = data.draw(st.lists(st.lists(st.integers(0, 9), max_size=5), min_size=1, max_size=5).filter(any))
     folder = tmp_path_factory.mktemp("corpus")
     parts = [[100 * place, *part] for place, part in enumerate(lengths)]
@@ -66,7 +70,7 @@ def test_parts_hold_what_a_single_writer_would_write_in_their_order(tmp_path_fac
     assert (folder / "parts" / "again.ltx").read_bytes() == (folder / "parts" / "shard.ltx").read_bytes()
 
 
-def test_a_bar_counts_the_parts_on_request(tmp_path, capsys):
+def test_a_bar_counts_the_parts_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for workers in (0, 2):
         ShardWriter.write_parts(tmp_path / f"{workers}", part_of, PARTS, workers=workers, progress=True)
         assert "4/4" in capsys.readouterr().err
@@ -86,7 +90,7 @@ if __name__ == "__main__":
 """
 
 
-def test_processes_may_be_spawned(tmp_path):
+def test_processes_may_be_spawned(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(SPAWNED)
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]
@@ -97,7 +101,7 @@ def test_processes_may_be_spawned(tmp_path):
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
-def failing_part(kind, lengths):
+def failing_part(kind: Any, lengths: Any) -> Iterator[Any]:
     """Like part_of, but the part that begins at 20 goes wrong after its first sample."""
     for place, sample in enumerate(part_of(lengths)):
         if lengths[0] == 20 and place == 1:
@@ -124,7 +128,9 @@ def failing_part(kind, lengths):
         ("exit", 2, r"part 2, \[20, 1, 5\]: its process ended with exit code 3"),
     ],
 )  # fmt: skip
-def test_an_error_or_a_kill_names_the_part_and_leaves_whole_shards_alone(tmp_path, kind, workers, message):
+def test_an_error_or_a_kill_names_the_part_and_leaves_whole_shards_alone(
+    tmp_path: Path, kind: str, workers: int, message: str
+) -> None:
     broken = partial(failing_part, kind)
     with pytest.raises(RuntimeError, match=message):
         ShardWriter.write_parts(tmp_path / "a", broken, PARTS, workers=workers, max_samples=1)
@@ -139,7 +145,7 @@ def test_an_error_or_a_kill_names_the_part_and_leaves_whole_shards_alone(tmp_pat
     assert len(index) == len(SAMPLES)
 
 
-def asked(folder, lengths):
+def asked(folder: Path, lengths: Any) -> Iterator[Any]:
     """Like part_of; each sample that is asked for is noted."""
     for sample in part_of(lengths):
         with (folder / f"asked-{lengths[0]}").open("a") as file:
@@ -147,8 +153,8 @@ def asked(folder, lengths):
         yield sample
 
 
-def test_finished_parts_are_not_written_again_and_more_parts_may_follow(tmp_path):
-    def noted():
+def test_finished_parts_are_not_written_again_and_more_parts_may_follow(tmp_path: Path) -> None:
+    def noted() -> Any:
         found = {path.name: path.read_text().split() for path in sorted(tmp_path.glob("asked-*"))}
         for path in tmp_path.glob("asked-*"):
             path.unlink()
@@ -167,7 +173,7 @@ def test_finished_parts_are_not_written_again_and_more_parts_may_follow(tmp_path
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
-def test_other_parts_than_those_that_were_written_are_noticed(tmp_path):
+def test_other_parts_than_those_that_were_written_are_noticed(tmp_path: Path) -> None:
     ShardWriter.write_parts(tmp_path, part_of, PARTS)
     with pytest.raises(RuntimeError, match=r"part 2, .*'k20' was written before, now 'k30' comes instead: give the"):
         ShardWriter.write_parts(tmp_path, part_of, [*PARTS[:2], PARTS[3]], append=True)
@@ -177,7 +183,7 @@ def test_other_parts_than_those_that_were_written_are_noticed(tmp_path):
     assert len(ShardWriter.write_parts(tmp_path, part_of, PARTS[:1], append=True)) == len(SAMPLES)
 
 
-def test_parts_that_are_not_finished_are_not_left_out(tmp_path):
+def test_parts_that_are_not_finished_are_not_left_out(tmp_path: Path) -> None:
     two = [PARTS[0], [20, 1, 5, 6]]
     with pytest.raises(RuntimeError, match="part 1"):
         ShardWriter.write_parts(tmp_path, late_error, two, max_samples=1)
@@ -192,13 +198,13 @@ def test_parts_that_are_not_finished_are_not_left_out(tmp_path):
         ShardWriter(tmp_path, append=True)
 
 
-def late_error(lengths):
+def late_error(lengths: Any) -> Iterator[Any]:
     yield from part_of(lengths)
     if lengths[0] == 20:
         raise OSError("gone")
 
 
-def test_a_single_writer_goes_on_behind_parts(tmp_path):
+def test_a_single_writer_goes_on_behind_parts(tmp_path: Path) -> None:
     ShardWriter.write_parts(tmp_path, part_of, PARTS)
     write(tmp_path, tokens([8, 9], 50), append=True, max_samples=1)
     assert sorted(path.name for path in tmp_path.glob("*.tar"))[-2:] == ["shard-000004.tar", "shard-000005.tar"]
@@ -210,7 +216,7 @@ def test_a_single_writer_goes_on_behind_parts(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_key_in_two_parts_is_refused_with_both_shards(tmp_path, workers):
+def test_a_key_in_two_parts_is_refused_with_both_shards(tmp_path: Path, workers: int) -> None:
     with pytest.raises(
         ValueError, match=r"unique over all parts, 'k1' is in .*-00000[01]-000000.tar and .*-000000.tar:"
     ):
@@ -218,20 +224,22 @@ def test_a_key_in_two_parts_is_refused_with_both_shards(tmp_path, workers):
     assert "shard.ltx" not in files(tmp_path)
 
 
-def of_a_kind(kind):
+def of_a_kind(kind: Any) -> Iterator[Any]:
     yield {"__key__": f"{kind}", "x": np.ones((2, kind[0]), kind[1]), "v": np.ones(kind[2])}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("other", [(2, "f4", 3), (1, "f8", 3), (1, "f4", 4)])
-def test_parts_of_different_kinds_are_refused_with_both_shards(tmp_path, layout, other):
+def test_parts_of_different_kinds_are_refused_with_both_shards(
+    tmp_path: Path, layout: str, other: tuple[int, str, int]
+) -> None:
     with pytest.raises(ValueError, match=r"shard-00000[01]-000000.tar") as caught:
         ShardWriter.write_parts(tmp_path, of_a_kind, [(1, "f4", 3), other], layout=layout, stack=["v"])
     assert all(f"shard-00000{part}-000000.tar" in str(caught.value) for part in (0, 1))
     assert "shard.ltx" not in files(tmp_path)
 
 
-def test_bad_requests_are_refused_before_anything_is_written(tmp_path):
+def test_bad_requests_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_samples must be at least 1, got 0"):
         ShardWriter.write_parts(tmp_path / "a", part_of, PARTS, max_samples=0)
     with pytest.raises(ValueError, match="nothing was written to .*a: a corpus needs a sample"):
@@ -267,7 +275,7 @@ ShardWriter.write_parts(folder / "corpus", samples, range(3), workers=2, max_sam
 """
 
 
-def wait_until(condition):
+def wait_until(condition: Any) -> None:
     """Poll for two minutes."""
     end = time.monotonic() + 120
     while not condition():
@@ -275,7 +283,7 @@ def wait_until(condition):
         time.sleep(0.02)
 
 
-def test_a_killed_run_takes_its_processes_along_and_is_gone_on_with(tmp_path):
+def test_a_killed_run_takes_its_processes_along_and_is_gone_on_with(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", SLOW, str(tmp_path), "slow"]) as process:
         wait_until(lambda: len(list(tmp_path.glob("waits-*"))) == 2)
         process.kill()
@@ -291,7 +299,7 @@ def test_a_killed_run_takes_its_processes_along_and_is_gone_on_with(tmp_path):
     assert resumed == files(tmp_path / "whole" / "corpus")
 
 
-def is_alive(process):
+def is_alive(process: Any) -> Any:
     """Whether a process runs; one that has ended and waits for its parent does not."""
     status = Path(f"/proc/{process}/stat")
     try:
@@ -303,33 +311,33 @@ def is_alive(process):
 class OddError(Exception):
     """Cannot be made again from its arguments."""
 
-    def __init__(self, first, second):
+    def __init__(self, first: Any, second: Any) -> None:
         super().__init__(f"{first} and {second}")
 
 
-def raise_odd(item):
+def raise_odd(item: Any) -> None:
     raise OddError(item, 2)
 
 
-def test_an_error_that_cannot_travel_is_told_by_its_name(tmp_path):
+def test_an_error_that_cannot_travel_is_told_by_its_name(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="OddError: 1 and 2") as caught:
         list(run_in_processes(raise_odd, [1], 1, unit="item", progress=False))
     assert "in raise_odd" in caught.value.__notes__[0]
 
 
-def test_all_results_come_whatever_the_number_of_workers():
+def test_all_results_come_whatever_the_number_of_workers() -> None:
     for workers in (0, 1, 3, 50):
         results = dict(run_in_processes(abs, [-3, 4, -5, 0], workers, unit="item", progress=False))
         assert results == {0: 3, 1: 4, 2: 5, 3: 0}
         assert list(run_in_processes(abs, [], workers, unit="item", progress=False)) == []
 
 
-def note_and_wait(path):
+def note_and_wait(path: Path) -> None:
     path.write_text(str(os.getpid()))
     time.sleep(600 * (path.name != "quick"))
 
 
-def test_who_stops_early_waits_for_nobody(tmp_path):
+def test_who_stops_early_waits_for_nobody(tmp_path: Path) -> None:
     results = run_in_processes(note_and_wait, [tmp_path / "slow", tmp_path / "quick"], 2, unit="item", progress=False)
     next(results)
     wait_until(lambda: (tmp_path / "slow").exists() and (tmp_path / "slow").read_text())

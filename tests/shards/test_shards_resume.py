@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -18,11 +19,11 @@ from samplers.shards.indexing.index import LengthIndex
 
 
 @pytest.fixture
-def scanned(monkeypatch):
+def scanned(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The shards that are scanned from now on."""
     seen, scan = [], kept.scan_shard
 
-    def scan_shard(path, *rest, **options):
+    def scan_shard(path: Path, *rest: Any, **options: Any) -> Any:
         seen.append(Path(path).name)
         return scan(path, *rest, **options)
 
@@ -30,7 +31,7 @@ def scanned(monkeypatch):
     return seen
 
 
-def corpus(folder, shards=6, layout="blocks"):
+def corpus(folder: Path, shards: int = 6, layout: str = "blocks") -> Any:
     """Shards without any index."""
     write(folder, tokens(list(range(shards))), max_samples=1, layout=layout)
     for path in folder.glob("*.ltx"):
@@ -38,7 +39,7 @@ def corpus(folder, shards=6, layout="blocks"):
     return folder
 
 
-def names(*numbers):
+def names(*numbers: Any) -> Any:
     return [f"shard-{number:06}.tar" for number in numbers]
 
 
@@ -62,7 +63,7 @@ LengthIndex.build(sys.argv[1], resume=True, workers=int(sys.argv[2]))
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_killed_build_scans_only_the_rest(tmp_path, layout, workers, scanned):
+def test_a_killed_build_scans_only_the_rest(tmp_path: Path, layout: str, workers: int, scanned: Any) -> None:
     corpus(tmp_path, layout=layout)
     fresh = LengthIndex.build(tmp_path)
     scanned.clear()
@@ -84,7 +85,7 @@ def test_a_killed_build_scans_only_the_rest(tmp_path, layout, workers, scanned):
     assert len({(tmp_path / f"{name}.ltx").read_bytes() for name in ("fresh", "index", "again")}) == 1
 
 
-def test_workers_take_what_is_kept(tmp_path):
+def test_workers_take_what_is_kept(tmp_path: Path) -> None:
     corpus(tmp_path)
     LengthIndex.build(sorted(tmp_path.glob("*.tar"))[:3], resume=True)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.ltx")}
@@ -95,7 +96,9 @@ def test_workers_take_what_is_kept(tmp_path):
 
 
 @given(data=st.data())
-def test_whatever_is_kept_the_index_is_that_of_a_fresh_build(tmp_path_factory, data):
+def test_whatever_is_kept_the_index_is_that_of_a_fresh_build(
+    tmp_path_factory: pytest.TempPathFactory, data: Any
+) -> None:
     folder = corpus(tmp_path_factory.mktemp("c"), 3, layout=data.draw(st.sampled_from(LAYOUTS)))
     shards = sorted(folder.glob("*.tar"))
     checksums = data.draw(st.booleans())
@@ -112,7 +115,7 @@ def test_whatever_is_kept_the_index_is_that_of_a_fresh_build(tmp_path_factory, d
     assert (folder / "built.ltx").read_bytes() == (folder / "fresh.ltx").read_bytes()
 
 
-def test_a_shard_that_changed_is_scanned_again(tmp_path, scanned):
+def test_a_shard_that_changed_is_scanned_again(tmp_path: Path, scanned: Any) -> None:
     corpus(tmp_path)
     LengthIndex.build(tmp_path, resume=True)
     scanned.clear()
@@ -127,7 +130,7 @@ def test_a_shard_that_changed_is_scanned_again(tmp_path, scanned):
     LengthIndex.build(tmp_path, resume=True).verify()
 
 
-def test_checksums_are_added_where_they_are_asked_for_and_never_lost(tmp_path, scanned):
+def test_checksums_are_added_where_they_are_asked_for_and_never_lost(tmp_path: Path, scanned: Any) -> None:
     write(tmp_path, tokens([3, 1]), max_samples=1)
     before = {path: path.read_bytes() for path in tmp_path.glob("*.ltx")}
     assert LengthIndex.build(tmp_path, resume=True)._tables.crcs is None
@@ -141,7 +144,7 @@ def test_checksums_are_added_where_they_are_asked_for_and_never_lost(tmp_path, s
     LengthIndex.open(tmp_path / "b" / "shard-000000.tar.ltx").verify(checksums=True)
 
 
-def test_fields_are_those_asked_for_or_those_of_the_kept_indexes(tmp_path):
+def test_fields_are_those_asked_for_or_those_of_the_kept_indexes(tmp_path: Path) -> None:
     samples = [{"__key__": f"{n}", "x": np.zeros(n), "y": np.zeros(n + 1)} for n in range(3)]
     for layout in LAYOUTS:
         folder = write(tmp_path / layout, samples, layout=layout, max_samples=1)
@@ -156,7 +159,7 @@ def test_fields_are_those_asked_for_or_those_of_the_kept_indexes(tmp_path):
         assert LengthIndex.build(folder, ["y"], resume=True, checksums=True).lengths.tolist() == [1, 2, 3]
 
 
-def test_a_folder_keeps_the_indexes_of_shards_whose_names_are_alike(tmp_path, scanned):
+def test_a_folder_keeps_the_indexes_of_shards_whose_names_are_alike(tmp_path: Path, scanned: Any) -> None:
     for name in "ab":
         corpus(tmp_path / name, 2)
     shards = [tmp_path / "a", tmp_path / "b"]
@@ -169,7 +172,7 @@ def test_a_folder_keeps_the_indexes_of_shards_whose_names_are_alike(tmp_path, sc
     assert scanned == []
 
 
-def test_remote_shards_need_a_folder_to_keep_their_indexes(tmp_path, scanned):
+def test_remote_shards_need_a_folder_to_keep_their_indexes(tmp_path: Path, scanned: Any) -> None:
     corpus(tmp_path, 2)
     memory = fsspec.filesystem("memory")
     urls = [f"memory://corpus/{name}" for name in names(0, 1)]
@@ -187,14 +190,14 @@ def test_remote_shards_need_a_folder_to_keep_their_indexes(tmp_path, scanned):
     assert scanned == names(0, 1, 1)
 
 
-def test_what_a_killed_build_left_half_written_is_removed(tmp_path):
+def test_what_a_killed_build_left_half_written_is_removed(tmp_path: Path) -> None:
     corpus(tmp_path, 2)
     (tmp_path / "shard-000000.tar.ltx.tmp").write_bytes(b"half")
     assert len(LengthIndex.build(tmp_path, resume=True)) == 2
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_user_s_error_in_a_worker_keeps_its_type_and_shows_its_place(tmp_path):
+def test_a_user_s_error_in_a_worker_keeps_its_type_and_shows_its_place(tmp_path: Path) -> None:
     corpus(tmp_path, 2)
     (tmp_path / "shard-000001.tar").write_bytes(b"no tar")
     for workers in (0, 2):

@@ -6,6 +6,7 @@ import signal
 import tarfile
 import wave
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -22,7 +23,7 @@ from samplers.shards.writing import source as rereading
 from samplers.shards.writing.writer import ShardWriter
 
 
-def wav(samples):
+def wav(samples: Any) -> Any:
     stream = io.BytesIO()
     with wave.open(stream, "wb") as file:
         file.setparams((1, 2, 8000, 0, "NONE", ""))
@@ -30,16 +31,16 @@ def wav(samples):
     return stream.getvalue()
 
 
-def from_wav(data):
+def from_wav(data: Any) -> Any:
     with wave.open(io.BytesIO(data)) as file:
         return np.frombuffer(file.readframes(file.getnframes()), "<i2")
 
 
-def steps_of_wav(field, data):
+def steps_of_wav(field: Any, data: Any) -> Any:
     return len(from_wav(data))
 
 
-def write_tar(path, members):
+def write_tar(path: Path, members: Any) -> Any:
     """A tar as users make it, with tarfile's own headers."""
     with tarfile.open(path, "w") as tar:
         for name, data in members.items():
@@ -49,7 +50,7 @@ def write_tar(path, members):
     return path
 
 
-def users_shards(folder, shards=3):
+def users_shards(folder: Path, shards: int = 3) -> Any:
     """Plain shards of arrays in odd memory orders, a class and a text."""
     folder.mkdir(exist_ok=True)
     for shard in range(shards):
@@ -63,11 +64,11 @@ def users_shards(folder, shards=3):
     return folder
 
 
-def as_utf8(data):
+def as_utf8(data: Any) -> Any:
     return np.frombuffer(data, np.uint8)
 
 
-def without_indexes(folder):
+def without_indexes(folder: Path) -> Any:
     for path in folder.glob("*.ltx"):
         path.unlink()
     return folder
@@ -76,7 +77,9 @@ def without_indexes(folder):
 @pytest.mark.parametrize("indexed", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @given(corpus=corpora(), to=st.sampled_from(LAYOUTS))
-def test_whatever_was_written_is_the_same_after_rewriting(tmp_path_factory, indexed, layout, corpus, to):
+def test_whatever_was_written_is_the_same_after_rewriting(
+    tmp_path_factory: pytest.TempPathFactory, indexed: bool, layout: str, corpus: Any, to: Any
+) -> None:
     samples, stack = corpus
     folder = tmp_path_factory.mktemp("corpus")
     write(folder / "a", samples, layout=layout, max_samples=3, stack=stack)
@@ -89,7 +92,7 @@ def test_whatever_was_written_is_the_same_after_rewriting(tmp_path_factory, inde
 
 
 @pytest.mark.parametrize("indexed", [True, False])
-def test_users_shards_become_blocks_with_or_without_an_index(tmp_path, indexed):
+def test_users_shards_become_blocks_with_or_without_an_index(tmp_path: Path, indexed: bool) -> None:
     users_shards(tmp_path / "u")
     options = {"fields": ["frames", "cls", "txt"], "decode": {"txt": as_utf8}}
     if indexed:
@@ -110,13 +113,13 @@ def test_users_shards_become_blocks_with_or_without_an_index(tmp_path, indexed):
         assert bytes(sample["txt"]).decode() == f"maße {place}"
 
 
-def strip_pickles(shard):
+def strip_pickles(shard: Any) -> None:
     with tarfile.open(shard) as tar:
         members = {m.name: tar.extractfile(m).read() for m in tar if not m.name.endswith("pkl")}
     write_tar(shard, members)
 
 
-def test_other_encodings_go_through_the_users_function_and_are_held_against_the_index(tmp_path):
+def test_other_encodings_are_decoded_by_the_user_and_checked(tmp_path: Path) -> None:
     sounds = {f"s{n}": np.arange(n) - 3 for n in (5, 0, 9)}
     write_tar(tmp_path / "u.tar", {f"{key}.wav": wav(sound) for key, sound in sounds.items()})
     LengthIndex.build(tmp_path / "u.tar", ["wav"], steps_of_wav).save(tmp_path / "u.tar.ltx")
@@ -129,7 +132,7 @@ def test_other_encodings_go_through_the_users_function_and_are_held_against_the_
         ShardWriter.rewrite(tmp_path / "c", tmp_path / "u.tar", decode={"wav": from_wav})
 
 
-def test_what_is_not_as_the_index_says_is_not_passed_on(tmp_path):
+def test_what_is_not_as_the_index_says_is_not_passed_on(tmp_path: Path) -> None:
     write(tmp_path / "a", tokens([3, 200, 5]), layout="plain", max_samples=2)
     shard = tmp_path / "a" / "shard-000000.tar"
     content = bytearray(shard.read_bytes())
@@ -155,7 +158,7 @@ def test_what_is_not_as_the_index_says_is_not_passed_on(tmp_path):
         ShardWriter.rewrite(tmp_path / "d", tmp_path / "a" / "shard.ltx")
 
 
-def test_an_index_of_some_shards_only_is_no_index(tmp_path):
+def test_an_index_of_some_shards_only_is_no_index(tmp_path: Path) -> None:
     write(tmp_path / "a", tokens([3, 2]), max_samples=1)
     (tmp_path / "a" / "shard.ltx").unlink()
     (tmp_path / "a" / "shard-000001.tar.ltx").unlink()
@@ -165,11 +168,11 @@ def test_an_index_of_some_shards_only_is_no_index(tmp_path):
         ShardWriter.rewrite(tmp_path / "b", tmp_path / "a", tmp_path / "gone.ltx")
 
 
-def by_shard(shard, key):
+def by_shard(shard: Any, key: str) -> Any:
     return f"{Path(shard).name}/{key}"
 
 
-def test_keys_that_are_unique_in_their_shard_alone_can_be_renamed(tmp_path):
+def test_keys_that_are_unique_in_their_shard_alone_can_be_renamed(tmp_path: Path) -> None:
     for name in "ab":
         write_tar(tmp_path / f"{name}.tar", {f"{place}.x.npy": npy(np.arange(place)) for place in range(3)})
     with pytest.raises(ValueError, match=r"'0' is in .*-000000-000000.tar and .*-000001-000000.tar"):
@@ -191,14 +194,16 @@ def test_keys_that_are_unique_in_their_shard_alone_can_be_renamed(tmp_path):
         ({"fields": ["cls"]}, r"u-0.tar.*at least one field must be a sequence \[L, \*F\], got \['cls'\]"),
     ],
 )
-def test_what_cannot_be_rewritten_is_named_by_shard_and_field(tmp_path, options, message):
+def test_what_cannot_be_rewritten_is_named_by_shard_and_field(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
     users_shards(tmp_path / "u")
     with pytest.raises(RuntimeError, match=message):
         ShardWriter.rewrite(tmp_path / "b", tmp_path / "u", **options)
     assert files(tmp_path / "b") == {}
 
 
-def test_damaged_and_empty_shards_and_bad_requests_are_refused(tmp_path):
+def test_damaged_and_empty_shards_and_bad_requests_are_refused(tmp_path: Path) -> None:
     users_shards(tmp_path / "u", 1)
     shard = tmp_path / "u" / "u-0.tar"
     shard.write_bytes(shard.read_bytes()[:3000])
@@ -223,17 +228,17 @@ def test_damaged_and_empty_shards_and_bad_requests_are_refused(tmp_path):
 class KillOnce:
     """Decodes text; the process in which it first sees the third shard is killed."""
 
-    def __init__(self, flag):
+    def __init__(self, flag: Any) -> None:
         self.flag = flag
 
-    def __call__(self, data):
+    def __call__(self, data: Any) -> Any:
         if data.endswith(b"3") and self.flag.with_suffix(".armed").exists() and not self.flag.exists():
             self.flag.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return as_utf8(data)
 
 
-def test_a_killed_rewriting_goes_on(tmp_path):
+def test_a_killed_rewriting_goes_on(tmp_path: Path) -> None:
     users_shards(tmp_path / "u")
     decode = {"txt": KillOnce(tmp_path / "flag")}
     options = {"fields": ["frames", "txt"], "decode": decode, "max_samples": 2}
@@ -249,7 +254,7 @@ def test_a_killed_rewriting_goes_on(tmp_path):
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
-def test_remote_shards_are_rewritten_too(tmp_path):
+def test_remote_shards_are_rewritten_too(tmp_path: Path) -> None:
     users_shards(tmp_path / "u", 1)
     url = "memory://users/u-0.tar"
     fsspec.filesystem("memory").pipe(url, (tmp_path / "u" / "u-0.tar").read_bytes())
@@ -258,7 +263,9 @@ def test_remote_shards_are_rewritten_too(tmp_path):
 
 
 @given(data=st.data())
-def test_no_more_is_read_together_than_a_bound_and_a_sample(tmp_path_factory, data):
+def test_no_more_is_read_together_than_a_bound_and_a_sample(
+    tmp_path_factory: pytest.TempPathFactory, data: Any
+) -> None:
     lengths = data.draw(st.lists(st.integers(0, 3000), min_size=1, max_size=30))
     layout = data.draw(st.sampled_from(LAYOUTS))
     folder = write(tmp_path_factory.mktemp("c"), tokens(lengths), layout=layout)

@@ -3,6 +3,8 @@
 import io
 import struct
 import tarfile
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,46 +16,50 @@ from samplers.shards.format.tar import split_name
 from samplers.shards.indexing.index import LengthIndex
 
 
-def add(tar, name, data):
+def add(tar: Any, name: str, data: Any) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))
 
 
-def tar_of(path, members):
+def tar_of(path: Path, members: Any) -> Any:
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for name, data in members:
             add(tar, name, data if isinstance(data, bytes) else npy(data))
     return path
 
 
-def halves(field, data):
+def halves(field: Any, data: Any) -> Any:
     """A length function: 16-bit samples behind a header of 4 bytes."""
-    assert field == "wav"
+    assert field == "raw"
     return (len(data) - 4) // 2
 
 
-def test_other_encodings_are_measured_by_the_users_function(tmp_path):
+def test_other_encodings_are_measured_by_the_users_function(tmp_path: Path) -> None:
     path = tar_of(
         tmp_path / "a.tar",
-        [(f"{n}.{suffix}", data) for n in range(4) for suffix, data in (("wav", bytes(4 + 2 * n)), ("json", b"{}"))],
+        [(f"{n}.{suffix}", data) for n in range(4) for suffix, data in (("raw", bytes(4 + 2 * n)), ("json", b"{}"))],
     )
     for workers in (0, 1):
-        index = LengthIndex.build(path, ["wav"], halves, workers=workers, checksums=True)
-        assert (index.fields, index.lengths.tolist()) == (("wav",), [0, 1, 2, 3])
+        index = LengthIndex.build(path, ["raw"], halves, workers=workers, checksums=True)
+        assert (index.fields, index.lengths.tolist()) == (("raw",), [0, 1, 2, 3])
     index.verify(checksums=True)
-    with pytest.raises(ValueError, match=r"group '0', field 'wav': not a .npy array: give a length function"):
-        LengthIndex.build(path, ["wav"])
-    with pytest.raises(ValueError, match=r"none of \['json', 'wav'\] is a .npy array with an axis: name the fields"):
+    with pytest.raises(
+        ValueError, match=r"group '0', field 'raw': neither a .npy array nor sound: give a length function"
+    ):
+        LengthIndex.build(path, ["raw"])
+    with pytest.raises(
+        ValueError, match=r"none of \['json', 'raw'\] is a .npy array with an axis, or sound: name the fields"
+    ):
         LengthIndex.build(path)
-    with pytest.raises(TypeError, match="fields must be a list of names, got the string 'wav'"):
-        LengthIndex.build(path, "wav")
+    with pytest.raises(TypeError, match="fields must be a list of names, got the string 'raw'"):
+        LengthIndex.build(path, "raw")
     for wrong in (-1, 2.0, None, True):
-        with pytest.raises(LengthError, match=f"'0', field 'wav': length= must give a non-negative int, got {wrong!r}"):
-            LengthIndex.build(path, ["wav"], lambda field, data, wrong=wrong: wrong)
+        with pytest.raises(LengthError, match=f"'0', field 'raw': length= must give a non-negative int, got {wrong!r}"):
+            LengthIndex.build(path, ["raw"], lambda field, data, wrong=wrong: wrong)
 
 
-def test_foreign_shards_index_as_webdataset_groups_them(tmp_path):
+def test_foreign_shards_index_as_webdataset_groups_them(tmp_path: Path) -> None:
     path = tar_of(
         tmp_path / "a.tar",
         [
@@ -77,7 +83,7 @@ BLOCK = {
 }
 
 
-def block_tar(path, change):
+def block_tar(path: Path, change: Any) -> Any:
     members = {name: value for name, value in (BLOCK | change).items() if value is not None}
     return tar_of(path, [(f"g.{name}" if "pkl" in name else f"g.{name}.npy", value) for name, value in members.items()])
 
@@ -107,14 +113,16 @@ def block_tar(path, change):
         ({"x": b"\x93NUMPY"}, ValueError, "not a .npy array"),
     ],
 )
-def test_a_block_that_contradicts_itself_is_refused(tmp_path, change, error, message):
+def test_a_block_that_contradicts_itself_is_refused(
+    tmp_path: Path, change: dict[str, Any], error: type[Exception], message: str
+) -> None:
     assert LengthIndex.build(block_tar(tmp_path / "good.tar", {})).lengths.tolist() == [1, 2, 3]
     with pytest.raises(error, match=message) as caught:
         LengthIndex.build(block_tar(tmp_path / "bad.tar", change))
     assert str(tmp_path / "bad.tar") in str(caught.value)
 
 
-def test_blocks_that_differ_in_kind_are_refused(tmp_path):
+def test_blocks_that_differ_in_kind_are_refused(tmp_path: Path) -> None:
     members = {name: value for name, value in BLOCK.items() if name != "n"}
     path = tar_of(
         tmp_path / "a.tar",
@@ -130,13 +138,13 @@ def test_blocks_that_differ_in_kind_are_refused(tmp_path):
         LengthIndex.build(path)
 
 
-def test_lengths_beyond_32_bits_are_refused(tmp_path):
+def test_lengths_beyond_32_bits_are_refused(tmp_path: Path) -> None:
     path = tar_of(tmp_path / "a.tar", [("a.wav", b"")])
     with pytest.raises(LengthError, match="'a', field 'wav': 2147483648 steps, at most 2147483647"):
         LengthIndex.build(path, ["wav"], lambda field, data: 2**31)
 
 
-def huge(shape):
+def huge(shape: Any) -> Any:
     return (
         b"\x93NUMPY\x01\x00"
         + struct.pack("<H", 118)
@@ -187,7 +195,9 @@ def huge(shape):
         ],
     ],
 )
-def test_a_plain_shard_that_contradicts_itself_is_refused(tmp_path, members, message):
+def test_a_plain_shard_that_contradicts_itself_is_refused(
+    tmp_path: Path, members: list[tuple[Any, ...]], message: str
+) -> None:
     path = tar_of(tmp_path / "bad.tar", members)
     with pytest.raises(ValueError, match=message) as caught:
         LengthIndex.build(path)
@@ -195,7 +205,7 @@ def test_a_plain_shard_that_contradicts_itself_is_refused(tmp_path, members, mes
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_truncation_of_a_shard_is_noticed(tmp_path, layout):
+def test_every_truncation_of_a_shard_is_noticed(tmp_path: Path, layout: str) -> None:
     write(tmp_path, tokens([3, 20, 1]), layout=layout, block_size=2)
     content = (tmp_path / "shard-000000.tar").read_bytes()
     cut = tmp_path / "cut.tar"

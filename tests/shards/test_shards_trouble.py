@@ -6,8 +6,10 @@ import textwrap
 from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from corpora import LAYOUTS, tokens, write
 from hypothesis import given
@@ -20,14 +22,14 @@ from samplers.shards.storage.atomic import AtomicFile, remove_leftover
 from samplers.shards.writing.writer import ShardWriter
 
 
-def run(code, *arguments):
+def run(code: Any, *arguments: Any) -> Any:
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_an_idle_appending_writer_keeps_what_another_has_added(tmp_path):
+def test_an_idle_appending_writer_keeps_what_another_has_added(tmp_path: Path) -> None:
     write(tmp_path, tokens([3, 1]), max_samples=1)
     idle = ShardWriter(tmp_path, append=True)
     with idle:
@@ -40,7 +42,9 @@ def test_an_idle_appending_writer_keeps_what_another_has_added(tmp_path):
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.booleans()), max_size=9))
-def test_whatever_writers_do_in_turn_all_finished_shards_are_listed(tmp_path_factory, steps):
+def test_whatever_writers_do_in_turn_all_finished_shards_are_listed(
+    tmp_path_factory: pytest.TempPathFactory, steps: Any
+) -> None:
     folder = write(tmp_path_factory.mktemp("c"), tokens([1]))
     writers = [ShardWriter(folder, append=True).__enter__() for _ in range(3)]
     for number, (which, ends) in enumerate([*steps, (0, True), (1, True), (2, True)], start=1):
@@ -79,7 +83,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 """
 
 
-def test_a_writer_goes_on_behind_more_large_indexes_than_descriptors(tmp_path):
+def test_a_writer_goes_on_behind_more_large_indexes_than_descriptors(tmp_path: Path) -> None:
     code = FEW + textwrap.dedent(
         """
         with ShardWriter(folder, append=True) as writer:
@@ -98,7 +102,7 @@ def test_a_writer_goes_on_behind_more_large_indexes_than_descriptors(tmp_path):
     assert run(code, tmp_path).split() == ["101", "101", "last"]
 
 
-def test_a_batch_of_many_shards_lives_with_few_descriptors(tmp_path):
+def test_a_batch_of_many_shards_lives_with_few_descriptors(tmp_path: Path) -> None:
     write(tmp_path, [{"__key__": f"k{n}", "x": np.arange(n % 5)} for n in range(200)], max_samples=1)
     code = """
     import os, resource, sys
@@ -167,14 +171,14 @@ for read, sample in zip(data, samples(), strict=True):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_after_a_full_disk_a_writer_takes_no_more_and_another_goes_on(tmp_path, layout):
+def test_after_a_full_disk_a_writer_takes_no_more_and_another_goes_on(tmp_path: Path, layout: str) -> None:
     # The writer went on before, wrote blocks twice, and left shards that no reader takes.
     out = run(FULL, tmp_path, layout).splitlines()
     assert out[0] == "at the end: True"
     assert out[1] == "1 True ['shard-000000.tar', 'shard-000000.tar.ltx']"
 
 
-def test_one_long_key_ends_a_shard_sooner_and_loses_nothing(tmp_path):
+def test_one_long_key_ends_a_shard_sooner_and_loses_nothing(tmp_path: Path) -> None:
     keys = [f"s{n}" if n != 500 else "k" * 1000 for n in range(30_000)]
     write(tmp_path, [{"__key__": key, "t": np.zeros(2, np.uint8)} for key in keys])
     index = LengthIndex.open(tmp_path / "shard.ltx")
@@ -183,7 +187,7 @@ def test_one_long_key_ends_a_shard_sooner_and_loses_nothing(tmp_path):
     index.verify(checksums=True)
 
 
-def test_a_refused_sample_begins_no_shard_and_sets_no_kinds(tmp_path):
+def test_a_refused_sample_begins_no_shard_and_sets_no_kinds(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, layout="plain", max_samples=2) as writer:
         with pytest.raises(ValueError, match="does not fit a tar header"):
             writer.write({"__key__": "d" * 300, "other": np.arange(3)})
@@ -207,7 +211,9 @@ def test_a_refused_sample_begins_no_shard_and_sets_no_kinds(tmp_path):
     ],
     ids=["name of 70", "name of 90", "64 axes", "many steps of nothing", "much of nothing", "64 axes of steps"],
 )
-def test_what_write_takes_is_read_and_what_it_refuses_leaves_nothing(tmp_path, layout, sample):
+def test_what_write_takes_is_read_and_what_it_refuses_leaves_nothing(
+    tmp_path: Path, layout: str, sample: dict[str, npt.NDArray[Any]]
+) -> None:
     stack = ["v"] if "v" in sample else []
     with suppress(ValueError), ShardWriter(tmp_path, layout=layout, stack=stack) as writer:
         taken = 0
@@ -224,7 +230,9 @@ def test_what_write_takes_is_read_and_what_it_refuses_leaves_nothing(tmp_path, l
 
 
 @given(st.integers(90, 103), st.sampled_from(["/", "/a/", "a/", "a//", ""]))
-def test_keys_that_begin_with_a_slash_are_read_as_written_or_refused(tmp_path_factory, length, start):
+def test_keys_that_begin_with_a_slash_are_read_as_written_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, length: Any, start: Any
+) -> None:
     folder, key = tmp_path_factory.mktemp("c"), start + "k" * length
     with suppress(ValueError):
         write(folder, [{"__key__": key, "x": np.arange(2)}], layout="plain")
@@ -233,14 +241,14 @@ def test_keys_that_begin_with_a_slash_are_read_as_written_or_refused(tmp_path_fa
     assert not list(folder.iterdir())
 
 
-def test_a_shard_that_does_not_read_back_gets_no_name(tmp_path, monkeypatch):
+def test_a_shard_that_does_not_read_back_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("samplers.shards.writing.shard_file.END", b"damage" * 200)
     with pytest.raises(ValueError, match="offset"), ShardWriter(tmp_path) as writer:
         writer.write({"__key__": "a", "x": np.arange(3)})
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_is_taken_over_from_a_killed_process_and_from_no_other(tmp_path):
+def test_a_file_is_taken_over_from_a_killed_process_and_from_no_other(tmp_path: Path) -> None:
     path = tmp_path / "corpus.ltx"
     (tmp_path / "corpus.ltx.tmp").write_bytes(b"left behind")
     file = AtomicFile(path)
@@ -254,11 +262,11 @@ def test_a_file_is_taken_over_from_a_killed_process_and_from_no_other(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.ltx"]
 
 
-def race(folder, number, slow, results):
+def race(folder: Path, number: Any, slow: Any, results: Any) -> None:
     # The time between creating a file and locking it is where two processes can take each other for dead.
     lock = newfile.lock
 
-    def slowly(stream):
+    def slowly(stream: Any) -> Any:
         slow.wait(0.002 * number)
         return lock(stream)
 
@@ -275,7 +283,7 @@ def race(folder, number, slow, results):
     results.put(done)
 
 
-def test_processes_that_race_for_a_name_never_lose_their_file(tmp_path):
+def test_processes_that_race_for_a_name_never_lose_their_file(tmp_path: Path) -> None:
     # Ended with FileNotFoundError before, or with the file of one under the name of the other.
     context = get_context("fork")
     slow, results = context.Event(), context.Queue()

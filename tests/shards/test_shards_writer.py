@@ -6,6 +6,9 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +27,9 @@ from samplers.shards.writing.writer import ShardWriter
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @given(corpus=corpora(), block_size=st.integers(1, 4), max_samples=st.integers(1, 5))
-def test_what_is_written_is_read_back_by_place_and_by_stream(tmp_path_factory, layout, corpus, block_size, max_samples):
+def test_what_is_written_is_read_back_by_place_and_by_stream(
+    tmp_path_factory: pytest.TempPathFactory, layout: str, corpus: Any, block_size: Any, max_samples: Any
+) -> None:
     samples, stack = corpus
     folder = tmp_path_factory.mktemp("corpus")
     write(folder, samples, layout=layout, block_size=block_size, max_samples=max_samples, stack=stack)
@@ -37,7 +42,7 @@ def test_what_is_written_is_read_back_by_place_and_by_stream(tmp_path_factory, l
         assert_same(read, written)
 
 
-def test_blocks_are_what_the_format_says_to_tarfile_and_numpy(tmp_path):
+def test_blocks_are_what_the_format_says_to_tarfile_and_numpy(tmp_path: Path) -> None:
     samples = [
         {"__key__": f"é{place}", "x": np.full((place, 2), place, np.float32), "n": place, "v": np.arange(3) + place}
         for place in range(5)
@@ -61,7 +66,7 @@ def test_blocks_are_what_the_format_says_to_tarfile_and_numpy(tmp_path):
         assert np.array_equal(part["v.npy"], np.stack([samples[place]["v"] for place in places]))
 
 
-def test_the_plain_layout_is_what_webdataset_decodes(tmp_path):
+def test_the_plain_layout_is_what_webdataset_decodes(tmp_path: Path) -> None:
     write(tmp_path, tokens([3, 0]), layout="plain")
     first, second = read_with_webdataset(tmp_path, filters.map(autodecode.Decoder([])))
     assert (first["__key__"], first["label.cls"], first["tokens.npy"].tolist()) == ("k0", 0, [0, 1, 2])
@@ -72,7 +77,7 @@ def test_the_plain_layout_is_what_webdataset_decodes(tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_same_samples_give_the_same_bytes(tmp_path, layout):
+def test_the_same_samples_give_the_same_bytes(tmp_path: Path, layout: str) -> None:
     for name in "ab":
         write(tmp_path / name, tokens([3, 0, 7, 2]), layout=layout, max_samples=3)
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
@@ -87,7 +92,9 @@ def test_the_same_samples_give_the_same_bytes(tmp_path, layout):
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=12), st.integers(1, 5), st.integers(1, 400))
-def test_shards_hold_no_more_samples_and_bytes_than_asked(tmp_path_factory, lengths, max_samples, max_bytes):
+def test_shards_hold_no_more_samples_and_bytes_than_asked(
+    tmp_path_factory: pytest.TempPathFactory, lengths: Any, max_samples: Any, max_bytes: Any
+) -> None:
     folder = write(tmp_path_factory.mktemp("c"), tokens(lengths), max_samples=max_samples, max_bytes=max_bytes)
     counts = [shard.samples for shard in LengthIndex.open(folder / "shard.ltx")._tables.shards]
     sizes = np.array(lengths) * 8 + 8
@@ -99,7 +106,7 @@ def test_shards_hold_no_more_samples_and_bytes_than_asked(tmp_path_factory, leng
             assert last - first == max_samples or sizes[first : last + 1].sum() > max_bytes
 
 
-def test_what_was_written_is_copied(tmp_path):
+def test_what_was_written_is_copied(tmp_path: Path) -> None:
     array = np.arange(3)
     with ShardWriter(tmp_path) as writer:
         writer.write({"__key__": "a", "x": array})
@@ -108,7 +115,7 @@ def test_what_was_written_is_copied(tmp_path):
     assert [sample["x"].tolist() for sample in ShardDataset(tmp_path)] == [[0, 1, 2], [9, 9, 9]]
 
 
-def test_tensors_and_odd_memory_layouts_are_stored_as_their_values(tmp_path):
+def test_tensors_and_odd_memory_layouts_are_stored_as_their_values(tmp_path: Path) -> None:
     base = np.arange(12).reshape(3, 4)
     values = {
         "a": torch.arange(6.0, requires_grad=True)[::2],
@@ -172,7 +179,9 @@ GOOD = {"__key__": "good", "x": np.arange(3), "y": np.ones((2, 4), np.float32), 
         ({"n": ...}, ValueError, "sample 'bad': field 'n' is missing"),
     ],
 )
-def test_a_bad_sample_is_refused_and_the_next_good_one_written(tmp_path, layout, change, error, message):
+def test_a_bad_sample_is_refused_and_the_next_good_one_written(
+    tmp_path: Path, layout: str, change: dict[str, Any], error: type[Exception], message: str
+) -> None:
     bad = {name: value for name, value in (GOOD | {"__key__": "bad"} | change).items() if value is not ...}
     with ShardWriter(tmp_path, layout=layout) as writer:
         writer.write(GOOD)
@@ -185,7 +194,7 @@ def test_a_bad_sample_is_refused_and_the_next_good_one_written(tmp_path, layout,
 
 
 @pytest.mark.parametrize("key", ["a.b", "a/.b", "__x__/y", "k" * 300])
-def test_the_plain_layout_refuses_keys_that_tar_cannot_name(tmp_path, key):
+def test_the_plain_layout_refuses_keys_that_tar_cannot_name(tmp_path: Path, key: str) -> None:
     with ShardWriter(tmp_path / "plain", layout="plain") as writer:
         writer.write(GOOD)
         with pytest.raises(ValueError, match='choose the layout "blocks"'):
@@ -195,7 +204,7 @@ def test_the_plain_layout_refuses_keys_that_tar_cannot_name(tmp_path, key):
 
 
 @pytest.mark.parametrize("name", ["Tokens", "a.b", "a/b", "", "__x", "a\n"])
-def test_fields_that_webdataset_would_rename_are_refused(tmp_path, name):
+def test_fields_that_webdataset_would_rename_are_refused(tmp_path: Path, name: str) -> None:
     with ShardWriter(tmp_path) as writer:
         with pytest.raises(ValueError, match="lower case without dots"):
             writer.write({"__key__": "a", name: np.arange(2)})
@@ -213,12 +222,14 @@ def test_fields_that_webdataset_would_rename_are_refused(tmp_path, name):
         ({"stack": "image"}, TypeError, "stack must be a list"),
     ],
 )
-def test_bad_options_are_refused_at_once(tmp_path, options, error, message):
+def test_bad_options_are_refused_at_once(
+    tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         ShardWriter(tmp_path, **options)
 
 
-def test_a_corpus_needs_a_sequence_and_the_fields_that_stack_names(tmp_path):
+def test_a_corpus_needs_a_sequence_and_the_fields_that_stack_names(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, stack=["x"]) as writer:
         with pytest.raises(ValueError, match="at least one field must be a sequence"):
             writer.write({"__key__": "a", "x": np.arange(3), "n": 1})
@@ -228,7 +239,7 @@ def test_a_corpus_needs_a_sequence_and_the_fields_that_stack_names(tmp_path):
     assert LengthIndex.open(tmp_path / "shard.ltx").fields == ("y",)
 
 
-def test_an_empty_corpus_and_a_writer_out_of_its_block_are_refused(tmp_path):
+def test_an_empty_corpus_and_a_writer_out_of_its_block_are_refused(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path)
     with pytest.raises(RuntimeError, match="within the with block"):
         writer.write(GOOD)
@@ -237,7 +248,7 @@ def test_an_empty_corpus_and_a_writer_out_of_its_block_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_shards_that_are_there_are_never_overwritten(tmp_path):
+def test_shards_that_are_there_are_never_overwritten(tmp_path: Path) -> None:
     write(tmp_path, tokens([1]))
     with pytest.raises(FileExistsError, match=r"already holds shard-000000.tar: write to another folder, give another"):
         ShardWriter(tmp_path)
@@ -248,8 +259,8 @@ def test_shards_that_are_there_are_never_overwritten(tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_exception_keeps_the_finished_shards_and_leaves_nothing_else(tmp_path, layout):
-    def interrupted():
+def test_an_exception_keeps_the_finished_shards_and_leaves_nothing_else(tmp_path: Path, layout: str) -> None:
+    def interrupted() -> Iterator[Any]:
         yield from tokens([1, 2, 3, 4, 5])
         raise KeyboardInterrupt
 
@@ -292,7 +303,7 @@ for layout in ("blocks", "plain"):
 
 
 @pytest.mark.unix
-def test_a_killed_writer_leaves_no_half_shard_under_a_final_name(tmp_path):
+def test_a_killed_writer_leaves_no_half_shard_under_a_final_name(tmp_path: Path) -> None:
     # Killed between samples, and at every one of the moments at which it sends something to the disk.
     run = subprocess.run(
         [sys.executable, "-c", IMPORTS + KILL_AT_A_SYNC + KILLED, str(tmp_path)],
@@ -315,7 +326,7 @@ def test_a_killed_writer_leaves_no_half_shard_under_a_final_name(tmp_path):
         assert (folder / "shard.ltx").exists() == (count == 14)
 
 
-def test_a_sequence_of_more_steps_than_an_index_holds_is_refused(tmp_path):
+def test_a_sequence_of_more_steps_than_an_index_holds_is_refused(tmp_path: Path) -> None:
     # Steps without features take no memory.
     write(tmp_path / "a", [{"__key__": "a", "x": np.zeros((2**31 - 1, 0))}])
     assert ShardDataset(tmp_path / "a")[0]["x"].shape == (2**31 - 1, 0)
@@ -323,8 +334,8 @@ def test_a_sequence_of_more_steps_than_an_index_holds_is_refused(tmp_path):
         write(tmp_path / "b", [{"__key__": "a", "x": np.zeros((2**31, 0))}])
 
 
-def test_a_disk_that_fails_leaves_no_shard(tmp_path, monkeypatch):
-    def fail(descriptor):
+def test_a_disk_that_fails_leaves_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: Any) -> None:
         raise OSError("no space")
 
     monkeypatch.setattr(os, "fsync", fail)
@@ -333,7 +344,7 @@ def test_a_disk_that_fails_leaves_no_shard(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_leftover_of_a_killed_writer_is_named(tmp_path):
+def test_a_leftover_of_a_killed_writer_is_named(tmp_path: Path) -> None:
     fcntl = pytest.importorskip("fcntl")
     (tmp_path / "shard-000000.tar.tmp").touch()
     with pytest.raises(FileExistsError, match="already holds shard-000000.tar.tmp"):
@@ -345,7 +356,7 @@ def test_a_leftover_of_a_killed_writer_is_named(tmp_path):
             writer.write(GOOD)
 
 
-def test_nothing_on_disk_can_be_a_pickle(tmp_path):
+def test_nothing_on_disk_can_be_a_pickle(tmp_path: Path) -> None:
     write(tmp_path, tokens([2, 3]))
     with tarfile.open(tmp_path / "shard-000000.tar") as tar:
         assert all(name.endswith(".npy") for name in tar.getnames())

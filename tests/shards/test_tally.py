@@ -6,6 +6,7 @@ import pickle
 import signal
 import threading
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch.multiprocessing as mp
@@ -18,25 +19,25 @@ from samplers.shards.skip_counts import FURTHER, MAX_PROCESSES, Tally
 REASONS = ("length", "damaged")
 
 
-def count(tally, name, times):
+def count(tally: Any, name: str, times: Any) -> None:
     for number in range(times):
         tally.take(2)
         tally.skip(f"{name}-{number % 3}.tar", REASONS[number % 2])
 
 
-def count_and_die(tally):
+def count_and_die(tally: Any) -> None:
     count(tally, "killed", 50)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def total(tally):
+def total(tally: Any) -> Any:
     return sum(each for reasons in tally.by_shard().values() for each in reasons.values())
 
 
 @given(
     st.lists(st.tuples(st.sampled_from(["a.tar", "ä\udc80.tar", "", "x\ny"]), st.sampled_from(REASONS)), max_size=60)
 )
-def test_counts_are_those_of_a_counter_and_a_copy_begins_at_zero(events):
+def test_counts_are_those_of_a_counter_and_a_copy_begins_at_zero(events: Any) -> None:
     tally = Tally(REASONS)
     for shard, reason in events:
         tally.take(1)
@@ -51,7 +52,7 @@ def test_counts_are_those_of_a_counter_and_a_copy_begins_at_zero(events):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_processes_that_count_at_once_lose_nothing_and_a_reader_sees_them_grow(method):
+def test_processes_that_count_at_once_lose_nothing(method: str) -> None:
     # All are no worker of a loader, so they begin at the same row.
     tally, context, seen = Tally(REASONS), mp.get_context(method), 0
     processes = [context.Process(target=count, args=(tally, name, 300)) for name in ("a", "b")]
@@ -71,7 +72,7 @@ def test_processes_that_count_at_once_lose_nothing_and_a_reader_sees_them_grow(m
     assert tally.totals() == (1800, 900)
 
 
-def test_a_killed_process_leaves_its_counts_and_its_row_to_the_next():
+def test_a_killed_process_leaves_its_counts_and_its_row_to_the_next() -> None:
     tally, context = Tally(REASONS), mp.get_context("fork")
     for _ in range(MAX_PROCESSES + 5):
         process = context.Process(target=count, args=(tally, "a", 2))
@@ -86,7 +87,7 @@ def test_a_killed_process_leaves_its_counts_and_its_row_to_the_next():
     assert (tally._table[:, 0] != 0).sum() == 1
 
 
-def test_threads_of_a_process_lose_nothing():
+def test_threads_of_a_process_lose_nothing() -> None:
     tally = Tally(REASONS)
     threads = [threading.Thread(target=count, args=(tally, "a", 2000)) for _ in range(8)]
     for thread in threads:
@@ -98,7 +99,9 @@ def test_threads_of_a_process_lose_nothing():
 
 
 @pytest.mark.parametrize(("entries", "name_bytes"), [(7, 1 << 15), (1023, 64)])
-def test_shards_that_find_no_room_are_counted_together(monkeypatch, entries, name_bytes):
+def test_shards_that_find_no_room_are_counted_together(
+    monkeypatch: pytest.MonkeyPatch, entries: int, name_bytes: int
+) -> None:
     monkeypatch.setattr(module, "ENTRIES", entries)
     monkeypatch.setattr(module, "NAME_BYTES", name_bytes)
     tally = Tally(REASONS)
@@ -112,7 +115,7 @@ def test_shards_that_find_no_room_are_counted_together(monkeypatch, entries, nam
     assert sum(counts[FURTHER].values()) == 100 - 2 * (len(counts) - 1)
 
 
-def test_more_processes_than_rows_share_one(monkeypatch):
+def test_more_processes_than_rows_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_PROCESSES", 1)
     tally, context = Tally(REASONS), mp.get_context("fork")
     tally.skip("a.tar", "length")

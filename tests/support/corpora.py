@@ -4,9 +4,10 @@ import gc
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import webdataset
+import webdataset.compat
 from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -27,11 +28,11 @@ def corpora(draw: st.DrawFn, max_samples: int = 8) -> tuple[list[dict[str, objec
     names = draw(st.lists(st.sampled_from(FIELDS), min_size=1, max_size=4, unique=True))
     dtypes = [np.dtype(draw(st.sampled_from(sorted(DTYPES)))) for _ in names]
     shapes = [tuple(draw(st.lists(st.integers(0, 3), max_size=3))) for _ in names]
-    fixed = [place > 0 and draw(st.booleans()) for place in range(len(names))]
+    fixed = [index > 0 and draw(st.booleans()) for index in range(len(names))]
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     samples = []
     for key in draw(st.lists(NAMES, min_size=1, max_size=max_samples, unique=True)):
-        sample = {"__key__": key}
+        sample: dict[str, object] = {"__key__": key}
         for name, dtype, shape, stacked in zip(names, dtypes, shapes, fixed, strict=True):
             whole = shape if stacked else (draw(lengths), *shape)
             sample[name] = rng.integers(0, 200, whole).astype(dtype)
@@ -44,7 +45,7 @@ def assert_same(read: dict[str, object], written: dict[str, object]) -> None:
     assert list(read) == list(written)
     assert read["__key__"] == written["__key__"]
     for name in read.keys() - {"__key__"}:
-        value, expected = read[name], np.asarray(written[name])
+        value, expected = np.asarray(read[name]), np.asarray(written[name])
         assert (value.dtype, value.shape) == (expected.dtype, expected.shape), name
         assert value.tobytes() == expected.tobytes(), name
         if expected.ndim:
@@ -55,12 +56,12 @@ def assert_same(read: dict[str, object], written: dict[str, object]) -> None:
 def tokens(lengths: list[int], first: int = 0) -> list[dict[str, object]]:
     """Plain samples: int64 tokens of these lengths, and a number."""
     return [
-        {"__key__": f"k{first + place}", "tokens": np.arange(length) + 1000 * (first + place), "label": place}
-        for place, length in enumerate(lengths)
+        {"__key__": f"k{first + index}", "tokens": np.arange(length) + 1000 * (first + index), "label": index}
+        for index, length in enumerate(lengths)
     ]
 
 
-def write(folder: Path, samples: list[dict[str, object]], **options: object) -> Path:
+def write(folder: Path, samples: list[dict[str, object]], **options: Any) -> Path:
     """Write samples to shards in a folder."""
     with ShardWriter(folder, **options) as writer:
         for sample in samples:
@@ -81,7 +82,7 @@ def read_with_webdataset(folder: Path, *stages: object) -> list[dict[str, object
     with warnings.catch_warnings():
         # It leaves its files to the garbage collector.
         warnings.simplefilter("ignore", ResourceWarning)
-        read = list(webdataset.WebDataset(paths, shardshuffle=False).compose(*stages))
+        read = list(webdataset.compat.WebDataset(paths, shardshuffle=False).compose(*stages))
         gc.collect()
     return read
 

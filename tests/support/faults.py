@@ -22,7 +22,7 @@ BLOCK = 512
 END = bytes(2 * BLOCK)
 # Numbers at which programs break.
 ODD_NUMBERS = [-1, 0, 1, 2, 7, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32, 2**60, 2**63 - 1, 2**63, 2**64, 10**30]
-ODD_VALUES = [
+ODD_VALUES: list[Any] = [
     *ODD_NUMBERS,
     1.5,
     float("inf"),
@@ -128,8 +128,8 @@ def flip_bits(rng: Generator, content: bytes) -> bytes:
     """One to four bits are others, all in the first tenth one time in two, where headers are."""
     data = bytearray(content)
     size = len(data) if rng.random() < 0.5 else max(1, len(data) // 10)
-    for place in rng.integers(0, size, rng.integers(1, 5)).tolist():
-        data[place] ^= 1 << int(rng.integers(8))
+    for offset in rng.integers(0, size, rng.integers(1, 5)).tolist():
+        data[offset] ^= 1 << int(rng.integers(8))
     return bytes(data)
 
 
@@ -154,9 +154,9 @@ def splice(rng: Generator, content: bytes) -> bytes:
 
 def overwrite(rng: Generator, content: bytes) -> bytes:
     """Some bytes are all zeros, all ones, or anything."""
-    place, size = int(rng.integers(len(content))), int(rng.choice([1, 2, 4, 8, 12, 64, 512, 4096]))
+    offset, size = int(rng.integers(len(content))), int(rng.choice([1, 2, 4, 8, 12, 64, 512, 4096]))
     new = [bytes(size), b"\xff" * size, rng.bytes(size)][rng.integers(3)]
-    return (content[:place] + new + content[place + size :])[: len(content)]
+    return (content[:offset] + new + content[offset + size :])[: len(content)]
 
 
 def grow(rng: Generator, content: bytes) -> bytes:
@@ -199,33 +199,33 @@ def swap_members(rng: Generator, content: bytes) -> bytes:
 def resize_member(rng: Generator, content: bytes) -> bytes:
     """A header claims another size."""
     parts = take_apart(content)
-    place = int(rng.integers(len(parts)))
-    header, data = parts[place]
+    index = int(rng.integers(len(parts)))
+    header, data = parts[index]
     size = int(rng.choice([len(data) - 1, len(data) + 1, len(data) + BLOCK])) if rng.random() < 0.5 else _odd(rng)
-    parts[place] = resized(header, size), data
+    parts[index] = resized(header, size), data
     return put_together(parts)
 
 
 def retype_member(rng: Generator, content: bytes) -> bytes:
     """A member is a link, a folder, a device, sparse, or an extended header."""
     parts = take_apart(content)
-    place = int(rng.integers(len(parts)))
-    header, data = parts[place]
+    index = int(rng.integers(len(parts)))
+    header, data = parts[index]
     kind = rng.choice(list(b"\x00123456789xgLKSDMNVAZ\xff"))
-    parts[place] = sealed(header[:156] + bytes([kind]) + header[157:]), data
+    parts[index] = sealed(header[:156] + bytes([kind]) + header[157:]), data
     return put_together(parts)
 
 
 def rename_member(rng: Generator, content: bytes) -> bytes:
     """A member has an awkward name, or another's."""
     parts = take_apart(content)
-    place = int(rng.integers(len(parts)))
-    header, data = parts[place]
+    index = int(rng.integers(len(parts)))
+    header, data = parts[index]
     other = parts[rng.integers(len(parts))][0][:100]
     names = [b"/etc/passwd", b"../../a.x.npy", b"k0.x.pkl", b"k0.npy", b"k0..npy", b"k0.__key__.npy", b"\xff.\xfe.npy"]
     names += [b"k0.block.keys.npy", b"g.x.lengths.npy", b"a.b/", b".npy", b"", b"a\n.b.npy", b"./a.x.npy"]
     name = other if rng.random() < 0.4 else names[rng.integers(len(names))]
-    parts[place] = sealed(name.ljust(100, b"\0") + header[100:]), data
+    parts[index] = sealed(name.ljust(100, b"\0") + header[100:]), data
     return put_together(parts)
 
 
@@ -243,32 +243,32 @@ def extend_member(rng: Generator, content: bytes) -> bytes:
         [(header_of("long", len(name.encode()), b"L"), name.encode())],
         [(header_of("k0.x.npy", 0, bytes([rng.choice(list(b"12"))]), link="/etc/passwd"), b"")],
     ]
-    place = int(rng.integers(len(parts) + 1))
-    return put_together(parts[:place] + extras[rng.integers(len(extras))] + parts[place:])
+    index = int(rng.integers(len(parts) + 1))
+    return put_together(parts[:index] + extras[rng.integers(len(extras))] + parts[index:])
 
 
 def edit_array_header(rng: Generator, content: bytes) -> bytes:
     """An array's header says something else; the member's size follows."""
     parts = take_apart(content)
-    arrays = [place for place, (_, data) in enumerate(parts) if data[:6] == b"\x93NUMPY"]
+    arrays = [index for index, (_, data) in enumerate(parts) if data[:6] == b"\x93NUMPY"]
     if not arrays:
         return flip_bits(rng, content)
-    place = int(rng.choice(arrays))
-    header, data = parts[place]
+    index = int(rng.choice(arrays))
+    header, data = parts[index]
     data = _with_array_header(rng, data)
-    parts[place] = resized(header, len(data)), data
+    parts[index] = resized(header, len(data)), data
     return put_together(parts)
 
 
 def edit_array_values(rng: Generator, content: bytes) -> bytes:
     """Small integers in an array, lengths among them, are others."""
     parts = take_apart(content)
-    place = int(rng.integers(len(parts)))
-    header, data = parts[place]
+    index = int(rng.integers(len(parts)))
+    header, data = parts[index]
     if len(data) > 136:
         start = 128 + int(rng.integers((len(data) - 128) // 4)) * 4
         data = data[:start] + (_odd(rng) % 2**32).to_bytes(4, "little") + data[start + 4 :]
-    parts[place] = resized(header, len(data)), data
+    parts[index] = resized(header, len(data)), data
     return put_together(parts)
 
 
@@ -326,18 +326,18 @@ def edit_index_header(rng: Generator, content: bytes) -> bytes:
     header = index_header(content)
     inside: Any = header
     while True:
-        places = list(inside) if isinstance(inside, dict) else list(range(len(inside)))
-        place = places[rng.integers(len(places))]
-        if not isinstance(inside[place], (dict, list)) or not inside[place] or rng.random() < 0.1:
+        indices = list(inside) if isinstance(inside, dict) else list(range(len(inside)))
+        index = indices[rng.integers(len(indices))]
+        if not isinstance(inside[index], (dict, list)) or not inside[index] or rng.random() < 0.1:
             break
-        inside = inside[place]
+        inside = inside[index]
     choice = rng.random()
     if choice < 0.15:
-        del inside[place]
+        del inside[index]
     elif choice < 0.25 and isinstance(inside, list):
-        inside.append(inside[place])
+        inside.append(inside[index])
     else:
-        inside[place] = ODD_VALUES[rng.integers(len(ODD_VALUES))]
+        inside[index] = ODD_VALUES[rng.integers(len(ODD_VALUES))]
     return rewritten(content, header)
 
 
@@ -349,10 +349,10 @@ def edit_index_values(rng: Generator, content: bytes) -> bytes:
     entry = header["arrays"][names[rng.integers(len(names))]]
     width = int(re.sub(r"\D", "", entry["dtype"]))
     count = int(np.prod(entry["shape"]))
-    place = entry["offset"] + int(rng.integers(max(count, 1))) * width
-    near = int.from_bytes(arrays[place : place + width], "little") + int(rng.integers(-3, 4))
+    offset = entry["offset"] + int(rng.integers(max(count, 1))) * width
+    near = int.from_bytes(arrays[offset : offset + width], "little") + int(rng.integers(-3, 4))
     value = near if rng.random() < 0.5 else _odd(rng)
-    arrays[place : place + width] = (value % 256**width).to_bytes(width, "little")
+    arrays[offset : offset + width] = (value % 256**width).to_bytes(width, "little")
     return rewritten(content, header, bytes(arrays))
 
 

@@ -95,7 +95,7 @@ class Corpus:
 def make_corpora(folder: Path) -> list[Corpus]:
     """Blocks and plain shards of the writer's, and plain ones of another program's with other encodings in them."""
     rng = np.random.default_rng(0)
-    written = [_draw(rng, place) for place in range(24)]
+    written = [_draw(rng, index) for index in range(24)]
     for layout in ("blocks", "plain"):
         with ShardWriter(folder / layout, layout=layout, max_samples=16, block_size=6, prefix="all") as writer:
             for sample in written:
@@ -110,28 +110,28 @@ def make_corpora(folder: Path) -> list[Corpus]:
     return [_load(folder / name) for name in ("blocks", "plain", "foreign")]
 
 
-def _draw(rng: Generator, place: int) -> Sample:
+def _draw(rng: Generator, index: int) -> Sample:
     steps = int(rng.integers(0, 30))
     return {
-        "__key__": f"k{place}",
+        "__key__": f"k{index}",
         "tokens": rng.integers(0, 100, steps),
         "audio": rng.random((int(rng.integers(1, 9)), 2, 3)).astype(np.float32),
-        "label": place,
+        "label": index,
         "gain": 0.5,
     }
 
 
 def _foreign(rng: Generator, shard: int) -> list[tuple[bytes, bytes]]:
     parts = pax({"comment": "for all"})
-    for place in range(8):
-        key = f"{shard}/k{place}" + "é" * 60 * (place == 3)
+    for index in range(8):
+        key = f"{shard}/k{index}" + "é" * 60 * (index == 3)
         tokens = npy(np.asfortranarray(rng.integers(0, 9, (int(rng.integers(0, 20)), 3)).astype(">i4")))
         members = [("tokens.npy", tokens), ("json", b'{"a": [1, 2]}'), ("wav", rng.bytes(99)), ("cls", b"7")]
-        for suffix, data in members[: 4 - place % 3]:
+        for suffix, data in members[: 4 - index % 3]:
             part = take_apart(tar_of([("x", data)]))
             parts += (
                 pax({"path": f"{key}.{suffix}"}) + part
-                if place % 2
+                if index % 2
                 else take_apart(tar_of([(f"{key}.{suffix}", data)]))
             )
     return parts
@@ -140,7 +140,7 @@ def _foreign(rng: Generator, shard: int) -> list[tuple[bytes, bytes]]:
 def _load(folder: Path) -> Corpus:
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     dataset = ShardDataset(folder / "all.ltx")
-    samples = [dataset[place] for place in range(len(dataset))]
+    samples = [dataset[index] for index in range(len(dataset))]
     raw = [group for name in files if name.endswith(".tar") for group in groups(folder / name)[0]]
     # A forged index may call a member empty that a sample lacks.
     return Corpus(folder, files, samples, set().union({repr(b"")}, *map(values, samples + raw)))
@@ -163,7 +163,7 @@ def read_shard(corpus: Corpus, rng: Generator) -> bool:
     name = [name for name in corpus.files if name.endswith(".tar")][rng.integers(2)]
     path = corpus.put(name, mutate(rng, corpus.files[name], TAR_WISE))
     dataset = ShardDataset(corpus.folder / "all.ltx")
-    served = [same(partial(dataset.__getitem__, place), corpus.samples[place], path) for place in range(len(dataset))]
+    served = [same(partial(dataset.__getitem__, index), corpus.samples[index], path) for index in range(len(dataset))]
     if rng.random() < 0.2:
         served.append(stream(corpus.folder / "all.ltx", corpus.samples, path))
     return all(served)
@@ -272,7 +272,7 @@ def stream(index: Path, expected: list[Sample] | None, path: Path) -> bool:
     """Whether a stream gives all, each once."""
 
     def read() -> list[Sample]:
-        options = {"max_tokens": 1 << 40, "batch_size": 4, "window": 10}
+        options: dict[str, Any] = {"max_tokens": 1 << 40, "batch_size": 4, "window": 10}
         batches = ShardStream(index, collate_fn=list, fields=["tokens"], **options)
         return [sample for batch in batches for sample in batch]
 
@@ -345,8 +345,8 @@ def cut_block(arrays: dict[str, Any]) -> Iterator[Sample]:
     for name in [name for name in arrays if not name.endswith(".lengths")]:
         lengths = arrays.get(f"{name}.lengths")
         columns[name] = arrays[name] if lengths is None else np.split(arrays[name], np.cumsum(lengths)[:-1])
-    for place, key in enumerate(keys):
-        yield {"__key__": key} | {name: column[place] for name, column in columns.items()}
+    for index, key in enumerate(keys):
+        yield {"__key__": key} | {name: column[index] for name, column in columns.items()}
 
 
 def load(data: bytes) -> Any:
@@ -357,7 +357,12 @@ def load(data: bytes) -> Any:
 
 def decode(suffix: str, data: bytes) -> Any:
     """A member as its suffix says."""
-    decoders = {"npy": load, "cls": lambda data: np.int64(int(data)), "json": json.loads, "txt": bytes.decode}
+    decoders: dict[str, Callable[[bytes], Any]] = {
+        "npy": load,
+        "cls": lambda data: np.int64(int(data)),
+        "json": json.loads,
+        "txt": bytes.decode,
+    }
     return decoders.get(field_of(suffix)[1], bytes)(data)
 
 

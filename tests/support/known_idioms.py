@@ -3,6 +3,8 @@
 They are made of the parts of `known_models`.
 """
 
+from typing import Any
+
 import torch
 from known_models import PER_STEP, WORDS, made, packed, tagged, told
 from torch import nn
@@ -14,13 +16,13 @@ from collate import apply_rnn, sequence_loss
 # --- sentences as a whole
 
 
-def names(m, b, last="state"):
+def names(m: Any, b: dict[str, Any], last: str = "state") -> torch.Tensor:
     """Names and their languages: the state at each row's end."""
     outputs, state = packed(m.gru, b["source"], m.words(b["source"].padded))
     return told(state[-1] if last == "state" else outputs[:, -1], b)
 
 
-def text_convolution(m, b, masked=True):
+def text_convolution(m: Any, b: dict[str, Any], masked: bool = True) -> torch.Tensor:
     """Windows of words and the largest answer: Kim's sentence classifier."""
     field = b["source"]
     words = m.words(field.padded) * field.mask[..., None]
@@ -28,7 +30,7 @@ def text_convolution(m, b, masked=True):
     return told((hidden.masked_fill(~field.mask[..., None], -torch.inf) if masked else hidden).amax(1), b)
 
 
-def bags(m, b, ends=True):
+def bags(m: Any, b: dict[str, Any], ends: bool = True) -> torch.Tensor:
     """The tutorial of text classification: all words in a row, and where each text begins."""
     field = b["source"]
     if ends:
@@ -38,12 +40,12 @@ def bags(m, b, ends=True):
     return told(F.embedding_bag(words.long(), m.words.weight, starts.long()), b)
 
 
-def deep_set(m, b, masked=True):
+def deep_set(m: Any, b: dict[str, Any], masked: bool = True) -> torch.Tensor:
     hidden = m.query(b["frames"].padded).relu()
     return told(m.key((hidden * b["frames"].mask[..., None] if masked else hidden).sum(1)), b)
 
 
-def autoencoder(m, b, noise=0.0, masked=True):
+def autoencoder(m: Any, b: dict[str, Any], noise: float = 0.0, masked: bool = True) -> dict[str, torch.Tensor]:
     """A variational autoencoder of sentences: two terms, words and the distance of the state from a normal one."""
     field = b["source"]
     _, (state, _) = packed(m.lstm, field, m.words(field.padded))
@@ -58,14 +60,14 @@ def autoencoder(m, b, noise=0.0, masked=True):
 # --- idioms of training
 
 
-def checkpointed(m, b):
+def checkpointed(m: Any, b: Any) -> Any:
     hidden = m.words(b["source"].padded)
     for _ in range(2):
         hidden = checkpoint(m.layer, hidden, None, ~b["source"].mask, use_reentrant=False)
     return tagged(m, b, hidden)
 
 
-def recommender(m, b, masked=True):
+def recommender(m: Any, b: dict[str, Any], masked: bool = True) -> torch.Tensor:
     """The next item against a random one, pair by pair: SASRec with the loss of BPR."""
     items = b["source"]
     causal = nn.Transformer.generate_square_subsequent_mask(items.padded.shape[1] - 1)
@@ -76,7 +78,7 @@ def recommender(m, b, masked=True):
     return losses[items.mask[:, 1:]].sum() if masked else losses.sum()
 
 
-def preference(m, b, masked=True):
+def preference(m: Any, b: dict[str, Any], masked: bool = True) -> torch.Tensor:
     """Direct preference optimization: log-probabilities of two answers, each summed over its words."""
     sums = []
     for name in ("source", "target"):
@@ -86,7 +88,7 @@ def preference(m, b, masked=True):
     return -F.logsigmoid(0.1 * (sums[0] - sums[1])).mean()
 
 
-def policy(m, b, masked=True):
+def policy(m: Any, b: dict[str, Any], masked: bool = True) -> torch.Tensor:
     """Policy gradients: what is still to be earned, summed from each row's end."""
     rewards = b["scores"].padded * b["scores"].mask if masked else b["scores"].padded
     earned = rewards.flip(1).cumsum(1).flip(1)
@@ -94,7 +96,7 @@ def policy(m, b, masked=True):
     return -(chances * earned)[b["frames"].mask].sum() / b["frames"].num_tokens
 
 
-def forecast(m, b, masked=True):
+def forecast(m: Any, b: dict[str, Any], masked: bool = True) -> torch.Tensor:
     """A mean and a variance for every step, from the steps before it: DeepAR."""
     values = b["frames"].padded[..., 0]
     hidden, _ = m.gru(F.pad(b["frames"].padded[:, :-1], (0, 0, 1, 0)))
@@ -102,7 +104,7 @@ def forecast(m, b, masked=True):
     return losses[b["frames"].mask].mean() if masked else losses.mean()
 
 
-def distilled(m, b, masked=True):
+def distilled(m: Any, b: dict[str, Any], masked: bool = True) -> torch.Tensor:
     student = m.tag(packed(m.lstm, b["source"], m.words(b["source"].padded))[0]).log_softmax(2)
     teacher = m.tag(m.words(b["source"].padded)).detach().softmax(2)
     if not masked:
@@ -110,23 +112,24 @@ def distilled(m, b, masked=True):
     return F.kl_div(student[b["source"].mask], teacher[b["source"].mask], reduction="batchmean")
 
 
-def multitask(m, b, together=False):
+def multitask(m: Any, b: Any, together: bool = False) -> Any:
     hidden, (state, _) = packed(m.lstm, b["source"], m.words(b["source"].padded))
     terms = {"tags": tagged(m, b, hidden), "label": told(state[-1], b)}
     return sum(terms.values()) if together else terms
 
 
-def truncated(m, b, carried=True):
+def truncated(m: Any, b: Any, carried: bool = True) -> Any:
     """Truncated back-propagation: chunks of three steps, the state carried on without its history."""
-    state, loss = None, 0
+    state, loss = None, torch.zeros(())
     for words, tags in zip(b["source"].split_steps(3), b["tags"].split_steps(3), strict=True):
         hidden, state = apply_rnn(m.gru, words.map(m.words), state if carried else None)
+        assert isinstance(state, torch.Tensor)
         state = state.detach()
         loss = loss + sequence_loss(PER_STEP, hidden.map(m.tag), tags, reduction="sum")
     return loss
 
 
-def with_statistics(m, b, masked=True):
+def with_statistics(m: Any, b: dict[str, Any], masked: bool = True) -> torch.Tensor:
     """Features normalised by a mean that is kept over the run of training."""
     frames = b["frames"]
     values = frames.flat() if masked else frames.padded.flatten(0, 1)

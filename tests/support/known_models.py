@@ -6,6 +6,8 @@ them: padded blocks, lengths and masks.
 
 import math
 import random
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,10 +21,10 @@ WORDS, WIDE, CLASSES = 12, 8, 4
 PER_STEP = nn.CrossEntropyLoss(reduction="none")
 
 
-def sentences():
+def sentences() -> dict[str, Any]:
     """Source and target words from 3 on; 0 is padding, 1 begins and 2 ends a target. Scores are probabilities."""
     draw, samples = torch.Generator().manual_seed(3), []
-    for place, (length, other) in enumerate(((7, 4), (5, 6), (4, 3), (2, 5))):
+    for index, (length, other) in enumerate(((7, 4), (5, 6), (4, 3), (2, 5))):
         target = torch.cat([torch.tensor([1]), torch.randint(3, WORDS, (other,), generator=draw), torch.tensor([2])])
         samples.append(
             {
@@ -32,7 +34,7 @@ def sentences():
                 "tags": torch.randint(0, CLASSES, (length,), generator=draw),
                 "scores": torch.rand(length, generator=draw),
                 "letters": torch.randint(3, WORDS, ((length + 1) // 2,), generator=draw),
-                "label": place % 3,
+                "label": index % 3,
             }
         )
     return PadCollator({"source": 0, "target": 0, "letters": 0, "frames": 0, "tags": -100, "scores": 0})(samples)
@@ -41,7 +43,9 @@ def sentences():
 class Parts(nn.Module):
     """What the models below are made of."""
 
-    def __init__(self):
+    table: torch.Tensor
+
+    def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.words = nn.Embedding(WORDS, WIDE)
@@ -64,34 +68,34 @@ class Parts(nn.Module):
         self.register_buffer("running", torch.zeros(WIDE))
 
 
-def packed(rnn, field, inputs):
+def packed(rnn: nn.Module, field: Any, inputs: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """As the tutorials have it: pack, run, pad."""
     block = pack_padded_sequence(inputs, field.lengths, batch_first=True, enforce_sorted=False)
     outputs, state = rnn(block)
     return pad_packed_sequence(outputs, batch_first=True, total_length=field.padded.shape[1])[0], state
 
 
-def tagged(m, b, hidden):
+def tagged(m: Parts, b: dict[str, Any], hidden: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(m.tag(hidden).transpose(1, 2), b["tags"].padded, ignore_index=-100)
 
 
-def told(hidden, b):
+def told(hidden: torch.Tensor, b: dict[str, Any]) -> torch.Tensor:
     return F.cross_entropy(hidden[:, :3], b["label"])
 
 
 # --- taggers and language models
 
 
-def tagger(m, b):
+def tagger(m: Any, b: Any) -> Any:
     return tagged(m, b, packed(m.lstm, b["source"], m.words(b["source"].padded))[0])
 
 
-def tagger_of_padding(m, b):
+def tagger_of_padding(m: Parts, b: dict[str, Any]) -> torch.Tensor:
     logits = m.tag(packed(m.lstm, b["source"], m.words(b["source"].padded))[0])
     return F.cross_entropy(logits.flatten(0, 1), b["tags"].padded.clamp(min=0).flatten())
 
 
-def tagger_unsorted(m, b):
+def tagger_unsorted(m: Parts, b: dict[str, Any]) -> torch.Tensor:
     # torch sorts rows inside of pack; the data come out in its order, the targets are in that of the batch.
     field = b["source"]
     order = field.lengths.argsort(descending=True, stable=True)
@@ -100,7 +104,7 @@ def tagger_unsorted(m, b):
     return tagged(m, b, outputs)
 
 
-def crf(m, b, masked=True):
+def crf(m: Parts, b: dict[str, Any], masked: bool = True) -> torch.Tensor:
     """The score of all paths less that of the true one, summed over rows: the tutorial's BiLSTM-CRF, in batches."""
     field = b["source"]
     scores, tags = m.tag(packed(m.both, field, m.words(field.padded))[0]), b["tags"].padded.clamp(min=0)
@@ -114,7 +118,7 @@ def crf(m, b, masked=True):
     return (total.logsumexp(1) - true).mean()
 
 
-def language_model(m, b, shift=1):
+def language_model(m: Parts, b: dict[str, Any], shift: int = 1) -> torch.Tensor:
     """The transformer tutorial: positions from a table, a causal mask, the next word."""
     words = b["target"]
     inputs = words.padded[:, :-1]
@@ -126,7 +130,7 @@ def language_model(m, b, shift=1):
     return F.cross_entropy(logits.transpose(1, 2), words.padded[:, 1:])
 
 
-def temporal_convolution(m, b, causal=True):
+def temporal_convolution(m: Parts, b: dict[str, Any], causal: bool = True) -> torch.Tensor:
     """Dilated convolutions, each padded on the left only, so that padding on the right is never seen."""
     hidden = m.words(b["source"].padded).transpose(1, 2)
     for conv, reach in ((m.conv, 2), (m.wide_conv, 4)):
@@ -138,7 +142,7 @@ def temporal_convolution(m, b, causal=True):
 # --- two sequences
 
 
-def attention_decoder(m, b, masked=True, forced=1.0):
+def attention_decoder(m: Parts, b: dict[str, Any], masked: bool = True, forced: float = 1.0) -> torch.Tensor:
     """The translation tutorial: additive attention over the encoder's outputs, a cell, teacher forcing."""
     source, target = b["source"], b["target"].padded
     memory, (state, _) = packed(m.lstm, source, m.words(source.padded))
@@ -155,7 +159,7 @@ def attention_decoder(m, b, masked=True, forced=1.0):
     return torch.stack(losses).sum() / (target[:, 1:] != 0).sum()
 
 
-def translation(m, b, memory_mask=True, source_mask=True):
+def translation(m: Parts, b: dict[str, Any], memory_mask: bool = True, source_mask: bool = True) -> torch.Tensor:
     """The tutorial on `nn.Transformer`: masks are made of the words, since 0 is never a real one."""
     source, target = b["source"].padded, b["target"].padded[:, :-1]
     hidden = m.translator(
@@ -168,7 +172,7 @@ def translation(m, b, memory_mask=True, source_mask=True):
     return F.cross_entropy(m.word(hidden).transpose(1, 2), b["target"].padded[:, 1:], ignore_index=0)
 
 
-def transducer(m, b, ends=True):
+def transducer(m: Parts, b: dict[str, Any], ends: bool = True) -> torch.Tensor:
     """All alignments of frames with words, as the RNN transducer sums them, each row at its own corner."""
     frames, words = b["frames"], b["target"]
     encoded = packed(m.lstm, frames, frames.padded)[0]
@@ -176,7 +180,7 @@ def transducer(m, b, ends=True):
     joint = m.word(torch.tanh(encoded[:, :, None] + predicted[:, None])).log_softmax(-1)
     blank = joint[..., 0]
     emit = joint[:, :, :-1].gather(3, words.padded[:, None, :, None].expand(-1, joint.shape[1], -1, 1))[..., 0]
-    columns = []
+    columns: list[list[torch.Tensor]] = []
     for time in range(joint.shape[1]):
         column = [columns[-1][0] + blank[:, time - 1, 0] if time else torch.zeros(len(joint))]
         for step in range(emit.shape[2]):
@@ -189,7 +193,7 @@ def transducer(m, b, ends=True):
     return -paths[rows, at[0], at[1]].sum()
 
 
-def pointer(m, b, masked=True):
+def pointer(m: Parts, b: dict[str, Any], masked: bool = True) -> torch.Tensor:
     """A pointer network: the softmax is over the places of the source."""
     memory, (state, _) = packed(m.lstm, b["source"], m.words(b["source"].padded))
     scores = (m.query(state[-1])[:, None] * memory).sum(2)
@@ -198,7 +202,7 @@ def pointer(m, b, masked=True):
     return F.cross_entropy(scores, b["label"].clamp(max=1))
 
 
-def entailment(m, b, masked=True):
+def entailment(m: Parts, b: dict[str, Any], masked: bool = True) -> torch.Tensor:
     """Two sentences, each the maximum over a bidirectional LSTM, compared: InferSent."""
     found = []
     for name in ("source", "target"):
@@ -210,7 +214,7 @@ def entailment(m, b, masked=True):
 # --- speech
 
 
-def speech(m, b, lengths=None):
+def speech(m: Parts, b: dict[str, Any], lengths: Callable[..., Any] | None = None) -> torch.Tensor:
     """Convolution, bidirectional recurrence, CTC: the shape of Deep Speech 2."""
     frames, letters = b["frames"], b["letters"]
     hidden = m.conv(F.pad((frames.padded * frames.mask[..., None]).transpose(1, 2), (1, 1))).transpose(1, 2)
@@ -219,7 +223,7 @@ def speech(m, b, lengths=None):
     return F.ctc_loss(scores, letters.padded, counts, letters.lengths)
 
 
-def conformer(m, b, masked=True):
+def conformer(m: Parts, b: dict[str, Any], masked: bool = True) -> torch.Tensor:
     """A block of attention, and of a depthwise convolution that must not see what attention left in the padding."""
     frames = b["frames"]
     hidden = m.layer(frames.padded, src_key_padding_mask=~frames.mask)
@@ -229,7 +233,7 @@ def conformer(m, b, masked=True):
     return tagged(m, b, hidden + m.norm(m.depthwise(inner.transpose(1, 2)).transpose(1, 2)))
 
 
-def stop_token(m, b, masked=True):
+def stop_token(m: Parts, b: dict[str, Any], masked: bool = True) -> dict[str, torch.Tensor]:
     """Frames and the probability to stop, as Tacotron has them: a term each."""
     frames, scores = b["frames"], b["scores"]
     hidden = packed(m.lstm, frames, F.pad(frames.padded[:, :-1], (0, 0, 1, 0)))[0]
@@ -283,8 +287,8 @@ MISTAKES = {
 }
 
 
-def made(step):
-    def make():
+def made(step: Any) -> Any:
+    def make() -> tuple[Parts, Callable[..., Any], dict[str, Any]]:
         parts = Parts()
         return parts, lambda batch: step(parts, batch), sentences()
 

@@ -204,7 +204,8 @@ class BackwardAcross(Model):
     """A custom backward pass that reads the next document's gradient."""
 
     def mixed(self, hidden: Tensor, batch: VarlenBatch) -> Tensor:
-        return _Rolled.apply(super().mixed(hidden, batch))
+        rolled: Callable[[Tensor], Tensor] = _Rolled.apply
+        return rolled(super().mixed(hidden, batch))
 
 
 class DroppedLast(Model):
@@ -311,7 +312,7 @@ class ContextParallel(Model):
 class WithOptions(nn.Module):
     """A model of transformers, called as the batch says."""
 
-    def __init__(self, model: nn.Module, *, kind: str = "causal", **changes: Any) -> None:
+    def __init__(self, model: nn.Module, *, kind: Any = "causal", **changes: Any) -> None:
         super().__init__()
         self.model, self.kind, self.changes = model, kind, changes
 
@@ -330,7 +331,12 @@ def hugging(name: str, kind: str = "causal", sizes: dict[str, Any] | None = None
         import transformers  # noqa: PLC0415 - an extra
 
         torch.manual_seed(0)
-        common = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        common: dict[str, Any] = {
+            "vocab_size": VOCAB,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
         common |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3}
         family, _, head = name.partition(" ")
         config = getattr(transformers, f"{family}Config")(**{**common, **(sizes or {})})

@@ -28,11 +28,12 @@ class Module(LightningModule):
         self.taken, self.workers = taken, workers
         self.weight = torch.nn.Parameter(torch.ones(1))
 
-    def train_dataloader(self) -> StatefulDataLoader:
+    def train_dataloader(self) -> StatefulDataLoader[Any]:
         sampler = LengthBucketBatchSampler(LENGTHS, max_tokens=600)
         # Workers that begin at an epoch's edge run ahead before Lightning tells the sampler its epoch.
         sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
-        return StatefulDataLoader(LENGTHS, batch_sampler=sampler, collate_fn=list, num_workers=self.workers)
+        dataset: Any = LENGTHS
+        return StatefulDataLoader(dataset, batch_sampler=sampler, collate_fn=list, num_workers=self.workers)
 
     def training_step(self, batch: list[int], _: int) -> torch.Tensor:
         self.taken.append(batch)

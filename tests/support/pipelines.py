@@ -3,6 +3,9 @@
 A step takes the parts of `Net` and a batch `{"x", "ids", "y", "label"}`.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -17,7 +20,7 @@ PER_STEP = nn.CrossEntropyLoss(reduction="none")
 class Net(nn.Module):
     """All that the pipelines below are made of."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(CLASSES, 6)
         self.gru = nn.GRU(6, 8, batch_first=True)
@@ -34,68 +37,68 @@ class Net(nn.Module):
         self.deep = nn.LSTM(6, 8, num_layers=2, dropout=0.5, batch_first=True)
 
 
-def batch_on(device):
+def batch_on(device: str) -> dict[str, Any]:
     rng = torch.Generator().manual_seed(1)
-    samples = [
+    samples: list[dict[str, Any]] = [
         {
             "x": torch.randn(length, 6, generator=rng),
             "ids": torch.randint(0, CLASSES, (length,), generator=rng),
             "y": torch.randint(0, CLASSES, (length,), generator=rng),
-            "label": place % CLASSES,
+            "label": index % CLASSES,
         }
-        for place, length in enumerate((7, 5, 3, 2))
+        for index, length in enumerate((7, 5, 3, 2))
     ]
     samples[0]["y"][:2] = 0
     batch = PadCollator({"x": 0, "ids": 0, "y": -100})(samples)
     return {name: part.to(device) for name, part in batch.items()}
 
 
-def tagged(net, batch, hidden):
+def tagged(net: Net, batch: dict[str, Any], hidden: torch.Tensor) -> torch.Tensor:
     return sequence_loss(PER_STEP, batch["x"].with_padded(net.head(hidden)), batch["y"])
 
 
-def classify(net, batch, state):
+def classify(net: Net, batch: dict[str, Any], state: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(net.head(state), batch["label"])
 
 
-def pooled_max(net, batch):
+def pooled_max(net: Any, batch: Any) -> Any:
     hidden = net.widen(batch["x"].padded).masked_fill(~batch["x"].mask[..., None], -torch.inf)
     return classify(net, batch, hidden.amax(1))
 
 
-def masked_conv(net, batch):
+def masked_conv(net: Any, batch: Any) -> Any:
     inputs = torch.where(batch["x"].mask[..., None], batch["x"].padded, 0)
     hidden = net.conv(inputs.transpose(1, 2)).transpose(1, 2).relu()
     return classify(net, batch, masked_mean(batch["x"].with_padded(hidden)))
 
 
-def attended(net, batch, hidden_keys):
+def attended(net: Net, batch: dict[str, Any], hidden_keys: torch.Tensor | None) -> torch.Tensor:
     hidden = net.widen(batch["x"].padded)
     return net.attention(hidden, hidden, hidden, key_padding_mask=hidden_keys, need_weights=False)[0]
 
 
-def connectionist(net, batch):
+def connectionist(net: Any, batch: Any) -> Any:
     hidden, _ = apply_rnn(net.gru, batch["x"])
     scores = net.head(hidden.padded).log_softmax(-1).transpose(0, 1)
     labels = torch.ones(len(batch["x"]), 1, dtype=torch.int64, device=scores.device)
     return F.ctc_loss(scores, labels, batch["x"].lengths, torch.ones(len(labels), dtype=torch.int64), reduction="sum")
 
 
-def by_torch(net, batch, **options):
+def by_torch(net: Any, batch: Any, **options: Any) -> Any:
     packed = pack_padded_sequence(batch["x"].padded, batch["x"].lengths, batch_first=True, **options)
     return pad_packed_sequence(net.gru(packed)[0], batch_first=True, total_length=batch["x"].padded.shape[1])[0]
 
 
-def both_by_flipping(net, batch):
+def both_by_flipping(net: Any, batch: Any) -> Any:
     # A backward direction by hand: each row's own real steps are reversed, not the padded block.
     lengths = batch["x"].lengths.to(batch["x"].device)
-    places = torch.arange(batch["x"].padded.shape[1], device=batch["x"].device)
-    mirrored = torch.where(batch["x"].mask, lengths[:, None] - 1 - places, places)
+    indices = torch.arange(batch["x"].padded.shape[1], device=batch["x"].device)
+    mirrored = torch.where(batch["x"].mask, lengths[:, None] - 1 - indices, indices)
     backward, _ = net.gru(batch["x"].padded.gather(1, mirrored[..., None].expand_as(batch["x"].padded)))
     return tagged(net, batch, backward.gather(1, mirrored[..., None].expand_as(backward)))
 
 
-def pooled_by_attention(net, batch, masked):
+def pooled_by_attention(net: Net, batch: dict[str, Any], masked: bool) -> torch.Tensor:
     hidden = net.widen(batch["x"].padded)
     scores = net.score(hidden)[..., 0]
     if masked:
@@ -103,17 +106,17 @@ def pooled_by_attention(net, batch, masked):
     return classify(net, batch, (scores.softmax(1)[..., None] * hidden).sum(1))
 
 
-def dot_product(net, batch, mask):
+def dot_product(net: Net, batch: dict[str, Any], mask: torch.Tensor) -> torch.Tensor:
     hidden = net.widen(batch["x"].padded)
     return tagged(net, batch, F.scaled_dot_product_attention(hidden, hidden, hidden, attn_mask=mask, dropout_p=0.2))
 
 
-def encoded(net, batch):
+def encoded(net: Any, batch: Any) -> Any:
     hidden = net.widen(batch["x"].padded)
     return tagged(net, batch, net.encoder(hidden, src_key_padding_mask=batch["x"].key_padding_mask))
 
 
-def packed_targets(net, batch):
+def packed_targets(net: Any, batch: Any) -> Any:
     logits = net.head(net.gru(batch["x"].pack())[0].data)
     return F.cross_entropy(logits, batch["y"].pack().data)
 
@@ -153,51 +156,51 @@ RIGHT = {
 }
 
 
-def declared(net, batch, change):
+def declared(net: Net, batch: dict[str, Any], change: Callable[..., Any]) -> torch.Tensor:
     lengths = change(batch["x"].lengths, batch["x"].padded.shape[1])
     return apply_rnn(net.gru, LengthTrackedBatch(batch["x"].padded, lengths))[1][-1]
 
 
-def targets(batch, value):
+def targets(batch: dict[str, Any], value: int) -> torch.Tensor:
     return torch.where(batch["y"].mask, batch["y"].padded, value)
 
 
-def sorted_and_left(net, batch, back):
+def sorted_and_left(net: Net, batch: dict[str, Any], back: str) -> torch.Tensor:
     order = batch["x"].padded[:, 0, 0].argsort()
     state = apply_rnn(net.gru, LengthTrackedBatch(batch["x"].padded[order], batch["x"].lengths[order]))[1][-1]
     return classify(net, batch, state[order] if back == "wrong" else state)
 
 
-def misaligned(net, batch):
+def misaligned(net: Net, batch: dict[str, Any]) -> torch.Tensor:
     packed = batch["x"].pack()
     return F.cross_entropy(net.head(net.gru(packed)[0].data), batch["y"].flat())
 
 
-def trimmed(net, batch):
+def trimmed(net: Net, batch: dict[str, Any]) -> torch.Tensor:
     width = batch["x"].padded.shape[1] - 2
     losses = PER_STEP(net.head(net.gru(batch["x"].padded)[0][:, :width]).transpose(1, 2), targets(batch, 0)[:, :width])
     return losses[batch["x"].mask[:, :width]].mean()
 
 
-def mask_after_mean(net, batch):
+def mask_after_mean(net: Net, batch: dict[str, Any]) -> torch.Tensor:
     logits = net.head(net.gru(batch["x"].padded)[0])
     loss = F.cross_entropy(logits.flatten(0, 1), targets(batch, 0).flatten())
     return (loss * batch["x"].mask).sum() / batch["x"].mask.sum()
 
 
-def mean_of_means(net, batch):
+def mean_of_means(net: Net, batch: dict[str, Any]) -> torch.Tensor:
     losses = PER_STEP(net.head(net.widen(batch["x"].padded)).transpose(1, 2), targets(batch, 0)) * batch["x"].mask
     halves = zip(losses.split(3), batch["x"].mask.split(3), strict=True)
     return torch.stack([loss.sum() / mask.sum() for loss, mask in halves]).mean()
 
 
-def guessed(net, batch):
+def guessed(net: Net, batch: dict[str, Any]) -> torch.Tensor:
     mask = batch["ids"].padded != 0
     losses = PER_STEP(net.head(net.widen(net.embedding(batch["ids"].padded))).transpose(1, 2), targets(batch, 0))
     return (losses * mask).sum() / mask.sum()
 
 
-def logits_of(net, batch):
+def logits_of(net: Net, batch: dict[str, Any]) -> torch.Tensor:
     return net.head(net.gru(batch["x"].padded)[0])
 
 
@@ -261,7 +264,9 @@ MISTAKES = {
     ),
     "causal attention read at the padded end": (
         lambda n, b: classify(
-            n, b, F.scaled_dot_product_attention(*[n.widen(b["x"].padded)] * 3, is_causal=True)[:, -1]
+            n,
+            b,
+            F.scaled_dot_product_attention(*[n.widen(b["x"].padded)] * 3, is_causal=True)[:, -1],  # type: ignore[misc]
         ),
         {"padding", "width"},
     ),

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -81,10 +81,10 @@ def read(folder: Path) -> list[list[Record]]:
 class Sequences(Dataset[dict[str, Any]]):
     """Sample i: its number, `x` float64 `[L, 2]` and `y` int64 `[L]`, both drawn from i."""
 
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        rng = torch.Generator().manual_seed(place)
-        x = torch.randn(LENGTHS[place], 2, generator=rng, dtype=torch.float64)
-        return {"id": place, "x": x, "y": torch.randint(CLASSES, (LENGTHS[place],), generator=rng)}
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = torch.Generator().manual_seed(index)
+        x = torch.randn(LENGTHS[index], 2, generator=rng, dtype=torch.float64)
+        return {"id": index, "x": x, "y": torch.randint(CLASSES, (LENGTHS[index],), generator=rng)}
 
     def __len__(self) -> int:
         return len(LENGTHS)
@@ -126,7 +126,9 @@ def make_loader(batches: Any, kind: type[DataLoader[Any]] = DataLoader, workers:
     return kind(Sequences(), batch_sampler=batches, collate_fn=collate, num_workers=workers)
 
 
-def total_loss(model: nn.Module, batch: dict[str, Any], reduction: str = "sum") -> Tensor:
+def total_loss(
+    model: nn.Module, batch: dict[str, Any], reduction: Literal["token", "sequence", "sum"] = "sum"
+) -> Tensor:
     """Cross entropy over the real steps, a float64 scalar."""
     return sequence_loss(nn.CrossEntropyLoss(reduction="none"), model(batch["x"]), batch["y"], reduction=reduction)
 
@@ -199,7 +201,7 @@ def save_gradients(folder: Path) -> None:
         for name, scale in scales.items():
             model.zero_grad()
             (total_loss(model, batch) * scale).backward()
-            saved[name].append([weight.grad.clone() for weight in model.parameters()])
+            saved[name].append([cast("Tensor", weight.grad).clone() for weight in model.parameters()])
     torch.save(saved, folder / f"{dist.get_rank()}.pt")
 
 

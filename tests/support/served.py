@@ -24,6 +24,7 @@ class Served:
     def __init__(self, folder: Path) -> None:
         command = [sys.executable, __file__, str(folder)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
         self.root = f"http://127.0.0.1:{int(self.process.stdout.readline())}"
 
     def url(self, name: str, manner: str = "ranges") -> str:

@@ -81,7 +81,7 @@ def resume(sampler: LengthBucketBatchSampler, prepare: Callable[[Any], Any], fol
     list(note(folder, 1, islice(loader_at(1, sampler, prepare), 5)))
     position = sampler.position(5)
     sampler.seek(position)
-    rest = loader_at(position["epoch"], sampler, prepare)
+    rest = loader_at(int(position["epoch"]), sampler, prepare)
     list(note(folder, 1, rest, first=6))
     list(note(folder, 2, rest))
 

@@ -3,6 +3,8 @@
 Each entry makes a module, a step and a batch. Nothing is downloaded.
 """
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 from transformers import (
@@ -40,23 +42,23 @@ BERT |= {"intermediate_size": 32, "max_position_embeddings": 40}
 GPT2 = {"vocab_size": VOCAB, "n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, **SPECIAL}
 
 
-def written(values):
+def written(values: tuple[str, ...]) -> dict[str, Any]:
     """A field of token ids, tags or the like, padded with 0; -100 for labels."""
     samples = []
-    for place, length in enumerate((9, 7, 4, 3)):
-        draw = torch.Generator().manual_seed(place)
+    for index, length in enumerate((9, 7, 4, 3)):
+        draw = torch.Generator().manual_seed(index)
         ids = torch.randint(3, VOCAB, (length,), generator=draw)
         labels = ids.clone()
         labels[: length // 3] = -100
         masked = torch.where(torch.arange(length) % 3 == 1, ids, -100)
-        sample = {"ids": ids, "labels": labels, "masked": masked, "tags": ids % 4, "label": place % 3}
-        sample |= {"target": torch.randint(3, VOCAB, (length // 2 + 1,), generator=draw), "start": place % 2}
+        sample = {"ids": ids, "labels": labels, "masked": masked, "tags": ids % 4, "label": index % 3}
+        sample |= {"target": torch.randint(3, VOCAB, (length // 2 + 1,), generator=draw), "start": index % 2}
         samples.append({name: sample[name] for name in values})
-    fields = {name: -100 for name in ("labels", "masked", "tags", "target") if name in values}
+    fields: dict[str, Any] = {name: -100 for name in ("labels", "masked", "tags", "target") if name in values}
     return PadCollator({"ids": 0, **fields})(samples)
 
 
-def spoken(lengths=(90, 67, 50, 45)):
+def spoken(lengths: tuple[int, ...] = (90, 67, 50, 45)) -> dict[str, Any]:
     draw = torch.Generator().manual_seed(0)
     samples = [
         {"wave": torch.randn(length, generator=draw), "text": torch.randint(3, VOCAB, (length // 20,), generator=draw)}
@@ -65,12 +67,12 @@ def spoken(lengths=(90, 67, 50, 45)):
     return PadCollator({"wave": 0, "text": -100})(samples)
 
 
-def gpt2(**options):
+def gpt2(**options: Any) -> GPT2LMHeadModel:
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(**GPT2, **options))
 
 
-def llama():
+def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -84,12 +86,12 @@ def llama():
     return LlamaForCausalLM(config)
 
 
-def bert(kind, **options):
+def bert(kind: type[Any], **options: Any) -> BertForQuestionAnswering | BertForTokenClassification | BertModel:
     torch.manual_seed(0)
     return kind(BertConfig(**BERT, **options))
 
 
-def t5():
+def t5() -> T5ForConditionalGeneration:
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0
@@ -97,16 +99,18 @@ def t5():
     return T5ForConditionalGeneration(config)
 
 
-def bart():
+def bart() -> BartForConditionalGeneration:
     torch.manual_seed(0)
-    sizes = {f"{side}_{part}": 2 for side in ("encoder", "decoder") for part in ("layers", "attention_heads")}
+    sizes: dict[str, float] = {
+        f"{side}_{part}": 2 for side in ("encoder", "decoder") for part in ("layers", "attention_heads")
+    }
     sizes |= {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 32}
     return BartForConditionalGeneration(
         BartConfig(vocab_size=VOCAB, d_model=16, decoder_start_token_id=2, **sizes, **SPECIAL)
     )
 
 
-def wav2vec2(norm="layer", **options):
+def wav2vec2(norm: str = "layer", **options: Any) -> Wav2Vec2ForCTC:
     torch.manual_seed(0)
     config = Wav2Vec2Config(
         **{**BERT, "max_position_embeddings": None},
@@ -124,54 +128,54 @@ def wav2vec2(norm="layer", **options):
     return Wav2Vec2ForCTC(config)
 
 
-def attended(batch, name="ids"):
+def attended(batch: dict[str, Any], name: str = "ids") -> dict[str, torch.Tensor]:
     return {"input_ids": batch[name].padded, "attention_mask": batch[name].mask.long()}
 
 
-def own_labels(batch):
+def own_labels(batch: dict[str, Any]) -> torch.Tensor:
     return batch["ids"].padded.masked_fill(~batch["ids"].mask, -100)
 
 
-def without_end(batch):
+def without_end(batch: dict[str, Any]) -> torch.Tensor:
     return own_labels(batch).scatter(1, batch["ids"].lengths[:, None] - 1, -100)
 
 
-def asked(model, batch):
+def asked(model: Any, batch: Any) -> Any:
     """Question answering with the scores of padding left out of the softmax."""
     scores = model(**attended(batch)).start_logits.masked_fill(~batch["ids"].mask, -torch.inf)
     return F.cross_entropy(scores, batch["start"])
 
 
-def pooled(model, batch, masked):
+def pooled(model: BertModel, batch: dict[str, Any], masked: bool) -> torch.Tensor:
     hidden = model(**attended(batch)).last_hidden_state
     weights = batch["ids"].mask.float() if masked else torch.ones_like(batch["ids"].mask, dtype=torch.float32)
     means = (hidden * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
     return F.cross_entropy(means, batch["label"])
 
 
-def classified_at(model, batch, places):
+def classified_at(model: GPT2LMHeadModel, batch: dict[str, Any], indices: int | torch.Tensor) -> torch.Tensor:
     logits = model.lm_head(model.transformer(**attended(batch)).last_hidden_state)
-    return F.cross_entropy(logits[torch.arange(len(batch["ids"])), places], batch["label"])
+    return F.cross_entropy(logits[torch.arange(len(batch["ids"])), indices], batch["label"])
 
 
-def recognised(model, batch, mask=True):
-    mask = batch["wave"].mask.long() if mask else None
-    return model(batch["wave"].padded, attention_mask=mask, labels=batch["text"].padded).loss
+def recognised(model: Wav2Vec2ForCTC, batch: dict[str, Any], mask: bool = True) -> torch.Tensor:
+    attention_mask = batch["wave"].mask.long() if mask else None
+    return model(batch["wave"].padded, attention_mask=attention_mask, labels=batch["text"].padded).loss
 
 
-def _with(make, step, batch):
-    def made():
+def _with(make: Any, step: Any, batch: Any) -> Any:
+    def made() -> tuple[Any, ...]:
         model = make()
         return model, lambda batch: step(model, batch), batch()
 
     return made
 
 
-def trained(make, fields, step):
+def trained(make: Any, fields: Any, step: Any) -> Any:
     return _with(make, step, lambda: written(fields))
 
 
-def heard(make, step):
+def heard(make: Any, step: Any) -> Any:
     return _with(make, step, spoken)
 
 
@@ -228,16 +232,18 @@ RIGHT = {
 }
 
 
-def speech_to_text():
+def speech_to_text() -> Speech2TextForConditionalGeneration:
     torch.manual_seed(0)
-    sizes = {f"{side}_{part}": 2 for side in ("encoder", "decoder") for part in ("layers", "attention_heads")}
+    sizes: dict[str, float] = {
+        f"{side}_{part}": 2 for side in ("encoder", "decoder") for part in ("layers", "attention_heads")
+    }
     sizes |= {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
     return Speech2TextForConditionalGeneration(
         Speech2TextConfig(vocab_size=VOCAB, d_model=16, input_feat_per_channel=4, conv_channels=16, **sizes, **SPECIAL)
     )
 
 
-def translated(model, batch):
+def translated(model: Speech2TextForConditionalGeneration, batch: dict[str, Any]) -> torch.Tensor:
     wave = batch["wave"]
     clean = (wave.padded * wave.mask)[..., None].expand(-1, -1, 4)
     return model(input_features=clean, attention_mask=wave.mask.long(), labels=batch["text"].padded).loss

@@ -2,7 +2,9 @@
 
 import random
 from collections import UserDict
+from collections.abc import Callable
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ __all__ = ["batch", "net"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_nothing_is_disturbed_by_a_check(net, batch):
+def test_nothing_is_disturbed_by_a_check(net: Net, batch: dict[str, Any]) -> None:
     net.norm(torch.randn(3, 8))
     before = {name: value.clone() for name, value in net.state_dict().items()}
     state = torch.get_rng_state()
@@ -33,18 +35,18 @@ def test_nothing_is_disturbed_by_a_check(net, batch):
     assert net.attention.dropout == 0.1
 
 
-def noisy(net, batch):
+def noisy(net: Net, batch: dict[str, Any]) -> torch.Tensor:
     hidden = net.widen(batch["x"].padded)
     return tagged(net, batch, hidden + 0.1 * torch.randn_like(hidden))
 
 
-def test_a_step_that_draws_noise_leaves_probes_untried_and_says_so(net, batch):
+def test_a_step_that_draws_noise_leaves_probes_untried_and_says_so(net: Net, batch: dict[str, Any]) -> None:
     report = check_step(lambda b: noisy(net, b), batch)
     assert report.ok
     assert "not tried: width, order and other rows: the step draws random numbers" in str(report)
 
 
-def test_the_gradients_of_all_leaves_are_compared_without_being_named(net, batch):
+def test_the_gradients_of_all_leaves_are_compared_without_being_named(net: Net, batch: dict[str, Any]) -> None:
     # A head of zeros gives one loss whatever it reads: only gradients tell.
     net.head.weight.data.zero_()
     net.head.bias.data.zero_()
@@ -52,7 +54,7 @@ def test_the_gradients_of_all_leaves_are_compared_without_being_named(net, batch
     assert {"padding", "width"} <= {finding.probe for finding in report.findings}
 
 
-def test_a_report_reads_like_one(net, batch):
+def test_a_report_reads_like_one(net: Net, batch: dict[str, Any]) -> None:
     text = str(check_step(lambda b: MISTAKES["final state over padding"][0](net, b), batch))
     assert text.startswith("the step breaks ")
     assert "padding: the padding of x moves the loss or its gradients by" in text
@@ -66,23 +68,25 @@ def test_a_report_reads_like_one(net, batch):
         (LengthTrackedBatch(torch.ones(2, 3), [3, 3]), "no padding|has padding"),
     ],
 )
-def test_a_batch_with_nothing_to_check_is_refused(batch, message):
+def test_a_batch_with_nothing_to_check_is_refused(
+    batch: LengthTrackedBatch | dict[str, torch.Tensor], message: str
+) -> None:
     with pytest.raises(LengthError, match=message):
         check_step(lambda b: torch.tensor(0.0), batch)
 
 
-def test_tuples_and_single_batches_are_checked_as_well(net, batch):
+def test_tuples_and_single_batches_are_checked_as_well(net: Net, batch: dict[str, Any]) -> None:
     assert check_step(lambda b: net.widen(masked_mean(b)).square().sum(), batch["x"]).ok
     report = check_step(lambda b: net.widen(b[0].padded).square().mean() + b[1].sum(), (batch["x"], torch.ones(4)))
     assert not report.ok
 
 
-def test_fields_of_two_values_are_tried_with_the_other_one():
+def test_fields_of_two_values_are_tried_with_the_other_one() -> None:
     for seed in range(20):
         torch.manual_seed(seed)
         net, samples = Net(), [{"x": torch.randint(2, (n,)), "y": torch.randint(2, (n,))} for n in (6, 4, 3, 1)]
 
-        def right(batch, net=net):
+        def right(batch: dict[str, LengthTrackedBatch], net: Net = net) -> torch.Tensor:
             hidden, _ = apply_rnn(net.gru, batch["x"].map(net.embedding))
             return sequence_loss(PER_STEP, hidden.map(net.head), batch["y"])
 
@@ -93,22 +97,22 @@ def test_fields_of_two_values_are_tried_with_the_other_one():
 
 
 @pytest.mark.parametrize("kind", [dict, UserDict, MappingProxyType])
-def test_every_class_of_mapping_is_taken(kind, net, batch):
+def test_every_class_of_mapping_is_taken(kind: type[Any], net: Net, batch: dict[str, Any]) -> None:
     given = kind(dict(batch))
     assert check_step(lambda b: RIGHT["packed tagger"](net, b), given).ok
     assert "padding" in probes(check_step(lambda b: MISTAKES["backward over padding"][0](net, b), given))
 
 
-def test_rows_keep_their_places_and_chunks_their_first_step(net):
+def test_rows_keep_their_places_and_chunks_their_first_step(net: Net) -> None:
     samples = [{"x": torch.randn(n, 6), "y": torch.randint(CLASSES, (n,))} for n in (3, 9, 8, 5)]
     batch, teacher = PadCollator({"x": 0, "y": -100})(samples), torch.rand(4)
     table = torch.randn(20, 8)
 
-    def by_place(b):
+    def by_place(b: dict[str, LengthTrackedBatch]) -> torch.Tensor:
         losses = masked_mean(b["x"].map(net.widen)).square().sum(1)
         return (losses * teacher[b["x"].permutation]).sum()
 
-    def by_position(b):
+    def by_position(b: dict[str, LengthTrackedBatch]) -> torch.Tensor:
         hidden = net.widen(b["x"].flat()) + table[b["x"].position_ids]
         return F.cross_entropy(net.head(hidden.relu()), b["y"].flat())
 
@@ -117,34 +121,34 @@ def test_rows_keep_their_places_and_chunks_their_first_step(net):
     assert check_step(by_position, later).ok
 
 
-def test_arrays_and_tuples_with_an_entry_per_row_go_with_the_rows(net, batch):
+def test_arrays_and_tuples_with_an_entry_per_row_go_with_the_rows(net: Net, batch: dict[str, Any]) -> None:
     given = batch | {"array": np.arange(4) % CLASSES, "tuple": (0, 1, 2, 3), "list": ["0", "1", "2", "3"]}
 
-    def step(b):
+    def step(b: dict[str, Any]) -> torch.Tensor:
         assert [str(entry) for entry in b["tuple"]] == b["list"] == [str(entry) for entry in b["array"]]
         return F.cross_entropy(apply_rnn(net.gru, b["x"])[1][-1], torch.as_tensor(b["array"]))
 
     assert check_step(step, given).ok
 
 
-def test_a_pair_of_columns_of_two_rows_is_no_column_of_two_entries(net):
+def test_a_pair_of_columns_of_two_rows_is_no_column_of_two_entries(net: Net) -> None:
     samples = [(torch.randn(n, 6), torch.randint(CLASSES, (n,))) for n in (5, 2)]
     batch = PadCollator({"0": 0, "1": -100})(samples)
     assert check_step(lambda b: tagged(net, {"x": b[0], "y": b[1]}, net.widen(b[0].padded)), batch).ok
     assert check_step(lambda b: tagged(net, {"x": b[0], "y": b[1]}, net.widen(b[0].padded)), list(batch)).ok
 
 
-def test_what_went_with_the_rows_by_its_size_alone_is_named(net, batch):
+def test_what_went_with_the_rows_by_its_size_alone_is_named(net: Net, batch: dict[str, Any]) -> None:
     given = batch | {"weights": torch.rand(CLASSES)}
 
-    def weighted(b):
+    def weighted(b: dict[str, Any]) -> torch.Tensor | None:
         return F.cross_entropy(net.head(net.widen(b["x"].flat())), b["y"].flat(), weight=b["weights"], reduction="sum")
 
     report = check_step(weighted, given)
     assert "label, weights followed the rows (4 entries)" in str(report)
 
 
-def test_a_complex_field_is_checked(net):
+def test_a_complex_field_is_checked(net: Net) -> None:
     samples = [torch.randn(n, 6, dtype=torch.complex64) for n in (6, 4, 3, 2)]
     batch = LengthTrackedBatch.from_sequences(samples)
     assert check_step(lambda b: net.widen(b.flat().abs()).square().sum(), batch).ok
@@ -154,7 +158,7 @@ def test_a_complex_field_is_checked(net):
 # --- several losses
 
 
-def test_each_term_of_a_mapping_is_checked_by_itself(net, batch):
+def test_each_term_of_a_mapping_is_checked_by_itself(net: Net, batch: dict[str, Any]) -> None:
     hidden = {"tags": "packed tagger", "label": "final state"}
     report = check_step(lambda b: {term: RIGHT[name](net, b) for term, name in hidden.items()}, batch)
     assert report.ok, report
@@ -165,14 +169,14 @@ def test_each_term_of_a_mapping_is_checked_by_itself(net, batch):
     assert "another term 'label'" in str(wrong)
 
 
-def test_two_means_in_one_loss_are_told_to_be_returned_as_terms(net, batch):
+def test_two_means_in_one_loss_are_told_to_be_returned_as_terms(net: Net, batch: dict[str, Any]) -> None:
     report = check_step(lambda b: RIGHT["packed tagger"](net, b) + RIGHT["final state"](net, b), batch)
     [finding] = report.findings
     assert finding.probe == "other rows"
     assert any("return them as a mapping" in mistake for mistake in finding.likely)
 
 
-def test_a_small_term_is_not_held_to_more_than_rounding(net, batch):
+def test_a_small_term_is_not_held_to_more_than_rounding(net: Net, batch: dict[str, Any]) -> None:
     assert check_step(
         lambda b: {"loss": RIGHT["packed tagger"](net, b), "tiny": 1e-12 * RIGHT["a sum"](net, b)}, batch
     ).ok
@@ -181,14 +185,14 @@ def test_a_small_term_is_not_held_to_more_than_rounding(net, batch):
 # --- runs under equal conditions
 
 
-def plain(net, batch):
+def plain(net: Net, batch: dict[str, Any]) -> torch.Tensor:
     return tagged(net, batch, net.widen(batch["x"].padded))
 
 
 @pytest.mark.parametrize(
     "cut", [lambda x: x.detach(), lambda x: torch.tensor(x.item()), lambda x: x.argmax() * 1.0], ids=["d", "i", "a"]
 )
-def test_a_loss_without_a_graph_is_found(cut, net, batch):
+def test_a_loss_without_a_graph_is_found(cut: Callable[..., Any], net: Net, batch: dict[str, Any]) -> None:
     """Red before: gradients of nothing agree with gradients of nothing."""
     report = check_step(lambda b: cut(plain(net, b)), batch)
     assert "graph" in probes(report)
@@ -197,7 +201,7 @@ def test_a_loss_without_a_graph_is_found(cut, net, batch):
         assert "torch.no_grad()" in str(check_step(lambda b: plain(net, b), batch))
 
 
-def test_a_term_without_a_graph_is_noted_and_one_of_frozen_weights_is_not(net, batch):
+def test_a_term_without_a_graph_is_noted_and_one_of_frozen_weights_is_not(net: Net, batch: dict[str, Any]) -> None:
     """Red before."""
     report = check_step(lambda b: {"tags": plain(net, b), "error": plain(net, b).detach()}, batch)
     assert report.ok, report
@@ -206,8 +210,8 @@ def test_a_term_without_a_graph_is_noted_and_one_of_frozen_weights_is_not(net, b
     assert check_step(lambda b: plain(net, b), batch).ok
 
 
-def test_random_numbers_of_python_and_numpy_are_seeded_and_given_back(net, batch):
-    def sampled(b):
+def test_random_numbers_of_python_and_numpy_are_seeded_and_given_back(net: Net, batch: dict[str, Any]) -> None:
+    def sampled(b: dict[str, Any]) -> torch.Tensor:
         scale = 1 + (random.random() < 0.5) + np.random.rand() + np.random.randn()  # noqa: NPY002
         return RIGHT["packed tagger"](net, b) * scale
 
@@ -221,10 +225,10 @@ def test_random_numbers_of_python_and_numpy_are_seeded_and_given_back(net, batch
     assert "draws random numbers" in str(report)
 
 
-def test_a_step_that_remembers_is_told_so_and_nothing_else(net, batch):
+def test_a_step_that_remembers_is_told_so_and_nothing_else(net: Net, batch: dict[str, Any]) -> None:
     calls = []
 
-    def counted(b):
+    def counted(b: dict[str, Any]) -> torch.Tensor:
         calls.append(b)
         return RIGHT["packed tagger"](net, b) * (1 + 0.1 * len(calls))
 
@@ -233,7 +237,7 @@ def test_a_step_that_remembers_is_told_so_and_nothing_else(net, batch):
     assert "the step remembers" in str(report)
 
 
-def test_buffers_of_modules_that_run_are_given_back_without_being_named(net, batch):
+def test_buffers_of_modules_that_run_are_given_back_without_being_named(net: Net, batch: dict[str, Any]) -> None:
     norm = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8))
     net.norm(torch.randn(3, 8))
     before = {name: value.clone() for module in (norm, net) for name, value in module.state_dict().items()}
@@ -243,13 +247,13 @@ def test_buffers_of_modules_that_run_are_given_back_without_being_named(net, bat
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_a_buffer_that_is_replaced_is_put_back(net, batch):
+def test_a_buffer_that_is_replaced_is_put_back(net: Net, batch: dict[str, Any]) -> None:
     class Counter(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.register_buffer("steps", torch.zeros(()))
 
-        def forward(self, x):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
             self.steps = self.steps + 1
             return x * self.steps
 
@@ -260,16 +264,16 @@ def test_a_buffer_that_is_replaced_is_put_back(net, batch):
     assert kept == 0
 
 
-def test_dropout_is_off_where_layers_are_computed_again(net, batch):
-    def again(b):
+def test_dropout_is_off_where_layers_are_computed_again(net: Net, batch: dict[str, Any]) -> None:
+    def again(b: dict[str, Any]) -> torch.Tensor:
         hidden = checkpoint(net.encoder, net.widen(b["x"].padded), None, ~b["x"].mask, use_reentrant=False)
         return tagged(net, b, net.drop(hidden))
 
     assert check_step(again, batch).ok
 
 
-def test_reentrant_checkpoints_are_refused_with_a_way_out(net, batch):
-    def again(b):
+def test_reentrant_checkpoints_are_refused_with_a_way_out(net: Net, batch: dict[str, Any]) -> None:
+    def again(b: dict[str, Any]) -> torch.Tensor:
         hidden = checkpoint(net.encoder, net.widen(b["x"].padded), None, ~b["x"].mask, use_reentrant=True)
         return tagged(net, b, hidden)
 
@@ -277,26 +281,26 @@ def test_reentrant_checkpoints_are_refused_with_a_way_out(net, batch):
         check_step(again, batch)
 
 
-def test_sparse_gradients_are_compared(net, batch):
+def test_sparse_gradients_are_compared(net: Net, batch: dict[str, Any]) -> None:
     embedding = nn.Embedding(CLASSES, 8, sparse=True)
     assert check_step(lambda b: tagged(net, b, embedding(b["ids"].padded)), batch).ok
     wrong = check_step(lambda b: net.head(embedding(b["ids"].padded)).square().sum(), batch)
     assert {"padding", "width"} <= probes(wrong)
 
 
-def test_values_are_such_as_the_loss_allows(net):
+def test_values_are_such_as_the_loss_allows(net: Net) -> None:
     samples = [{"x": torch.randn(n, 6), "p": torch.rand(n)} for n in (6, 4, 3, 2)]
     batch = PadCollator()(samples)
 
-    def chance(b):
+    def chance(b: dict[str, LengthTrackedBatch]) -> torch.Tensor:
         guess = torch.sigmoid(net.score(net.widen(b["x"].padded)))[..., 0]
         return F.binary_cross_entropy(guess[b["x"].mask], b["p"].padded[b["p"].mask])
 
     assert check_step(chance, batch).ok
 
 
-def test_what_a_step_raises_on_another_last_step_is_noted(net, batch):
-    def strict(b):
+def test_what_a_step_raises_on_another_last_step_is_noted(net: Net, batch: dict[str, Any]) -> None:
+    def strict(b: dict[str, Any]) -> torch.Tensor | None:
         if bool(
             (b["ids"].padded[b["ids"].mask] != batch["ids"].padded[batch["ids"].mask][: b["ids"].num_tokens]).any()
         ):
@@ -307,7 +311,7 @@ def test_what_a_step_raises_on_another_last_step_is_noted(net, batch):
     assert "dead step of ids: with other values the step raises all texts must end" in str(report)
 
 
-def test_a_table_of_positions_as_long_as_the_batch_is_no_mistake(net, batch):
+def test_a_table_of_positions_as_long_as_the_batch_is_no_mistake(net: Net, batch: dict[str, Any]) -> None:
     table = nn.Parameter(torch.randn(7, 8))
     report = check_step(lambda b: tagged(net, b, net.widen(b["x"].padded) + table[: b["x"].padded.shape[1]]), batch)
     assert report.ok, report
@@ -317,7 +321,7 @@ def test_a_table_of_positions_as_long_as_the_batch_is_no_mistake(net, batch):
     assert "width" in probes(ends)
 
 
-def test_a_field_of_one_number_is_not_accused(net, batch):
+def test_a_field_of_one_number_is_not_accused(net: Net, batch: dict[str, Any]) -> None:
     kinds = LengthTrackedBatch.from_sequences([torch.zeros(n, dtype=torch.int64) for n in (7, 5, 3, 2)])
     embedding = nn.Embedding(1, 8)
     report = check_step(
@@ -327,7 +331,7 @@ def test_a_field_of_one_number_is_not_accused(net, batch):
     assert "kinds holds the same number everywhere" in str(report)
 
 
-def test_the_name_of_the_probe_in_release_0_1_is_equal_with_a_warning(net, batch):
+def test_the_name_of_the_probe_in_release_0_1_is_equal_with_a_warning(net: Net, batch: dict[str, Any]) -> None:
     [finding] = [
         each
         for each in check_step(lambda b: MISTAKES["batch norm over padding"][0](net, b), batch).findings

@@ -1,5 +1,8 @@
 """check_step: what it says of steps that return no loss, raise, read nothing or are not numbers."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from check_fixtures import batch, net, probes
@@ -25,12 +28,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         (lambda loss: loss + 1j, TypeError, "real loss, got torch.complex64"),
     ],
 )
-def test_a_result_that_is_no_loss_is_refused_with_a_way_out(result, error, message, net, batch):
+def test_a_result_that_is_no_loss_is_refused_with_a_way_out(
+    result: Callable[..., Any], error: type[Exception], message: str, net: Any, batch: dict[str, Any]
+) -> None:
     with pytest.raises(error, match=message):
         check_step(lambda b: result(RIGHT["packed tagger"](net, b)), batch)
 
 
-def test_a_loss_that_is_nan_is_told_so(net, batch):
+def test_a_loss_that_is_nan_is_told_so(net: Any, batch: dict[str, Any]) -> None:
     report = check_step(lambda b: RIGHT["packed tagger"](net, b) * torch.nan, batch)
     assert probes(report) == {"finite"}
     assert "the loss is nan" in str(report)
@@ -38,14 +43,14 @@ def test_a_loss_that_is_nan_is_told_so(net, batch):
     assert "gradients are not finite" in str(gradients)
 
 
-def test_a_step_that_reads_nothing_is_told_so(net, batch):
+def test_a_step_that_reads_nothing_is_told_so(net: Any, batch: dict[str, Any]) -> None:
     report = check_step(lambda b: net.head.weight.sum(), batch)
     assert probes(report) == {"dead step"}
     assert "no value of x, ids, y moves the loss: nothing is read" in str(report)
 
 
-def test_a_denominator_of_its_own_is_named(net, batch):
-    def thirds(b):
+def test_a_denominator_of_its_own_is_named(net: Any, batch: dict[str, Any]) -> None:
+    def thirds(b: dict[str, Any]) -> torch.Tensor:
         counted = b["x"].mask.float().cumsum(1).remainder(3) == 1
         losses = PER_STEP(logits_of(net, b).transpose(1, 2), targets(b, 0))
         return losses[counted & b["x"].mask].mean()
@@ -54,16 +59,16 @@ def test_a_denominator_of_its_own_is_named(net, batch):
     assert "a custom denominator" in finding.likely[0]
 
 
-def test_a_step_may_take_its_labels_out_of_the_batch(net, batch):
-    def popping(b):
+def test_a_step_may_take_its_labels_out_of_the_batch(net: Any, batch: dict[str, Any]) -> None:
+    def popping(b: dict[str, Any]) -> torch.Tensor:
         return tagged(net, {"x": b["x"], "y": b.pop("y")}, net.widen(b["x"].padded))
 
     assert check_step(popping, batch).ok
     assert set(batch) == {"x", "ids", "y", "label"}
 
 
-def test_a_step_that_calls_backward_is_told_so(net, batch):
-    def moving(b):
+def test_a_step_that_calls_backward_is_told_so(net: Any, batch: dict[str, Any]) -> None:
+    def moving(b: dict[str, Any]) -> torch.Tensor:
         loss = RIGHT["packed tagger"](net, b)
         loss.backward()
         return loss
@@ -72,8 +77,8 @@ def test_a_step_that_calls_backward_is_told_so(net, batch):
         check_step(moving, batch)
 
 
-def test_a_drift_that_is_not_finite_is_called_nan_or_infinity(net, batch):
-    def wide(b):
+def test_a_drift_that_is_not_finite_is_called_nan_or_infinity(net: Any, batch: dict[str, Any]) -> None:
+    def wide(b: dict[str, Any]) -> torch.Tensor:
         return RIGHT["packed tagger"](net, b) * (1 if b["x"].padded.shape[1] < 8 else torch.nan)
 
     assert "width: a wider batch moves the loss or its gradients to nan or infinity" in str(check_step(wide, batch))
@@ -81,16 +86,16 @@ def test_a_drift_that_is_not_finite_is_called_nan_or_infinity(net, batch):
     assert "row 0 alone gives nan" in str(alone)
 
 
-def test_a_mean_over_pairs_of_steps_is_one_over_rows_too(net, batch):
-    def pairs(b):
+def test_a_mean_over_pairs_of_steps_is_one_over_rows_too(net: Any, batch: dict[str, Any]) -> None:
+    def pairs(b: dict[str, Any]) -> torch.Tensor:
         hidden, mask = net.widen(b["x"].padded), b["x"].mask[:, :, None] & b["x"].mask[:, None]
         return (hidden @ hidden.transpose(1, 2))[mask].square().mean()
 
     assert check_step(pairs, batch).ok
 
 
-def test_a_step_that_leaves_a_term_out_is_told_so(net, batch):
-    def some(b):
+def test_a_step_that_leaves_a_term_out_is_told_so(net: Any, batch: dict[str, Any]) -> None:
+    def some(b: dict[str, Any]) -> dict[str, torch.Tensor]:
         loss = RIGHT["packed tagger"](net, b)
         return {"loss": loss, "other": loss} if len(b["x"]) > 1 else {"loss": loss}
 

@@ -1,5 +1,7 @@
 """check_step names mistakes: those in steps of ours, in well-known architectures, tutorials and transformers."""
 
+from typing import Any
+
 import known_idioms
 import known_models
 import pipelines
@@ -18,7 +20,7 @@ LAST_COLUMN = "the last column taken for each row's last step"
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, CUDA])])
 @pytest.mark.parametrize("name", pipelines.MISTAKES)
-def test_every_mistake_is_found(name, device):
+def test_every_mistake_is_found(name: str, device: str) -> None:
     torch.manual_seed(0)
     net, (step, probes) = pipelines.Net().to(device), pipelines.MISTAKES[name]
     report = check_step(lambda b: step(net, b), pipelines.batch_on(device))
@@ -28,20 +30,20 @@ def test_every_mistake_is_found(name, device):
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_every_mistake_in_a_known_model_is_found(name):
+def test_every_mistake_in_a_known_model_is_found(name: str) -> None:
     make, probes = KNOWN[name]
     module, step, batch = make()
     report = check_step(step, batch, module=module)
     assert {finding.probe for finding in report.findings} & probes, report
 
 
-def test_forty_five_mistakes_are_tried_and_half_exist_elsewhere():
+def test_forty_five_mistakes_are_tried_and_half_exist_elsewhere() -> None:
     assert len(KNOWN) >= 23
     assert len(KNOWN) + len(pipelines.MISTAKES) >= 45
 
 
 @pytest.mark.parametrize("name", ["names: output[:, -1]"])
-def test_the_last_column_is_the_likeliest_of_what_is_named(name):
+def test_the_last_column_is_the_likeliest_of_what_is_named(name: str) -> None:
     make, _ = KNOWN[name]
     _, step, batch = make()
     [dead] = [finding for finding in check_step(step, batch).findings if finding.probe == "dead step"]
@@ -49,7 +51,7 @@ def test_the_last_column_is_the_likeliest_of_what_is_named(name):
     assert "all but the longest" in dead.what
 
 
-def test_the_last_column_of_what_ran_over_padding_is_named():
+def test_the_last_column_of_what_ran_over_padding_is_named() -> None:
     torch.manual_seed(0)
     net, (step, _) = pipelines.Net(), pipelines.MISTAKES["last column"]
     report = check_step(lambda b: step(net, b), pipelines.batch_on("cpu"))
@@ -60,15 +62,15 @@ def test_the_last_column_of_what_ran_over_padding_is_named():
 
 @pytest.mark.parametrize("rows", [3, 4, 5, 6])
 @pytest.mark.parametrize("classes", [2, 6])
-def test_rows_sorted_twice_are_found_for_every_seed(rows, classes):
+def test_rows_sorted_twice_are_found_for_every_seed(rows: int, classes: int) -> None:
     # An order that is its own inverse does not show it: with the flip and one random order it was missed in four of
     # eight seeds.
     torch.manual_seed(0)
     net, samples = pipelines.Net(), []
-    samples.extend({"x": torch.randn(2 + place, 6), "label": place % classes} for place in range(rows))
+    samples.extend({"x": torch.randn(2 + index, 6), "label": index % classes} for index in range(rows))
     batch = PadCollator()(samples)
 
-    def twice(b):
+    def twice(b: dict[str, Any]) -> torch.Tensor:
         order = b["x"].lengths.argsort(descending=True, stable=True)
         state = apply_rnn(net.gru, LengthTrackedBatch(b["x"].padded[order], b["x"].lengths[order]))[1][-1]
         return F.cross_entropy(state[order], b["label"])

@@ -17,7 +17,7 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA de
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, CUDA])])
 @pytest.mark.parametrize("name", pipelines.RIGHT)
-def test_no_right_pipeline_is_accused(name, device):
+def test_no_right_pipeline_is_accused(name: str, device: str) -> None:
     torch.manual_seed(0)
     net = pipelines.Net().to(device)
     report = check_step(lambda b: pipelines.RIGHT[name](net, b), pipelines.batch_on(device), module=net)
@@ -36,18 +36,18 @@ NOTED = {
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_no_known_model_is_accused(name):
+def test_no_known_model_is_accused(name: str) -> None:
     _, step, batch = KNOWN[name]()
     report = check_step(step, batch)
     assert report.ok, report
     assert NOTED.get(name, "") in str(report)
 
 
-def test_the_encoding_of_a_tokenizer_is_taken():
+def test_the_encoding_of_a_tokenizer_is_taken() -> None:
     _, step, batch = KNOWN["BERT token classification"]()
     assert check_step(step, BatchEncoding(batch)).ok
 
 
-def test_forty_right_steps_are_tried_and_half_exist_elsewhere():
+def test_forty_right_steps_are_tried_and_half_exist_elsewhere() -> None:
     assert len(KNOWN) >= 20
     assert len(KNOWN) + len(pipelines.RIGHT) >= 40

@@ -4,6 +4,8 @@ import gc
 import random
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,14 +25,14 @@ def resident_now() -> int:
     return peak_resident()
 
 
-def allocate(bytes_per_token):
-    def step(rows, width):
+def allocate(bytes_per_token: int) -> Callable[..., Any]:
+    def step(rows: int, width: int) -> None:
         torch.ones(rows * width * bytes_per_token, dtype=torch.uint8)
 
     return step
 
 
-def test_the_answer_is_close_to_what_the_limit_holds():
+def test_the_answer_is_close_to_what_the_limit_holds() -> None:
     limit = resident_now() + 512 * MEGABYTE
     tokens = find_max_tokens(
         allocate(4096), [(1, 16), (1, 64), (1, 256)], device="cpu", memory_limit=limit, memory_fraction=1.0
@@ -38,8 +40,8 @@ def test_the_answer_is_close_to_what_the_limit_holds():
     assert 0.7 * 131_072 <= tokens <= 1.3 * 131_072
 
 
-def test_the_width_that_needs_most_decides():
-    def quadratic(rows, width):
+def test_the_width_that_needs_most_decides() -> None:
+    def quadratic(rows: int, width: int) -> None:
         torch.ones(rows * width * width * 64, dtype=torch.uint8)
 
     limit = resident_now() + 400 * MEGABYTE
@@ -48,11 +50,11 @@ def test_the_width_that_needs_most_decides():
     assert narrow > 4 * wide
 
 
-def test_the_greatest_budget_to_try_is_kept():
+def test_the_greatest_budget_to_try_is_kept() -> None:
     assert find_max_tokens(allocate(1), [10], device="cpu", memory_limit=1 << 40, upper=1000) == 1000
 
 
-def test_weights_gradients_buffers_optimizer_and_random_state_are_given_back():
+def test_weights_gradients_buffers_optimizer_and_seeds_are_restored() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     optimizer = torch.optim.Adam(module.parameters())
     module(torch.randn(3, 4)).sum().backward()
@@ -62,7 +64,7 @@ def test_weights_gradients_buffers_optimizer_and_random_state_are_given_back():
     moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
     random = torch.get_rng_state()
 
-    def step(rows, width):
+    def step(rows: int, width: int) -> None:
         optimizer.zero_grad()
         module(torch.randn(rows * width, 4)).square().sum().backward()
         optimizer.step()
@@ -96,12 +98,17 @@ def test_weights_gradients_buffers_optimizer_and_random_state_are_given_back():
         ([(2, (0, 4))], {"memory_limit": 1}, ValueError, "shapes must name widths of at least 1"),
     ],
 )
-def test_what_cannot_be_answered_is_refused(shapes, options, kind, message):
+def test_what_cannot_be_answered_is_refused(
+    shapes: list[int | tuple[int, ...] | tuple[int, tuple[int, ...]]],
+    options: dict[str, Any],
+    kind: type[Exception],
+    message: str,
+) -> None:
     with pytest.raises(kind, match=message):
         find_max_tokens(allocate(1), shapes, device="cpu", **options)
 
 
-def test_the_names_of_release_0_1_work_with_a_warning():
+def test_the_names_of_release_0_1_work_with_a_warning() -> None:
     present = {"step": "run_shape", "limit": "memory_limit", "share": "memory_fraction", "most": "upper"}
     with pytest.warns(DeprecationWarning, match="of find_max_tokens is now called") as caught:
         tokens = find_max_tokens(step=allocate(1), shapes=[10], device="cpu", limit=1 << 40, share=0.5, most=1000)
@@ -112,13 +119,13 @@ def test_the_names_of_release_0_1_work_with_a_warning():
     assert {warning.filename for warning in caught} == {__file__}
 
 
-def test_an_old_name_next_to_its_new_one_is_refused():
+def test_an_old_name_next_to_its_new_one_is_refused() -> None:
     with pytest.raises(TypeError, match="takes upper= once, got its former name most= as well: leave most= out"):
         find_max_tokens(allocate(1), [10], device="cpu", memory_limit=1 << 40, upper=100, most=100)
 
 
-def test_random_states_of_python_and_numpy_are_restored_too():
-    def draw(rows, width):
+def test_random_states_of_python_and_numpy_are_restored_too() -> None:
+    def draw(rows: int, width: int) -> None:
         random.random()
         np.random.rand()  # noqa: NPY002
 
@@ -128,17 +135,17 @@ def test_random_states_of_python_and_numpy_are_restored_too():
 
 
 @pytest.mark.parametrize("words", ["CUDA error: out of memory", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"])
-def test_every_library_s_words_for_lack_of_memory_are_known(words):
+def test_every_library_s_words_for_lack_of_memory_are_known(words: str) -> None:
     assert _is_out_of_memory(RuntimeError(words))
     assert _is_out_of_memory(torch.OutOfMemoryError())
     assert not _is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
-def test_shapes_of_several_fields_are_tried_with_all_their_widths():
+def test_shapes_of_several_fields_are_tried_with_all_their_widths() -> None:
     """Red before: a TypeError. Tokens are those of all fields, as the sampler counts them."""
     tried = set()
 
-    def step(rows, widths):
+    def step(rows: int, widths: tuple[int, ...]) -> None:
         tried.add((rows, widths))
 
     shapes = [(8, (16, 32)), (4, (32, 64)), (16, (8, 8))]
@@ -147,7 +154,7 @@ def test_shapes_of_several_fields_are_tried_with_all_their_widths():
     assert max(rows * sum(widths) for rows, widths in tried) == 960
 
 
-def test_widths_of_numpy_s_integers_count_as_integers():
+def test_widths_of_numpy_s_integers_count_as_integers() -> None:
     shapes = [(4, np.int64(10)), np.int64(10)]
     assert find_max_tokens(allocate(1), shapes, device="cpu", memory_limit=1 << 40, upper=1000) == 1000
 
@@ -162,29 +169,29 @@ def test_widths_of_numpy_s_integers_count_as_integers():
     ],
     ids=["Python", "torch"],
 )
-def test_an_allocation_that_the_host_refuses_does_not_fit(error):
+def test_an_allocation_that_the_host_refuses_does_not_fit(error: Any) -> None:
     """Red before: the error came through."""
 
-    def step(rows, width):
+    def step(rows: int, width: int) -> None:
         if rows * width > 3000:
             raise error
 
     assert 2800 <= find_max_tokens(step, [10], device="cpu", memory_limit=1 << 40) <= 3000
 
 
-def test_a_real_allocation_beyond_the_address_space_does_not_fit():
-    def step(rows, width):
+def test_a_real_allocation_beyond_the_address_space_does_not_fit() -> None:
+    def step(rows: int, width: int) -> None:
         if rows * width > 3000:
             torch.empty(1 << 61, dtype=torch.uint8)
 
     assert 2800 <= find_max_tokens(step, [10], device="cpu", memory_limit=1 << 40) <= 3000
 
 
-def test_a_cuda_build_without_a_gpu_takes_the_cpu(monkeypatch):
+def test_a_cuda_build_without_a_gpu_takes_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Red before: it asked for the accelerator that the build is for, whether or not there is one."""
     asked = []
 
-    def current_accelerator(check_available=False):
+    def current_accelerator(check_available: bool = False) -> torch.device | None:
         asked.append(check_available)
         return None if check_available else torch.device("cuda")
 
@@ -223,7 +230,7 @@ except OSError as error:
 """
 
 
-def test_the_package_needs_no_module_or_folder_of_unix():
+def test_the_package_needs_no_module_or_folder_of_unix() -> None:
     """Red before: importing it imported `resource`."""
     done = subprocess.run([sys.executable, "-c", WITHOUT_UNIX], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

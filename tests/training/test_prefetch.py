@@ -5,7 +5,9 @@ import gc
 import itertools
 import pickle
 from collections import OrderedDict, namedtuple
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 from weakref import ref
 
 import pytest
@@ -24,45 +26,45 @@ SAMPLES = [{"x": torch.full((n % 5,), n), "n": n} for n in range(23)]
 Pair = namedtuple("Pair", "left right")
 
 
-def loader(kind=DataLoader, workers=0):
+def loader(kind: Any = DataLoader, workers: int = 0) -> Any:
     return kind(SAMPLES, batch_size=4, num_workers=workers, collate_fn=PadCollator(sort_by=False))
 
 
-def planned_loader(kind=DataLoader, workers=0):
+def planned_loader(kind: Any = DataLoader, workers: int = 0) -> Any:
     sampler = LengthBucketBatchSampler([len(sample["x"]) for sample in SAMPLES], batch_size=4)
     return kind(SAMPLES, batch_sampler=sampler, num_workers=workers, collate_fn=PadCollator(sort_by=False))
 
 
-def ids(batches):
+def ids(batches: Any) -> Any:
     return [batch["n"].tolist() for batch in batches]
 
 
-def take(batches, count):
+def take(batches: Any, count: Any) -> Any:
     return ids(itertools.islice(batches, count))
 
 
 class Recorder:
     """Stands in for streams and events: writes down what is asked of them, and copies at once."""
 
-    def __init__(self, device):
+    def __init__(self, device: Any) -> None:
         self.log = []
         self.sent = 0
 
-    def send(self, batch):
+    def send(self, batch: Any) -> Any:
         self.log.append(("send", self.sent))
         self.sent += 1
         return batch, self.sent - 1
 
-    def receive(self, batch, arrived):
+    def receive(self, batch: Any, arrived: Any) -> None:
         self.log.append(("receive", arrived))
 
 
 @pytest.fixture
-def recorders(monkeypatch):
+def recorders(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Let the look-ahead run on a machine without an accelerator."""
     made = []
 
-    def make(device):
+    def make(device: Any) -> Any:
         made.append(Recorder(device))
         return made[-1]
 
@@ -72,7 +74,7 @@ def recorders(monkeypatch):
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_epoch_gives_what_the_loader_gives(device, workers, recorders):
+def test_every_epoch_gives_what_the_loader_gives(device: str, workers: int, recorders: Any) -> None:
     with DevicePrefetcher(loader(workers=workers), device) as batches:
         assert len(batches) == 6
         for _ in range(2):
@@ -82,11 +84,11 @@ def test_every_epoch_gives_what_the_loader_gives(device, workers, recorders):
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3, 99])
-def test_at_most_depth_batches_are_on_the_way_and_each_is_received_before_use(depth, recorders):
+def test_at_most_depth_batches_are_on_the_way_and_are_received_first(depth: int, recorders: Any) -> None:
     handed = 0
     for _ in DevicePrefetcher(loader(), "meta", depth=depth):
         log = recorders[0].log
-        sent = [place for what, place in log if what == "send"]
+        sent = [index for what, index in log if what == "send"]
         assert log[-1] == ("receive", handed)
         assert len(sent) - handed <= depth + 1
         handed += 1
@@ -103,7 +105,9 @@ KINDS = [
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("make", "kind"), KINDS)
-def test_a_state_does_not_count_what_is_on_the_way(make, kind, device, workers, recorders):
+def test_a_state_does_not_count_what_is_on_the_way(
+    make: Callable[..., Any], kind: type[Any], device: str, workers: int, recorders: Any
+) -> None:
     whole = make(kind)
     epochs = ids(whole), ids(whole)
     for cut in (1, 3, 5):
@@ -119,7 +123,9 @@ def test_a_state_does_not_count_what_is_on_the_way(make, kind, device, workers, 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize(("make", "kind"), KINDS)
-def test_a_pass_that_was_resumed_is_stopped_and_resumed_again(make, kind, device, recorders):
+def test_a_pass_that_was_resumed_is_stopped_and_resumed_again(
+    make: Callable[..., Any], kind: type[Any], device: str, recorders: Any
+) -> None:
     whole, seen, state = ids(make(kind)), [], None
     while len(seen) < len(whole):
         batches = DevicePrefetcher(make(kind), device, depth=3)
@@ -133,7 +139,9 @@ def test_a_pass_that_was_resumed_is_stopped_and_resumed_again(make, kind, device
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("make", "kind"), KINDS)
-def test_between_two_epochs_the_state_leads_to_the_next(make, kind, device, workers, recorders):
+def test_between_two_epochs_the_state_leads_to_the_next(
+    make: Callable[..., Any], kind: type[Any], device: str, workers: int, recorders: Any
+) -> None:
     whole = make(kind)
     epochs = ids(whole), ids(whole)
     batches = DevicePrefetcher(make(kind, workers), device)
@@ -146,7 +154,7 @@ def test_between_two_epochs_the_state_leads_to_the_next(make, kind, device, work
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_before_the_first_batch_the_state_is_the_one_that_was_loaded(device, recorders):
+def test_before_the_first_batch_the_state_is_the_one_that_was_loaded(device: str, recorders: Any) -> None:
     begun = planned_loader()
     sampler = begun.batch_sampler
     next(iter(begun))
@@ -155,7 +163,7 @@ def test_before_the_first_batch_the_state_is_the_one_that_was_loaded(device, rec
     assert batches.state_dict() == sampler.position(1)
 
 
-def test_a_plain_loader_s_position_serves_any_number_of_workers(recorders):
+def test_a_plain_loader_s_position_serves_any_number_of_workers(recorders: Any) -> None:
     whole = ids(planned_loader())
     batches = DevicePrefetcher(planned_loader(workers=2), "meta")
     take(iter(batches), 2)
@@ -167,22 +175,22 @@ def test_a_plain_loader_s_position_serves_any_number_of_workers(recorders):
 class Counting(IterableDataset):
     """A dataset that hands out its own state, and goes on changing it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.state = {"next": 0}
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Any]:
         while self.state["next"] < 9:
             self.state["next"] += 1
             yield {"n": torch.tensor(self.state["next"])}
 
-    def state_dict(self):
+    def state_dict(self) -> Any:
         return self.state
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Any) -> None:
         self.state = dict(state)
 
 
-def test_a_state_that_the_dataset_goes_on_to_change_is_kept_as_it_was(recorders):
+def test_a_state_that_the_dataset_goes_on_to_change_is_kept_as_it_was(recorders: Any) -> None:
     batches = DevicePrefetcher(StatefulDataLoader(Counting(), batch_size=None), "meta")
     assert take(iter(batches), 4) == [1, 2, 3, 4]
     again = DevicePrefetcher(StatefulDataLoader(Counting(), batch_size=None), "meta")
@@ -190,7 +198,7 @@ def test_a_state_that_the_dataset_goes_on_to_change_is_kept_as_it_was(recorders)
     assert ids(again) == [5, 6, 7, 8, 9]
 
 
-def test_a_loader_without_a_state_is_named():
+def test_a_loader_without_a_state_is_named() -> None:
     with pytest.raises(TypeError, match="a DataLoader has no state, .* use a StatefulDataLoader"):
         DevicePrefetcher(loader(), "cpu").state_dict()
     with pytest.raises(TypeError, match="a list has no state"):
@@ -199,18 +207,18 @@ def test_a_loader_without_a_state_is_named():
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_after_an_early_break_the_next_epoch_is_whole(device, workers, recorders):
+def test_after_an_early_break_the_next_epoch_is_whole(device: str, workers: int, recorders: Any) -> None:
     batches = DevicePrefetcher(loader(workers=workers), device)
     for _ in batches:
         break
     assert len(list(batches)) == 6
 
 
-def test_what_was_on_the_way_is_dropped_with_its_iterator(recorders):
+def test_what_was_on_the_way_is_dropped_with_its_iterator(recorders: Any) -> None:
     alive = []
 
     class Fresh:
-        def __iter__(self):
+        def __iter__(self) -> Iterator[Any]:
             for _ in range(6):
                 alive.append(ref(batch := torch.ones(1)))
                 yield batch
@@ -225,7 +233,7 @@ def test_what_was_on_the_way_is_dropped_with_its_iterator(recorders):
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_closed_pass_gives_nothing_more(device, recorders):
+def test_a_closed_pass_gives_nothing_more(device: str, recorders: Any) -> None:
     with DevicePrefetcher(loader(), device) as batches:
         running = iter(batches)
         next(running)
@@ -234,7 +242,7 @@ def test_a_closed_pass_gives_nothing_more(device, recorders):
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("taken", [0, 1, 5])
-def test_a_pass_that_another_one_closes_raises_and_does_not_just_end(device, taken, recorders):
+def test_a_pass_that_another_one_closes_raises_and_does_not_just_end(device: str, taken: int, recorders: Any) -> None:
     """Red before: a `zip` of a prefetcher with itself gave nothing, a loop within a loop ended both, without a word."""
     batches = DevicePrefetcher(loader(), device)
     earlier = iter(batches)
@@ -250,7 +258,7 @@ def test_a_pass_that_another_one_closes_raises_and_does_not_just_end(device, tak
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_pass_that_has_given_all_stays_at_its_end_when_another_begins(device, recorders):
+def test_a_pass_that_has_given_all_stays_at_its_end_when_another_begins(device: str, recorders: Any) -> None:
     batches = DevicePrefetcher(loader(), device)
     first = iter(batches)
     assert len(list(first)) == 6
@@ -261,11 +269,11 @@ def test_a_pass_that_has_given_all_stays_at_its_end_when_another_begins(device, 
 class Failing:
     """A loader whose second and fourth batch fail, and which goes on after that."""
 
-    def __iter__(self):
+    def __iter__(self) -> Any:
         self.place = 0
         return self
 
-    def __next__(self):
+    def __next__(self) -> Any:
         self.place += 1
         if self.place in (2, 4):
             raise OSError(f"disk {self.place}")
@@ -276,7 +284,9 @@ class Failing:
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("depth", [0, 1, 2, 9])
-def test_an_error_of_the_loader_comes_in_its_place_and_need_not_be_the_end(device, depth, recorders):
+def test_an_error_of_the_loader_comes_in_its_place_and_need_not_be_the_end(
+    device: str, depth: int, recorders: Any
+) -> None:
     seen, batches = [], iter(DevicePrefetcher(Failing(), device, depth=depth))
     for _ in range(5):
         try:
@@ -287,13 +297,13 @@ def test_an_error_of_the_loader_comes_in_its_place_and_need_not_be_the_end(devic
     assert list(batches) == []
 
 
-def broken():
+def broken() -> Iterator[Any]:
     yield torch.zeros(2)
     raise OSError("disk")
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_an_error_that_ends_the_loader_passes_through(device, recorders):
+def test_an_error_that_ends_the_loader_passes_through(device: str, recorders: Any) -> None:
     batches = iter(DevicePrefetcher(broken(), device))
     assert len(next(batches)) == 2
     with pytest.raises(OSError, match="disk"):
@@ -301,16 +311,16 @@ def test_an_error_that_ends_the_loader_passes_through(device, recorders):
     assert list(batches) == []
 
 
-def test_on_the_cpu_batches_are_the_loader_s_own_and_none_is_taken_early():
+def test_on_the_cpu_batches_are_the_loader_s_own_and_none_is_taken_early() -> None:
     given = [object() for _ in range(5)]
     taken = []
     source = (taken.append(batch) or batch for batch in given)
-    for place, batch in enumerate(DevicePrefetcher(source, "cpu", depth=9)):
-        assert batch is given[place]
-        assert len(taken) == place + 1
+    for index, batch in enumerate(DevicePrefetcher(source, "cpu", depth=9)):
+        assert batch is given[index]
+        assert len(taken) == index + 1
 
 
-def test_the_loader_s_own_parts_stay_reachable_and_nothing_else_is_invented():
+def test_the_loader_s_parts_stay_reachable_and_nothing_is_invented() -> None:
     wrapped = loader()
     batches = DevicePrefetcher(wrapped, "cpu")
     assert batches.dataset is wrapped.dataset
@@ -320,7 +330,7 @@ def test_the_loader_s_own_parts_stay_reachable_and_nothing_else_is_invented():
     assert not hasattr(batches, "set_epoch")
 
 
-def test_containers_keep_their_kind_and_other_objects_pass_untouched():
+def test_containers_keep_their_kind_and_other_objects_pass_untouched() -> None:
     batch = OrderedDict(
         a=(torch.ones(1), "text"),
         b=Pair([torch.ones(2)], None),
@@ -345,50 +355,50 @@ class Stream:
 
     current = None
 
-    def __init__(self, device, log, name):
+    def __init__(self, device: Any, log: Any, name: str) -> None:
         self.device, self.log, self.name, self.events = device, log, name, 0
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self.before, Stream.current = Stream.current, self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: Any) -> None:
         Stream.current = self.before
 
-    def record_event(self):
+    def record_event(self) -> Any:
         self.events += 1
         self.log.append((self.name, "record", self.events))
         return self.events
 
-    def wait_event(self, event):
+    def wait_event(self, event: Any) -> None:
         self.log.append((self.name, "wait", event))
 
 
 class Parcel:
     """A batch that writes down what is done with it, and on which stream."""
 
-    def __init__(self, number, log):
+    def __init__(self, number: Any, log: Any) -> None:
         self.number, self.log, self.values = number, log, torch.zeros(1)
 
-    def pin_memory(self):
+    def pin_memory(self) -> Any:
         self.log.append(("pin", self.number))
         return self
 
-    def to(self, device, *, non_blocking):
+    def to(self, device: Any, *, non_blocking: Any) -> Any:
         self.log.append((Stream.current.name, "copy", self.number, str(device), non_blocking))
         return self
 
-    def record_stream(self, stream):
+    def record_stream(self, stream: Any) -> None:
         self.log.append((stream.name, "uses", self.number))
 
 
 @pytest.fixture
-def streams(monkeypatch):
+def streams(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A side stream and the current one, that log what happens."""
     log = []
     sides = []
     current = Stream(torch.device("cuda:0"), log, "current")
 
-    def open_stream(device):
+    def open_stream(device: Any) -> Any:
         sides.append(Stream(torch.device("cuda:0"), log, "side"))
         return sides[-1]
 
@@ -398,22 +408,22 @@ def streams(monkeypatch):
     return log, sides, current
 
 
-def test_a_batch_is_pinned_copied_aside_awaited_and_claimed_before_it_is_handed_over(streams):
+def test_a_batch_is_pinned_copied_awaited_and_claimed_before_its_use(streams: Any) -> None:
     log, _, _ = streams
     batches = DevicePrefetcher([Parcel(number, log) for number in (1, 2, 3)], "cuda", depth=1)
     for batch in batches:
         log.append(("step", batch.number))
 
-    def sending(number):
+    def sending(number: Any) -> Any:
         return [("pin", number), ("side", "copy", number, "cuda:0", True), ("side", "record", number)]
 
-    def handing(number):
+    def handing(number: Any) -> Any:
         return [("current", "wait", number), ("current", "uses", number), ("step", number)]
 
     assert log == [*sending(1), *sending(2), *handing(1), *sending(3), *handing(2), *handing(3)]
 
 
-def test_all_epochs_share_one_stream(streams):
+def test_all_epochs_share_one_stream(streams: Any) -> None:
     log, sides, _ = streams
     batches = DevicePrefetcher([Parcel(1, log)], "cuda")
     for _ in range(3):
@@ -421,7 +431,7 @@ def test_all_epochs_share_one_stream(streams):
     assert len(sides) == 1
 
 
-def test_an_accelerator_of_one_stream_waits_for_nothing(streams, monkeypatch):
+def test_an_accelerator_of_one_stream_waits_for_nothing(streams: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     log, _, current = streams
     monkeypatch.setattr(torch, "Stream", lambda device: current)
     list(DevicePrefetcher([Parcel(1, log)], "cuda"))
@@ -433,7 +443,7 @@ class OnDevice(Tensor):
 
     is_cpu = False
 
-    def record_stream(self, stream):
+    def record_stream(self, stream: Any) -> None:
         stream.append(self)
 
 
@@ -444,22 +454,22 @@ class Slotted:
     values: Tensor
     more: dict[str, Tensor]
 
-    def to(self, device, *, non_blocking):
+    def to(self, device: Any, *, non_blocking: Any) -> Any:
         return self
 
 
 class Loose:
     """Another one."""
 
-    def __init__(self, values):
+    def __init__(self, values: Any) -> None:
         self.values, self.name = values, "loose"
 
-    def to(self, device, *, non_blocking):
+    def to(self, device: Any, *, non_blocking: Any) -> Any:
         return self
 
 
-def test_every_tensor_on_the_device_is_claimed_wherever_it_is():
-    def on_device():
+def test_every_tensor_on_the_device_is_claimed_wherever_it_is() -> None:
+    def on_device() -> Any:
         return torch.zeros(1).as_subclass(OnDevice)
 
     data, tracked, indices = on_device(), on_device(), on_device()
@@ -488,7 +498,7 @@ def test_every_tensor_on_the_device_is_claimed_wherever_it_is():
     assert [id(tensor) for tensor in claimed] == [id(tracked), id(mask)]
 
 
-def test_what_is_on_the_host_is_pinned_and_what_is_on_a_device_is_not():
+def test_what_is_on_the_host_is_pinned_and_what_is_on_a_device_is_not() -> None:
     device, host = torch.device("cuda"), torch.zeros(1, 2)
     assert module._can_be_pinned(host, device)
     assert module._can_be_pinned(LengthTrackedBatch(host, [1]), device)
@@ -501,13 +511,13 @@ def test_what_is_on_the_host_is_pinned_and_what_is_on_a_device_is_not():
 
 
 @pytest.mark.parametrize(("depth", "kind"), [(-1, ValueError), (True, TypeError), (1.0, TypeError)])
-def test_a_senseless_depth_is_refused(depth, kind):
+def test_a_senseless_depth_is_refused(depth: bool | float, kind: type[Exception]) -> None:
     with pytest.raises(kind, match="depth must"):
         DevicePrefetcher([], "cpu", depth=depth)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_state_follows_an_epoch_that_was_set_or_a_position_that_was_sought(device, recorders):
+def test_a_state_follows_set_epoch_and_seek(device: str, recorders: Any) -> None:
     # Red: it still told of the pass before.
     batches = DevicePrefetcher(planned_loader(), device)
     whole = ids(batches)
@@ -520,7 +530,7 @@ def test_a_state_follows_an_epoch_that_was_set_or_a_position_that_was_sought(dev
     assert ids(restored) == whole[2:]
 
 
-def test_each_state_is_a_new_one():
+def test_each_state_is_a_new_one() -> None:
     # Red: who changed one changed the next.
     batches = DevicePrefetcher(planned_loader(), "cpu")
     next(iter(batches))
@@ -530,7 +540,7 @@ def test_each_state_is_a_new_one():
 
 
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
-def test_a_prefetcher_that_has_begun_can_be_copied(how):
+def test_a_prefetcher_that_has_begun_can_be_copied(how: Callable[..., Any]) -> None:
     # Red: a pass that runs cannot be pickled.
     batches = DevicePrefetcher(planned_loader(), "cpu")
     running = iter(batches)
@@ -541,7 +551,7 @@ def test_a_prefetcher_that_has_begun_can_be_copied(how):
     assert len(list(running)) == len(batches) - 1
 
 
-def test_a_new_prefetcher_of_a_sampler_that_was_used_tells_of_what_comes():
+def test_a_new_prefetcher_of_a_sampler_that_was_used_tells_of_what_comes() -> None:
     # Red: it told of the start of the pass that another loader had taken.
     running = planned_loader()
     ids(running)

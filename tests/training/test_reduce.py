@@ -1,7 +1,10 @@
 """Losses and means over real steps, against one sequence at a time."""
 
 import itertools
+from collections.abc import Callable
+from pathlib import Path
 from shutil import which
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ CLASSES = 5
 FLOATS = {"dtype": torch.float64}
 
 
-def pair(counts, seed=0, padding=float("nan")):
+def pair(counts: Any, seed: int = 0, padding: Any = float("nan")) -> Any:
     """Logits with poison in their padding, and targets with their own padding value."""
     rng = torch.Generator().manual_seed(seed)
     logits = [torch.randn(count, CLASSES, generator=rng, **FLOATS).requires_grad_() for count in counts]
@@ -27,7 +30,7 @@ def pair(counts, seed=0, padding=float("nan")):
     return logits, labels, output, LengthTrackedBatch.from_sequences(labels, padding_value=-100)
 
 
-def alone(loss_fn, logits, labels, reduction, weights=None):
+def alone(loss_fn: Any, logits: Any, labels: Any, reduction: Any, weights: Any = None) -> Any:
     """The oracle: each sequence's loss by itself, then the mean asked for."""
     weights = weights or [torch.ones(len(row), **FLOATS) for row in labels]
     losses = [loss_fn(x, y) * w for x, y, w in zip(logits, labels, weights, strict=True)]
@@ -41,7 +44,9 @@ def alone(loss_fn, logits, labels, reduction, weights=None):
 
 
 @given(lengths(), st.sampled_from(["token", "sequence", "sum"]), st.booleans(), st.integers(0, 99))
-def test_the_loss_and_its_gradients_equal_those_of_one_sequence_at_a_time(counts, reduction, weighted, seed):
+def test_the_loss_and_its_gradients_equal_those_of_one_sequence_at_a_time(
+    counts: Any, reduction: Any, weighted: Any, seed: int
+) -> None:
     loss_fn = nn.CrossEntropyLoss(reduction="none", label_smoothing=0.1)
     logits, labels, output, target = pair(counts, seed)
     weights = [torch.randint(0, 3, (count,)).to(torch.float64) for count in counts] if weighted else None
@@ -59,7 +64,7 @@ def test_the_loss_and_its_gradients_equal_those_of_one_sequence_at_a_time(counts
         torch.testing.assert_close(left, right)
 
 
-def test_a_batch_without_a_real_step_has_loss_zero_and_stays_connected():
+def test_a_batch_without_a_real_step_has_loss_zero_and_stays_connected() -> None:
     logits, _, output, target = pair([0, 0])
     for reduction in ("token", "sequence", "sum"):
         loss = sequence_loss(nn.CrossEntropyLoss(reduction="none"), output, target, reduction=reduction)
@@ -67,7 +72,7 @@ def test_a_batch_without_a_real_step_has_loss_zero_and_stays_connected():
         assert not any(x.any() for x in torch.autograd.grad(loss, logits, retain_graph=True))
 
 
-def test_class_weights_and_ignored_labels_leave_the_number_of_steps_as_it_is():
+def test_class_weights_and_ignored_labels_keep_the_number_of_steps() -> None:
     logits, labels, output, target = pair([3, 1])
     weighted = nn.CrossEntropyLoss(reduction="none", weight=torch.arange(CLASSES, **FLOATS), ignore_index=2)
     expected = sum(weighted(x, y).sum() for x, y in zip(logits, labels, strict=True)) / 4
@@ -98,10 +103,10 @@ LOSSES = {
         pytest.param("inductor", "labels", True, marks=NEEDS_COMPILER),
     ],
 )
-def test_compiled_losses_equal_eager_ones_without_a_graph_break(backend, name, weighted):
+def test_compiled_losses_equal_eager_ones_without_a_graph_break(backend: str, name: str, weighted: bool) -> None:
     loss_fn, as_target = LOSSES[name]
 
-    def run(output, target, weights, reduction):
+    def run(output: Any, target: Any, weights: Any, reduction: Any) -> Any:
         return sequence_loss(loss_fn, output, target, weights=weights, reduction=reduction)
 
     torch.compiler.reset()
@@ -117,7 +122,7 @@ def test_compiled_losses_equal_eager_ones_without_a_graph_break(backend, name, w
             torch.testing.assert_close(*[torch.autograd.grad(loss, leaf)[0] for loss in losses])
 
 
-def test_half_precision_losses_of_many_steps_are_summed_in_single_precision():
+def test_half_precision_losses_are_summed_in_single_precision() -> None:
     count = 70_000
     output = LengthTrackedBatch.from_sequences([torch.ones(count, dtype=torch.float16)])
     zeros = output.with_padded(torch.zeros_like(output.padded))
@@ -131,7 +136,7 @@ def test_half_precision_losses_of_many_steps_are_summed_in_single_precision():
 
 @pytest.mark.parametrize(("steps", "value"), [(100, 1000.0), (70_000, 1.0)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_means_are_summed_in_single_precision(dtype, steps, value):
+def test_half_precision_means_are_summed_in_single_precision(dtype: torch.dtype, steps: int, value: float) -> None:
     """Red before: a sum beyond 65,504 was inf, and a count beyond it made the mean NaN."""
     batch = LengthTrackedBatch.from_sequences([torch.full((steps,), value, dtype=dtype), torch.ones(2, dtype=dtype)])
     mean = masked_mean(batch)
@@ -139,7 +144,7 @@ def test_half_precision_means_are_summed_in_single_precision(dtype, steps, value
     assert mean.tolist() == [value, 1]
 
 
-def test_the_loss_of_one_chunk_against_another_s_targets_is_refused():
+def test_the_loss_of_one_chunk_against_another_s_targets_is_refused() -> None:
     """Red before: chunks of equal lengths were taken for the same steps."""
     _, _, output, target = pair([4, 4])
     loss_fn = nn.CrossEntropyLoss(reduction="none")
@@ -163,21 +168,23 @@ def test_the_loss_of_one_chunk_against_another_s_targets_is_refused():
         (lambda t: t, {"weights": torch.ones(2)}, ValueError, r"weights must be \[B, T\] = \[2, 3\]"),
     ],
 )
-def test_what_does_not_belong_together_is_refused(change, options, kind, message):
+def test_what_does_not_belong_together_is_refused(
+    change: Callable[..., Any], options: dict[str, Any], kind: type[Exception], message: str
+) -> None:
     _, _, output, target = pair([1, 3])
     with pytest.raises(kind, match=message):
         sequence_loss(nn.CrossEntropyLoss(reduction="none"), output, change(target), **options)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_a_loss_that_reduces_by_itself_is_refused(reduction):
+def test_a_loss_that_reduces_by_itself_is_refused(reduction: str) -> None:
     _, _, output, target = pair([1, 3])
     with pytest.raises(ValueError, match=r'one loss per real step, \[4\], got \[\]: use reduction="none"'):
         sequence_loss(nn.CrossEntropyLoss(reduction=reduction), output, target)
 
 
 @given(lengths(), st.lists(st.integers(1, 3), max_size=2))
-def test_means_and_last_steps_are_those_of_each_row_alone(counts, features):
+def test_means_and_last_steps_are_those_of_each_row_alone(counts: Any, features: Any) -> None:
     rows = [torch.randn(count, *features, **FLOATS).requires_grad_() for count in counts]
     batch = LengthTrackedBatch.from_sequences(rows, padding_value=torch.nan, order="given")
     means, ends = masked_mean(batch), last_step(batch)
@@ -189,21 +196,21 @@ def test_means_and_last_steps_are_those_of_each_row_alone(counts, features):
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-def test_a_mean_of_integers_is_refused_and_their_last_step_is_not():
+def test_a_mean_of_integers_is_refused_and_their_last_step_is_not() -> None:
     batch = LengthTrackedBatch.from_sequences([[1, 2], [3]])
     assert last_step(batch).tolist() == [2, 3]
     with pytest.raises(TypeError, match="masked_mean needs floating-point values, got torch.int64"):
         masked_mean(batch)
 
 
-def test_the_scale_of_a_single_process_is_one_over_its_tokens():
+def test_the_scale_of_a_single_process_is_one_over_its_tokens() -> None:
     assert token_scale(8) == 1 / 8
     assert token_scale(0) == 0
     with pytest.raises(ValueError, match="num_tokens must be at least 0, got -1"):
         token_scale(-1)
 
 
-def _train_on_a_rank(rank, counts, folder):
+def _train_on_a_rank(rank: Any, counts: Any, folder: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(counts))
     model = nn.parallel.DistributedDataParallel(_model())
     # Two micro-batches: gradients add up, the scale is taken once.
@@ -216,12 +223,12 @@ def _train_on_a_rank(rank, counts, folder):
     dist.destroy_process_group()
 
 
-def _model():
+def _model() -> Any:
     torch.manual_seed(0)
     return nn.Linear(2, CLASSES).double()
 
 
-def _batches(counts, seed):
+def _batches(counts: Any, seed: int) -> Any:
     rng = torch.Generator().manual_seed(seed)
     inputs = [torch.randn(count, 2, generator=rng, **FLOATS) for count in counts]
     labels = [torch.randint(CLASSES, (count,), generator=rng) for count in counts]
@@ -229,12 +236,12 @@ def _batches(counts, seed):
     return [tuple(map(LengthTrackedBatch.from_sequences, (inputs[half], labels[half]))) for half in halves]
 
 
-def _sum_loss(model, inputs, labels):
+def _sum_loss(model: Any, inputs: Any, labels: Any) -> Any:
     return sequence_loss(nn.CrossEntropyLoss(reduction="none"), inputs.map(model), labels, reduction="sum")
 
 
 @pytest.mark.parametrize("counts", [[[3, 1, 4, 2], [9, 1, 1]], [[0, 0, 0], [5, 2, 7]]], ids=["uneven", "one-empty"])
-def test_two_processes_take_the_gradient_of_one(counts, tmp_path):
+def test_two_processes_take_the_gradient_of_one(counts: list[list[int]], tmp_path: Path) -> None:
     mp.spawn(_train_on_a_rank, (counts, tmp_path), nprocs=2)
     model = _model()
     batches = [batch for rank in range(2) for batch in _batches(counts[rank], seed=rank)]

@@ -1,6 +1,8 @@
 """apply_rnn: law 4, a row runs as if it were alone."""
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -25,29 +27,29 @@ MODULES = [
 ]
 
 
-def parts(state):
+def parts(state: Any) -> Any:
     return state if isinstance(state, tuple) else (state,)
 
 
-def pick(state, row):
+def pick(state: Any, row: Any) -> Any:
     """One row's state, in the structure that the module takes."""
     picked = tuple(part[:, row : row + 1] for part in parts(state))
     return picked if isinstance(state, tuple) else picked[0]
 
 
-def initial(rnn, rows):
+def initial(rnn: Any, rows: int) -> Any:
     """Random states for `rows` rows, float64."""
     layers = rnn.num_layers * (2 if rnn.bidirectional else 1)
     h = torch.randn(layers, rows, rnn.proj_size or rnn.hidden_size, dtype=torch.float64)
     return (h, torch.randn(layers, rows, rnn.hidden_size, dtype=torch.float64)) if rnn.mode == "LSTM" else h
 
 
-def grads(rnn, loss, sequences):
+def grads(rnn: Any, loss: Any, sequences: Any) -> Any:
     leaves = [*rnn.parameters(), *sequences]
     return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
 
 
-def one_at_a_time(rnn, sequences, hx):
+def one_at_a_time(rnn: Any, sequences: Any, hx: Any) -> Any:
     """The oracle: torch's module on each sequence by itself; an empty one keeps its state."""
     outputs, states, loss = [], [], sum(0 * weight.sum() for weight in rnn.parameters())
     for row, sequence in enumerate(sequences):
@@ -66,9 +68,9 @@ def one_at_a_time(rnn, sequences, hx):
 @pytest.mark.parametrize(("kind", "options"), MODULES)
 @settings(max_examples=15)
 @given(counts=lengths(max_rows=5, longest=6), batch_first=st.booleans(), seed=st.integers(0, 2**31))
-def test_batched_outputs_states_losses_and_gradients_equal_those_of_one_at_a_time(
-    kind, options, counts, batch_first, seed
-):
+def test_a_batch_s_results_equal_those_of_one_sequence_at_a_time(
+    kind: type[Any], options: dict[str, bool | int], counts: Any, batch_first: Any, seed: int
+) -> None:
     torch.manual_seed(seed)
     rnn = kind(3, 4, batch_first=batch_first, **options).double()
     sequences = [torch.randn(count, 3, dtype=torch.float64, requires_grad=True) for count in counts]
@@ -93,7 +95,7 @@ def test_batched_outputs_states_losses_and_gradients_equal_those_of_one_at_a_tim
 
 
 @pytest.mark.parametrize(("kind", "options"), MODULES)
-def test_with_and_without_gradients_the_numbers_are_the_same(kind, options):
+def test_with_and_without_gradients_the_numbers_are_the_same(kind: type[Any], options: dict[str, bool | int]) -> None:
     rnn = kind(3, 4, **options).double()
     batch = LengthTrackedBatch.from_sequences([torch.randn(count, 3).double() for count in (4, 0, 7, 4)], order="given")
     output, state = apply_rnn(rnn, batch)
@@ -107,7 +109,7 @@ def test_with_and_without_gradients_the_numbers_are_the_same(kind, options):
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
 @settings(max_examples=20)
 @given(counts=lengths(max_rows=5, longest=6), steps=st.integers(1, 5))
-def test_chunks_chained_by_their_states_equal_the_whole(kind, counts, steps):
+def test_chunks_chained_by_their_states_equal_the_whole(kind: type[Any], counts: Any, steps: Any) -> None:
     rnn = kind(2, 3, num_layers=2).double()
     batch = LengthTrackedBatch.from_sequences([torch.randn(count, 2, dtype=torch.float64) for count in counts])
     whole, final = apply_rnn(rnn, batch)
@@ -120,7 +122,7 @@ def test_chunks_chained_by_their_states_equal_the_whole(kind, counts, steps):
         torch.testing.assert_close(ours, expected)
 
 
-def test_a_backward_direction_is_not_carried_over_chunks():
+def test_a_backward_direction_is_not_carried_over_chunks() -> None:
     rnn = nn.GRU(2, 3, bidirectional=True)
     first, second = LengthTrackedBatch.from_sequences([torch.randn(4, 2)]).split_steps(2)
     _, state = apply_rnn(rnn, first)
@@ -129,7 +131,9 @@ def test_a_backward_direction_is_not_carried_over_chunks():
 
 
 @pytest.mark.parametrize(("kind", "options"), MODULES)
-def test_rows_that_are_all_empty_stay_connected_to_every_parameter(kind, options):
+def test_rows_that_are_all_empty_stay_connected_to_every_parameter(
+    kind: type[Any], options: dict[str, bool | int]
+) -> None:
     rnn = kind(3, 4, **options)
     batch = LengthTrackedBatch.from_sequences([torch.zeros(0, 3), torch.zeros(0, 3)])
     output, state = apply_rnn(rnn, batch)
@@ -139,14 +143,14 @@ def test_rows_that_are_all_empty_stay_connected_to_every_parameter(kind, options
     assert all(torch.equal(weight.grad, torch.zeros_like(weight)) for weight in rnn.parameters())
 
 
-def test_an_all_empty_batch_keeps_the_states_it_was_given():
+def test_an_all_empty_batch_keeps_the_states_it_was_given() -> None:
     rnn = nn.LSTM(3, 4)
     hx = (torch.randn(1, 2, 4), torch.randn(1, 2, 4))
     _, state = apply_rnn(rnn, LengthTrackedBatch.from_sequences([torch.zeros(0, 3)] * 2), hx)
     assert all(torch.equal(a, b) for a, b in zip(state, hx, strict=True))
 
 
-def test_padding_of_nan_reaches_neither_outputs_nor_gradients():
+def test_padding_of_nan_reaches_neither_outputs_nor_gradients() -> None:
     rnn = nn.LSTM(2, 3, bidirectional=True)
     padded = torch.randn(2, 5, 2).masked_fill(~torch.tensor([[[1]] * 5, [[1]] * 3 + [[0]] * 2]).bool(), torch.nan)
     padded.requires_grad_()
@@ -158,7 +162,7 @@ def test_padding_of_nan_reaches_neither_outputs_nor_gradients():
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 4), (2, 4)])
-def test_states_of_another_number_of_rows_are_refused(shape):
+def test_states_of_another_number_of_rows_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"hx must be \[layers \* directions, 2, H\]"):
         apply_rnn(nn.GRU(3, 4), LengthTrackedBatch.from_sequences([torch.zeros(1, 3)] * 2), torch.zeros(shape))
 
@@ -166,7 +170,9 @@ def test_states_of_another_number_of_rows_are_refused(shape):
 @pytest.mark.parametrize(("kind", "options"), MODULES)
 @settings(max_examples=10)
 @given(counts=lengths(max_rows=6, longest=6), seed=st.integers(0, 2**31))
-def test_blocks_do_what_the_packed_module_does(kind, options, counts, seed):
+def test_blocks_do_what_the_packed_module_does(
+    kind: type[Any], options: dict[str, bool | int], counts: Any, seed: int
+) -> None:
     torch.manual_seed(seed)
     rnn = kind(3, 4, **options).double()
     batch = LengthTrackedBatch.from_sequences([torch.randn(count, 3).double() for count in (*counts, 1)], order="given")
@@ -181,7 +187,7 @@ def test_blocks_do_what_the_packed_module_does(kind, options, counts, seed):
 
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
-def test_dropout_lies_between_layers_and_only_in_training(kind, both):
+def test_dropout_lies_between_layers_and_only_in_training(kind: type[Any], both: bool) -> None:
     # All is dropped, so that what remains is no accident.
     rnn = kind(3, 4, num_layers=2, dropout=1.0, bidirectional=both).double()
     sequences = [torch.randn(count, 3).double() for count in (4, 0, 2)]
@@ -193,7 +199,7 @@ def test_dropout_lies_between_layers_and_only_in_training(kind, both):
         rnn.eval()
 
 
-def initial_zeros(rnn, rows):
+def initial_zeros(rnn: Any, rows: int) -> Any:
     hx = initial(rnn, rows)
     return tuple(torch.zeros_like(part) for part in hx) if isinstance(hx, tuple) else torch.zeros_like(hx)
 
@@ -201,7 +207,7 @@ def initial_zeros(rnn, rows):
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_runs_as_it_does_in_torch(kind, dtype, both):
+def test_half_precision_runs_as_it_does_in_torch(kind: type[Any], dtype: torch.dtype, both: bool) -> None:
     rnn = kind(3, 4, num_layers=2, bidirectional=both).to(dtype)
     batch = LengthTrackedBatch.from_sequences([torch.randn(count, 3) for count in (4, 7, 1)]).to(dtype)
     theirs, expected = rnn(batch.pack())
@@ -216,7 +222,7 @@ def test_half_precision_runs_as_it_does_in_torch(kind, dtype, both):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
-def test_under_autocast_rows_run_as_they_do_alone(kind, dtype):
+def test_under_autocast_rows_run_as_they_do_alone(kind: type[Any], dtype: torch.dtype) -> None:
     rnn = kind(3, 4, num_layers=2).to(dtype)
     sequences = [torch.randn(count, 3).to(dtype) for count in (4, 0, 2)]
     batch = LengthTrackedBatch.from_sequences(sequences, order="given")
@@ -230,7 +236,7 @@ def test_under_autocast_rows_run_as_they_do_alone(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
-def test_under_autocast_to_float16_it_gives_what_the_module_gives(kind):
+def test_under_autocast_to_float16_it_gives_what_the_module_gives(kind: type[Any]) -> None:
     """Red before with an LSTM, where the processor has no float16: oneDNN could not create its primitive."""
     rnn, batch = kind(3, 4), LengthTrackedBatch.from_sequences([torch.randn(count, 3) for count in (4, 2)])
     with torch.autocast("cpu", torch.float16):
@@ -238,7 +244,7 @@ def test_under_autocast_to_float16_it_gives_what_the_module_gives(kind):
 
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
-def test_it_runs_on_the_meta_device(kind):
+def test_it_runs_on_the_meta_device(kind: type[Any]) -> None:
     """Red before: torch does not say whether autocast is on there."""
     rnn = kind(3, 4).to("meta")
     batch = LengthTrackedBatch.from_sequences([torch.randn(count, 3) for count in (4, 0, 2)]).to("meta")
@@ -247,11 +253,11 @@ def test_it_runs_on_the_meta_device(kind):
 
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
-def test_a_run_can_be_differentiated_twice(kind, both):
+def test_a_run_can_be_differentiated_twice(kind: type[Any], both: bool) -> None:
     rnn = kind(2, 2, bidirectional=both).double()
     rows = [torch.randn(count, 2, dtype=torch.float64, requires_grad=True) for count in (2, 1, 3)]
 
-    def through(*leaves):
+    def through(*leaves: Any) -> Any:
         output, state = apply_rnn(rnn, LengthTrackedBatch.from_sequences(leaves, order="given"))
         return output.padded, *parts(state)
 
@@ -261,12 +267,12 @@ def test_a_run_can_be_differentiated_twice(kind, both):
 class Stack(nn.Module):
     """A module of a user's own: two LSTMs with a normalisation between them; the state is flattened."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.LSTM(3, 4), nn.LSTM(4, 5, batch_first=True)
         self.norm = nn.LayerNorm(4)
 
-    def forward(self, packed, hx=None):
+    def forward(self, packed: Any, hx: Any = None) -> Any:
         hx = hx or (None,) * 4
         packed, first = self.first(packed, hx[:2] if hx[0] is not None else None)
         packed, second = self.second(
@@ -277,7 +283,7 @@ class Stack(nn.Module):
 
 @settings(max_examples=20)
 @given(counts=lengths(max_rows=5, longest=6), steps=st.integers(1, 5))
-def test_modules_of_ones_own_run_row_by_row_and_in_chunks(counts, steps):
+def test_modules_of_ones_own_run_row_by_row_and_in_chunks(counts: Any, steps: Any) -> None:
     stack = Stack().double()
     sequences = [torch.randn(count, 3).double() for count in counts]
     batch = LengthTrackedBatch.from_sequences(sequences, order="given")
@@ -295,7 +301,7 @@ def test_modules_of_ones_own_run_row_by_row_and_in_chunks(counts, steps):
     assert all(torch.allclose(part, other) for part, other in zip(carried, state, strict=True))
 
 
-def test_a_module_of_ones_own_stays_connected_when_all_rows_are_empty():
+def test_a_module_of_ones_own_stays_connected_when_all_rows_are_empty() -> None:
     stack = Stack()
     output, state = apply_rnn(stack, LengthTrackedBatch.from_sequences([torch.zeros(0, 3)] * 2))
     assert output.padded.shape == (2, 1, 5)
@@ -304,16 +310,16 @@ def test_a_module_of_ones_own_stays_connected_when_all_rows_are_empty():
     assert all(torch.equal(weight.grad, torch.zeros_like(weight)) for weight in stack.parameters())
 
 
-def test_a_module_that_returns_something_else_is_refused():
+def test_a_module_that_returns_something_else_is_refused() -> None:
     class Bare(nn.GRU):
-        def forward(self, packed, hx=None):
+        def forward(self, packed: Any, hx: Any = None) -> Any:
             return super().forward(packed, hx)[0]
 
     with pytest.raises(TypeError, match="Bare must take a PackedSequence and return a PackedSequence and a state, got"):
         apply_rnn(Bare(3, 4), LengthTrackedBatch.from_sequences([torch.zeros(2, 3)]))
 
 
-def test_hooks_of_a_module_are_called():
+def test_hooks_of_a_module_are_called() -> None:
     rnn, seen = nn.LSTM(3, 4), []
     rnn.register_forward_hook(lambda module, inputs, result: seen.append(type(inputs[0])))
     apply_rnn(rnn, LengthTrackedBatch.from_sequences([torch.zeros(2, 3)]))
@@ -323,7 +329,7 @@ def test_hooks_of_a_module_are_called():
 # --- what torch's module refuses is refused, and what was put in front of it is called
 
 
-def shapes_of_states(rnn, rows):
+def shapes_of_states(rnn: Any, rows: int) -> Any:
     """The shapes of a state that fits."""
     layers = rnn.num_layers * (2 if rnn.bidirectional else 1)
     h = (layers, rows, rnn.proj_size or rnn.hidden_size)
@@ -334,7 +340,7 @@ DTYPES = st.sampled_from([torch.float32] * 3 + [torch.float64, torch.bfloat16, t
 
 
 @st.composite
-def awkward_runs(draw):
+def awkward_runs(draw: Any) -> Any:
     """A module, a batch and a state, each of which may be a little wrong."""
     kind = draw(st.sampled_from([nn.RNN, nn.GRU, nn.LSTM]))
     options = {"num_layers": draw(st.integers(1, 2)), "bidirectional": draw(st.booleans()), "bias": draw(st.booleans())}
@@ -349,7 +355,7 @@ def awkward_runs(draw):
 
 
 @st.composite
-def awkward_states(draw, rnn, rows):
+def awkward_states(draw: Any, rnn: Any, rows: int) -> Any:
     if draw(st.booleans()):
         return None
     shapes = [list(shape) for shape in shapes_of_states(rnn, rows)]
@@ -362,7 +368,7 @@ def awkward_states(draw, rnn, rows):
     return state if rnn.mode == "LSTM" and draw(st.integers(0, 3)) else draw(st.sampled_from([state[0], state]))
 
 
-def outcome(run):
+def outcome(run: Any) -> Any:
     """What a run gives, or the error that it raises."""
     try:
         result, state = run()
@@ -373,12 +379,12 @@ def outcome(run):
 
 @settings(max_examples=300)
 @given(awkward_runs(), st.booleans())
-def test_a_run_is_refused_exactly_where_torch_s_module_refuses_it(case, with_gradients):
+def test_a_run_is_refused_exactly_where_torch_s_module_refuses_it(case: Any, with_gradients: Any) -> None:
     """Red before: kernels were called with inputs and states of any size, and wrote beyond their memory."""
     rnn, batch, hx = case
     filled = batch.lengths.nonzero()[:, 0]
 
-    def by_torch():
+    def by_torch() -> Any:
         for part in () if hx is None else parts(hx):
             # One state per row, empty ones too, is what we ask for ourselves.
             if part.dim() != 3 or part.shape[1] != len(batch):
@@ -399,54 +405,54 @@ def test_a_run_is_refused_exactly_where_torch_s_module_refuses_it(case, with_gra
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
 @pytest.mark.parametrize("with_gradients", [False, True])
-def test_an_all_empty_batch_of_other_features_is_refused_too(kind, with_gradients):
+def test_an_all_empty_batch_of_other_features_is_refused_too(kind: type[Any], with_gradients: bool) -> None:
     batch = LengthTrackedBatch(torch.zeros(2, 3, 5), [0, 0])
     with torch.set_grad_enabled(with_gradients), pytest.raises(RuntimeError, match="Expected 3, got 5"):
         apply_rnn(kind(3, 4), batch)
 
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
-def test_weights_that_were_replaced_by_others_of_another_size_are_refused(kind):
+def test_weights_that_were_replaced_by_others_of_another_size_are_refused(kind: type[Any]) -> None:
     rnn = kind(3, 4)
     rnn.weight_ih_l0 = nn.Parameter(torch.zeros_like(rnn.weight_ih_l0)[:, :2].contiguous())
     with pytest.raises(RuntimeError):
         apply_rnn(rnn, LengthTrackedBatch.from_sequences([torch.randn(3, 3)]))
 
 
-def wrapped(rnn, calls):
+def wrapped(rnn: Any, calls: Any) -> Any:
     """As accelerate's hooks and many tracers do: another `forward` on the instance."""
     run = rnn.forward
     rnn.forward = lambda *inputs: calls.append("instance") or run(*inputs)
     return lambda: None
 
 
-def with_patched_class(rnn, calls):
+def with_patched_class(rnn: Any, calls: Any) -> Any:
     run = type(rnn).forward
     type(rnn).forward = lambda self, *inputs: calls.append("class") or run(self, *inputs)
     return lambda: setattr(type(rnn), "forward", run)
 
 
-def with_patched_call(rnn, calls):
+def with_patched_call(rnn: Any, calls: Any) -> Any:
     run = rnn._call_impl
     rnn._call_impl = lambda *inputs: calls.append("call") or run(*inputs)
     return lambda: None
 
 
-def with_compiled_call(rnn, calls):
+def with_compiled_call(rnn: Any, calls: Any) -> Any:
     run = rnn._call_impl
     rnn._compiled_call_impl = lambda *inputs: calls.append("compiled") or run(*inputs)
     return lambda: None
 
 
-def with_hook(name):
-    def register(rnn, calls):
+def with_hook(name: str) -> Any:
+    def register(rnn: Any, calls: Any) -> Any:
         return getattr(rnn, name)(lambda *inputs: calls.append(name) and None).remove
 
     return register
 
 
-def with_global_hook(name):
-    def register(rnn, calls):
+def with_global_hook(name: str) -> Any:
+    def register(rnn: Any, calls: Any) -> Any:
         return getattr(nn.modules.module, name)(lambda *inputs: calls.append(name) and None).remove
 
     return register
@@ -467,7 +473,7 @@ def with_global_hook(name):
         ],
     ],
 )
-def test_whatever_was_put_in_front_of_a_module_is_called(kind, intercept):
+def test_whatever_was_put_in_front_of_a_module_is_called(kind: type[Any], intercept: Callable[..., Any]) -> None:
     """Red before for all but the instance's own hooks: kernels were run with the module's weights."""
     rnn, calls = kind(3, 4), []
     batch = LengthTrackedBatch.from_sequences([torch.randn(n, 3) for n in (3, 2)])
@@ -482,9 +488,9 @@ def test_whatever_was_put_in_front_of_a_module_is_called(kind, intercept):
 
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
-def test_a_subclass_with_a_forward_of_its_own_is_called(kind):
+def test_a_subclass_with_a_forward_of_its_own_is_called(kind: type[Any]) -> None:
     class Negated(kind):
-        def forward(self, packed, hx=None):
+        def forward(self, packed: Any, hx: Any = None) -> Any:
             packed, state = super().forward(packed, hx)
             return packed._replace(data=-packed.data), state
 
@@ -496,11 +502,11 @@ def test_a_subclass_with_a_forward_of_its_own_is_called(kind):
 
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("name", ["full_backward_hook", "full_backward_pre_hook"])
-def test_backward_hooks_are_called_where_torch_calls_them(name, whole):
-    def run(call):
+def test_backward_hooks_are_called_where_torch_calls_them(name: str, whole: bool) -> None:
+    def run(call: Any) -> Any:
         rnn, calls = nn.GRU(3, 4), []
 
-        def hook(*_):
+        def hook(*_: Any) -> None:
             calls.append(name)
 
         handle = (
@@ -518,14 +524,14 @@ def test_backward_hooks_are_called_where_torch_calls_them(name, whole):
     assert run(lambda rnn: apply_rnn(rnn, batch)[0].padded) == run(lambda rnn: rnn(batch.pack())[0].data)
 
 
-def test_a_state_may_be_a_list_as_in_torch():
+def test_a_state_may_be_a_list_as_in_torch() -> None:
     rnn, batch = nn.LSTM(3, 4), LengthTrackedBatch.from_sequences([torch.randn(n, 3) for n in (3, 0)])
     hx = [torch.randn(1, 2, 4), torch.randn(1, 2, 4)]
     torch.testing.assert_close(apply_rnn(rnn, batch, hx)[1], apply_rnn(rnn, batch, tuple(hx))[1])
 
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
-def test_empty_rows_stay_connected_to_what_made_inputs_and_states(kind):
+def test_empty_rows_stay_connected_to_what_made_inputs_and_states(kind: type[Any]) -> None:
     """Red before: an embedding got no gradient from a batch without a step, for which DDP waits forever."""
     words, rnn, begin = nn.Embedding(5, 3), kind(3, 4), nn.Parameter(torch.randn(1, 1, 4))
     batch = LengthTrackedBatch.from_sequences([torch.zeros(0, dtype=torch.int64)] * 2)

@@ -5,7 +5,9 @@ import io
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +33,7 @@ from collate.varlen.spans import check_int32
 PARTS = ("values", "lengths", "documents_per_row", "permutation", "mask", "document_ids", "position_ids", "cu_seqlens")
 
 
-def same(ours, theirs):
+def same(ours: Any, theirs: Any) -> Any:
     """Whether two batches are the same bit for bit."""
     alike = all(torch.equal(getattr(ours, name), getattr(theirs, name)) for name in PARTS)
     return alike and (ours.padding_value, ours.ignore_index, ours.max_seqlen, ours.align, ours.max_documents) == (
@@ -43,13 +45,13 @@ def same(ours, theirs):
     )
 
 
-def small(**options):
+def small(**options: Any) -> Any:
     options = {"capacity": 6, "rows": 3, "align": 2, "max_documents": 2, "max_seqlen": 5} | options
     return VarlenBatch.from_sequences([torch.arange(n) for n in (5, 2, 3)], padding_value=-1, **options)
 
 
 @given(packed(), st.booleans())
-def test_pickles_copies_and_pytrees_give_the_same_batch(case, chunk):
+def test_pickles_copies_and_pytrees_give_the_same_batch(case: Any, chunk: Any) -> None:
     _, batch = case
     if chunk:
         batch = batch.split_steps(batch.align)[-1]
@@ -70,7 +72,7 @@ def test_pickles_copies_and_pytrees_give_the_same_batch(case, chunk):
         again.verify()
 
 
-def test_pytrees_take_any_leaves():
+def test_pytrees_take_any_leaves() -> None:
     batch = small()
     counts = pytree.tree_map(lambda leaf: leaf.numel(), batch)
     assert "VarlenBatch(18" in repr(counts)
@@ -81,7 +83,7 @@ def test_pytrees_take_any_leaves():
         broken.flat()
 
 
-def test_a_pickle_is_small_and_a_piece_sends_only_itself():
+def test_a_pickle_is_small_and_a_piece_sends_only_itself() -> None:
     batch = VarlenBatch.from_sequences([torch.zeros(100) for _ in range(200)], capacity=1000)
     whole, piece = len(pickle.dumps(batch)), len(pickle.dumps(batch.split_rows(1)[0]))
     assert whole < batch.values.nbytes + 6000
@@ -89,7 +91,7 @@ def test_a_pickle_is_small_and_a_piece_sends_only_itself():
 
 
 @pytest.mark.parametrize("name", ["lengths", "documents_per_row", "permutation"])
-def test_a_write_to_the_integers_is_noticed(name):
+def test_a_write_to_the_integers_is_noticed(name: str) -> None:
     batch = small()
     getattr(batch, name)[0] += 1
     for use in (batch.flat, batch.sequences, batch.to_padded, lambda: batch.split_rows(1), lambda: pickle.dumps(batch)):
@@ -111,7 +113,7 @@ def test_a_write_to_what_kernels_read_is_noticed(name: str) -> None:
         other.verify()
 
 
-def test_what_the_caller_keeps_is_not_the_batchs():
+def test_what_the_caller_keeps_is_not_the_batchs() -> None:
     lengths, per_row = torch.tensor([2, 1]), np.array([2])
     batch = VarlenBatch(torch.zeros(1, 4), lengths, per_row)
     lengths[0], per_row[0] = 9, 9
@@ -140,7 +142,7 @@ def test_what_the_caller_keeps_is_not_the_batchs():
         ),
     ],
 )
-def test_what_does_not_agree_is_refused(arguments, kind, message):
+def test_what_does_not_agree_is_refused(arguments: tuple[Any, ...], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         VarlenBatch(*arguments)
 
@@ -154,12 +156,12 @@ def test_what_does_not_agree_is_refused(arguments, kind, message):
         ({"padding_value": 0.5}, ValueError, "padding_value 0.5 cannot be held by torch.int64"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(options, kind, message):
+def test_options_that_do_not_fit_are_refused(options: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         VarlenBatch(torch.zeros(1, 4, dtype=torch.int64), [1, 2], **options)
 
 
-def test_offsets_beyond_int32_are_refused():
+def test_offsets_beyond_int32_are_refused() -> None:
     check_int32(1, 2**31 - 1)
     with pytest.raises(LengthError, match="2 rows of 1073741824 steps are 2147483648 steps, offsets are int32"):
         check_int32(2, 2**30)
@@ -168,13 +170,13 @@ def test_offsets_beyond_int32_are_refused():
         VarlenBatch(values, [1], [1] + [0] * (2**16 - 1))
 
 
-def test_a_deflated_length_is_found_by_verify():
+def test_a_deflated_length_is_found_by_verify() -> None:
     batch = VarlenBatch(torch.tensor([[1, 2, 3, 0]]), [2], padding_value=0)
     with pytest.raises(LengthError, match="padding at step 2 holds 3"):
         batch.verify()
 
 
-def test_losses_refuse_what_does_not_belong_together():
+def test_losses_refuse_what_does_not_belong_together() -> None:
     batch = small(align=1)
     values = batch.with_values(torch.zeros(3, 6, 4))
     other = VarlenBatch(batch.values, batch.lengths, batch.documents_per_row, [1, 0, 2])
@@ -187,7 +189,7 @@ def test_losses_refuse_what_does_not_belong_together():
         sequence_loss(loss, values, batch, weights=torch.ones(2))
 
 
-def test_errors_say_what_to_do():
+def test_errors_say_what_to_do() -> None:
     batch = small()
     with pytest.raises(AttributeError, match="a batch is no tensor"):
         batch.shape  # noqa: B018
@@ -263,7 +265,7 @@ def test_a_batch_that_a_recurrent_module_has_read_is_sent_as_before(kind: str) -
     assert torch.equal(torch.load(file).flat(), batch.flat())
 
 
-def test_dtypes_and_devices_change_values_alone():
+def test_dtypes_and_devices_change_values_alone() -> None:
     batch = small()
     floats = batch.to(torch.float16)
     assert floats.values.dtype == torch.float16
@@ -302,7 +304,7 @@ def parts_of(batch: VarlenBatch) -> list[torch.Tensor]:
     return [*results, *sums, padded.padded, *(getattr(batch, name) for name in PARTS)]
 
 
-def test_a_dict_for_trainers_holds_what_kernels_take():
+def test_a_dict_for_trainers_holds_what_kernels_take() -> None:
     batch = small()
     given = batch.as_dict({"input_ids": "values", "cu_seq_lens_q": "cu_seqlens", "max_length_q": "max_seqlen"})
     assert given["max_length_q"] == 5
@@ -312,11 +314,11 @@ def test_a_dict_for_trainers_holds_what_kernels_take():
 class Model(nn.Module):
     """Reads everything that a graph may hold: masks, ids, positions, offsets, labels, the loss."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.embed, self.positions, self.head = nn.Embedding(9, 8), nn.Embedding(64, 8), nn.Linear(8, 9)
 
-    def forward(self, tokens):
+    def forward(self, tokens: Any) -> Any:
         hidden = self.embed(tokens.values) + self.positions(tokens.position_ids)
         ids = tokens.document_ids
         allowed = (ids[:, :, None] == ids[:, None]) & tokens.mask[:, None]
@@ -329,7 +331,7 @@ class Model(nn.Module):
         return sum(both) + 0 * (tokens.cu_seqlens_padded[-1] + tokens.max_seqlen)
 
 
-def run_of(count, collate, seed=0):
+def run_of(count: Any, collate: Any, seed: int = 0) -> Iterator[Any]:
     """Batches of as many documents as it happens, of one capacity."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
@@ -339,13 +341,13 @@ def run_of(count, collate, seed=0):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_run_of_one_capacity_is_compiled_once_in_200_batches(backend):
+def test_a_run_of_one_capacity_is_compiled_once_in_200_batches(backend: str) -> None:
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
     graphs = []
 
-    def compiler(graph, inputs):
+    def compiler(graph: Any, inputs: Any) -> Any:
         graphs.append(graph)
         return torch._dynamo.lookup_backend(backend)(graph, inputs)
 
@@ -363,7 +365,7 @@ def test_a_run_of_one_capacity_is_compiled_once_in_200_batches(backend):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_rows_without_any_document_travel_too():
+def test_rows_without_any_document_travel_too() -> None:
     last = small().split_rows(1)[-1].split_steps(2)[-1]
     empty = VarlenBatch.from_sequences([torch.zeros(2)], capacity=2, rows=2).split_rows(1)[1]
     assert len(empty) == 0

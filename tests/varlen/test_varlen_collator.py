@@ -2,6 +2,7 @@
 
 import pickle
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ def as_packs(rows: list[int]) -> list[list[int]]:
     return [[item for item, row in enumerate(rows) if row == number] for number in range(max(rows, default=-1) + 1)]
 
 
-def slow_best_fit(sizes, capacity, max_items):
+def slow_best_fit(sizes: Any, capacity: Any, max_items: Any) -> Any:
     """Longest first, each into the row with the least room that still holds it, found by looking at all of them."""
     rows = []
     for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
@@ -39,7 +40,7 @@ def slow_best_fit(sizes, capacity, max_items):
 
 
 @given(SIZES, st.sampled_from([None, 1, 2, 5]))
-def test_best_fit_fills_rows_as_a_slow_search_does(sizes, most):
+def test_best_fit_fills_rows_as_a_slow_search_does(sizes: Any, most: Any) -> None:
     packs = as_packs(pack_best_fit(sizes, 20, most))
     assert packs == slow_best_fit(sizes, 20, most)
     assert sorted(item for row in packs for item in row) == list(range(len(sizes)))
@@ -48,7 +49,7 @@ def test_best_fit_fills_rows_as_a_slow_search_does(sizes, most):
 
 
 @given(SIZES, st.sampled_from([None, 1, 2, 5]))
-def test_rows_that_are_given_are_cut_where_the_next_does_not_fit(sizes, most):
+def test_rows_that_are_given_are_cut_where_the_next_does_not_fit(sizes: Any, most: Any) -> None:
     packs = as_packs(cut_in_order(sizes, 20, most))
     assert [item for row in packs for item in row] == list(range(len(sizes)))
     assert all(sum(sizes[i] for i in row) <= 20 and (most is None or len(row) <= most) for row in packs)
@@ -58,10 +59,10 @@ def test_rows_that_are_given_are_cut_where_the_next_does_not_fit(sizes, most):
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12), st.booleans())
-def test_a_sample_is_in_the_same_row_in_every_field(lengths, apart):
+def test_a_sample_is_in_the_same_row_in_every_field(lengths: Any, apart: Any) -> None:
     samples = [
-        {"x": np.full(n, place), "y": np.full(m, place), "labels": np.full(n, -place), "id": str(place), "n": n}
-        for place, (n, m) in enumerate(lengths)
+        {"x": np.full(n, index), "y": np.full(m, index), "labels": np.full(n, -index), "id": str(index), "n": n}
+        for index, (n, m) in enumerate(lengths)
     ]
     capacity = {"x": 12, "y": 18, "labels": 12} if apart else 10
     batch = VarlenCollator({"x": 0, "y": 0, "labels": -100}, capacity=capacity)(samples)
@@ -69,18 +70,18 @@ def test_a_sample_is_in_the_same_row_in_every_field(lengths, apart):
     assert x.offsets is labels.offsets
     assert x.spans is labels.spans
     assert x.documents_per_row.tolist() == y.documents_per_row.tolist()
-    places = x.permutation.tolist()
-    assert places == y.permutation.tolist() == [int(name) for name in batch["id"]]
-    assert batch["n"].tolist() == [lengths[place][0] for place in places]
-    for place, ours, theirs, label in zip(places, x.sequences(), y.sequences(), labels.sequences(), strict=True):
-        assert ours.tolist() == [place] * lengths[place][0]
-        assert theirs.tolist() == [place] * lengths[place][1]
-        assert label.tolist() == [-place] * lengths[place][0]
+    indices = x.permutation.tolist()
+    assert indices == y.permutation.tolist() == [int(name) for name in batch["id"]]
+    assert batch["n"].tolist() == [lengths[index][0] for index in indices]
+    for index, ours, theirs, label in zip(indices, x.sequences(), y.sequences(), labels.sequences(), strict=True):
+        assert ours.tolist() == [index] * lengths[index][0]
+        assert theirs.tolist() == [index] * lengths[index][1]
+        assert label.tolist() == [-index] * lengths[index][0]
     assert x.values.shape[1] == (12 if apart else 10)
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=12))
-def test_fields_are_what_the_padding_collator_makes_of_them(lengths):
+def test_fields_are_what_the_padding_collator_makes_of_them(lengths: Any) -> None:
     """The same samples by way of the other collator are the same documents."""
     samples = [(torch.arange(n), [float(n)] * n, "text", n) for n in lengths]
     ours = VarlenCollator(capacity=16)(samples)
@@ -97,7 +98,7 @@ def test_fields_are_what_the_padding_collator_makes_of_them(lengths):
     st.sampled_from([None, 1, 2]),
     st.sampled_from(["best-fit", "given"]),
 )
-def test_rows_of_several_fields_break_no_cap_and_lose_nothing(lengths, most, arrange):
+def test_rows_of_several_fields_break_no_cap_and_lose_nothing(lengths: Any, most: Any, arrange: Any) -> None:
     samples = [{"x": np.zeros(n), "y": np.zeros(m)} for n, m in lengths]
     batch = VarlenCollator(capacity={"x": 9, "y": 18}, max_documents=most, arrange=arrange)(samples)
     assert sorted(batch["x"].permutation.tolist()) == list(range(len(samples)))
@@ -110,7 +111,7 @@ def test_rows_of_several_fields_break_no_cap_and_lose_nothing(lengths, most, arr
         assert batch["y"].documents_per_row.tolist() == list(map(len, packs))
 
 
-def test_pairs_stay_together():
+def test_pairs_stay_together() -> None:
     samples = [{"chosen": torch.arange(n), "rejected": torch.arange(6 - n)} for n in (5, 1, 3)]
     batch = VarlenCollator(capacity=6)(samples)
     chosen, rejected = batch["chosen"], batch["rejected"]
@@ -120,7 +121,7 @@ def test_pairs_stay_together():
     assert len(both) == 6
 
 
-def test_a_run_of_one_capacity_has_one_shape():
+def test_a_run_of_one_capacity_has_one_shape() -> None:
     collate = VarlenCollator(capacity=32, rows=4, align=4, max_documents=8, max_seqlen=16)
     rng = np.random.default_rng(0)
     shapes = set()
@@ -130,7 +131,7 @@ def test_a_run_of_one_capacity_has_one_shape():
     assert shapes == {((4, 32), (65,), (5, 65), 16)}
 
 
-def test_planned_rows_are_kept():
+def test_planned_rows_are_kept() -> None:
     rows = [[5, 3], [8], [2, 2, 4]]
     collate = VarlenCollator(capacity=8, arrange="given")
     batch = collate([torch.zeros(n) for row in rows for n in row])
@@ -150,7 +151,7 @@ def test_planned_rows_are_kept():
         ({}, [], "cannot collate an empty list"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_numbers(options, samples, message):
+def test_what_does_not_fit_is_refused_with_numbers(options: dict[str, Any], samples: list[int], message: str) -> None:
     with pytest.raises(LengthError, match=message):
         VarlenCollator(**options)([torch.zeros(n) for n in samples])
 
@@ -167,19 +168,19 @@ def test_what_does_not_fit_is_refused_with_numbers(options, samples, message):
         ({"stack": "x"}, TypeError, "stack must be a collection"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(options, kind, message):
+def test_options_that_mean_nothing_are_refused(options: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         VarlenCollator(**options)
 
 
-def test_options_of_fields_must_name_them_all():
+def test_options_of_fields_must_name_them_all() -> None:
     with pytest.raises(ValueError, match=r"capacity is given for \['x'\], the variable-length fields are \['x', 'y'\]"):
         VarlenCollator(capacity={"x": 4})([{"x": [1], "y": [2]}])
     with pytest.raises(ValueError, match="field 'x': padding_value 0.5"):
         VarlenCollator({"x": 0.5}, capacity=4)([{"x": [1]}])
 
 
-def test_declared_lengths_and_cuts_are_those_of_the_padding_collator():
+def test_declared_lengths_and_cuts_are_those_of_the_padding_collator() -> None:
     collate = VarlenCollator(capacity=4, max_length=3, length_field={"x": "n"})
     batch = collate([{"x": [1, 2, 3, 4], "n": 4}, {"x": [5], "n": 1}])
     assert batch["x"].values.tolist() == [[1, 2, 3, 5]]
@@ -188,7 +189,7 @@ def test_declared_lengths_and_cuts_are_those_of_the_padding_collator():
         collate([{"x": [1, 2], "n": 2}, {"x": [5], "n": 2}])
 
 
-def test_it_goes_to_workers_and_its_batches_come_back():
+def test_it_goes_to_workers_and_its_batches_come_back() -> None:
     data = [{"x": torch.arange(n), "y": torch.ones(n)} for n in (3, 5, 2, 7, 1, 4)]
     collate = VarlenCollator({"x": -1, "y": 0}, capacity=8, align=2)
     assert pickle.loads(pickle.dumps(collate)).capacity == 8

@@ -1,5 +1,7 @@
 """What only a GPU can show of rows with several documents: nothing waits for it, and it computes what the CPU does."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -13,13 +15,13 @@ pytestmark = [
 ]
 
 
-def samples():
+def samples() -> Any:
     rng = torch.Generator().manual_seed(0)
     counts = [5, 3, 0, 9, 2]
     return [{"x": torch.randn(n, 6, generator=rng), "y": torch.randint(0, 3, (n,), generator=rng)} for n in counts]
 
 
-def everything(batch, rnn):
+def everything(batch: Any, rnn: Any) -> Any:
     """All that reads the documents, and the gradients of the loss."""
     hidden, state = apply_rnn(rnn, batch["x"])
     labels = batch["y"].next_step_labels()
@@ -34,7 +36,7 @@ def everything(batch, rnn):
 
 
 @pytest.mark.parametrize("pinned", [True, False])
-def test_no_call_waits_and_all_equal_the_cpu(pinned):
+def test_no_call_waits_and_all_equal_the_cpu(pinned: bool) -> None:
     torch.manual_seed(0)
     rnn = nn.GRU(6, 3)
     batch = VarlenCollator({"x": 0, "y": -100}, capacity=16, align=4, max_documents=4)(samples())
@@ -52,8 +54,8 @@ def test_no_call_waits_and_all_equal_the_cpu(pinned):
         torch.testing.assert_close(ours.cpu(), theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_sums_of_documents_are_the_same_in_every_run_and_launches_do_not_grow():
-    def kernels(count):
+def test_sums_of_documents_are_deterministic_and_launches_constant() -> None:
+    def kernels(count: Any) -> Any:
         values = torch.randn(1, count * 50, 8, device="cuda")
         batch = VarlenCollator()([torch.zeros(50, 8)] * count).to("cuda").with_values(values)
         first = masked_mean(batch)

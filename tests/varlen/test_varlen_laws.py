@@ -28,7 +28,7 @@ ALIGNS = st.sampled_from([1, 1, 2, 8])
 
 
 @st.composite
-def options_for(draw, longest):
+def options_for(draw: Any, longest: Any) -> Any:
     """Options under which documents of up to `longest` steps fit."""
     align = draw(ALIGNS)
     least = max(-(-longest // align) * align, align)
@@ -38,7 +38,7 @@ def options_for(draw, longest):
 
 
 @st.composite
-def packed(draw, dtypes=None):
+def packed(draw: Any, dtypes: Any = None) -> Any:
     """Documents, and the batch that they are put into."""
     documents = draw(strategies.sequences(dtypes))
     options = draw(options_for(max(map(len, documents))))
@@ -47,7 +47,7 @@ def packed(draw, dtypes=None):
 
 
 @st.composite
-def floats(draw, dtype=torch.float64, features=(3,)):
+def floats(draw: Any, dtype: Any = torch.float64, features: Any = (3,)) -> Any:
     """Documents of random floats `[L_i, *features]`, and options."""
     counts = draw(strategies.lengths(6, 7))
     rng = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
@@ -55,7 +55,7 @@ def floats(draw, dtype=torch.float64, features=(3,)):
     return documents, draw(options_for(max(counts)))
 
 
-def slow_rows(batch):
+def slow_rows(batch: Any) -> Any:
     """Where each step belongs, found by walking over the rows: (document, position) of every step, None in gaps."""
     rows, capacity = batch.values.shape[:2]
     cells = [[None] * capacity for _ in range(rows)]
@@ -72,7 +72,7 @@ def slow_rows(batch):
     return cells
 
 
-def slow_segments(cells):
+def slow_segments(cells: Any) -> Any:
     """Bounds of runs of steps of one document, or of none, row by row."""
     bounds = []
     for number, row in enumerate(cells):
@@ -85,7 +85,7 @@ def slow_segments(cells):
 
 
 @given(packed())
-def test_every_step_is_where_a_walk_over_the_rows_finds_it(case):
+def test_every_step_is_where_a_walk_over_the_rows_finds_it(case: Any) -> None:
     documents, batch = case
     cells = slow_rows(batch)
     ids = [[-1 if cell is None else cell[0] for cell in row] for row in cells]
@@ -104,7 +104,7 @@ def test_every_step_is_where_a_walk_over_the_rows_finds_it(case):
 
 
 @given(packed())
-def test_agreement_order_and_conservation(case):
+def test_agreement_order_and_conservation(case: Any) -> None:
     documents, batch = case
     assert batch.mask.sum() == batch.lengths.sum() == batch.num_tokens == sum(map(len, documents))
     assert sorted(batch.permutation.tolist()) == list(range(len(documents)))
@@ -129,7 +129,7 @@ def test_any_permutation_leads_back_to_the_source_order(case: Any, data: st.Data
 
 
 @given(packed(), st.integers(0, 3))
-def test_bounds_are_those_of_runs_and_slots_are_fixed(case, spare):
+def test_bounds_are_those_of_runs_and_slots_are_fixed(case: Any, spare: Any) -> None:
     _, batch = case
     most = int(batch.documents_per_row.max()) + spare
     rows = batch.values.shape[0]
@@ -150,7 +150,7 @@ def test_bounds_are_those_of_runs_and_slots_are_fixed(case, spare):
 
 
 @given(packed())
-def test_padded_offsets_hold_documents_and_their_alignment(case):
+def test_padded_offsets_hold_documents_and_their_alignment(case: Any) -> None:
     _, batch = case
     padded, real = batch.cu_seqlens_padded.tolist(), batch.cu_seqlens_real.tolist()
     cells = [cell for row in slow_rows(batch) for cell in row]
@@ -166,7 +166,7 @@ def test_padded_offsets_hold_documents_and_their_alignment(case):
 
 
 @given(packed())
-def test_to_padded_and_back_is_the_same_bit_for_bit(case):
+def test_to_padded_and_back_is_the_same_bit_for_bit(case: Any) -> None:
     documents, batch = case
     padded = batch.to_padded()
     for ours, theirs in zip(padded.unsort().sequences(), documents, strict=True):
@@ -180,7 +180,7 @@ def test_to_padded_and_back_is_the_same_bit_for_bit(case):
 
 
 @given(strategies.sequences(), st.data())
-def test_a_padded_batch_to_varlen_and_back_is_the_same(sequences, data):
+def test_a_padded_batch_to_varlen_and_back_is_the_same(sequences: Any, data: Any) -> None:
     batch = LengthTrackedBatch.from_sequences(sequences)
     options = data.draw(options_for(int(batch.lengths.max())))
     back = batch.to_varlen(**options).to_padded(widths=[batch.padded.shape[1]])
@@ -191,7 +191,7 @@ def test_a_padded_batch_to_varlen_and_back_is_the_same(sequences, data):
 
 
 @given(floats(), st.booleans())
-def test_gradients_flow_there_and_back_to_real_steps_alone(case, there_and_back):
+def test_gradients_flow_there_and_back_to_real_steps_alone(case: Any, there_and_back: Any) -> None:
     documents, options = case
     documents = [document.requires_grad_() for document in documents]
     batch = VarlenBatch.from_sequences(documents, padding_value=float("nan"), **options)
@@ -203,7 +203,7 @@ def test_gradients_flow_there_and_back_to_real_steps_alone(case, there_and_back)
 
 
 @given(floats(), st.integers(1, 3))
-def test_pieces_join_to_the_whole(case, rows):
+def test_pieces_join_to_the_whole(case: Any, rows: Any) -> None:
     documents, options = case
     batch = VarlenBatch.from_sequences(documents, **options)
     parts = batch.split_rows(rows)
@@ -216,7 +216,7 @@ def test_pieces_join_to_the_whole(case, rows):
 
 
 @given(packed([torch.int64, torch.int32]))
-def test_labels_are_the_next_steps_of_the_same_document(case):
+def test_labels_are_the_next_steps_of_the_same_document(case: Any) -> None:
     _, batch = case
     labels = batch.next_step_labels()
     for document, shifted in zip(batch.sequences(), labels.sequences(), strict=True):
@@ -229,17 +229,17 @@ def test_labels_are_the_next_steps_of_the_same_document(case):
 class OneByOne:
     """What losses are, computed for one document after the other."""
 
-    def __init__(self, batch, documents, targets, weights=None):
+    def __init__(self, batch: Any, documents: Any, targets: Any, weights: Any = None) -> None:
         self.sums, self.counts = [], []
-        for place in batch.permutation.tolist():
-            losses = F.cross_entropy(documents[place], targets[place], reduction="none")
-            weight = (targets[place] != -100).to(losses.dtype)
+        for index in batch.permutation.tolist():
+            losses = F.cross_entropy(documents[index], targets[index], reduction="none")
+            weight = (targets[index] != -100).to(losses.dtype)
             if weights is not None:
-                weight = weight * weights[place]
+                weight = weight * weights[index]
             self.sums.append((losses * weight).sum())
             self.counts.append(weight.sum())
 
-    def reduced(self, reduction):
+    def reduced(self, reduction: Any) -> Any:
         total, count = sum(self.sums), sum(self.counts)
         if reduction == "sum":
             return total
@@ -251,7 +251,7 @@ class OneByOne:
 
 @pytest.mark.parametrize("reduction", ["token", "sequence", "sum"])
 @given(case=floats(), weighted=st.sampled_from([None, None, "steps", "documents"]), next_step=st.booleans())
-def test_losses_equal_one_document_at_a_time(case, reduction, weighted, next_step):
+def test_losses_equal_one_document_at_a_time(case: Any, reduction: Any, weighted: Any, next_step: Any) -> None:
     documents, options = case
     documents = [document.requires_grad_() for document in documents]
     rng = np.random.default_rng(0)
@@ -280,7 +280,7 @@ def test_losses_equal_one_document_at_a_time(case, reduction, weighted, next_ste
 
 
 @given(floats())
-def test_means_and_last_steps_equal_one_document_at_a_time(case):
+def test_means_and_last_steps_equal_one_document_at_a_time(case: Any) -> None:
     documents, options = case
     batch = VarlenBatch.from_sequences(documents, padding_value=float("nan"), **options)
     zero = torch.zeros(3, dtype=torch.float64)
@@ -292,7 +292,9 @@ def test_means_and_last_steps_equal_one_document_at_a_time(case):
 
 
 @given(floats(), st.sampled_from([nn.RNN, nn.GRU, nn.LSTM]), st.booleans(), st.integers(1, 2))
-def test_a_recurrent_module_equals_one_document_at_a_time(case, kind, bidirectional, layers):
+def test_a_recurrent_module_equals_one_document_at_a_time(
+    case: Any, kind: Any, bidirectional: Any, layers: Any
+) -> None:
     documents, options = case
     documents = [document.requires_grad_() for document in documents]
     torch.manual_seed(0)
@@ -304,21 +306,21 @@ def test_a_recurrent_module_equals_one_document_at_a_time(case, kind, bidirectio
     assert (outputs.values[~outputs.mask] == 0).all()
     ours = batch.unsort(outputs.sequences())
     ends = [batch.unsort(part, dim=1) for part in state]
-    for place, document in enumerate(documents):
+    for index, document in enumerate(documents):
         if not len(document):
-            assert all((end[:, place] == 0).all() for end in ends)
+            assert all((end[:, index] == 0).all() for end in ends)
             continue
         expected, final = rnn(document[None])
-        torch.testing.assert_close(ours[place], expected[0])
+        torch.testing.assert_close(ours[index], expected[0])
         for end, part in zip(ends, final if isinstance(final, tuple) else (final,), strict=True):
-            torch.testing.assert_close(end[:, place], part[:, 0])
-        (grad,) = torch.autograd.grad(ours[place].square().sum(), document, retain_graph=True)
+            torch.testing.assert_close(end[:, index], part[:, 0])
+        (grad,) = torch.autograd.grad(ours[index].square().sum(), document, retain_graph=True)
         (theirs,) = torch.autograd.grad(expected.square().sum(), document)
         torch.testing.assert_close(grad, theirs)
 
 
 @given(floats(), st.sampled_from([nn.GRU, nn.LSTM]), st.integers(1, 5))
-def test_chunks_of_rows_that_carry_states_equal_the_whole(case, kind, steps):
+def test_chunks_of_rows_that_carry_states_equal_the_whole(case: Any, kind: Any, steps: Any) -> None:
     documents, options = case
     rnn = kind(3, 2, dtype=torch.float64)
     batch = VarlenBatch.from_sequences(documents, **options)
@@ -336,12 +338,12 @@ def test_chunks_of_rows_that_carry_states_equal_the_whole(case, kind, steps):
 
 
 @given(floats(torch.float32), st.integers(0, 5))
-def test_what_a_document_holds_changes_no_other_by_one_bit(case, which):
+def test_what_a_document_holds_changes_no_other_by_one_bit(case: Any, which: Any) -> None:
     documents, options = case
     torch.manual_seed(0)
     model = nn.GRU(3, 4)
 
-    def run(contents):
+    def run(contents: Any) -> Any:
         leaves = [content.clone().requires_grad_() for content in contents]
         batch = VarlenBatch.from_sequences(leaves, **options)
         hidden, _ = apply_rnn(model, batch)
@@ -350,22 +352,22 @@ def test_what_a_document_holds_changes_no_other_by_one_bit(case, which):
         return batch.unsort(hidden.sequences()), batch.unsort(mean), batch.unsort(last_step(hidden)), grads
 
     which %= len(documents)
-    changed = [document * 3 + 1 if place == which else document for place, document in enumerate(documents)]
+    changed = [document * 3 + 1 if index == which else document for index, document in enumerate(documents)]
     for before, after in zip(run(documents), run(changed), strict=True):
-        for place, (one, other) in enumerate(zip(before, after, strict=True)):
-            assert place == which or torch.equal(one, other)
+        for index, (one, other) in enumerate(zip(before, after, strict=True)):
+            assert index == which or torch.equal(one, other)
 
 
 @given(floats(), st.integers(1, 3), st.integers(0, 2))
-def test_ranks_of_a_context_share_every_step_once_with_equal_work(case, size, spare):
+def test_ranks_of_a_context_share_every_step_once_with_equal_work(case: Any, size: Any, spare: Any) -> None:
     documents, _ = case
     align = 2 * size
     longest = max(map(len, documents))
     capacity = (-(-max(longest, 1) // align) + spare) * align
     batch = VarlenBatch.from_sequences(documents, capacity=capacity, align=align)
     parts = [batch.context_parallel(rank, size) for rank in range(size)]
-    places = torch.cat([part.index.flatten() for part in parts])
-    assert sorted(places.tolist()) == list(range(batch.mask.numel()))
+    indices = torch.cat([part.index.flatten() for part in parts])
+    assert sorted(indices.tolist()) == list(range(batch.mask.numel()))
     assert torch.equal(parts[0].join(parts, [part.take(batch.values) for part in parts]), batch.values)
     bounds = batch.cu_seqlens_padded.tolist()
     for start, stop in pairwise(bounds):
@@ -382,7 +384,7 @@ def test_ranks_of_a_context_share_every_step_once_with_equal_work(case, size, sp
 
 
 @given(floats(), st.integers(1, 3))
-def test_any_split_of_the_rows_gives_the_gradient_of_the_whole(case, rows):
+def test_any_split_of_the_rows_gives_the_gradient_of_the_whole(case: Any, rows: Any) -> None:
     documents, options = case
     model = nn.Linear(3, 3, dtype=torch.float64)
     rng = np.random.default_rng(0)
@@ -401,11 +403,11 @@ def test_any_split_of_the_rows_gives_the_gradient_of_the_whole(case, rows):
 # Torch's own, when it loads its forward mode.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script")
 @given(strategies.lengths(5, 4))
-def test_sums_of_segments_have_all_derivatives_and_are_mapped(lengths):
+def test_sums_of_segments_have_all_derivatives_and_are_mapped(lengths: Any) -> None:
     cu_seqlens = torch.tensor(np.append(0, np.cumsum(lengths)), dtype=torch.int32)
     steps = torch.randn(int(cu_seqlens[-1]), 2, dtype=torch.float64, requires_grad=True)
 
-    def sums(values):
+    def sums(values: Any) -> Any:
         return sum_segments(values, cu_seqlens)
 
     slow = torch.stack([part.sum(0) for part in steps.split(lengths)])
@@ -417,7 +419,7 @@ def test_sums_of_segments_have_all_derivatives_and_are_mapped(lengths):
         torch.testing.assert_close(mapped, torch.stack([slow, 2 * slow]))
 
 
-def test_rows_that_are_all_empty_keep_parameters_in_the_graph():
+def test_rows_that_are_all_empty_keep_parameters_in_the_graph() -> None:
     rnn = nn.GRU(3, 2)
     batch = VarlenBatch.from_sequences([torch.zeros(0, 3), torch.zeros(0, 3)], capacity=4)
     outputs, state = apply_rnn(rnn, batch)
@@ -427,7 +429,7 @@ def test_rows_that_are_all_empty_keep_parameters_in_the_graph():
     assert all(weight.grad is not None for weight in rnn.parameters())
 
 
-def test_bidirectional_modules_are_not_carried_over_chunks():
+def test_bidirectional_modules_are_not_carried_over_chunks() -> None:
     batch = VarlenBatch.from_sequences([torch.zeros(5, 3), torch.zeros(2, 3)])
     first, second, _ = batch.split_steps(3)
     rnn = nn.GRU(3, 2, bidirectional=True)

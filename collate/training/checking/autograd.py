@@ -64,6 +64,7 @@ class Buffers:
             return
         self._seen.add(module)
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            # A lazy buffer has no values before the first forward pass.
             if not nn.parameter.is_lazy(buffer):
                 self._saved.append((module, name, buffer, buffer.clone()))
 
@@ -89,6 +90,7 @@ class Buffers:
     def restore(self) -> None:
         """Give the modules the buffers and values that were saved."""
         for module, name, buffer, value in self._saved:
+            # A module may replace its buffer by a new tensor instead of writing to it.
             setattr(module, name, buffer)
             buffer.data.copy_(value)
 
@@ -103,6 +105,7 @@ def leaves_of(results: Sequence[Tensor]) -> list[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
+        # Only an AccumulateGrad node, which stands for a leaf, has this attribute.
         leaf = getattr(node, "variable", None)
         if isinstance(leaf, Tensor):
             leaves[id(leaf)] = leaf

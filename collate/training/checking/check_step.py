@@ -108,6 +108,7 @@ def check_step(
 
 def _report_of_batch(runner: Runner, variants: BatchVariants, tolerance: float) -> StepReport:
     """All probes of a batch."""
+    # The inputs are no leaves to compare: their gradients change shape with the batch.
     runner.begin(variants.whole, [field.padded for field in variants.fields.values()])
     if report := _unfit(runner, variants.whole, tolerance):
         return report
@@ -157,6 +158,7 @@ def _report_of_samples(inner: Runner, samples: Sequence[Any], collate: Collate, 
             found += _of_guesses(inner, probes, variants)
     if finding := _without_graph(runner, probes):
         found.insert(0, finding)
+    # Then the batch as any other, if it has padding: the collate function may be right and the step wrong.
     made = variants.collate(variants.whole)
     batch = BatchVariants(made, generator)
     if holds_documents(made):

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from collate.batch import LengthTrackedBatch
 from collate.training.checking.report import COLLATED, LAST_COLUMN, LIKELY, OWN_COUNT, Finding
-from collate.training.checking.rerun import RAISED, Drift, Outcome, Runner, Term, combined
+from collate.training.checking.rerun import RAISED, Drift, Runner, Term, Terms, combined
 from collate.training.checking.variants import BatchVariants, Variants, mapped, shares_of, trimmed, widened
 
 # How many rows have their last step tried, and how often: first with values of other real steps, then with wild values.
-# With fewer tries, a dead ReLU or a maximum at another step would make a step that is read look dead.
+# With fewer tries a step that is read could look dead, because of a dead ReLU or a maximum at another step.
 ROWS, TRIES = 8, 3
 # If the loss still has not changed, all values of the field and the random numbers are drawn again this many times: the
 # maximum may have been at another step, or a random mask may have hidden this one.
@@ -62,7 +62,7 @@ class Probes:
 
     def other_rows(self) -> Finding | None:
         """One row at a time: the rows' losses must combine to the batch's, as a sum or as a mean over rows or steps."""
-        alone: list[Outcome] = []
+        alone: list[Terms] = []
         full = [row for row in range(self.variants.rows) if all(each[row] for each in self.variants.lengths.values())]
         for row in full:
             try:
@@ -88,7 +88,7 @@ class Probes:
         own_count = self.fits_other_shares([outcome[name] for outcome in alone], self.runner.base[name])
         return self.finding("other rows", what, drifts[name], OWN_COUNT if own_count else None)
 
-    def apart(self, name: str, alone: Sequence[Outcome], shares: Sequence[Sequence[float]]) -> float:
+    def apart(self, name: str, alone: Sequence[Terms], shares: Sequence[Sequence[float]]) -> float:
         """The smallest distance between a term of the batch and a weighted sum of the rows' terms."""
         terms, whole = [outcome[name] for outcome in alone], {name: self.runner.base[name]}
         # Losses, one number each, narrow the weights down first; gradients have many entries.
@@ -272,7 +272,7 @@ class Probes:
         """Add to `skipped`, once."""
         self.skipped += [reason] if reason not in self.skipped else []
 
-    def largest(self, outcomes: Iterator[Outcome]) -> Drift:
+    def largest(self, outcomes: Iterator[Terms]) -> Drift:
         """The largest drift of some runs."""
         return max((self.runner.drift(outcome) for outcome in outcomes), key=lambda drift: drift.size)
 

@@ -57,7 +57,7 @@ class Term:
 
 
 # Name -> term; a step that returns a single loss has the one term "".
-Outcome: TypeAlias = dict[str, Term]
+Terms: TypeAlias = dict[str, Term]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Runner:
         without_graph: Terms that no gradient flows from, although the step runs modules with weights to train.
     """
 
-    base: Outcome
+    base: Terms
     is_random: bool
     without_graph: list[str]
 
@@ -116,6 +116,7 @@ class Runner:
             if not ways_out:
                 raise
             raise LengthError(f"gradients cannot be taken: {error}\n{ways_out[0]}") from error
+        # Another seed gives another loss: the step draws random numbers.
         self.is_random = self.values(batch, self.seed + 1) != {name: term.loss for name, term in self.base.items()}
 
     def raw(self, batch: Any, seed: int | None = None) -> object:
@@ -136,7 +137,7 @@ class Runner:
             raise LengthError(f"a step must always give the same terms, got {list(terms)} instead of {self.names}")
         return terms
 
-    def run(self, batch: Any) -> Outcome:
+    def run(self, batch: Any) -> Terms:
         """The step's losses and gradients on a batch."""
         losses = self.losses(batch)
         last = len(losses) - 1
@@ -149,7 +150,7 @@ class Runner:
         """The step's losses on a batch, without gradients."""
         return {name: float(loss.detach()) for name, loss in self.losses(batch, seed).items()}
 
-    def drift(self, outcome: Outcome, other: Outcome | None = None) -> Drift:
+    def drift(self, outcome: Terms, other: Terms | None = None) -> Drift:
         """Relative distance of a run from another, or from the run on the unchanged batch."""
         base = self.base if other is None else other
         losses = max(abs(term.loss) for term in base.values())
@@ -158,6 +159,7 @@ class Runner:
         for name, term in base.items():
             loss = abs(outcome[name].loss - term.loss) / max(abs(term.loss), SMALL * losses, 1e-12)
             gradients = outcome[name].distance(term) / max(term.size, SMALL * sizes, 1e-12)
+            # A nan is larger than any tolerance; every comparison with a nan is False.
             parts = [part if part == part else math.inf for part in (loss, gradients)]
             drifts.append(Drift(max(parts), name))
         return max(drifts, key=lambda drift: drift.size)

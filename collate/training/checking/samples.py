@@ -180,7 +180,7 @@ class SampleVariants:
         return sorted(value for value in found if value == value and not (exact and value < 0))[:4]
 
     def _loses(self, name: str, row: int, steps: slice) -> bool:
-        """Whether other values at these time steps of a sample change nothing in the batch."""
+        """Whether the batch stays the same when these time steps of a sample get other values."""
         base, wild = self._parts(self.whole), (False, False, True, True)
         changed = (self.changed(name, row, steps, wild=each) for each in wild)
         return not any(_rows_that_differ(base, self._parts(samples)) for samples in changed)
@@ -193,6 +193,7 @@ class SampleVariants:
             other = drawn(real, value, self.generator, wild=False)
             samples = [*self.whole[:index], _replaced(self.whole[index], name, other), *self.whole[index + 1 :]]
             differ = _rows_that_differ(base, self._parts(samples))
+            # No row: the field is not read. Several rows: the collate function mixes samples.
             if len(differ) != 1:
                 return None
             rows += differ
@@ -222,6 +223,7 @@ def _as_tensor(value: object) -> Tensor | None:
         array = np.asarray(value)
     except ValueError:
         return None
+    # A copy, since torch warns of arrays that cannot be written to.
     return torch.from_numpy(np.array(array)) if array.dtype.kind in "biufc" else None
 
 
@@ -281,6 +283,7 @@ def _some(steps: Tensor, count: int = 6) -> list[Tensor]:
     """Up to `count` different steps of `[M, *F]`."""
     if steps.dtype == torch.bool or steps.is_complex():
         return []
+    # Of 40 different steps, those of index 0, 6, 12, 18, 24 and 30.
     distinct = torch.unique(steps, dim=0)
     return list(distinct[:: max(1, len(distinct) // count)][:count])
 

@@ -68,6 +68,7 @@ class BatchVariants:
         self.whole, self.generator = batch, generator
         self.fields = dict(fields_of(batch))
         self.rows = len(next(iter(self.fields.values()))) if self.fields else 0
+        # Fields with another number of rows, such as flattened sentences, stay as they are.
         self.fields = {name: field for name, field in self.fields.items() if len(field) == self.rows}
         self.lengths = {name: cast("list[int]", field.lengths.tolist()) for name, field in self.fields.items()}
 
@@ -121,6 +122,7 @@ class BatchVariants:
             if self.lengths[other] == self.lengths[name]:
                 lengths = field.lengths.clone()
                 lengths[row] -= steps
+                # Steps that were real become padding, so that the value of padding is no longer known.
                 others[other] = changed_batch(field, lengths=lengths, mask=None, padding_value=None)
         return self.of(self.swapped(others))
 
@@ -177,6 +179,7 @@ def rows_of(batch: Any, rows: Tensor, of: int) -> Any:
 
 def widened(field: LengthTrackedBatch, steps: int = 3) -> LengthTrackedBatch:
     """The same field with more steps of padding."""
+    # An unspecified value may be anything, so that 0 is as good as any.
     value = 0 if field.padding_value is None else field.padding_value
     more = field.padded.new_full((len(field), steps, *field.padded.shape[2:]), value)
     return _as_wide(field, torch.cat([field.padded, more], 1))

@@ -83,7 +83,7 @@ def read_input_rows(inputs: Sequence[str], selection: ColumnSelection, split: st
         yield from _read_files(path, selection)
 
 
-def count_rows(inputs: Sequence[str], split: str | None = None) -> int | None:
+def count_input_rows(inputs: Sequence[str], split: str | None = None) -> int | None:
     """The number of rows of all inputs, without reading their values. None if it is unknown."""
     counts = [_count(path, split) for path in inputs]
     return None if None in counts else sum(count or 0 for count in counts)
@@ -176,6 +176,11 @@ class SampleMaker:
         return str(key)
 
     def _value(self, context: str, name: str, value: Any) -> Any:
+        """A value as an array of the field's dtype; text as its UTF-8 bytes.
+
+        Raises:
+            ValueError: It is not a number or a list of numbers, or does not fit the dtype.
+        """
         if isinstance(value, str) and name in self._selection.text:
             tokenizer = self._selection.tokenizer
             if tokenizer is None:

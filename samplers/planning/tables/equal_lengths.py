@@ -56,6 +56,7 @@ class RunFinder:
         section = np.searchsorted(self.sections, sorted_indices, side="right") - 1
         widths = self.width_at(sorted_indices)
         # Many samples are of one run: search once for each pair of section and width.
+        # A pair becomes one number: section x (number of widths) + width - smallest width.
         smallest = int(widths.min())
         _, first, owner = np.unique(
             section * (int(widths.max()) - smallest + 1) + widths - smallest, return_index=True, return_inverse=True

@@ -189,10 +189,12 @@ class Groupings:
 
     @cached_property
     def _tables(self) -> dict[int, WindowTable | None]:
+        """Groupings that were found, by number."""
         return {}
 
     @property
     def _drops_short(self) -> bool:
+        """Whether each window drops the batch that `batch_size` leaves short."""
         return self.options.drop_last and self.options.batch_size is not None
 
     def _draw(self, number: int, attempt: int, batches: int) -> WindowTable | None:

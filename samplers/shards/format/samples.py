@@ -257,4 +257,5 @@ def _raw(data: object, suffix: str, context: str) -> bytes:
 
 
 def _is_lengths(name: str) -> bool:
+    """Whether a member of a block holds the lengths of a field."""
     return name.endswith(".lengths")

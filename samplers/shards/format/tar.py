@@ -216,11 +216,13 @@ def _checksum(field: bytes) -> int:
 
 @lru_cache(maxsize=4096)
 def _number(field: bytes) -> int:
+    """An integer in a field of a header."""
     # Octal text. Sizes of 8 GiB and more do not fit, and are binary, with the first bit set.
     return int.from_bytes(field[1:], "big") if field[0] & 0x80 else int(field.rstrip(b"\0 ") or b"0", 8)
 
 
 def _decode_text(field: bytes) -> str:
+    """The text in a field of a header, up to the first NUL."""
     return decode_key(field.partition(b"\0")[0])
 
 

@@ -324,6 +324,7 @@ def open_index(shards: Shards) -> LengthIndex:
 
 
 def _absolute(path: str) -> str:
+    """The path of an index that another process can open."""
     # A worker may run in another folder.
     return path if "://" in path else str(Path(path).absolute())
 

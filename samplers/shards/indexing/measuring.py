@@ -202,6 +202,7 @@ def _find_nodes(tree: ast.Module, code: CodeType) -> Iterator[ast.FunctionDef | 
 
 
 def _strip_comments(text: str) -> list[str]:
+    """Python source without comments and blank lines."""
     lines = text.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
@@ -227,12 +228,14 @@ def _describe_code(code: CodeType) -> Iterator[str]:
 
 
 def _module_of(function: Any) -> str:
+    """The module in which a function was defined."""
     while isinstance(function, partial):
         function = function.func
     return str(getattr(function, "__module__", None) or type(function).__module__)
 
 
 def _name_of(function: Any) -> str:
+    """The name of a function, without the functions around it."""
     while isinstance(function, partial):
         function = function.func
     return str(getattr(function, "__qualname__", None) or type(function).__qualname__).rpartition("<locals>.")[2]

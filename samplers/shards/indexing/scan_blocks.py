@@ -175,4 +175,5 @@ def _refuse_duplicates(keys: AnyArray, path: str) -> None:
 
 
 def _describe_block(block: _Block) -> str:
+    """The fields of a block, as text."""
     return str({field.name: (field.dtype, list(field.shape), field.variable) for field in block.fields})

@@ -305,5 +305,6 @@ def _concatenate(parts: Sequence[TablesLike], name: str) -> AnyArray:
 
 
 def _describe_tables(part: TablesLike) -> str:
+    """The layout and the fields of tables, as text."""
     fields = [f"{f.suffix} {f.dtype} {list(f.shape)}{' variable' * f.variable}".strip() for f in part.fields]
     return f"{part.layout} of {', '.join(fields)}"

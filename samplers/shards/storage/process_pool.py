@@ -204,6 +204,7 @@ def _end_with_parent() -> None:
 
 
 def _describe_exit(code: int | None) -> str:
+    """How a process ended, as text."""
     # Python reports a process killed by signal 9 with the exit code -9.
     if code is not None and code < 0:
         return f"was killed by {signal.Signals(-code).name}"

@@ -298,6 +298,7 @@ def check_writer_options(layout: str, prefix: str, stack: Collection[str], **cou
 
 
 def _is_unicode(text: str) -> bool:
+    """Whether a text has only whole characters."""
     # Half a surrogate pair is not a character, and has no UTF-8.
     try:
         text.encode()

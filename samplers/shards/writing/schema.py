@@ -159,7 +159,7 @@ def as_array(value: object, context: str) -> AnyArray:
     if isinstance(value, Tensor):
         value = _from_tensor(value, context)
     elif isinstance(value, (bool, int, float, complex)) and not isinstance(value, np.generic):
-        # The first that fits, because a bool is also an int.
+        # In this order, because a bool is also an int.
         value = np.asarray(value, next(stored for number, stored in _PYTHON_NUMBERS if isinstance(value, number)))
     if not isinstance(value, (np.ndarray, np.generic)):
         raise TypeError(

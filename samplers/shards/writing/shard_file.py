@@ -214,6 +214,7 @@ class BlockShard(ShardFile):
         return [crc32(row) for row in data.values()]
 
     def _block_holds(self, arrays: Mapping[str, AnyArray]) -> bool:
+        """Whether the open block holds another sample as well."""
         # Arrays without values (an axis of size 0) may have more steps together than any array can have.
         for name, field_schema in self.schema.items():
             if 0 in field_schema.shape:
@@ -245,6 +246,7 @@ class BlockShard(ShardFile):
         self._clear()
 
     def _clear(self) -> None:
+        """Begin an empty block."""
         self._keys: list[str] = []
         self._size = self._width = 0
         self._rows: dict[str, list[bytes]] = {name: [] for name in self.schema}
@@ -252,6 +254,7 @@ class BlockShard(ShardFile):
 
 
 def _member_name(key: str, name: str, field_schema: FieldSchema) -> str:
+    """The name of a plain member in the tar."""
     return f"{key}.{name}.{'cls' if field_schema == INTEGER else 'npy'}"
 
 

@@ -76,6 +76,11 @@ class ShardSource:
             yield sample
 
     def _checked(self, dataset: ShardDataset, shard_slice: ShardSlice) -> Iterator[Sample]:
+        """Samples with an index, which the dataset compares with it.
+
+        Yields:
+            Samples.
+        """
         for first, last in _sample_runs(tables_of(dataset.index), shard_slice):
             yield from dataset.__getitems__(range(first, last))
 

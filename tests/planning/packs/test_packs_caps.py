@@ -1,8 +1,10 @@
 """Other limits than the capacity: documents, costs, several fields, multiples, and documents longer than a row."""
 
 import math
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,17 +16,17 @@ from samplers.planning.packs.ladder import LADDER, PackTask, Rung, attempt, fill
 from samplers.planning.packs.pack_table import PackTable
 
 
-def squares(lengths):
+def squares(lengths: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return lengths.astype(np.float64) ** 2 + 3
 
 
-def all_rows(table, epoch):
+def all_rows(table: PackTable, epoch: int) -> tuple[npt.NDArray[Any], ...]:
     samples, documents = table.rows(epoch, np.arange(len(table)))
     return samples, documents, np.cumsum(documents) - documents
 
 
 @given(corpora(), st.integers(1, 12), st.integers(0, 9))
-def test_no_row_has_more_documents_than_it_may(case, most, epoch):
+def test_no_row_has_more_documents_than_it_may(case: tuple[npt.NDArray[Any], int], most: int, epoch: int) -> None:
     lengths, capacity = case
     table = PackTable.build(lengths, capacity=capacity, max_documents=most, seed=epoch)
     samples, documents, firsts = all_rows(table, epoch)
@@ -36,7 +38,7 @@ def test_no_row_has_more_documents_than_it_may(case, most, epoch):
 
 
 @given(corpora(), st.floats(1, 3), st.integers(0, 9))
-def test_no_row_costs_more_than_it_may(case, factor, epoch):
+def test_no_row_costs_more_than_it_may(case: tuple[npt.NDArray[Any], int], factor: float, epoch: int) -> None:
     lengths, capacity = case
     most = factor * squares(np.maximum(lengths, 1)).max()
     table = PackTable.build(lengths, capacity=capacity, cost=squares, max_cost=most, seed=epoch)
@@ -48,7 +50,9 @@ def test_no_row_costs_more_than_it_may(case, factor, epoch):
 
 
 @given(corpora(max_samples=200), st.integers(1, 500), st.integers(1, 12), st.integers(0, 9))
-def test_several_fields_and_documents_hold_their_limits_together(case, patches, most, epoch):
+def test_several_fields_and_documents_hold_their_limits_together(
+    case: tuple[npt.NDArray[Any], int], patches: int, most: int, epoch: int
+) -> None:
     lengths, capacity = case
     rng = np.random.default_rng(epoch)
     other = np.where(rng.random(len(lengths)) < 0.3, rng.integers(0, patches + 1, len(lengths)), 0)
@@ -61,7 +65,7 @@ def test_several_fields_and_documents_hold_their_limits_together(case, patches, 
 
 
 @given(corpora(), st.integers(1, 16))
-def test_rows_hold_lengths_that_are_rounded_up_to_multiples(case, multiple):
+def test_rows_hold_lengths_that_are_rounded_up_to_multiples(case: tuple[npt.NDArray[Any], int], multiple: int) -> None:
     lengths, capacity = case
     table = PackTable.build(lengths, capacity=capacity * multiple, multiple=multiple)
     samples, _, firsts = all_rows(table, 1)
@@ -72,7 +76,7 @@ def test_rows_hold_lengths_that_are_rounded_up_to_multiples(case, multiple):
 
 
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=60), st.integers(1, 30), st.sampled_from([1, 2]))
-def test_pieces_of_split_samples_join_to_the_samples(lengths, units, multiple):
+def test_pieces_of_split_samples_join_to_the_samples(lengths: list[int], units: int, multiple: int) -> None:
     capacity = units * multiple
     table = PackTable.build(lengths, capacity=capacity, multiple=multiple, overlong="split")
     samples, documents, firsts = all_rows(table, 0)
@@ -93,7 +97,7 @@ def test_pieces_of_split_samples_join_to_the_samples(lengths, units, multiple):
 
 
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=60), st.integers(1, 120))
-def test_overlong_samples_are_dropped_and_counted_or_cut(lengths, capacity):
+def test_overlong_samples_are_dropped_and_counted_or_cut(lengths: list[int], capacity: int) -> None:
     array = np.array(lengths)
     fitting = np.flatnonzero(array <= capacity)
     cut = PackTable.build(array, capacity=capacity, overlong="cut")
@@ -106,7 +110,7 @@ def test_overlong_samples_are_dropped_and_counted_or_cut(lengths, capacity):
         assert dropped.dropped == len(lengths) - len(fitting)
 
 
-def test_a_cost_cuts_and_splits_where_a_document_alone_costs_too_much():
+def test_a_cost_cuts_and_splits_where_a_document_alone_costs_too_much() -> None:
     lengths = [4, 30, 7, 12]
     for overlong, least in (("cut", 4), ("split", 6)):
         table = PackTable.build(lengths, capacity=40, cost=lambda n: n**2, max_cost=150, overlong=overlong)
@@ -117,7 +121,7 @@ def test_a_cost_cuts_and_splits_where_a_document_alone_costs_too_much():
     assert sorted(samples.tolist()) == [0, 2, 3, 4, 5, 6]
 
 
-def test_only_the_samples_that_take_part_are_packed():
+def test_only_the_samples_that_take_part_are_packed() -> None:
     lengths = np.random.default_rng(0).integers(1, 50, 400)
     chosen = np.flatnonzero(lengths % 3 == 0)
     table = PackTable.build(lengths, capacity=100, indices=chosen)
@@ -129,7 +133,9 @@ def test_only_the_samples_that_take_part_are_packed():
 
 
 @given(corpora(max_samples=150), st.integers(0, 2**40), st.sampled_from(LADDER), st.integers(0, 20))
-def test_an_attempt_places_all_documents_or_says_that_it_failed(case, key, rung, more):
+def test_an_attempt_places_all_documents_or_says_that_it_failed(
+    case: tuple[npt.NDArray[Any], int], key: int, rung: Rung, more: int
+) -> None:
     lengths, capacity = np.maximum(case[0], 1), case[1]
     sizes, counts = np.unique(lengths, return_counts=True)
     task = PackTask(sizes[::-1, None], counts[::-1], np.array([capacity]))
@@ -144,7 +150,7 @@ def test_an_attempt_places_all_documents_or_says_that_it_failed(case, key, rung,
     assert placed.tolist() == counts[::-1].tolist()
 
 
-def test_rows_without_a_document_get_the_longest_last_one_of_another():
+def test_rows_without_a_document_get_the_longest_last_one_of_another() -> None:
     # Two rows of documents 0 and 1, one of 0 and 2, one of 0 alone, two empty.
     tree = Tree(np.array([-1, 0, 1, 1]), np.array([-1, 0, 1, 2]), np.array([6, 4, 2, 1]))
     full = fill_empty(tree)
@@ -153,14 +159,14 @@ def test_rows_without_a_document_get_the_longest_last_one_of_another():
     assert full.parents.tolist() == [-1, 0, 1, 1, 0]
 
 
-def test_as_many_rows_as_documents_always_succeed():
+def test_as_many_rows_as_documents_always_succeed() -> None:
     task = PackTask(np.array([[9, 1], [5, 1], [3, 1]]), np.array([3, 4, 5]), np.array([10, 1]))
     for rung in (LADDER[0], Rung(350, 700), LADDER[-1]):
         assert attempt(task, 12, rung, 1) is not None
     assert attempt(task, 11, LADDER[0], 1) is None
 
 
-def test_a_document_is_overlong_if_any_of_its_fields_is():
+def test_a_document_is_overlong_if_any_of_its_fields_is() -> None:
     pairs = np.array([[3, 9], [4, 0], [12, 2], [5, 4]])
     with pytest.raises(LengthError, match=r"capacity \(10, 8\), got \[12, 2\] steps at sample 2 \(2 samples"):
         PackTable.build(pairs, capacity=(10, 8))

@@ -1,8 +1,10 @@
 """Length classes and best fit on counts, each next to a slow version that looks at one document at a time."""
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from hypothesis import given
 from hypothesis import strategies as st
 from pack_oracles import corpora, least_slack, slow_best_fit
@@ -15,7 +17,7 @@ HISTOGRAMS = st.dictionaries(st.integers(1, 60), st.integers(1, 20), min_size=1,
 
 
 @given(corpora())
-def test_best_fit_on_counts_takes_as_many_rows_as_one_by_one(case):
+def test_best_fit_on_counts_takes_as_many_rows_as_one_by_one(case: tuple[npt.NDArray[Any], int]) -> None:
     lengths, capacity = np.maximum(case[0], 1), case[1]
     sizes = sorted(Counter(lengths.tolist()).items(), reverse=True)
     rows = count_rows([size for size, _ in sizes], [count for _, count in sizes], capacity)
@@ -23,7 +25,7 @@ def test_best_fit_on_counts_takes_as_many_rows_as_one_by_one(case):
 
 
 @given(corpora(max_samples=120))
-def test_best_fit_in_groups_fills_rows_as_one_by_one_does(case):
+def test_best_fit_in_groups_fills_rows_as_one_by_one_does(case: tuple[npt.NDArray[Any], int]) -> None:
     lengths, capacity = np.maximum(case[0], 1), case[1]
     sizes = sorted(Counter(lengths.tolist()).items(), reverse=True)
     groups = Groups(np.array([[size] for size, _ in sizes]), np.array([capacity]), len(lengths))
@@ -43,7 +45,7 @@ def test_best_fit_in_groups_fills_rows_as_one_by_one_does(case):
 
 
 @given(HISTOGRAMS, st.integers(0, 600))
-def test_classes_keep_within_the_slack_and_none_as_few_wastes_less(histogram, slack):
+def test_classes_keep_within_the_slack_and_none_as_few_wastes_less(histogram: dict[int, int], slack: int) -> None:
     values = sorted(histogram)
     counts = [histogram[value] for value in values]
     ends = cut_least_slack(np.array(values), np.array(counts), slack)
@@ -55,7 +57,9 @@ def test_classes_keep_within_the_slack_and_none_as_few_wastes_less(histogram, sl
 
 
 @given(corpora(), st.sampled_from([np.uint8, np.int16, np.int32, np.int64]))
-def test_every_document_is_in_the_class_whose_slot_holds_it(case, dtype):
+def test_every_document_is_in_the_class_whose_slot_holds_it(
+    case: tuple[npt.NDArray[Any], int], dtype: type[Any]
+) -> None:
     capacity = min(case[1], np.iinfo(dtype).max)
     units = np.clip(case[0], 1, capacity).astype(dtype)[:, None]
     classes = make_classes(units, (capacity,))
@@ -69,11 +73,11 @@ def test_every_document_is_in_the_class_whose_slot_holds_it(case, dtype):
 
 
 @given(st.lists(st.integers(0, 2**40 - 1), min_size=1, max_size=60))
-def test_documents_are_sorted_stably_whatever_their_size(sizes):
+def test_documents_are_sorted_stably_whatever_their_size(sizes: list[int]) -> None:
     assert sort_stably(np.array(sizes)).tolist() == sorted(range(len(sizes)), key=lambda index: sizes[index])
 
 
-def test_too_many_lengths_are_rounded_up_within_the_capacity():
+def test_too_many_lengths_are_rounded_up_within_the_capacity() -> None:
     rng = np.random.default_rng(0)
     units = rng.integers(100_000, 400_000, 3 * MANY_LENGTHS)
     classes = make_classes(units[:, None], (400_000,))

@@ -1,6 +1,9 @@
 """Rows are mixed: sources and length classes spread evenly over epochs and rows, and pairs seldom meet again."""
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from samplers.planning.packs.pack_table import PackTable
@@ -9,7 +12,7 @@ from samplers.planning.packs.row_order import RowOrder
 EPOCHS = 6
 
 
-def corpus(count=12_000):
+def corpus(count: int = 12_000) -> npt.NDArray[Any]:
     rng = np.random.default_rng(0)
     return np.exp(rng.normal(np.log(150), 0.9, count)).clip(8, 1_000).astype(np.int64)
 
@@ -30,7 +33,7 @@ def counts_by_tenth(table: PackTable, labels: np.ndarray, epoch: int) -> np.ndar
 
 
 @pytest.mark.parametrize("capacity", [1_000, 4_096])
-def test_sources_come_evenly_over_an_epoch(capacity):
+def test_sources_come_evenly_over_an_epoch(capacity: int) -> None:
     table = PackTable.build(corpus(), capacity=capacity)
     sources = np.arange(12_000) * 8 // 12_000
     values = [chi_square(counts_by_tenth(table, sources, epoch)) for epoch in range(EPOCHS)]
@@ -38,20 +41,20 @@ def test_sources_come_evenly_over_an_epoch(capacity):
     assert 0.75 < np.mean(values) < 1.25
 
 
-def test_sources_of_equal_lengths_come_evenly_too():
+def test_sources_of_equal_lengths_come_evenly_too() -> None:
     table = PackTable.build(np.full(6_000, 100), capacity=1_000)
     sources = np.arange(6_000) * 8 // 6_000
     assert 0.75 < np.mean([chi_square(counts_by_tenth(table, sources, epoch)) for epoch in range(EPOCHS)]) < 1.25
 
 
-def test_length_classes_come_evenly_over_an_epoch():
+def test_length_classes_come_evenly_over_an_epoch() -> None:
     lengths = corpus()
     table = PackTable.build(lengths, capacity=4_096)
     labels = np.searchsorted(np.quantile(lengths, np.arange(1, 10) / 10), lengths)
     assert np.mean([chi_square(counts_by_tenth(table, labels, epoch)) for epoch in range(EPOCHS)]) < 1.3
 
 
-def test_a_row_holds_sources_as_a_random_draw_does():
+def test_a_row_holds_sources_as_a_random_draw_does() -> None:
     table = PackTable.build(corpus(), capacity=4_096)
     sources = np.arange(12_000) * 8 // 12_000
     alike = total = 0.0
@@ -65,7 +68,7 @@ def test_a_row_holds_sources_as_a_random_draw_does():
     assert 0.95 < alike / total / (1_499 / 11_999) < 1.05
 
 
-def test_pairs_meet_again_about_as_seldom_as_by_chance():
+def test_pairs_meet_again_about_as_seldom_as_by_chance() -> None:
     lengths = corpus()
     table = PackTable.build(lengths, capacity=4_096)
     rows = np.empty((2, len(lengths)), np.int64)

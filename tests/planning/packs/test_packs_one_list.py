@@ -1,6 +1,10 @@
 """One list to rows: as few as best fit takes, within all limits, and even over ranks."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,12 +13,12 @@ from pack_oracles import corpora, slow_best_fit
 from samplers.planning.packs.one_list import pack
 
 
-def squares(lengths):
+def squares(lengths: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return lengths.astype(np.float64) ** 2
 
 
 @given(corpora())
-def test_a_list_is_packed_in_as_many_rows_as_best_fit_takes(case):
+def test_a_list_is_packed_in_as_many_rows_as_best_fit_takes(case: tuple[npt.NDArray[Any], int]) -> None:
     lengths, capacity = case
     rows = pack(lengths, capacity)
     assert sorted(sample for row in rows for sample in row) == list(range(len(lengths)))
@@ -23,7 +27,7 @@ def test_a_list_is_packed_in_as_many_rows_as_best_fit_takes(case):
 
 
 @given(corpora(), st.integers(1, 9), st.floats(1, 3))
-def test_a_list_is_packed_within_all_limits(case, most, factor):
+def test_a_list_is_packed_within_all_limits(case: tuple[npt.NDArray[Any], int], most: int, factor: float) -> None:
     lengths, capacity = case
     max_cost = factor * float(np.maximum(lengths, 1).max()) ** 2
     rows = pack(lengths, capacity, max_documents=most, cost=squares, max_cost=max_cost)
@@ -35,7 +39,9 @@ def test_a_list_is_packed_within_all_limits(case, most, factor):
 
 
 @given(corpora(), st.integers(1, 8), st.sampled_from([None, squares]), st.sampled_from([None, 3]))
-def test_every_rank_gets_as_many_rows_within_the_limits(case, ranks, cost, most):
+def test_every_rank_gets_as_many_rows_within_the_limits(
+    case: tuple[npt.NDArray[Any], int], ranks: int, cost: Callable[..., Any] | None, most: int | None
+) -> None:
     lengths, capacity = case
     fitted = pack(lengths, capacity, max_documents=most)
     needed = -(-len(fitted) // ranks)
@@ -53,7 +59,7 @@ def test_every_rank_gets_as_many_rows_within_the_limits(case, ranks, cost, most)
         assert np.maximum(lengths[row], 1).sum() <= capacity
 
 
-def test_ranks_get_rows_of_even_cost():
+def test_ranks_get_rows_of_even_cost() -> None:
     lengths = np.random.default_rng(0).lognormal(5, 0.7, 900).clip(1, 1_000).astype(np.int64)
     shares = pack(lengths, 4_096, ranks=8, cost=squares)
     costs = np.array([[squares(lengths[row]).sum() for row in share] for share in shares])
@@ -61,7 +67,7 @@ def test_ranks_get_rows_of_even_cost():
     assert costs.max(0).sum() * 8 / costs.sum() < 1.02
 
 
-def test_overlong_samples_are_refused_dropped_or_cut():
+def test_overlong_samples_are_refused_dropped_or_cut() -> None:
     with pytest.raises(ValueError, match="got 9 steps at sample 1"):
         pack([3, 9, 4], 8)
     assert pack([3, 9, 4], 8, overlong="drop") == [[2, 0]]

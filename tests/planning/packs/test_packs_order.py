@@ -1,6 +1,10 @@
 """The order of rows: even steps, rows of like cost side by side, and the last rows shared whatever the replicas."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -17,7 +21,13 @@ SIZES = st.tuples(st.integers(1, 9), st.integers(1, 3))
 
 
 @given(corpora(), SIZES, st.booleans(), st.sampled_from(COSTS), st.booleans())
-def test_positions_reach_every_row_once(case, sizes, drop_last, cost, shuffle):
+def test_positions_reach_every_row_once(
+    case: tuple[npt.NDArray[Any], int],
+    sizes: tuple[int, ...],
+    drop_last: bool,
+    cost: Callable[..., Any] | None,
+    shuffle: bool,
+) -> None:
     (lengths, capacity), (replicas, batch_rows) = case, sizes
     table = PackTable.build(lengths, capacity=capacity, cost=cost, shuffle=shuffle)
     order = RowOrder(table, 2, replicas, batch_rows, drop_last)
@@ -31,7 +41,9 @@ def test_positions_reach_every_row_once(case, sizes, drop_last, cost, shuffle):
 
 
 @given(corpora(), st.integers(2, 9), st.sampled_from(COSTS))
-def test_the_last_rows_are_those_of_most_documents(case, replicas, cost):
+def test_the_last_rows_are_those_of_most_documents(
+    case: tuple[npt.NDArray[Any], int], replicas: int, cost: Callable[..., Any] | None
+) -> None:
     lengths, capacity = case
     table = PackTable.build(lengths, capacity=capacity, cost=cost)
     order = RowOrder(table, 0, replicas)
@@ -42,7 +54,7 @@ def test_the_last_rows_are_those_of_most_documents(case, replicas, cost):
 
 
 @given(corpora(), st.integers(2, 9))
-def test_a_step_has_neighbours_in_cost(case, replicas):
+def test_a_step_has_neighbours_in_cost(case: tuple[npt.NDArray[Any], int], replicas: int) -> None:
     lengths, capacity = case
     table = PackTable.build(lengths, capacity=capacity, cost=COSTS[1])
     order = RowOrder(table, 1, replicas)
@@ -53,7 +65,7 @@ def test_a_step_has_neighbours_in_cost(case, replicas):
         assert between <= last
 
 
-def test_the_dropped_rows_are_others_in_each_epoch():
+def test_the_dropped_rows_are_others_in_each_epoch() -> None:
     lengths = np.random.default_rng(0).integers(1, 60, 600)
     for cost in COSTS:
         table = PackTable.build(lengths, capacity=100, cost=cost)
@@ -73,7 +85,13 @@ CHANGES = st.tuples(st.integers(1, 12), st.integers(1, 12))
 
 
 @given(corpora(), CHANGES, st.sampled_from(COSTS), st.sampled_from([None, 4]), st.data())
-def test_a_change_of_replicas_loses_and_repeats_nothing(case, replicas, cost, most, data):
+def test_a_change_of_replicas_loses_and_repeats_nothing(
+    case: tuple[npt.NDArray[Any], int],
+    replicas: tuple[int, ...],
+    cost: Callable[..., Any] | None,
+    most: int | None,
+    data: Any,
+) -> None:
     (lengths, capacity), (before, after) = case, replicas
     table = PackTable.build(lengths, capacity=capacity, cost=cost, max_documents=most)
     order = RowOrder(table, 3, before)
@@ -95,13 +113,13 @@ def test_a_change_of_replicas_loses_and_repeats_nothing(case, replicas, cost, mo
     assert sorted([*whole.tolist(), *samples.tolist()]) == list(range(len(lengths)))
 
 
-def test_as_many_rows_as_replicas_are_dealt_whole():
+def test_as_many_rows_as_replicas_are_dealt_whole() -> None:
     rows = [np.array([0, 1]), np.array([2]), np.array([3, 4, 5])]
     shares = share_rows(rows, [np.ones((len(row), 1), np.int64) for row in rows], RowLimits(capacity=(4,)), 2)
     assert [[row.tolist() for row in share] for share in shares] == [[[3, 4, 5], [2]], [[0, 1]]]
 
 
-def test_rows_are_split_one_by_one_where_a_pool_breaks_the_capacity():
+def test_rows_are_split_one_by_one_where_a_pool_breaks_the_capacity() -> None:
     # Longest first to the least load gives 5 + 3 + 3 = 11 to one replica.
     rows, units = [np.array([0, 1]), np.array([2, 3, 4])], [np.array([[5], [5]]), np.array([[3], [3], [3]])]
     shares = share_rows(rows, units, RowLimits(capacity=(10,)), 2)
@@ -112,6 +130,6 @@ def test_rows_are_split_one_by_one_where_a_pool_breaks_the_capacity():
     assert all(len(share[0]) == 1 for share in three)
 
 
-def test_fewer_documents_than_replicas_are_named():
+def test_fewer_documents_than_replicas_are_named() -> None:
     with pytest.raises(ValueError, match="each of 3 replicas, got 2 documents in 1 rows: set drop_last=True"):
         share_rows([np.array([0, 1])], [np.ones((2, 1), np.int64)], RowLimits(capacity=(4,)), 3)

@@ -2,8 +2,10 @@
 
 import pickle
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,7 +30,9 @@ def rows_of(table: PackTable, epoch: int) -> list[list[int]]:
 
 
 @given(corpora(), SEEDS, EPOCHS)
-def test_rows_hold_every_sample_once_within_the_capacity(case, seed, epoch):
+def test_rows_hold_every_sample_once_within_the_capacity(
+    case: tuple[npt.NDArray[Any], int], seed: int, epoch: int
+) -> None:
     lengths, capacity = case
     table = PackTable.build(lengths, capacity=capacity, seed=seed)
     rows = rows_of(table, epoch)
@@ -40,7 +44,9 @@ def test_rows_hold_every_sample_once_within_the_capacity(case, seed, epoch):
 
 
 @given(corpora(), st.lists(SEEDS, min_size=2, max_size=3), st.lists(EPOCHS, min_size=3, max_size=3))
-def test_the_number_of_rows_is_the_same_for_every_epoch_and_seed(case, seeds, epochs):
+def test_the_number_of_rows_is_the_same_for_every_epoch_and_seed(
+    case: tuple[npt.NDArray[Any], int], seeds: list[int], epochs: list[int]
+) -> None:
     lengths, capacity = case
     tables = [PackTable.build(lengths, capacity=capacity, seed=seed) for seed in seeds]
     assert len({len(table) for table in tables}) == 1
@@ -50,7 +56,7 @@ def test_the_number_of_rows_is_the_same_for_every_epoch_and_seed(case, seeds, ep
 
 
 @given(corpora())
-def test_there_are_few_more_rows_than_best_fit_takes(case):
+def test_there_are_few_more_rows_than_best_fit_takes(case: tuple[npt.NDArray[Any], int]) -> None:
     lengths, capacity = case
     table = PackTable.build(lengths, capacity=capacity)
     fitted = len(slow_best_fit(np.maximum(lengths, 1).tolist(), capacity))
@@ -60,7 +66,9 @@ def test_there_are_few_more_rows_than_best_fit_takes(case):
 
 
 @given(corpora(), SEEDS, EPOCHS, st.data())
-def test_a_row_by_number_is_that_row_of_the_whole_epoch(case, seed, epoch, data):
+def test_a_row_by_number_is_that_row_of_the_whole_epoch(
+    case: tuple[npt.NDArray[Any], int], seed: int, epoch: int, data: Any
+) -> None:
     lengths, capacity = case
     table = PackTable.build(lengths, capacity=capacity, seed=seed)
     whole = rows_of(table, epoch)
@@ -73,7 +81,9 @@ def test_a_row_by_number_is_that_row_of_the_whole_epoch(case, seed, epoch, data)
 
 
 @given(corpora(), SEEDS, EPOCHS)
-def test_rows_are_numbered_by_the_cost_of_their_slots(case, seed, epoch):
+def test_rows_are_numbered_by_the_cost_of_their_slots(
+    case: tuple[npt.NDArray[Any], int], seed: int, epoch: int
+) -> None:
     lengths, capacity = case
     table = PackTable.build(lengths, capacity=capacity, seed=seed)
     costs = table.row_cost(epoch, np.arange(len(table)))
@@ -84,7 +94,9 @@ def test_rows_are_numbered_by_the_cost_of_their_slots(case, seed, epoch):
 
 
 @given(corpora(), SEEDS, EPOCHS, st.randoms(use_true_random=False))
-def test_samples_of_equal_length_can_be_exchanged_in_all_recipes(case, seed, epoch, random):
+def test_samples_of_equal_length_can_be_exchanged_in_all_recipes(
+    case: tuple[npt.NDArray[Any], int], seed: int, epoch: int, random: Any
+) -> None:
     lengths, capacity = case
     order = list(range(len(lengths)))
     random.shuffle(order)
@@ -94,7 +106,7 @@ def test_samples_of_equal_length_can_be_exchanged_in_all_recipes(case, seed, epo
     assert one.digest == two.digest
 
 
-def test_epochs_differ_and_each_is_the_same_when_asked_again():
+def test_epochs_differ_and_each_is_the_same_when_asked_again() -> None:
     lengths = np.random.default_rng(0).integers(1, 60, 500)
     table = PackTable.build(lengths, capacity=100, seed=3)
     epochs = [rows_of(table, epoch) for epoch in (0, 1, 2, 0)]
@@ -103,14 +115,14 @@ def test_epochs_differ_and_each_is_the_same_when_asked_again():
     assert rows_of(PackTable.build(lengths, capacity=100, seed=4), 0) != epochs[0]
 
 
-def test_without_a_shuffle_every_epoch_has_the_same_rows():
+def test_without_a_shuffle_every_epoch_has_the_same_rows() -> None:
     lengths = np.random.default_rng(0).integers(1, 60, 500)
     table = PackTable.build(lengths, capacity=100, shuffle=False)
     assert rows_of(table, 0) == rows_of(table, 7)
     assert sorted(table.rows(7, np.arange(len(table)))[0].tolist()) == list(range(500))
 
 
-def test_two_hundred_epochs_keep_the_number_of_rows_and_the_caps():
+def test_two_hundred_epochs_keep_the_number_of_rows_and_the_caps() -> None:
     lengths = np.random.default_rng(1).integers(1, 60, 300)
     table = PackTable.build(lengths, capacity=128)
     for epoch in range(200):
@@ -119,7 +131,7 @@ def test_two_hundred_epochs_keep_the_number_of_rows_and_the_caps():
         assert np.add.reduceat(lengths[samples], np.cumsum(documents) - documents).max() <= 128
 
 
-def test_a_pickled_table_is_small_and_gives_the_same_rows():
+def test_a_pickled_table_is_small_and_gives_the_same_rows() -> None:
     lengths = np.random.default_rng(0).integers(1, 60, 5_000)
     table = PackTable.build(lengths, capacity=1_000)
     rows = rows_of(table, 2)
@@ -128,7 +140,7 @@ def test_a_pickled_table_is_small_and_gives_the_same_rows():
     assert small < 4 * len(lengths) + 60_000
 
 
-def test_rows_are_the_same_on_every_machine_and_version():
+def test_rows_are_the_same_on_every_machine_and_version() -> None:
     lengths = [7, 3, 5, 2, 2, 9, 4, 1, 6, 3, 8, 5]
     table = PackTable.build(lengths, capacity=20, seed=5)
     assert len(table) == 3
@@ -157,7 +169,9 @@ def test_rows_are_the_same_on_every_machine_and_version():
         ({"capacity": 2, "overlong": "drop"}, ValueError, "drops them all"),
     ],
 )
-def test_options_that_make_no_sense_are_refused_with_a_remedy(options, error, words):
+def test_options_that_make_no_sense_are_refused_with_a_remedy(
+    options: dict[str, Any], error: type[Exception], words: str
+) -> None:
     with pytest.raises(error, match=words):
         PackTable.build([3, 5, 9], **options)
 
@@ -173,6 +187,8 @@ def test_options_that_make_no_sense_are_refused_with_a_remedy(options, error, wo
         ([3, 2**50], ValueError, "at sample 1"),
     ],
 )
-def test_lengths_that_are_none_are_refused(lengths, error, words):
+def test_lengths_that_are_none_are_refused(
+    lengths: list[bool | float | list[list[int]]], error: type[Exception], words: str
+) -> None:
     with pytest.raises(error, match=words):
         PackTable.build(lengths, capacity=10)

@@ -162,7 +162,7 @@ class VarlenCases:
         shapes = {shape for places in self.places for shape in places.shapes}
         for name, part in _plain_parts(self.whole):
             if tuple(part.shape[:2]) in shapes:
-                return f"{name!r} is a plain tensor with an entry per step: make it from the batch inside of the step"
+                return f"{name!r} is a plain tensor with an entry per step: make it from the batch inside the step"
         batch = _replaced(_documents_in_order(self.whole, order, self.count), turned)
         return batch, _distinct(Places.of(part) for part in turned.values()), order
 
@@ -393,10 +393,10 @@ def _steps_of(fields: Mapping[str, Tensor], end: int) -> tuple[int, list[tuple[i
     return sizes.pop(), shapes
 
 
-def describe_documents(documents: Sequence[int], shown: int = 6) -> str:
+def name_documents(documents: Sequence[int], shown: int = 6) -> str:
     """A few numbers of documents for a message.
 
-    >>> describe_documents([3]), describe_documents(range(9))
+    >>> name_documents([3]), name_documents(range(9))
     ('document 3', 'documents 0, 1, 2, 3, 4, 5 and 3 more')
     """
     names = ", ".join(str(document) for document in documents[:shown])
