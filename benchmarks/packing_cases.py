@@ -1,6 +1,7 @@
 """What packs are measured by: corpora, and the figures of `packing_plans.py`."""
 
 import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +26,7 @@ from packers import (
     waste,
 )
 
+from samplers.dynamic.packer import Packer
 from samplers.planning.packs.pack_table import PackTable
 from samplers.planning.packs.row_order import RowOrder
 
@@ -350,4 +352,34 @@ def trl(lengths: Lengths, *, large: bool) -> list[dict[str, Any]]:
                 "microseconds": 1e6 * fastest(run, 3) / len(corpus),
             }
         )
+    return measured
+
+
+def streams() -> list[dict[str, Any]]:
+    """Packing of streams without an index: waste, the longest wait in buffers, and time of a sample."""
+    measured = []
+    for name, lengths in (("speech-like", speech_like(SAMPLES)), ("text-like", text_like(SAMPLES))):
+        for buffer in (500, 2_000, 5_000):
+            packer: Packer[int] = Packer(4_096, buffer_size=buffer, max_wait=1 << 40)
+            used = rows = waited = 0
+            values = lengths.tolist()
+            start = time.process_time()
+            for sample, length in enumerate(values):
+                packer.push(length, sample)
+                while packer.is_due:
+                    row = packer.pop()
+                    rows += 1
+                    used += sum(values[each] for each in row)
+                    waited = max(waited, packer.arrivals - min(row))
+            seconds = time.process_time() - start
+            measured.append(
+                {
+                    "corpus": name,
+                    "capacity": 4_096,
+                    "buffer": buffer,
+                    "waste": 100 * (1 - used / (rows * 4_096)),
+                    "wait": waited / buffer,
+                    "microseconds": 1e6 * seconds / SAMPLES,
+                }
+            )
     return measured

@@ -25,6 +25,7 @@ from packing_cases import (
     cases,
     limits,
     speech_like,
+    streams,
     text_like,
     times,
     trl,
@@ -32,6 +33,7 @@ from packing_cases import (
 )
 
 LARGE = (1_000_000, 10_000_000)
+STREAM_BUFFER = 2_000
 
 
 def show_cases(measured: Sequence[Case]) -> None:
@@ -180,6 +182,18 @@ def time_bars(measured: list[dict[str, Any]], packed: list[dict[str, Any]]) -> l
     return bars
 
 
+def stream_bars(measured: list[dict[str, Any]]) -> list[Bar]:
+    """The bars of streams."""
+    rows = [row for row in measured if row["buffer"] == STREAM_BUFFER]
+    waste, wait = max(row["waste"] for row in rows), max(row["wait"] for row in rows)
+    microseconds = max(row["microseconds"] for row in rows)
+    return [
+        ("stream, buffer 2,000: waste", "<= 0.2 %", f"{waste:.2f} %", waste <= 0.2),
+        ("stream, buffer 2,000: longest wait", "<= 2.5 buffers", f"{wait:.1f}", wait <= 2.5),
+        ("stream, buffer 2,000: a sample", "<= 4 us", f"{microseconds:.1f} us", microseconds <= 4),
+    ]
+
+
 def main() -> None:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -201,9 +215,18 @@ def main() -> None:
         timed += [times("text-like", text_like(count), 8_192, 2) for count in LARGE]
         timed.append(times("audio-like", audio_like(LARGE[1]), 640_000, 2))
     packed = trl(speech, large=not options.no_large) if HAS_TRL else []
-    results = {"limits": limited, "two fields": fields, "ranks": ranks, "times": timed, "TRL's package": packed}
+    streamed = streams()
+    results = {
+        "streams": streamed,
+        "limits": limited,
+        "two fields": fields,
+        "ranks": ranks,
+        "times": timed,
+        "TRL's package": packed,
+    }
     show_tables(results)
     bars = case_bars(measured) + limit_bars(limited, fields) + balance_bars(ranks) + time_bars(timed, packed)
+    bars += stream_bars(streamed)
     show_bars(bars)
     named = [{"figure": a, "bar": b, "reached": c, "met": d} for a, b, c, d in bars]
     save("packing_plans", {"cases": [asdict(case) for case in measured], **results, "bars": named})

@@ -296,6 +296,70 @@ def rate(case: Results, name: str) -> list[tuple[str, str]]:
     return [(case["case"], f"{samples:,.0f} /s, {nbytes / 1e6:,.0f} MB/s")]
 
 
+def pack_rows(results: Results) -> list[Cells]:
+    """Waste and mixing of packs, next to other packers."""
+    return [
+        {
+            "corpus, capacity": f"{row['corpus']}, {row['capacity']:,}",
+            "documents in a row": f"{row['documents']:.1f}",
+            "rows": f"{row['rows']:,}",
+            "next-fit": f"{row['next_fit']:.1f} %",
+            "best-fit, TRL": f"{row['best_fit']:.2f} %",
+            "axolotl": f"{row['axolotl']:.2f} %",
+            "ours": f"{row['waste']:.2f} %",
+            "pairs that meet again": f"{row['meets'][0]:.2f} %",
+            "at random": f"{row['random']:.2f} %",
+        }
+        for row in results["cases"]
+    ]
+
+
+def pack_rank_rows(results: Results) -> list[Cells]:
+    """Time lost to the slowest rank, and the spread of steps, for rows of best-fit and ours."""
+
+    def cell(figures: Sequence[float]) -> str:
+        return f"{figures[0]:.3f} ({figures[1]:.1f}), {figures[2]:.1f}x"
+
+    return [
+        {
+            "corpus, cost, ranks (steps)": f"{row['corpus']}, {row['cost']}, {row['replicas']} ({row['steps']:,})",
+            "best-fit, random": cell(row["best_fit_random"]),
+            "best-fit, grouped": cell(row["best_fit_grouped"]),
+            "ours, random": cell(row["random"]),
+            "ours, grouped": cell(row["grouped"]),
+            "costliest document": f"{row['bound']:.1f}",
+        }
+        for row in results["ranks"]
+    ]
+
+
+def pack_limit_rows(results: Results) -> list[Cells]:
+    """Rows over the bound under other limits."""
+    return [
+        {
+            "corpus, capacity": f"{row['corpus']}, {row['capacity']:,}",
+            "limit": row["limit"],
+            "rows over the bound": f"{row['over']:.2f} %",
+            "best-fit": f"{row['best_fit_over']:.1f} %",
+        }
+        for row in results["limits"]
+    ]
+
+
+def pack_time_rows(results: Results) -> list[Cells]:
+    """Times of construction, of an epoch and of rows."""
+    return [
+        {
+            "corpus": f"{row['corpus']}, {row['samples']:,}",
+            "construction": f"{row['construct_s']:.2f} s",
+            "first row of an epoch": f"{row['first_row_ms']:.0f} ms",
+            "any other row": f"{row['row_ms']:.2f} ms",
+            "a document in chunks": f"{row['document_us']:.2f} us",
+        }
+        for row in results["times"]
+    ]
+
+
 TABLES: Final[dict[str, tuple[str, Callable[[Results], list[Cells]]]]] = {
     "block_masks": ("block_masks", lambda results: ratio_rows(results["cases"])),
     "block_masks-targets": ("block_masks", bar_rows),
@@ -319,6 +383,11 @@ TABLES: Final[dict[str, tuple[str, Callable[[Results], list[Cells]]]]] = {
     "planning-targets": ("planning", bar_rows),
     "bucketing-targets": ("bucketing", bar_rows),
     "shards-targets": ("shards", bar_rows),
+    "packs": ("packing_plans", pack_rows),
+    "packs-ranks": ("packing_plans", pack_rank_rows),
+    "packs-limits": ("packing_plans", pack_limit_rows),
+    "packs-times": ("packing_plans", pack_time_rows),
+    "packs-targets": ("packing_plans", bar_rows),
 }
 
 if __name__ == "__main__":

@@ -19,14 +19,17 @@ except ImportError as error:
 from samplers.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from samplers.batch_sampler import LengthBucketBatchSampler
-    from samplers.dynamic.node import LengthBucketNode
+    from samplers.batch_sampler import LengthBucketBatchSampler, PackingBatchSampler
+    from samplers.dynamic.node import LengthBucketNode, PackingNode
+    from samplers.dynamic.pack_stage import pack_by_length
     from samplers.dynamic.stage import bucket_by_length
     from samplers.planning.optimal_widths import optimal_widths
+    from samplers.planning.packs.one_list import pack
     from samplers.planning.plan import BatchPlan, plan_epoch
     from samplers.shard_stream import ShardStream
     from samplers.shards.dataset import ShardDataset
     from samplers.shards.indexing.index import LengthIndex
+    from samplers.shards.split_dataset import SplitDataset
     from samplers.shards.writing.writer import ShardWriter
     from samplers.sources.lengths_of import lengths_of
 else:
@@ -37,12 +40,17 @@ else:
             "LengthBucketBatchSampler": "samplers.batch_sampler",
             "LengthBucketNode": "samplers.dynamic.node",
             "LengthIndex": "samplers.shards.indexing.index",
+            "PackingBatchSampler": "samplers.batch_sampler",
+            "PackingNode": "samplers.dynamic.node",
             "ShardDataset": "samplers.shards.dataset",
             "ShardStream": "samplers.shard_stream",
             "ShardWriter": "samplers.shards.writing.writer",
+            "SplitDataset": "samplers.shards.split_dataset",
             "bucket_by_length": "samplers.dynamic.stage",
             "lengths_of": "samplers.sources.lengths_of",
             "optimal_widths": "samplers.planning.optimal_widths",
+            "pack": "samplers.planning.packs.one_list",
+            "pack_by_length": "samplers.dynamic.pack_stage",
             "plan_epoch": "samplers.planning.plan",
         },
     )
@@ -53,11 +61,16 @@ __all__ = [
     "LengthBucketNode",
     "LengthError",
     "LengthIndex",
+    "PackingBatchSampler",
+    "PackingNode",
     "ShardDataset",
     "ShardStream",
     "ShardWriter",
+    "SplitDataset",
     "bucket_by_length",
     "lengths_of",
     "optimal_widths",
+    "pack",
+    "pack_by_length",
     "plan_epoch",
 ]

@@ -1,20 +1,28 @@
 """ShardStream: collated batches of a sharded corpus, planned from its index and read window by window."""
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, Final, Unpack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final, TypedDict, Unpack, cast
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from collate.widths import check_count
-from samplers.batch_sampler import find_replica
-from samplers.planning.clipping import check_collator
-from samplers.planning.options import PlanOptions, make_options
+from collate.widths import Widths, check_count
+from samplers.planning.budget import Cost, Count
+from samplers.planning.clipping import check_capacity, check_collator
+from samplers.planning.options import Indices, Options, Overlong, PlanOptions, make_options
+from samplers.planning.pack_batches.options import PackingOptions, PackOptions, make_pack_options
+from samplers.planning.pack_batches.plan import PackPlan
+from samplers.planning.pack_batches.window_packs import WindowPacks, make_window_packs
+from samplers.planning.packs.documents import DocumentCost, OverlongDocuments
+from samplers.planning.plan import BatchPlan
 from samplers.planning.schedule import count_steps
+from samplers.planning.sorting import as_length_array
 from samplers.planning.tables.window_table import WindowTable, make_window_table
 from samplers.progress.loader import PlannedLoader
-from samplers.progress.position import warn_of_drop
+from samplers.progress.position import check_epoch, warn_of_drop
+from samplers.progress.replica import find_replica
 from samplers.progress.shared_cursor import WORKERS, SharedEpochCursor, WorkerIteration
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.indexing.measuring import Decoder
@@ -24,6 +32,29 @@ from samplers.window_reader import ShardsInOrder, StepReader
 
 # Not pickled: as large as the corpus has samples, and computed again from the index.
 _NOT_PICKLED: Final = "_table"
+
+
+class StreamOptions(TypedDict, total=False):
+    """The keyword options of a stream, for type checkers: those of batches of a budget, or those of packs."""
+
+    max_tokens: int | None
+    batch_size: int | None
+    cost: Cost | DocumentCost | None
+    count_tokens: Count
+    window: int | None
+    shuffle: bool
+    seed: int
+    min_length: int
+    max_length: int | None
+    overlong: Overlong | OverlongDocuments
+    drop_last: bool
+    widths: Widths
+    indices: Indices | None
+    capacity: int | Sequence[int]
+    rows: int
+    multiple: int
+    max_documents: int | None
+    max_cost: float | None
 
 
 class ShardStream(PlannedLoader, IterableDataset[Any]):
@@ -57,9 +88,11 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
             number of workers, so that each fetches windows of its own; local shards do not need this.
         num_replicas: W; None takes the initialised process group's size, or 1.
         rank: Rank of this process; None takes the process group's, or 0.
-        options: Those of `LengthBucketBatchSampler`. `window` is how many samples a run of shards has at least (None:
-            10,000); a worker holds its part of a window in memory. With `drop_last`, every window drops the batch that
-            `batch_size` leaves short.
+        options: `window` is how many samples a run of shards has at least (None: 10,000); a worker holds its part of a
+            window in memory. The others are those of `LengthBucketBatchSampler`; with `drop_last`, every window drops
+            the batch that `batch_size` leaves short. Or, with `capacity`, those of `PackingBatchSampler`: the stream
+            packs, and reads pieces of split samples itself. The windows of packs are planned at construction, and are
+            the same in every epoch; the last batch of a window may have fewer rows.
 
     Attributes:
         data: The samples by index, as a `ShardDataset`.
@@ -69,11 +102,14 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         TypeError: An option is unknown or has the wrong type.
         LengthError: A length is negative, above every allowed width, or over the budget with `overlong="error"`.
         ValueError: An option is out of its range, no budget is given, no batch is left to plan, the last step has
-            fewer rows than replicas, or `collate_fn` cuts or pads samples otherwise than they are planned.
+            fewer rows than replicas, or `collate_fn` cuts, pads or packs samples otherwise than they are
+            planned.
         RuntimeError: A launcher started several processes, and their process group is not initialised.
     """
 
+    options: Options | PackOptions
     _cursor: SharedEpochCursor
+    _table: WindowTable | WindowPacks
 
     def __init__(
         self,
@@ -88,19 +124,29 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         interleave: int = 1,
         num_replicas: int | None = None,
         rank: int | None = None,
-        **options: Unpack[PlanOptions],
+        **options: Unpack[StreamOptions],
     ) -> None:
         super().__init__()
         if not callable(collate_fn):
             raise TypeError(f"collate_fn must be a function of a list of samples, got {collate_fn!r}")
         self.collate_fn = collate_fn
-        self.options = make_options(options)
+        # A row's capacity tells packs from batches of a budget.
+        self._window = options.get("window")
+        if "capacity" in options:
+            packing = {name: value for name, value in options.items() if name != "window"}
+            self.options = make_pack_options(cast(PackingOptions, packing))
+        else:
+            self.options = make_options(cast(PlanOptions, options))
         self.interleave = check_count("interleave", interleave, least=1, hint="1 reads one window after the other")
         self.num_replicas, self.rank = find_replica(num_replicas, rank)
         self.data = ShardsInOrder(shards, index, fields, decode=decode, handler=handler, max_failed=max_failed)
         self._lengths = self.data.index
         self._table = self._make_table()
-        check_collator(collate_fn, self._table.sorted_lengths, self.options, self.data.index.fields)
+        if isinstance(self._table, WindowPacks):
+            check_capacity(collate_fn, self._table.packs.limits.capacity)
+            self.data = self.data.with_pieces(self._table.pieces)
+        else:
+            check_collator(collate_fn, self._table.sorted_lengths, self._table.options, self.data.index.fields)
         self._cursor = SharedEpochCursor(self.num_replicas)
         # Refuses now what could not be shared in a later epoch.
         self._steps = count_steps(self._table, self.num_replicas)
@@ -119,21 +165,62 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         return StreamIterator(self, self._cursor)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != _NOT_PICKLED}
+        state = {name: value for name, value in self.__dict__.items() if name != _NOT_PICKLED}
+        if isinstance(self._table, WindowPacks):
+            # Planning all windows again would take longer than sending the plan, without the lengths.
+            state[_NOT_PICKLED] = replace(self._table, lengths=np.empty(0, np.int64))
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         # A worker reads the index, which may be a memory map, instead of receiving the table.
-        self._table = self._make_table()
+        if _NOT_PICKLED in state:
+            self._table = replace(cast(WindowPacks, self._table), lengths=as_length_array(self.data.index))
+        else:
+            self._table = self._make_table()
 
     @property
     def skipped(self) -> dict[str, dict[str, int]]:
         """Samples that were skipped so far, in all workers: `{shard: {reason: count}}`, as in `ShardDataset`."""
         return self.data.skipped
 
-    def _make_table(self) -> WindowTable:
-        """The batches of any epoch, from the index."""
+    @property
+    def max_length(self) -> int | tuple[int, ...] | None:
+        """Longer samples are planned with this many time steps; the collator must cut them to it.
+
+        With several fields of packs, one number for each.
+        """
+        if isinstance(self._table, WindowPacks):
+            cut = self._table.max_length
+            return cut[0] if cut is not None and len(cut) == 1 else cut
+        return self._table.options.max_length
+
+    @property
+    def widths(self) -> Widths:
+        """The padded widths that batches are planned with, as given; `PadCollator.for_sampler` pads to them.
+
+        Raises:
+            AttributeError: The stream packs.
+        """
+        if isinstance(self.options, PackOptions):
+            raise AttributeError("widths: a stream that packs has none, give it a VarlenCollator")
+        return self.options.widths
+
+    def plan(self, epoch: int) -> BatchPlan | PackPlan:
+        """All batches of an epoch, over all replicas: a `BatchPlan`, or with `capacity` the plan of packs.
+
+        Raises:
+            TypeError: The epoch is not an int.
+            ValueError: The epoch is negative.
+        """
+        if isinstance(self._table, WindowPacks):
+            return PackPlan(self._table, check_epoch(epoch), self.num_replicas)
+        return BatchPlan(self._table, check_epoch(epoch), self.num_replicas)
+
+    def _make_table(self) -> WindowTable | WindowPacks:
         index = self.data.index
+        if isinstance(self.options, PackOptions):
+            return make_window_packs(index, index.starts, self.options, window=self._window, interleave=self.interleave)
         return make_window_table(index, index.starts, self.options, self.interleave)
 
 

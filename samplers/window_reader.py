@@ -85,8 +85,9 @@ class ShardsInOrder(ShardDataset):
             Samples; with a handler, `Failed` instead of those that could not be read.
         """
         # Samples 7, 2 and 9 of shards with 5 samples each: in the order 2 | 7 9, with borders 0, 1 and 3.
-        order = np.argsort(sample_indices, kind="stable")
-        shards = np.searchsorted(self.index.starts, sample_indices[order], side="right")
+        sources = self._sources(sample_indices)
+        order = np.argsort(sources, kind="stable")
+        shards = np.searchsorted(self.index.starts, sources[order], side="right")
         borders = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(order)]
         samples: list[Any] = [None] * len(order)
         for first, last in pairwise(borders):

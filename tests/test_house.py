@@ -29,6 +29,7 @@ LAYERS = {
         ["testing", "lazy_names", "masked"],
     ],
     "samplers.planning": [
+        ["pack_batches"],
         ["plan"],
         ["schedule", "report"],
         ["tables", "packs", "clipping", "optimal_widths"],
@@ -40,7 +41,8 @@ LAYERS = {
     "samplers.planning.tables": [
         ["window_table", "pool_table"],
         ["batch_table", "window_order"],
-        ["buckets", "epoch_order", "equal_lengths"],
+        ["epoch_table"],
+        ["buckets", "epoch_order", "equal_lengths", "last_step"],
     ],
     "samplers.planning.packs": [
         ["row_order", "one_list"],
@@ -51,16 +53,23 @@ LAYERS = {
         ["best_fit"],
         ["documents"],
     ],
+    "samplers.planning.pack_batches": [
+        ["plan"],
+        ["report", "window_packs"],
+        ["table"],
+        ["options", "cut_rows"],
+    ],
     "samplers.progress": [
+        ["planned_sampler"],
         ["loader"],
         ["epoch_cursor", "shared_cursor"],
-        ["position"],
+        ["position", "replica"],
     ],
     "samplers.shards": [
         ["writing"],
         ["dataset"],
         ["field_value", "skipping"],
-        ["indexing", "skip_counts"],
+        ["indexing", "skip_counts", "split_dataset"],
         ["format"],
         ["storage"],
     ],
@@ -87,7 +96,13 @@ LAYERS = {
     "samplers.sources": [["lengths_of"], ["files"], ["json_lines", "megatron"], ["arrow_lengths"], ["extras"]],
     "samplers.shards.format": [["header_lengths"], ["samples", "tar"], ["keys"], ["npy"]],
     "samplers.shards.storage": [["paths"], ["reading"], ["atomic", "process_pool", "remote"], ["locks"]],
-    "samplers.dynamic": [["node"], ["stage"], ["bucketer", "sample_length"]],
+    "samplers.dynamic": [
+        ["node"],
+        ["pack_stage"],
+        ["stage"],
+        ["bucketer", "packer", "sample_length"],
+        ["buffer"],
+    ],
     "samplers.cli": [
         ["commands"],
         ["index_commands", "sample_commands"],
@@ -198,6 +213,7 @@ def test_the_public_names_are_those_that_were_promised() -> None:
     assert set(samplers.__all__) == {
         *("LengthBucketBatchSampler", "BatchPlan", "plan_epoch", "optimal_widths", "bucket_by_length"),
         *("LengthBucketNode", "LengthIndex", "ShardWriter", "ShardDataset", "ShardStream", "LengthError"),
+        *("PackingBatchSampler", "PackingNode", "SplitDataset", "pack", "pack_by_length"),
         "lengths_of",
     }
 

@@ -170,9 +170,9 @@ def plan_options(command: Command) -> Command:
         click.option("--max-length", type=click.IntRange(1), help="Cut longer samples to this length."),
         click.option(
             "--overlong",
-            type=click.Choice(["alone", "drop", "error"]),
+            type=click.Choice(["alone", "cut", "drop", "error", "split"]),
             default="error",
-            help="What to do with samples over the budget, as for a sampler.",
+            help="What to do with samples over the budget, as for a sampler; cut and split need --pack.",
         ),
         click.option("--drop-last", is_flag=True, help="Drop the last, partial step."),
         click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the shuffles."),
@@ -181,6 +181,45 @@ def plan_options(command: Command) -> Command:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def pack_options(command: Command) -> Command:
+    """Add the options of packs."""
+    options = [
+        click.option(
+            "--pack",
+            "capacities",
+            type=parse_numbers,
+            metavar="N[,N...]",
+            multiple=True,
+            help="Pack documents into rows of this capacity, one or several, instead of batches of a budget.",
+        ),
+        click.option("--rows", type=click.IntRange(1), default=1, help="Rows of a batch, with --pack."),
+        click.option("--multiple", type=click.IntRange(1), default=1, help="Round documents up, with --pack."),
+        click.option("--max-documents", type=click.IntRange(1), help="Most documents in a row, with --pack."),
+        click.option(
+            "--cost",
+            metavar="[LINEAR,]SQUARE",
+            help="Balance ranks by LINEAR x length + SQUARE x length^2, with --pack.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def split_pack_options(options: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
+    """Take the options of packs out of all: the capacities, and the others.
+
+    Raises:
+        UsageError: One is given without `--pack`.
+    """
+    capacities = flatten(options.pop("capacities"))
+    packed = {name: options.pop(name) for name in ("rows", "multiple", "max_documents", "cost")}
+    given = [name for name, value in packed.items() if value not in {None, 1}]
+    if given and not capacities:
+        raise click.UsageError(f"--{given[0].replace('_', '-')} needs --pack, the capacity of a row")
+    return capacities, packed
 
 
 def check_exists(path: str) -> None:

@@ -10,6 +10,7 @@ from samplers.cli.arguments import (
     WrittenPath,
     examples,
     measuring_options,
+    pack_options,
     parse_names,
     parse_numbers,
     parse_windows,
@@ -99,6 +100,7 @@ def verify(**options: Any) -> None:
         "lengthtrack report dataset --split train --fields tokens --max-tokens 8192",
         "lengthtrack report corpus.ltx --max-tokens 8192 --replicas 4 --plot padding.png --json report.json",
         "lengthtrack report corpus.ltx --batch-size 16 --json -",
+        "lengthtrack report lengths.npy --pack 2048,4096 --cost 1 --replicas 8 --plot packs.svg",
     )
 )
 @click.argument("sources", nargs=-1, required=True, metavar="INDEX|SHARDS|DATASET|FILE...")
@@ -114,6 +116,7 @@ def verify(**options: Any) -> None:
     "--window", type=parse_windows, metavar="N[,N...]", multiple=True, default=["auto"], help="Samples sorted together."
 )
 @plan_options
+@pack_options
 @click.option(
     "--json",
     "json_path",
@@ -124,7 +127,7 @@ def verify(**options: Any) -> None:
     "--plot", type=WrittenPath(dir_okay=False), help="Draw a figure, .png, .svg or .pdf; needs lengthtrack[plots]."
 )
 def report(**options: Any) -> None:
-    """Report what an epoch would cost, by budget and window.
+    """Report what an epoch would cost, by budget and window, or by the capacity of rows.
 
     One column for each plan, before any training. Of an index or shards, only the index is opened. Other sources are a
     folder that save_to_disk of a Hugging Face dataset has written (only offsets are read), Parquet and JSON lines, a

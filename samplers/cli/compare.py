@@ -1,4 +1,4 @@
-"""Compare plans before training: what each costs, as figures, as JSON and as a table."""
+"""Compare plans before training, of batches or of packs: what each costs, as figures, as JSON and as a table."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -6,10 +6,16 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Final, Self
 
+import click
 import numpy as np
 
+from samplers.cli.arguments import parse_numbers
 from samplers.planning.budget import Floats, Integers
 from samplers.planning.options import Options, PlanOptions
+from samplers.planning.pack_batches.options import PackOptions
+from samplers.planning.pack_batches.plan import PackPlan
+from samplers.planning.pack_batches.report import PackReport
+from samplers.planning.pack_batches.table import PackBatches, pack_batches
 from samplers.planning.plan import BatchPlan, plan_epoch
 from samplers.planning.report import PlanReport
 from samplers.planning.schedule import make_schedule
@@ -22,6 +28,14 @@ from samplers.planning.tables.pool_table import choose_table
 COUNTS: Final = (2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256)
 # A window has at least this many batches.
 FEWEST_BATCHES: Final = 4
+# Options of batches of a budget, and what they are where they are not given.
+_OF_BUDGETS: Final = {
+    "max_tokens": (None, "--max-tokens"),
+    "batch_size": (None, "--batch-size"),
+    "count_tokens": ("padded", "--count"),
+    "widths": (None, "--widths"),
+    "max_length": (None, "--max-length"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -172,14 +186,13 @@ def total_lengths(lengths: Lengths) -> Integers:
     return array if array.ndim == 1 else array.sum(1, dtype=np.int64)
 
 
-def tabulate(summaries: Sequence[PlanSummary], width: int) -> list[str]:
-    """The summaries as columns of a table.
+def tabulate(columns: Sequence[dict[str, str]], width: int) -> list[str]:
+    """Columns as a table.
 
     Args:
-        summaries: At least one.
+        columns: At least one: labels to values, all with the same labels.
         width: Characters in a line. Further columns go into another table below.
     """
-    columns = [_column(summary) for summary in summaries]
     labels = list(columns[0])
     label_width = max(len(label) for label in labels)
     cell = max(len(value) for column in columns for value in column.values()) + 2
@@ -216,7 +229,8 @@ def _trace(name: str, lengths: Lengths, summary: PlanSummary) -> Curve:
     )
 
 
-def _column(summary: PlanSummary) -> dict[str, str]:
+def plan_column(summary: PlanSummary) -> dict[str, str]:
+    """A column of the table."""
     report, options = summary.report, summary.table.options
     widths = summary.widths
     return {
@@ -241,5 +255,127 @@ def _column(summary: PlanSummary) -> dict[str, str]:
         "  from": f"{widths[0]:,}",
         "  to": f"{widths[-1]:,}",
         "over-long": f"{summary.overlong:,}",
+        "left out": f"{report.too_short + report.overlong_dropped + report.last_dropped:,}",
+    }
+
+
+@dataclass(frozen=True)
+class PolynomialCost:
+    """The cost of a document of L steps: linear x L + square x L^2."""
+
+    linear: int
+    square: int
+
+    def __call__(self, lengths: Any) -> Any:
+        """Costs `[n]` of lengths `[n]`, or `[n, K]` for K fields, whose costs are summed."""
+        steps = np.asarray(lengths, np.float64)
+        costs = self.linear * steps + self.square * steps**2
+        return costs if costs.ndim == 1 else costs.sum(1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackSummary:
+    """A plan of packs and its figures.
+
+    Attributes:
+        table: Batches of any epoch.
+        plan: Plan of the requested epoch.
+        report: Report of that plan.
+    """
+
+    table: PackBatches
+    plan: PackPlan
+    report: PackReport
+
+    @classmethod
+    def of(cls, lengths: Lengths, options: PackOptions, epoch: int, num_replicas: int) -> Self:
+        """Compute four epochs of a plan."""
+        table = pack_batches(lengths, options)
+        plan = PackPlan(table, epoch, num_replicas)
+        return cls(table=table, plan=plan, report=plan.report())
+
+    @property
+    def capacity(self) -> str:
+        """The capacity as text."""
+        return " x ".join(f"{steps:,}" for steps in self.table.packs.limits.capacity)
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures as primitive values."""
+        options, limits = self.table.options, self.table.packs.limits
+        names = ("rows", "multiple", "max_documents", "overlong", "min_length", "drop_last", "seed")
+        cost = None if options.cost is None else [getattr(options.cost, name) for name in ("linear", "square")]
+        figures = {"capacity": list(limits.capacity), "cost": cost}
+        figures |= {name: getattr(options, name) for name in names}
+        return {
+            "options": figures | {"epoch": self.plan.epoch, "replicas": self.plan.num_replicas},
+            "report": asdict(self.report),
+        }
+
+
+def compare_packs(lengths: Lengths, capacities: Sequence[int], options: dict[str, Any]) -> list[PackSummary]:
+    """Plan an epoch for every capacity.
+
+    Args:
+        lengths: As for `PackingBatchSampler`; with several fields, each has that capacity.
+        capacities: Steps of a row.
+        options: Of `lengthtrack report`, those of packs; the others must be left out.
+
+    Raises:
+        LengthError: A document does not fit in a row, with `overlong="error"`.
+        UsageError: An option is not for packs.
+        ValueError: An option is out of its range, or the last rows have fewer documents than replicas.
+    """
+    epoch, num_replicas = options.pop("epoch"), options.pop("num_replicas")
+    for name, (default, option) in _OF_BUDGETS.items():
+        if options.pop(name) != default:
+            raise click.UsageError(f"{option} is not for --pack: a row holds its capacity")
+    options["cost"] = parse_cost(options["cost"])
+    if options["overlong"] == "alone":
+        raise click.UsageError("--overlong alone is not for --pack: choose cut, drop, error or split")
+    array = as_length_array(lengths)
+    fields = 1 if array.ndim == 1 else array.shape[1]
+    return [
+        PackSummary.of(lengths, PackOptions(capacity=(capacity,) * fields, **options), epoch, num_replicas)
+        for capacity in capacities
+    ]
+
+
+def parse_cost(text: str | None) -> PolynomialCost | None:
+    """Parse `SQUARE` or `LINEAR,SQUARE`.
+
+    Raises:
+        BadParameter: It is neither.
+    """
+    if text is None:
+        return None
+    numbers = parse_numbers(text)
+    if len(numbers) > 2:
+        raise click.BadParameter(f"{text!r} must be SQUARE or LINEAR,SQUARE", param_hint="--cost")
+    linear, square = (0, *numbers)[-2:]
+    return PolynomialCost(linear, square)
+
+
+def pack_column(summary: PackSummary) -> dict[str, str]:
+    """A column of the table."""
+    report, options = summary.report, summary.table.options
+    return {
+        "capacity": summary.capacity,
+        **({"rows of a batch": f"{options.rows:,}"} if options.rows > 1 else {}),
+        "rows": f"{report.rows:,}",
+        "steps": f"{report.steps:,}",
+        "waste": f"{report.waste:.2%}",
+        "  emptiest row": f"{1 - report.least_full:.2%}",
+        "documents": f"{report.documents:,}",
+        "  in a row": f"{report.documents_per_row:.2f}",
+        "  deviation / mean": f"{report.documents_deviation:.2f}",
+        "pairs that meet again": f"{report.repeated_pairs:.3%}",
+        "  in 2 epochs": f"{report.repeated_pairs_in_2:.3%}",
+        "  in 5 epochs": f"{report.repeated_pairs_in_5:.3%}",
+        "  at random": f"{report.random_pairs:.3%}",
+        "rank imbalance": f"{report.imbalance:.3f}",
+        "  worst step": f"{report.worst_imbalance:.3f}",
+        "  costliest document": f"{report.costliest_document:.2f}",
+        "spread / random": f"{report.spread:.2f}",
+        "split": f"{report.overlong_split:,}",
         "left out": f"{report.too_short + report.overlong_dropped + report.last_dropped:,}",
     }

@@ -1,20 +1,20 @@
 """The bodies of `index`, `verify` and `report`, which read indexes and headers, and need no torch."""
 
-import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
-from samplers.cli.arguments import flatten
-from samplers.cli.compare import compare_plans, describe_lengths, trace_windows
+from samplers.cli.arguments import flatten, split_pack_options
+from samplers.cli.compare import compare_packs, compare_plans, pack_column, trace_windows
 from samplers.cli.describing import describe_index
 from samplers.cli.folder_index import expand_existing, index_of_folder, open_earlier, refresh_measure, unlisted_shards
 from samplers.cli.opening import as_shards, load_measure, open_sources, parse_widths, require_budget
-from samplers.cli.printing import describe_reading, judge, print_report, show_progress
-from samplers.cli.reported import LengthRequest, open_reported
+from samplers.cli.printing import describe_reading, judge, print_columns, print_report, show_progress, write_json
+from samplers.cli.reported import LengthRequest, ReportedLengths, open_reported
 from samplers.shards.indexing.find_index import find_index_files
 from samplers.shards.indexing.index import LengthIndex, tables_of
 from samplers.shards.indexing.index_file import read_index
@@ -105,10 +105,14 @@ def report(
     plot: str | None,
     **options: Any,
 ) -> None:
-    """Report what an epoch would cost, by budget and window."""
+    """Report what an epoch would cost, by budget and window, or by the capacity of rows."""
+    capacities, packed = split_pack_options(options)
+    if capacities:
+        packed |= options | {"max_tokens": max_tokens or None}
+        _report_packs(sources, capacities, packed, json_path=json_path, plot=plot)
+        return
     require_budget(max_tokens, options)
-    request = LengthRequest(*(options.pop(name) for name in ("fields", "split", "text", "rate")))
-    opened = open_reported(sources, request)
+    opened = _open_lengths(sources, options)
     lengths = opened.lengths
     options["widths"] = parse_widths(options["widths"], lengths)
     # Before the plans, so that a missing matplotlib is an error at once.
@@ -117,12 +121,35 @@ def report(
     # JSON on stdout must be the only output.
     if json_path != "-":
         print_report(sources, opened, summaries)
-    if json_path is not None:
-        figures = {"sources": list(sources), "lengths": describe_lengths(lengths), "rate": opened.rate}
-        text = json.dumps(figures | {"plans": [summary.as_json() for summary in summaries]}, indent=2)
-        click.echo(text) if json_path == "-" else Path(json_path).write_text(text + "\n", encoding="utf-8")
+    write_json(sources, opened, [summary.as_json() for summary in summaries], json_path)
     if pictures is not None:
         pictures.draw_comparison(lengths, summaries, trace_windows(lengths, summaries), Path(str(plot)))
+
+
+def _report_packs(
+    sources: Sequence[str],
+    capacities: Sequence[int],
+    options: dict[str, Any],
+    *,
+    json_path: str | None,
+    plot: str | None,
+) -> None:
+    """What `lengthtrack report --pack` does; the errors are those of `compare_packs`."""
+    opened = _open_lengths(sources, options)
+    # Before the plans, so that a missing matplotlib is an error at once.
+    pictures = load_extra("samplers.cli.plots", "plots") if plot else None
+    summaries = compare_packs(opened.lengths, capacities, options)
+    # JSON on stdout must be the only output.
+    if json_path != "-":
+        print_columns(sources, opened, [pack_column(summary) for summary in summaries])
+    write_json(sources, opened, [summary.as_json() for summary in summaries], json_path)
+    if pictures is not None:
+        pictures.draw_packs(summaries, Path(str(plot)))
+
+
+def _open_lengths(sources: Sequence[str], options: dict[str, Any]) -> ReportedLengths:
+    """The lengths of the sources; the options that say which are taken out of the others."""
+    return open_reported(sources, LengthRequest(*(options.pop(name) for name in ("fields", "split", "text", "rate"))))
 
 
 def _is_same(before: LengthIndex, built: LengthIndex) -> bool:

@@ -110,7 +110,9 @@ def require_budget(max_tokens: object, options: dict[str, Any]) -> None:
     """Refuse a plan without a budget.
 
     Raises:
-        UsageError: There is none.
+        UsageError: There is none, or `--overlong` is for packs alone.
     """
     if not max_tokens and options["batch_size"] is None:
         raise click.UsageError("no budget: give --max-tokens or --batch-size")
+    if options["overlong"] in {"cut", "split"}:
+        raise click.UsageError(f"--overlong {options['overlong']} needs --pack: choose alone, drop or error")

@@ -1,15 +1,17 @@
 """Output of the commands: an index as text, a comparison of plans, a batch row by row."""
 
+import json
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import click
 import numpy as np
 from tqdm import tqdm
 
-from samplers.cli.compare import PlanSummary, describe_lengths, tabulate
+from samplers.cli.compare import PlanSummary, describe_lengths, plan_column, tabulate
 from samplers.cli.describing import count, describe_seconds
 from samplers.cli.reported import ReportedLengths
 from samplers.planning.tables.batch_table import BatchTable
@@ -48,6 +50,14 @@ def judge(problems: Sequence[str], missing: Sequence[str]) -> str:
 
 def print_report(sources: Sequence[str], opened: ReportedLengths, summaries: Sequence[PlanSummary]) -> None:
     """Print a comparison of plans as a table."""
+    print_columns(sources, opened, [plan_column(summary) for summary in summaries])
+    # Plans of one budget have the same over-long samples: say it once.
+    for text in dict.fromkeys(_overlong_line(opened, summary) for summary in summaries if summary.overlong):
+        click.echo(f"\n{text}")
+
+
+def print_columns(sources: Sequence[str], opened: ReportedLengths, columns: Sequence[dict[str, str]]) -> None:
+    """Print a corpus, and columns of figures as a table."""
     figures = describe_lengths(opened.lengths)
     name = sources[0] if len(sources) == 1 else f"{len(sources):,} sources"
     click.secho(f"{name}: {opened.description}", bold=True)
@@ -63,11 +73,16 @@ def print_report(sources: Sequence[str], opened: ReportedLengths, summaries: Seq
     click.echo("")
     # Only a terminal has a width.
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
-    for line in tabulate(summaries, width):
+    for line in tabulate(columns, width):
         click.echo(line)
-    # Plans of one budget have the same over-long samples: say it once.
-    for text in dict.fromkeys(_overlong_line(opened, summary) for summary in summaries if summary.overlong):
-        click.echo(f"\n{text}")
+
+
+def write_json(sources: Sequence[str], opened: ReportedLengths, plans: Sequence[Any], path: str | None) -> None:
+    """Write the figures of a corpus and of plans as JSON; "-" is stdout, None is nowhere."""
+    if path is not None:
+        figures = {"sources": list(sources), "lengths": describe_lengths(opened.lengths), "rate": opened.rate}
+        text = json.dumps(figures | {"plans": plans}, indent=2)
+        click.echo(text) if path == "-" else Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def _overlong_line(opened: ReportedLengths, summary: PlanSummary) -> str:

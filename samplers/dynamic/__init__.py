@@ -1,4 +1,4 @@
-"""Bucketing of streams whose lengths are not known in advance: a stage for webdataset, a node for torchdata.
+"""Bucketing and packing of streams whose lengths are not known in advance: stages for webdataset, nodes for torchdata.
 
 Imports `planning` (budget and options), `shards` (skipping), `testing`, and of `collate` the errors and `widths`.
 Terms: a sample *waits* in the buffer and is *emitted* in a batch; an *arrival* counts the samples of the source, with
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from samplers.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from samplers.dynamic.node import LengthBucketNode
+    from samplers.dynamic.node import LengthBucketNode, PackingNode
+    from samplers.dynamic.pack_stage import PackStage, pack_by_length
     from samplers.dynamic.stage import BucketStage, bucket_by_length
 else:
     __getattr__, __dir__ = lazy_names(
@@ -19,8 +20,11 @@ else:
         {
             "BucketStage": "samplers.dynamic.stage",
             "LengthBucketNode": "samplers.dynamic.node",
+            "PackStage": "samplers.dynamic.pack_stage",
+            "PackingNode": "samplers.dynamic.node",
             "bucket_by_length": "samplers.dynamic.stage",
+            "pack_by_length": "samplers.dynamic.pack_stage",
         },
     )
 
-__all__ = ["BucketStage", "LengthBucketNode", "bucket_by_length"]
+__all__ = ["BucketStage", "LengthBucketNode", "PackStage", "PackingNode", "bucket_by_length", "pack_by_length"]

@@ -8,9 +8,10 @@ from typing import Any, Final, Generic
 from torchdata.nodes import BaseNode, IterableWrapper, SamplerWrapper
 from torchdata.nodes.types import Stateful
 
-from samplers.dynamic.bucketer import SampleT
+from samplers.dynamic.buffer import SampleT
+from samplers.dynamic.pack_stage import pack_by_length
 from samplers.dynamic.sample_length import Length
-from samplers.dynamic.stage import BucketStage, bucket_by_length, report_overlong
+from samplers.dynamic.stage import StreamStage, bucket_by_length, report_overlong
 from samplers.testing import same_items
 
 # A source's state may be large. So it is taken once in 64 arrivals.
@@ -23,8 +24,8 @@ _STALE: Final = "source_had_not_begun"
 _UNKNOWN: Final = object()
 
 
-class LengthBucketNode(BaseNode[list[SampleT]], Generic[SampleT]):
-    """A torchdata node that turns a node of samples into batches of similar lengths.
+class StreamNode(BaseNode[list[SampleT]], Generic[SampleT]):
+    """A torchdata node that turns a node of samples into batches, through a buffer.
 
     Its state has no samples. It has the state of the source at a snapshot before the oldest waiting sample, and which
     later samples were emitted. After a restore the node reads the source again from the snapshot. So the source must
@@ -38,19 +39,13 @@ class LengthBucketNode(BaseNode[list[SampleT]], Generic[SampleT]):
 
     Args:
         source: A node of samples.
-        length: As for `bucket_by_length`.
-        options: As for `bucket_by_length`: `max_tokens`, `batch_size`, `cost`, `buffer_size`, `max_wait`, `max_bytes`,
-            `overlong`, `handler`, `max_failed`.
-
-    Raises:
-        TypeError: An option is unknown or has the wrong type.
-        ValueError: No budget is given, or an option is out of its range.
+        stage: Makes the buffer.
     """
 
-    def __init__(self, source: BaseNode[SampleT], length: Length, **options: Any) -> None:
+    def __init__(self, source: BaseNode[SampleT], stage: StreamStage[SampleT]) -> None:
         super().__init__()
         self.source = source
-        self._stage: BucketStage[SampleT] = bucket_by_length(length, **options)
+        self._stage = stage
         self._bucketer = self._stage.new_bucketer()
         # The source's state before its first sample. None if this node was first reset with a state.
         self._at_first: Any = _UNKNOWN
@@ -64,6 +59,11 @@ class LengthBucketNode(BaseNode[list[SampleT]], Generic[SampleT]):
     def dropped(self) -> int:
         """Number of over-long samples that this epoch has left out so far."""
         return self._bucketer.dropped
+
+    @property
+    def too_short(self) -> int:
+        """Number of samples of this epoch so far that `min_length` has left out."""
+        return self._bucketer.too_short
 
     @property
     def skipped(self) -> dict[str, dict[str, int]]:
@@ -186,6 +186,47 @@ class LengthBucketNode(BaseNode[list[SampleT]], Generic[SampleT]):
         """Drop all snapshots before the last one that is not behind the oldest waiting sample."""
         while len(self._snapshots) > 1 and self._snapshots[1][0] <= self._bucketer.oldest:
             self._snapshots.popleft()
+
+
+class LengthBucketNode(StreamNode[SampleT]):
+    """A torchdata node that turns a node of samples into batches of similar lengths.
+
+    State and sources are those of `StreamNode`: its state has no samples, and the source must give the same samples in
+    the same order after a restore. Put a `Prefetcher` behind this node, not before it.
+
+    Args:
+        source: A node of samples.
+        length: As for `bucket_by_length`.
+        options: As for `bucket_by_length`: `max_tokens`, `batch_size`, `cost`, `count_tokens`, `widths`,
+            `buffer_size`, `max_wait`, `max_bytes`, `min_length`, `max_length`, `overlong`, `handler`, `max_failed`.
+
+    Raises:
+        TypeError: An option is unknown or has the wrong type.
+        ValueError: No budget is given, or an option is out of its range.
+    """
+
+    def __init__(self, source: BaseNode[SampleT], length: Length, **options: Any) -> None:
+        super().__init__(source, bucket_by_length(length, **options))
+
+
+class PackingNode(StreamNode[SampleT]):
+    """A torchdata node that turns a node of samples into batches of full rows.
+
+    State and sources are those of `StreamNode`, as for `LengthBucketNode`.
+
+    Args:
+        source: A node of samples.
+        length: As for `pack_by_length`.
+        options: As for `pack_by_length`: `capacity`, `rows`, `multiple`, `max_documents`, `buffer_size`, `max_wait`,
+            `max_bytes`, `min_length`, `max_length`, `overlong`, `handler`, `max_failed`.
+
+    Raises:
+        TypeError: An option is unknown or has the wrong type, or `capacity` is missing.
+        ValueError: An option is out of its range.
+    """
+
+    def __init__(self, source: BaseNode[SampleT], length: Length, **options: Any) -> None:
+        super().__init__(source, pack_by_length(length, **options))
 
 
 def _refuse_stale(state: Mapping[str, Any]) -> None:

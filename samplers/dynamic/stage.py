@@ -1,12 +1,15 @@
 """Bucketing as a stage of a webdataset pipeline, for streams that have no index."""
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Generic
 
-from samplers.dynamic.bucketer import Bucketer, SampleT
+from collate.widths import Widths, check_widths
+from samplers.dynamic.bucketer import Bucketer
+from samplers.dynamic.buffer import SampleT, StreamBuffer
 from samplers.dynamic.sample_length import Length, length_of
-from samplers.planning.budget import Budget, Cost
+from samplers.planning.budget import Budget, Cost, Count
 from samplers.planning.options import Overlong
 from samplers.shards.skipping import Failed, Handler, make_skipping
 
@@ -23,15 +26,18 @@ def bucket_by_length(
     max_wait: int | None = None,
     max_bytes: int | None = None,
     overlong: Overlong = "error",
+    count_tokens: Count = "padded",
+    widths: Widths = None,
+    min_length: int = 0,
+    max_length: int | None = None,
     handler: Handler | None = None,
     max_failed: float | None = None,
 ) -> "BucketStage[Any]":
     """Make a stage that turns a stream of samples into batches of similar lengths.
 
     Args:
-        length: Length of a sample in steps: a function, or the field that holds the sequence (or its length). The
-            budget uses this length: if a collator pads to a multiple, give a function that rounds up as well.
-        max_tokens: Largest rows x longest row of a batch.
+        length: Length of a sample in steps: a function, or the field that holds the sequence (or its length).
+        max_tokens: Largest number of tokens of a batch, counted as `count_tokens` says.
         batch_size: Largest number of rows of a batch.
         cost: A custom cost: a batch fits if `cost(rows, width) <= 1`. Called with int64 arrays `[n]`, returns numbers
             `[n]`, which must not fall as rows or width grow.
@@ -42,9 +48,14 @@ def bucket_by_length(
             lists, tuples, sets and dataclasses. None counts nothing.
         overlong: What to do with a sample that alone exceeds the budget: `"error"`, `"drop"` or `"alone"` (a batch of
             one). Their number is logged when the stream ends.
+        count_tokens: `"padded"`: `max_tokens` limits rows x padded width. `"real"`: it limits the sum of lengths.
+        widths: Padded widths, as the collator's: a multiple, or the allowed widths. None pads to the longest row.
+        min_length: Shorter samples are left out, and counted by the node.
+        max_length: Longer samples count as this long; the collator must cut them.
         handler: Called with the error of a sample that has no length, or exceeds the budget with `overlong="error"`.
             It returns True to skip the sample, or False to raise, as `webdataset.warn_and_continue` does. None raises.
-            Errors of the source are always raised: the stages before have their own handlers.
+            Errors of the source are always raised: the stages before have their own handlers. The waiting samples are
+            lost then, and their number is logged.
         max_failed: Fraction of samples that may be skipped, 0 to 1. None is a tenth, but at least 99 samples.
 
     Returns:
@@ -62,51 +73,54 @@ def bucket_by_length(
         >>> list(stage(["a", "bbb", "cc", "ddd", "e"]))
         [['a', 'cc'], ['bbb', 'ddd'], ['e']]
     """
-    budget = Budget(max_tokens=max_tokens, batch_size=batch_size, cost=cost)
-    options = {"buffer_size": buffer_size, "max_wait": max_wait, "max_bytes": max_bytes, "overlong": overlong}
+    budget = Budget(max_tokens=max_tokens, batch_size=batch_size, cost=cost, count_tokens=count_tokens)
+    options: dict[str, Any] = {
+        "buffer_size": buffer_size,
+        "max_wait": max_wait,
+        "max_bytes": max_bytes,
+        "overlong": overlong,
+    }
+    options |= {"widths": check_widths(widths), "min_length": min_length, "max_length": max_length}
     return BucketStage(length, budget, handler=handler, max_failed=max_failed, **options)
 
 
-class BucketStage(Generic[SampleT]):
-    """The stage that `bucket_by_length` makes.
+class StreamStage(ABC, Generic[SampleT]):
+    """A stage that turns a stream of samples into a stream of batches, through a buffer.
 
     Args:
-        length: Length of a sample, as for `bucket_by_length`.
-        budget: Limit of a batch.
+        length: Length of a sample: a function, or a field.
         handler: Called with the error of a sample without a length.
         max_failed: Fraction of samples that may be skipped.
-        options: Options of `Bucketer`.
 
     Raises:
         TypeError: An option has the wrong type.
         ValueError: An option is out of its range.
     """
 
-    def __init__(
-        self,
-        length: Length,
-        budget: Budget,
-        *,
-        handler: Handler | None = None,
-        max_failed: float | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, length: Length, handler: Handler | None, max_failed: float | None) -> None:
         if isinstance(length, bool) or not (callable(length) or isinstance(length, (str, int))):
             raise TypeError(f"length must be a function or the name or number of a field, got {length!r}")
-        self.length, self.budget, self.options = length, budget, options
+        self.length = length
         self._skipping = make_skipping(handler, max_failed)
         # A wrong option is an error here, and not first in a worker.
         self.new_bucketer()
+
+    @abstractmethod
+    def new_bucketer(self) -> StreamBuffer[SampleT]:
+        """An empty buffer with the stage's options."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.describe()})"
 
     def describe(self) -> str:
-        """Length, budget and buffer as text for a `repr`."""
+        """Length, limits and buffer as text for a `repr`."""
         length = getattr(self.length, "__qualname__", None) or repr(self.length)
-        limits = {name: getattr(self.budget, name) for name in ("max_tokens", "batch_size", "cost")}
-        options = {name: value for name, value in (limits | self.options).items() if value is not None}
+        options = {name: value for name, value in self._described().items() if value is not None}
         return ", ".join([f"length={length}", *(f"{name}={value!r}" for name, value in options.items())])
+
+    @abstractmethod
+    def _described(self) -> dict[str, Any]:
+        """The options for a `repr`; None is not shown."""
 
     def __call__(self, source: Iterable[SampleT]) -> Iterator[list[SampleT]]:
         """Bucket a stream.
@@ -140,11 +154,7 @@ class BucketStage(Generic[SampleT]):
         """
         return {} if self._skipping is None else self._skipping.counts
 
-    def new_bucketer(self) -> Bucketer[SampleT]:
-        """An empty buffer with these options."""
-        return Bucketer(self.budget, **self.options)
-
-    def push(self, bucketer: Bucketer[SampleT], sample: SampleT) -> None:
+    def push(self, bucketer: StreamBuffer[SampleT], sample: SampleT) -> None:
         """Add a sample to a buffer, or skip it. Either way it is an arrival. The errors are those of `__call__`."""
         try:
             bucketer.push(length_of(sample, self.length), sample)
@@ -159,7 +169,7 @@ class BucketStage(Generic[SampleT]):
             if self._skipping is not None:
                 self._skipping.take()
 
-    def end(self, bucketer: Bucketer[SampleT]) -> None:
+    def end(self, bucketer: StreamBuffer[SampleT]) -> None:
         """Note in a buffer that its source has ended.
 
         Raises:
@@ -169,7 +179,7 @@ class BucketStage(Generic[SampleT]):
         if self._skipping is not None:
             self._skipping.finish()
 
-    def _sift(self, bucketer: Bucketer[SampleT], source: Iterable[SampleT]) -> Iterator[list[SampleT]]:
+    def _sift(self, bucketer: StreamBuffer[SampleT], source: Iterable[SampleT]) -> Iterator[list[SampleT]]:
         """Bucket a stream, and skip samples that cannot be bucketed.
 
         Yields:
@@ -184,7 +194,45 @@ class BucketStage(Generic[SampleT]):
             yield bucketer.pop()
 
 
-def report_overlong(bucketer: Bucketer[Any]) -> None:
+class BucketStage(StreamStage[SampleT]):
+    """The stage that `bucket_by_length` makes.
+
+    Args:
+        length: Length of a sample, as for `bucket_by_length`.
+        budget: Limit of a batch.
+        handler: Called with the error of a sample without a length.
+        max_failed: Fraction of samples that may be skipped.
+        options: Options of `Bucketer`.
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: An option is out of its range.
+    """
+
+    def __init__(
+        self,
+        length: Length,
+        budget: Budget,
+        *,
+        handler: Handler | None = None,
+        max_failed: float | None = None,
+        **options: Any,
+    ) -> None:
+        self.budget, self.options = budget, options
+        super().__init__(length, handler, max_failed)
+
+    def new_bucketer(self) -> Bucketer[SampleT]:
+        """An empty buffer with these options."""
+        return Bucketer(self.budget, **self.options)
+
+    def _described(self) -> dict[str, Any]:
+        limits = {name: getattr(self.budget, name) for name in ("max_tokens", "batch_size", "cost")}
+        options = limits | self.options
+        # Zero is the default of `min_length`.
+        return options | {"min_length": options.get("min_length") or None}
+
+
+def report_overlong(bucketer: StreamBuffer[Any]) -> None:
     """Log how many over-long samples were dropped or emitted alone."""
     if bucketer.dropped or bucketer.alone:
         _logger.warning(
@@ -193,3 +241,5 @@ def report_overlong(bucketer: Bucketer[Any]) -> None:
             bucketer.dropped,
             bucketer.alone,
         )
+    if bucketer.too_short:
+        _logger.info("of %d samples %d were shorter than min_length", bucketer.arrivals, bucketer.too_short)

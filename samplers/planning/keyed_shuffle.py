@@ -27,7 +27,7 @@ ROUNDS: Final = ((LISTED + 1, 0), (64, 16), (1 << 63, 8))
 # Draws that an epoch makes before its first usable one is good enough.
 ATTEMPTS: Final = 32
 # Some epochs must not fail: they make this many times more draws.
-PATIENCE: Final = 32
+ATTEMPTS_FACTOR: Final = 32
 _MASK: Final = (1 << 64) - 1
 _GAMMA: Final = 0x9E3779B97F4A7C15
 _MIX_1: Final = 0xBF58476D1CE4E5B9
@@ -198,7 +198,7 @@ def draw_until(
         patient: Whether to go through all 1,024 attempts, if the first 32 gave a usable draw.
     """
     first = None
-    for attempt in range(PATIENCE * ATTEMPTS if patient else ATTEMPTS):
+    for attempt in range(ATTEMPTS_FACTOR * ATTEMPTS if patient else ATTEMPTS):
         if attempt >= ATTEMPTS and first is None:
             break
         drawn = draw(attempt)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, Final, Literal, TypeAlias, TypedDict
+from typing import Any, Final, Literal, Protocol, TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,29 @@ Overlong: TypeAlias = Literal["error", "drop", "alone"]
 Indices: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 LARGEST_SEED: Final = (1 << 64) - 1
+
+
+class EpochOptions(Protocol):
+    """The options that every planner has."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the shuffles."""
+        ...
+
+    @property
+    def shuffle(self) -> bool:
+        """Whether epochs differ."""
+        ...
+
+    @property
+    def drop_last(self) -> bool:
+        """Whether the last, partial step is dropped."""
+        ...
+
+    def describe(self) -> str:
+        """The options that are not the default, as text."""
+        ...
 
 
 class PlanOptions(TypedDict, total=False):
@@ -89,16 +112,7 @@ class Options:
         >>> Options(max_tokens=100, batch_size=8, indices=range(5)).describe()
         'max_tokens=100, batch_size=8, indices=<5>'
         """
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        given = {each.name for each in fields(self) if values[each.name] is not each.default}
-        # An array is not compared, and not printed.
-        if "indices" in given:
-            values["indices"] = f"<{len(values['indices'])}>"
-        return ", ".join(
-            f"{name}={value}" if name == "indices" else f"{name}={value!r}"
-            for name, value in values.items()
-            if name in given
-        )
+        return describe_options(self)
 
     @cached_property
     def budget(self) -> Budget:
@@ -119,6 +133,20 @@ class Options:
         """Check an integer option, and store it as a Python int."""
         # A NumPy integer would end in saved positions, which JSON does not hold. The class is frozen, so not `setattr`.
         object.__setattr__(self, name, check_count(name, getattr(self, name), least=least, hint=hint))
+
+
+def describe_options(options: Any) -> str:
+    """The options of a dataclass that are not the default, as text for a `repr`; of `indices` their number."""
+    values = {each.name: getattr(options, each.name) for each in fields(options)}
+    given = {each.name for each in fields(options) if values[each.name] is not each.default}
+    # An array is not compared, and not printed.
+    if "indices" in given:
+        values["indices"] = f"<{len(values['indices'])}>"
+    return ", ".join(
+        f"{name}={value}" if name == "indices" else f"{name}={value!r}"
+        for name, value in values.items()
+        if name in given
+    )
 
 
 def make_options(options: PlanOptions) -> Options:

@@ -20,7 +20,8 @@ from samplers.planning.report import (
 )
 from samplers.planning.schedule import Schedule, check_steps, make_schedule
 from samplers.planning.sorting import Lengths
-from samplers.planning.tables.batch_table import BatchSizes, BatchTable, Shape
+from samplers.planning.tables.batch_table import BatchSizes, BatchTable
+from samplers.planning.tables.epoch_table import EpochTable, Shape
 from samplers.planning.tables.pool_table import choose_table
 
 T = TypeVar("T")
@@ -57,10 +58,68 @@ def plan_epoch(
     return BatchPlan(choose_table(lengths, make_options(options)), epoch, num_replicas)
 
 
-class BatchPlan:
+class EpochPlan:
     """All batches of an epoch, over all replicas: replica r takes batch `t * num_replicas + r` in step t.
 
-    `plan_epoch` makes one, and so does `plan` of a batch sampler or a shard stream.
+    Args:
+        table: The batches of any epoch.
+        epoch: Number of the epoch.
+        num_replicas: W, batches in a step.
+
+    Raises:
+        ValueError: The last step cannot be shared among the replicas, or there is no step at all.
+    """
+
+    def __init__(self, table: EpochTable, epoch: int, num_replicas: int) -> None:
+        self.epoch = epoch
+        self.num_replicas = num_replicas
+        # A schedule has the order of this epoch; the table has what is the same in all, such as the shapes.
+        self._schedule = make_schedule(table, epoch, num_replicas)
+        check_steps(self._schedule)
+
+    def __repr__(self) -> str:
+        batches = len(self.batches)
+        return f"{type(self).__name__}(epoch={self.epoch}, batches={batches}, num_replicas={self.num_replicas})"
+
+    @property
+    def batches(self) -> "PlannedBatches":
+        """The batches as lists of Python ints; computed when they are asked for."""
+        return PlannedBatches(self._schedule)
+
+    @property
+    def steps(self) -> int:
+        """Batches of each replica."""
+        return self._schedule.steps
+
+    def unsort(self, outputs: Sequence[Sequence[T]]) -> list[T | None]:
+        """Put a whole epoch's results into the dataset's order.
+
+        Args:
+            outputs: A result for each batch of the plan, in the order of `batches`: a list, array or tensor with an
+                entry for each of the batch's samples, in the order of the batch.
+
+        Returns:
+            `[N]`: an entry for each sample of the dataset, None for a sample that the plan leaves out.
+
+        Raises:
+            ValueError: The number of batches, or of a batch's entries, is not the plan's.
+        """
+        if len(outputs) != len(self.batches):
+            raise ValueError(f"outputs must hold the plan's {len(self.batches)} batches, got {len(outputs)}")
+        ordered: list[T | None] = [None] * self._schedule.table.dataset_size
+        for slot, (batch, output) in enumerate(zip(self.batches, outputs, strict=True)):
+            if len(output) != len(batch):
+                raise ValueError(f"outputs must match the plan, got {len(output)} for {len(batch)} rows, batch {slot}")
+            for sample_index, entry in zip(batch, output, strict=True):
+                ordered[sample_index] = entry
+        return ordered
+
+
+class BatchPlan(EpochPlan):
+    """All batches of an epoch, over all replicas: replica r takes batch `t * num_replicas + r` in step t.
+
+    `plan_epoch` makes one, and so does `plan` of a batch sampler or a shard stream. Samples of one field come longest
+    first in a batch.
 
     Args:
         table: The batches of any epoch.
@@ -72,25 +131,8 @@ class BatchPlan:
     """
 
     def __init__(self, table: BatchTable, epoch: int, num_replicas: int) -> None:
-        self.epoch = epoch
-        self.num_replicas = num_replicas
+        super().__init__(table, epoch, num_replicas)
         self._table = table
-        # A schedule has the order of this epoch; the table has what is the same in all, such as the shapes.
-        self._schedule = make_schedule(table, epoch, num_replicas)
-        check_steps(self._schedule)
-
-    def __repr__(self) -> str:
-        return f"BatchPlan(epoch={self.epoch}, batches={len(self.batches)}, num_replicas={self.num_replicas})"
-
-    @property
-    def batches(self) -> "PlannedBatches":
-        """The batches as lists of Python ints, samples of one field longest first; computed when they are asked for."""
-        return PlannedBatches(self._schedule)
-
-    @property
-    def steps(self) -> int:
-        """Batches of each replica."""
-        return self._schedule.steps
 
     @property
     def shapes(self) -> list[Shape]:
@@ -127,7 +169,7 @@ class BatchPlan:
         sizes, table, sorted_lengths = self._sizes, self._table, self._table.sorted_lengths
         later = [make_schedule(table, self.epoch + lag, self.num_replicas) for lag in LAGS]
         repeated = [self._share_repeated_pairs(schedule) for schedule in later]
-        all_sizes = [sizes, *(schedule.measure_batches() for schedule in later)]
+        all_sizes = [sizes, *(measure_schedule(table, schedule) for schedule in later)]
         # Three samples of widths 8 and 2 are 3 x (8 + 2) padded tokens.
         padded = sizes.rows * sizes.widths.sum(1)
         use = table.budget_use(sizes)
@@ -158,32 +200,9 @@ class BatchPlan:
             worst_imbalance=worst_imbalance,
         )
 
-    def unsort(self, outputs: Sequence[Sequence[T]]) -> list[T | None]:
-        """Put a whole epoch's results into the dataset's order.
-
-        Args:
-            outputs: A result for each batch of the plan, in the order of `batches`: a list, array or tensor with an
-                entry for each of the batch's samples, in the order of the batch.
-
-        Returns:
-            `[N]`: an entry for each sample of the dataset, None for a sample that the plan leaves out.
-
-        Raises:
-            ValueError: The number of batches, or of entries of a batch, differs from the plan.
-        """
-        if len(outputs) != len(self.batches):
-            raise ValueError(f"outputs must hold the plan's {len(self.batches)} batches, got {len(outputs)}")
-        ordered: list[T | None] = [None] * len(self._table.sorted_lengths.lengths)
-        for slot, (batch, output) in enumerate(zip(self.batches, outputs, strict=True)):
-            if len(output) != len(batch):
-                raise ValueError(f"outputs must match the plan, got {len(output)} for {len(batch)} rows, batch {slot}")
-            for sample_index, entry in zip(batch, output, strict=True):
-                ordered[sample_index] = entry
-        return ordered
-
     @cached_property
     def _sizes(self) -> BatchSizes:
-        return self._schedule.measure_batches()
+        return measure_schedule(self._table, self._schedule)
 
     def _share_repeated_pairs(self, later: Schedule) -> float:
         """The share of this epoch's pairs that share a batch of another epoch."""
@@ -195,6 +214,12 @@ class BatchPlan:
         for slots, samples in self._schedule.sample_slots():
             repeated += count_repeated_pairs(slots, later_slot[samples])
         return repeated / max(1, count_pairs(self._sizes.rows))
+
+
+def measure_schedule(table: BatchTable, schedule: Schedule) -> BatchSizes:
+    """Rows, widths and tokens of every batch of a schedule, in the order of its slots."""
+    parts = [table.measure_batches(*schedule.batch_samples(slots)) for slots in schedule.slot_ranges()]
+    return BatchSizes(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
 class PlannedBatches(Sequence[list[int]]):

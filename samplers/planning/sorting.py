@@ -230,7 +230,7 @@ def _sort_chosen(lengths: Lengths, array: npt.NDArray[Any], options: Options) ->
         order = lengths.order
     else:
         values = array if chosen is None else array[chosen]
-        _refuse_negative(values, chosen)
+        refuse_negative(values, chosen)
         order = argsort_longest_first(values) if chosen is None else chosen[argsort_longest_first(values)]
     # Lengths fall along the order: bisect for the first sample that is too short.
     end = bisect_left(range(len(order)), 1 - options.min_length, key=lambda i: -int(array[order[i]]))
@@ -240,7 +240,7 @@ def _sort_chosen(lengths: Lengths, array: npt.NDArray[Any], options: Options) ->
 def _sort_fields(array: npt.NDArray[Any], chosen: IndexArray, options: Options) -> tuple[IndexArray, int]:
     """The same for samples of several fields: over-long samples first, then neighbours alike in every field."""
     rows = array[chosen]
-    _refuse_negative(rows, chosen)
+    refuse_negative(rows, chosen)
     long_enough: npt.NDArray[np.bool_] = np.greater_equal(rows, options.min_length).all(1)
     chosen, rows = chosen[long_enough], _cut(rows[long_enough], options.max_length)
     exceeds = _exceeds_alone(rows, options)
@@ -355,7 +355,7 @@ def _first_fraction(array: npt.NDArray[Any]) -> str:
     return f" ({array[tuple(fractions[0])]} at sample {fractions[0][0]})" if len(fractions) else ""
 
 
-def _refuse_negative(values: npt.NDArray[Any], samples: IndexArray | None) -> None:
+def refuse_negative(values: npt.NDArray[Any], samples: IndexArray | None) -> None:
     """Check signs, also of unsigned integers that a subtraction has taken below zero.
 
     Raises:

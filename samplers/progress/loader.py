@@ -7,11 +7,12 @@ from typing import Any, Self
 
 from collate.deprecated.names import renamed_arguments
 from collate.widths import Widths, check_count
-from samplers.planning.options import Options
+from samplers.planning.options import EpochOptions, Options
 from samplers.planning.plan import BatchPlan
 from samplers.planning.schedule import Schedule, make_schedule
 from samplers.planning.sorting import Lengths
-from samplers.planning.tables.batch_table import BatchTable, Shape
+from samplers.planning.tables.batch_table import BatchTable
+from samplers.planning.tables.epoch_table import EpochTable, Shape
 from samplers.progress.epoch_cursor import EpochCursor
 from samplers.progress.position import Position, PositionDict, check_epoch, make_fingerprint, refuse_iterator_state
 from samplers.progress.shared_cursor import SharedEpochCursor
@@ -28,9 +29,9 @@ class PlannedLoader:
     """
 
     num_replicas: int
-    options: Options
+    options: EpochOptions
     _cursor: EpochCursor | SharedEpochCursor
-    _table: BatchTable
+    _table: EpochTable
     # What was planned, with the fingerprint that an index has.
     _lengths: Lengths
     # Batches that one iterator gives in each step.
@@ -46,16 +47,6 @@ class PlannedLoader:
     def epoch(self) -> int:
         """The epoch that the next iteration begins or resumes: it advances when an iteration takes its first batch."""
         return self._cursor.next_start.epoch
-
-    @property
-    def max_length(self) -> int | None:
-        """Longer samples are planned with this many time steps; `PadCollator.for_sampler` cuts to it."""
-        return self.options.max_length
-
-    @property
-    def widths(self) -> Widths:
-        """The padded widths that batches are planned with, as given; `PadCollator.for_sampler` pads to them."""
-        return self.options.widths
 
     @property
     def shapes(self) -> list[Shape]:
@@ -79,15 +70,6 @@ class PlannedLoader:
     def fingerprint(self) -> str:
         """Short digests of the lengths, the options and the seed, which a position carries."""
         return make_fingerprint(self._lengths, self._table)
-
-    def plan(self, epoch: int) -> BatchPlan:
-        """All batches of an epoch, over all replicas.
-
-        Raises:
-            TypeError: The epoch is not an int.
-            ValueError: The epoch is negative.
-        """
-        return BatchPlan(self._table, check_epoch(epoch), self.num_replicas)
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration begin this epoch; a position that was sought in another epoch is forgotten.
@@ -152,3 +134,29 @@ class PlannedLoader:
     def schedule_from(self, start: Position) -> Schedule:
         """The remaining batches of an epoch from a position on, as the replicas take them."""
         return make_schedule(self._table, start.epoch, self.num_replicas, laid_for=start.replicas, taken=start.batches)
+
+
+class BucketLoader(PlannedLoader):
+    """Epochs of batches that a collator pads."""
+
+    options: Options
+    _table: BatchTable
+
+    @property
+    def max_length(self) -> int | None:
+        """Longer samples are planned with this many time steps; `PadCollator.for_sampler` cuts to it."""
+        return self.options.max_length
+
+    @property
+    def widths(self) -> Widths:
+        """The padded widths that batches are planned with, as given; `PadCollator.for_sampler` pads to them."""
+        return self.options.widths
+
+    def plan(self, epoch: int) -> BatchPlan:
+        """All batches of an epoch, over all replicas.
+
+        Raises:
+            TypeError: The epoch is not an int.
+            ValueError: The epoch is negative.
+        """
+        return BatchPlan(self._table, check_epoch(epoch), self.num_replicas)

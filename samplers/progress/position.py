@@ -8,7 +8,7 @@ from typing import Any, Final, TypeAlias
 
 from collate.widths import check_count
 from samplers.planning.sorting import IndexedLengths, Lengths
-from samplers.planning.tables.batch_table import BatchTable
+from samplers.planning.tables.epoch_table import EpochTable
 
 PositionDict: TypeAlias = dict[str, int | str]
 
@@ -77,9 +77,9 @@ class Position:
         return position
 
 
-def make_fingerprint(lengths: Lengths, table: BatchTable) -> str:
+def make_fingerprint(lengths: Lengths, table: EpochTable) -> str:
     """A short digest of the lengths, of the options and of the seed, which a position carries: `"...-...-..."`."""
-    of_lengths = lengths.fingerprint if isinstance(lengths, IndexedLengths) else table.sorted_lengths.digest
+    of_lengths = lengths.fingerprint if isinstance(lengths, IndexedLengths) else table.lengths_digest
     parts = (of_lengths, table.digest, str(table.options.seed))
     return "-".join(blake2b(part.encode(), digest_size=6).hexdigest() for part in parts)
 

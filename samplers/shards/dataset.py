@@ -3,11 +3,12 @@
 import operator
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from copy import copy
 from errno import EMFILE, ENFILE
 from functools import lru_cache, partial
 from importlib import import_module
 from itertools import pairwise, repeat
-from typing import Any, Final, NoReturn, TypeAlias
+from typing import Any, Final, NoReturn, Self, TypeAlias, cast
 from zlib import crc32
 
 import numpy as np
@@ -24,6 +25,7 @@ from samplers.shards.indexing.measuring import Decoder
 from samplers.shards.indexing.tables import Field
 from samplers.shards.indexing.verify import ReadColumns, check_block
 from samplers.shards.skipping import Failed, Handler, is_damage, make_skipping, read_apart
+from samplers.shards.split_dataset import PieceCutter, PieceTable, check_range
 from samplers.shards.storage.reading import RandomAccess, Shards, open_file
 
 # Shards that a process keeps open: 128, but at most an eighth of the files that it may open, because the program opens
@@ -46,6 +48,9 @@ class ShardDataset(Dataset[Sample]):
     Attributes:
         index: The lengths of the corpus, for a sampler.
     """
+
+    # Of the class, since former pickles have none.
+    _pieces: PieceCutter | None = None
 
     @renamed_arguments(check="checksums")
     def __init__(
@@ -97,8 +102,28 @@ class ShardDataset(Dataset[Sample]):
         """
         return {} if self._skipping is None else self._skipping.counts
 
+    def with_pieces(self, pieces: PieceTable | None, *, fields: Collection[str] | None = None) -> Self:
+        """The same corpus with the pieces of its long samples: indices from N on, as a packing sampler numbers them.
+
+        A piece is read as its sample is, with the same checks, and then cut.
+
+        Args:
+            pieces: `sampler.pieces`. None where no sample is split.
+            fields: Fields that are cut, each of the length with which the sample was planned. Others are whole. None
+                for all fields of variable length that are read.
+
+        Raises:
+            TypeError: `fields` is a single string.
+            ValueError: A piece is of a sample that the corpus does not have.
+        """
+        new = copy(self)
+        variable = [field.name for _, field, _ in self._columns if field.variable]
+        chosen = variable if fields is None else fields
+        new.__dict__["_pieces"] = None if pieces is None else PieceCutter(pieces, len(self.index), chosen)
+        return new
+
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.index) + (0 if self._pieces is None else len(self._pieces))
 
     def __repr__(self) -> str:
         fields = [field.name for _, field, _ in self._columns]
@@ -106,7 +131,9 @@ class ShardDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         """The sample of one index. Errors are those of `__getitems__`, and are raised even with a handler."""
-        return self._read(self._check_indices([operator.index(index)]))[0]
+        rows = check_range([operator.index(index)], len(self))
+        [sample] = self._cut(rows, self._read(self._sources(rows)))
+        return cast(Sample, sample)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
         """The samples of these indices, in this order. They are read in the order of the files.
@@ -127,14 +154,26 @@ class ShardDataset(Dataset[Sample]):
 
     def _read_in_order(self, indices: Sequence[int]) -> list[Any]:
         """Samples in the given order. With a handler, `Failed` stands for those that cannot be read."""
-        rows = self._check_indices(indices)
-        order = np.argsort(rows, kind="stable")
+        rows = check_range(indices, len(self))
+        sources = self._sources(rows)
+        order = np.argsort(sources, kind="stable")
         read = self._read if self._skipping is None else self._read_tolerantly
-        samples = read(rows[order]) if len(rows) else []
+        samples = read(sources[order]) if len(rows) else []
         batch: list[Any] = [None] * len(samples)
         for slot, sample in zip(order.tolist(), samples, strict=True):
             batch[slot] = sample
-        return batch
+        return self._cut(rows, batch)
+
+    def _sources(self, rows: AnyArray) -> AnyArray:
+        """The samples of these indices, of samples or pieces."""
+        return rows if self._pieces is None else self._pieces.sources(rows)
+
+    def _cut(self, rows: AnyArray, samples: list[Any]) -> list[Any]:
+        """Samples, or the pieces of them that these indices name."""
+        if self._pieces is None:
+            return samples
+        pairs = zip(rows.tolist(), samples, strict=True)
+        return [each if isinstance(each, Failed) else self._pieces.cut(row, each) for row, each in pairs]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in _OF_A_PROCESS}
@@ -150,23 +189,6 @@ class ShardDataset(Dataset[Sample]):
         self._files = lru_cache(maxsize=_count_handles())(open_file)
         blocks = self._tables.blocks
         self._checked = np.zeros(0 if blocks is None else len(blocks), np.bool_)
-
-    def _check_indices(self, indices: Sequence[int]) -> AnyArray:
-        """Indices as rows of the tables; negative ones count from the end.
-
-        Raises:
-            IndexError: One is not in the corpus.
-            TypeError: They are not integers.
-        """
-        rows = np.asarray(indices) if len(indices) else np.arange(0)
-        if rows.dtype.kind not in "iu" or rows.ndim != 1:
-            raise TypeError(f"indices must be a list of integers, got {rows.dtype} {list(rows.shape)}")
-        total = len(self)
-        rows = np.where(rows < 0, rows + total, rows)
-        outside = np.flatnonzero((rows < 0) | (rows >= total))
-        if len(outside):
-            raise IndexError(f"index {indices[outside[0]]} is not among the {total} samples of the corpus")
-        return rows
 
     def _read_tolerantly(self, rows: AnyArray) -> list[Any]:
         """Read samples. `Failed` stands for those whose data is damaged."""

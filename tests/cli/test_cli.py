@@ -502,7 +502,7 @@ def test_on_a_terminal_there_is_a_bar(work: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["report", "show"])
-def test_the_defaults_of_a_report_are_those_of_the_sampler(command):
+def test_the_defaults_of_a_report_are_those_of_the_sampler(command: str) -> None:
     # Red: `--overlong alone` made a report of a plan that the sampler refuses.
     defaults = asdict(Options(max_tokens=1))
     parameters = main.commands[command].make_context(command, ["shards"]).params
@@ -511,7 +511,7 @@ def test_the_defaults_of_a_report_are_those_of_the_sampler(command):
     assert {name: parameters[name] for name in shared} == {name: defaults[name] for name in shared}
 
 
-def test_a_dataset_of_a_folder_that_is_not_there_says_so(tmp_path):
+def test_a_dataset_of_a_folder_that_is_not_there_says_so(tmp_path: Path) -> None:
     # Red: it asked to build the index of a folder that does not exist.
     with pytest.raises(FileNotFoundError, match="no file or folder .*nope"):
         ShardDataset(tmp_path / "nope")

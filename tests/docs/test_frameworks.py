@@ -108,7 +108,7 @@ def test_the_trainer_that_resumes_amid_an_epoch_holds_each_sample_once(processes
 @needs("transformers")
 @needs("accelerate")
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_trainer_takes_packed_rows_and_holds_each_sample_once(processes, tmp_path):
+def test_the_trainer_takes_packed_rows_and_holds_each_sample_once(processes: int, tmp_path: Path) -> None:
     epochs = epochs_of(run(processes, "huggingface_packed.py", tmp_path))
     assert [epoch.held for epoch in epochs] == ["each once"] * 3
     assert max(epoch.padding for epoch in epochs) < 8

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collate.errors import LengthError
-from samplers.dynamic.bucketer import Bucketer, bytes_of
+from samplers.dynamic.bucketer import Bucketer
+from samplers.dynamic.buffer import bytes_of
 from samplers.planning.budget import Budget
 
 Item = tuple[int, int]

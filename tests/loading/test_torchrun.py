@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import (
+    CAPACITY,
     LENGTHS,
     MAX_TOKENS,
     PATIENCE,
@@ -94,10 +95,10 @@ def steps_saved(folder: Path) -> int:
     return json.loads(file.read_text())["steps"] if file.exists() else 0
 
 
-def run_and_kill(processes: int, folder: Path, *before: Path) -> None:
+def run_and_kill(processes: int, folder: Path, *before: Path, job: str = "train_until_killed") -> None:
     """Kill a run in mid-epoch, in the middle of the step that follows the third it saved."""
     folder.mkdir()
-    process = start(processes, "ranks.py", "train_until_killed", folder, 0.3, *before)
+    process = start(processes, "ranks.py", job, folder, 0.3, *before)
     try:
         for _ in range(PATIENCE * 100):
             if process.poll() is not None or steps_saved(folder) >= 3:
@@ -125,6 +126,19 @@ def test_four_processes_then_three_then_one_lose_and_repeat_nothing(tmp_path: Pa
     [rest] = finish(1, "train_until_killed", one, 0, three)
     assert steps_saved(one) == len(rest)
     assert sorted(committed(four) + committed(three) + committed(one)) == ALL
+
+
+def test_packs_of_4_killed_processes_then_3_then_8_hold_each_sample_once(tmp_path: Path) -> None:
+    four, three, eight = (tmp_path / name for name in ("four", "three", "eight"))
+    run_and_kill(4, four, job="pack_until_killed")
+    run_and_kill(3, three, four, job="pack_until_killed")
+    rest = finish(8, "pack_until_killed", eight, 0, three)
+    assert {len(records) for records in rest} == {steps_saved(eight)}
+    assert sorted(committed(four) + committed(three) + committed(eight)) == ALL
+    for line in (line for records in rest for line in records):
+        # Two rows at most, each within the capacity: the batch's shape has no other way to come about.
+        assert line["padded"] in {CAPACITY, 2 * CAPACITY}
+        assert sum(line["lengths"]) <= line["padded"]
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from collate.errors import LengthError
 from samplers.planning.options import Options
 from samplers.planning.plan import BatchPlan, plan_epoch
-from samplers.planning.schedule import split_batches
 from samplers.planning.sorting import argsort_longest_first
+from samplers.planning.tables.last_step import split_batches
 
 Array = npt.NDArray[np.int64]
 # By epoch and number of replicas.

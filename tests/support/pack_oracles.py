@@ -57,3 +57,15 @@ def corpora(draw: st.DrawFn, max_samples: int = 400) -> tuple[Integers, int]:
     else:
         lengths = capacity // 2 + rng.integers(-1, 2, count)
     return np.clip(lengths, 0, capacity).astype(np.int64), capacity
+
+
+def cut_list(sizes: Sequence[int], capacity: int, most: int | None = None) -> list[int]:
+    """How many documents each row has, if a list is cut in its order: one document at a time."""
+    counts, room = [0], capacity
+    for size in sizes:
+        if size > room or counts[-1] == most:
+            counts.append(0)
+            room = capacity
+        counts[-1] += 1
+        room -= size
+    return counts

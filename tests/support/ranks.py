@@ -18,15 +18,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from collate import LengthTrackedBatch, PadCollator, apply_rnn, sequence_loss, token_scale
-from samplers import LengthBucketBatchSampler
+from collate import LengthTrackedBatch, PadCollator, VarlenCollator, apply_rnn, sequence_loss, token_scale
+from samplers import LengthBucketBatchSampler, PackingBatchSampler
 
 # 67 batches: two, three and four processes all have to share out a last, partial step.
 LENGTHS = (np.arange(1180) * 37 % 61 + 1).tolist()
 MAX_TOKENS = 600
+# 118 rows of about ten sequences: four, three and eight processes all have to share the last rows.
+CAPACITY = 310
 CLASSES = 5
 # Seconds after which a test gives its ranks up.
-PATIENCE = 120
+PATIENCE = 240
 
 Record = dict[str, Any]
 
@@ -111,9 +113,17 @@ def make_sampler(**options: Any) -> LengthBucketBatchSampler:
     return LengthBucketBatchSampler(LENGTHS, max_tokens=MAX_TOKENS, seed=5, **options)
 
 
+def make_packer(**options: Any) -> PackingBatchSampler:
+    """The packing sampler of all these tests: attention's cost, two rows in a batch."""
+    return PackingBatchSampler(LENGTHS, capacity=CAPACITY, rows=2, cost=lambda lengths: lengths**2, seed=5, **options)
+
+
 def make_loader(batches: Any, kind: type[DataLoader[Any]] = DataLoader, workers: int = 0) -> DataLoader[Any]:
     """Batches of `Sequences`, collated."""
-    return kind(Sequences(), batch_sampler=batches, collate_fn=PadCollator({"x": 0, "y": -100}), num_workers=workers)
+    collate: Any = PadCollator({"x": 0, "y": -100})
+    if isinstance(batches, PackingBatchSampler):
+        collate = VarlenCollator({"x": 0, "y": -100}, arrange="given", capacity=CAPACITY)
+    return kind(Sequences(), batch_sampler=batches, collate_fn=collate, num_workers=workers)
 
 
 def total_loss(
@@ -152,7 +162,16 @@ def train_until_killed(folder: Path, seconds: str, before: str | None = None) ->
         seconds: that a step takes.
         before: folder of the run to go on from.
     """
-    sampler = make_sampler()
+    train(make_sampler(), folder, seconds, before)
+
+
+def pack_until_killed(folder: Path, seconds: str, before: str | None = None) -> None:
+    """The same with packs."""
+    train(make_packer(), folder, seconds, before)
+
+
+def train(sampler: Any, folder: Path, seconds: str, before: str | None) -> None:
+    """Take the rest of an epoch, and save after each step."""
     if before:
         sampler.seek(json.loads(Path(before, "saved.json").read_text())["position"])
     for step, batch in enumerate(make_loader(sampler, workers=1), start=1):
@@ -191,7 +210,9 @@ def build_too_early(_: Path) -> None:
     make_sampler()
 
 
-JOBS = {job.__name__: job for job in (take_epochs, train_until_killed, save_gradients, build_too_early)}
+JOBS = {
+    job.__name__: job for job in (take_epochs, train_until_killed, pack_until_killed, save_gradients, build_too_early)
+}
 
 
 def main(name: str, folder: str, *options: str) -> None:

@@ -132,8 +132,8 @@ def plan_documents(
     taken = lengths if indices is None else lengths[indices]
     if len(taken) == 0:
         raise ValueError("lengths must have at least one sample to pack, got none")
-    units = _to_units(taken, limits.multiple)
-    longer = _overlong_documents(units, limits)
+    units = to_units(taken, limits.multiple)
+    longer = overlong_documents(units, limits)
     if len(longer) == 0:
         return Documents(units, indices)
     samples = np.arange(len(units)) if indices is None else indices
@@ -169,7 +169,7 @@ def longest_units(limits: RowLimits) -> int:
     return low
 
 
-def _to_units(lengths: Integers, multiple: int) -> Integers:
+def to_units(lengths: Integers, multiple: int) -> Integers:
     """Sizes in units: rounded up, and one for a document without a single step in any field."""
     units: Integers = lengths.copy() if multiple == 1 else -(-lengths.astype(np.int64) // multiple)
     if lengths.shape[1] == 1:
@@ -178,7 +178,7 @@ def _to_units(lengths: Integers, multiple: int) -> Integers:
     return units
 
 
-def _overlong_documents(units: Integers, limits: RowLimits) -> Integers:
+def overlong_documents(units: Integers, limits: RowLimits) -> Integers:
     """The documents that do not fit in a row alone, int64 `[n]`, ascending."""
     if limits.max_cost is not None:
         # Few sizes are different, and a user's function may take its time.
@@ -223,7 +223,7 @@ def _split(lengths: Integers, longer: Integers, *, documents: Documents, limits:
     samples = np.arange(len(documents.units)) if documents.samples is None else documents.samples
     rest = np.delete(np.arange(len(documents.units)), longer)
     units = np.concatenate(
-        [documents.units[rest].astype(np.int64), _to_units((stops - starts)[:, None], limits.multiple)]
+        [documents.units[rest].astype(np.int64), to_units((stops - starts)[:, None], limits.multiple)]
     )
     indices = np.concatenate([samples[rest], first + np.arange(len(copies))])
     return Documents(units, indices, Pieces(samples[longer][copies], starts, stops))

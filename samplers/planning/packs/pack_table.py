@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,9 @@ from samplers.planning.packs.row_count import RowPlan, choose_rows
 
 # What a key is for, next to the purposes of other tables.
 RECIPES, POOLS = range(50, 52)
+SPARES: Final = 56
+# Stands for the recipes that epochs take whose attempts fail; no epoch has such a number.
+SPARE_EPOCH: Final = 1 << 62
 # Attempts of an epoch at each of its rungs.
 DRAWS: Final = 4
 # Costs are counted in whole units, since sums of floats may differ between machines: this many fill a row, or are the
@@ -48,6 +51,18 @@ COST_UNITS: Final = 1 << 20
 # Positions of two epochs may be asked for in turn, at the end of one.
 _KEPT_EPOCHS: Final = 2
 _DERIVED: Final = frozenset(["_recipes", "_domains", "_task"])
+
+
+class LastRows(NamedTuple):
+    """The rows of most documents, which the last step splits among the replicas.
+
+    Attributes:
+        rows: How many.
+        replicas: Each needs a document.
+    """
+
+    rows: int
+    replicas: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +88,7 @@ class PackTable:
     shuffle: bool = True
     pieces: Pieces | None = None
     dropped: int = 0
-    _recipes: dict[int, Recipes] = field(default_factory=dict, repr=False)
+    _recipes: dict[tuple[int, LastRows | None], Recipes] = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(
@@ -159,18 +174,19 @@ class PackTable:
             hashed.update(column.astype("<i8").tobytes())
         return hashed.hexdigest()
 
-    def rows(self, epoch: int, row_ids: Integers) -> tuple[Integers, Integers]:
+    def rows(self, epoch: int, row_ids: Integers, last: LastRows | None = None) -> tuple[Integers, Integers]:
         """The samples of these rows.
 
         Args:
             epoch: Which epoch, from 0.
             row_ids: int64 `[n]`, each in `range(len(table))`.
+            last: What the last rows must hold, as for `recipes`.
 
         Returns:
             Sample indices row after row, int64 `[sum(documents)]`, the longest documents of a row first as a rule, and
             the documents of each row, int64 `[n]`. Pieces of split samples have indices from N on.
         """
-        numbers, slots, documents = self.recipes(epoch).slots(row_ids)
+        numbers, slots, documents = self.recipes(epoch, last).slots(row_ids)
         if self.shuffle:
             keys = stream_keys(derive_key(self.seed, epoch, POOLS), np.arange(len(self.classes.counts)))
             slots = self._domains.permute(slots, numbers, keys[numbers])
@@ -187,26 +203,35 @@ class PackTable:
         """The cost of each of these rows, int64 `[n]`: the sum over its slots, in whole units."""
         return self.recipes(epoch).row_costs(row_ids)
 
-    def recipes(self, epoch: int) -> Recipes:
-        """The recipes of an epoch; those of two epochs are kept."""
-        recipes = self._recipes.get(epoch)
+    def recipes(self, epoch: int, last: LastRows | None = None) -> Recipes:
+        """The recipes of an epoch; those of two epochs are kept.
+
+        Args:
+            epoch: Which epoch, from 0, or `SPARE_EPOCH`.
+            last: An epoch takes the first recipes whose last rows hold a document for each replica. None for any. The
+                spare recipes follow where all attempts fail: where these do, every epoch does.
+        """
+        recipes = self._recipes.get((epoch, last))
         if recipes is None:
-            recipes = self._find_recipes(epoch)
+            recipes = self._find_recipes(epoch, last)
             while len(self._recipes) >= _KEPT_EPOCHS:
                 self._recipes.pop(next(iter(self._recipes)), None)
-            self._recipes[epoch] = recipes
+            self._recipes[epoch, last] = recipes
         return recipes
 
-    def _find_recipes(self, epoch: int) -> Recipes:
-        if self.shuffle:
-            for index, rung in enumerate(self.plan.rungs):
-                # The last rung draws nothing: its recipes are the spare ones.
-                for draw in range(DRAWS if rung != LADDER[-1] else 0):
-                    key = derive_key(self.seed, epoch, RECIPES, DRAWS * index + draw)
-                    tree = attempt(self._task, self.plan.rows, rung, key)
-                    if tree is not None:
-                        return Recipes(tree, self._costs)
-        return Recipes(self.plan.spare, self._costs)
+    def _find_recipes(self, epoch: int, last: LastRows | None) -> Recipes:
+        spare = Recipes(self.plan.spare, self._costs)
+        if not self.shuffle or (epoch == SPARE_EPOCH and _is_shared(spare, last)):
+            return spare
+        # Where the spare recipes do not do, others are drawn in their place, the same for every seed.
+        words = (SPARES,) if epoch == SPARE_EPOCH else (self.seed, epoch, RECIPES)
+        for index, rung in enumerate(self.plan.rungs):
+            # The last rung draws nothing: its recipes are the spare ones.
+            for draw in range(DRAWS if rung != LADDER[-1] else 0):
+                tree = attempt(self._task, self.plan.rows, rung, derive_key(*words, DRAWS * index + draw))
+                if tree is not None and _is_shared(recipes := Recipes(tree, self._costs), last):
+                    return recipes
+        return spare if epoch == SPARE_EPOCH or last is None else self.recipes(SPARE_EPOCH, last)
 
     @cached_property
     def _task(self) -> PackTask:
@@ -222,6 +247,11 @@ class PackTable:
     @cached_property
     def _domains(self) -> Domains:
         return Domains(self.classes.counts)
+
+
+def _is_shared(recipes: Recipes, last: LastRows | None) -> bool:
+    """Whether the last rows hold a document for each replica."""
+    return last is None or recipes.most_documents(last.rows) >= last.replicas
 
 
 def check_pack_lengths(lengths: npt.ArrayLike) -> Integers:

@@ -55,6 +55,13 @@ class Recipes:
         """Documents of every row, int64 `[R]`."""
         return np.repeat(self._depths, np.diff(self._ends, prepend=0))
 
+    def most_documents(self, rows: int) -> int:
+        """The documents of that many rows, of those with most."""
+        order = np.argsort(-self._depths, kind="stable")
+        opened = self._opened[self._leaves][order]
+        taken = np.diff(np.minimum(np.cumsum(opened), rows), prepend=0)
+        return int(taken @ self._depths[order])
+
     def _leaves_of(self, row_ids: Integers) -> Integers:
         return np.searchsorted(self._ends, row_ids, side="right")
 

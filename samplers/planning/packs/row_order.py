@@ -13,7 +13,7 @@ import numpy as np
 from samplers.planning.budget import Integers
 from samplers.planning.keyed_shuffle import derive_key, permute, permute_one, stream_keys
 from samplers.planning.packs.documents import RowLimits
-from samplers.planning.packs.pack_table import PackTable
+from samplers.planning.packs.pack_table import LastRows, PackTable
 
 # What a key is for, next to the purposes of the table.
 ROWS, STEPS, SLOTS, DROPPED = range(52, 56)
@@ -69,7 +69,14 @@ class RowOrder:
 
     def samples(self, positions: Integers) -> tuple[Integers, Integers]:
         """The samples of the rows at these positions, and the documents of each row, as `PackTable.rows` gives them."""
-        return self.table.rows(self.epoch, self.row_ids(positions))
+        return self.table.rows(self.epoch, self.row_ids(positions), self.last)
+
+    @property
+    def last(self) -> LastRows | None:
+        """What the rows of the partial step must hold, if they are fewer than the replicas."""
+        if self.drop_last or not 0 < self.partial < self.replicas:
+            return None
+        return LastRows(self.partial, self.replicas)
 
     def _shuffle(self, positions: Integers) -> Integers:
         """Whole steps shuffled, and rows within each step: positions `[n]` among the rows that are not last."""
@@ -96,7 +103,7 @@ class RowOrder:
                 return np.sort(hole)
             first = permute_one(0, self.steps + 1, self._key(DROPPED)) * self.step_rows
             return np.arange(first, first + self.partial)
-        documents = self.table.recipes(self.epoch).all_documents()
+        documents = self.table.recipes(self.epoch, self.last).all_documents()
         return np.sort(np.argsort(-documents, kind="stable")[: self.partial])
 
     def _key(self, purpose: int) -> int:

@@ -25,27 +25,28 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any, Final, NamedTuple, Self, TypeAlias, cast
+from typing import Any, Final, NamedTuple, Self, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from collate.widths import padded_widths
 from samplers.planning.budget import Floats, Integers
-from samplers.planning.keyed_shuffle import derive_key, draw, permute_each, stream_keys
+from samplers.planning.keyed_shuffle import derive_key, permute_each, stream_keys
 from samplers.planning.options import Options
 from samplers.planning.sorting import IndexArray, SortedLengths
 from samplers.planning.tables.buckets import Bucket
-from samplers.planning.tables.epoch_order import EpochOrder
+from samplers.planning.tables.epoch_order import EpochOrder, choose_variant
+from samplers.planning.tables.epoch_table import EpochTable, Shape
 from samplers.planning.tables.equal_lengths import RunExchange, RunFinder
+from samplers.planning.tables.last_step import cut_by_cost, split_batches
 
-# Purposes of keys, next to those of `epoch_order`: the variant of an epoch, the exchange in runs.
-VARIANTS, RUNS = range(20, 22)
+# Purpose of a key, next to those of `epoch_order`: the exchange in runs.
+RUNS: Final = 21
 # Attributes that are large and that are computed again where a table is unpickled.
 _COMPUTED: Final = frozenset(["_exchange", "_run_numbers", "_epochs"])
-
-# Rows, and the padded width of each field.
-Shape: TypeAlias = tuple[int, tuple[int, ...]]
+# Costs are counted in millionths of the budget.
+BUDGET_UNITS: Final = 1 << 20
 
 
 class BatchSizes(NamedTuple):
@@ -85,7 +86,7 @@ class Entries(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class BatchTable:
+class BatchTable(EpochTable):
     """The batches of an epoch by batch id; ids of batches of one shape are adjacent.
 
     Batch j of a bucket takes from each stratum the sample that a keyed bijection of the epoch sends j to.
@@ -118,6 +119,21 @@ class BatchTable:
     def __len__(self) -> int:
         """Batches in an epoch, before any is split among replicas."""
         return int(self._columns.end[-1])
+
+    @property
+    def planned(self) -> int:
+        """Samples in an epoch."""
+        return len(self.sorted_lengths)
+
+    @property
+    def dataset_size(self) -> int:
+        """Samples in the dataset, with those that are not planned."""
+        return len(self.sorted_lengths.lengths)
+
+    @property
+    def lengths_digest(self) -> str:
+        """Sixteen hexadecimal digits that change when a length changes."""
+        return self.sorted_lengths.digest
 
     @property
     def trial_epochs(self) -> Iterable[int]:
@@ -198,6 +214,31 @@ class BatchTable:
         sorted_indices = self._shuffle(Entries(strata, first, size, offset), is_crossed, key)
         samples: IndexArray = self.sorted_lengths.order[sorted_indices]
         return self._sort_batches(samples, rows) if self._exchanges_lengths else samples, rows
+
+    def share_batches(self, batch_ids: Integers, key: int, num_replicas: int) -> list[IndexArray]:
+        """The rows of the last step's batches, sorted together and cut into pieces of even cost.
+
+        If a piece would exceed the budget, each batch is split on its own.
+        """
+        given, counts = self.batch_samples(batch_ids, key)
+        samples = given[np.argsort(-self.sorted_lengths.sample_lengths(given).sum(1), kind="stable")]
+
+        def measure(rows: Integers) -> Integers:
+            return self._count_costs(self.measure_batches(samples, rows))
+
+        rows = cut_by_cost(measure(np.ones(len(samples), np.int64)), num_replicas, measure=measure, limit=BUDGET_UNITS)
+        if rows is None:
+            return split_batches(np.split(given, np.cumsum(counts)[:-1]), num_replicas)
+        return np.split(samples, rows.cumsum()[:-1])
+
+    def _count_costs(self, sizes: BatchSizes) -> Integers:
+        """Shares of the budget, or of the rows of a wide enough shape if that is more, in units.
+
+        Rounded up, and integers, because sums of floats may differ between machines.
+        """
+        shares = np.minimum(np.maximum(self.budget_use(sizes), self.shape_fill(sizes)), 2.0)
+        units: Integers = np.maximum(1, np.ceil(shares * BUDGET_UNITS)).astype(np.int64)
+        return units
 
     def budget_use(self, sizes: BatchSizes) -> Floats:
         """The share of the budget that batches of these sizes use: float64 `[n]`."""
@@ -341,22 +382,6 @@ class BatchTable:
         columns = self._columns
         is_full = batch_in_bucket >= columns.batches[buckets] - columns.rest[buckets]
         return np.where(is_full, columns.rows[buckets], columns.full[buckets])
-
-
-def choose_variant(epoch: int, variants: int, seed: int) -> int:
-    """Which of the variants an epoch uses, 0 to `variants` - 1.
-
-    A cycle of as many epochs uses each variant once. Variants follow each other in bit-reversed order, so that
-    neighbours in number are far apart in time, and each cycle begins with a random one, so that no variant comes back
-    after a fixed number of epochs.
-
-    >>> [choose_variant(epoch, 4, seed=0) for epoch in range(8)]
-    [1, 3, 2, 0, 2, 0, 3, 1]
-    """
-    cycle, step = divmod(epoch, variants)
-    order = sorted(range(variants), key=lambda variant: f"{variant:032b}"[::-1])
-    start = int(draw(np.array([cycle % (1 << 62)]), variants, derive_key(seed, VARIANTS))[0])
-    return (order[step] + start) % variants
 
 
 def _digested_buckets(buckets: tuple[Bucket, ...]) -> str:

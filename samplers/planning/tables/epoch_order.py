@@ -3,6 +3,7 @@
 Six batches, two replicas: three steps. Steps 0 and 1 are shuffled, the last step stays last, because the batches with
 the most rows are there, and in a step it is random which replica gets which batch:
 
+>>> from samplers.planning.options import Options
 >>> orders = [EpochOrder(6, Options(max_tokens=9, seed=3), epoch, 2) for epoch in (0, 1)]
 >>> [order.batch_at_position(np.arange(6)).tolist() for order in orders]
 [[3, 2, 1, 0, 4, 5], [2, 3, 1, 0, 4, 5]]
@@ -10,15 +11,18 @@ the most rows are there, and in a step it is random which replica gets which bat
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Final
 
 import numpy as np
 
 from samplers.planning.budget import Integers
 from samplers.planning.keyed_shuffle import derive_key, draw, permute, permute_one
-from samplers.planning.options import Options
+from samplers.planning.options import EpochOptions
 
 # Purposes of keys: samples in strata, steps in the epoch, batches in a step, the step that is dropped.
 SAMPLES, STEPS, REPLICAS, DROPPED = range(4)
+# The variant of an epoch.
+VARIANTS: Final = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +40,7 @@ class EpochOrder:
     """
 
     batches: int
-    options: Options
+    options: EpochOptions
     epoch: int
     num_replicas: int
 
@@ -95,3 +99,19 @@ def move_hole_last(batch_ids: Integers, hole: int, *, whole: int, partial: int) 
         partial: Batches that are dropped.
     """
     return np.where(batch_ids >= whole, batch_ids - whole + hole, batch_ids + partial * (batch_ids >= hole))
+
+
+def choose_variant(epoch: int, variants: int, seed: int) -> int:
+    """Which of the variants an epoch uses, 0 to `variants` - 1.
+
+    A cycle of as many epochs uses each variant once. Variants follow each other in bit-reversed order, so that
+    neighbours in number are far apart in time, and each cycle begins with a random one, so that no variant comes back
+    after a fixed number of epochs.
+
+    >>> [choose_variant(epoch, 4, seed=0) for epoch in range(8)]
+    [1, 3, 2, 0, 2, 0, 3, 1]
+    """
+    cycle, step = divmod(epoch, variants)
+    order = sorted(range(variants), key=lambda variant: f"{variant:032b}"[::-1])
+    start = int(draw(np.array([cycle % (1 << 62)]), variants, derive_key(seed, VARIANTS))[0])
+    return (order[step] + start) % variants

@@ -24,7 +24,6 @@ lengths:
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from heapq import heapify, heapreplace
 from itertools import pairwise
 from typing import Final, NamedTuple, Self, cast
 
@@ -34,7 +33,7 @@ from samplers.planning.budget import Floats, Integers
 from samplers.planning.keyed_shuffle import derive_key, draw_until, permute
 from samplers.planning.options import Options
 from samplers.planning.sorting import IndexArray, Lengths, SortedLengths, sort_lengths
-from samplers.planning.tables.batch_table import BatchSizes, BatchTable, Shape
+from samplers.planning.tables.batch_table import BatchSizes, BatchTable
 from samplers.planning.tables.buckets import (
     MANY_BATCHES,
     count_windows,
@@ -42,6 +41,8 @@ from samplers.planning.tables.buckets import (
     estimate_batches,
     sort_buckets,
 )
+from samplers.planning.tables.epoch_table import Shape
+from samplers.planning.tables.last_step import split_largest
 
 # An epoch is sorted when its first batch is taken: some milliseconds.
 MANY_SAMPLES: Final = 1 << 15
@@ -302,22 +303,6 @@ class PoolTable(BatchTable):
             np.concatenate([self.sorted_lengths.order[:overlong], samples]),
             np.concatenate([np.ones(overlong, np.int64), rows]),
         )
-
-
-def split_largest(sizes: list[int], count: int) -> list[int]:
-    """The number of parts of each batch, so that there are `count` more batches and the largest part is smallest.
-
-    >>> split_largest([10, 4, 3], 2)
-    [3, 1, 1]
-    """
-    parts = [1] * len(sizes)
-    largest = [(-float(size), batch) for batch, size in enumerate(sizes)]
-    heapify(largest)
-    for _ in range(count):
-        batch = largest[0][1]
-        parts[batch] += 1
-        heapreplace(largest, (-sizes[batch] / parts[batch], batch))
-    return parts
 
 
 def _concatenate_ranges(starts: Integers, counts: Integers) -> Integers:

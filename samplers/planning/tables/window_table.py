@@ -30,7 +30,7 @@ from samplers.planning.budget import Integers
 from samplers.planning.keyed_shuffle import derive_key, draw_until, permute
 from samplers.planning.options import Options
 from samplers.planning.sorting import IndexArray, IndexedLengths, SortedLengths, sort_lengths
-from samplers.planning.tables.batch_table import BatchTable, Shape, choose_variant
+from samplers.planning.tables.batch_table import BatchTable
 from samplers.planning.tables.buckets import (
     MOST_VARIANTS,
     Bucket,
@@ -39,6 +39,8 @@ from samplers.planning.tables.buckets import (
     cut_buckets,
     sort_buckets,
 )
+from samplers.planning.tables.epoch_order import choose_variant
+from samplers.planning.tables.epoch_table import Shape
 from samplers.planning.tables.window_order import WindowOrder
 
 # Default window: enough samples for batches of similar width.

@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 from torchdata import nodes
 
-from samplers import LengthBucketBatchSampler, LengthBucketNode, ShardStream, ShardWriter, bucket_by_length
+from samplers import (
+    LengthBucketBatchSampler,
+    LengthBucketNode,
+    PackingBatchSampler,
+    PackingNode,
+    ShardStream,
+    ShardWriter,
+    bucket_by_length,
+    pack_by_length,
+)
 from storm import rigs
 from storm.model import Batch, Book
 from storm.rigs import Numbers, Rig, SourceError
@@ -66,6 +75,10 @@ def make_sampler(replicas: int, rank: int | str, broken: int | None = None) -> L
     return LengthBucketBatchSampler(LENGTHS, max_tokens=300, seed=1, num_replicas=replicas, rank=rank)
 
 
+def make_packer(replicas: int, rank: int | str, broken: int | None = None) -> PackingBatchSampler:
+    return PackingBatchSampler(LENGTHS, capacity=90, seed=1, num_replicas=replicas, rank=rank)
+
+
 @dataclass
 class Keys:
     """The numbers of a batch's samples; one of them may be broken."""
@@ -92,6 +105,12 @@ def _shards() -> str:
 def make_stream(replicas: int, rank: int, broken: int | None = None) -> ShardStream:
     return ShardStream(
         _shards(), collate_fn=Keys(broken), max_tokens=300, seed=1, window=60, num_replicas=replicas, rank=rank
+    )
+
+
+def make_pack_stream(replicas: int, rank: int, broken: int | None = None) -> ShardStream:
+    return ShardStream(
+        _shards(), collate_fn=Keys(broken), capacity=90, seed=1, window=60, num_replicas=replicas, rank=rank
     )
 
 
@@ -156,6 +175,13 @@ def make_node(kind: str, *, ahead: int = 0) -> Callable[..., Any]:
     return make
 
 
+PACKS = {"capacity": 90, "rows": 2, "buffer_size": 20}
+
+
+def make_packing_node(kind: str) -> Callable[..., Any]:
+    return lambda replicas, rank, broken=None: PackingNode(source_of(kind, broken), length_of, **PACKS)
+
+
 def make_stage(replicas: int, rank: int, broken: int | None = None) -> Any:
     return bucket_by_length(length_of, **BUCKETS)
 
@@ -174,12 +200,18 @@ def _planned(make: Callable[..., Any]) -> Callable[[], Book]:
     return cache(lambda: Book(write))
 
 
-sampler_book, stream_book = _planned(make_sampler), _planned(make_stream)
+sampler_book, stream_book, packer_book = _planned(make_sampler), _planned(make_stream), _planned(make_packer)
+pack_stream_book = _planned(make_pack_stream)
 
 
 @cache
 def bucket_book() -> Book:
     return Book(lambda epoch, replicas: list(make_stage(1, 0)(range(SAMPLES))), alike=True)
+
+
+@cache
+def pack_book() -> Book:
+    return Book(lambda epoch, replicas: list(pack_by_length(length_of, **PACKS)(range(SAMPLES))), alike=True)
 
 
 @cache
@@ -194,7 +226,10 @@ PREPARED = RAISING - {"copy", "remaining"}
 def _bare() -> Iterator[Adapter]:
     yield Adapter("sampler", rigs.Bare, make_sampler, sampler_book)
     yield Adapter("sampler of all", rigs.Bare, make_sampler, sampler_book, one_for_all=True)
+    yield Adapter("packs", rigs.Bare, make_packer, packer_book)
+    yield Adapter("packs of all", rigs.Bare, make_packer, packer_book, one_for_all=True)
     yield Adapter("stream", rigs.Bare, make_stream, stream_book, rules=RAISING)
+    yield Adapter("stream of packs", rigs.Bare, make_pack_stream, pack_stream_book, rules=RAISING)
     yield Adapter("stage", rigs.Stage, make_stage, bucket_book, (1,), rules=frozenset({"copy"}))
 
 
@@ -216,17 +251,22 @@ def _loaded() -> Iterator[Adapter]:
             if not issubclass(kind, rigs.Prefetched):
                 name = f"sampler of all, {where}"
                 yield Adapter(name, kind, make_sampler, sampler_book, workers=workers, one_for_all=True)
+                yield Adapter(f"packs, {where}", kind, make_packer, packer_book, workers=workers, rules=RAISING)
+                name = f"stream of packs, {where}"
+                yield Adapter(name, kind, make_pack_stream, pack_stream_book, workers=workers, rules=RAISING)
 
 
 def _framed() -> Iterator[Adapter]:
     """Under the loaders of torchdata.nodes and accelerate, which count epochs themselves."""
     rules = RAISING - {"seek", "copy", "remaining"}
     yield Adapter("sampler, nodes.Loader", rigs.Noded, make_sampler, sampler_book, rules=rules)
+    yield Adapter("packs, nodes.Loader", rigs.Noded, make_packer, packer_book, rules=rules)
     yield Adapter("stream, nodes.Loader", rigs.Noded, make_stream, stream_book, rules=rules)
     kinds = {"": (rigs.Accelerated, rigs.Dealt), " stateful": (rigs.AcceleratedStateful, rigs.DealtStateful)}
     for stateful, (kind, dealt) in kinds.items():
         for more, workers in (("", (NO_WORKERS,)), (", workers", (TWO, LASTING))):
             name = f"accelerate{stateful}{more}"
+            yield Adapter(f"packs, {name}", kind, make_packer, packer_book, (1,), workers, PREPARED)
             yield Adapter(f"sampler, {name}", kind, make_sampler, sampler_book, (1,), workers, PREPARED)
             # Their loader skips batches where ours would load a state, so that positions count from the epoch's start.
             rules = PREPARED - {"seek"} if stateful else PREPARED
@@ -234,6 +274,9 @@ def _framed() -> Iterator[Adapter]:
 
 
 def _nodes() -> Iterator[Adapter]:
+    rules = frozenset({"save", "source raises"})
+    for where, kind in (("bare", rigs.Node), ("nodes.Loader", rigs.NodeInLoader)):
+        yield Adapter(f"node of packs, {where}", kind, make_packing_node("list"), pack_book, (1,), rules=rules)
     for source in ("list", "generator", "epochs"):
         for where, kind, ahead in (
             ("bare", rigs.Node, 0),

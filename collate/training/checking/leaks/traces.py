@@ -112,16 +112,16 @@ class Difference:
     Attributes:
         module: the module that made it; None where the step's own code did.
         name: of that module among the parts of the outermost module, with its class.
-        before: the module that took what differs, where the difference was made around it; empty otherwise.
+        taken_by: the module that took what differs, where the difference was made around it; empty otherwise.
     """
 
     module: nn.Module | None
     name: str
-    before: str = ""
+    taken_by: str = ""
 
     def __str__(self) -> str:
         where = f"in {self.name}" if self.module is not None else "in the step's own code"
-        return f"{where}, before {self.before}" if self.before else where
+        return f"{where}, before {self.taken_by}" if self.taken_by else where
 
 
 def first_difference(one: Trace, other: Trace) -> Difference | None:
@@ -138,10 +138,10 @@ def first_difference(one: Trace, other: Trace) -> Difference | None:
             continue
         if event.leaves:
             return Difference(event.module, _named(event.module, event.root))
-        before = _named(event.module, event.root)
+        taken_by = _named(event.module, event.root)
         if event.parent is None:
-            return Difference(None, "", before)
-        return Difference(event.parent, _named(event.parent, event.root), before)
+            return Difference(None, "", taken_by)
+        return Difference(event.parent, _named(event.parent, event.root), taken_by)
     return None
 
 

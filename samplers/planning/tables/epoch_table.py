@@ -1,0 +1,98 @@
+"""EpochTable: what a schedule, a plan and a position need of the batches of any epoch, however they are made."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import ClassVar, Self, TypeAlias
+
+from samplers.planning.budget import Integers
+from samplers.planning.options import EpochOptions
+from samplers.planning.sorting import IndexArray
+from samplers.planning.tables.epoch_order import EpochOrder
+
+# Rows, and the padded width of each field.
+Shape: TypeAlias = tuple[int, tuple[int, ...]]
+
+
+class EpochTable(ABC):
+    """The batches of an epoch by batch id: every epoch has equally many.
+
+    Attributes:
+        options: The planner's.
+        item: What the batches of the last step are split by, for messages.
+    """
+
+    options: EpochOptions
+    item: ClassVar[str] = "row"
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Batches in an epoch, before any is split among replicas."""
+
+    @property
+    def whole_batches(self) -> int:
+        """Batches that a whole step may have; the others, which are short, belong to the last step."""
+        return len(self)
+
+    @property
+    @abstractmethod
+    def planned(self) -> int:
+        """Samples in an epoch."""
+
+    @property
+    @abstractmethod
+    def dataset_size(self) -> int:
+        """Samples in the dataset, with those that are not planned."""
+
+    @property
+    @abstractmethod
+    def lengths_digest(self) -> str:
+        """Sixteen hexadecimal digits that change when a length changes."""
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits that change when the batches or the choice of samples change."""
+
+    @property
+    @abstractmethod
+    def shapes(self) -> list[Shape]:
+        """The shapes that hold every batch of any epoch, without repetition."""
+
+    @property
+    @abstractmethod
+    def trial_epochs(self) -> Iterable[int]:
+        """Epochs that show whether replicas can share the last step of every epoch."""
+
+    @abstractmethod
+    def for_epoch(self, epoch: int, num_replicas: int) -> Self:
+        """The table of an epoch that this many replicas begin."""
+
+    @abstractmethod
+    def order(self, epoch: int, num_replicas: int) -> EpochOrder:
+        """The order of this table's batches in an epoch that this many replicas begin."""
+
+    @abstractmethod
+    def batch_rows(self, batch_ids: Integers) -> Integers:
+        """Samples of these batches: int64 `[n]`."""
+
+    @abstractmethod
+    def batch_samples(self, batch_ids: Integers, key: int) -> tuple[IndexArray, Integers]:
+        """The samples of these batches, one batch after the other.
+
+        Args:
+            batch_ids: int64 `[n]`, each in `range(len(table))`.
+            key: Random key of the epoch.
+
+        Returns:
+            Sample indices `[sum(rows)]`, and the samples of each batch, int64 `[n]`.
+        """
+
+    @abstractmethod
+    def share_batches(self, batch_ids: Integers, key: int, num_replicas: int) -> list[IndexArray]:
+        """The samples of the last step's batches, split into a piece for each replica.
+
+        Args:
+            batch_ids: At most as many batches as replicas, with at least as many samples.
+            key: Random key of the epoch.
+            num_replicas: How many pieces there must be.
+        """
