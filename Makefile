@@ -62,7 +62,6 @@ $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 	$(OLDEST)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable '.[oldest]'
 	@touch $(OLDEST_READY)
 
-# One torch warns of what another does not, so here a warning is no error.
 oldest: $(OLDEST_READY)
 	$(OLDEST)/python -m pytest -n $(JOBS) --dist loadfile $(OLDEST_TESTS)
 

@@ -1,6 +1,7 @@
 """A field's samples as rows `[L_i, *F]`: checked, and their lengths measured."""
 
 import math
+from array import array as PythonArray
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -226,6 +227,13 @@ def _array_of_list(value: list[PaddingValue], index: int, name: str) -> HostArra
         TypeError: It holds something else.
         ValueError: It is ragged.
     """
+    if type(value[0]) is int:
+        try:
+            # NumPy would read all numbers twice, for their dtype first.
+            return np.frombuffer(PythonArray("q", value), np.int64)
+        except (TypeError, OverflowError):
+            # Floats or lists are among them, or numbers beyond int64.
+            pass
     try:
         array = np.asarray(value)
     except ValueError:

@@ -12,13 +12,14 @@ from samplers.cli.conversion.rows import ColumnSelection, SampleMaker, count_inp
 from samplers.cli.conversion.tokenizer import load_tokenizer
 from samplers.cli.conversion.unfinished import describe_conversion
 from samplers.cli.conversion.writing import resumable, write_samples
-from samplers.cli.describing import count
+from samplers.cli.describing import count, describe_index
 from samplers.cli.opening import load_function, open_sources, parse_dtypes, parse_widths, require_budget
 from samplers.cli.printing import print_batch, print_rows, show_progress
 from samplers.planning.options import Options
 from samplers.planning.plan import BatchPlan
 from samplers.planning.tables.pool_table import choose_table
 from samplers.shards.dataset import ShardDataset
+from samplers.shards.indexing.index import tables_of
 from samplers.shards.indexing.index_file import SUFFIX
 
 
@@ -91,6 +92,8 @@ def show(*, sources: tuple[str, ...], step: int, rank: int, rows: int, **options
     batch = plan.batches[_check_step(plan, step, rank)]
     samples = ShardDataset(corpus.shards, corpus).__getitems__(batch)
     click.secho(f"step {step:,} of {plan.steps:,}, rank {rank} of {plan.num_replicas}, epoch {plan.epoch}", bold=True)
+    if tables_of(corpus).measured:
+        click.echo(describe_index(corpus))
     print_batch(corpus, table, batch, samples)
     print_rows(corpus, batch, samples, rows)
 

@@ -171,7 +171,10 @@ class Ragged(Dataset):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param("fork", marks=pytest.mark.unix), "spawn", pytest.param("forkserver", marks=pytest.mark.unix)],
+)
 def test_loaders_of_every_kind_give_the_same_batches(workers: int, method: str) -> None:
     if workers == 0 and method != "fork":
         pytest.skip("without workers there is nothing to start")
@@ -196,6 +199,8 @@ def history() -> Any:
     return [torch.ones(2, requires_grad=True) * 2]
 
 
+# Spawned workers cannot even be sent these samples.
+@pytest.mark.unix
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -221,6 +226,7 @@ def test_without_workers_any_object_goes_into_a_list() -> None:
     assert next(iter(DataLoader(Ragged(extra), batch_size=6, collate_fn=PadCollator())))["extra"] == [extra] * 6
 
 
+@pytest.mark.unix
 def test_stacked_tensors_leave_a_worker_without_their_graph() -> None:
     weight = torch.ones(2, requires_grad=True)
     loader = DataLoader(Ragged(weight * 2), batch_size=6, num_workers=1, collate_fn=PadCollator(stack=["extra"]))

@@ -24,6 +24,7 @@ from command import run
 from corpora import assert_same, tokens, write
 
 from samplers.cli.commands import main
+from samplers.planning.options import Options
 from samplers.planning.plan import plan_epoch
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.indexing.find_index import find_index_files
@@ -498,3 +499,19 @@ def test_on_a_terminal_there_is_a_bar(work: Path) -> None:
         assert b"shard/s" in (screen.read(4096) or b"")
         os.close(theirs)
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("command", ["report", "show"])
+def test_the_defaults_of_a_report_are_those_of_the_sampler(command):
+    # Red: `--overlong alone` made a report of a plan that the sampler refuses.
+    defaults = asdict(Options(max_tokens=1))
+    parameters = main.commands[command].make_context(command, ["shards"]).params
+    shared = sorted(defaults.keys() & parameters.keys() - {"max_tokens", "window"})
+    assert len(shared) >= 8
+    assert {name: parameters[name] for name in shared} == {name: defaults[name] for name in shared}
+
+
+def test_a_dataset_of_a_folder_that_is_not_there_says_so(tmp_path):
+    # Red: it asked to build the index of a folder that does not exist.
+    with pytest.raises(FileNotFoundError, match="no file or folder .*nope"):
+        ShardDataset(tmp_path / "nope")

@@ -31,28 +31,32 @@ def tar_of(path: Path, members: Any) -> Any:
 
 def halves(field: Any, data: Any) -> Any:
     """A length function: 16-bit samples behind a header of 4 bytes."""
-    assert field == "wav"
+    assert field == "raw"
     return (len(data) - 4) // 2
 
 
 def test_other_encodings_are_measured_by_the_users_function(tmp_path: Path) -> None:
     path = tar_of(
         tmp_path / "a.tar",
-        [(f"{n}.{suffix}", data) for n in range(4) for suffix, data in (("wav", bytes(4 + 2 * n)), ("json", b"{}"))],
+        [(f"{n}.{suffix}", data) for n in range(4) for suffix, data in (("raw", bytes(4 + 2 * n)), ("json", b"{}"))],
     )
     for workers in (0, 1):
-        index = LengthIndex.build(path, ["wav"], halves, workers=workers, checksums=True)
-        assert (index.fields, index.lengths.tolist()) == (("wav",), [0, 1, 2, 3])
+        index = LengthIndex.build(path, ["raw"], halves, workers=workers, checksums=True)
+        assert (index.fields, index.lengths.tolist()) == (("raw",), [0, 1, 2, 3])
     index.verify(checksums=True)
-    with pytest.raises(ValueError, match=r"group '0', field 'wav': not a .npy array: give a length function"):
-        LengthIndex.build(path, ["wav"])
-    with pytest.raises(ValueError, match=r"none of \['json', 'wav'\] is a .npy array with an axis: name the fields"):
+    with pytest.raises(
+        ValueError, match=r"group '0', field 'raw': neither a .npy array nor sound: give a length function"
+    ):
+        LengthIndex.build(path, ["raw"])
+    with pytest.raises(
+        ValueError, match=r"none of \['json', 'raw'\] is a .npy array with an axis, or sound: name the fields"
+    ):
         LengthIndex.build(path)
-    with pytest.raises(TypeError, match="fields must be a list of names, got the string 'wav'"):
-        LengthIndex.build(path, "wav")
+    with pytest.raises(TypeError, match="fields must be a list of names, got the string 'raw'"):
+        LengthIndex.build(path, "raw")
     for wrong in (-1, 2.0, None, True):
-        with pytest.raises(LengthError, match=f"'0', field 'wav': length= must give a non-negative int, got {wrong!r}"):
-            LengthIndex.build(path, ["wav"], lambda field, data, wrong=wrong: wrong)
+        with pytest.raises(LengthError, match=f"'0', field 'raw': length= must give a non-negative int, got {wrong!r}"):
+            LengthIndex.build(path, ["raw"], lambda field, data, wrong=wrong: wrong)
 
 
 def test_foreign_shards_index_as_webdataset_groups_them(tmp_path: Path) -> None:

@@ -233,6 +233,7 @@ def test_show_prints_the_lengths_of_sound_and_not_of_its_bytes(tmp_path: Path) -
     write_shard(tmp_path / "a.tar", [{"wav": encode(frames)} for frames in (900, 700)])
     run("index", tmp_path)
     printed = run("show", tmp_path, "--max-tokens", 2000).output
+    assert "2 samples in 1 shard, lengths of wav (sound headers, 16,000 Hz)" in printed
     assert "wav             2 of bytes, 900 steps at most" in printed
     assert [line.split()[2] for line in printed.splitlines()[-2:]] == ["900", "700"]
 

@@ -111,6 +111,18 @@ def test_rows_of_several_fields_break_no_cap_and_lose_nothing(lengths: Any, most
         assert batch["y"].documents_per_row.tolist() == list(map(len, packs))
 
 
+@given(st.lists(st.one_of(st.integers(-(2**65), 2**65), st.booleans(), st.floats(width=32)), min_size=1, max_size=4))
+def test_a_list_has_the_dtype_and_numbers_that_numpy_gives_it(numbers: list[float]) -> None:
+    expected = np.asarray(numbers)
+    if expected.dtype.kind in "Ou":
+        with pytest.raises(TypeError, match=r"must hold numbers|torch has no dtype"):
+            VarlenBatch.from_sequences([numbers])
+        return
+    values = VarlenBatch.from_sequences([numbers]).values[0].numpy()
+    assert values.dtype == (np.float32 if expected.dtype.kind == "f" else expected.dtype)
+    np.testing.assert_array_equal(values, expected.astype(values.dtype))
+
+
 def test_pairs_stay_together() -> None:
     samples = [{"chosen": torch.arange(n), "rejected": torch.arange(6 - n)} for n in (5, 1, 3)]
     batch = VarlenCollator(capacity=6)(samples)

@@ -162,7 +162,7 @@ class VarlenCases:
         shapes = {shape for places in self.places for shape in places.shapes}
         for name, part in _plain_parts(self.whole):
             if tuple(part.shape[:2]) in shapes:
-                return f"{name!r} is a plain tensor with an entry per step: make it from the batch inside of the step"
+                return f"{name!r} is a plain tensor with an entry per step: make it from the batch inside the step"
         batch = _replaced(_documents_in_order(self.whole, order, self.count), turned)
         return batch, _distinct(Places.of(part) for part in turned.values()), order
 
