@@ -73,6 +73,12 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
     `torchdata.nodes` it goes into a `SamplerWrapper`: an `IterableWrapper` asks no iterator for its state, and always
     resumes in the first epoch, even if another one was saved.
 
+    The option `window` is how many samples a run of shards has at least (None: 10,000); a worker holds its part of a
+    window in memory. The other options are those of `LengthBucketBatchSampler`; with `drop_last`, every window drops
+    the batch that `batch_size` leaves short. Or, with `capacity`, they are those of `PackingBatchSampler`: the stream
+    packs, and reads pieces of split samples itself. The windows of packs are planned at construction, and are the same
+    in every epoch; the last batch of a window may have fewer rows.
+
     Args:
         shards: As in `ShardDataset`.
         index: The index of these shards, in their order, or its file; None for the files next to them.
@@ -88,11 +94,6 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
             number of workers, so that each fetches windows of its own; local shards do not need this.
         num_replicas: W; None takes the initialised process group's size, or 1.
         rank: Rank of this process; None takes the process group's, or 0.
-        options: `window` is how many samples a run of shards has at least (None: 10,000); a worker holds its part of a
-            window in memory. The others are those of `LengthBucketBatchSampler`; with `drop_last`, every window drops
-            the batch that `batch_size` leaves short. Or, with `capacity`, those of `PackingBatchSampler`: the stream
-            packs, and reads pieces of split samples itself. The windows of packs are planned at construction, and are
-            the same in every epoch; the last batch of a window may have fewer rows.
 
     Attributes:
         data: The samples by index, as a `ShardDataset`.
