@@ -1,6 +1,7 @@
 """Where the documents of a batch lie: host integers, checked, and the table of offsets that is made from them."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any, cast
 
 import numpy as np
@@ -149,6 +150,10 @@ class Offsets:
         self.shape = shape
         self._spread: tuple[Tensor, Tensor, Tensor] | None = None
         self._versions = _versions_of(table)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Offsets":
+        # torch writes to a tensor when it copies it, and the versions of the original would say that a user did.
+        return Offsets(deepcopy(self.table, memo), self.shape)
 
     def spread(self) -> tuple[Tensor, Tensor, Tensor]:
         """Mask bool, document ids int32 and position ids int64, all `[R, C]` on the table's device; made once.

@@ -24,7 +24,7 @@ from leaking_steps import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from collate import LengthError, VarlenBatch, VarlenCollator, check_step, masked_mean
+from collate import LengthError, VarlenBatch, VarlenCollator, check_step, masked_mean, sequence_loss
 from collate.training.checking.leaks.probes import change_sets
 from collate.training.checking.report import StepReport
 
@@ -206,8 +206,100 @@ def test_a_mean_over_a_count_of_contents_is_a_note_and_no_leak() -> None:
         return (batch["x"].values.square().sum(-1) * weights).sum() / weights.sum()
 
     report = check_step(step, batch)
-    assert not [finding for finding in report.findings if "field 'x'" in finding.what], str(report)
+    assert report.ok, str(report)
     assert "right where the loss is divided by a count of contents" in str(report)
+
+
+@pytest.mark.parametrize("leak", [False, True])
+def test_a_weighted_loss_in_one_number_is_no_leak_of_its_weights(leak: bool) -> None:
+    """It was red: the gradient of a weight has a share of the mean, which was called a leak."""
+    model = Model()
+    samples = [{"x": row, "w": torch.rand(len(row)) + 0.5} for row in token_batch().unsort()]
+    batch = VarlenCollator(capacity=20)(samples)
+
+    def step(batch: dict[str, VarlenBatch]) -> Tensor:
+        hidden = model.embed(batch["x"].values)
+        logits = model.head(hidden.cumsum(1) if leak else hidden)
+        labels = batch["x"].next_step_labels()
+        per_step = torch.nn.CrossEntropyLoss(reduction="none")
+        return sequence_loss(per_step, batch["x"].with_values(logits), labels, weights=batch["w"].values)
+
+    report = check_step(step, batch)
+    assert probes(report) == ({"other documents"} if leak else set()), str(report)
+
+
+def follows(batch: VarlenBatch, name: str) -> Any:
+    """What a collate function may put next to the tokens, made from their lengths."""
+    if name == "offsets":
+        return batch.cu_seqlens
+    if name == "flat positions":
+        return batch.position_ids.flatten()
+    if name == "flex":
+        return batch.block_mask(block_size=16)
+    mask = batch.attention_mask()
+    return mask.numpy() if name == "array" else mask
+
+
+@pytest.mark.parametrize("name", ["offsets", "flat positions", "mask", "array", "flex"])
+def test_what_says_where_documents_are_is_not_turned_nor_accused(name: str) -> None:
+    """It was red: documents were turned, these tensors were not, and right steps were called wrong in `order`."""
+    tokens = token_batch()
+    model = Model()
+
+    def step(batch: dict[str, Any]) -> Tensor:
+        values, extra = batch["tokens"].values, batch["extra"]
+        if name == "flat positions":
+            mask = (extra.view(values.shape) == 0).cumsum(1)
+            mask = (mask[:, :, None] == mask[:, None]).tril()[:, None]
+        elif name == "offsets":
+            ids = torch.searchsorted(extra[1:].contiguous(), torch.arange(values.numel()), right=True)
+            mask = (ids.view(values.shape)[:, :, None] == ids.view(values.shape)[:, None]).tril()[:, None]
+        elif name == "flex":
+            mask = extra.mask_mod(torch.arange(len(values))[:, None, None], None, *_grid(values.shape[1]))[:, None]
+        else:
+            mask = torch.as_tensor(extra)
+        hidden = model.embed(values)
+        return losses_of(model.head(with_mask(model, hidden, mask)), batch["tokens"])
+
+    report = check_step(step, {"tokens": tokens, "extra": follows(tokens, name)})
+    assert report.ok, str(report)
+    assert "order: 'extra' may say where documents are" in str(report)
+
+
+def _grid(steps: int) -> tuple[Tensor, Tensor]:
+    """Query and key steps of all pairs."""
+    return torch.arange(steps)[:, None], torch.arange(steps)
+
+
+def test_tensors_that_follow_documents_keep_the_probe_of_order() -> None:
+    tokens = token_batch()
+    model, positions = Model(), torch.nn.Embedding(64, 12)
+    batch = {"tokens": tokens, "y": torch.rand(len(tokens)), "classes": torch.rand(VOCAB), "scale": torch.tensor(2.0)}
+
+    def step(batch: dict[str, Any]) -> Tensor:
+        tokens = batch["tokens"]
+        hidden = model.embed(tokens.values) + positions(torch.arange(tokens.values.shape[1]))
+        return losses_of(model.head(hidden), tokens) * batch["scale"]
+
+    assert probes(check_step(step, batch)) == {"order"}
+
+
+@pytest.mark.parametrize("leak", [False, True])
+def test_collated_positions_are_no_contents(leak: bool) -> None:
+    """It was red: other positions moved the borders that a model finds by them, and a right one was accused."""
+    samples = [{"x": row, "position_ids": torch.arange(len(row))} for row in token_batch().unsort()]
+    batch = VarlenCollator(capacity=20)(samples)
+    model = Model()
+
+    def step(batch: dict[str, VarlenBatch]) -> Tensor:
+        jumps = F.pad(batch["position_ids"].values.diff(dim=1) != 1, (1, 0)).cumsum(1)
+        mask = (jumps[:, :, None] == jumps[:, None]).tril()[:, None]
+        hidden = model.embed(batch["x"].values)
+        return losses_of(model.head(with_mask(model, hidden, mask | leak)), batch["x"])
+
+    report = check_step(step, batch)
+    assert probes(report) == ({"other documents"} if leak else set()), str(report)
+    assert "'position_ids': it counts the steps of each document" in str(report)
 
 
 def test_a_model_may_find_borders_by_tokens_that_all_documents_begin_with() -> None:

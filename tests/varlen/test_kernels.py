@@ -84,7 +84,8 @@ def test_flex_and_sdpa_give_the_same_numbers_for_every_kind(kind: str) -> None:
     blocks = batch.kwargs_for("flex_attention", kind=kind, **option)
     torch.testing.assert_close(flex_attention(*heads_first, **blocks), dense, atol=1e-5, rtol=1e-5)
     attended = batch.attend(**{name: part.detach() for name, part in parts.items()}, kind=kind, **option)
-    torch.testing.assert_close(attended.transpose(1, 2), dense, atol=0, rtol=0)
+    real = batch.mask
+    torch.testing.assert_close(attended[real], dense.transpose(1, 2)[real], atol=0, rtol=0)
 
 
 def test_gradients_through_the_mask_are_those_of_each_document_alone() -> None:
@@ -100,6 +101,21 @@ def test_gradients_through_the_mask_are_those_of_each_document_alone() -> None:
         found = torch.autograd.grad((output * weights * mask).sum(), list(parts.values()))
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("held", [float("nan"), float("inf")])
+def test_what_gaps_hold_reaches_no_document_through_attend(held: float) -> None:
+    """It was red: outputs and gradients of all documents in a row were NaN, as 0 times NaN is NaN."""
+    batch, parts = packed_rows(4)
+    gaps = ~batch.mask[..., None, None]
+    spoilt = {name: part.detach().masked_fill(gaps, held).requires_grad_() for name, part in parts.items()}
+    results = []
+    for three in (parts, spoilt):
+        output = batch.with_values(batch.attend(**three)).flat()
+        gradients = torch.autograd.grad(output.square().sum(), list(three.values()))
+        results.append([output, *(batch.with_values(gradient).flat() for gradient in gradients)])
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

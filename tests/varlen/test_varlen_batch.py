@@ -376,3 +376,20 @@ def test_rows_without_any_document_travel_too() -> None:
         assert batch.next_step_labels().values.shape == batch.values.shape
     with pytest.raises(LengthError, match="at least one document"):
         empty.to_padded()
+
+
+@given(packed())
+def test_a_deep_copy_can_be_used_and_still_notices_writes(case: Any) -> None:
+    """It was red: torch counts the copy of a tensor as a write to it, so every use of the copy was refused."""
+    _, batch = case
+    for made_before in (False, True):
+        # Ids that were made before the copy are made again from its own offsets.
+        assert not made_before or batch.mask.shape == batch.values.shape[:2]
+        copied = copy.deepcopy({"tokens": batch, "again": batch})
+        assert copied["again"] is copied["tokens"]
+        copied["tokens"].verify()
+        assert torch.equal(copied["tokens"].flat(), batch.flat())
+    copied["tokens"].position_ids.add_(1)
+    with pytest.raises(LengthError, match="position_ids were written to 1 times"):
+        copied["tokens"].flat()
+    batch.verify()

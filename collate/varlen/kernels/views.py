@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from collate.errors import LengthError
 from collate.tensors.graphs import outside_graphs
+from collate.tensors.masks import expand_like
 from collate.tensors.to_device import to_device
 from collate.varlen.kernels.block_masks import BlockRows, make_block_mask
 from collate.varlen.kernels.kernel_arguments import Kernel, arguments_of
@@ -158,7 +159,7 @@ class KernelViews(DocumentViews):
             scale: of the scores; None is 1 / sqrt(D).
 
         Returns:
-            `[R, C, H, D]`; a step of a gap gives its own value.
+            `[R, C, H, D]`; what gaps give is unspecified, and what they hold, NaN too, reaches no document.
 
         Raises:
             LengthError: Rows or steps are not those of the batch; or as in `block_mask`.
@@ -179,11 +180,17 @@ class KernelViews(DocumentViews):
             output: Tensor = varlen_attn(*flat, **arguments, scale=scale, enable_gqa=grouped)
             return output.view(query.shape)
         mask = dense_mask(self._allowed(options), shape[0], shape[1], self.device)
-        heads_first = [part.transpose(1, 2) for part in (query, key, value)]
+        heads_first = [part.transpose(1, 2) for part in self._without_gaps(query, key, value)]
         output = scaled_dot_product_attention(
             heads_first[0], heads_first[1], heads_first[2], attn_mask=mask, scale=scale, enable_gqa=grouped
         )
         return output.transpose(1, 2)
+
+    def _without_gaps(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Tensors `[R, C, ...]` with 0 in gaps: a dense mask gives those the weight 0, but 0 times NaN is NaN."""
+        if not self.padding_fraction:
+            return parts
+        return tuple(torch.where(expand_like(self.mask, part), part, 0) for part in parts)
 
     def _allowed(self, options: MaskOptions) -> MaskFunction:
         """Which pairs of steps are allowed, as a function of indices on the values' device."""

@@ -78,7 +78,7 @@ def report_of_documents(runner: Runner, cases: DocumentCases, *, tolerance: floa
     findings += [finding for finding in (probes.dead_document(),) if finding]
     if not any(finding.probe in _DECISIVE for finding in findings):
         findings += [finding for finding in (probes.order(),) if finding]
-    notes = [*skipped, *runs.notes, *probes.notes, *meetings]
+    notes = [*skipped, *cases.notes, *runs.notes, *probes.notes, *meetings]
     return StepReport(base.loss, tuple(findings), tuple(dict.fromkeys(notes)))
 
 

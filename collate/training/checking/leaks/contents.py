@@ -39,6 +39,25 @@ def other_contents(steps: Tensor, ids: Tensor, seed: int) -> Tensor:
     return torch.where(fixed, steps, drawn(pool, steps, generator, wild=False))
 
 
+def are_positions(name: str, steps: Tensor, ids: Tensor) -> bool:
+    """Whether a field counts the steps of each document and is named so: then it is made from lengths, no contents.
+
+    Other numbers in it would move the borders that a model finds by positions.
+
+    Args:
+        name: of the field.
+        steps: `[steps, *F]`.
+        ids: as in `other_contents`.
+    """
+    if "pos" not in name.lower() or steps.dim() > 1 or steps.is_floating_point() or steps.is_complex():
+        return False
+    values, real = steps.detach().cpu().to(torch.int64), ids >= 0
+    goes_on = real[1:] & (ids[1:] == ids[:-1])
+    begins = real.clone()
+    begins[1:] &= ~goes_on
+    return not bool(values[begins].any()) and bool((values.diff()[goes_on] == 1).all())
+
+
 def _marks(steps: Tensor, ids: Tensor) -> list[int]:
     """Values that all documents begin with, or end with."""
     counts = torch.bincount(ids[ids >= 0])

@@ -7,13 +7,14 @@ from typing import Any, Protocol, Self
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from collate.errors import LengthError
 from collate.lengths.validation import as_int64
 from collate.tensors.masks import expand_like
 from collate.tensors.nested import labelled_parts, map_parts
 from collate.tensors.numpy_view import Int64Array, to_array
-from collate.training.checking.leaks.contents import other_contents
+from collate.training.checking.leaks.contents import are_positions, other_contents
 from collate.varlen.batch import VarlenBatch
 from collate.varlen.offsets import document_starts
 
@@ -78,6 +79,7 @@ class DocumentCases(Protocol):
         places: where documents are, in each field whose lengths differ.
         lengths: the most steps that each document has in any field, int64 `[N]`.
         fields: the fields with contents, by name.
+        notes: what is not changed, and why.
     """
 
     whole: Any
@@ -85,6 +87,7 @@ class DocumentCases(Protocol):
     places: list[Places]
     lengths: Int64Array
     fields: dict[str, Tensor]
+    notes: list[str]
 
     def changed(self, documents: Collection[int]) -> Any:
         """The batch with other contents in these documents, the same ones whenever they are changed."""
@@ -121,10 +124,9 @@ class VarlenCases:
         self.places = _distinct(Places.of(part) for part in self.parts.values())
         self.lengths = np.max([part.host_lengths() for part in self.parts.values()], axis=0)
         self.fields = {name: part.values for name, part in self.parts.items()}
-        self.contents = {
-            name: other_contents(part.values.flatten(0, 1), Places.of(part).ids, seed).view_as(part.values)
-            for name, part in self.parts.items()
-        }
+        steps = {name: (part.values.flatten(0, 1), Places.of(part).ids) for name, part in self.parts.items()}
+        contents, self.notes = _other_contents(steps, seed)
+        self.contents = {name: contents[name].view_as(field) for name, field in self.fields.items()}
 
     def changed(self, documents: Collection[int]) -> Any:
         """As in `DocumentCases`."""
@@ -159,10 +161,9 @@ class VarlenCases:
             [np.arange(end - 1, end - size - 1, -1) for end, size in zip(ends, per_row, strict=True)]
         )
         turned = {id(part): _reordered(part, order) for part in self.parts.values()}
-        shapes = {shape for places in self.places for shape in places.shapes}
-        for name, part in _plain_parts(self.whole):
-            if tuple(part.shape[:2]) in shapes:
-                return f"{name!r} is a plain tensor with an entry per step: make it from the batch inside the step"
+        for name, part in _walk(self.whole):
+            if not _follows_documents(part, self.places, self.count, len(per_row)):
+                return f"{name!r} may say where documents are, and cannot be turned: make it from the batch in the step"
         batch = _replaced(_documents_in_order(self.whole, order, self.count), turned)
         return batch, _distinct(Places.of(part) for part in turned.values()), order
 
@@ -184,10 +185,8 @@ class PlainCases:
         steps, shapes = _steps_of(self.fields, end)
         self.places = [Places(starts, self.lengths, [(1, steps), *shapes])]
         ids = self.places[0].ids
-        self.contents = {}
-        for name, field in self.fields.items():
-            flat = self._flat(field)
-            self.contents[name] = other_contents(flat, ids, seed).view_as(field)
+        contents, self.notes = _other_contents({name: (self._flat(f), ids) for name, f in self.fields.items()}, seed)
+        self.contents = {name: contents[name].view_as(field) for name, field in self.fields.items()}
 
     def changed(self, documents: Collection[int]) -> Any:
         """As in `DocumentCases`."""
@@ -266,15 +265,33 @@ def _varlen_parts(batch: Any) -> Iterator[tuple[str, VarlenBatch]]:
             yield name or "the batch", part
 
 
-def _plain_parts(batch: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in a nested batch.
+def _follows_documents(part: Any, places: Sequence[Places], count: int, rows: int) -> bool:
+    """Whether a part of a batch is as right as before when documents change places within their rows.
 
-    Yields:
-        Pairs of a name and a tensor.
+    Numbers, and what has an entry per row, stay right; what has an entry per document is turned as well. Other tensors
+    may be masks, positions or offsets, except for a list of float numbers, such as weights of classes.
     """
-    for name, part in _walk(batch):
-        if isinstance(part, Tensor):
-            yield name, part
+    if not isinstance(part, (Tensor, np.ndarray)):
+        return not isinstance(part, BlockMask)
+    shape = tuple(part.shape)
+    steps = {size for place in places for pair in place.shapes for size in (pair[1], pair[0] * pair[1])} - {1}
+    if not shape or shape == (1,) or (shape == (rows,) and rows not in steps):
+        return True
+    if shape[0] == count and count not in steps:
+        return all(shape[:2] != pair for place in places for pair in place.shapes)
+    return len(shape) == 1 and shape[0] not in steps and torch.as_tensor(part).is_floating_point()
+
+
+def _other_contents(fields: Mapping[str, tuple[Tensor, Tensor]], seed: int) -> tuple[dict[str, Tensor], list[str]]:
+    """Other contents of fields `[steps, *F]` with the ids of their steps; and notes on positions, which stay."""
+    positions = [name for name, (steps, ids) in fields.items() if are_positions(name, steps, ids)]
+    if len(positions) == len(fields):
+        positions = []
+    contents = {
+        name: steps if name in positions else other_contents(steps, ids, seed) for name, (steps, ids) in fields.items()
+    }
+    notes = [f"other contents of {name!r}: it counts the steps of each document, as positions do" for name in positions]
+    return contents, notes
 
 
 def _replaced(batch: Any, others: Mapping[int, Any]) -> Any:

@@ -27,6 +27,8 @@ from collate.training.checking.report import Finding
 NOISE_MARGIN: Final = 4.0
 # Documents that were moved in their row differ by rounding; more than this share of what other contents do is more.
 _MOVED: Final = 1e-2
+# Steps whose gradients tell a scale with a shift from any other change.
+_LEAST_NUMBERS: Final = 4
 # Contents that a document gets before it is called dead.
 _DRAWS: Final = 4
 
@@ -237,17 +239,22 @@ class DocumentProbes:
             owners = self.base.owners[name]
             stay = ((owners >= 0) & staying[owners]).to(self.base.entries[name].device)
             one, other = (run.entries[name][stay].double().flatten() for run in (self.base, outcome))
-            norm = float(one @ one)
-            if not norm or torch.equal(one, other):
+            # What counts nowhere, such as a step without a label, has no gradient before and after.
+            used = (one != 0) | (other != 0)
+            one, other = one[used], other[used]
+            if not bool(one.any()) or torch.equal(one, other):
                 continue
-            factor = float(one @ other) / norm
+            # The gradient of a weight that a mean is divided by, one number per step, has a share of the mean as well.
+            factor, shift = _scale_between(one, other, shifted=self.base.entries[name].dim() == 1)
             eps = torch.finfo(self.base.entries[name].dtype).eps
-            rest = float((other - factor * one).abs().max())
-            if abs(factor - 1) > 64 * eps and rest <= 16 * eps * float(other.abs().max()):
+            rest = float((other - factor * one - shift).abs().max())
+            moves = abs(factor - 1) > 64 * eps or abs(shift) > 64 * eps * float(one.abs().max())
+            if moves and rest <= 16 * eps * float(torch.cat([one, other]).abs().max()):
                 found[name] = torch.zeros_like(apart[name])
+                added = f" and add {shift:.4g}" if shift else ""
                 self._note(
                     f"the scale of {name}: other contents multiply the gradients of all other documents by "
-                    f"{factor:.4g}, which is right where the loss is divided by a count of contents"
+                    f"{factor:.4g}{added}, which is right where the loss is divided by a count of contents"
                 )
         return found
 
@@ -255,6 +262,21 @@ class DocumentProbes:
         """Add a note once for each thing that it is about."""
         if all(note.split(":")[0] != text.split(":")[0] for note in self.notes):
             self.notes.append(text)
+
+
+def _scale_between(one: Tensor, other: Tensor, *, shifted: bool) -> tuple[float, float]:
+    """The factor and the shift that turn one list of numbers best into another; no shift where that is not asked for.
+
+    >>> factor, shift = _scale_between(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([3.0, 5.0, 9.0]), shifted=True)
+    >>> round(factor, 4), round(shift, 4)
+    (2.0, 1.0)
+    """
+    # Two numbers can be turned into any other two.
+    if not shifted or len(one) < _LEAST_NUMBERS or bool((one == one[0]).all()):
+        return float(one @ other) / float(one @ one), 0.0
+    apart, means = one - one.mean(), (one.mean(), other.mean())
+    factor = float(apart @ (other - means[1])) / float(apart @ apart)
+    return factor, float(means[1] - factor * means[0])
 
 
 def _gathered(outcome: Outcome, name: str, base: Outcome, order: Tensor, count: int) -> Outcome | None:
