@@ -315,7 +315,7 @@ def make_limits(
 
 def _plan(documents: Documents, limits: RowLimits) -> tuple[LengthClasses, RowPlan]:
     """Classes in the order in which their documents are placed, and the rows."""
-    classes = make_classes(documents.units, limits.units)
+    classes = make_classes(documents.units, limits.units, None if limits.max_cost is None else limits.fit_alone)
     task = make_task(classes, limits)
     if task.sizes.shape[1] > 1:
         order = np.argsort(-task.shares, kind="stable")
