@@ -309,7 +309,8 @@ def make_limits(
         multiple=multiple,
         max_documents=max_documents,
         cost=cost,
-        max_cost=max_cost,
+        # As a float: 9 and 9.0 are one limit, and a position of one is a position of the other.
+        max_cost=None if max_cost is None else float(max_cost),
     )
 
 

@@ -69,6 +69,13 @@ def test_slots_of_classes_do_not_cost_more_than_documents(fields: int) -> None:
     assert np.add.reduceat(cost(lengths[samples]), firsts).max() <= most
 
 
+@pytest.mark.parametrize("most", [9.0, np.float64(9), np.int64(9), np.float32(9)])
+def test_the_type_of_max_cost_does_not_change_a_plan(most: Any) -> None:
+    # Red before: a position was refused where 9 had become 9.0.
+    digests = {PackTable.build([3, 4, 5], capacity=9, cost=np.abs, max_cost=cost).digest for cost in (9, most)}
+    assert len(digests) == 1
+
+
 @given(corpora(max_samples=200), st.integers(1, 500), st.integers(1, 12), st.integers(0, 9))
 def test_several_fields_and_documents_hold_their_limits_together(
     case: tuple[npt.NDArray[Any], int], patches: int, most: int, epoch: int
