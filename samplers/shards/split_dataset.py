@@ -97,7 +97,9 @@ class PieceCutter:
         named = {field: self._cut(piece, sample[field], f", field {field!r}") for field in self._fields}
         if isinstance(sample, Mapping):
             return {**sample, **named}
-        parts = [named.get(number, part) for number, part in enumerate(sample)]
+        parts = list(sample)
+        for number, part in named.items():
+            parts[operator.index(number)] = part
         return type(sample)(*parts) if hasattr(sample, "_fields") else type(sample)(parts)
 
     def _cut(self, piece: int, sequence: Any, field: str) -> Any:
@@ -128,10 +130,12 @@ class SplitDataset(Dataset[Any]):
 
     Raises:
         TypeError: `fields` is a single string.
-        ValueError: A piece is of a sample that the dataset does not have.
+        ValueError: A piece is of a sample that the dataset does not have, or `fields` is empty.
     """
 
     def __init__(self, dataset: Any, pieces: PieceTable | None, *, fields: Collection[str | int] | None = None) -> None:
+        if fields is not None and len(fields) == 0:
+            raise ValueError("fields must name the sequences that are cut, got none: pieces would be whole samples")
         self.dataset = dataset
         self._cutter = None if pieces is None else PieceCutter(pieces, len(dataset), fields)
 

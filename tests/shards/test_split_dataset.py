@@ -146,3 +146,20 @@ def test_a_damaged_sample_fails_with_its_pieces_and_is_skipped_with_them(tmp_pat
     skipping = ShardDataset(tmp_path, handler=lambda error: True).with_pieces(sampler.pieces)
     assert [sample["__key__"] for sample in skipping.__getitems__([4, 0, 5, 3])] == ["k0", "k3"]
     assert sum(skipping.skipped[str(tar)].values()) == 2
+
+
+@pytest.mark.parametrize("make", [tuple, list])
+def test_a_field_counted_from_the_end_is_cut(make: type) -> None:
+    # Red before: each piece was the whole sample.
+    sampler = PackingBatchSampler([3, 30], capacity=13, overlong="split")
+    dataset = SplitDataset([make([length, np.arange(length)]) for length in [3, 30]], sampler.pieces, fields=[-1])
+    assert [dataset[index][1].tolist() for index in (2, 4)] == [list(range(13)), [26, 27, 28, 29]]
+    assert type(dataset[4]) is make
+    assert dataset[4][0] == 30
+
+
+def test_pieces_need_a_field_that_is_cut() -> None:
+    # Red before: each piece was the whole sample.
+    sampler = PackingBatchSampler([3, 30], capacity=13, overlong="split")
+    with pytest.raises(ValueError, match="fields must name the sequences"):
+        SplitDataset([{"x": np.arange(length)} for length in [3, 30]], sampler.pieces, fields=[])

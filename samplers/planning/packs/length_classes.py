@@ -8,15 +8,18 @@ two classes waste 1 x 1 unit for each document of 3 and of 9:
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from samplers.planning.budget import Integers
 from samplers.planning.packs.best_fit import count_rows
+
+# Whether documents of these units `[n, K]` fit in a row alone: `[n]`.
+FitAlone: TypeAlias = Callable[[Integers], npt.NDArray[np.bool_]]
 
 # Shares of the tokens that slots may waste, in units of 1/4000; the first that costs no rows is taken.
 SLACKS: Final = (8, 4, 2, 1)
@@ -55,20 +58,21 @@ class LengthClasses:
     rows: tuple[int, int] | None
 
 
-def make_classes(units: Integers, capacity: tuple[int, ...]) -> LengthClasses:
+def make_classes(units: Integers, capacity: tuple[int, ...], fit_alone: FitAlone | None = None) -> LengthClasses:
     """Sort documents into classes.
 
     Args:
         units: Size of each document, integers `[M, K]`.
         capacity: Of a row, in units, for each field.
+        fit_alone: Whether slots fit in a row alone, as all documents do; None where only `capacity` limits them.
     """
     if units.shape[1] > 1:
-        return _make_cells(units)
+        return _make_cells(units, fit_alone)
     column = units[:, 0]
     order = sort_stably(column)
     values, counts = _make_histogram(column, order)
     tokens = int(values @ counts)
-    sizes, numbers = _merge_close(values, counts, capacity[0])
+    sizes, numbers = _merge_close(values, counts)
     exact = count_rows(sizes[::-1].tolist(), numbers[::-1].tolist(), capacity[0])
     for ends in _cuts(sizes, numbers):
         slots = sizes[ends - 1]
@@ -194,25 +198,37 @@ def _make_histogram(column: Integers, order: npt.NDArray[np.signedinteger]) -> t
     return ascending[firsts], np.diff(firsts, append=len(ascending))
 
 
-def _merge_close(values: Integers, counts: Integers, capacity: int) -> tuple[Integers, Integers]:
+def _merge_close(values: Integers, counts: Integers) -> tuple[Integers, Integers]:
     """Sizes and counts with close ones rounded up to one, where too many are distinct."""
     if len(values) <= MANY_LENGTHS:
         return values, counts
     step = max(1, int(values @ counts) // (LENGTH_ROUNDING * int(counts.sum())))
-    rounded = np.minimum(-(-values // step) * step, capacity)
+    # The longest fits in a row; longer ones may exceed the capacity, or cost too much.
+    rounded = np.minimum(-(-values // step) * step, values[-1])
     firsts = np.flatnonzero(np.diff(rounded, prepend=-1))
     return rounded[firsts], np.add.reduceat(counts, firsts)
 
 
-def _make_cells(units: Integers) -> LengthClasses:
+def _make_cells(units: Integers, fit_alone: FitAlone | None) -> LengthClasses:
     """Classes of several fields: the combinations of each field's classes that have documents."""
     cells = np.zeros(len(units), np.int64)
     for column in units.T:
         values, which, counts = np.unique(column, return_inverse=True, return_counts=True)
         ends = cut_least_slack(values.astype(np.int64), counts, int(values @ counts) * FIELD_SLACK // SLACK_UNIT)
         cells = cells * len(ends) + np.searchsorted(ends, which, side="right")
-    order = np.argsort(cells, kind="stable")
-    firsts = np.flatnonzero(np.diff(cells[order], prepend=-1))
-    slots = np.maximum.reduceat(units[order].astype(np.int64), firsts)
+    order, firsts, slots = _sort_cells(cells, units)
+    if fit_alone is not None and not (fits := fit_alone(slots)).all():
+        # Each field of a slot is as long as some document's: all of them together may cost more than any document.
+        split = np.isin(cells, cells[order[firsts[~fits]]])
+        sizes = np.unique(units[split], axis=0, return_inverse=True)[1]
+        cells[split] = cells.max() + 1 + sizes.reshape(-1)
+        order, firsts, slots = _sort_cells(cells, units)
     tokens = tuple(int(total) for total in units.sum(0, dtype=np.int64))
     return LengthClasses(slots, np.diff(firsts, append=len(order)), firsts, order, tokens, None)
+
+
+def _sort_cells(cells: Integers, units: Integers) -> tuple[Integers, Integers, Integers]:
+    """The documents cell by cell, where the cells begin, and the slot of each."""
+    order = np.argsort(cells, kind="stable")
+    firsts = np.flatnonzero(np.diff(cells[order], prepend=-1))
+    return order, firsts, np.maximum.reduceat(units[order].astype(np.int64), firsts)

@@ -309,13 +309,14 @@ def make_limits(
         multiple=multiple,
         max_documents=max_documents,
         cost=cost,
-        max_cost=max_cost,
+        # As a float: 9 and 9.0 are one limit, and a position of one is a position of the other.
+        max_cost=None if max_cost is None else float(max_cost),
     )
 
 
 def _plan(documents: Documents, limits: RowLimits) -> tuple[LengthClasses, RowPlan]:
     """Classes in the order in which their documents are placed, and the rows."""
-    classes = make_classes(documents.units, limits.units)
+    classes = make_classes(documents.units, limits.units, None if limits.max_cost is None else limits.fit_alone)
     task = make_task(classes, limits)
     if task.sizes.shape[1] > 1:
         order = np.argsort(-task.shares, kind="stable")

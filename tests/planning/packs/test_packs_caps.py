@@ -49,6 +49,33 @@ def test_no_row_costs_more_than_it_may(case: tuple[npt.NDArray[Any], int], facto
     assert (np.diff(table.row_cost(epoch, np.arange(len(table)))) >= 0).all()
 
 
+@pytest.mark.parametrize("fields", [1, 2])
+def test_slots_of_classes_do_not_cost_more_than_documents(fields: int) -> None:
+    # Both were planned without end: 24,999 was rounded up to 25,000, and 1063 x 1062 costs more than any document.
+    if fields == 1:
+        lengths = np.random.default_rng(0).permutation(np.arange(1, 25_000))
+        most, capacity = 24_999.0, (100_000,)
+    else:
+        first = np.random.default_rng(0).integers(1_000, 1_064, 2_000)
+        lengths = np.stack([first, 2_063 - first], 1)
+        most, capacity = 1_031.0 * 1_032, (5_000, 5_000)
+
+    def cost(steps: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return steps.reshape(len(steps), -1).prod(1).astype(np.float64)
+
+    table = PackTable.build(lengths, capacity=capacity, cost=cost, max_cost=most)
+    samples, _, firsts = all_rows(table, 0)
+    assert sorted(samples.tolist()) == list(range(len(lengths)))
+    assert np.add.reduceat(cost(lengths[samples]), firsts).max() <= most
+
+
+@pytest.mark.parametrize("most", [9.0, np.float64(9), np.int64(9), np.float32(9)])
+def test_the_type_of_max_cost_does_not_change_a_plan(most: Any) -> None:
+    # Red before: a position was refused where 9 had become 9.0.
+    digests = {PackTable.build([3, 4, 5], capacity=9, cost=np.abs, max_cost=cost).digest for cost in (9, most)}
+    assert len(digests) == 1
+
+
 @given(corpora(max_samples=200), st.integers(1, 500), st.integers(1, 12), st.integers(0, 9))
 def test_several_fields_and_documents_hold_their_limits_together(
     case: tuple[npt.NDArray[Any], int], patches: int, most: int, epoch: int
