@@ -284,3 +284,13 @@ def test_convert_sends_encoded_sound_to_index_and_not_to_text(tmp_path: Path) ->
     assert "field 'wav': is bytes" in message
     assert "whose lengths `lengthtrack index` reads" in message
     assert "--text" not in message
+
+
+def test_a_decoder_that_returns_the_rate_too_is_named_in_the_error(tmp_path: Path) -> None:
+    # Red: the error advised to build the index again, and nothing else.
+    write_shard(tmp_path / "a.tar", [{"wav": encode(900)}])
+    run("index", tmp_path)
+    with pytest.raises(LengthError, match="the index says 900 steps, the shard 2: decode= returned a tuple"):
+        ShardDataset(tmp_path, decode={"wav": lambda data: soundfile.read(io.BytesIO(data))})[0]
+    with pytest.raises(TypeError, match="decode must say for which field: give {'wav': decode}"):
+        ShardDataset(tmp_path, decode=decode)  # type: ignore[arg-type]
