@@ -12,7 +12,7 @@ OLDEST_TESTS ?= tests/batches tests/varlen tests/shards tests/loading/test_sampl
 JOBS ?= 2
 
 # The other files of the folder are shared by these.
-BENCHMARKS := collation packing transport rnn language_model planning scale shards bucketing packing_plans varlen block_masks
+BENCHMARKS := collation packing transport rnn language_model planning scale shards bucketing packing_plans varlen packed_training block_masks
 
 .PHONY: help demo test check format lint types coverage frameworks oldest fuzz storm bench gpu docs clean
 

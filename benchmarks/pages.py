@@ -375,6 +375,7 @@ TABLES: Final[dict[str, tuple[str, Callable[[Results], list[Cells]]]]] = {
     "shards-index": ("shards", rate_rows("index")),
     "shards-load": ("shards", rate_rows("disk to batches")),
     "language_model": ("language_model", kind_rows),
+    "packed_training": ("packed_training", lambda results: kind_rows(results["kinds"])),
     "collation-targets": ("collation", target_rows),
     "packing-targets": ("packing", target_rows),
     "rnn-targets": ("rnn", target_rows),

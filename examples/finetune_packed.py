@@ -19,9 +19,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from collate import LengthTrackedBatch, PadCollator, VarlenBatch, VarlenCollator, masked_mean, sequence_loss
-from samplers import LengthBucketBatchSampler
+from samplers import LengthBucketBatchSampler, PackingBatchSampler
 
 CAPACITY, ROWS, WIDTH, HEADS = 256, 16, 96, 2
+# A loss of torch leaves out labels of -100.
+FILL = {"tokens": 0, "labels": -100}
 LOSS, Batch = nn.CrossEntropyLoss(reduction="none"), LengthTrackedBatch | VarlenBatch
 
 
@@ -70,13 +72,6 @@ def documents_of(count: int) -> list[dict[str, Tensor]]:
     return [{"tokens": torch.from_numpy(a[:-1]), "labels": torch.from_numpy(a[1:])} for a in islice(arrays, count)]
 
 
-def packed_lists(lengths: list[int]) -> list[list[int]]:
-    """Samples in random order, cut where they nearly fill the rows of a batch."""
-    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0))
-    batch = torch.tensor(lengths)[order].cumsum(0) // int(0.95 * CAPACITY * ROWS)
-    return [part.tolist() for part in order.split(batch.bincount().tolist())]
-
-
 def losses_of(model: Model, batch: dict[str, Batch]) -> Tensor:
     """Each document's mean loss, in the order of the list that was collated."""
     logits, labels = model(batch["tokens"]), batch["labels"]
@@ -104,10 +99,15 @@ def main() -> None:
     parser.add_argument("--functions", type=int, default=120, help="how many documents (120)")
     torch.set_num_threads(1)
     documents = documents_of(parser.parse_args().functions)
-    lengths, pad, pack = [len(one["tokens"]) for one in documents], PadCollator(), VarlenCollator(capacity=CAPACITY)
-    bucketed = LengthBucketBatchSampler(lengths, max_tokens=CAPACITY * ROWS)
+    lengths = [len(one["tokens"]) for one in documents]
+    # The sampler plans full rows; the collator keeps them.
+    packed, pack = (
+        PackingBatchSampler(lengths, capacity=CAPACITY, rows=ROWS),
+        VarlenCollator(FILL, capacity=CAPACITY, arrange="given"),
+    )
+    bucketed, pad = LengthBucketBatchSampler(lengths, max_tokens=CAPACITY * ROWS), PadCollator(FILL)
     ways = {
-        "packed": DataLoader(documents, batch_sampler=packed_lists(lengths), collate_fn=pack),
+        "packed": DataLoader(documents, batch_sampler=packed, collate_fn=pack),
         "bucketed": DataLoader(documents, batch_sampler=bucketed, collate_fn=pad),
         "random": DataLoader(documents, batch_size=ROWS, shuffle=True, collate_fn=pad),
     }

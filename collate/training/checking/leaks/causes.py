@@ -1,5 +1,6 @@
-"""Mistakes that let documents reach each other, the likeliest first, as reports name them."""
+"""Mistakes that let documents reach each other, the likeliest first, and numbers of documents, as reports name them."""
 
+from collections.abc import Sequence
 from typing import Final
 
 OTHER_DOCUMENTS: Final = (
@@ -33,3 +34,14 @@ MEETING: Final = {
         "products whose sizes depend on how many steps each expert gets, so that rounding differs",
     ),
 }
+
+
+def name_documents(documents: Sequence[int], shown: int = 6) -> str:
+    """A few numbers of documents for a message.
+
+    >>> name_documents([3]), name_documents(range(9))
+    ('document 3', 'documents 0, 1, 2, 3, 4, 5 and 3 more')
+    """
+    names = ", ".join(str(document) for document in documents[:shown])
+    more = f" and {len(documents) - shown} more" if len(documents) > shown else ""
+    return f"document{'s' if len(documents) > 1 else ''} {names}{more}"

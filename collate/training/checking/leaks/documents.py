@@ -391,14 +391,3 @@ def _steps_of(fields: Mapping[str, Tensor], end: int) -> tuple[int, list[tuple[i
             "[rows, steps, ...], with all documents in it"
         )
     return sizes.pop(), shapes
-
-
-def name_documents(documents: Sequence[int], shown: int = 6) -> str:
-    """A few numbers of documents for a message.
-
-    >>> name_documents([3]), name_documents(range(9))
-    ('document 3', 'documents 0, 1, 2, 3, 4, 5 and 3 more')
-    """
-    names = ", ".join(str(document) for document in documents[:shown])
-    more = f" and {len(documents) - shown} more" if len(documents) > shown else ""
-    return f"document{'s' if len(documents) > 1 else ''} {names}{more}"

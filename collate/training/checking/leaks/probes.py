@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from collate.training.checking.leaks import causes
-from collate.training.checking.leaks.documents import DocumentCases, name_documents
+from collate.training.checking.leaks.documents import DocumentCases
 from collate.training.checking.leaks.outcomes import Outcome, distances, sizes_of
 from collate.training.checking.leaks.runs import DocumentRuns
 from collate.training.checking.leaks.traces import Difference, Trace, first_difference
@@ -164,7 +164,7 @@ class DocumentProbes:
             dead = self._dead()
         if not dead:
             return None
-        what = f"other contents of {name_documents(dead)} change nothing of what is returned for them"
+        what = f"other contents of {causes.name_documents(dead)} change nothing of what is returned for them"
         return Finding("dead document", what, 0.0, causes.DEAD_DOCUMENT)
 
     def _dead(self) -> list[int]:
@@ -214,7 +214,7 @@ class DocumentProbes:
             wrong = (sizes > _MOVED * self.own[name]) & (sizes > rounding)
             if bool(wrong.any()):
                 drift = float((sizes[wrong] / self.sizes[name][wrong].clamp(min=1e-30)).max())
-                documents = name_documents(torch.nonzero(wrong).flatten().tolist())
+                documents = causes.name_documents(torch.nonzero(wrong).flatten().tolist())
                 return drift, f"{name} of {documents} moves by {_share(drift)}"
         return None
 
@@ -281,8 +281,10 @@ def _share(drift: float) -> str:
 
 def leak_text(leak: Leak, difference: Difference | None, count: int) -> str:
     """A leak in words, with its first module."""
-    moved = name_documents(leak.moved)
-    what = f"other contents of {name_documents(leak.changed)} move {leak.name} of {moved} by {_share(leak.drift)}"
+    moved = causes.name_documents(leak.moved)
+    what = (
+        f"other contents of {causes.name_documents(leak.changed)} move {leak.name} of {moved} by {_share(leak.drift)}"
+    )
     if len(leak.moved) > 1:
         what += f" ({len(leak.moved)} of {count - len(leak.changed)} documents that stayed)"
     where = "after the last module, in the step's own code" if leak.in_forward else "in the backward pass"
