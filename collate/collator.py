@@ -162,10 +162,10 @@ class PadCollator:
         """
         missing = [name for name in ("max_length", "widths") if not hasattr(sampler, name)]
         if missing:
-            raise TypeError(
-                f"a {type(sampler).__name__} has no {' and no '.join(missing)}: give a length-bucketing sampler, or "
-                "make the collator with PadCollator(...)"
-            )
+            way_out = "give a length-bucketing sampler, or make the collator with PadCollator(...)"
+            if (capacity := getattr(sampler, "capacity", None)) is not None:
+                way_out = f"collate its rows with VarlenCollator(arrange='given', capacity={capacity!r})"
+            raise TypeError(f"a {type(sampler).__name__} has no {' and no '.join(missing)}: {way_out}")
         planned = {"max_length": sampler.max_length, "widths": sampler.widths}
         if options.get("shapes") is not None:
             # They are the sampler's widths already.

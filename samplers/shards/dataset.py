@@ -15,7 +15,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from collate.deprecated.names import renamed_arguments
-from samplers.shards.field_value import check_length, decode_field
+from samplers.shards.field_value import as_decoders, check_length, decode_field
 from samplers.shards.format.keys import decode_key
 from samplers.shards.format.npy import AnyArray
 from samplers.shards.format.samples import Sample
@@ -79,7 +79,8 @@ class ShardDataset(Dataset[Sample]):
 
         Raises:
             FileNotFoundError: There is no index.
-            TypeError: `fields` is a single string, `handler` not a function, or `max_failed` not a number.
+            TypeError: `fields` is a single string, `decode` a function, `handler` not a function, or `max_failed` not a
+                number.
             ValueError: The index is damaged or of other shards, a field does not exist, or `max_failed` is not
                 between 0 and 1.
         """
@@ -88,7 +89,7 @@ class ShardDataset(Dataset[Sample]):
         self.index = _open_index(shards, index)
         self._tables = tables_of(self.index)
         self._check_crcs = checksums and self._tables.crcs is not None
-        self._decode = dict(decode or {})
+        self._decode = as_decoders(decode)
         self._columns = _select_columns(self._tables.fields, fields, self._decode)
         self._ends = self.index.starts[1:]
         self._skipping = make_skipping(handler, max_failed, len(self.index))
@@ -339,10 +340,11 @@ class ShardDataset(Dataset[Sample]):
     def _decode_field(self, field: Field, data: bytes, row: int, length_column: int) -> Any:
         """The value of a plain field, with the length that the index says."""
         context = partial(self._context, row, field)
-        value = decode_field(field, data, self._decode.get(field.name), context)
+        decoder = self._decode.get(field.name)
+        value = decode_field(field, data, decoder, context)
         # Bytes that stay undecoded have no length in steps.
         if field.variable and not isinstance(value, bytes):
-            check_length(value, int(self._tables.lengths[row, length_column]), context)
+            check_length(value, int(self._tables.lengths[row, length_column]), context, decoder)
         return value
 
     def _check_blocks(self, files: Files, rows: AnyArray, table: AnyArray) -> None:

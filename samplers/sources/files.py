@@ -41,8 +41,9 @@ def load_dataset_folder(path: str, split: str | None = None) -> Any:
         if split is None and len(dataset) == 1:
             return next(iter(dataset.values()))
         if split not in dataset:
+            got = "" if split is None else f", got {split!r}"
             raise ValueError(
-                f"{path}: holds the splits {list(dataset)}, got {split!r}: choose one with --split, or give "
+                f"{path}: holds the splits {list(dataset)}{got}: choose one with --split, or give "
                 f"load_from_disk({path!r})[{next(iter(dataset))!r}]"
             )
         return dataset[split]

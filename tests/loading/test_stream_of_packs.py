@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from collate import PadCollator, VarlenCollator
-from samplers import ShardStream
+from samplers import PackingBatchSampler, ShardStream
 
 LENGTHS = np.random.default_rng(0).integers(0, 60, 300).tolist()
 
@@ -157,6 +157,8 @@ def test_options_of_budgets_and_pad_collators_are_refused(corpus: Path) -> None:
         stream(corpus, max_tokens=5)
     with pytest.raises(TypeError, match="has no widths"):
         PadCollator.for_sampler(stream(corpus))
+    with pytest.raises(TypeError, match=r"rows with VarlenCollator\(arrange='given', capacity=20\)"):
+        PadCollator.for_sampler(PackingBatchSampler([7, 3], capacity=20))
 
 
 def test_samples_that_are_dropped_are_counted(corpus: Path) -> None:

@@ -275,7 +275,7 @@ def test_options_that_name_nothing_are_refused(tmp_path: Path) -> None:
         index.unlink()
     with pytest.raises(
         FileNotFoundError,
-        match=r"no index .*shard-000000.tar.ltx: build it with `lengthtrack index`, or LengthIndex.build",
+        match=r"no index in the folder .*: build it with `lengthtrack index .*a`, or LengthIndex.build\(.*corpus.ltx",
     ):
         ShardDataset(tmp_path / "a")
     with pytest.raises(FileNotFoundError, match=r"no file or folder .*absent\.tar"):

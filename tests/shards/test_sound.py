@@ -275,3 +275,22 @@ def test_rates_that_no_writer_writes_are_refused(tmp_path: Path, rates: Any, mon
     monkeypatch.undo()
     with pytest.raises(ValueError, match="its header is not valid"):
         LengthIndex.open(tmp_path / "a.ltx")
+
+
+def test_convert_sends_encoded_sound_to_index_and_not_to_text(tmp_path: Path) -> None:
+    # Red: it advised to store the wav as text.
+    write_shard(tmp_path / "a.tar", [{"wav": encode(900)}])
+    message = run("convert", tmp_path / "a.tar", tmp_path / "out", "--fields", "wav", status=1).output
+    assert "field 'wav': is bytes" in message
+    assert "whose lengths `lengthtrack index` reads" in message
+    assert "--text" not in message
+
+
+def test_a_decoder_that_returns_the_rate_too_is_named_in_the_error(tmp_path: Path) -> None:
+    # Red: the error advised to build the index again, and nothing else.
+    write_shard(tmp_path / "a.tar", [{"wav": encode(900)}])
+    run("index", tmp_path)
+    with pytest.raises(LengthError, match="the index says 900 steps, the shard 2: decode= returned a tuple"):
+        ShardDataset(tmp_path, decode={"wav": lambda data: soundfile.read(io.BytesIO(data))})[0]
+    with pytest.raises(TypeError, match="decode must say for which field: give {'wav': decode}"):
+        ShardDataset(tmp_path, decode=decode)  # type: ignore[arg-type]

@@ -226,7 +226,8 @@ def test_report_takes_columns_units_and_splits(files: Path) -> None:
         ("a.parquet broken.parquet", 1, "damaged, or no Parquet file"),
         ("broken.jsonl", 1, "broken.jsonl, line 1: not JSON"),
         ("a.npy empty", 1, "empty has an index and others are tables: give one kind"),
-        ("empty", 1, "no file matches empty/*.tar"),
+        ("empty", 1, "no file matches empty/*.tar\n"),
+        ("above", 1, f"no file matches above/*.tar: there are shards in {Path('above', 'wavs')}, name that folder"),
     ],
 )
 def test_report_says_what_is_wrong_with_a_source(files: Path, arguments: str, status: int, message: str) -> None:
@@ -235,8 +236,17 @@ def test_report_says_what_is_wrong_with_a_source(files: Path, arguments: str, st
     Path("broken.parquet").write_bytes(b"PAR1" + bytes(100))
     Path("broken.jsonl").write_text("{")
     Path("empty").mkdir()
+    Path("above/wavs").mkdir(parents=True)
+    Path("above/wavs/a.tar").touch()
     result = run("report", *arguments.split(), "--max-tokens", 9, status=status)
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("command", ["index", "verify", "show --max-tokens 9"])
+@pytest.mark.parametrize("folder", ["plain", "splits"])
+def test_commands_of_shards_say_that_a_folder_is_a_dataset(files: Path, command: str, folder: str) -> None:
+    result = run(*command.split(), folder, status=1)
+    assert "holds a dataset of Hugging Face, which `lengthtrack report` and lengths_of read" in result.stderr
 
 
 @pytest.mark.parametrize(

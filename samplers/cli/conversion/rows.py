@@ -189,9 +189,11 @@ class SampleMaker:
             return self._cast(context, name, tokens, self._selection.dtypes.get(name, tokens.dtype))
         if not isinstance(value, (bool, int, float, list, np.ndarray, np.generic)):
             type_name = "text" if isinstance(value, str) else type(value).__name__
+            way_out = f"store a text as its UTF-8 bytes with --text {name}"
+            if isinstance(value, bytes):
+                way_out = "leave encoded sound in its shards, whose lengths `lengthtrack index` reads"
             raise ValueError(
-                f"{context}: is {type_name}, and shards hold numbers: choose fields with --fields, or store a text as "
-                f"its UTF-8 bytes with --text {name}"
+                f"{context}: is {type_name}, and shards hold numbers: choose fields with --fields, or {way_out}"
             )
         # `np.asarray([])` is float64, whatever the field holds.
         if isinstance(value, list) and not value:

@@ -1,6 +1,7 @@
 """Find the index files of shards: the corpus file of a folder, or the files next to the shards."""
 
 import os
+import shlex
 from pathlib import Path
 
 from samplers.shards.indexing.index_file import SUFFIX
@@ -32,19 +33,33 @@ def find_index_files(shards: Shards) -> list[str]:
         shards: A folder, an `.ltx` file or several, or shards: paths, brace patterns, wildcards or URLs.
 
     Raises:
-        FileNotFoundError: A pattern matches no file, or a path does not exist.
+        FileNotFoundError: A pattern matches no file, a path does not exist, or a folder of shards has no index.
         ValueError: A folder has several corpora, or index files and shards are mixed.
     """
     if isinstance(shards, (str, os.PathLike)):
         corpus = find_corpus(Path(shards))
         if corpus is not None:
             return [str(corpus)]
+        _check_has_index(Path(shards))
         shards = [shards]
     sources = [os.fspath(source) for source in shards]
     indexes = [source for source in sources if source.endswith(SUFFIX)]
     if indexes and len(indexes) < len(sources):
         raise ValueError(f"{indexes[0]} is an index and {(set(sources) - set(indexes)).pop()} is not: give one kind")
     return indexes or [_index_next_to(shard) for shard in expand_shards(sources)]
+
+
+def _check_has_index(folder: Path) -> None:
+    """Refuse a folder of shards none of which has an index. One that lacks only some is named when it is opened.
+
+    Raises:
+        FileNotFoundError: No shard of the folder has an index next to it.
+    """
+    if folder.is_dir() and any(folder.glob("*.tar")) and not any(folder.glob(f"*{SUFFIX}")):
+        raise FileNotFoundError(
+            f"no index in the folder {folder}: build it with `lengthtrack index {shlex.quote(str(folder))}`, or "
+            f"LengthIndex.build({str(folder)!r}).save({str(folder / 'corpus.ltx')!r})"
+        )
 
 
 def _index_next_to(shard: str) -> str:

@@ -116,8 +116,19 @@ def _list_folder(folder: str) -> list[str]:
     """
     paths = sorted(map(str, Path(folder).glob("*.tar")))
     if not paths:
-        raise FileNotFoundError(f"no file matches {Path(folder, '*.tar')}")
+        raise FileNotFoundError(f"no file matches {Path(folder, '*.tar')}{_what_is_there(Path(folder))}")
     return paths
+
+
+def _what_is_there(folder: Path) -> str:
+    """A hint at what a folder without shards holds: a dataset, or folders with shards."""
+    if any((folder / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+        return (
+            ": it holds a dataset of Hugging Face, which `lengthtrack report` and lengths_of read as it is, and "
+            "`lengthtrack convert` makes shards of"
+        )
+    nested = min((path.parent for path in folder.glob("*/*.tar")), default=None)
+    return "" if nested is None else f": there are shards in {nested}, name that folder"
 
 
 def _glob(pattern: Path) -> list[str]:
