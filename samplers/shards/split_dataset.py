@@ -11,7 +11,7 @@ A packing sampler with `overlong="split"` numbers the pieces; here they are read
 
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsIndex, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -99,7 +99,7 @@ class PieceCutter:
             return {**sample, **named}
         parts = list(sample)
         for number, part in named.items():
-            parts[operator.index(number)] = part
+            parts[operator.index(cast(SupportsIndex, number))] = part
         return type(sample)(*parts) if hasattr(sample, "_fields") else type(sample)(parts)
 
     def _cut(self, piece: int, sequence: Any, field: str) -> Any:
