@@ -337,3 +337,16 @@ def test_arguments_for_flash_attention_are_those_of_transformers(transformers: M
         assert ours[name].dtype == theirs[name].dtype
     assert ours["max_length_q"] >= theirs["max_length_q"]
     assert set(theirs) - {"input_ids", "labels"} <= set(ours)
+
+
+def test_a_prefix_counts_from_the_document_and_not_from_its_chunk() -> None:
+    """It was red: the first steps of a later chunk saw steps behind them, as if the prefix began there."""
+    batch = VarlenBatch.from_sequences([torch.zeros(6), torch.zeros(4)], capacity=10)
+    whole = batch.attention_mask("prefix", prefix=[5, 2])[0, 0]
+    for start, chunk in zip((0, 4, 8), batch.split_steps(4), strict=True):
+        steps = slice(start, start + chunk.values.shape[1])
+        for mask in (
+            chunk.attention_mask("prefix", prefix=[5, 2]),
+            chunk.kwargs_for("sdpa", kind="prefix", prefix=[5, 2])["attn_mask"],
+        ):
+            assert torch.equal(mask[0, 0], whole[steps, steps])

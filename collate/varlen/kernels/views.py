@@ -1,6 +1,7 @@
 """What a `VarlenBatch` gives to kernels: block masks, dense masks, keyword arguments, and attention itself."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from collate.errors import LengthError
 from collate.tensors.graphs import outside_graphs
 from collate.tensors.masks import expand_like
+from collate.tensors.numpy_view import Int64Array
 from collate.tensors.to_device import to_device
 from collate.varlen.kernels.block_masks import BlockRows, make_block_mask
 from collate.varlen.kernels.kernel_arguments import Kernel, arguments_of
@@ -66,7 +68,7 @@ class KernelViews(DocumentViews):
             ValueError: There is no such kind, an option is missing or of another kind, or `block_size` is no multiple
                 of 16.
         """
-        options = check_mask_options(kind, window, prefix, self.host_lengths())
+        options = self._in_this_chunk(check_mask_options(kind, window, prefix, self._whole_lengths()))
         size = check_count("block_size", block_size, least=1, hint="flex takes 128")
         if size % _SMALLEST_BLOCK:
             raise ValueError(f"block_size must be a multiple of {_SMALLEST_BLOCK}, got {size}: flex takes 128")
@@ -98,7 +100,7 @@ class KernelViews(DocumentViews):
             TypeError: An option is not an integer.
             ValueError: There is no such kind, or an option is missing or of another kind.
         """
-        options = check_mask_options(kind, window, prefix, self.host_lengths())
+        options = self._in_this_chunk(check_mask_options(kind, window, prefix, self._whole_lengths()))
         return dense_mask(self._allowed(options), *self.offsets.shape, self.device)
 
     @outside_graphs
@@ -130,7 +132,7 @@ class KernelViews(DocumentViews):
             TypeError: An option is not an integer.
             ValueError: There is no such kernel or kind, the kernel has no such kind, or an option is missing.
         """
-        return arguments_of(self, kernel, check_mask_options(kind, window, prefix, self.host_lengths()))
+        return arguments_of(self, kernel, check_mask_options(kind, window, prefix, self._whole_lengths()))
 
     @outside_graphs
     def attend(
@@ -170,7 +172,7 @@ class KernelViews(DocumentViews):
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if tensor.dim() != 4 or tuple(tensor.shape[:2]) != shape:
                 raise LengthError(f"{name} must be {[*shape]} and heads and features, got {list(tensor.shape)}")
-        options = check_mask_options(kind, window, prefix, self.host_lengths())
+        options = self._in_this_chunk(check_mask_options(kind, window, prefix, self._whole_lengths()))
         grouped = query.shape[2] != key.shape[2]
         if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and options.kind != "prefix":
             # The module imports the whole compiler, which takes as long as importing torch.
@@ -185,6 +187,17 @@ class KernelViews(DocumentViews):
             heads_first[0], heads_first[1], heads_first[2], attn_mask=mask, scale=scale, enable_gqa=grouped
         )
         return output.transpose(1, 2)
+
+    def _whole_lengths(self) -> Int64Array:
+        """Steps of each document up to here, those in earlier chunks of `split_steps` too: int64 `[N]`."""
+        return self.host_lengths() + self.spans.array("first_steps")
+
+    def _in_this_chunk(self, options: MaskOptions) -> MaskOptions:
+        """Options whose prefix counts the steps of this chunk only: others of it were in earlier ones."""
+        if options.prefix is None:
+            return options
+        rest = np.maximum(options.prefix - self.spans.array("first_steps"), 0)
+        return replace(options, prefix=rest)
 
     def _without_gaps(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """Tensors `[R, C, ...]` with 0 in gaps: a dense mask gives those the weight 0, but 0 times NaN is NaN."""
