@@ -166,3 +166,11 @@ def test_samples_that_are_dropped_are_counted(corpus: Path) -> None:
     assert report.overlong_dropped == sum(length > 32 for length in LENGTHS)
     assert report.too_short == sum(length < 3 for length in LENGTHS)
     assert report.documents == sum(3 <= length <= 32 for length in LENGTHS)
+
+
+def test_a_later_epoch_shares_its_last_step_as_the_first_did(tmp_path: Path) -> None:
+    # Red before: five rows, of which one has two documents. Three replicas could share the last step of epochs 0 and 1,
+    # and not that of epoch 2, as no draw changed the batches of a step.
+    write(tmp_path, tokens([163, 148]))
+    data = stream(tmp_path, capacity=64, overlong="split", num_replicas=3, rank=0, seed=2**64 - 1)
+    assert {data.plan(epoch).steps for epoch in range(20)} == {len(data)}

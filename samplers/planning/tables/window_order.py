@@ -90,7 +90,9 @@ class WindowOrder(EpochOrder):
         batch_ids: Integers = np.arange(self.batches) + np.repeat(first - (sizes.cumsum() - sizes), sizes)
         lane, position = self._deal_lanes()
         if self.options.shuffle:
-            drawn = stream_keys(self._attempt_key(BATCHES, attempt), position // self.num_replicas)
+            # Later attempts draw for positions: with few steps, draws for steps leave the same batches to the last.
+            drawn_for = position if attempt else position // self.num_replicas
+            drawn = stream_keys(self._attempt_key(BATCHES, attempt), drawn_for)
             reading = np.lexsort((drawn, window))
             batch_ids[reading] = batch_ids.copy()
             self._put_longest_last(batch_ids)
