@@ -112,6 +112,7 @@ class WindowPacks(PackBatches):
             interleave=self.interleave,
             can_share=partial(self._can_share_batches, num_replicas),
             patient=epoch not in self.trial_epochs,
+            redraws_positions=True,
         )
 
     def rows_of_batches(self, batch_ids: Integers) -> BatchRows:

@@ -54,12 +54,15 @@ class WindowOrder(EpochOrder):
         interleave: Lanes of each replica.
         can_share: Whether each replica gets a row of the last step, if these are the last batch ids of the epoch.
         patient: Whether the epoch must find an order whose last step can be shared, see `draw_until`.
+        redraws_positions: Whether later attempts draw for positions in place of steps. With few steps, draws for steps
+            leave the same batches to the last; saved positions of bucketed streams hold the orders that these gave.
     """
 
     window_sizes: Integers
     interleave: int
     can_share: Callable[[Integers], bool] = _accept_all
     patient: bool = False
+    redraws_positions: bool = False
 
     def batch_at_position(self, positions: Integers) -> Integers:
         """The batch ids at these positions of the epoch: int64 `[n]`."""
@@ -90,8 +93,7 @@ class WindowOrder(EpochOrder):
         batch_ids: Integers = np.arange(self.batches) + np.repeat(first - (sizes.cumsum() - sizes), sizes)
         lane, position = self._deal_lanes()
         if self.options.shuffle:
-            # Later attempts draw for positions: with few steps, draws for steps leave the same batches to the last.
-            drawn_for = position if attempt else position // self.num_replicas
+            drawn_for = position if attempt and self.redraws_positions else position // self.num_replicas
             drawn = stream_keys(self._attempt_key(BATCHES, attempt), drawn_for)
             reading = np.lexsort((drawn, window))
             batch_ids[reading] = batch_ids.copy()
