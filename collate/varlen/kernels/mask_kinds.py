@@ -122,7 +122,8 @@ def _check_prefix(prefix: int | Sequence[int] | Tensor, lengths: Int64Array) -> 
     if isinstance(prefix, Tensor) and not prefix.is_cpu:
         raise LengthError(f"prefix must stay on the host, got a tensor on {prefix.device}: keep it on the CPU")
     values = np.asarray(prefix)
-    if values.dtype.kind not in "iu":
+    # NumPy makes floats of an empty list.
+    if values.size and values.dtype.kind not in "iu":
         raise TypeError(f"prefix must be whole numbers of steps, got {values.dtype}")
     if values.ndim and values.shape != lengths.shape:
         raise LengthError(f"prefix must be one number, or one per document, [{len(lengths)}], got {list(values.shape)}")
