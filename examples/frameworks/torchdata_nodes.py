@@ -3,6 +3,7 @@
 python examples/frameworks/torchdata_nodes.py
 """
 
+import gc
 from itertools import islice
 
 import torch
@@ -46,3 +47,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    # The loader that was stopped still has threads. They end when it is collected, and must not outlast Python.
+    gc.collect()
