@@ -30,7 +30,7 @@ RANGES = st.sampled_from(
         *("{a..e}", "{e..a..2}", "{Y..b}", "{b..A..7}", "{1..c}", "{1..2..}", "{..}", "{}", "{x}", "{{1..2}}"),
     ]
 )
-# An escaped backslash is a backslash; braceexpand takes the escapes of `{\\\\0}` away twice.
+# An escaped backslash is a backslash; braceexpand takes the escapes of `{\\0}` away twice.
 PLAIN = st.text("ab01.,-/\\", max_size=4).filter(lambda text: not text.endswith("\\") and "\\\\" not in text)
 
 
