@@ -22,7 +22,7 @@ FRAMEWORKS = ("lightning", "accelerate", "transformers", "datasets", "ray")
 
 SAMPLES = 1200
 # Seconds after which a test gives an example up.
-PATIENCE = 150
+PATIENCE = 300
 TALLY = re.compile(
     r"^(?P<title>.+): (?P<batches>\d+) batches, (?P<samples>\d+) samples, (?P<held>.+), "
     r"padding (?P<padding>[\d.]+)%, loss (?P<loss>[\d.]+)$",

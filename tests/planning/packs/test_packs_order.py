@@ -36,7 +36,8 @@ def test_positions_reach_every_row_once(
     at = np.arange(len(table))[:: max(1, len(table) // 5)]
     assert order.row_ids(at).tolist() == row_ids[at].tolist()
     samples, documents = order.samples(at)
-    assert samples.tolist() == table.rows(2, row_ids[at])[0].tolist()
+    # Where the last rows have too few documents, the epoch has other recipes.
+    assert samples.tolist() == table.rows(2, row_ids[at], order.last)[0].tolist()
     assert len(documents) == len(at)
 
 
@@ -47,7 +48,7 @@ def test_the_last_rows_are_those_of_most_documents(
     lengths, capacity = case
     table = PackTable.build(lengths, capacity=capacity, cost=cost)
     order = RowOrder(table, 0, replicas)
-    documents = table.row_documents(0, order.row_ids(np.arange(len(table))))
+    _, documents = order.samples(np.arange(len(table)))
     whole = order.steps * replicas
     if 0 < whole < len(table):
         assert documents[whole:].min() >= documents[:whole].max()
