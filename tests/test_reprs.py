@@ -20,9 +20,12 @@ from samplers import (
     LengthBucketBatchSampler,
     LengthBucketNode,
     LengthIndex,
+    PackingBatchSampler,
+    PackingNode,
     ShardDataset,
     ShardStream,
     ShardWriter,
+    SplitDataset,
     bucket_by_length,
     plan_epoch,
 )
@@ -51,6 +54,18 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[object,
         "LengthBucketBatchSampler": (
             LengthBucketBatchSampler([3, 4], max_tokens=9, indices=np.arange(2)),
             "LengthBucketBatchSampler(2 samples, max_tokens=9, indices=<2>, num_replicas=1, rank=0, batches=1)",
+        ),
+        "PackingBatchSampler": (
+            PackingBatchSampler([3, 4], capacity=9),
+            "PackingBatchSampler(2 samples, capacity=9, num_replicas=1, rank=0, batches=1)",
+        ),
+        "SplitDataset": (
+            SplitDataset([[1] * 15], PackingBatchSampler([15], capacity=8, overlong="split").pieces),
+            "SplitDataset(1 samples, 2 pieces, fields=None)",
+        ),
+        "PackingNode": (
+            PackingNode(IterableWrapper([]), len, capacity=8, buffer_size=10),
+            "PackingNode(IterableWrapper, length=len, capacity=8, buffer_size=10",
         ),
         "BatchPlan": (plan_epoch([3, 4], max_tokens=9), "BatchPlan(epoch=0, batches=1, num_replicas=1)"),
         "LengthIndex": (

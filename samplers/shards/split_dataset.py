@@ -139,6 +139,9 @@ class SplitDataset(Dataset[Any]):
         self.dataset = dataset
         self._cutter = None if pieces is None else PieceCutter(pieces, len(dataset), fields)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._size} samples, {len(self) - self._size} pieces, fields={self._fields})"
+
     def __len__(self) -> int:
         """Samples and pieces."""
         return len(self.dataset) + (0 if self._cutter is None else len(self._cutter))

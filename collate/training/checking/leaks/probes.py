@@ -267,7 +267,8 @@ class DocumentProbes:
 def _scale_between(one: Tensor, other: Tensor, *, shifted: bool) -> tuple[float, float]:
     """The factor and the shift that turn one list of numbers best into another; no shift where that is not asked for.
 
-    >>> factor, shift = _scale_between(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([3.0, 5.0, 9.0]), shifted=True)
+    >>> numbers = torch.arange(100.0)
+    >>> factor, shift = _scale_between(numbers, 2 * numbers + 1, shifted=True)
     >>> round(factor, 4), round(shift, 4)
     (2.0, 1.0)
     """
