@@ -61,7 +61,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[object,
         ),
         "SplitDataset": (
             SplitDataset([[1] * 15], PackingBatchSampler([15], capacity=8, overlong="split").pieces),
-            "SplitDataset(1 samples, 2 pieces, fields=None)",
+            "SplitDataset(1 samples, 2 pieces)",
         ),
         "PackingNode": (
             PackingNode(IterableWrapper([]), len, capacity=8, buffer_size=10),

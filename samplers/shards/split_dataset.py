@@ -140,7 +140,8 @@ class SplitDataset(Dataset[Any]):
         self._cutter = None if pieces is None else PieceCutter(pieces, len(dataset), fields)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._size} samples, {len(self) - self._size} pieces, fields={self._fields})"
+        pieces = 0 if self._cutter is None else len(self._cutter)
+        return f"{type(self).__name__}({len(self) - pieces} samples, {pieces} pieces)"
 
     def __len__(self) -> int:
         """Samples and pieces."""
