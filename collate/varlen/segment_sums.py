@@ -60,6 +60,11 @@ class _SumSegments(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, int | None], steps: Tensor, offsets: Tensor) -> tuple[Tensor, int]:
+        """Sums of steps with one more axis, which becomes the last one.
+
+        Raises:
+            NotImplementedError: Offsets are mapped over.
+        """
         if in_dims[0] is None or in_dims[1] is not None:
             raise NotImplementedError("offsets cannot be mapped over: they are the same for all")
         # A mapped axis is one more feature.

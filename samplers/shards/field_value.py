@@ -66,7 +66,7 @@ def check_length(value: Any, expected: int, context: Callable[[], str], decoder:
 
 
 def _way_out(value: Any, decoder: Decoder | None) -> str:
-    """What mends a wrong length: the function that made the value comes first."""
+    """How to correct a wrong length: the function that made the value comes first."""
     if decoder is None:
         return REBUILD
     return f"decode= returned a {type(value).__name__}, and must return the steps that the index counts; or {REBUILD}"

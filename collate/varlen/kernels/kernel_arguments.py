@@ -1,4 +1,4 @@
-"""What each kernel or model is called with beside its values: keyword arguments by the names that it has for them.
+"""What each kernel or model is called with next to its values: keyword arguments by the names that it has for them.
 
 Every segment counts as a sequence for kernels that take offsets: documents, and gaps too, so that no document sees a
 gap. Slots that are not used are sequences of no steps.

@@ -112,7 +112,7 @@ class KernelViews(DocumentViews):
         window: int | None = None,
         prefix: int | Sequence[int] | Tensor | None = None,
     ) -> dict[str, Any]:
-        """What a kernel or a model is called with beside its values, under the names that it has for them.
+        """What a kernel or a model is called with next to its values, under the names that it has for them.
 
         Args:
             kernel: `"sdpa"`, `"flex_attention"`, `"varlen_attn"` (all three of torch), `"flash_attn"`

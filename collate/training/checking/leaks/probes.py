@@ -208,7 +208,7 @@ class DocumentProbes:
         for name, entries in self.base.entries.items():
             if name in self.base.gradients or not entries.is_floating_point():
                 continue
-            back = _gathered(outcome, name, self.base, order, self.count)
+            back = _gathered(outcome, name, self.base, order)
             if back is None:
                 continue
             sizes = distances(Outcome({name: entries}, {name: self.base.owners[name]}), back, self.count)[name]
@@ -280,7 +280,7 @@ def _scale_between(one: Tensor, other: Tensor, *, shifted: bool) -> tuple[float,
     return factor, float(means[1] - factor * means[0])
 
 
-def _gathered(outcome: Outcome, name: str, base: Outcome, order: Tensor, count: int) -> Outcome | None:
+def _gathered(outcome: Outcome, name: str, base: Outcome, order: Tensor) -> Outcome | None:
     """The entries of documents that were moved, where they were before; None where they do not correspond."""
     entries, owners = outcome.entries[name], outcome.owners[name]
     before = base.owners[name]
