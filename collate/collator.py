@@ -6,14 +6,13 @@ from typing import Any, Final, Literal, Protocol, Self, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from collate.batch import LengthTrackedBatch
 from collate.errors import LengthError
 from collate.lengths.permutation import row_order
 from collate.lengths.validation import check_declared
 from collate.operations.construct import padded_batch
-from collate.operations.serialization import try_to_send
+from collate.operations.sendable import check_can_travel, check_structure_can_travel
 from collate.padding.columns import (
     NUMBER_DTYPES,
     Column,
@@ -26,7 +25,7 @@ from collate.padding.columns import (
 from collate.padding.options import check_max_length, check_shape_list, each_checked, field_widths, option_of
 from collate.padding.padding_value import UNCHOSEN, check_padding_value, warn_of_labels
 from collate.padding.rows import RaggedRows, measure_rows
-from collate.tensors.nested import FieldValues, assemble, columns_of
+from collate.tensors.nested import assemble, columns_of
 from collate.tensors.numpy_view import Int64Array
 from collate.tensors.steps import PaddingValue
 from collate.widths import AllowedWidths, PaddedShape, Widths, check_widths, padded_width
@@ -37,8 +36,6 @@ _DEFAULTS: Final = {
     "stack": (),
     "on_empty": "keep",
 }
-# Types that can always be pickled, so that no trial is needed.
-_PLAIN = (str, bytes, int, float, bool, type(None))
 
 
 class PlansLengths(Protocol):
@@ -226,7 +223,7 @@ class PadCollator:
         self._check_names(columns, variable)
         # Before rows are cut: a declared length is that of the whole sequence.
         self._check_lengths(variable, read, samples)
-        _check_structure_can_travel(samples[0], columns)
+        check_structure_can_travel(samples[0], columns)
         return read | {name: self._cut(name, column) for name, column in variable.items()}
 
     def padding_value_of(self, name: str, rows: RaggedRows) -> PaddingValue:
@@ -260,7 +257,7 @@ class PadCollator:
             return measure_rows(values, titled(name))
         if any(issubclass(kind, (Tensor, np.ndarray, np.generic)) for kind in kinds):
             raise TypeError(f"{titled(name)} must be of one kind, got {sorted(kind.__name__ for kind in kinds)}")
-        _check_can_travel(name, values)
+        check_can_travel(name, values)
         return values
 
     def _check_names(self, columns: Collection[str], variable: Collection[str]) -> None:
@@ -382,40 +379,3 @@ class PadCollator:
 def _sample_keys(samples: Sequence[object]) -> list[object]:
     """The samples' keys, where they have any (webdataset's `__key__`), for errors to name."""
     return [sample.get("__key__") if isinstance(sample, Mapping) else None for sample in samples]
-
-
-def _check_can_travel(name: str, values: list[object]) -> None:
-    """In a worker, refuse objects that cannot be pickled: they would hang the loader instead of failing.
-
-    Raises:
-        TypeError: There is one; the message names the first.
-    """
-    if get_worker_info() is None:
-        return
-    for index, value in enumerate(values):
-        if isinstance(value, _PLAIN):
-            continue
-        try:
-            try_to_send(value)
-        except Exception as error:
-            raise TypeError(
-                f"{titled(name)}: the {type(value).__name__} in sample {index} cannot be sent from a worker "
-                f"({error}): leave the field out of the samples, or make it picklable"
-            ) from error
-
-
-def _check_structure_can_travel(sample: object, columns: FieldValues) -> None:
-    """In a worker, refuse samples whose own type cannot be pickled.
-
-    Raises:
-        TypeError: It cannot.
-    """
-    if get_worker_info() is None:
-        return
-    try:
-        try_to_send(assemble(sample, dict.fromkeys(columns)))
-    except Exception as error:
-        raise TypeError(
-            f"a batch of the structure of its samples ({type(sample).__name__}) cannot be sent from a worker "
-            f"({error}): define named tuples at the top level of a module, and use plain keys"
-        ) from error
