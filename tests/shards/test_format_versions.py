@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 
 from samplers import LengthBucketBatchSampler, LengthIndex, ShardDataset, ShardStream, ShardWriter
 from samplers.shards.format.block_keys import encode_block_keys, read_block_keys
+from samplers.shards.format.packed_keys import PackedKeys, find_key_form
+from samplers.shards.format.packed_offsets import PackedOffsets, find_bases, subtract_bases
 from samplers.shards.format.samples import decode_groups
 from samplers.shards.indexing.index import tables_of
-from samplers.shards.indexing.packed_keys import PackedKeys, find_key_form
-from samplers.shards.indexing.packed_offsets import PackedOffsets, find_bases, subtract_bases
 
 KEY = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
 DIGITS = st.text("0123456789", min_size=1, max_size=9)

@@ -248,9 +248,9 @@ def check_version(version: int) -> int:
         TypeError: It is not an int.
         ValueError: It is neither 1 nor 2.
     """
-    check_count("version", version, least=1, hint="1 is what releases up to 0.2 read, 2 is smaller")
+    check_count("version", version, least=1, hint="1 is what release 0.1 reads, 2 is smaller")
     if version not in _VERSIONS:
-        raise ValueError(f"version must be 1 or 2, got {version}: 1 is what releases up to 0.2 read, 2 is smaller")
+        raise ValueError(f"version must be 1 or 2, got {version}: 1 is what release 0.1 reads, 2 is smaller")
     return version
 
 
