@@ -315,7 +315,7 @@ class ShardDataset(Dataset[Sample]):
 
     def _fill(self, files: Files, arrays: list[AnyArray], rows: AnyArray, column: int) -> None:
         """Read a field of each row into an array, and compare checksums."""
-        offsets = self._tables.offsets[rows, column].tolist()
+        offsets = self._tables.offsets_of(rows, column).tolist()
         for file, part in files:
             file.fill(arrays[part], offsets[part])
         if self._check_crcs and self._tables.crcs is not None:
