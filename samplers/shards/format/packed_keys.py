@@ -52,7 +52,7 @@ class KeyForm:
     @property
     def shape(self) -> tuple[int, ...]:
         """The axes of the stored array behind the first."""
-        return (self.width // 2,) if self.alphabet else ()
+        return (-(-self.width // 2),) if self.alphabet else ()
 
     @cached_property
     def key_dtype(self) -> np.dtype[Any]:
@@ -72,7 +72,9 @@ class KeyForm:
 
     def encode(self, keys: AnyArray) -> AnyArray:
         """Keys `[n]` as they are stored: bytes of one width `[n]`, or uint8 `[n, width / 2]`."""
-        remainders = _as_columns(keys, len(self.prefix) + self.width)[:, len(self.prefix) :]
+        # An odd remainder is padded.
+        width = 2 * self.shape[0] if self.alphabet else self.width
+        remainders = _as_columns(keys, len(self.prefix) + width)[:, len(self.prefix) :]
         if not self.alphabet:
             return np.ascontiguousarray(remainders).view(f"S{self.width}").reshape(-1)
         codes = np.zeros(256, np.uint8)
@@ -88,7 +90,7 @@ class KeyForm:
         keys = np.empty((count, start + self.width), np.uint8)
         keys[:, :start] = self._prefix_bytes
         remainders = self.pairs.take(stored) if self.alphabet else np.ascontiguousarray(stored)
-        keys[:, start:] = remainders.view(np.uint8).reshape(count, self.width)
+        keys[:, start:] = remainders.view(np.uint8).reshape(count, -1)[:, : self.width]
         return keys.view(self.key_dtype)[:, 0]
 
 
@@ -160,7 +162,7 @@ def _choose_form(used: AnyArray) -> KeyForm:
     alphabet = np.flatnonzero(used.any(0)).astype(np.uint8).tobytes()
     if firsts[0] == 0 and len(alphabet) < PAIRED:
         # Without a common start, an odd remainder is padded.
-        return KeyForm(b"", len(used) + 1, bytes(sorted({0, *alphabet})))
+        return KeyForm(b"", len(used), bytes(sorted({0, *alphabet})))
     return KeyForm(prefix[: firsts[0]], len(used) - firsts[0], b"")
 
 
