@@ -10,6 +10,7 @@ from samplers.planning.schedule import Schedule
 from samplers.planning.sorting import IndexArray
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.format.samples import Sample
+from samplers.shards.open_shards import OpenShards
 from samplers.shards.skipping import Failed
 from samplers.shards.storage.reading import LocalFile, RandomAccess
 from samplers.shards.storage.remote import FetchedFile
@@ -92,15 +93,14 @@ class ShardsInOrder(ShardDataset):
         samples: list[Any] = [None] * len(order)
         for first, last in pairwise(borders):
             part = order[first:last]
-            for entry, sample in zip(part.tolist(), self._read_in_order(sample_indices[part].tolist()), strict=True):
+            for entry, sample in zip(part.tolist(), self._read_in_order(sample_indices[part]), strict=True):
                 samples[entry] = sample
-            self._free_fetched()
+            self._here().shards.free()
         return samples
 
-    def _forget(self) -> None:
-        """Start without the state of another process."""
-        super()._forget()
-        self._free_fetched()
+    def _open_shards(self) -> OpenShards:
+        """What opens the shards."""
+        return FetchedShards(self._tables, memory_map=self._memory_map)
 
     def _fail(self, error: Exception, row: int) -> Failed:
         """The failure of a sample, without the traceback of its error."""
@@ -111,13 +111,19 @@ class ShardsInOrder(ShardDataset):
             cause = cause.__context__
         return super()._fail(error, row)
 
-    def _free_fetched(self) -> None:
-        """Free the memory of a shard that was fetched whole."""
-        self._fetched: FetchedFile | None = None
 
-    def _file(self, shard: int) -> RandomAccess:
-        """An open shard; a remote one is fetched whole."""
-        file = super()._file(shard)
+class FetchedShards(OpenShards):
+    """Opens local shards, and fetches a remote one whole: one at a time, until it is freed."""
+
+    _fetched: FetchedFile | None = None
+
+    def free(self) -> None:
+        """Free the memory of a shard that was fetched whole."""
+        self._fetched = None
+
+    def open(self, shard: int) -> RandomAccess:
+        """An open shard; a remote one is fetched whole. The errors are those of `OpenShards.open`."""
+        file = super().open(shard)
         if isinstance(file, LocalFile):
             return file
         # To find the samples that fail, a shard is read many times, but fetched once.

@@ -13,6 +13,7 @@ from collate.errors import LengthError
 from collate.padding.columns import titled
 from collate.padding.options import option_of
 from collate.padding.rows import RaggedRows
+from collate.padding.unread import UnreadStack, finish_reading
 from collate.tensors.nested import assemble
 from collate.tensors.steps import PaddingValue
 from collate.varlen.batch import VarlenBatch
@@ -130,7 +131,7 @@ class VarlenCollator:
         order = self._order(documents, len(samples))
         batches: list[VarlenBatch] = []
         fields = {name: self._field(name, column, order, batches) for name, column in columns.items()}
-        return assemble(samples[0], fields)
+        return fields if finish_reading(columns) else assemble(samples[0], fields)
 
     def _order(self, documents: Mapping[str, RaggedRows], size: int) -> DocumentOrder:
         """Put samples into rows, in which they are to fit in all of their fields."""
@@ -162,6 +163,8 @@ class VarlenCollator:
         self, name: str, column: Any, order: DocumentOrder, batches: list[VarlenBatch]
     ) -> VarlenBatch | Tensor | list[Any]:
         indices, per_row = order
+        if isinstance(column, UnreadStack):
+            return column.stack(indices, len(indices))
         if isinstance(column, Tensor):
             return column.index_select(0, torch.from_numpy(indices))
         if not isinstance(column, RaggedRows):

@@ -1,17 +1,18 @@
 """Files that can be read at any offset, local or remote."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise, repeat
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 import fsspec.implementations.local
 import numpy as np
 import numpy.typing as npt
 
+from samplers.shards.storage.mapping import FileMapping, copy_ranges, map_file
 from samplers.shards.storage.remote import RemoteFile, file_system, truncated
 
 Shards: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
@@ -49,22 +50,59 @@ class RandomAccess(Protocol):
         ...
 
 
+class Ranges(NamedTuple):
+    """Where n ranges lie in their files, and where their bytes go.
+
+    Attributes:
+        memory: Memory of the process, uint8 `[bytes]`, C-contiguous and writable.
+        starts: First byte in the memory, int64 `[n]`.
+        offsets: First byte in the file, int64 `[n]`.
+        sizes: Bytes, int64 `[n]`.
+    """
+
+    memory: npt.NDArray[np.uint8]
+    starts: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+
+    def lie_within(self, files: Sequence[tuple["RandomAccess", slice]]) -> bool:
+        """Whether all ranges are within their files, and within the memory.
+
+        Raises:
+            ValueError: One is outside the memory.
+        """
+        if not len(self.sizes):
+            return True
+        if self.starts.min() < 0 or self.sizes.min() < 0 or (self.starts + self.sizes).max() > self.memory.size:
+            raise ValueError(f"ranges must lie in the memory of {self.memory.size} bytes, got {self.starts.tolist()}")
+        ends = self.offsets + self.sizes
+        return bool(self.offsets.min() >= 0) and all(
+            part.start == part.stop or int(ends[part].max()) <= file.size for file, part in files
+        )
+
+    def views(self, part: slice) -> list[Any]:
+        """The memory of some of the ranges."""
+        ends = (self.starts[part] + self.sizes[part]).tolist()
+        return [self.memory[start:end] for start, end in zip(self.starts[part].tolist(), ends, strict=True)]
+
+
 class LocalFile:
     """A local file, read with `pread`, which has no file position: safe to share with threads and forked processes."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, memory_map: bool = False) -> None:
         self.path = path
         # Opening a named pipe would wait for its writer.
         if not Path(path).is_file() and Path(path).exists():
             raise ValueError(f"{path}: not a regular file")
         self._descriptor = os.open(path, os.O_RDONLY)
         self.size = os.fstat(self._descriptor).st_size
+        self.mapping = map_file(self._descriptor, self.size) if memory_map else None
 
-    def __del__(self) -> None:
-        # The last reader closes the file. If the cache closed it, a thread could read from a descriptor that the
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # A default, because modules may be gone when the program ends. The last reader closes the file. If the cache closed it, a thread could read from a descriptor that the
         # system has already given to another file.
         if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
+            close(self._descriptor)
 
     def read(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes from `offset` on."""
@@ -127,8 +165,48 @@ class LocalFile:
             remainder, offset = remainder[size:], offset + size
 
 
-def open_file(path: str) -> RandomAccess:
+def read_ranges(files: Sequence[tuple[RandomAccess, slice]], fields: Sequence[Ranges]) -> None:
+    """Read the ranges of a whole batch, of all its fields and files, into memory.
+
+    Args:
+        files: Files, and the part of the n ranges that lies in each.
+        fields: The ranges of each field, n each.
+
+    Raises:
+        OSError: A file cannot be read.
+        ValueError: A file ends before a range does.
+    """
+    mappings = [file.mapping for file, _ in files if isinstance(file, LocalFile) and file.mapping is not None]
+    if len(mappings) == len(files) and _copy_ranges(mappings, files, fields):
+        return
+    for file, part in files:
+        for ranges in fields:
+            file.fill(ranges.views(part), ranges.offsets[part].tolist())
+
+
+def _copy_ranges(
+    mappings: Sequence[FileMapping], files: Sequence[tuple[RandomAccess, slice]], fields: Sequence[Ranges]
+) -> bool:
+    """Copy all ranges from mappings. False if one is not within its file, or a file is shorter than it was."""
+    if not all(ranges.lie_within(files) for ranges in fields):
+        return False
+    counts = [part.stop - part.start for _, part in files]
+    bases: Any = mappings[0].address
+    if len(files) > 1:
+        bases = np.repeat([mapping.address for mapping in mappings], counts)
+    sources = np.concatenate([bases + ranges.offsets for ranges in fields])
+    targets = np.concatenate([ranges.memory.ctypes.data + ranges.starts for ranges in fields])
+    sizes = np.concatenate([ranges.sizes for ranges in fields])
+    # The last page of a file that was cut has zeros behind its end, which can be copied.
+    return copy_ranges(sources, targets, sizes) and all(mapping.is_whole for mapping in mappings)
+
+
+def open_file(path: str, *, memory_map: bool = False) -> RandomAccess:
     """Open a path or fsspec URL for reading at any offset.
+
+    Args:
+        path: Path or URL.
+        memory_map: Map a local file, where the system can copy from mappings.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -139,7 +217,7 @@ def open_file(path: str) -> RandomAccess:
     if system is not None and not isinstance(system, fsspec.implementations.local.LocalFileSystem):
         return RemoteFile(path)
     # Windows has no preadv. There fsspec reads local files.
-    return LocalFile(name) if hasattr(os, "preadv") else RemoteFile(Path(name).absolute().as_uri())
+    return LocalFile(name, memory_map=memory_map) if hasattr(os, "preadv") else RemoteFile(Path(name).absolute().as_uri())
 
 
 def _read_runs(arrays: Sequence[npt.NDArray[Any]], offsets: Sequence[int]) -> Iterator[tuple[int, int]]:
