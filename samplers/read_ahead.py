@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from queue import SimpleQueue
-from threading import Event, Semaphore, Thread
+from threading import Event, Semaphore, Thread, current_thread
 from typing import Any, Final
 from weakref import finalize
 
@@ -183,7 +183,9 @@ class _ReadingThread:
         """End the thread, when the batch that it makes is complete."""
         self._stopped.set()
         self._free.release()
-        self._thread.join()
+        # The collector may free the iterator in any thread.
+        if self._thread is not current_thread():
+            self._thread.join()
 
 
 def _make_batches(

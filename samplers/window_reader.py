@@ -1,5 +1,6 @@
 """Reads the samples of planned steps, a window at a time, in the order of the files."""
 
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +18,10 @@ from samplers.shards.storage.remote import FetchedFile
 
 
 class StepReader:
-    """The samples of some steps of a replica; a read group's samples are read together when the first is due.
+    """The samples of some steps of a replica, in order.
+
+    Samples of local shards are read when their step is due. Those of remote shards are read with all others of their
+    read group when the first is due, so that each shard is fetched once.
 
     Args:
         data: The samples by index.
@@ -31,7 +35,8 @@ class StepReader:
         self._slots = steps * schedule.num_replicas + rank
         self._read_groups = schedule.read_groups(self._slots)
         self._next = 0
-        self._ready: dict[int, list[Any]] = {}
+        # Of the steps in the present read group: their sample indices, or the samples that were read.
+        self._ready: dict[int, Any] = {}
 
     def __len__(self) -> int:
         """Steps that remain."""
@@ -49,24 +54,30 @@ class StepReader:
         if not len(self):
             raise IndexError("all steps are taken")
         if self._next not in self._ready:
-            self._read(self._read_groups[self._next])
-        samples = self._data.sift(self._ready[self._next])
-        del self._ready[self._next]
+            self._begin(self._read_groups[self._next])
+        ready = self._ready.pop(self._next)
+        samples = self._data.__getitems__(ready) if self._data.is_local else self._data.sift(ready)
         self._next += 1
         return samples
 
-    def _read(self, group: int) -> None:
-        """Read the samples of all steps of a read group."""
+    def _begin(self, group: int) -> None:
+        """Find the samples of all steps of a read group, and read them if shards are fetched whole."""
         # A window of 10,000 samples is some hundred steps, of which each worker reads its own.
         steps = np.flatnonzero(self._read_groups == group)
         samples, rows = self._schedule.batch_samples(self._slots[steps])
-        read, ends = self._data.read_in_order(samples), np.cumsum(rows).tolist()
+        found = samples if self._data.is_local else self._data.read_in_order(samples)
+        ends = np.cumsum(rows).tolist()
         for step, first, last in zip(steps.tolist(), [0, *ends], ends, strict=False):
-            self._ready[step] = read[first:last]
+            self._ready[step] = found[first:last]
 
 
 class ShardsInOrder(ShardDataset):
-    """Samples of one shard after the other: a local shard is read by index, a remote one is fetched whole."""
+    """Samples by index, and of remote shards also one shard after the other, each fetched whole."""
+
+    @cached_property
+    def is_local(self) -> bool:
+        """Whether no shard is remote, so that a batch can be read by itself."""
+        return not any("://" in shard.path and not shard.path.startswith("file://") for shard in self._tables.shards)
 
     def sift(self, read: list[Any]) -> list[Sample]:
         """The samples of a batch without those that could not be read; the errors are those of `__getitems__`.

@@ -126,7 +126,7 @@ class ShardDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """The sample of one index. Errors are those of `__getitems__`, and are raised even with a handler."""
         rows = check_range([operator.index(index)], len(self))
-        [sample] = self._cut(rows, self._samples_of(self._sources(rows)))
+        [sample] = self._cut(rows, self._read(self._sources(rows)))
         return cast(Sample, sample)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
@@ -156,7 +156,7 @@ class ShardDataset(Dataset[Sample]):
         """Samples in the given order. With a handler, `Failed` stands for those that cannot be read."""
         sources = self._sources(rows)
         order = np.argsort(sources, kind="stable")
-        read = self._samples_of if self._skipping is None else self._read_tolerantly
+        read = self._read if self._skipping is None else self._read_tolerantly
         samples = read(sources[order]) if len(rows) else []
         batch: list[Any] = [None] * len(samples)
         for slot, sample in zip(order.tolist(), samples, strict=True):
@@ -198,14 +198,14 @@ class ShardDataset(Dataset[Sample]):
             self._forget()
         return self._reader
 
-    def _samples_of(self, rows: AnyArray) -> list[Sample]:
+    def _read(self, rows: AnyArray) -> list[Sample]:
         """The samples of ascending rows."""
         return self._here().read(rows)
 
     def _read_tolerantly(self, rows: AnyArray) -> list[Any]:
         """Read samples. `Failed` stands for those whose data is damaged."""
         try:
-            return self._samples_of(rows)
+            return self._read(rows)
         except Exception as error:
             if not is_damage(error):
                 raise
@@ -221,7 +221,7 @@ class ShardDataset(Dataset[Sample]):
                 # Then none of its samples can be read: one attempt is enough.
                 samples += [self._fail(error, row) for row in rows[shards == shard].tolist()]
             else:
-                samples += read_apart(self._samples_of, rows[shards == shard], self._fail)
+                samples += read_apart(self._read, rows[shards == shard], self._fail)
         return samples
 
     def _fail(self, error: Exception, row: int) -> Failed:

@@ -99,8 +99,8 @@ class LocalFile:
         self.mapping = map_file(self._descriptor, self.size) if memory_map else None
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        # A default, because modules may be gone when the program ends. The last reader closes the file. If the cache closed it, a thread could read from a descriptor that the
-        # system has already given to another file.
+        # The last reader closes the file. If the cache closed it, a thread could read from a descriptor that the
+        # system has already given to another file. `close` is a default: when the program ends, `os` may be gone.
         if hasattr(self, "_descriptor"):
             close(self._descriptor)
 
