@@ -34,7 +34,8 @@ from numpy.random import Generator
 
 from samplers.shard_stream import ShardStream
 from samplers.shards.dataset import ShardDataset
-from samplers.shards.format.samples import KEYS, decode_groups, field_of
+from samplers.shards.format.block_keys import KEYS
+from samplers.shards.format.samples import decode_groups, field_of
 from samplers.shards.format.tar import split_name
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.writing.writer import ShardWriter

@@ -4,8 +4,9 @@ from collections.abc import Collection, Iterator
 from itertools import chain
 from typing import Any
 
+from samplers.shards.format.block_keys import KEYS
 from samplers.shards.format.header_lengths import SoundHeaders
-from samplers.shards.format.samples import KEYS, NO_SAMPLES
+from samplers.shards.format.samples import NO_SAMPLES
 from samplers.shards.indexing.measuring import Measure
 from samplers.shards.indexing.scan_blocks import scan_blocks
 from samplers.shards.indexing.scan_plain import PlainScan

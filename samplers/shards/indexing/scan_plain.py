@@ -9,10 +9,11 @@ from zlib import crc32
 import numpy as np
 
 from collate.errors import LengthError
+from samplers.shards.format.block_keys import KEYS
 from samplers.shards.format.header_lengths import DeclaredLength
 from samplers.shards.format.keys import encode_key
 from samplers.shards.format.npy import find_npy_header
-from samplers.shards.format.samples import KEYS, field_of, refuse_pickle
+from samplers.shards.format.samples import field_of, refuse_pickle
 from samplers.shards.format.tar import Member
 from samplers.shards.indexing.measuring import Measure
 from samplers.shards.indexing.shard_groups import Members, ShardGroups, check_stored_length

@@ -12,7 +12,14 @@ from collate.widths import check_count
 from samplers.shards.format.keys import decode_key
 from samplers.shards.format.npy import AnyArray
 from samplers.shards.format.tar import split_name
-from samplers.shards.indexing.index_file import SUFFIX, open_tables, read_index, write_index
+from samplers.shards.indexing.index_file import (
+    FORMAT_VERSION,
+    SUFFIX,
+    check_version,
+    open_tables,
+    read_index,
+    write_index,
+)
 from samplers.shards.indexing.tables import Layout, TablesLike
 from samplers.shards.storage.atomic import local_path
 from samplers.shards.writing.existing import adopt_shards, find_shards, read_corpus, refuse_shards, remove_leftovers
@@ -32,6 +39,7 @@ class WriterOptions(TypedDict, total=False):
     block_size: int
     prefix: str
     stack: Collection[str]
+    version: int
 
 
 class SampleWriter:
@@ -51,6 +59,7 @@ class SampleWriter:
         block_size: int = 2000,
         prefix: str = "shard",
         stack: Collection[str] = (),
+        version: int = FORMAT_VERSION,
         append: bool = False,
     ) -> None:
         """Prepare to write. The folder is made if it does not exist.
@@ -64,21 +73,27 @@ class SampleWriter:
             block_size: Largest number of samples in a block. A block is also full at 64 MiB.
             prefix: Start of the file names.
             stack: Arrays that have the same size in every sample.
+            version: Version of the format of blocks and their indexes: 2, or 1 for releases up to 0.2, which is larger.
+                One corpus may hold shards of both; then its index has the version of the last writer. The plain layout
+                is the same in both.
             append: Continue behind existing shards of that prefix. They stay as they are and define the schema.
                 Leftovers of a killed writer are removed. `keys` has the samples that exist.
 
         Raises:
             FileExistsError: The folder has shards of that prefix. With `append`: another writer is at work on them.
             FileNotFoundError: The corpus file lists a shard that does not exist.
-            TypeError: A count is not an int, or `stack` is a single string.
+            TypeError: A count or `version` is not an int, or `stack` is a single string.
             ValueError: `folder` is a URL, an option is out of range, or an existing shard has another layout or
                 schema, or has changed since it was indexed.
         """
-        check_writer_options(layout, prefix, stack, max_samples=max_samples, max_bytes=max_bytes, block_size=block_size)
+        counts = {"max_samples": max_samples, "max_bytes": max_bytes, "block_size": block_size}
+        check_writer_options(layout, prefix, stack, version, **counts)
         self._folder, self._prefix = local_path(folder, "folder"), prefix
         self._shard_class: type[ShardFile] = BlockShard if layout == "blocks" else PlainShard
-        self._new_shard = partial(BlockShard, block_size=block_size) if layout == "blocks" else PlainShard
+        in_blocks = partial(BlockShard, block_size=block_size, version=version)
+        self._new_shard = in_blocks if layout == "blocks" else PlainShard
         self._layout: Layout = layout
+        self._version = version
         self._max_samples, self._max_bytes = max_samples, max_bytes
         self._stack = frozenset(stack)
         self._schema: dict[str, FieldSchema] = {}
@@ -154,7 +169,7 @@ class SampleWriter:
             return
         self._refuse_failed()
         self._finish()
-        write_index(self._folder / f"{self._prefix}{SUFFIX}", self._list_tables)
+        write_index(self._folder / f"{self._prefix}{SUFFIX}", self._list_tables, self._version)
 
     def _adopt_shards(self) -> None:
         """Continue behind existing shards.
@@ -172,7 +187,7 @@ class SampleWriter:
                     f"{shard} is of a part, and not all parts are written: continue with ShardWriter.write_parts(..., "
                     "append=True)"
                 )
-        tables = adopt_shards(self.shards, self._layout, self._stack)
+        tables = adopt_shards(self.shards, self._layout, self._stack, self._version)
         self._number = max((number[0] + 1 for number in existing), default=0)
         self._keys = dict.fromkeys(decode_key(key) for part in tables for key in part.array("keys").tolist())
         if tables:
@@ -221,7 +236,7 @@ class SampleWriter:
             raise
         path = self._open.path
         self._open = None
-        write_index(path.with_name(path.name + SUFFIX), [tables])
+        write_index(path.with_name(path.name + SUFFIX), [tables], self._version)
         self.shards.append(path)
         self._number += 1
 
@@ -280,15 +295,18 @@ class SampleWriter:
         return tables
 
 
-def check_writer_options(layout: str, prefix: str, stack: Collection[str], **counts: int) -> None:
+def check_writer_options(
+    layout: str, prefix: str, stack: Collection[str], version: int = FORMAT_VERSION, **counts: int
+) -> None:
     """Check the options of a writer.
 
     Raises:
-        TypeError: A count is not an int, or `stack` is a single string.
+        TypeError: A count or the version is not an int, or `stack` is a single string.
         ValueError: An option is out of range.
     """
     for name, value in counts.items():
         check_count(name, value, least=1, hint="give a number, or leave it out for the default")
+    check_version(version)
     if layout not in {"blocks", "plain"}:
         raise ValueError(f'layout must be "blocks" or "plain", got {layout!r}')
     if not prefix or set(prefix) & set("./\\*?[]{}"):

@@ -24,8 +24,8 @@ from zlib import crc32
 
 import numpy as np
 
-from samplers.shards.format.npy import MAX_ARRAY_BYTES, MAX_AXES, AnyArray, npy_header
-from samplers.shards.format.samples import KEYS
+from samplers.shards.format.block_keys import KEYS, encode_block_keys
+from samplers.shards.format.npy import MAX_ARRAY_BYTES, MAX_AXES, AnyArray, narrow_dtype, npy_header
 from samplers.shards.format.tar import END, tar_header, tar_padding
 from samplers.shards.indexing.scan import scan_shard
 from samplers.shards.indexing.shard_groups import keys_fit
@@ -46,6 +46,8 @@ class ShardFile(ABC):
     Everything that it takes can be read back: `check_schema_fits` and `check_fits` refuse what cannot, before the
     shard changes.
     """
+
+    _compresses_keys = False
 
     def __init__(self, path: Path, schema: Mapping[str, FieldSchema]) -> None:
         self.path, self.schema = path, schema
@@ -76,7 +78,8 @@ class ShardFile(ABC):
     def has_room(self, key: str, size: int, max_samples: int, max_bytes: int) -> bool:
         """Whether a sample of `size` bytes may still be added."""
         key_bytes = len(key.encode())
-        nbytes = self.nbytes + size + self._key_bytes + key_bytes
+        # The table is compared with the file, in which compressed keys may take next to nothing.
+        nbytes = self.nbytes + size + (self._key_bytes + key_bytes) * (not self._compresses_keys)
         # A shard with one very long key could not be read, because its key table would be too large. So it ends before.
         narrow = keys_fit(max(self._key_width, key_bytes), self.samples + 1, nbytes)
         return self.samples < max_samples and self.nbytes + size <= max_bytes and narrow
@@ -189,11 +192,12 @@ class BlockShard(ShardFile):
         for name, array in arrays.items():
             _check_size(name, array.nbytes)
 
-    def __init__(self, path: Path, schema: Mapping[str, FieldSchema], *, block_size: int) -> None:
+    def __init__(self, path: Path, schema: Mapping[str, FieldSchema], *, block_size: int, version: int = 2) -> None:
         super().__init__(path, schema)
-        self._block_size, self._blocks = block_size, 0
-        # Bytes of the samples in the open block, and characters of its longest key.
-        self._size = self._width = 0
+        self._block_size, self._blocks, self._version = block_size, 0, version
+        self._compresses_keys = version > 1
+        # Bytes of the samples and of the keys in the open block, and characters of its longest key.
+        self._size = self._text = self._width = 0
         self._clear()
 
     def _add(self, key: str, arrays: Mapping[str, AnyArray]) -> list[int]:
@@ -201,14 +205,15 @@ class BlockShard(ShardFile):
             self._flush()
         data = {name: arrays[name].tobytes() for name in self.schema}
         self._keys.append(key)
-        self._width = max(self._width, len(key))
+        self._width, self._text = max(self._width, len(key)), self._text + len(key.encode())
         for name, field_schema in self.schema.items():
             self._rows[name].append(data[name])
             if field_schema.variable:
                 self._lengths[name].append(len(arrays[name]))
         self._size += sum(map(len, data.values()))
         # NumPy stores text with 4 bytes a character, at the width of the longest.
-        full = self._size >= BLOCK_BYTES or 4 * self._width * len(self._keys) >= BLOCK_BYTES
+        key_table = self._text if self._compresses_keys else 4 * self._width * len(self._keys)
+        full = self._size >= BLOCK_BYTES or key_table >= BLOCK_BYTES
         if len(self._keys) >= self._block_size or full:
             self._flush()
         return [crc32(row) for row in data.values()]
@@ -230,14 +235,15 @@ class BlockShard(ShardFile):
         if not self._keys:
             return
         group = f"block-{self._blocks:06}"
-        keys = np.array(self._keys).astype("<U")
-        self._write(f"{group}.{KEYS}", [npy_header(keys.dtype.str, keys.shape), keys.tobytes()])
+        self._write(f"{group}.{KEYS}", [encode_block_keys(self._keys, version=self._version)])
         for name, field_schema in self.schema.items():
-            steps = len(keys)
+            steps = len(self._keys)
             if field_schema.variable:
-                lengths = np.array(self._lengths[name], "<i4")
-                steps = int(lengths.sum(dtype=np.int64))
-                self._write(f"{group}.{name}.lengths.npy", [npy_header("<i4", lengths.shape), lengths.tobytes()])
+                steps = sum(self._lengths[name])
+                lengths = np.array(self._lengths[name], self._length_dtype(name))
+                self._write(
+                    f"{group}.{name}.lengths.npy", [npy_header(lengths.dtype.str, lengths.shape), lengths.tobytes()]
+                )
             self._write(
                 f"{group}.{name}.npy",
                 [npy_header(field_schema.dtype, (steps, *field_schema.shape)), *self._rows[name]],
@@ -245,10 +251,14 @@ class BlockShard(ShardFile):
         self._blocks += 1
         self._clear()
 
+    def _length_dtype(self, name: str) -> str:
+        """The dtype of the lengths of a field in the open block: in version 2 the smallest that holds them."""
+        return "<i4" if self._version == 1 else narrow_dtype(max(self._lengths[name]))
+
     def _clear(self) -> None:
         """Begin an empty block."""
         self._keys: list[str] = []
-        self._size = self._width = 0
+        self._size = self._text = self._width = 0
         self._rows: dict[str, list[bytes]] = {name: [] for name in self.schema}
         self._lengths: dict[str, list[int]] = {name: [] for name in self.schema}
 
