@@ -20,6 +20,7 @@ from collate.padding.columns import (
     declared_numbers,
     stack_numbers,
     stack_samples,
+    take_rows,
     titled,
 )
 from collate.padding.options import check_max_length, check_shape_list, each_checked, field_widths, option_of
@@ -390,7 +391,7 @@ class PadCollator:
         if isinstance(column, UnreadStack):
             return column.stack(order, rows)
         if isinstance(column, Tensor):
-            column = column.index_select(0, torch.from_numpy(order))
+            column = take_rows(column, order)
             return torch.cat([column, column.new_zeros(missing, *column.shape[1:])]) if missing else column
         # A list has no dtype whose zero could fill it.
         return [column[index] for index in order.tolist()] + [None] * missing

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from collate.collator import PadCollator
 from collate.errors import LengthError
-from collate.padding.columns import titled
+from collate.padding.columns import take_rows, titled
 from collate.padding.options import option_of
 from collate.padding.rows import RaggedRows
 from collate.padding.unread import UnreadStack, finish_reading
@@ -166,7 +166,7 @@ class VarlenCollator:
         if isinstance(column, UnreadStack):
             return column.stack(indices, len(indices))
         if isinstance(column, Tensor):
-            return column.index_select(0, torch.from_numpy(indices))
+            return take_rows(column, indices)
         if not isinstance(column, RaggedRows):
             return [column[index] for index in indices.tolist()]
         value = self.fields.padding_value_of(name, column)

@@ -46,7 +46,8 @@ class SampleReader:
         self.shards = shards
         self.tables, self.columns, self._decode = tables, columns, decode
         # Plain arrays: to index a memory map takes twice as long.
-        self.lengths, self._offsets = np.asarray(tables.lengths), np.asarray(tables.offsets)
+        self.lengths = np.asarray(tables.lengths)
+        self._offsets: Any = np.asarray(tables.offsets) if isinstance(tables.offsets, np.ndarray) else tables.offsets
         self._crcs = None if tables.crcs is None or not checksums else np.asarray(tables.crcs)
         self._checked = np.zeros(0 if tables.blocks is None else len(tables.blocks), np.bool_)
         self._all_are_checked = False

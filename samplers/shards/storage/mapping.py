@@ -36,7 +36,7 @@ class FileMapping:
 
     def __init__(self, descriptor: int, size: int) -> None:
         # The mapping has a descriptor of its own, which it closes.
-        self._memory = mmap.mmap(descriptor, size, prot=mmap.PROT_READ)
+        self._memory = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
         self._size = size
         self.address = _address_of(np.frombuffer(self._memory, np.uint8))
 
