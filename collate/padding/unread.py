@@ -102,8 +102,12 @@ class UnreadRows(RaggedRows):
         else:
             padded = torch.empty((*shape, *self.features), dtype=self.dtype, device="cpu")
             cells, padding = bits_of(padded), _padding_bits(padding_value, self.dtype)
-            for row, length in zip(cells, lengths.tolist(), strict=False):
-                if length < shape[1]:
+            # All tails are right of the shortest row's end. What else is there is overwritten.
+            shortest = int(lengths.min())
+            if 2 * shortest > shape[1]:
+                cells[:, shortest:] = padding
+            else:
+                for row, length in zip(cells, lengths.tolist(), strict=False):
                     row[length:] = padding
             cells[len(order) :] = padding
         starts = np.empty(len(order), np.int64)

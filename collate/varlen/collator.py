@@ -5,7 +5,6 @@ from dataclasses import fields, replace
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from collate.collator import PadCollator

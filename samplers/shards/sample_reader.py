@@ -1,6 +1,6 @@
 """Reads samples of a corpus by row, and checks what it reads: one by one, or a whole batch into given memory."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from itertools import repeat
 from typing import Any, NoReturn, TypeAlias
@@ -98,7 +98,7 @@ class SampleReader:
             fields.append(Ranges(memory, starts, self._offsets[rows, column], counts * field.row_bytes))
         read_ranges(files, fields)
         for (column, _, _), ranges in zip(columns, fields, strict=True):
-            self._check_crcs(ranges.views(slice(None)), rows, column)
+            self._check_crcs(ranges.views, rows, column)
 
     def _read_blocks(self, files: Files, rows: AnyArray, samples: list[Sample]) -> None:
         """Read the fields of samples in blocks: slices of flat arrays."""
@@ -139,7 +139,7 @@ class SampleReader:
             file.fill(arrays[part], offsets[part])
         self._check_crcs(arrays, rows, column)
 
-    def _check_crcs(self, arrays: Sequence[AnyArray], rows: AnyArray, column: int) -> None:
+    def _check_crcs(self, buffers: Sequence[Any], rows: AnyArray, column: int) -> None:
         """Compare the bytes of a field of each row with the checksums in the index.
 
         Raises:
@@ -147,7 +147,6 @@ class SampleReader:
         """
         if self._crcs is None:
             return
-        buffers: Iterable[Any] = arrays
         expected = self._crcs[rows, column].tolist()
         found = list(map(crc32, buffers))
         if found != expected:

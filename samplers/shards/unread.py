@@ -116,16 +116,16 @@ def _concatenated(samples: UnreadSamples, before: list[Any]) -> list[Any]:
 
 
 # What a list can do without its items, or what makes the object itself.
-_NOT_OF_ITEMS: Final = frozenset(["__init__", "__len__", "__new__", "__class_getitem__", "__hash__", "__getattribute__"])
+_NOT_OF_ITEMS: Final = frozenset(
+    ["__init__", "__len__", "__new__", "__class_getitem__", "__hash__", "__getattribute__"]
+)
 for _name, _method in vars(list).items():
     if callable(_method) and _name not in _NOT_OF_ITEMS:
         setattr(UnreadSamples, _name, _after_reading(_method))
 UnreadSamples.__radd__ = _concatenated  # type: ignore[attr-defined]
 
 
-def _fields_of(
-    reader: SampleReader, rows: AnyArray, steps: AnyArray
-) -> dict[str, UnreadField | list[str]] | None:
+def _fields_of(reader: SampleReader, rows: AnyArray, steps: AnyArray) -> dict[str, UnreadField | list[str]] | None:
     """The fields of rows in blocks; None in the plain layout, whose members must be decoded one by one."""
     tables = reader.tables
     if tables.blocks is None or sys.byteorder != "little":

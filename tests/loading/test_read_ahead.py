@@ -101,9 +101,7 @@ def test_streams_and_packs_resume_too(tmp_path: Path) -> None:
     write(tmp_path, tokens(LENGTHS.tolist()), max_samples=20)
 
     def stream() -> ReadAheadLoader:
-        return ReadAheadLoader(
-            ShardStream(tmp_path, max_tokens=200, window=50, collate_fn=COLLATE), batch_size=None
-        )
+        return ReadAheadLoader(ShardStream(tmp_path, max_tokens=200, window=50, collate_fn=COLLATE), batch_size=None)
 
     def packs() -> ReadAheadLoader:
         data = ShardDataset(tmp_path)

@@ -17,7 +17,7 @@ def decode_key(key: bytes) -> str:
 
 
 def decode_all(keys: list[bytes]) -> list[str]:
-    """Many keys as text.
+    r"""Many keys as text.
 
     >>> decode_all([b"a", b"caf\xc3\xa9"]), decode_all([])
     (['a', 'caf\xe9'], [])

@@ -101,7 +101,7 @@ def _process_vm_readv() -> Any:
     """
     function = ctypes.CDLL(None).process_vm_readv
     function.restype = ctypes.c_ssize_t
-    ranges = [ctypes.c_void_p, ctypes.c_ulong]
+    ranges: list[Any] = [ctypes.c_void_p, ctypes.c_ulong]
     function.argtypes = [ctypes.c_int, *ranges, *ranges, ctypes.c_ulong]
     return function
 

@@ -3,17 +3,19 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise, repeat
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias, cast
 
 import fsspec.implementations.local
 import numpy as np
 import numpy.typing as npt
 
 from samplers.shards.storage.mapping import FileMapping, copy_ranges, map_file
-from samplers.shards.storage.remote import RemoteFile, file_system, truncated
+from samplers.shards.storage.remote import RemoteFile, as_bytes, file_system, truncated
 
 Shards: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -24,6 +26,10 @@ _DISCARDED: Final = memoryview(bytearray(_READ_THROUGH))
 _MOST_AT_ONCE: Final = 1 << 30
 # Linux takes at most 1024 buffers in one call, and each array may need a second buffer for the gap before it.
 _LONGEST_RUN: Final = 500
+
+
+# Memory that is filled from a file: C-contiguous and writable.
+Buffer: TypeAlias = npt.NDArray[Any] | memoryview
 
 
 class RandomAccess(Protocol):
@@ -41,16 +47,17 @@ class RandomAccess(Protocol):
         """Up to `size` bytes from `offset` on, fewer only at the end of the file."""
         ...
 
-    def fill(self, arrays: Sequence[npt.NDArray[Any]], offsets: Sequence[int]) -> None:
-        """Overwrite each C-contiguous array with the bytes at its offset.
+    def fill(self, buffers: Sequence[Buffer], offsets: Sequence[int]) -> None:
+        """Overwrite each buffer with the bytes at its offset.
 
         Raises:
-            ValueError: The file ends before an array is full.
+            ValueError: The file ends before a buffer is full.
         """
         ...
 
 
-class Ranges(NamedTuple):
+@dataclass(frozen=True)
+class Ranges:
     """Where n ranges lie in their files, and where their bytes go.
 
     Attributes:
@@ -65,25 +72,26 @@ class Ranges(NamedTuple):
     offsets: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int64]
 
-    def lie_within(self, files: Sequence[tuple["RandomAccess", slice]]) -> bool:
-        """Whether all ranges are within their files, and within the memory.
+    @cached_property
+    def views(self) -> list[memoryview]:
+        """The memory of each range. A `memoryview` is cut in half the time of an array."""
+        memory = memoryview(cast(Any, self.memory))
+        ends = (self.starts + self.sizes).tolist()
+        return [memory[start:end] for start, end in zip(self.starts.tolist(), ends, strict=True)]
+
+    def check(self) -> None:
+        """Refuse ranges outside the memory.
 
         Raises:
-            ValueError: One is outside the memory.
+            ValueError: There is one.
         """
-        if not len(self.sizes):
-            return True
         if self.starts.min() < 0 or self.sizes.min() < 0 or (self.starts + self.sizes).max() > self.memory.size:
             raise ValueError(f"ranges must lie in the memory of {self.memory.size} bytes, got {self.starts.tolist()}")
-        ends = self.offsets + self.sizes
-        return bool(self.offsets.min() >= 0) and all(
-            part.start == part.stop or int(ends[part].max()) <= file.size for file, part in files
-        )
 
-    def views(self, part: slice) -> list[Any]:
-        """The memory of some of the ranges."""
-        ends = (self.starts[part] + self.sizes[part]).tolist()
-        return [self.memory[start:end] for start, end in zip(self.starts[part].tolist(), ends, strict=True)]
+    def lie_within(self, files: Sequence[tuple["RandomAccess", slice]]) -> bool:
+        """Whether all ranges are within their files."""
+        ends = self.offsets + self.sizes
+        return bool(self.offsets.min() >= 0) and all(int(ends[part].max()) <= file.size for file, part in files)
 
 
 class LocalFile:
@@ -114,21 +122,20 @@ class LocalFile:
             data += more
         return data
 
-    def fill(self, arrays: Sequence[npt.NDArray[Any]], offsets: Sequence[int]) -> None:
-        """Overwrite each array, see `RandomAccess.fill`. Neighbours in the file are read with one call.
+    def fill(self, buffers: Sequence[Any], offsets: Sequence[int]) -> None:
+        """Overwrite each buffer, see `RandomAccess.fill`. Neighbours in the file are read with one call.
 
         Raises:
-            ValueError: The file ends before an array is full.
+            ValueError: The file ends before a buffer is full.
         """
-        buffers: Sequence[Any] = arrays
         # One call costs as much as reading 2 KiB. So dense arrays are read in runs, with the gaps between them.
         dense = len(buffers) > 1 and 0 <= offsets[-1] - offsets[0] <= len(buffers) * _READ_THROUGH
-        for first, last in _read_runs(arrays, offsets) if dense else ():
+        for first, last in _read_runs(buffers, offsets) if dense else ():
             self._fill_run(buffers[first:last], offsets[first:last])
         if not dense:
-            # A call never reads more than its array holds. So if the sum is right, every array is full.
+            # A call never reads more than its buffer holds. So if the sum is right, every buffer is full.
             size = 0
-            # An array over 2 GiB is an error on macOS. A disk that fails gives its error again below.
+            # A buffer over 2 GiB is an error on macOS. A disk that fails gives its error again below.
             with suppress(OSError):
                 size = sum(map(os.preadv, repeat(self._descriptor), zip(buffers, strict=True), offsets))
             if size != sum(map(attrgetter("nbytes"), buffers)):
@@ -151,13 +158,13 @@ class LocalFile:
             for array, offset in zip(arrays, offsets, strict=True):
                 self._fill_slowly(array, offset)
 
-    def _fill_slowly(self, array: npt.NDArray[Any], offset: int) -> None:
-        """Fill one array with as many calls as it needs: a call reads at most 1 GiB.
+    def _fill_slowly(self, buffer: Buffer, offset: int) -> None:
+        """Fill one buffer with as many calls as it needs: a call reads at most 1 GiB.
 
         Raises:
-            ValueError: The file ends before the array is full.
+            ValueError: The file ends before the buffer is full.
         """
-        remainder: Any = array.reshape(-1).view(np.uint8)
+        remainder: Any = as_bytes(buffer)
         while len(remainder):
             size = os.preadv(self._descriptor, (remainder[:_MOST_AT_ONCE],), offset)
             if not size:
@@ -176,12 +183,14 @@ def read_ranges(files: Sequence[tuple[RandomAccess, slice]], fields: Sequence[Ra
         OSError: A file cannot be read.
         ValueError: A file ends before a range does.
     """
+    for ranges in fields:
+        ranges.check()
     mappings = [file.mapping for file, _ in files if isinstance(file, LocalFile) and file.mapping is not None]
     if len(mappings) == len(files) and _copy_ranges(mappings, files, fields):
         return
     for file, part in files:
         for ranges in fields:
-            file.fill(ranges.views(part), ranges.offsets[part].tolist())
+            file.fill(ranges.views[part], ranges.offsets[part].tolist())
 
 
 def _copy_ranges(
@@ -217,10 +226,12 @@ def open_file(path: str, *, memory_map: bool = False) -> RandomAccess:
     if system is not None and not isinstance(system, fsspec.implementations.local.LocalFileSystem):
         return RemoteFile(path)
     # Windows has no preadv. There fsspec reads local files.
-    return LocalFile(name, memory_map=memory_map) if hasattr(os, "preadv") else RemoteFile(Path(name).absolute().as_uri())
+    return (
+        LocalFile(name, memory_map=memory_map) if hasattr(os, "preadv") else RemoteFile(Path(name).absolute().as_uri())
+    )
 
 
-def _read_runs(arrays: Sequence[npt.NDArray[Any]], offsets: Sequence[int]) -> Iterator[tuple[int, int]]:
+def _read_runs(arrays: Sequence[Buffer], offsets: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Split arrays into runs that are read with one call each: (first, last) indices.
 
     A run ends before a gap of more than 2 KiB, before an offset that goes back, and after 500 arrays.
