@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader
 
 from collate import LengthTrackedBatch, PadCollator, VarlenBatch, VarlenCollator
 from collate.errors import LengthError
-from samplers import LengthBucketBatchSampler, PackingBatchSampler, ShardDataset
+from samplers import LengthBucketBatchSampler, PackingBatchSampler, ShardDataset, ShardStream
 from samplers.shards import open_shards
+from samplers.shards.sample_reader import SampleReader
 from samplers.shards.storage import mapping
 from samplers.shards.unread import UnreadSamples
 
@@ -334,6 +335,34 @@ def test_without_mappings_samples_are_read(tmp_path: Path, obstacle: str, monkey
         monkeypatch.setattr(mapping.mmap, "mmap", refuse)
     data = ShardDataset(write(tmp_path, tokens([3, 1, 2])), memory_map=True)
     assert_same_batch(PAD(data.__getitems__([0, 2])), PAD(one_by_one(data, [0, 2])))
+
+
+def test_a_stream_reads_no_more_than_the_batch_that_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither at its start nor after a resume, although a window has all samples."""
+    write(tmp_path, tokens([5] * 400), max_samples=100)
+    rows: list[int] = []
+    read_into = SampleReader.read_into
+    monkeypatch.setattr(
+        SampleReader, "read_into", lambda self, *given: rows.append(len(given[0])) or read_into(self, *given)
+    )
+    stream = ShardStream(tmp_path, collate_fn=PAD, batch_size=8)
+    for position in (None, stream.position(25)):
+        if position is not None:
+            stream.seek(position)
+        rows.clear()
+        batches = iter(stream)
+        assert len(next(batches)["tokens"]) == 8
+        assert rows == [8]
+
+
+@MAPS
+def test_a_stream_gives_the_batches_of_its_plan(tmp_path: Path, memory_map: bool) -> None:
+    lengths = np.random.default_rng(0).integers(0, 90, 300).tolist()
+    data = ShardDataset(write(tmp_path, tokens(lengths), max_samples=50))
+    stream = ShardStream(tmp_path, collate_fn=PAD, max_tokens=400, window=120, memory_map=memory_map)
+    for epoch in range(2):
+        for batch, indices in zip(stream, stream.plan(epoch).batches, strict=True):
+            assert_same_batch(batch, PAD(one_by_one(data, list(indices))))
 
 
 @pytest.mark.unix
