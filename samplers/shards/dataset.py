@@ -62,10 +62,9 @@ class ShardDataset(Dataset[Sample]):
             decode: Functions from bytes, for fields in other encodings than npy, cls, txt and json. Without one such a
                 field stays bytes. Their results must have the length in the index.
             checksums: Compare what is read with its crc32, if the index has checksums.
-            memory_map: Map local shards, and copy whole batches from the maps, where the system can (Linux). Large
-                batches of short samples are read in about half the time. The pages that were read count as memory of
-                the process, although the system can take them back; and a disk that must be waited for is read page by
-                page. A shard that becomes shorter is the same error either way.
+            memory_map: Copy whole batches from memory maps of local shards, in a third to a half of the time. Then
+                nobody may write to the shards: one that is cut while it is copied from ends the process by a signal.
+                The pages that were read count as memory of the process, although the system can take them back.
             handler: Called with the error of a sample of a batch that cannot be read. It returns True to skip the
                 sample, or False to raise, as `webdataset.warn_and_continue` does. None raises.
             max_failed: Fraction of samples that may be skipped, 0 to 1. None is a tenth, but at least 99 samples.

@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise, repeat
+from mmap import ACCESS_READ, mmap
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeAlias, cast
@@ -14,7 +15,6 @@ import fsspec.implementations.local
 import numpy as np
 import numpy.typing as npt
 
-from samplers.shards.storage.mapping import FileMapping, copy_ranges, map_file
 from samplers.shards.storage.remote import RemoteFile, as_bytes, file_system, truncated
 
 Shards: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
@@ -88,11 +88,6 @@ class Ranges:
         if self.starts.min() < 0 or self.sizes.min() < 0 or (self.starts + self.sizes).max() > self.memory.size:
             raise ValueError(f"ranges must lie in the memory of {self.memory.size} bytes, got {self.starts.tolist()}")
 
-    def lie_within(self, files: Sequence[tuple["RandomAccess", slice]]) -> bool:
-        """Whether all ranges are within their files."""
-        ends = self.offsets + self.sizes
-        return bool(self.offsets.min() >= 0) and all(int(ends[part].max()) <= file.size for file, part in files)
-
 
 class LocalFile:
     """A local file, read with `pread`, which has no file position: safe to share with threads and forked processes."""
@@ -104,13 +99,28 @@ class LocalFile:
             raise ValueError(f"{path}: not a regular file")
         self._descriptor = os.open(path, os.O_RDONLY)
         self.size = os.fstat(self._descriptor).st_size
-        self.mapping = map_file(self._descriptor, self.size) if memory_map else None
+        self._mapping = _map(self._descriptor, self.size) if memory_map else None
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         # The last reader closes the file. If the cache closed it, a thread could read from a descriptor that the
         # system has already given to another file. `close` is a default: when the program ends, `os` may be gone.
         if hasattr(self, "_descriptor"):
             close(self._descriptor)
+
+    def copy(self, ranges: Ranges, part: slice) -> bool:
+        """Copy ranges from the file's mapping. False if it has none, or the file no longer has all of them.
+
+        Whoever cuts the file while it is copied from, ends this process by a signal (SIGBUS).
+        """
+        offsets, sizes = ranges.offsets[part], ranges.sizes[part]
+        if self._mapping is None or not len(sizes):
+            return False
+        if offsets.min() < 0 or (offsets + sizes).max() > os.fstat(self._descriptor).st_size:
+            return False
+        ends = (offsets + sizes).tolist()
+        for view, start, end in zip(ranges.views[part], offsets.tolist(), ends, strict=True):
+            view[:] = self._mapping[start:end]
+        return True
 
     def read(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes from `offset` on."""
@@ -185,29 +195,10 @@ def read_ranges(files: Sequence[tuple[RandomAccess, slice]], fields: Sequence[Ra
     """
     for ranges in fields:
         ranges.check()
-    mappings = [file.mapping for file, _ in files if isinstance(file, LocalFile) and file.mapping is not None]
-    if len(mappings) == len(files) and _copy_ranges(mappings, files, fields):
-        return
     for file, part in files:
         for ranges in fields:
-            file.fill(ranges.views[part], ranges.offsets[part].tolist())
-
-
-def _copy_ranges(
-    mappings: Sequence[FileMapping], files: Sequence[tuple[RandomAccess, slice]], fields: Sequence[Ranges]
-) -> bool:
-    """Copy all ranges from mappings. False if one is not within its file, or a file is shorter than it was."""
-    if not all(ranges.lie_within(files) for ranges in fields):
-        return False
-    counts = [part.stop - part.start for _, part in files]
-    bases: Any = mappings[0].address
-    if len(files) > 1:
-        bases = np.repeat([mapping.address for mapping in mappings], counts)
-    sources = np.concatenate([bases + ranges.offsets for ranges in fields])
-    targets = np.concatenate([ranges.memory.ctypes.data + ranges.starts for ranges in fields])
-    sizes = np.concatenate([ranges.sizes for ranges in fields])
-    # The last page of a file that was cut has zeros behind its end, which can be copied.
-    return copy_ranges(sources, targets, sizes) and all(mapping.is_whole for mapping in mappings)
+            if not (isinstance(file, LocalFile) and file.copy(ranges, part)):
+                file.fill(ranges.views[part], ranges.offsets[part].tolist())
 
 
 def open_file(path: str, *, memory_map: bool = False) -> RandomAccess:
@@ -229,6 +220,14 @@ def open_file(path: str, *, memory_map: bool = False) -> RandomAccess:
     return (
         LocalFile(name, memory_map=memory_map) if hasattr(os, "preadv") else RemoteFile(Path(name).absolute().as_uri())
     )
+
+
+def _map(descriptor: int, size: int) -> memoryview | None:
+    """A file's mapping. None if its file system has none, or it is empty."""
+    try:
+        return memoryview(mmap(descriptor, size, access=ACCESS_READ))
+    except (OSError, ValueError):
+        return None
 
 
 def _read_runs(arrays: Sequence[Buffer], offsets: Sequence[int]) -> Iterator[tuple[int, int]]:
