@@ -84,8 +84,8 @@ LAYERS = {
         ["index"],
         ["cache", "find_index", "verify"],
         ["index_file", "scan"],
-        ["index_header", "scan_blocks", "scan_plain"],
-        ["measuring", "shard_groups"],
+        ["index_header", "layouts"],
+        ["index_arrays", "measuring", "shard_groups"],
         ["tables"],
     ],
     "samplers.cli.conversion": [
@@ -94,7 +94,13 @@ LAYERS = {
         ["arrow", "exact_numbers", "tokenizer"],
     ],
     "samplers.sources": [["lengths_of"], ["files"], ["json_lines", "megatron"], ["arrow_lengths"], ["extras"]],
-    "samplers.shards.format": [["header_lengths"], ["samples", "tar"], ["keys"], ["npy"]],
+    "samplers.shards.format": [
+        ["header_lengths"],
+        ["samples", "tar"],
+        ["block_keys"],
+        ["keys", "packed_keys", "packed_offsets"],
+        ["npy"],
+    ],
     "samplers.shards.storage": [["paths"], ["reading"], ["atomic", "process_pool", "remote"], ["locks"]],
     "samplers.dynamic": [
         ["node"],

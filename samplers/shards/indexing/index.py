@@ -14,6 +14,7 @@ from collate.deprecated.names import renamed_arguments
 from samplers.shards.format.header_lengths import DeclaredLength, SoundHeaders, header_length_of
 from samplers.shards.format.keys import decode_key
 from samplers.shards.format.npy import AnyArray
+from samplers.shards.format.packed_keys import PackedKeys
 from samplers.shards.indexing.cache import IndexCache
 from samplers.shards.indexing.find_index import find_index_files
 from samplers.shards.indexing.index_file import (
@@ -25,7 +26,6 @@ from samplers.shards.indexing.index_file import (
     write_index,
 )
 from samplers.shards.indexing.measuring import Decoder, LengthOf, Measure, identify
-from samplers.shards.indexing.packed_keys import PackedKeys
 from samplers.shards.indexing.tables import Tables, join_tables
 from samplers.shards.indexing.verify import check_request, check_shard, complete_measure
 from samplers.shards.storage.atomic import local_path
@@ -194,7 +194,7 @@ class LengthIndex:
 
         Args:
             path: Best in the folder of the shards: their paths are then relative, and the folder can be moved.
-            version: Version of the file: 2, or 1 for releases up to 0.2. Plain shards always have version 1.
+            version: Version of the file: 2, or 1 for release 0.1. Plain shards always have version 1.
 
         Raises:
             FileExistsError: Another process is writing the file.

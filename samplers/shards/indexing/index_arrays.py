@@ -20,8 +20,8 @@ from typing import Any, Final
 import numpy as np
 
 from samplers.shards.format.npy import MAX_ARRAY_BYTES, AnyArray, narrow_dtype
-from samplers.shards.indexing.packed_keys import LONGEST_PREFIX, PAIRED, KeyForm, PackedKeys, find_key_form
-from samplers.shards.indexing.packed_offsets import PackedOffsets, find_bases, group_count, subtract_bases
+from samplers.shards.format.packed_keys import LONGEST_PREFIX, PAIRED, KeyForm, PackedKeys, find_key_form
+from samplers.shards.format.packed_offsets import PackedOffsets, find_bases, group_count, subtract_bases
 from samplers.shards.indexing.tables import ARRAYS, Field, Tables, TablesLike, concat_column, key_width
 
 # Name of an array in version 1, where it is not that in `Tables`.

@@ -31,8 +31,8 @@ from typing import Any, Final, Literal, Protocol, TypeAlias
 import numpy as np
 
 from samplers.shards.format.npy import AnyArray
-from samplers.shards.indexing.packed_keys import PackedKeys
-from samplers.shards.indexing.packed_offsets import PackedOffsets
+from samplers.shards.format.packed_keys import PackedKeys
+from samplers.shards.format.packed_offsets import PackedOffsets
 
 # Steps in a second, by field: ascending, more than one if samples differ.
 Rates: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]

@@ -73,7 +73,7 @@ class SampleWriter:
             block_size: Largest number of samples in a block. A block is also full at 64 MiB.
             prefix: Start of the file names.
             stack: Arrays that have the same size in every sample.
-            version: Version of the format of blocks and their indexes: 2, or 1 for releases up to 0.2, which is larger.
+            version: Version of the format of blocks and their indexes: 2, or 1, which is larger, for release 0.1.
                 One corpus may hold shards of both; then its index has the version of the last writer. The plain layout
                 is the same in both.
             append: Continue behind existing shards of that prefix. They stay as they are and define the schema.
