@@ -77,7 +77,7 @@ LAYERS = {
         ["writer"],
         ["parts", "source"],
         ["sample_writer"],
-        ["existing", "shard_file"],
+        ["existing", "shard_file", "shard_group"],
         ["schema"],
     ],
     "samplers.shards.indexing": [

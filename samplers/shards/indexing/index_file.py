@@ -207,6 +207,25 @@ def write_index(
         FileExistsError: Another process writes the file.
         ValueError: The parts cannot be joined.
     """
+    file = prepare_index(path, parts, version)
+    try:
+        file.commit()
+    except BaseException:
+        file.discard()
+        raise
+
+
+def prepare_index(
+    path: Path,
+    parts: Sequence[TablesLike] | Callable[[], Sequence[TablesLike]],
+    version: int = FORMAT_VERSION,
+) -> AtomicFile:
+    """Write an index file, as `write_index` does, that does not have its name yet.
+
+    Raises:
+        FileExistsError: Another process writes the file.
+        ValueError: The parts cannot be joined.
+    """
     file = AtomicFile(path)
     try:
         parts = parts() if callable(parts) else parts
@@ -227,10 +246,11 @@ def write_index(
         # The prefix has the checksum of the arrays, so it comes last.
         file.stream.seek(0)
         file.stream.write(_PREFIX.pack(_MAGIC, version, len(header), crc32(header), content.crc) + header)
-        file.commit()
+        file.stream.flush()
     except BaseException:
         file.discard()
         raise
+    return file
 
 
 def _plan(parts: Sequence[TablesLike], version: int, name: str) -> tuple[list[StoredArray], dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Collection, Iterator, KeysView, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,7 @@ from samplers.shards.indexing.index_file import (
     SUFFIX,
     check_version,
     open_tables,
+    prepare_index,
     read_index,
     write_index,
 )
@@ -25,6 +26,7 @@ from samplers.shards.storage.atomic import local_path
 from samplers.shards.writing.existing import adopt_shards, find_shards, read_corpus, refuse_shards, remove_leftovers
 from samplers.shards.writing.schema import FieldSchema, as_array, check_schema, infer_schema, read_schema
 from samplers.shards.writing.shard_file import BlockShard, PlainShard, ShardFile
+from samplers.shards.writing.shard_group import FinishedShard, ShardGroup
 
 # A block stores its keys as text of one width, so one long key makes all of them long.
 _LONGEST_KEY: Final = 1024
@@ -102,6 +104,7 @@ class SampleWriter:
         self._keys: dict[str, None] = {}
         self._number = 0
         self._open: ShardFile | None = None
+        self._group = ShardGroup(self._add_named)
         self._entered = False
         self._failure: str | None = None
         self.shards: list[Path] = []
@@ -168,7 +171,9 @@ class SampleWriter:
             self._discard()
             return
         self._refuse_failed()
-        self._finish()
+        with self._failing():
+            self._finish()
+            self._group.commit()
         write_index(self._folder / f"{self._prefix}{SUFFIX}", self._list_tables, self._version)
 
     def _adopt_shards(self) -> None:
@@ -226,28 +231,35 @@ class SampleWriter:
             self._open.add(key, arrays)
 
     def _finish(self) -> None:
-        """Finish the open shard, and write its index."""
+        """Finish the open shard, and write its index. They get their names soon, with those of other shards."""
         if self._open is None:
             return
-        try:
-            tables = self._open.finish()
-        except BaseException:
-            self._discard()
-            raise
         path = self._open.path
+        tables = self._open.finish()
+        index = prepare_index(path.with_name(path.name + SUFFIX), [tables], self._version)
+        finished = FinishedShard(self._open.file, index, self._open.samples, tables.shards[0].size)
         self._open = None
-        write_index(path.with_name(path.name + SUFFIX), [tables], self._version)
-        self.shards.append(path)
         self._number += 1
+        self._group.add(finished)
+
+    def _add_named(self, paths: list[Path]) -> None:
+        """Count shards as finished that have their final names."""
+        self.shards += paths
 
     def _discard(self) -> None:
-        """Remove the open shard, and forget the keys of its samples."""
+        """Remove the open shard, and forget the keys of its samples. Finished shards get their names, if they can."""
         if self._open is not None:
             # The sample that failed is counted in the shard, but its key was not yet stored if it was the first.
             for _ in range(min(self._open.samples, len(self._keys))):
                 self._keys.popitem()
             self._open.file.discard()
             self._open = None
+        # There was an error before, which this one must not hide.
+        with suppress(OSError):
+            self._group.commit()
+        for _ in range(min(self._group.lost_samples, len(self._keys))):
+            self._keys.popitem()
+        self._group.lost_samples = 0
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
@@ -281,14 +293,15 @@ class SampleWriter:
         # Listed again: another writer may have added shards behind those that this one adopted. Shards of a part count
         # only when all parts are written.
         existing = find_shards(self._folder, self._prefix)
-        listed = {shard.name for shard in self.shards}
+        written = set(self.shards)
+        listed = {shard.name for shard in written}
         listed |= read_corpus(self._folder, self._prefix, list(existing.values()))
         shards = [shard for number, shard in existing.items() if len(number) == 1 or shard.name in listed]
         # A shard without an index belongs to another writer, which lists it when it has finished.
         tables = [
             open_tables(f"{shard}{SUFFIX}", str(shard))
             for shard in shards
-            if shard in self.shards or Path(f"{shard}{SUFFIX}").exists()
+            if shard in written or Path(f"{shard}{SUFFIX}").exists()
         ]
         if not tables:
             raise ValueError(f"nothing was written to {self._folder}: a corpus needs a sample")

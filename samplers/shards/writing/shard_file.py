@@ -10,6 +10,7 @@ has `block.keys.npy`, then for each field `FIELD.lengths.npy` (if it is variable
 ...     for number in range(5):
 ...         shard.add(f"k{number}", {"tokens": np.arange(number, dtype="<i4")})
 ...     tables = shard.finish()
+...     shard.file.commit()
 >>> tables.lengths[:, 0].tolist(), tables.blocks[:, 0].tolist()
 ([0, 1, 2, 3, 4], [0, 2, 4])
 """
@@ -47,8 +48,6 @@ class ShardFile(ABC):
     shard changes.
     """
 
-    _compresses_keys = False
-
     def __init__(self, path: Path, schema: Mapping[str, FieldSchema]) -> None:
         self.path, self.schema = path, schema
         self.file = AtomicFile(path, replace=False)
@@ -56,6 +55,9 @@ class ShardFile(ABC):
         self.crcs: list[list[int]] = []
         # Bytes of all keys, and of the longest key.
         self._key_bytes = self._key_width = 0
+        # Bytes of all members so far.
+        self._written = 0
+        self._stores_keys_whole = True
 
     @staticmethod
     @abstractmethod
@@ -78,8 +80,7 @@ class ShardFile(ABC):
     def has_room(self, key: str, size: int, max_samples: int, max_bytes: int) -> bool:
         """Whether a sample of `size` bytes may still be added."""
         key_bytes = len(key.encode())
-        # The table is compared with the file, in which compressed keys may take next to nothing.
-        nbytes = self.nbytes + size + (self._key_bytes + key_bytes) * (not self._compresses_keys)
+        nbytes = self._stored_bytes() + size + key_bytes * self._stores_keys_whole
         # A shard with one very long key could not be read, because its key table would be too large. So it ends before.
         narrow = keys_fit(max(self._key_width, key_bytes), self.samples + 1, nbytes)
         return self.samples < max_samples and self.nbytes + size <= max_bytes and narrow
@@ -93,7 +94,7 @@ class ShardFile(ABC):
         self._key_bytes, self._key_width = self._key_bytes + size, max(self._key_width, size)
 
     def finish(self) -> Tables:
-        """Finish the shard, read it back, and give it its final name.
+        """Finish the shard, and read it back. It still has its temporary name.
 
         Reading back is intended: the index describes the bytes on the disk, not what the writer meant to write. The
         checksums are of the values that were added, so that a later check compares with these.
@@ -111,9 +112,12 @@ class ShardFile(ABC):
         tables = scan_shard(str(self.file.temporary), names)
         if len(tables.keys) != self.samples:
             raise ValueError(f"{self.path}: {self.samples} samples were written, {len(tables.keys)} are read back")
-        self.file.commit()
         shard = replace(tables.shards[0], path=str(self.path))
         return replace(tables, crcs=np.array(self.crcs, "<u4"), shards=(shard,))
+
+    def _stored_bytes(self) -> int:
+        """At least so many bytes of the shard are known to be stored."""
+        return self.nbytes + self._key_bytes
 
     @abstractmethod
     def _add(self, key: str, arrays: Mapping[str, AnyArray]) -> list[int]:
@@ -127,6 +131,7 @@ class ShardFile(ABC):
         """Write a member."""
         size = sum(map(len, parts))
         self.file.stream.writelines([tar_header(name, size), *parts, tar_padding(size)])
+        self._written += size
 
 
 class PlainShard(ShardFile):
@@ -195,7 +200,7 @@ class BlockShard(ShardFile):
     def __init__(self, path: Path, schema: Mapping[str, FieldSchema], *, block_size: int, version: int = 2) -> None:
         super().__init__(path, schema)
         self._block_size, self._blocks, self._version = block_size, 0, version
-        self._compresses_keys = version > 1
+        self._stores_keys_whole = version == 1
         # Bytes of the samples and of the keys in the open block, and characters of its longest key.
         self._size = self._text = self._width = 0
         self._clear()
@@ -212,11 +217,15 @@ class BlockShard(ShardFile):
                 self._lengths[name].append(len(arrays[name]))
         self._size += sum(map(len, data.values()))
         # NumPy stores text with 4 bytes a character, at the width of the longest.
-        key_table = self._text if self._compresses_keys else 4 * self._width * len(self._keys)
+        key_table = 4 * self._width * len(self._keys) if self._stores_keys_whole else self._text
         full = self._size >= BLOCK_BYTES or key_table >= BLOCK_BYTES
         if len(self._keys) >= self._block_size or full:
             self._flush()
         return [crc32(row) for row in data.values()]
+
+    def _stored_bytes(self) -> int:
+        # How far the keys of the open block will be compressed is not known.
+        return super()._stored_bytes() if self._stores_keys_whole else self._written + self._size
 
     def _block_holds(self, arrays: Mapping[str, AnyArray]) -> bool:
         """Whether the open block holds another sample as well."""
