@@ -36,13 +36,13 @@ from collate.tensors.numpy_view import Int64Array, bits_of
 from collate.tensors.steps import PaddingValue
 
 # Memory of a batch's values, uint8 `[bytes]`, and the first byte of each sample in it, int64 `[B]`.
-Target: TypeAlias = tuple[npt.NDArray[np.uint8], Int64Array]
+Destination: TypeAlias = tuple[npt.NDArray[np.uint8], Int64Array]
 
 # Values up to this size are filled with padding as a whole: writing 64 tails one by one takes about 12 us.
 _SMALL: Final = 1 << 17
 
 
-class UnreadField(Protocol):
+class FieldOnDisk(Protocol):
     """What is known of a field before it is read."""
 
     @property
@@ -58,13 +58,13 @@ class UnreadField(Protocol):
         """The axes behind the time steps, or all axes."""
 
 
-class UnreadSamples(Protocol):
+class SamplesOnDisk(Protocol):
     """Samples that a dataset reads when it is asked to."""
 
-    def unread_fields(self) -> Mapping[str, UnreadField | list[str]] | None:
+    def unread_fields(self) -> Mapping[str, FieldOnDisk | list[str]] | None:
         """The fields of the samples: their keys, and what is not read yet; None if they are read one by one."""
 
-    def read_into(self, targets: Mapping[str, Target]) -> None:
+    def read_into(self, targets: Mapping[str, Destination]) -> None:
         """Read the samples into the memory of each field."""
 
 
@@ -72,8 +72,8 @@ class UnreadSamples(Protocol):
 class _Reading:
     """The samples, and where each field goes."""
 
-    samples: UnreadSamples
-    targets: dict[str, Target] = field(default_factory=dict)
+    samples: SamplesOnDisk
+    targets: dict[str, Destination] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,10 +181,10 @@ def read_unread(samples: object, stack: Collection[str]) -> dict[str, UnreadColu
     """
     # An ordinary list is what most users have.
     find = None if type(samples) is list else getattr(samples, "unread_fields", None)
-    fields: Mapping[str, UnreadField | list[str]] | None = None if find is None else find()
+    fields: Mapping[str, FieldOnDisk | list[str]] | None = None if find is None else find()
     if fields is None or all(isinstance(found, list) for found in fields.values()):
         return None
-    reading = _Reading(cast(UnreadSamples, samples))
+    reading = _Reading(cast(SamplesOnDisk, samples))
     columns: dict[str, UnreadColumn] = {}
     for name, found in fields.items():
         if isinstance(found, list):

@@ -153,7 +153,7 @@ def test_no_more_shards_are_open_than_allowed(tmp_path: Path, monkeypatch: pytes
     dataset = ShardDataset(tmp_path)
     for index in range(20):
         assert dataset[index]["tokens"].tolist() == [1000 * index, 1000 * index + 1]
-    dataset.__getitems__(range(20))
+    list(dataset.__getitems__(range(20)))
     assert open_files() <= before + 3
     del dataset
     assert open_files() <= before

@@ -75,6 +75,10 @@ class ReadAheadLoader(DataLoader[Any]):
         """One epoch. The thread starts with its first batch, and ends with the iterator."""
         return ReadAheadIterator(self)
 
+    def __repr__(self) -> str:
+        part = self._planned or self.batch_sampler or self.dataset
+        return f"{type(self).__name__}({type(part).__name__}, prefetch_batches={self.prefetch_batches})"
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_used": None}
 
