@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torchdata import nodes
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -482,6 +482,29 @@ class Stage(Rig):
 
     def _source(self) -> Iterable[int]:
         return (Numbers(self.samples, self.broken)[sample] for sample in range(self.samples))
+
+
+class Bucketed(IterableDataset[Batch]):
+    """The batches of a stage, in a worker those of its share of the samples."""
+
+    def __init__(self, stage: Any, numbers: Numbers) -> None:
+        self.stage, self.numbers = stage, numbers
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        first, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        return self.stage(self.numbers[sample] for sample in range(first, len(self.numbers), workers))
+
+
+class LoadedStage(Rig):
+    """A stage in the dataset of a `DataLoader`."""
+
+    sets_epochs = False
+
+    def wrap(self, target: Any) -> Any:
+        count, lives_on = self.workers
+        dataset = Bucketed(target, Numbers(self.samples, self.broken))
+        return DataLoader(dataset, batch_size=None, num_workers=count, persistent_workers=lives_on)
 
 
 __all__ = ["Place", "Rig", "Save", "SourceError"]
