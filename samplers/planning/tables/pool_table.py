@@ -342,8 +342,8 @@ def make_pool_table(sorted_lengths: SortedLengths, options: Options) -> PoolTabl
         return None
     windows, batches = count_windows(sorted_lengths, options), estimate_batches(sorted_lengths, options)
     table = PoolTable(sorted_lengths, (), options, pools=windows)
-    # Batches of a fixed size are dealt whole, and each pool needs one. By default there are two pools, which pad less than
-    # buckets, however few batches there are: 100 samples in three budgets of tokens 32 %, where buckets pad 42 %.
+    # Batches of a fixed size are dealt whole, and each pool needs one. By default there are two pools. They pad less
+    # than buckets, however few batches there are: 100 samples in three budgets of tokens 32 %, where buckets pad 42 %.
     few = 1 if options.window is None else 2 * windows
     fewest = windows if table.full_rows else few
     if not windows > 1 or not fewest <= batches < MANY_BATCHES:
