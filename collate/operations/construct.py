@@ -121,8 +121,8 @@ def replace_values(batch: BatchT, padded: Tensor, lengths: IntegersLike | None, 
     """
     if not isinstance(padded, Tensor):
         raise TypeError(
-            f"new values must be a tensor [B, T, ...], got {type(padded).__name__}: of a module that returns more, keep "
-            "the tensor alone; run a recurrent module with apply_rnn(rnn, batch)"
+            f"new values must be a tensor [B, T, ...], got {type(padded).__name__}: of a module that returns more, "
+            "keep the tensor alone; run a recurrent module with apply_rnn(rnn, batch)"
         )
     if first_step is None:
         first_step = batch.first_step
