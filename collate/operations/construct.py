@@ -117,9 +117,14 @@ def replace_values(batch: BatchT, padded: Tensor, lengths: IntegersLike | None, 
 
     Raises:
         LengthError: Rows or width differ without new lengths, or the new lengths do not fit.
-        TypeError: Lengths or `first_step` are not integers.
+        TypeError: The values are no tensor, or lengths or `first_step` are not integers.
         ValueError: `first_step` is negative.
     """
+    if not isinstance(padded, Tensor):
+        raise TypeError(
+            f"new values must be a tensor [B, T, ...], got {type(padded).__name__}: of a module that returns more, "
+            "keep the tensor alone; run a recurrent module with apply_rnn(rnn, batch)"
+        )
     if first_step is None:
         first_step = batch.first_step
     elif not torch.compiler.is_compiling():

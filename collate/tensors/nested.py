@@ -86,11 +86,6 @@ def labelled_parts(container: Any) -> list[tuple[str, Any]]:
     return [(str(index), part) for index, part in enumerate(container)] if isinstance(container, (tuple, list)) else []
 
 
-def fresh(batch: Any) -> Any:
-    """The batch in new containers: steps pop their labels, and collate functions sort their samples in place."""
-    return map_parts(batch, fresh)
-
-
 def _field_labels(sample: object) -> dict[object, str] | None:
     """The key and the name of each field; None where a sample is a field itself."""
     if isinstance(sample, Mapping):
