@@ -83,7 +83,7 @@ def set_parts(
         padding_value = same_nan(padding_value)
     parts = {"values": values, "spans": spans, "offsets": offsets}
     for name, part in {**parts, "padding_value": padding_value, "ignore_index": ignore_index}.items():
-        # Its class is frozen, and torch's compiler up to 2.10 cannot trace an update of `vars(batch)`.
+        # Its class is frozen, and torch's compiler up to 2.9 cannot trace an update of `vars(batch)`.
         object.__setattr__(batch, name, part)
 
 
