@@ -409,7 +409,7 @@ def test_two_steps_of_a_pinned_batch_need_an_accelerator() -> None:
         assert pinned.padded.is_pinned()
         assert pinned.lengths.is_pinned()
     else:
-        # Up to torch 2.9 it asks for a driver of NVIDIA.
+        # A build for CUDA asks for a driver of NVIDIA.
         with pytest.raises(RuntimeError, match="accelerator|NVIDIA"):
             batch.pin_memory()
 
