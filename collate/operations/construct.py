@@ -109,7 +109,7 @@ def changed_batch(batch: BatchT, **parts: Any) -> BatchT:
     present = {name: getattr(batch, name) for name in names}
     if "padded" in parts and parts["padded"].device != batch.padded.device:
         present["mask"] = None
-    return trusted_batch(type(batch), **(present | parts))
+    return trusted_batch(type(batch), **{**present, **parts})
 
 
 def replace_values(batch: BatchT, padded: Tensor, lengths: IntegersLike | None, first_step: int | None) -> BatchT:
