@@ -333,7 +333,7 @@ def test_a_forged_number_in_an_index_is_refused_and_nothing_allocated(
     arrays[offset : offset + width] = (value % 256**width).to_bytes(width, "little")
     path.write_bytes(rewritten(content, header, bytes(arrays)))
     with bounded(tmp_path), refused(ValueError, tmp_path, message):
-        ShardDataset(tmp_path).__getitems__(range(4))
+        list(ShardDataset(tmp_path).__getitems__(range(4)))
 
 
 @contextmanager

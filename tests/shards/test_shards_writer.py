@@ -23,6 +23,7 @@ from webdataset import autodecode, filters
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.format.samples import decode_groups
 from samplers.shards.indexing.index import LengthIndex
+from samplers.shards.storage.locks import lock
 from samplers.shards.writing.writer import ShardWriter
 
 
@@ -361,13 +362,13 @@ def test_a_disk_that_fails_leaves_no_shard(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_leftover_of_a_killed_writer_is_named(tmp_path: Path) -> None:
-    fcntl = pytest.importorskip("fcntl")
     (tmp_path / "shard-000000.tar.tmp").touch()
     with pytest.raises(FileExistsError, match="already holds shard-000000.tar.tmp"):
         ShardWriter(tmp_path)
     writer = ShardWriter(tmp_path, prefix="x").__enter__()
     with (tmp_path / "x-000000.tar.tmp").open("wb") as another:
-        fcntl.flock(another, fcntl.LOCK_EX)
+        # Nobody can tell where there are no locks.
+        assert lock(another) in {True, None}
         with pytest.raises(FileExistsError, match="another writer is at work, or was killed"):
             writer.write(GOOD)
 

@@ -58,7 +58,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
-from zlib import crc32
 
 import numpy as np
 
@@ -76,6 +75,7 @@ from samplers.shards.indexing.index_arrays import (
 from samplers.shards.indexing.index_header import build_tables, encode_header, read_columns
 from samplers.shards.indexing.tables import Field, Layout, Rates, Shard, Tables, TablesLike, check_alike
 from samplers.shards.storage.atomic import AtomicFile
+from samplers.shards.storage.checksum import crc32
 from samplers.shards.storage.reading import open_file
 from samplers.shards.storage.remote import RemoteFile
 

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, KeysView, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any, Final, Self, TypedDict
 
@@ -107,6 +108,7 @@ class SampleWriter:
         self._group = ShardGroup(self._add_named)
         self._entered = False
         self._failure: str | None = None
+        self._lock = Lock()
         self.shards: list[Path] = []
         self._folder.mkdir(parents=True, exist_ok=True)
         if append:
@@ -128,7 +130,7 @@ class SampleWriter:
         return self._keys.keys()
 
     def write(self, sample: Mapping[str, Any]) -> None:
-        """Add a sample.
+        """Add a sample. Threads may write at the same time; the samples of a shard are then in the order of arrival.
 
         Args:
             sample: `__key__`, a text that no other sample has, and at least one sequence `[L, *F]`: arrays or tensors
@@ -146,6 +148,12 @@ class SampleWriter:
             raise RuntimeError("write within the with block: with ShardWriter(folder) as writer: writer.write(...)")
         if not isinstance(sample, Mapping):
             raise TypeError(f'a sample must be {{"__key__": str, field: array, ...}}, got {type(sample).__name__}')
+        # Threads that prepare samples may share a writer.
+        with self._lock:
+            self._write(sample)
+
+    def _write(self, sample: Mapping[str, Any]) -> None:
+        """Check a sample and add it."""
         self._refuse_failed()
         key = self._check_key(sample.get("__key__"))
         arrays = {

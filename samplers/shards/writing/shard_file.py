@@ -21,7 +21,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
-from zlib import crc32
 
 import numpy as np
 
@@ -32,6 +31,7 @@ from samplers.shards.indexing.scan import scan_shard
 from samplers.shards.indexing.shard_groups import keys_fit
 from samplers.shards.indexing.tables import Tables
 from samplers.shards.storage.atomic import AtomicFile
+from samplers.shards.storage.checksum import crc32
 from samplers.shards.writing.schema import INTEGER, FieldSchema
 
 # A block is in memory until it is full, and streams read it whole. So it is also full at 64 MiB.

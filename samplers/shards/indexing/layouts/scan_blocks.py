@@ -12,7 +12,6 @@ whose `tokens.npy` starts at offset 1536 with a header of 128 bytes:
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from zlib import crc32
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from samplers.shards.format.npy import DTYPES, AnyArray, decode_npy
 from samplers.shards.format.samples import check_block_lengths, split_block
 from samplers.shards.indexing.shard_groups import Members, ShardGroups, check_stored_length
 from samplers.shards.indexing.tables import Field, Tables
+from samplers.shards.storage.checksum import crc32
 
 
 @dataclass

@@ -4,7 +4,6 @@ from array import array
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Final
-from zlib import crc32
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from samplers.shards.format.tar import Member
 from samplers.shards.indexing.measuring import Measure
 from samplers.shards.indexing.shard_groups import Members, ShardGroups, check_stored_length
 from samplers.shards.indexing.tables import Field, Tables
+from samplers.shards.storage.checksum import crc32
 
 # Headers whose lengths are cached.
 _CACHED_HEADERS: Final = 10_000
