@@ -59,6 +59,11 @@ class KeyForm:
         """The dtype of whole keys."""
         return np.dtype(f"S{len(self.prefix) + self.width}")
 
+    @property
+    def _stored_width(self) -> int:
+        # An odd remainder is padded.
+        return self.width + self.width % 2 if self.alphabet else self.width
+
     @cached_property
     def _prefix_bytes(self) -> AnyArray:
         return np.frombuffer(self.prefix, np.uint8)
@@ -72,9 +77,7 @@ class KeyForm:
 
     def encode(self, keys: AnyArray) -> AnyArray:
         """Keys `[n]` as they are stored: bytes of one width `[n]`, or uint8 `[n, width / 2]`."""
-        # An odd remainder is padded.
-        width = 2 * self.shape[0] if self.alphabet else self.width
-        remainders = _as_columns(keys, len(self.prefix) + width)[:, len(self.prefix) :]
+        remainders = _as_columns(keys, len(self.prefix) + self._stored_width)[:, len(self.prefix) :]
         if not self.alphabet:
             return np.ascontiguousarray(remainders).view(f"S{self.width}").reshape(-1)
         codes = np.zeros(256, np.uint8)
@@ -90,7 +93,7 @@ class KeyForm:
         keys = np.empty((count, start + self.width), np.uint8)
         keys[:, :start] = self._prefix_bytes
         remainders = self.pairs.take(stored) if self.alphabet else np.ascontiguousarray(stored)
-        keys[:, start:] = remainders.view(np.uint8).reshape(count, -1)[:, : self.width]
+        keys[:, start:] = remainders.view(np.uint8).reshape(count, self._stored_width)[:, : self.width]
         return keys.view(self.key_dtype)[:, 0]
 
 
