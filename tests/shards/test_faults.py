@@ -232,6 +232,8 @@ FORGERIES = [
     (lambda h: h["fields"][0].update(suffix="wav"), "no field is"),
     (lambda h: h["fields"][0].update(shape=[-1]), "no field is"),
     (lambda h: h["fields"][0].update(shape=["x"]), "no field is"),
+    # It was an OverflowError, when a sample was read.
+    (lambda h: h["fields"][0].update(shape=[2**60]), "no field is"),
     (lambda h: h["fields"][0].update(tracked=False), "one be tracked"),
     (lambda h: h["fields"][0].update(tracked=1), "no field is"),
     (lambda h: h["shards"][0].update(size=-1), "no shard is"),
