@@ -395,6 +395,8 @@ def test_compiled_models_give_the_same_batches_without_a_graph_break(backend: st
         agrees(compiled(batch)[1])
 
 
+# Up to torch 2.9, what it reads from a file is no memory to write to, and it warns of that.
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
 def test_an_exported_model_takes_and_gives_batches_once_it_was_saved(tmp_path: Path) -> None:
     model = Model()
     batch = LengthTrackedBatch.from_sequences([torch.randn(count, 2) for count in (3, 5, 1)])
@@ -413,7 +415,8 @@ def test_two_steps_of_a_pinned_batch_need_an_accelerator() -> None:
         assert pinned.padded.is_pinned()
         assert pinned.lengths.is_pinned()
     else:
-        with pytest.raises(RuntimeError, match="accelerator"):
+        # A build for CUDA asks for a driver of NVIDIA.
+        with pytest.raises(RuntimeError, match="accelerator|NVIDIA"):
             batch.pin_memory()
 
 
