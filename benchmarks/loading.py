@@ -23,17 +23,18 @@ from typing import Any, Final
 
 from harness import save, show, show_bars
 from loaders.works import ROWS, SAMPLES, Work, make_work
-from loading_bars import find_bars, spread
+from loading_bars import by_loader, find_bars, spread
+from loading_chart import draw_loading
 from loading_process import MissingError, Process
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 OURS: Final = "ours"
 BEFORE: Final = "before"
-# Modules of peers, and the folder of the environment in which each runs.
+# Modules of peers, and the environment in which each runs; None for the one that runs this script.
 PEERS: Final = {
-    "hf_datasets": "libraries",
+    "hf_datasets": None,
+    "web_dataset": None,
     "lit_data": "libraries",
-    "web_dataset": "libraries",
     "array_records": "libraries",
     "mosaicml": "mosaicml",
 }
@@ -110,6 +111,7 @@ def main() -> None:
         print(f"missing: {name}: {reason}")
     if not options.quick:
         save("loading", results)
+        draw_loading(results["works"])
 
 
 def read_options() -> argparse.Namespace:
@@ -161,7 +163,7 @@ def start_all(
             if place != expected:
                 raise SystemExit(f"the process `{label}` must import from {expected}, it imports from {place}")
     for module, environment in {} if options.no_peers else PEERS.items():
-        python = options.peers / environment / "bin" / "python"
+        python = options.peers / environment / "bin" / "python" if environment else Path(sys.executable)
         try:
             if not python.exists():
                 raise MissingError(f"no environment {python.parents[1]}: run `make bench-peers`")
@@ -204,7 +206,8 @@ def measure_speed(
         "samples": len(work.lengths),
         "steps": int(work.lengths.sum()),
         "bytes": work.nbytes,
-        "contenders": {contender.key: contender.as_result() for contender in contenders},
+        "contenders": (results := {contender.key: contender.as_result() for contender in contenders}),
+        "loaders": by_loader(results),
     }
 
 

@@ -52,6 +52,23 @@ def median_rate(contender: Mapping[str, Any]) -> float:
     return statistics.median(contender["rates"])
 
 
+def by_loader(contenders: Contenders) -> dict[str, dict[str, Any]]:
+    """By loader: its figures in one process and on two cores, for tables and charts.
+
+    How many times as fast ours is: in one process `ShardDataset`, on two cores the fastest of our ways.
+    """
+    best = {"one process": ONE_PROCESS, "two cores": best_of_two_cores(contenders)}
+    found: dict[str, dict[str, Any]] = {}
+    for key, one in contenders.items():
+        cores = "two cores" if one["workers"] or key in TWO_CORES else "one process"
+        name = f"before: {one['loader']}" if one["source"] == "before" else one["loader"]
+        empty = {"one process": None, "two cores": None, "ours is": {}}
+        row = found.setdefault(name, {each: one[each] for each in ("source", "padding", "size", "checks")} | empty)
+        row[cores] = round(median_rate(one))
+        row["ours is"][cores] = [round(ratio, 3) for ratio in spread(contenders[best[cores]]["rates"], one["rates"])]
+    return found
+
+
 def libraries(contenders: Contenders, workers: int) -> list[str]:
     """The contenders that are neither ours nor by hand."""
     others = ("ours", "before", "by_hand")

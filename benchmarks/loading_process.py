@@ -112,7 +112,7 @@ class Process:
         answer = output.readline() if ready else b""
         if not answer:
             self._end(process)
-            last = self.log.read_text().splitlines()[-1:] or ["no message"]
+            last = self.log.read_text().strip().splitlines()[-1:] or ["no message"]
             reason = "has ended" if ready else f"has not answered in {patience:.0f} s"
             raise MissingError(f"{self.label} {reason}: {last[0]}")
         result: dict[str, Any] = json.loads(answer)
