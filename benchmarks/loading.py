@@ -2,10 +2,10 @@
 
     python benchmarks/loading.py [--quick] [--before CHECKOUT] [--peers FOLDER]
 
-Every round runs each contender once, in a random order: batches of 64 rows for about a second, by a loop that does
-nothing. Each library runs in a process of its own, as `make bench-peers` has installed it in FOLDER; those that are
-missing are printed. CHECKOUT is a folder with older code of ours, which takes turns too. Before the rounds, an epoch of
-every loader must give all rows and the right sums. `--quick` takes a tenth of the samples, and saves nothing.
+Every round runs each contender once, in a random order: batches of 64 rows for half a second or more, by a loop that
+does nothing. Each library runs in a process of its own, those in FOLDER as `make bench-peers` has installed them;
+missing ones are printed. CHECKOUT is a folder with older code of ours, which takes turns too. Before the rounds, an
+epoch of every loader must give all rows and the right sums. `--quick` takes a tenth of the samples, and saves nothing.
 """
 
 import argparse
@@ -126,7 +126,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured")
     parser.add_argument("--rounds", type=int, help="rounds of speed")
     parser.add_argument("--training-rounds", type=int, help="rounds next to a training step")
-    parser.add_argument("--seconds", type=float, default=1.0, help="longest turn")
+    parser.add_argument("--seconds", type=float, default=1.0, help="longest epoch of a turn; longer ones are cut")
     parser.add_argument("--folder", type=Path, help="where the files are; a temporary folder by default")
     options = parser.parse_args()
     options.scale = options.scale or (0.1 if options.quick else 1.0)

@@ -22,6 +22,8 @@ from loaders.contract import Loader
 from loaders.training import Step
 from loaders.works import PADDING, Work, total
 
+# A turn of short epochs, whose workers take long to start, ends after this many times its seconds.
+LONGEST: Final = 4
 KILOBYTE: Final = 1024
 
 
@@ -90,29 +92,24 @@ class Turns:
         return {"rows": rows, "values": values, "sums": sums, "seconds": time.perf_counter() - start}
 
     def turn(self, work: str, loader: str, workers: int, seconds: float) -> dict[str, float]:
-        """Batches of a new epoch for some seconds, or to its end: rows, batches, and seconds.
+        """Whole epochs for about half of some seconds or more, the first one cut at these seconds.
 
-        With workers or threads of the library, they are counted from the first batch on: their start is not.
+        With workers, or threads of the library, each epoch is counted from its first batch on: the start of workers is
+        not counted.
+
+        Returns:
+            Rows, batches, and seconds.
         """
         one = self.loaders[loader]
+        batches = self.open(work, loader, workers)
         late = (workers > 0 and not one.counts_start) or one.from_first
-        batches, blocks = self.open(work, loader, workers), one.blocks
+        total = {"rows": 0, "batches": 0, "seconds": 0.0}
         gc.collect()
-        rows = count = 0
-        start = time.perf_counter()
-        source = iter(batches)
-        if late:
-            next(source)
-            start = time.perf_counter()
-        now = start
-        for batch in source:
-            rows += len(next(iter(blocks(batch).values())))
-            count += 1
-            now = time.perf_counter()
-            if now - start > seconds:
-                break
-        del source
-        return {"rows": rows, "batches": count, "seconds": now - start}
+        begin = time.perf_counter()
+        while total["seconds"] < seconds / 2 and time.perf_counter() - begin < LONGEST * seconds:
+            for name, figure in take(batches, one, seconds, late=late).items():
+                total[name] += figure
+        return total
 
     def first(self, work: str, loader: str, half: float) -> dict[str, float]:
         """Seconds from the making of a loader to its first batch, at the start or in the middle of an epoch."""
@@ -149,6 +146,25 @@ class Turns:
     def calibrate(self, seconds: float) -> dict[str, int]:
         """How many units make a training step of about so many seconds."""
         return {"units": Step.units_of(seconds)}
+
+
+def take(batches: Iterable[Any], loader: Loader, seconds: float, *, late: bool) -> dict[str, float]:
+    """One epoch, or its first seconds; `late`: from the first batch on."""
+    blocks = loader.blocks
+    rows = count = 0
+    start = time.perf_counter()
+    source = iter(batches)
+    if late:
+        next(source)
+        start = time.perf_counter()
+    now = start
+    for batch in source:
+        rows += len(next(iter(blocks(batch).values())))
+        count += 1
+        now = time.perf_counter()
+        if now - start > seconds:
+            break
+    return {"rows": rows, "batches": count, "seconds": now - start}
 
 
 def repeated(batches: Iterable[Any]) -> Iterator[Any]:
