@@ -104,7 +104,7 @@ def main() -> None:
                 results["training"] = measure_training(options, works, processes[OURS])
         if "memory" in options.parts:
             results["memory"] = {name: measure_memory(options, work, folder) for name, work in works.items()}
-    results |= {"scale": options.scale, "rounds": options.rounds, "load": os.getloadavg()}
+    results |= {"scale": options.scale, "rounds": options.rounds}
     results["bars"] = find_bars(results)
     show_bars(results["bars"])
     for name, reason in missing.items():
@@ -166,7 +166,7 @@ def start_all(
         python = options.peers / environment / "bin" / "python" if environment else Path(sys.executable)
         try:
             if not python.exists():
-                raise MissingError(f"no environment {python.parents[1]}: run `make bench-peers`")
+                raise MissingError(f"no environment {options.peers.name}/{environment}: run `make bench-peers`")
             processes[module] = stack.enter_context(Process(module, folder, python=python))
         except MissingError as reason:
             missing[module] = str(reason)
@@ -194,6 +194,7 @@ def measure_speed(
             missing[f"{work.name}: {contender.key}"] = str(reason)
             print(f"    {contender.key}: {reason}", flush=True)
     order = random.Random(0)
+    load = [os.getloadavg()[0]]
     for _ in range(options.rounds):
         for contender in order.sample(contenders, len(contenders)):
             try:
@@ -201,11 +202,14 @@ def measure_speed(
             except MissingError as reason:
                 contenders.remove(contender)
                 missing[f"{work.name}: {contender.key}"] = str(reason)
+        load.append(os.getloadavg()[0])
     show_speed(work, contenders)
+    print(f"processes that wanted to run (load average), before and after each round: {load}")
     return {
         "samples": len(work.lengths),
         "steps": int(work.lengths.sum()),
         "bytes": work.nbytes,
+        "load average": load,
         "contenders": (results := {contender.key: contender.as_result() for contender in contenders}),
         "loaders": by_loader(results),
     }
