@@ -14,7 +14,7 @@ LOADING ?=
 # Processes that run the tests.
 JOBS ?= 2
 
-# The other files of the folder are shared by these.
+# The other files of the folder are shared by these, or are for GPUs (gpu) or peers (loading).
 BENCHMARKS := collation packing transport rnn language_model planning scale shards bucketing packing_plans varlen packed_training block_masks
 
 .PHONY: help demo test check format lint types coverage frameworks oldest fuzz storm bench bench-peers gpu docs clean

@@ -94,16 +94,20 @@ def main() -> None:
         results: dict[str, Any] = {"works": {}, "first": {}, "training": {}, "memory": {}, "missing": missing}
         with ExitStack() as stack:
             processes = start_all(options, folder, stack, missing)
+            results["versions"] = {label: process.ask("list")["versions"] for label, process in processes.items()}
             for work in works.values():
                 write_ours(work, processes)
                 if "speed" in options.parts:
                     results["works"][work.name] = measure_speed(options, work, processes, missing)
                 if "first" in options.parts:
-                    results["first"][work.name] = measure_first(options, work, processes)
+                    with noted(f"first batch of {work.name}", missing):
+                        results["first"][work.name] = measure_first(options, work, processes)
             if "training" in options.parts:
-                results["training"] = measure_training(options, works, processes[OURS])
-        if "memory" in options.parts:
-            results["memory"] = {name: measure_memory(options, work, folder) for name, work in works.items()}
+                with noted("training", missing):
+                    results["training"] = measure_training(options, works, processes[OURS])
+        for work in works.values() if "memory" in options.parts else ():
+            with noted(f"memory with {work.name}", missing):
+                results["memory"][work.name] = measure_memory(options, work, folder)
     results |= {"scale": options.scale, "rounds": options.rounds}
     results["bars"] = find_bars(results)
     show_bars(results["bars"])
@@ -145,6 +149,15 @@ def workplace(folder: Path | None) -> Iterator[Path]:
         shutil.rmtree(place)
 
 
+@contextmanager
+def noted(part: str, missing: dict[str, str]) -> Iterator[None]:
+    """Note that a part has failed, and continue: the other parts have taken long."""
+    try:
+        yield
+    except MissingError as reason:
+        missing[part] = str(reason)
+
+
 def start_all(
     options: argparse.Namespace, folder: Path, stack: ExitStack, missing: dict[str, str]
 ) -> dict[str, Process]:
@@ -158,7 +171,7 @@ def start_all(
         processes[BEFORE] = stack.enter_context(before)
     for label in (OURS, BEFORE):
         if label in processes:
-            place = Path(processes[label].ask("list")["packages"]["collate"]).parents[1]
+            place = Path(processes[label].ask("list")["code"]).parents[1]
             expected = ROOT if label == OURS else options.before.resolve()
             if place != expected:
                 raise SystemExit(f"the process `{label}` must import from {expected}, it imports from {place}")
@@ -242,16 +255,17 @@ def check(work: Work, contender: Contender, process: Process) -> None:
     """Write the files, and compare a whole epoch with the work: all rows, and the sums of all fields.
 
     Raises:
-        MissingError: The loader fails.
-        SystemExit: It loses or changes something.
+        MissingError: The loader fails, or a library loses or changes something.
+        SystemExit: Ours or one by hand loses or changes something.
     """
     written = process.ask("write", work=work.name, loader=contender.loader)
     found = process.ask("check", work=work.name, loader=contender.loader, workers=contender.workers)
     if found["rows"] != len(work.lengths) or found["sums"] != work.totals():
-        raise SystemExit(
+        reason = (
             f"{contender.key} must give {len(work.lengths)} rows of {work.name} with sums {work.totals()}, "
             f"it gives {found['rows']} rows with {found['sums']}"
         )
+        raise MissingError(reason) if contender.source in PEERS else SystemExit(reason)
     real = sum(values.size for values in work.fields.values())
     contender.facts |= {"padding": 1 - real / found["values"], "size": written["bytes"] / work.nbytes}
 

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -60,14 +61,14 @@ class Turns:
         return self._open[key]
 
     def list(self) -> dict[str, Any]:
-        """The loaders, and where the packages of this process are."""
-        names = [name for name in ("collate", "torch", *getattr(self.module, "PACKAGES", ())) if name in sys.modules]
+        """The loaders, the versions of their library, and the file of our code if this process has imported it."""
         return {
             "loaders": {
-                name: {"workers": one.workers, "checks": one.checks, "works": one.works, "files": one.files}
+                name: {"workers": one.workers, "checks": one.checks, "works": one.works}
                 for name, one in self.loaders.items()
             },
-            "packages": {name: getattr(sys.modules[name], "__file__", None) for name in names},
+            "versions": {name: version(name) for name in self.module.LIBRARIES},
+            "code": getattr(sys.modules.get("collate"), "__file__", None),
         }
 
     def write(self, work: str, loader: str) -> dict[str, float]:
@@ -94,8 +95,7 @@ class Turns:
     def turn(self, work: str, loader: str, workers: int, seconds: float) -> dict[str, float]:
         """Whole epochs for about half of some seconds or more, the first one cut at these seconds.
 
-        With workers, or threads of the library, each epoch is counted from its first batch on: the start of workers is
-        not counted.
+        With workers, each epoch is counted from its first batch on: the start of workers is not counted.
 
         Returns:
             Rows, batches, and seconds.
@@ -184,10 +184,10 @@ def proportional_memory() -> dict[str, int]:
     Empty where the system does not tell.
     """
     found: dict[str, int] = {}
-    own = Path("/proc/self/smaps_rollup")
-    if not own.exists():
+    own, listed = Path("/proc/self/smaps_rollup"), Path(f"/proc/self/task/{os.getpid()}/children")
+    if not own.exists() or not listed.exists():
         return found
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    children = listed.read_text().split()
     for text in [own.read_text(), *(Path(f"/proc/{child}/smaps_rollup").read_text() for child in children)]:
         for line in text.splitlines():
             if line.startswith("Pss"):

@@ -56,7 +56,5 @@ def epochs(work: Work, folder: Path, workers: int) -> Iterable[Any]:
     return loader
 
 
-LOADERS: Final = {
-    "array_record, grain": Loader(write, epochs, blocks_of_pair, "checksum", "array_record", from_first=True)
-}
-PACKAGES: Final = ("grain", "array_record")
+LOADERS: Final = {"array_record, grain": Loader(write, epochs, blocks_of_pair, "checksum", "array_record")}
+LIBRARIES: Final = ("grain", "array_record")

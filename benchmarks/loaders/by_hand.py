@@ -110,6 +110,7 @@ def copied(work: Work, folder: Path, workers: int) -> Iterable[Any]:
     return DataLoader(Copied(folder / work.name), batch_sampler=batches, collate_fn=as_it_is, num_workers=workers)
 
 
+LIBRARIES: Final = ("torch", "numpy")
 LOADERS: Final = {
     "memory map, pad_sequence": Loader(write, padded, blocks_of_pair, "nothing", "memory map"),
     "memory map, one gather": Loader(write, gathered, blocks_of_pair, "nothing", "memory map"),

@@ -28,7 +28,7 @@ class Loader:
         checks: What it compares while it reads, in words.
         files: Name of its files. Loaders of equal name share them.
         workers: Numbers of workers that it can have.
-        from_first: Count from the first batch on, also in one process, because the library starts threads.
+        from_first: Count from the first batch on, also in one process, because its epochs take long to start.
         counts_start: Count from the start also with workers, because it reads ahead before its first batch.
         works: Works that it can load; None for all.
     """

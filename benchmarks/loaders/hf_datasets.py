@@ -74,4 +74,4 @@ LOADERS: Final = {
     "datasets, DataCollator": Loader(write, with_collator, blocks, "nothing", "arrow", works=("tokens", "sft")),
     "datasets, torch + pad_sequence": Loader(write, with_tensors, blocks_of_pair, "nothing", "arrow"),
 }
-PACKAGES: Final = ("datasets", "transformers")
+LIBRARIES: Final = ("datasets", "transformers")

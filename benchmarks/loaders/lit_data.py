@@ -33,4 +33,4 @@ def epochs(work: Work, folder: Path, workers: int) -> Iterable[Any]:
 
 
 LOADERS: Final = {"litdata": Loader(write, epochs, blocks_of_pair, "nothing", "chunks")}
-PACKAGES: Final = ("litdata",)
+LIBRARIES: Final = ("litdata",)

@@ -27,4 +27,4 @@ def epochs(work: Work, folder: Path, workers: int) -> Iterable[Any]:
 
 
 LOADERS: Final = {"mosaicml-streaming": Loader(write, epochs, blocks_of_pair, "nothing", "shards", from_first=True)}
-PACKAGES: Final = ("streaming",)
+LIBRARIES: Final = ("mosaicml-streaming",)

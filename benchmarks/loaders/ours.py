@@ -82,10 +82,12 @@ def at_half(work: Work, folder: Path, kind: str, *, half: bool) -> Iterable[Any]
     return loader
 
 
+LIBRARIES: Final = ("torch", "numpy")
 LOADERS: Final = {
     "ShardDataset": Loader(write, by_index, blocks, CHECKS, "shards", workers=(0, 1, 2)),
     "ShardStream": Loader(write, stream, blocks, CHECKS, "shards", counts_start=True),
 }
+# Older checkouts do not have these.
 if "ReadAheadLoader" in samplers.__all__:
     LOADERS["ReadAheadLoader"] = Loader(write, read_ahead, blocks, CHECKS, "shards", workers=(0,))
 if "memory_map" in inspect.signature(ShardDataset.__init__).parameters:

@@ -52,4 +52,4 @@ def epochs(work: Work, folder: Path, workers: int) -> Iterable[Any]:
 
 
 LOADERS: Final = {"webdataset": Loader(write, epochs, blocks_of_pair, "tar headers", "tars")}
-PACKAGES: Final = ("webdataset",)
+LIBRARIES: Final = ("webdataset",)
