@@ -198,34 +198,46 @@ def measure_speed(
 ) -> dict[str, Any]:
     """All contenders on one work: files and a whole epoch of each, then the rounds."""
     print(f"\n{work.name}: {len(work.lengths):,} samples, {work.nbytes / 1e6:,.1f} MB", flush=True)
-    contenders = []
-    for contender in contenders_of(work, processes):
-        try:
+    contenders = contenders_of(work, processes)
+    for contender in list(contenders):
+        print(f"{work.name}: an epoch of {contender.key}", file=sys.stderr)
+        with left_out(contender, work, contenders, missing):
             check(work, contender, processes[contender.source])
-            contenders.append(contender)
-        except MissingError as reason:
-            missing[f"{work.name}: {contender.key}"] = str(reason)
-            print(f"    {contender.key}: {reason}", flush=True)
     order = random.Random(0)
     load = [os.getloadavg()[0]]
-    for _ in range(options.rounds):
+    for turn in range(options.rounds):
+        print(f"{work.name}: round {turn + 1} of {options.rounds}", file=sys.stderr)
         for contender in order.sample(contenders, len(contenders)):
-            try:
+            with left_out(contender, work, contenders, missing):
                 contender.rates.append(rate_of(options, work, contender, processes[contender.source]))
-            except MissingError as reason:
-                contenders.remove(contender)
-                missing[f"{work.name}: {contender.key}"] = str(reason)
         load.append(os.getloadavg()[0])
     show_speed(work, contenders)
     print(f"processes that wanted to run (load average), before and after each round: {load}")
+    results = {contender.key: contender.as_result() for contender in contenders}
     return {
         "samples": len(work.lengths),
         "steps": int(work.lengths.sum()),
         "bytes": work.nbytes,
         "load average": load,
-        "contenders": (results := {contender.key: contender.as_result() for contender in contenders}),
+        "contenders": results,
         "loaders": by_loader(results),
     }
+
+
+@contextmanager
+def left_out(contender: Contender, work: Work, contenders: list[Contender], missing: dict[str, str]) -> Iterator[None]:
+    """Leave out a library that fails. Ours, and those by hand, must not.
+
+    Raises:
+        SystemExit: One of these fails.
+    """
+    try:
+        yield
+    except MissingError as reason:
+        if contender.source not in PEERS:
+            raise SystemExit(str(reason)) from reason
+        contenders.remove(contender)
+        missing[f"{work.name}: {contender.key}"] = str(reason)
 
 
 def rate_of(options: argparse.Namespace, work: Work, contender: Contender, process: Process) -> float:
@@ -255,17 +267,15 @@ def check(work: Work, contender: Contender, process: Process) -> None:
     """Write the files, and compare a whole epoch with the work: all rows, and the sums of all fields.
 
     Raises:
-        MissingError: The loader fails, or a library loses or changes something.
-        SystemExit: Ours or one by hand loses or changes something.
+        MissingError: The loader fails, loses or changes something.
     """
     written = process.ask("write", work=work.name, loader=contender.loader)
     found = process.ask("check", work=work.name, loader=contender.loader, workers=contender.workers)
     if found["rows"] != len(work.lengths) or found["sums"] != work.totals():
-        reason = (
+        raise MissingError(
             f"{contender.key} must give {len(work.lengths)} rows of {work.name} with sums {work.totals()}, "
             f"it gives {found['rows']} rows with {found['sums']}"
         )
-        raise MissingError(reason) if contender.source in PEERS else SystemExit(reason)
     real = sum(values.size for values in work.fields.values())
     contender.facts |= {"padding": 1 - real / found["values"], "size": written["bytes"] / work.nbytes}
 

@@ -58,7 +58,10 @@ class Process:
         self.label = label or module
         self.log = folder / f"{self.label}.log"
         self._command = [python, SCRIPT, module, folder, self.label, "keep" if keep else "free"]
-        self._environment = os.environ | QUIET
+        # Libraries leave files in the folder for temporary files, which so goes with the others.
+        temporary = folder / "temporary"
+        temporary.mkdir(exist_ok=True)
+        self._environment = os.environ | QUIET | {"TMPDIR": str(temporary)}
         self._environment.pop("PYTHONPATH", None)
         if checkout is not None:
             self._environment["PYTHONPATH"] = str(checkout)

@@ -86,11 +86,19 @@ def test_an_epoch_that_loses_a_row_stops_the_benchmark() -> None:
             found = {"rows": len(work.lengths) - 1, "sums": work.totals(), "values": 1}
             return {"write": {"bytes": 1}, "check": found}[do]
 
-    with pytest.raises(SystemExit, match="must give 100 rows of tokens .* gives 99 rows"):
-        loading.check(work, loading.Contender("by_hand", "loader", 0, {}), Losing())
+    ours = loading.Contender("by_hand", "loader", 0, {})
+    with (
+        pytest.raises(SystemExit, match="must give 100 rows of tokens .* gives 99 rows"),
+        loading.left_out(ours, work, [ours], {}),
+    ):
+        loading.check(work, ours, Losing())
     # A library that does so is left out.
-    with pytest.raises(loading.MissingError, match="gives 99 rows"):
-        loading.check(work, loading.Contender("lit_data", "litdata", 0, {}), Losing())
+    other = loading.Contender("lit_data", "litdata", 2, {})
+    contenders, missing = [other], {}
+    with loading.left_out(other, work, contenders, missing):
+        loading.check(work, other, Losing())
+    assert contenders == []
+    assert "gives 99 rows" in missing["tokens: litdata, 2 workers"]
 
 
 def contender(source: str, loader: str, workers: int, rate: float) -> dict[str, Any]:
