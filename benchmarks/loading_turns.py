@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +26,8 @@ from loaders.works import PADDING, Work, total
 
 # A turn of short epochs, whose workers take long to start, ends after this many times its seconds.
 LONGEST: Final = 4
+# A loader may take long to its first batch: fewer batches than this do not show its speed.
+FEW: Final = 32
 KILOBYTE: Final = 1024
 
 
@@ -95,19 +98,19 @@ class Turns:
     def turn(self, work: str, loader: str, workers: int, seconds: float) -> dict[str, float]:
         """Whole epochs for about half of some seconds or more, the first one cut at these seconds.
 
-        With workers, each epoch is counted from its first batch on: the start of workers is not counted.
+        With workers, each epoch is counted from the first batch of the last of them on: their start is not counted.
 
         Returns:
             Rows, batches, and seconds.
         """
         one = self.loaders[loader]
         batches = self.open(work, loader, workers)
-        late = (workers > 0 and not one.counts_start) or one.from_first
+        skipped = 0 if one.counts_start else max(workers, int(one.from_first))
         total = {"rows": 0, "batches": 0, "seconds": 0.0}
         gc.collect()
         begin = time.perf_counter()
         while total["seconds"] < seconds / 2 and time.perf_counter() - begin < LONGEST * seconds:
-            for name, figure in take(batches, one, seconds, late=late).items():
+            for name, figure in take(batches, one, seconds, skipped).items():
                 total[name] += figure
         return total
 
@@ -148,21 +151,20 @@ class Turns:
         return {"units": Step.units_of(seconds)}
 
 
-def take(batches: Iterable[Any], loader: Loader, seconds: float, *, late: bool) -> dict[str, float]:
-    """One epoch, or its first seconds; `late`: from the first batch on."""
+def take(batches: Iterable[Any], loader: Loader, seconds: float, skipped: int) -> dict[str, float]:
+    """One epoch after its first `skipped` batches: some seconds of it, longer if they gave few batches."""
     blocks = loader.blocks
     rows = count = 0
     start = time.perf_counter()
     source = iter(batches)
-    if late:
-        next(source)
+    for _ in islice(source, skipped):
         start = time.perf_counter()
     now = start
     for batch in source:
         rows += len(next(iter(blocks(batch).values())))
         count += 1
         now = time.perf_counter()
-        if now - start > seconds:
+        if now - start > (seconds if count >= FEW else LONGEST * seconds):
             break
     return {"rows": rows, "batches": count, "seconds": now - start}
 
