@@ -11,13 +11,15 @@ OLDEST_TESTS ?= tests/batches tests/varlen tests/shards tests/loading/test_sampl
 # The environments of other loaders, and more options of their benchmark, such as LOADING="--before CHECKOUT".
 PEERS := .venv-peers
 LOADING ?=
+# Of these, what differs most between versions, in two minutes. CI runs it.
+OLDEST_QUICK := tests/batches/test_batch.py tests/batches/test_func.py tests/batches/test_packing.py tests/varlen/test_varlen_batch.py tests/shards/test_shards_dataset.py tests/shards/test_shards_names.py tests/shards/test_http.py tests/loading/test_sampler.py tests/test_imports.py tests/test_facade.py
 # Processes that run the tests.
 JOBS ?= 2
 
 # The other files of the folder are shared by these, or are for GPUs (gpu) or peers (loading).
 BENCHMARKS := collation packing transport rnn language_model planning scale shards bucketing packing_plans varlen packed_training block_masks
 
-.PHONY: help demo test check format lint types coverage frameworks oldest fuzz storm bench bench-peers gpu docs clean
+.PHONY: help demo test check format lint types coverage frameworks oldest oldest-quick fuzz storm bench bench-peers gpu docs clean
 
 help:
 	@echo "make demo        create the environment, then train the main job: a byte-level language model on Python's library"
@@ -68,6 +70,9 @@ $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 
 oldest: $(OLDEST_READY)
 	$(OLDEST)/python -m pytest -n $(JOBS) --dist loadfile $(OLDEST_TESTS)
+
+oldest-quick: $(OLDEST_READY)
+	$(OLDEST)/python -m pytest -n $(JOBS) --dist loadfile $(OLDEST_QUICK)
 
 fuzz: $(READY)
 	$(BIN)/python tests/support/fuzz.py
