@@ -8,11 +8,11 @@ OLDEST := .venv-oldest/bin
 OLDEST_READY := .venv-oldest/ready
 # What the oldest versions could break, and needs no extra. `make oldest OLDEST_TESTS=...` runs other tests.
 OLDEST_TESTS ?= tests/batches tests/varlen tests/shards tests/loading/test_sampler.py tests/loading/test_shard_stream.py tests/dynamic tests/planning tests/training tests/test_imports.py tests/test_facade.py
+# Of these, what differs most between versions, in two minutes. CI runs it.
+OLDEST_QUICK := tests/batches/test_batch.py tests/batches/test_func.py tests/batches/test_packing.py tests/varlen/test_varlen_batch.py tests/shards/test_shards_dataset.py tests/shards/test_shards_names.py tests/shards/test_http.py tests/loading/test_sampler.py tests/test_imports.py tests/test_facade.py
 # The environments of other loaders, and more options of their benchmark, such as LOADING="--before CHECKOUT".
 PEERS := .venv-peers
 LOADING ?=
-# Of these, what differs most between versions, in two minutes. CI runs it.
-OLDEST_QUICK := tests/batches/test_batch.py tests/batches/test_func.py tests/batches/test_packing.py tests/varlen/test_varlen_batch.py tests/shards/test_shards_dataset.py tests/shards/test_shards_names.py tests/shards/test_http.py tests/loading/test_sampler.py tests/test_imports.py tests/test_facade.py
 # Processes that run the tests.
 JOBS ?= 2
 
