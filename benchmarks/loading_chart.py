@@ -15,7 +15,7 @@ TITLES: Final = {
 # Okabe and Ito's colours, which colour-blind readers can tell apart: one process, two cores.
 COLOURS: Final = {"ours": ("#0072B2", "#56B4E9"), "others": ("#777777", "#bbbbbb")}
 WIDTH: Final = 720
-LEFT: Final = 190
+LEFT: Final = 215
 RIGHT: Final = 80
 BAR: Final = 8
 ROW: Final = 24
@@ -38,8 +38,10 @@ def chart(works: Mapping[str, Any]) -> str:
     parts: list[str] = []
     top = 34
     for name, work in works.items():
-        parts += panel(TITLES[name], work["loaders"], top)
-        top += HEAD + ROW * len(work["loaders"]) + FOOT
+        # Our code before is no choice of users.
+        loaders = {loader: one for loader, one in work["loaders"].items() if one["source"] != "before"}
+        parts += panel(TITLES[name], loaders, top)
+        top += HEAD + ROW * len(loaders) + FOOT
     legend = [
         f'<rect x="{x}" y="8" width="12" height="{BAR}" fill="{COLOURS[whose][cores]}"/>'
         f'<text x="{x + 16}" y="16">{label}</text>'

@@ -115,7 +115,9 @@ def disk_line() -> str:
 
 
 def as_markdown(rows: Sequence[Cells]) -> str:
-    """A Markdown table of rows; their common keys are the headings."""
+    """A Markdown table of rows; their common keys are the headings. Without rows, a line that says so."""
+    if not rows:
+        return "Not measured."
     names = list(rows[0])
     lines = [names, ["---", *["--:"] * (len(names) - 1)], *([row[name] for name in names] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -387,6 +389,14 @@ def loading_cell(loader: Results, cores: str) -> str:
     return "" if rate is None else f"{rate:,.0f} /s, {ratio(loader['ours is'][cores])}"
 
 
+def load_rows(results: Results) -> list[Cells]:
+    """How busy the machine was: with more processes than cores, absolute figures are low, and ratios are noisy."""
+    return [
+        {"work": name, "load average of the machine": " / ".join(f"{load:.1f}" for load in work["load average"])}
+        for name, work in results["works"].items()
+    ]
+
+
 def overhead_rows(results: Results) -> list[Cells]:
     """Time of a training loop over its steps alone, for each way to load: the median of all rounds."""
     return [
@@ -456,6 +466,7 @@ TABLES: Final[dict[str, tuple[str, Callable[[Results], list[Cells]]]]] = {
     "loading-tokens": ("loading", loading_rows("tokens")),
     "loading-frames": ("loading", loading_rows("frames")),
     "loading-sft": ("loading", loading_rows("sft")),
+    "loading-load": ("loading", load_rows),
     "loading-training": ("loading", overhead_rows),
     "loading-first": ("loading", first_rows),
     "loading-memory": ("loading", memory_rows),

@@ -1,6 +1,7 @@
 """The benchmark of loaders: every loader gives all rows, its figures meet their targets as said, failures are named."""
 
 import importlib
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -191,7 +192,12 @@ def test_tables_and_chart_hold_every_loader_with_its_ways() -> None:
         "ReadAheadLoader",
         "memory map, pad_sequence",
         "litdata",
-        "before: ShardDataset",
     ]
     assert "1,000 /s" not in texts
     assert "800" in texts
+
+
+def test_the_chart_of_the_page_is_that_of_the_results() -> None:
+    chart: Any = importlib.import_module("loading_chart")
+    works = json.loads((FOLDER / "results" / "loading.json").read_text())["results"]["works"]
+    assert chart.PICTURE.read_text() == chart.chart(works), "run benchmarks/loading.py"
