@@ -15,7 +15,7 @@ TITLES: Final = {
 # Okabe and Ito's colours, which colour-blind readers can tell apart: one process, two cores.
 COLOURS: Final = {"ours": ("#0072B2", "#56B4E9"), "others": ("#777777", "#bbbbbb")}
 WIDTH: Final = 720
-LEFT: Final = 215
+LEFT: Final = 235
 RIGHT: Final = 80
 BAR: Final = 8
 ROW: Final = 24
