@@ -76,8 +76,8 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
     The option `window` is how many samples a run of shards has at least (None: 10,000); a worker holds its part of a
     window in memory. The other options are those of `LengthBucketBatchSampler`; with `drop_last`, every window drops
     the batch that `batch_size` leaves short. Or, with `capacity`, they are those of `PackingBatchSampler`: the stream
-    packs, and reads pieces of split samples itself. The windows of packs are planned at construction, and are the same
-    in every epoch; the last batch of a window may have fewer rows.
+    packs, and reads pieces of split samples itself. The last batch of a window of packs may have fewer rows. With
+    several fields, packs have the same windows in each epoch.
 
     Args:
         shards: As in `ShardDataset`.
@@ -168,7 +168,7 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name != _NOT_PICKLED}
         if isinstance(self._table, WindowPacks):
-            # Planning all windows again would take longer than sending the plan, without the lengths.
+            # Without the lengths, the classes and the windows are small, and take longer to find again than to send.
             state[_NOT_PICKLED] = replace(self._table, lengths=np.empty(0, np.int64))
         return state
 

@@ -56,7 +56,8 @@ LAYERS = {
     "samplers.planning.pack_batches": [
         ["plan"],
         ["report", "window_packs"],
-        ["table"],
+        ["table", "shard_documents"],
+        ["packed_table"],
         ["options", "cut_rows"],
     ],
     "samplers.progress": [

@@ -7,6 +7,7 @@ from typing import Any, overload
 import numpy as np
 
 from samplers.planning.budget import Floats, Integers
+from samplers.planning.pack_batches.packed_table import BatchRows, PackedTable
 from samplers.planning.pack_batches.report import (
     PackReport,
     chance_of_pairs,
@@ -14,7 +15,6 @@ from samplers.planning.pack_batches.report import (
     measure_spread,
     share_repeated,
 )
-from samplers.planning.pack_batches.table import BatchRows, PackBatches
 from samplers.planning.packs.documents import to_units
 from samplers.planning.plan import EpochPlan
 from samplers.planning.report import LAGS
@@ -35,7 +35,7 @@ class PackPlan(EpochPlan):
         ValueError: The last rows have fewer documents than replicas, or there is no step at all.
     """
 
-    def __init__(self, table: PackBatches, epoch: int, num_replicas: int) -> None:
+    def __init__(self, table: PackedTable, epoch: int, num_replicas: int) -> None:
         super().__init__(table, epoch, num_replicas)
         self._table = table
 

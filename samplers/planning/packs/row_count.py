@@ -1,11 +1,12 @@
 """How many rows there are: the same in every epoch, found before the first one, whatever the seed."""
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from samplers.planning.keyed_shuffle import derive_key
+from samplers.planning.packs.best_fit import count_rows
 from samplers.planning.packs.groups import Tree
-from samplers.planning.packs.ladder import LADDER, REPEATING, PackTask, Rung, attempt
+from samplers.planning.packs.ladder import LADDER, REPEATING, PackTask, Rung, attempt, fill_empty
 
 # Rows beyond best-fit's, in thousandths: room in which an attempt can place documents more freely.
 EXTRA: Final = 3
@@ -25,6 +26,31 @@ _HALVINGS: Final = 2
 _CONSTRUCTION: Final = 40
 
 
+class Proof(NamedTuple):
+    """That a number of rows holds all documents: the rung that fills them, with a key that never changes.
+
+    Attributes:
+        rows: The number.
+        rung: Number of the rung.
+    """
+
+    rows: int
+    rung: int
+
+    def fill(self, task: PackTask, rows: int) -> Tree:
+        """Recipes for that many rows, at least those of the proof and at most as many as documents.
+
+        Raises:
+            RuntimeError: The proof is of another task.
+        """
+        tree = _draw(task, self.rows, self.rung, 0)
+        if tree is None:
+            raise RuntimeError(f"{self} must hold its documents, got one that fits nowhere")
+        more = tree.rows.copy()
+        more[0] += rows - self.rows
+        return fill_empty(tree._replace(rows=more))
+
+
 @dataclass(frozen=True, eq=False)
 class RowPlan:
     """The number of rows, and how epochs fill them.
@@ -32,12 +58,34 @@ class RowPlan:
     Attributes:
         rows: In every epoch.
         rungs: The rung of an epoch's first attempts, and of the next.
-        spare: Recipes that hold all documents, for epochs whose attempts fail.
+        spare: Recipes that hold all documents, for epochs whose attempts fail; or the proof from which they are made.
     """
 
     rows: int
     rungs: tuple[Rung, ...]
-    spare: Tree
+    spare: Tree | Proof
+
+
+def prove_rows(task: PackTask, like: RowPlan, bound: int) -> Proof:
+    """A number of rows that holds all documents, found without a search: best-fit's where there is one limit.
+
+    With several limits it exceeds the bound by the share by which a larger set of such documents did, or by a little
+    more.
+
+    Args:
+        task: What to place.
+        like: The rows of the larger set.
+        bound: Rows that any packing of the larger set needs.
+    """
+    if len(task.limits) == 1:
+        sizes, counts = task.sizes[:, 0].tolist(), task.counts.tolist()
+        return Proof(count_rows(sizes, counts, int(task.limits[0])), len(LADDER) - 1)
+    documents, rung = int(task.counts.sum()), LADDER.index(like.rungs[0])
+    rows = -(-task.bound * like.rows // bound)
+    # It ends: where there are as many rows as documents, an empty one always remains.
+    while rows < documents and _draw(task, rows, rung, 0) is None:
+        rows += 1 + rows // 200
+    return Proof(min(rows, documents), rung)
 
 
 def choose_rows(task: PackTask, best_fit: tuple[int, int] | None) -> RowPlan:
