@@ -228,8 +228,7 @@ def main() -> None:
     bars = case_bars(measured) + limit_bars(limited, fields) + balance_bars(ranks) + time_bars(timed, packed)
     bars += stream_bars(streamed)
     show_bars(bars)
-    named = [{"figure": a, "bar": b, "reached": c, "met": d} for a, b, c, d in bars]
-    save("packing_plans", {"cases": [asdict(case) for case in measured], **results, "bars": named})
+    save("packing_plans", {"cases": [asdict(case) for case in measured], **results, "bars": bars})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ and nothing is sorted or searched again until its rows are due. Twelve samples i
 >>> lengths = np.array([7, 3, 5, 2, 2, 9, 4, 1, 6, 3, 8, 5])
 >>> documents = make_shard_documents(lengths, np.arange(0, 13, 3), PackOptions(capacity=16), None)
 >>> documents.counts.tolist(), documents.prove((0, 2)), documents.prove((1, 3))
-([3, 3, 3, 3], Proof(rows=2, rung=13), Proof(rows=2, rung=13))
+([3, 3, 3, 3], Proof(rows=2, rung=15), Proof(rows=2, rung=15))
 >>> table = documents.table((1, 3), rows=2, proof=documents.prove((1, 3)))
 >>> samples, sizes = table.rows(0, np.arange(2))
 >>> [lengths[row].tolist() for row in np.split(samples, sizes.cumsum()[:-1])]
@@ -103,8 +103,8 @@ class ShardDocuments:
     def _rungs(self) -> Any:
         """The rungs of the corpus, and some further down: in a window with fewer rows, more attempts fail."""
         first = LADDER.index(self.packs.plan.rungs[0])
-        numbers = dict.fromkeys(min(first + further, len(LADDER) - 1) for further in (0, 1, 3, 6, 10))
-        return tuple(LADDER[number] for number in numbers)
+        further = (LADDER[min(first + number, len(LADDER) - 1)] for number in (3, 6, 10))
+        return tuple(dict.fromkeys((*self.packs.plan.rungs, *further)))
 
 
 def make_shard_documents(
