@@ -27,8 +27,11 @@ from packers import (
 )
 
 from samplers.dynamic.packer import Packer
+from samplers.planning.pack_batches.options import PackOptions
+from samplers.planning.pack_batches.window_packs import WindowPacks, make_window_packs
 from samplers.planning.packs.pack_table import PackTable
 from samplers.planning.packs.row_order import RowOrder
+from samplers.planning.schedule import make_schedule
 
 SAMPLES: Final = 20_000
 CAPACITIES: Final = (2_048, 4_096, 8_192, 16_384, 32_768)
@@ -316,6 +319,45 @@ def times(name: str, lengths: Lengths, capacity: int, rounds: int) -> dict[str, 
         "first_row_ms": 1e3 * min(epochs),
         "row_ms": 1e3 * fastest(lambda: table.rows(15, np.array([next(numbers)])), 30),
         "document_us": 1e6 * fastest(lambda: table.rows(15, ids), 5) / documents,
+    }
+
+
+def windows(name: str, lengths: Lengths, capacity: int, **options: Any) -> dict[str, Any]:
+    """Seconds of a shard stream's plan: construction, the first batch of an epoch, all batches of one."""
+
+    class Index:
+        fingerprint = name
+
+        def __init__(self) -> None:
+            self.lengths = lengths
+
+    starts = np.arange(0, len(lengths) + 1, 1_000)
+
+    def make() -> WindowPacks:
+        return make_window_packs(Index(), starts, PackOptions(capacity=capacity, **options))
+
+    table = make()
+    epochs = iter(range(1, 1 << 30))
+
+    def first_batch() -> None:
+        make_schedule(table, next(epochs), 8).batch_samples(np.array([0]))
+
+    def whole_epoch() -> None:
+        schedule = make_schedule(table, next(epochs), 8)
+        for slots in schedule.slot_ranges():
+            schedule.batch_samples(slots)
+
+    return {
+        "corpus": name,
+        "samples": len(lengths),
+        "capacity": capacity,
+        "limits": " and ".join(["capacity", *options]),
+        "windows": len(table.windows),
+        "rows": len(table),
+        "waste": waste(lengths, len(table), capacity),
+        "construct_s": fastest(make, 2),
+        "first_batch_s": fastest(first_batch, 3),
+        "epoch_s": fastest(whole_epoch, 1),
     }
 
 

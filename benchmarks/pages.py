@@ -360,6 +360,21 @@ def pack_time_rows(results: Results) -> list[Cells]:
     ]
 
 
+def pack_window_rows(results: Results) -> list[Cells]:
+    """Times of a shard stream's plan."""
+    return [
+        {
+            "shards of a corpus": f"{row['corpus']}, {row['samples']:,}, {row['windows']} windows",
+            "limits": row["limits"],
+            "waste": f"{row['waste']:.2f} %",
+            "construction": f"{row['construct_s']:.2f} s",
+            "first batch of an epoch": f"{row['first_batch_s']:.2f} s",
+            "all rows of an epoch": f"{row['epoch_s']:.1f} s",
+        }
+        for row in results["windows"]
+    ]
+
+
 TABLES: Final[dict[str, tuple[str, Callable[[Results], list[Cells]]]]] = {
     "block_masks": ("block_masks", lambda results: ratio_rows(results["cases"])),
     "block_masks-targets": ("block_masks", bar_rows),
@@ -388,6 +403,7 @@ TABLES: Final[dict[str, tuple[str, Callable[[Results], list[Cells]]]]] = {
     "packs-ranks": ("packing_plans", pack_rank_rows),
     "packs-limits": ("packing_plans", pack_limit_rows),
     "packs-times": ("packing_plans", pack_time_rows),
+    "packs-windows": ("packing_plans", pack_window_rows),
     "packs-targets": ("packing_plans", bar_rows),
 }
 

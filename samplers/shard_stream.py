@@ -10,8 +10,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from collate.widths import Widths, check_count
 from samplers.planning.budget import Cost, Count
-from samplers.planning.clipping import check_capacity, check_collator
+from samplers.planning.clipping import check_collator
 from samplers.planning.options import Indices, Options, Overlong, PlanOptions, make_options
+from samplers.planning.pack_batches.agreement import check_packing
 from samplers.planning.pack_batches.options import PackingOptions, PackOptions, make_pack_options
 from samplers.planning.pack_batches.plan import PackPlan
 from samplers.planning.pack_batches.window_packs import WindowPacks, make_window_packs
@@ -84,7 +85,9 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         index: The index of these shards, in their order, or its file; None for the files next to them.
         collate_fn: Makes a batch from a list of samples; it runs in the worker. A `PadCollator` must have the stream's
             `max_length` and `widths`, and no `widths` if the stream has none. For a function that has no attribute
-            `max_length`, a warning is logged if samples are planned as cut.
+            `max_length`, a warning is logged if samples are planned as cut. Where the stream packs, a `VarlenCollator`
+            must have its `capacity`, `max_documents` and `align` (`multiple`), for several rows `arrange="given"`, and
+            its `max_length` if it cuts.
         fields: The fields that samples hold, next to their key; the others are not read. None for all.
         decode: Functions from bytes, for fields in other encodings, as in `ShardDataset`.
         handler: What happens to a sample that cannot be read, as in `ShardDataset`: if it returns True for the error,
@@ -144,7 +147,7 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         self._lengths = self.data.index
         self._table = self._make_table()
         if isinstance(self._table, WindowPacks):
-            check_capacity(collate_fn, self._table.packs.limits.capacity)
+            check_packing(collate_fn, self._table, self.data.index.fields)
             self.data = self.data.with_pieces(self._table.pieces)
         else:
             check_collator(collate_fn, self._table.sorted_lengths, self._table.options, self.data.index.fields)

@@ -55,7 +55,7 @@ LAYERS = {
     ],
     "samplers.planning.pack_batches": [
         ["plan"],
-        ["report", "window_packs"],
+        ["report", "window_packs", "agreement"],
         ["table", "shard_documents"],
         ["packed_table"],
         ["options", "cut_rows"],

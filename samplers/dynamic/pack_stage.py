@@ -90,15 +90,39 @@ class PackStage(StreamStage[SampleT]):
         ValueError: An option is out of its range.
     """
 
-    def __init__(
-        self, length: Length, *, handler: Handler | None = None, max_failed: float | None = None, **options: Any
-    ) -> None:
-        self.options = options
-        super().__init__(length, handler, max_failed)
+    @property
+    def capacity(self) -> int:
+        """Steps that a row holds: with the next three, what `VarlenCollator.for_sampler` takes."""
+        return self._packer.capacity
+
+    @property
+    def multiple(self) -> int:
+        """Samples take steps up to a multiple of it."""
+        return self._packer.multiple
+
+    @property
+    def max_documents(self) -> int | None:
+        """Samples in a row at most."""
+        return self._packer.max_documents
+
+    @property
+    def max_length(self) -> int | None:
+        """Longer samples count as this long."""
+        return self._packer.max_length
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch."""
+        return self._packer.rows
 
     def new_bucketer(self) -> Packer[SampleT]:
         """An empty buffer with these options."""
         return Packer(**self.options)
+
+    @property
+    def _packer(self) -> Packer[SampleT]:
+        """A buffer that has checked the options."""
+        return self.new_bucketer()
 
     def _described(self) -> dict[str, Any]:
         usual = {"rows": 1, "multiple": 1, "min_length": 0}

@@ -21,7 +21,7 @@ from samplers.planning.report import LAGS
 from samplers.planning.schedule import Schedule, make_schedule
 
 
-class PackPlan(EpochPlan):
+class PackPlan(EpochPlan[PackedTable]):
     """All batches of an epoch of packs, over all replicas: replica r takes batch `t * num_replicas + r` in step t.
 
     `plan` of a packing sampler makes one. A batch is a list of documents in row order; `rows` has them row by row.
@@ -34,10 +34,6 @@ class PackPlan(EpochPlan):
     Raises:
         ValueError: The last rows have fewer documents than replicas, or there is no step at all.
     """
-
-    def __init__(self, table: PackedTable, epoch: int, num_replicas: int) -> None:
-        super().__init__(table, epoch, num_replicas)
-        self._table = table
 
     @property
     def rows(self) -> "PlannedRows":

@@ -297,7 +297,10 @@ def make_limits(
             `max_cost` has no `cost`.
     """
     multiple = check_count("multiple", multiple, least=1, hint="give 1 for exact lengths")
-    steps = tuple(capacity) if isinstance(capacity, Sequence) else (capacity,)
+    # A list, a tuple or an array: `tolist` keeps what is no number for its message.
+    if isinstance(capacity, np.ndarray):
+        capacity = capacity.tolist()
+    steps: tuple[int, ...] = tuple(capacity) if isinstance(capacity, Sequence) else (capacity,)
     if len(steps) != fields:
         raise ValueError(f"capacity must have one number for each of {fields} fields, got {capacity}")
     for number in steps:
