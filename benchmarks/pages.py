@@ -375,6 +375,20 @@ def pack_window_rows(results: Results) -> list[Cells]:
     ]
 
 
+def pack_stream_rows(results: Results) -> list[Cells]:
+    """Packing of streams without an index."""
+    return [
+        {
+            "stream, capacity": f"{row['corpus']}, {row['capacity']:,}",
+            "buffer": f"{row['buffer']:,}",
+            "waste": f"{row['waste']:.2f} %",
+            "longest wait": f"{row['wait']:.1f} buffers",
+            "time of a sample": f"{row['microseconds']:.1f} us",
+        }
+        for row in results["streams"]
+    ]
+
+
 TABLES: Final[dict[str, tuple[str, Callable[[Results], list[Cells]]]]] = {
     "block_masks": ("block_masks", lambda results: ratio_rows(results["cases"])),
     "block_masks-targets": ("block_masks", bar_rows),
@@ -403,6 +417,7 @@ TABLES: Final[dict[str, tuple[str, Callable[[Results], list[Cells]]]]] = {
     "packs-ranks": ("packing_plans", pack_rank_rows),
     "packs-limits": ("packing_plans", pack_limit_rows),
     "packs-times": ("packing_plans", pack_time_rows),
+    "packs-streams": ("packing_plans", pack_stream_rows),
     "packs-windows": ("packing_plans", pack_window_rows),
     "packs-targets": ("packing_plans", bar_rows),
 }

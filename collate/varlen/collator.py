@@ -106,8 +106,8 @@ class VarlenCollator:
         """Make a collator that cuts the batches of a packing sampler into the planned rows.
 
         Args:
-            sampler: A packing sampler, or the stage of `pack_by_length`. Its `capacity`, `max_documents`, `multiple`
-                and `max_length` are taken.
+            sampler: A packing sampler, a `PackingNode` or the stage of `pack_by_length`. Its `capacity`,
+                `max_documents`, `multiple` and `max_length` are taken.
             padding_value: As in the class.
             **options: All others, as in the class. If several fields have different capacities, `capacity` names them.
 

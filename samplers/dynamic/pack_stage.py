@@ -1,5 +1,6 @@
 """Packing as a stage of a webdataset pipeline, for streams that have no index."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from samplers.dynamic.buffer import SampleT
@@ -76,23 +77,17 @@ def pack_by_length(
     )
 
 
-class PackStage(StreamStage[SampleT]):
-    """The stage that `pack_by_length` makes.
+class PacksRows(ABC):
+    """The options by which a stage or a node packs, as `VarlenCollator.for_sampler` takes them."""
 
-    Args:
-        length: Length of a sample, as for `pack_by_length`.
-        handler: Called with the error of a sample without a length.
-        max_failed: Fraction of samples that may be skipped.
-        options: Options of `Packer`.
-
-    Raises:
-        TypeError: An option has the wrong type.
-        ValueError: An option is out of its range.
-    """
+    @property
+    @abstractmethod
+    def _packer(self) -> Packer[Any]:
+        """A buffer with the options, checked."""
 
     @property
     def capacity(self) -> int:
-        """Steps that a row holds: with the next three, what `VarlenCollator.for_sampler` takes."""
+        """Steps that a row holds."""
         return self._packer.capacity
 
     @property
@@ -115,13 +110,27 @@ class PackStage(StreamStage[SampleT]):
         """Rows of a batch."""
         return self._packer.rows
 
+
+class PackStage(PacksRows, StreamStage[SampleT]):
+    """The stage that `pack_by_length` makes.
+
+    Args:
+        length: Length of a sample, as for `pack_by_length`.
+        handler: Called with the error of a sample without a length.
+        max_failed: Fraction of samples that may be skipped.
+        options: Options of `Packer`.
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: An option is out of its range.
+    """
+
     def new_bucketer(self) -> Packer[SampleT]:
         """An empty buffer with these options."""
         return Packer(**self.options)
 
     @property
     def _packer(self) -> Packer[SampleT]:
-        """A buffer that has checked the options."""
         return self.new_bucketer()
 
     def _described(self) -> dict[str, Any]:

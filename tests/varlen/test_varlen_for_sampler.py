@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
+from torchdata.nodes import IterableWrapper
 
 from collate import VarlenCollator
-from samplers import LengthBucketBatchSampler, PackingBatchSampler, pack_by_length
+from samplers import LengthBucketBatchSampler, PackingBatchSampler, PackingNode, pack_by_length
 
 LENGTHS = np.random.default_rng(0).integers(1, 40, 200)
 
@@ -44,9 +45,12 @@ def test_batches_are_cut_into_the_planned_rows(
 
 
 def test_a_loader_gives_planned_rows_of_a_stage() -> None:
-    stage = pack_by_length(len, capacity=64, rows=2, max_documents=5, multiple=4, max_length=30, buffer_size=50)
-    collate = VarlenCollator.for_sampler(stage)
-    assert (collate.capacity, collate.max_documents, collate.align, collate.max_length) == (64, 5, 4, 30)
+    options: Any = {"capacity": 64, "rows": 2, "max_documents": 5, "multiple": 4, "max_length": 30, "buffer_size": 50}
+    stage = pack_by_length(len, **options)
+    node: Any = PackingNode(IterableWrapper([]), len, **options)
+    for plans in (stage, node):
+        collate = VarlenCollator.for_sampler(plans)
+        assert (collate.capacity, collate.max_documents, collate.align, collate.max_length) == (64, 5, 4, 30)
     documents = [torch.zeros(length) for length in LENGTHS.tolist()]
     batches = [collate(batch) for batch in stage(documents)]
     assert sum(batch.documents_per_row.sum() for batch in batches) == 200
