@@ -46,9 +46,7 @@ class Proof(NamedTuple):
         tree = _draw(task, self.rows, self.rung, 0)
         if tree is None:
             raise RuntimeError(f"{self} must hold its documents, got one that fits nowhere")
-        more = tree.rows.copy()
-        more[0] += rows - self.rows
-        return fill_empty(tree._replace(rows=more))
+        return _widen(tree, rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,9 +126,10 @@ def _choose_by_trials(task: PackTask, documents: int, best_fit: int) -> RowPlan:
         if low >= task.bound and high - low > step:
             middle = (low + high) // 2
             low, high = (middle, high) if draw(middle, rung) is None else (low, middle)
+    while (found := _confirm(task, high, rung, draw(high, rung))) is None:
+        high = min(documents, high + step)
     rows = min(documents, high + high // 1_000)
-    while (spare := _confirm(task, rows, rung, draw(rows, rung))) is None:
-        rows = min(documents, rows + step)
+    spare = _widen(found, rows)
     first = _first_rung(task, rows)
     while rung > first and (tree := draw(rows, rung - 1)) and _confirm(task, rows, rung - 1, tree):
         rung, spare = rung - 1, tree
@@ -157,6 +156,13 @@ class _Draws:
         if (rows, rung) not in self._trees:
             self._trees[rows, rung] = _draw(self._task, rows, rung, 0)
         return self._trees[rows, rung]
+
+
+def _widen(tree: Tree, rows: int) -> Tree:
+    """The same recipes with more rows: each of them gets a document of another."""
+    more = tree.rows.copy()
+    more[0] = rows
+    return fill_empty(tree._replace(rows=more))
 
 
 def _first_rung(task: PackTask, rows: int) -> int:
