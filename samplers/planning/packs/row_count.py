@@ -218,4 +218,6 @@ def _confirm(task: PackTask, rows: int, index: int, tree: Tree | None) -> Tree |
 
 
 def _draw(task: PackTask, rows: int, index: int, draw: int) -> Tree | None:
-    return attempt(task, rows, LADDER[index], derive_key(_CONSTRUCTION, index, draw))
+    # Keys belong to rungs: one that is put before others leaves their draws as they are.
+    number = index - FULL_NOISE if index >= FULL_NOISE else len(LADDER) + index
+    return attempt(task, rows, LADDER[index], derive_key(_CONSTRUCTION, number, draw))
