@@ -101,5 +101,5 @@ def test_epochs_differ_under_two_limits() -> None:
     # and only a spread with little noise gives them so equal numbers.
     lengths = np.exp(np.random.default_rng(0).normal(np.log(1_300), 0.2, 8_000)).clip(20, 4_096).astype(np.int64)
     table = PackTable.build(lengths, capacity=4_096, max_documents=3)
-    assert len(table) <= 1.04 * len(lengths) / 3
+    assert len(table) <= 1.06 * len(lengths) / 3
     assert not any(table.recipes(epoch).tree is table.plan.spare for epoch in range(12))
