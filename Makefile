@@ -8,13 +8,15 @@ OLDEST := .venv-oldest/bin
 OLDEST_READY := .venv-oldest/ready
 # What the oldest versions could break, and needs no extra. `make oldest OLDEST_TESTS=...` runs other tests.
 OLDEST_TESTS ?= tests/batches tests/varlen tests/shards tests/loading/test_sampler.py tests/loading/test_shard_stream.py tests/dynamic tests/planning tests/training tests/test_imports.py tests/test_facade.py
+# Of these, what differs most between versions, in two minutes. CI runs it.
+OLDEST_QUICK := tests/batches/test_batch.py tests/batches/test_func.py tests/batches/test_packing.py tests/varlen/test_varlen_batch.py tests/shards/test_shards_dataset.py tests/shards/test_shards_names.py tests/shards/test_http.py tests/loading/test_sampler.py tests/test_imports.py tests/test_facade.py
 # Processes that run the tests.
 JOBS ?= 2
 
 # The other files of the folder are shared by these.
 BENCHMARKS := collation packing transport rnn language_model planning scale shards bucketing packing_plans varlen packed_training block_masks
 
-.PHONY: help demo test check format lint types coverage frameworks oldest fuzz storm bench gpu docs clean
+.PHONY: help demo test check format lint types coverage frameworks oldest oldest-quick fuzz storm bench gpu docs clean
 
 help:
 	@echo "make demo        create the environment, then train the main job: a byte-level language model on Python's library"
@@ -64,6 +66,9 @@ $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 
 oldest: $(OLDEST_READY)
 	$(OLDEST)/python -m pytest -n $(JOBS) --dist loadfile $(OLDEST_TESTS)
+
+oldest-quick: $(OLDEST_READY)
+	$(OLDEST)/python -m pytest -n $(JOBS) --dist loadfile $(OLDEST_QUICK)
 
 fuzz: $(READY)
 	$(BIN)/python tests/support/fuzz.py

@@ -100,10 +100,10 @@ def test_where_windows_locks_bytes_a_file_is_locked_far_behind_its_end(
     assert [place > 1 << 30 for _, place in held] == [True]
 
 
-def run_elsewhere(*command: object, timeout: int = 900) -> subprocess.CompletedProcess[str]:
+def run_elsewhere(*command: object, locks: str = "windows") -> subprocess.CompletedProcess[str]:
     """Run Python as on another platform: see tests/support/other_platform."""
     paths = os.pathsep.join([str(ROOT / "tests" / "support" / "other_platform"), str(ROOT)])
-    environment = {**os.environ, "PYTHONPATH": paths, "HYPOTHESIS_PROFILE": "quick"}
+    environment = {**os.environ, "PYTHONPATH": paths, "HYPOTHESIS_PROFILE": "quick", "OTHER_PLATFORM_LOCKS": locks}
     # Coverage of this run would be that of a system that we do not measure.
     environment = {name: value for name, value in environment.items() if not name.startswith(("COV_", "PYTEST_"))}
     return subprocess.run(
@@ -113,7 +113,7 @@ def run_elsewhere(*command: object, timeout: int = 900) -> subprocess.CompletedP
         check=False,
         env=environment,
         cwd=ROOT,
-        timeout=timeout,
+        timeout=900,
     )
 
 
@@ -154,6 +154,41 @@ with target.open("rb"):
     done = run_elsewhere("-c", code, tmp_path)
     assert "cannot be replaced" in done.stdout, done.stderr
     assert f"'{tmp_path / 'a'}' b'before' ['a']" in done.stdout
+
+
+@pytest.mark.parametrize("locks", ["windows", "none"])
+def test_only_what_nobody_writes_any_more_is_replaced(locks: str, tmp_path: Path) -> None:
+    """Locks of bytes tell a leftover from a file at work, also to other processes; without locks nobody can tell."""
+    code = """
+import subprocess, sys
+from pathlib import Path
+from samplers.shards.storage.atomic import AtomicFile
+
+def attempt(path):
+    try:
+        return AtomicFile(path)
+    except FileExistsError as error:
+        print("refused", str(error).split(": ")[1])
+
+target = Path(sys.argv[1], "a")
+if len(sys.argv) > 2:
+    attempt(target)
+else:
+    Path(sys.argv[1], "a.tmp").write_bytes(b"of a process that was killed")
+    if attempt(target) is None:
+        Path(sys.argv[1], "a.tmp").unlink()
+    file = AtomicFile(target)
+    attempt(target)
+    sys.stdout.flush()
+    subprocess.run([sys.executable, "-c", Path(sys.argv[1], "code").read_text(), sys.argv[1], "another"], check=True)
+    file.stream.write(b"whole")
+    file.commit()
+    print(target.read_bytes(), [path.name for path in target.parent.iterdir() if path.name != "code"])
+"""
+    (tmp_path / "code").write_text(code)
+    done = run_elsewhere("-c", code, tmp_path, locks=locks)
+    refused = ["refused another writer is at work, or was killed"] * (2 if locks == "windows" else 3)
+    assert done.stdout.splitlines() == [*refused, "b'whole' ['a']"], done.stderr
 
 
 def test_braces_expand_behind_the_backslash_of_windows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,9 @@ def to_array(integers: Tensor) -> Int64Array:
     try:
         return cast(Int64Array, integers.numpy())
     except RuntimeError:
-        return np.array(cast("list[int]", integers.tolist()), np.int64)
+        # Number by number: before torch 2.10, tolist within `torch.func` wants memory too.
+        numbers = [int(number) for number in integers.flatten()]
+        return np.array(numbers, np.int64).reshape(integers.shape)
 
 
 def shares_memory(tensor: Tensor) -> bool:

@@ -113,12 +113,12 @@ def _run_direction(
     kernel: Callable[[Tensor, RnnState], tuple[Tensor, RnnState]], data: Tensor, sizes: Tensor, state: RnnState
 ) -> tuple[Tensor, RnnState]:
     """Run time-major steps `[M, F]` of `sizes[t]` rows at each step t, longest row first."""
-    counts, steps = torch.unique_consecutive(sizes, return_counts=True)
+    counts, steps = (to_array(part).tolist() for part in torch.unique_consecutive(sizes, return_counts=True))
     outputs: list[Tensor] = []
     ended: list[RnnState] = []
     # Sizes 3, 3, 1, 1, 1: counts 3 and 1, steps 2 and 3, so that the segments have 6 and 3 packed steps.
-    segments = data.split((counts * steps).tolist())
-    for segment, rows, length in zip(segments, counts.tolist(), steps.tolist(), strict=True):
+    segments = data.split([rows * length for rows, length in zip(counts, steps, strict=True)])
+    for segment, rows, length in zip(segments, counts, steps, strict=True):
         if outputs:
             # Rows are sorted longest first, so that the rows which end here are the last ones.
             ended.append(each_part(state, partial(_state_rows, rows=slice(rows, None))))

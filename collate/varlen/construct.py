@@ -82,8 +82,9 @@ def set_parts(
     if padding_value is not None and not torch.compiler.is_compiling():
         padding_value = same_nan(padding_value)
     parts = {"values": values, "spans": spans, "offsets": offsets}
-    # A frozen dataclass is written to through its dictionary.
-    vars(batch).update(parts, padding_value=padding_value, ignore_index=ignore_index)
+    for name, part in {**parts, "padding_value": padding_value, "ignore_index": ignore_index}.items():
+        # Its class is frozen, and torch's compiler up to 2.9 cannot trace an update of `vars(batch)`.
+        object.__setattr__(batch, name, part)
 
 
 def check_documents(

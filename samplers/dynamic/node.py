@@ -88,6 +88,7 @@ class StreamNode(BaseNode[list[SampleT]], Generic[SampleT]):
             first, source = 0, self._begin_source()
             self._bucketer = self._stage.new_bucketer()
         else:
+            _refuse_foreign(initial_state)
             _refuse_stale(initial_state)
             self._at_first = None if self._at_first is _UNKNOWN else self._at_first
             self._stale = {}
@@ -232,6 +233,19 @@ class PackingNode(PacksRows, StreamNode[SampleT]):
     @property
     def _packer(self) -> Packer[SampleT]:
         return cast(Packer[SampleT], self._bucketer)
+
+
+def _refuse_foreign(state: Mapping[str, Any]) -> None:
+    """Refuse the state of something else.
+
+    Raises:
+        ValueError: It has not what `get_state` gives.
+    """
+    lacking = sorted({"source_arrival", "source", "bucketer"} - set(state))
+    if lacking:
+        raise ValueError(
+            f"the state must be what this node's get_state gave, it lacks {', '.join(lacking)}: start without a state"
+        )
 
 
 def _refuse_stale(state: Mapping[str, Any]) -> None:

@@ -1,17 +1,24 @@
 """Makes Python what it is where there is no Unix: put this folder on PYTHONPATH, and all processes begin with it.
 
 Modules and functions of Unix are absent, new processes are spawned, /proc does not exist, and a file that is open or
-mapped can be neither replaced nor deleted. Locks are absent too.
+mapped can be neither replaced nor deleted. Locks are those of Windows; with OTHER_PLATFORM_LOCKS=none they are absent
+too. The packages are told that `os.name` is "nt"; other modules are not, which would then look for Windows itself.
 """
 
 import builtins
 import io
 import multiprocessing
 import os
+
+# It decides at its import whether this is Windows, by whether there is `msvcrt`.
+import subprocess  # noqa: F401
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import byte_locks
 
 MODULES = ("fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty")
 # Not those that other packages import on every Unix, such as getuid.
@@ -20,7 +27,9 @@ FUNCTIONS = (
     *("killpg", "setsid", "mkfifo", "sched_getaffinity", "sched_setaffinity", "statvfs", "fstatvfs"),
 )
 
-_listdir, _open = os.listdir, io.open
+OUR_PACKAGES = ("collate.", "lengthtrack.", "samplers.")
+
+_listdir, _open, _import = os.listdir, io.open, builtins.__import__
 
 
 def _refuse_open_file(path: Any) -> None:
@@ -69,6 +78,38 @@ def _without_proc(function: Callable[..., Any]) -> Callable[..., Any]:
     return opened
 
 
+class _OsOfWindows(types.ModuleType):
+    """`os` as the packages see it."""
+
+    name = "nt"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def open(self, path: Any, *rest: Any, **options: Any) -> int:
+        """`os.open`, which opens no folders on Windows.
+
+        Raises:
+            PermissionError: It is a folder.
+        """
+        if Path(os.fsdecode(path)).is_dir():
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return os.open(path, *rest, **options)
+
+
+_OS_OF_WINDOWS = _OsOfWindows("os")
+
+
+def _import_for_packages(name: str, globals: Any = None, *rest: Any, **options: Any) -> Any:  # noqa: A002
+    """`import os` in one of the packages gives what they would have on Windows."""
+    if name == "os" and globals and str(globals.get("__name__")).startswith(OUR_PACKAGES):
+        return _OS_OF_WINDOWS
+    return _import(name, globals, *rest, **options)
+
+
+builtins.__import__ = _import_for_packages
+if os.environ.get("OTHER_PLATFORM_LOCKS") != "none":
+    sys.modules["msvcrt"] = byte_locks
 for name in MODULES:
     # An entry of None makes an import raise ImportError.
     sys.modules[name] = None  # type: ignore[assignment]
