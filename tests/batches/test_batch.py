@@ -1029,7 +1029,7 @@ def test_long_rows_of_any_memory_are_padded_as_torch_pads_them(kind: str, featur
     assert all(row.any() for row in rows)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is (deprecated|not supported)")
 def test_changes_flow_through_long_rows_in_forward_mode() -> None:
     with forward_ad.dual_level():
         change = torch.randn(40_000)

@@ -228,8 +228,10 @@ def test_without_workers_any_object_goes_into_a_list() -> None:
 
 @pytest.mark.unix
 def test_stacked_tensors_leave_a_worker_without_their_graph() -> None:
+    """Only a fork brings a graph into a worker."""
     weight = torch.ones(2, requires_grad=True)
-    loader = DataLoader(Ragged(weight * 2), batch_size=6, num_workers=1, collate_fn=PadCollator(stack=["extra"]))
+    options: dict[str, Any] = {"num_workers": 1, "multiprocessing_context": "fork"}
+    loader = DataLoader(Ragged(weight * 2), batch_size=6, collate_fn=PadCollator(stack=["extra"]), **options)
     assert next(iter(loader))["extra"].tolist() == [[2, 2]] * 6
     assert PadCollator(stack=["w"])([{"w": weight}] * 2)["w"].requires_grad
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from collate import LengthTrackedBatch, apply_rnn, last_step, masked_mean, sequence_loss
 
 # Torch's own forward mode calls what torch has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is (deprecated|not supported)")
 FLOATS = {"dtype": torch.float64}
 COUNTS = (4, 0, 2, 3)
 

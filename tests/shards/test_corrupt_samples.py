@@ -157,8 +157,8 @@ def test_a_single_sample_is_never_skipped_nor_is_one_without_a_handler(corpus: P
 
 def test_an_index_of_another_version_is_refused_whatever_the_handler(corpus: Path) -> None:
     file = corpus / "shard.ltx"
-    file.write_bytes(file.read_bytes()[:8] + b"\2\0\0\0" + file.read_bytes()[12:])
-    with pytest.raises(ValueError, match="it has version 2, this program reads 1"):
+    file.write_bytes(file.read_bytes()[:8] + b"\3\0\0\0" + file.read_bytes()[12:])
+    with pytest.raises(ValueError, match="it has version 3, this program reads 1 and 2"):
         ShardDataset(corpus, handler=SKIP)
 
 

@@ -202,6 +202,8 @@ def test_packed_keys_are_the_keys_by_row_by_slice_and_whole(keys: list[str], dat
     assert packed[rows].tolist() == table[rows].tolist()
     assert [packed[row] for row in rows.tolist()] == table[rows].tolist()
     assert packed[cut:].tolist() == table[cut:].tolist()
+    mask = np.arange(len(keys)) % 2 == 0
+    assert packed[mask].tolist() == table[mask].tolist()
     with pytest.raises(IndexError):
         packed[len(keys)]
 
@@ -241,7 +243,10 @@ def test_packed_offsets_are_the_offsets(offsets: np.ndarray, data: st.DataObject
     rows = data.draw(hnp.arrays(np.int64, st.integers(0, 8), elements=st.integers(0, len(offsets) - 1)))
     for column in range(offsets.shape[1]):
         assert packed[rows, column].tolist() == offsets[rows, column].tolist()
-        assert packed[int(len(offsets) - 1), column] == offsets[-1, column]
+        assert packed.at(rows, column).tolist() == offsets[rows, column].tolist()
+        assert packed[-1 - rows, column].tolist() == offsets[-1 - rows, column].tolist()
+        assert packed[int(len(offsets) - 1), column] == packed[-1, column] == offsets[-1, column]
+        assert packed[offsets[:, 0] % 2 == 0, column].tolist() == offsets[offsets[:, 0] % 2 == 0, column].tolist()
         assert packed[3:70, column].tolist() == offsets[3:70, column].tolist()
     again = pickle.loads(pickle.dumps(packed))
     assert again[rows].tolist() == copy.deepcopy(packed)[rows].tolist() == offsets[rows].tolist()

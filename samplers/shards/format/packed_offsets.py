@@ -40,23 +40,28 @@ class PackedOffsets:
         return PackedOffsets, (self.bases, self.differences)
 
     def __getitem__(self, key: Any) -> Any:
-        if not isinstance(key, tuple):
-            return self._rows(key)
-        rows, column = key
-        if isinstance(rows, slice):
-            rows = np.arange(len(self))[rows]
-        if not isinstance(column, int):
-            return self._rows(rows)[..., column]
+        rows, column = key if isinstance(key, tuple) else (key, slice(None))
+        rows = self._as_indices(rows)
+        return (self.bases[rows >> _SHIFT] + self.differences[rows])[..., column]
+
+    def at(self, rows: AnyArray, column: int) -> AnyArray:
+        """The offsets of a field, for rows that are not negative: int64 `[n]`."""
         bases, differences = self._columns[column]
-        return bases[rows >> _SHIFT] + differences[rows]
+        offsets: AnyArray = bases[rows >> _SHIFT] + differences[rows]
+        return offsets
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> AnyArray:  # noqa: FBT001 (NumPy's protocol)
-        offsets: AnyArray = self._rows(slice(None))
+        offsets: AnyArray = self[:]
         return offsets if dtype is None else offsets.astype(dtype)
 
-    def _rows(self, rows: Any) -> Any:
-        rows = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows)
-        return self.bases[rows >> _SHIFT] + self.differences[rows]
+    def _as_indices(self, rows: Any) -> AnyArray:
+        """Rows in any form that NumPy takes, as indices that are not negative."""
+        if isinstance(rows, slice):
+            return np.arange(*rows.indices(len(self)))
+        indices = np.asarray(rows)
+        if indices.dtype == np.bool_:
+            return np.flatnonzero(indices)
+        return np.where(indices < 0, indices + len(self), indices)
 
 
 def group_count(samples: int) -> int:

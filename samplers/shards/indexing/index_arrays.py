@@ -74,9 +74,7 @@ def plan_arrays(parts: Sequence[TablesLike], order: AnyArray) -> list[StoredArra
     return [*planned, StoredArray("order", order.dtype.str, (samples,), lambda: [order])]
 
 
-def plan_packed_arrays(
-    parts: Sequence[TablesLike], order: AnyArray | None
-) -> tuple[list[StoredArray], dict[str, dict[str, str]]]:
+def plan_packed_arrays(parts: Sequence[TablesLike], order: AnyArray | None) -> tuple[list[StoredArray], dict[str, Any]]:
     """The arrays of version 2, for blocks, and the entry of the header that is needed to read the keys.
 
     Args:
@@ -104,7 +102,8 @@ def plan_packed_arrays(
             planned.append(StoredArray(name, ARRAYS[name], (rows, *shape), _parts_of(parts, name)))
     if order is not None:
         planned.append(StoredArray("order", order.dtype.str, (samples,), lambda: [order]))
-    return planned, {"keys": {"prefix": form.prefix.decode("latin-1"), "alphabet": form.alphabet.decode("latin-1")}}
+    texts = {"prefix": form.prefix.decode("latin-1"), "alphabet": form.alphabet.decode("latin-1")}
+    return planned, {"keys": texts | {"width": form.width}}
 
 
 def is_derivable(parts: Sequence[TablesLike]) -> bool:
@@ -142,6 +141,7 @@ def read_packed_arrays(
     arrays["keys"] = PackedKeys(_read_key_form(header["keys"], keys), keys)
     if lengths.dtype.itemsize < np.dtype("<i4").itemsize:
         arrays["lengths"] = lengths.astype("<i4")
+        arrays["lengths"].flags.writeable = False
     bases = arrays.pop("offset_bases", None)
     if "offsets" not in arrays:
         # Each takes 8 bytes, which 4 bytes in the file must stand for.
@@ -260,14 +260,19 @@ def _read_key_form(entry: dict[str, Any], stored: AnyArray) -> KeyForm:
         ValueError: The entry does not fit the stored array.
     """
     prefix, alphabet = (entry[name].encode("latin-1") for name in ("prefix", "alphabet"))
-    packed = stored.dtype.kind == "u"
     if len(prefix) > LONGEST_PREFIX:
         raise ValueError(f"keys have a common start of {len(prefix)} bytes")
-    if packed != bool(alphabet) or len(alphabet) > PAIRED or len(set(alphabet)) < len(alphabet) or b"\0" in prefix:
+    if len(alphabet) > PAIRED or len(set(alphabet)) < len(alphabet) or b"\0" in prefix:
         raise ValueError(f"keys are {entry} and {stored.dtype}")
-    if stored.ndim != 1 + packed or not all(stored.shape[1:]):
-        raise ValueError(f"keys are {list(stored.shape)} {stored.dtype}")
-    return KeyForm(prefix, 2 * stored.shape[1] if packed else stored.dtype.itemsize, alphabet)
+    form = KeyForm(prefix, entry["width"], alphabet)
+    if (
+        type(form.width) is not int
+        or form.width < 1
+        or form.dtype != stored.dtype.str
+        or form.shape != stored.shape[1:]
+    ):
+        raise ValueError(f"keys are {list(stored.shape)} {stored.dtype}, with remainders of {form.width} bytes")
+    return form
 
 
 def _view_array(content: AnyArray, start: int, name: str, entry: dict[str, Any], dtypes: dict[str, str]) -> AnyArray:

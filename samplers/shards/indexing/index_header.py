@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from samplers.shards.format.npy import DTYPES, AnyArray
+from samplers.shards.format.npy import DTYPES, MAX_ARRAY_BYTES, AnyArray
 from samplers.shards.format.samples import field_of
 from samplers.shards.indexing.index_arrays import read_arrays, read_packed_arrays, round_up
 from samplers.shards.indexing.tables import Field, Rates, Shard, Tables, TablesLike, join_rates
@@ -115,7 +115,9 @@ def _read_field(entry: dict[str, Any], layout: str) -> Field:
     valid_dtype = (field.dtype in DTYPES or plain_dtype) and (field.is_array or not field.dtype)
     valid_flags = {type(field.variable), type(field.tracked)} == {bool} and field.variable >= field.tracked
     valid_shape = all(type(size) is int and size >= 0 for size in field.shape)
-    if not (valid_dtype and valid_name and valid_flags and valid_shape):
+    valid = valid_dtype and valid_name and valid_flags and valid_shape
+    # Larger arrays do not exist, and their offsets would not fit 64 bits.
+    if not valid or (field.dtype and field.row_bytes > MAX_ARRAY_BYTES):
         raise ValueError(f"no field is {entry}")
     return field
 

@@ -203,9 +203,11 @@ class Tables:
         """The offsets of a field in the shards of these samples: int64 `[n]`.
 
         Args:
-            rows: Sample indices, int64 `[n]`.
+            rows: Sample indices, int64 `[n]`, not negative.
             column: Index of the field in `fields`.
         """
+        if isinstance(self.offsets, PackedOffsets):
+            return self.offsets.at(rows, column)
         offsets: AnyArray = self.offsets[rows, column]
         return offsets
 
