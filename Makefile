@@ -10,23 +10,28 @@ OLDEST_READY := .venv-oldest/ready
 OLDEST_TESTS ?= tests/batches tests/varlen tests/shards tests/loading/test_sampler.py tests/loading/test_shard_stream.py tests/dynamic tests/planning tests/training tests/test_imports.py tests/test_facade.py
 # Of these, what differs most between versions, in two minutes. CI runs it.
 OLDEST_QUICK := tests/batches/test_batch.py tests/batches/test_func.py tests/batches/test_packing.py tests/varlen/test_varlen_batch.py tests/shards/test_shards_dataset.py tests/shards/test_shards_names.py tests/shards/test_http.py tests/loading/test_sampler.py tests/test_imports.py tests/test_facade.py
+# The environments of other loaders, and more options of their benchmark, such as LOADING="--before CHECKOUT".
+PEERS := .venv-peers
+LOADING ?=
 # Processes that run the tests.
 JOBS ?= 2
 
-# The other files of the folder are shared by these.
+# The other files of the folder are shared by these, or are for GPUs (gpu) or peers (loading).
 BENCHMARKS := collation packing transport rnn language_model planning scale shards bucketing packing_plans varlen packed_training block_masks
 
-.PHONY: help demo test check format lint types coverage frameworks oldest oldest-quick fuzz storm bench gpu docs clean
+.PHONY: help demo test check format lint types coverage frameworks oldest oldest-quick fuzz storm bench bench-peers gpu docs clean
 
 help:
 	@echo "make demo        create the environment, then train the main job: a byte-level language model on Python's library"
 	@echo "make test        create the environment, then run all tests and doctests in JOBS (2) processes"
 	@echo "make check       format, lint, types, all tests with branch coverage"
 	@echo "make oldest      the tests of both packages on the oldest versions of torch, NumPy and the others that are allowed"
+	@echo "make oldest-quick  some of these, in a few minutes"
 	@echo "make fuzz        20,000 mutated shards and indexes give the right data, or an error that names the file"
 	@echo "make storm       all objects with state under random saves, copies, breaks and restores, for STORM_MINUTES (10)"
 	@echo "make frameworks  test the examples of frameworks (Lightning, accelerate, transformers, datasets, Ray)"
 	@echo "make bench       run the benchmarks; tables on the terminal, JSON in benchmarks/results"
+	@echo "make bench-peers install other libraries in environments of their own, and measure loading next to them"
 	@echo "make gpu         all tests and measurements that need a GPU, in a few minutes"
 	@echo "make docs        build the documentation and the reference as a site: site/index.html"
 	@echo "make clean       remove the environment and all files that runs have made"
@@ -85,6 +90,13 @@ bench: $(READY)
 	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/pages.py
 
+# What does not install is printed, and the benchmark runs without it.
+bench-peers: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench,convert]'
+	$(BIN)/python benchmarks/loading_environments.py $(PEERS)
+	$(BIN)/python benchmarks/loading.py --peers $(PEERS) $(LOADING)
+	$(BIN)/python benchmarks/pages.py
+
 gpu: $(READY)
 	$(BIN)/python benchmarks/gpu.py
 
@@ -93,4 +105,4 @@ docs: $(READY)
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv .venv-oldest runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
+	rm -rf .venv .venv-oldest $(PEERS) runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*

@@ -143,7 +143,8 @@ def show(title: str, rows: Sequence[Mapping[str, str]]) -> None:
 
 def show_bars(bars: Sequence[Bar]) -> None:
     """Print the targets and the measured figures."""
-    show("targets", [{"figure": a, "target": b, "measured": c, "met": "yes" if d else "NO"} for a, b, c, d in bars])
+    if bars:
+        show("targets", [{"figure": a, "target": b, "measured": c, "met": "yes" if d else "NO"} for a, b, c, d in bars])
 
 
 def save(name: str, results: object) -> None:

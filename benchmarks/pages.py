@@ -5,6 +5,7 @@ A table is between `<!-- table NAME -->` and `<!-- end -->` on a page. A test co
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -114,7 +115,9 @@ def disk_line() -> str:
 
 
 def as_markdown(rows: Sequence[Cells]) -> str:
-    """A Markdown table of rows; their common keys are the headings."""
+    """A Markdown table of rows; their common keys are the headings. Without rows, a line that says so."""
+    if not rows:
+        return "Not measured."
     names = list(rows[0])
     lines = [names, ["---", *["--:"] * (len(names) - 1)], *([row[name] for name in names] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -360,6 +363,77 @@ def pack_time_rows(results: Results) -> list[Cells]:
     ]
 
 
+def loading_rows(work: str) -> Callable[[Results], list[Cells]]:
+    """A function from results to the loaders of one work."""
+
+    def rows(results: Results) -> list[Cells]:
+        loaders = results["works"][work]["loaders"]
+        return [
+            {
+                work: name,
+                "one process": loading_cell(loader, "one process"),
+                "two cores": loading_cell(loader, "two cores"),
+                "padding": f"{loader['padding']:.1%}",
+                "files / payload": f"{loader['size']:.2f}",
+                "checks": loader["checks"],
+            }
+            for name, loader in loaders.items()
+        ]
+
+    return rows
+
+
+def loading_cell(loader: Results, cores: str) -> str:
+    """Rows a second, and our speed-up; nothing for a loader that does not have this way."""
+    rate = loader[cores]
+    return "" if rate is None else f"{rate:,.0f} /s, {ratio(loader['ours is'][cores])}"
+
+
+def load_rows(results: Results) -> list[Cells]:
+    """How busy the machine was: with more processes than cores, absolute figures are low, and ratios are noisy."""
+    return [
+        {"work": name, "load average of the machine": " / ".join(f"{load:.1f}" for load in work["load average"])}
+        for name, work in results["works"].items()
+    ]
+
+
+def overhead_rows(results: Results) -> list[Cells]:
+    """Time of a training loop over its steps alone, for each way to load: the median of all rounds."""
+    return [
+        {"step": case, "alone": f"{1e3 * statistics.median(seconds['alone']):.1f} ms"}
+        | {name: overhead(times, seconds["alone"]) for name, times in seconds.items() if name != "alone"}
+        for case, seconds in results["training"].items()
+    ]
+
+
+def overhead(times: Sequence[float], alone: Sequence[float]) -> str:
+    """The median extra time in per cent of the steps of the same round."""
+    return f"{statistics.median(loop / steps for loop, steps in zip(times, alone, strict=True)) - 1:+.1%}"
+
+
+def first_rows(results: Results) -> list[Cells]:
+    """Time from a new loader to its first batch, at the start and in the middle of an epoch."""
+    names = list(dict.fromkeys(name for times in results["first"].values() for name in times))
+    return [
+        {"new loader, at": name}
+        | {work: f"{1e3 * statistics.median(times[name]):.1f} ms" for work, times in results["first"].items()}
+        for name in names
+    ]
+
+
+def memory_rows(results: Results) -> list[Cells]:
+    """Memory of a process and its workers: private pages, and blocks that they share."""
+    names = list(dict.fromkeys(name for sizes in results["memory"].values() for name in sizes))
+    return [
+        {"after 60 batches": name}
+        | {
+            work: f"{(sizes[name]['Pss_Anon'] + sizes[name]['Pss_Shmem']) / 1e6:,.0f} MB" if sizes.get(name) else ""
+            for work, sizes in results["memory"].items()
+        }
+        for name in names
+    ]
+
+
 TABLES: Final[dict[str, tuple[str, Callable[[Results], list[Cells]]]]] = {
     "block_masks": ("block_masks", lambda results: ratio_rows(results["cases"])),
     "block_masks-targets": ("block_masks", bar_rows),
@@ -389,6 +463,14 @@ TABLES: Final[dict[str, tuple[str, Callable[[Results], list[Cells]]]]] = {
     "packs-limits": ("packing_plans", pack_limit_rows),
     "packs-times": ("packing_plans", pack_time_rows),
     "packs-targets": ("packing_plans", bar_rows),
+    "loading-tokens": ("loading", loading_rows("tokens")),
+    "loading-frames": ("loading", loading_rows("frames")),
+    "loading-sft": ("loading", loading_rows("sft")),
+    "loading-load": ("loading", load_rows),
+    "loading-training": ("loading", overhead_rows),
+    "loading-first": ("loading", first_rows),
+    "loading-memory": ("loading", memory_rows),
+    "loading-targets": ("loading", bar_rows),
 }
 
 if __name__ == "__main__":

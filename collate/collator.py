@@ -20,11 +20,13 @@ from collate.padding.columns import (
     declared_numbers,
     stack_numbers,
     stack_samples,
+    take_rows,
     titled,
 )
 from collate.padding.options import check_max_length, check_shape_list, each_checked, field_widths, option_of
 from collate.padding.padding_value import UNCHOSEN, check_padding_value, warn_of_labels
 from collate.padding.rows import RaggedRows, measure_rows
+from collate.padding.unread import UnreadRows, UnreadStack, finish_reading, read_unread
 from collate.tensors.nested import assemble, columns_of
 from collate.tensors.numpy_view import Int64Array
 from collate.tensors.steps import PaddingValue
@@ -200,14 +202,16 @@ class PadCollator:
         # One order for all fields, from the lengths of one: see `row_order` for an example with two.
         order = self._order(rows, len(samples))
         shape = self._shapes_of(rows, len(samples))
-        return assemble(samples[0], {name: self._field(name, column, order, shape) for name, column in columns.items()})
+        fields = {name: self._field(name, column, order, shape) for name, column in columns.items()}
+        return fields if finish_reading(columns) else assemble(samples[0], fields)
 
     def read(self, samples: Sequence[object]) -> dict[str, Column]:
         """Take samples apart into fields, checked and cut: what all collators share.
 
         Returns:
             For each field its `RaggedRows` where it is variable-length, else a tensor `[B, ...]` or a list, in source
-            order.
+            order. Of samples that a dataset has not read yet, `UnreadRows` and `UnreadStack`: `finish_reading` reads
+            them when they have their places in the batch.
 
         Raises:
             LengthError: There is no sample, a declared length is not the real one, or a sample is empty though
@@ -217,6 +221,8 @@ class PadCollator:
         """
         if len(samples) == 0:
             raise LengthError("cannot collate an empty list of samples: the sampler gave a batch without indices")
+        if (unread := self._read_unread(samples)) is not None:
+            return unread
         columns = columns_of(samples)
         read = {name: self._read(name, values) for name, values in columns.items()}
         variable = {name: column for name, column in read.items() if isinstance(column, RaggedRows)}
@@ -225,6 +231,19 @@ class PadCollator:
         self._check_lengths(variable, read, samples)
         check_structure_can_travel(samples[0], columns)
         return read | {name: self._cut(name, column) for name, column in variable.items()}
+
+    def _read_unread(self, samples: Sequence[object]) -> dict[str, Column] | None:
+        """The fields of samples that are not read yet; None where they must be read one by one."""
+        columns = None if self.length_field is not None else read_unread(samples, self.stack)
+        if columns is None:
+            return None
+        variable = {name: column for name, column in columns.items() if isinstance(column, UnreadRows)}
+        self._check_names(columns, variable)
+        self._check_lengths(variable, {}, samples)
+        limits = {name: option_of(self.max_length, name) for name in variable}
+        # A row is cut only after its checksum is compared, and that is one of all its steps.
+        cuts = [limit is not None and int(variable[name].lengths.max()) > limit for name, limit in limits.items()]
+        return None if any(cuts) else cast("dict[str, Column]", columns)
 
     def padding_value_of(self, name: str, rows: RaggedRows) -> PaddingValue:
         """What the padding of a field holds.
@@ -369,8 +388,10 @@ class PadCollator:
             if not self._is_padding_chosen and name.rpartition(".")[2] == "labels":
                 warn_of_labels(name, column, widths[name])
             return padded_batch(LengthTrackedBatch, column, order, shape=(rows, widths[name]), padding_value=value)
+        if isinstance(column, UnreadStack):
+            return column.stack(order, rows)
         if isinstance(column, Tensor):
-            column = column.index_select(0, torch.from_numpy(order))
+            column = take_rows(column, order)
             return torch.cat([column, column.new_zeros(missing, *column.shape[1:])]) if missing else column
         # A list has no dtype whose zero could fill it.
         return [column[index] for index in order.tolist()] + [None] * missing

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from samplers.planning.optimal_widths import optimal_widths
     from samplers.planning.packs.one_list import pack
     from samplers.planning.plan import BatchPlan, plan_epoch
+    from samplers.progress.read_ahead import ReadAheadLoader
     from samplers.shard_stream import ShardStream
     from samplers.shards.dataset import ShardDataset
     from samplers.shards.indexing.index import LengthIndex
@@ -42,6 +43,7 @@ else:
             "LengthIndex": "samplers.shards.indexing.index",
             "PackingBatchSampler": "samplers.batch_sampler",
             "PackingNode": "samplers.dynamic.node",
+            "ReadAheadLoader": "samplers.progress.read_ahead",
             "ShardDataset": "samplers.shards.dataset",
             "ShardStream": "samplers.shard_stream",
             "ShardWriter": "samplers.shards.writing.writer",
@@ -63,6 +65,7 @@ __all__ = [
     "LengthIndex",
     "PackingBatchSampler",
     "PackingNode",
+    "ReadAheadLoader",
     "ShardDataset",
     "ShardStream",
     "ShardWriter",

@@ -60,8 +60,8 @@ class StreamOptions(TypedDict, total=False):
 class ShardStream(PlannedLoader, IterableDataset[Any]):
     """Batches of a sharded corpus, planned from its index, and collated where they are read.
 
-    A window is a run of shuffled shards. It is planned as `LengthBucketBatchSampler` plans a corpus, and read in the
-    order of its files when its first batch is due; a remote shard is fetched whole, with one request. The seed and the
+    A window is a run of shuffled shards. It is planned as `LengthBucketBatchSampler` plans a corpus. Samples of local
+    shards are read when their batch is due; a remote shard is fetched whole, with one request. The seed and the
     epoch decide everything. Every epoch has the same number of steps, the same on every replica, known before the first
     sample is read. Replicas read different windows, except for the few that lie across a border.
 
@@ -73,11 +73,11 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
     `torchdata.nodes` it goes into a `SamplerWrapper`: an `IterableWrapper` asks no iterator for its state, and always
     resumes in the first epoch, even if another one was saved.
 
-    The option `window` is how many samples a run of shards has at least (None: 10,000); a worker holds its part of a
-    window in memory. The other options are those of `LengthBucketBatchSampler`; with `drop_last`, every window drops
-    the batch that `batch_size` leaves short. Or, with `capacity`, they are those of `PackingBatchSampler`: the stream
-    packs, and reads pieces of split samples itself. The windows of packs are planned at construction, and are the same
-    in every epoch; the last batch of a window may have fewer rows.
+    The option `window` is how many samples a run of shards has at least (None: 10,000); of remote shards, a worker
+    holds its part of a window in memory. The other options are those of `LengthBucketBatchSampler`; with `drop_last`,
+    every window drops the batch that `batch_size` leaves short. Or, with `capacity`, they are those of
+    `PackingBatchSampler`: the stream packs, and reads pieces of split samples itself. The windows of packs are planned
+    at construction, and are the same in every epoch; the last batch of a window may have fewer rows.
 
     Args:
         shards: As in `ShardDataset`.
@@ -87,6 +87,7 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
             `max_length`, a warning is logged if samples are planned as cut.
         fields: The fields that samples hold, next to their key; the others are not read. None for all.
         decode: Functions from bytes, for fields in other encodings, as in `ShardDataset`.
+        memory_map: Copy batches from mapped shards, as in `ShardDataset`.
         handler: What happens to a sample that cannot be read, as in `ShardDataset`: if it returns True for the error,
             the sample is skipped, and its batch has one row fewer. `len`, positions and the plan do not change.
         max_failed: The share of samples that may be skipped, 0 to 1; None is a tenth, but at least 99 samples.
@@ -120,6 +121,7 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         collate_fn: Callable[[list[Any]], Any],
         fields: Collection[str] | None = None,
         decode: Mapping[str, Decoder] | None = None,
+        memory_map: bool = False,
         handler: Handler | None = None,
         max_failed: float | None = None,
         interleave: int = 1,
@@ -140,7 +142,8 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
             self.options = make_options(cast(PlanOptions, options))
         self.interleave = check_count("interleave", interleave, least=1, hint="1 reads one window after the other")
         self.num_replicas, self.rank = find_replica(num_replicas, rank)
-        self.data = ShardsInOrder(shards, index, fields, decode=decode, handler=handler, max_failed=max_failed)
+        failures: dict[str, Any] = {"handler": handler, "max_failed": max_failed}
+        self.data = ShardsInOrder(shards, index, fields, decode=decode, memory_map=memory_map, **failures)
         self._lengths = self.data.index
         self._table = self._make_table()
         if isinstance(self._table, WindowPacks):

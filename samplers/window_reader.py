@@ -1,5 +1,6 @@
 """Reads the samples of planned steps, a window at a time, in the order of the files."""
 
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -10,13 +11,17 @@ from samplers.planning.schedule import Schedule
 from samplers.planning.sorting import IndexArray
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.format.samples import Sample
+from samplers.shards.open_shards import OpenShards
 from samplers.shards.skipping import Failed
 from samplers.shards.storage.reading import LocalFile, RandomAccess
 from samplers.shards.storage.remote import FetchedFile
 
 
 class StepReader:
-    """The samples of some steps of a replica; a read group's samples are read together when the first is due.
+    """The samples of some steps of a replica, in order.
+
+    Samples of local shards are read when their step is due. Those of remote shards are read with all others of their
+    read group when the first is due, so that each shard is fetched once.
 
     Args:
         data: The samples by index.
@@ -30,7 +35,8 @@ class StepReader:
         self._slots = steps * schedule.num_replicas + rank
         self._read_groups = schedule.read_groups(self._slots)
         self._next = 0
-        self._ready: dict[int, list[Any]] = {}
+        # Of the steps in the present read group: their sample indices, or the samples that were read.
+        self._ready: dict[int, Any] = {}
 
     def __len__(self) -> int:
         """Steps that remain."""
@@ -48,24 +54,30 @@ class StepReader:
         if not len(self):
             raise IndexError("all steps are taken")
         if self._next not in self._ready:
-            self._read(self._read_groups[self._next])
-        samples = self._data.sift(self._ready[self._next])
-        del self._ready[self._next]
+            self._begin(self._read_groups[self._next])
+        ready = self._ready.pop(self._next)
+        samples = self._data.__getitems__(ready) if self._data.is_local else self._data.sift(ready)
         self._next += 1
         return samples
 
-    def _read(self, group: int) -> None:
-        """Read the samples of all steps of a read group."""
+    def _begin(self, group: int) -> None:
+        """Find the samples of all steps of a read group, and read them if shards are fetched whole."""
         # A window of 10,000 samples is some hundred steps, of which each worker reads its own.
         steps = np.flatnonzero(self._read_groups == group)
         samples, rows = self._schedule.batch_samples(self._slots[steps])
-        read, ends = self._data.read_in_order(samples), np.cumsum(rows).tolist()
+        found = samples if self._data.is_local else self._data.read_in_order(samples)
+        ends = np.cumsum(rows).tolist()
         for step, first, last in zip(steps.tolist(), [0, *ends], ends, strict=False):
-            self._ready[step] = read[first:last]
+            self._ready[step] = found[first:last]
 
 
 class ShardsInOrder(ShardDataset):
-    """Samples of one shard after the other: a local shard is read by index, a remote one is fetched whole."""
+    """Samples by index, and of remote shards also one shard after the other, each fetched whole."""
+
+    @cached_property
+    def is_local(self) -> bool:
+        """Whether no shard is remote, so that a batch can be read by itself."""
+        return not any("://" in shard.path and not shard.path.startswith("file://") for shard in self._tables.shards)
 
     def sift(self, read: list[Any]) -> list[Sample]:
         """The samples of a batch without those that could not be read; the errors are those of `__getitems__`.
@@ -92,15 +104,14 @@ class ShardsInOrder(ShardDataset):
         samples: list[Any] = [None] * len(order)
         for first, last in pairwise(borders):
             part = order[first:last]
-            for entry, sample in zip(part.tolist(), self._read_in_order(sample_indices[part].tolist()), strict=True):
+            for entry, sample in zip(part.tolist(), self._read_in_order(sample_indices[part]), strict=True):
                 samples[entry] = sample
-            self._free_fetched()
+            self._here().shards.free()
         return samples
 
-    def _forget(self) -> None:
-        """Start without the state of another process."""
-        super()._forget()
-        self._free_fetched()
+    def _open_shards(self) -> OpenShards:
+        """What opens the shards."""
+        return FetchedShards(self._tables, memory_map=self._memory_map)
 
     def _fail(self, error: Exception, row: int) -> Failed:
         """The failure of a sample, without the traceback of its error."""
@@ -111,13 +122,19 @@ class ShardsInOrder(ShardDataset):
             cause = cause.__context__
         return super()._fail(error, row)
 
-    def _free_fetched(self) -> None:
-        """Free the memory of a shard that was fetched whole."""
-        self._fetched: FetchedFile | None = None
 
-    def _file(self, shard: int) -> RandomAccess:
-        """An open shard; a remote one is fetched whole."""
-        file = super()._file(shard)
+class FetchedShards(OpenShards):
+    """Opens local shards, and fetches a remote one whole: one at a time, until it is freed."""
+
+    _fetched: FetchedFile | None = None
+
+    def free(self) -> None:
+        """Free the memory of a shard that was fetched whole."""
+        self._fetched = None
+
+    def open(self, shard: int) -> RandomAccess:
+        """An open shard; a remote one is fetched whole. The errors are those of `OpenShards.open`."""
+        file = super().open(shard)
         if isinstance(file, LocalFile):
             return file
         # To find the samples that fail, a shard is read many times, but fetched once.

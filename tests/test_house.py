@@ -60,7 +60,7 @@ LAYERS = {
         ["options", "cut_rows"],
     ],
     "samplers.progress": [
-        ["planned_sampler"],
+        ["planned_sampler", "read_ahead"],
         ["loader"],
         ["epoch_cursor", "shared_cursor"],
         ["position", "replica"],
@@ -68,7 +68,9 @@ LAYERS = {
     "samplers.shards": [
         ["writing"],
         ["dataset"],
-        ["field_value", "skipping"],
+        ["unread"],
+        ["sample_reader"],
+        ["field_value", "open_shards", "skipping"],
         ["indexing", "skip_counts", "split_dataset"],
         ["format"],
         ["storage"],
@@ -77,15 +79,15 @@ LAYERS = {
         ["writer"],
         ["parts", "source"],
         ["sample_writer"],
-        ["existing", "shard_file"],
+        ["existing", "shard_file", "shard_group"],
         ["schema"],
     ],
     "samplers.shards.indexing": [
         ["index"],
         ["cache", "find_index", "verify"],
         ["index_file", "scan"],
-        ["index_header", "scan_blocks", "scan_plain"],
-        ["measuring", "shard_groups"],
+        ["index_header", "layouts"],
+        ["index_arrays", "measuring", "shard_groups"],
         ["tables"],
     ],
     "samplers.cli.conversion": [
@@ -94,8 +96,19 @@ LAYERS = {
         ["arrow", "exact_numbers", "tokenizer"],
     ],
     "samplers.sources": [["lengths_of"], ["files"], ["json_lines", "megatron"], ["arrow_lengths"], ["extras"]],
-    "samplers.shards.format": [["header_lengths"], ["samples", "tar"], ["keys"], ["npy"]],
-    "samplers.shards.storage": [["paths"], ["reading"], ["atomic", "process_pool", "remote"], ["locks"]],
+    "samplers.shards.format": [
+        ["header_lengths"],
+        ["samples", "tar"],
+        ["block_keys"],
+        ["keys", "packed_keys", "packed_offsets"],
+        ["npy"],
+    ],
+    "samplers.shards.storage": [
+        ["paths"],
+        ["reading"],
+        ["atomic", "checksum", "process_pool", "remote"],
+        ["locks"],
+    ],
     "samplers.dynamic": [
         ["node"],
         ["pack_stage"],
@@ -211,7 +224,14 @@ def test_the_public_names_are_those_that_were_promised() -> None:
         "VarlenCollator",
     }
     assert set(samplers.__all__) == {
-        *("LengthBucketBatchSampler", "BatchPlan", "plan_epoch", "optimal_widths", "bucket_by_length"),
+        *(
+            "LengthBucketBatchSampler",
+            "BatchPlan",
+            "plan_epoch",
+            "optimal_widths",
+            "bucket_by_length",
+            "ReadAheadLoader",
+        ),
         *("LengthBucketNode", "LengthIndex", "ShardWriter", "ShardDataset", "ShardStream", "LengthError"),
         *("PackingBatchSampler", "PackingNode", "SplitDataset", "pack", "pack_by_length"),
         "lengths_of",

@@ -22,6 +22,7 @@ from samplers import (
     LengthIndex,
     PackingBatchSampler,
     PackingNode,
+    ReadAheadLoader,
     ShardDataset,
     ShardStream,
     ShardWriter,
@@ -62,6 +63,10 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[object,
         "SplitDataset": (
             SplitDataset([[1] * 15], PackingBatchSampler([15], capacity=8, overlong="split").pieces),
             "SplitDataset(1 samples, 2 pieces)",
+        ),
+        "ReadAheadLoader": (
+            ReadAheadLoader([[1], [2]], batch_sampler=LengthBucketBatchSampler([1, 1], batch_size=2)),
+            "ReadAheadLoader(LengthBucketBatchSampler, prefetch_batches=2)",
         ),
         "PackingNode": (
             PackingNode(IterableWrapper([]), len, capacity=8, buffer_size=10),

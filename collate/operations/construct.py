@@ -27,6 +27,7 @@ from collate.lengths.validation import (
 from collate.padding.join import join_rows, pad_short_rows
 from collate.padding.padding_value import check_padding_value, same_nan
 from collate.padding.rows import RaggedRows
+from collate.padding.unread import UnreadRows
 from collate.tensors.masks import WIDE, device_mask, length_mask
 from collate.tensors.numpy_view import Int64Array
 from collate.tensors.steps import PaddingValue
@@ -116,9 +117,14 @@ def replace_values(batch: BatchT, padded: Tensor, lengths: IntegersLike | None, 
 
     Raises:
         LengthError: Rows or width differ without new lengths, or the new lengths do not fit.
-        TypeError: Lengths or `first_step` are not integers.
+        TypeError: The values are no tensor, or lengths or `first_step` are not integers.
         ValueError: `first_step` is negative.
     """
+    if not isinstance(padded, Tensor):
+        raise TypeError(
+            f"new values must be a tensor [B, T, ...], got {type(padded).__name__}: of a module that returns more, "
+            "keep the tensor alone; run a recurrent module with apply_rnn(rnn, batch)"
+        )
     if first_step is None:
         first_step = batch.first_step
     elif not torch.compiler.is_compiling():
@@ -160,8 +166,8 @@ def padded_batch(
         lengths = np.append(lengths, np.zeros(shape[0] - len(order), np.int64))
         indices = np.append(order, np.arange(len(order), shape[0]))
     counts, permutation = torch.from_numpy(lengths), torch.from_numpy(indices)
-    if shape[1] >= WIDE and not rows.are_short:
-        padded = join_rows(rows, order, shape, value)
+    if shape[1] >= WIDE and (isinstance(rows, UnreadRows) or not rows.are_short):
+        padded = rows.pad(order, shape, value) if isinstance(rows, UnreadRows) else join_rows(rows, order, shape, value)
         if padded.is_cpu:
             # The mask of a wide batch takes a tenth of the whole time: `DerivedMask` makes it when it is used.
             batch = _assemble(kind, (padded, counts, None, permutation), value, 0)
@@ -170,7 +176,10 @@ def padded_batch(
             return batch
         return trusted_batch(kind, padded, counts, mask=None, permutation=permutation, padding_value=value)
     real = length_mask(lengths, shape[1])
-    padded = pad_short_rows(rows, order, real, value) if rows.are_short else join_rows(rows, order, shape, value)
+    if isinstance(rows, UnreadRows):
+        padded = rows.pad(order, shape, value)
+    else:
+        padded = pad_short_rows(rows, order, real, value) if rows.are_short else join_rows(rows, order, shape, value)
     mask = torch.from_numpy(real) if padded.is_cpu else None
     return trusted_batch(kind, padded, counts, mask=mask, permutation=permutation, padding_value=value)
 

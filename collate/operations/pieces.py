@@ -57,6 +57,7 @@ def concat_batches(kind: type[BatchT], batches: Sequence[TrackedBatch]) -> Batch
         TypeError: One is a tensor.
         ValueError: Dtypes, devices, feature shapes or first steps differ.
     """
+    batches = list(batches)
     if not batches:
         raise LengthError("concat needs at least one batch, got none")
     check_tracked("concat", *batches)

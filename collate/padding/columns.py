@@ -9,12 +9,14 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from collate.padding.rows import RaggedRows, refuse_masked_arrays
+from collate.tensors.numpy_view import CARRIERS, Int64Array
 
 # Variable-length rows, one tensor `[B, ...]`, or a list of anything else.
 Column: TypeAlias = RaggedRows | Tensor | list[object]
 
 # None is torch's default float.
 NUMBER_DTYPES: dict[type, torch.dtype | None] = {bool: torch.bool, int: torch.int64, float: None}
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 _SCALARS = (int, float, np.number, np.bool_)
 
 
@@ -75,6 +77,15 @@ def stack_samples(name: str, values: list[object]) -> Tensor:
     return torch.from_numpy(
         array.astype(np.float32) if type(values[0]) in (float, list) and array.dtype.kind == "f" else array
     )
+
+
+def take_rows(column: Tensor, order: Int64Array) -> Tensor:
+    """The rows of a tensor in another order, int64 `[n]`; of any dtype."""
+    if column.dtype in _UNSIGNED:
+        # torch knows these dtypes, but does not index them.
+        signed = column.view(CARRIERS[column.dtype.itemsize])
+        return signed.index_select(0, torch.from_numpy(order)).view(column.dtype)
+    return column.index_select(0, torch.from_numpy(order))
 
 
 def are_numbers(values: Iterable[Iterable[object]]) -> bool:

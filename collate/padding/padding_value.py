@@ -20,7 +20,6 @@ class _UnchosenZero(int):
 UNCHOSEN: Final = _UnchosenZero(0)
 
 
-@lru_cache(maxsize=512, typed=True)
 def check_padding_value(value: PaddingValue, dtype: torch.dtype) -> PaddingValue:
     """Check that `dtype` can hold the padding value (a float may be rounded, an integer must be exact).
 
@@ -30,6 +29,16 @@ def check_padding_value(value: PaddingValue, dtype: torch.dtype) -> PaddingValue
     """
     if not isinstance(value, (int, float, np.integer, np.floating, np.bool_)):
         raise TypeError(f"padding_value must be a number, got {value!r} of type {type(value).__name__}")
+    return _check_number(value, dtype)
+
+
+@lru_cache(maxsize=512, typed=True)
+def _check_number(value: PaddingValue, dtype: torch.dtype) -> PaddingValue:
+    """A number as a Python number, if the dtype can hold it.
+
+    Raises:
+        ValueError: It cannot.
+    """
     value = same_nan(value.item() if isinstance(value, np.generic) else value)
     if not _holds(value, dtype):
         raise ValueError(f"padding_value {value!r} cannot be held by {dtype}: choose one that can, or a wider dtype")
@@ -65,13 +74,15 @@ def same_nan(value: PaddingValue) -> PaddingValue:
 
 def _holds(value: PaddingValue, dtype: torch.dtype) -> bool:
     """Whether a dtype can hold a number: integers exactly, floats within range."""
+    # Python's integers may be too large for every float.
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    if dtype.is_floating_point and is_finite and abs(value) > torch.finfo(dtype).max:
+        return False
     if dtype.is_floating_point and dtype.itemsize == 1:
         return _holds_in_a_byte(value, dtype)
     # torch.iinfo and finfo do not take complex dtypes; every float dtype can hold nan and inf.
-    if dtype.is_complex or not np.isfinite(value):
+    if dtype.is_complex or dtype.is_floating_point or not is_finite:
         return dtype.is_floating_point or dtype.is_complex
-    if dtype.is_floating_point:
-        return abs(value) <= torch.finfo(dtype).max
     if dtype == torch.bool:
         return value in (0, 1)
     bounds = torch.iinfo(dtype)
@@ -83,4 +94,4 @@ def _holds_in_a_byte(value: PaddingValue, dtype: torch.dtype) -> bool:
     held = torch.tensor(value, dtype=torch.float64, device="cpu").to(dtype).to(torch.float64).item()
     if not np.isfinite(value):
         return held == value or (held != held and value != value)
-    return abs(value) <= torch.finfo(dtype).max and held * value >= 0 and (held == 0 or value != 0)
+    return held * value >= 0 and (held == 0 or value != 0)

@@ -5,14 +5,14 @@ from dataclasses import fields, replace
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from collate.collator import PadCollator
 from collate.errors import LengthError
-from collate.padding.columns import titled
+from collate.padding.columns import take_rows, titled
 from collate.padding.options import option_of
 from collate.padding.rows import RaggedRows
+from collate.padding.unread import UnreadStack, finish_reading
 from collate.tensors.nested import assemble
 from collate.tensors.steps import PaddingValue
 from collate.varlen.batch import VarlenBatch
@@ -130,7 +130,7 @@ class VarlenCollator:
         order = self._order(documents, len(samples))
         batches: list[VarlenBatch] = []
         fields = {name: self._field(name, column, order, batches) for name, column in columns.items()}
-        return assemble(samples[0], fields)
+        return fields if finish_reading(columns) else assemble(samples[0], fields)
 
     def _order(self, documents: Mapping[str, RaggedRows], size: int) -> DocumentOrder:
         """Put samples into rows, in which they are to fit in all of their fields."""
@@ -162,8 +162,10 @@ class VarlenCollator:
         self, name: str, column: Any, order: DocumentOrder, batches: list[VarlenBatch]
     ) -> VarlenBatch | Tensor | list[Any]:
         indices, per_row = order
+        if isinstance(column, UnreadStack):
+            return column.stack(indices, len(indices))
         if isinstance(column, Tensor):
-            return column.index_select(0, torch.from_numpy(indices))
+            return take_rows(column, indices)
         if not isinstance(column, RaggedRows):
             return [column[index] for index in indices.tolist()]
         value = self.fields.padding_value_of(name, column)

@@ -90,7 +90,8 @@ def show(*, sources: tuple[str, ...], step: int, rank: int, rows: int, **options
     table = choose_table(corpus, Options(**options))
     plan = BatchPlan(table, epoch, num_replicas)
     batch = plan.batches[_check_step(plan, step, rank)]
-    samples = ShardDataset(corpus.shards, corpus).__getitems__(batch)
+    # Read before anything is printed.
+    samples = list(ShardDataset(corpus.shards, corpus).__getitems__(batch))
     click.secho(f"step {step:,} of {plan.steps:,}, rank {rank} of {plan.num_replicas}, epoch {plan.epoch}", bold=True)
     if tables_of(corpus).measured:
         click.echo(describe_index(corpus))

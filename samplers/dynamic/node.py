@@ -87,6 +87,7 @@ class StreamNode(BaseNode[list[SampleT]], Generic[SampleT]):
             first, source = 0, self._begin_source()
             self._bucketer = self._stage.new_bucketer()
         else:
+            _refuse_foreign(initial_state)
             _refuse_stale(initial_state)
             self._at_first = None if self._at_first is _UNKNOWN else self._at_first
             self._stale = {}
@@ -227,6 +228,19 @@ class PackingNode(StreamNode[SampleT]):
 
     def __init__(self, source: BaseNode[SampleT], length: Length, **options: Any) -> None:
         super().__init__(source, pack_by_length(length, **options))
+
+
+def _refuse_foreign(state: Mapping[str, Any]) -> None:
+    """Refuse the state of something else.
+
+    Raises:
+        ValueError: It has not what `get_state` gives.
+    """
+    lacking = sorted({"source_arrival", "source", "bucketer"} - set(state))
+    if lacking:
+        raise ValueError(
+            f"the state must be what this node's get_state gave, it lacks {', '.join(lacking)}: start without a state"
+        )
 
 
 def _refuse_stale(state: Mapping[str, Any]) -> None:

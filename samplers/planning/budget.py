@@ -144,7 +144,7 @@ class Budget:
         """The checked results of the cost function: float64 `[n]`.
 
         Raises:
-            ValueError: They have another shape, or one is NaN.
+            ValueError: They have another shape, or one is NaN or negative.
         """
         costs = np.asarray(0.0 if self.cost is None else self.cost(rows, widths), np.float64)
         if costs.shape != rows.shape:
@@ -152,6 +152,12 @@ class Budget:
         if np.isnan(costs).any():
             entry = int(np.isnan(costs).argmax())
             raise ValueError(f"cost must return numbers, got nan for {rows[entry]} rows of width {widths[entry]}")
+        if (costs < 0).any():
+            entry = int((costs < 0).argmax())
+            raise ValueError(
+                f"cost must return fractions of the budget from 0 on, got {costs[entry]} for {rows[entry]} rows of "
+                f"width {widths[entry]}"
+            )
         return costs
 
 

@@ -68,7 +68,7 @@ class SortedLengths:
     """The planned samples in the order of their lengths.
 
     Attributes:
-        lengths: As given: integers `[N]` or `[N, K]`, never copied.
+        lengths: Integers `[N]` or `[N, K]`, which no later write of the caller changes.
         order: Indices of the planned samples, longest first; samples that alone exceed the budget come before all
             others: `[n]`. A *sorted index* is an index into this array.
         max_length: Longer samples count as this long.
@@ -153,6 +153,9 @@ def sort_lengths(lengths: Lengths, options: Options) -> SortedLengths:
 def as_length_array(lengths: Lengths) -> npt.NDArray[Any]:
     """The array of lengths; negative values are found later, when they are sorted.
 
+    An array or a tensor is copied, because plans and fingerprints are computed when they are needed: later writes would
+    change the epochs of a sampler. A memory map and a read-only array are taken as they are.
+
     Raises:
         TypeError: Lengths are not integers, or masked.
         ValueError: Their shape is neither `[N]` nor `[N, K]`, or there are none.
@@ -182,7 +185,9 @@ def as_length_array(lengths: Lengths) -> npt.NDArray[Any]:
     if array.dtype.kind not in "iu":
         hint = "count whole steps" if array.dtype.kind == "f" else _SEQUENCES
         raise TypeError(f"lengths must be integers, got {array.dtype}{_first_fraction(array)}: {hint}")
-    return array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
+    array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
+    is_shared = array.flags.writeable and not isinstance(lengths, (list, tuple, np.memmap))
+    return array.copy() if is_shared else array
 
 
 def _refuse_dataset(lengths: object) -> None:

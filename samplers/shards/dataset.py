@@ -2,41 +2,28 @@
 
 import operator
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
-from errno import EMFILE, ENFILE
-from functools import lru_cache, partial
-from importlib import import_module
-from itertools import pairwise, repeat
-from typing import Any, Final, NoReturn, Self, TypeAlias, cast
-from zlib import crc32
+from typing import Any, Final, Self, cast
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from collate.deprecated.names import renamed_arguments
-from samplers.shards.field_value import as_decoders, check_length, decode_field
-from samplers.shards.format.keys import decode_key
+from samplers.shards.field_value import as_decoders
 from samplers.shards.format.npy import AnyArray
 from samplers.shards.format.samples import Sample
 from samplers.shards.indexing.index import LengthIndex, open_index, tables_of
-from samplers.shards.indexing.index_file import REBUILD
 from samplers.shards.indexing.measuring import Decoder
-from samplers.shards.indexing.tables import Field
-from samplers.shards.indexing.verify import ReadColumns, check_block
+from samplers.shards.open_shards import OpenShards
+from samplers.shards.sample_reader import SampleReader, select_columns
 from samplers.shards.skipping import Failed, Handler, is_damage, make_skipping, read_apart
 from samplers.shards.split_dataset import PieceCutter, PieceTable, check_range
-from samplers.shards.storage.reading import RandomAccess, Shards, open_file
+from samplers.shards.storage.reading import Shards
+from samplers.shards.unread import UnreadSamples
 
-# Shards that a process keeps open: 128, but at most an eighth of the files that it may open, because the program opens
-# other files too.
-HANDLES: Final = 128
-_SHARE: Final = 8
-# Attributes that are not pickled.
-_OF_A_PROCESS: Final = frozenset(["_tables", "_files", "_checked", "_process"])
-
-# Open shards, and the part of a batch that is read from each.
-Files: TypeAlias = list[tuple[RandomAccess, slice]]
+# Attributes that are not pickled. Those of release 0.1 are among them.
+_OF_A_PROCESS: Final = frozenset(["_tables", "_reader", "_files", "_checked", "_process"])
 
 
 class ShardDataset(Dataset[Sample]):
@@ -51,6 +38,7 @@ class ShardDataset(Dataset[Sample]):
 
     # Of the class, since former pickles have none.
     _pieces: PieceCutter | None = None
+    _memory_map = False
 
     @renamed_arguments(check="checksums")
     def __init__(
@@ -61,6 +49,7 @@ class ShardDataset(Dataset[Sample]):
         *,
         decode: Mapping[str, Decoder] | None = None,
         checksums: bool = True,
+        memory_map: bool = False,
         handler: Handler | None = None,
         max_failed: float | None = None,
     ) -> None:
@@ -73,6 +62,9 @@ class ShardDataset(Dataset[Sample]):
             decode: Functions from bytes, for fields in other encodings than npy, cls, txt and json. Without one such a
                 field stays bytes. Their results must have the length in the index.
             checksums: Compare what is read with its crc32, if the index has checksums.
+            memory_map: Copy whole batches from memory maps of local shards, in a third to a half of the time. Then
+                nobody may write to the shards: one that is cut while it is copied from ends the process by a signal.
+                The pages that were read count as memory of the process, although the system can take them back.
             handler: Called with the error of a sample of a batch that cannot be read. It returns True to skip the
                 sample, or False to raise, as `webdataset.warn_and_continue` does. None raises.
             max_failed: Fraction of samples that may be skipped, 0 to 1. None is a tenth, but at least 99 samples.
@@ -88,10 +80,10 @@ class ShardDataset(Dataset[Sample]):
             raise TypeError(f"fields must be a list of names, got the string {fields!r}")
         self.index = _open_index(shards, index)
         self._tables = tables_of(self.index)
+        self._memory_map = memory_map
         self._check_crcs = checksums and self._tables.crcs is not None
         self._decode = as_decoders(decode)
-        self._columns = _select_columns(self._tables.fields, fields, self._decode)
-        self._ends = self.index.starts[1:]
+        self._columns = select_columns(self._tables.fields, fields, self._decode)
         self._skipping = make_skipping(handler, max_failed, len(self.index))
         self._forget()
 
@@ -139,7 +131,9 @@ class ShardDataset(Dataset[Sample]):
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
         """The samples of these indices, in this order. They are read in the order of the files.
 
-        With a handler, skipped samples are left out.
+        The list is read when something is done with it, with the errors below. A `PadCollator` or `VarlenCollator`
+        reads the samples of blocks into its batch instead. With a handler, samples are read at once, and skipped ones
+        are left out.
 
         Raises:
             FileNotFoundError: A shard is absent.
@@ -150,12 +144,15 @@ class ShardDataset(Dataset[Sample]):
             TypeError: Indices are not integers.
             ValueError: A shard has changed since it was indexed, or is damaged.
         """
-        samples = self._read_in_order(indices)
-        return samples if self._skipping is None else self._skipping.sift(samples)
-
-    def _read_in_order(self, indices: Sequence[int]) -> list[Any]:
-        """Samples in the given order. With a handler, `Failed` stands for those that cannot be read."""
         rows = check_range(indices, len(self))
+        if self._skipping is not None:
+            return self._skipping.sift(self._read_in_order(rows))
+        has_pieces = self._pieces is not None and bool((rows >= len(self.index)).any())
+        # A piece is cut from its whole sample, whose checksum is compared first.
+        return UnreadSamples(self._read_in_order, rows, None if has_pieces else self._here())
+
+    def _read_in_order(self, rows: AnyArray) -> list[Any]:
+        """Samples in the given order. With a handler, `Failed` stands for those that cannot be read."""
         sources = self._sources(rows)
         order = np.argsort(sources, kind="stable")
         read = self._read if self._skipping is None else self._read_tolerantly
@@ -186,10 +183,23 @@ class ShardDataset(Dataset[Sample]):
 
     def _forget(self) -> None:
         """Start without the state of another process: open files, and the blocks that were checked."""
-        self._process = os.getpid()
-        self._files = lru_cache(maxsize=_count_handles())(open_file)
-        blocks = self._tables.blocks
-        self._checked = np.zeros(0 if blocks is None else len(blocks), np.bool_)
+        self._reader = SampleReader(
+            self._tables, self._columns, self._decode, checksums=self._check_crcs, shards=self._open_shards()
+        )
+
+    def _open_shards(self) -> OpenShards:
+        """What opens the shards."""
+        return OpenShards(self._tables, memory_map=self._memory_map)
+
+    def _here(self) -> SampleReader:
+        """The reader of this process."""
+        if self._reader.shards.process != os.getpid():
+            self._forget()
+        return self._reader
+
+    def _read(self, rows: AnyArray) -> list[Sample]:
+        """The samples of ascending rows."""
+        return self._here().read(rows)
 
     def _read_tolerantly(self, rows: AnyArray) -> list[Any]:
         """Read samples. `Failed` stands for those whose data is damaged."""
@@ -198,11 +208,12 @@ class ShardDataset(Dataset[Sample]):
         except Exception as error:
             if not is_damage(error):
                 raise
-        shards = np.searchsorted(self._ends, rows, side="right")
+        open_shards = self._here().shards
+        shards = open_shards.shards_of(rows)
         samples = []
         for shard in np.unique(shards).tolist():
             try:
-                self._file(shard)
+                open_shards.open(shard)
             except Exception as error:
                 if not is_damage(error):
                     raise
@@ -214,162 +225,8 @@ class ShardDataset(Dataset[Sample]):
 
     def _fail(self, error: Exception, row: int) -> Failed:
         """The failure of a sample, with its key and shard."""
-        shard = self._tables.shards[int(np.searchsorted(self._ends, row, side="right"))]
+        shard = self._tables.shards[int(self._here().shards.shards_of(np.array([row]))[0])]
         return Failed(error, self.index.keys[row], shard.path)
-
-    def _read(self, rows: AnyArray) -> list[Sample]:
-        """The samples of ascending rows."""
-        if self._process != os.getpid():
-            self._forget()
-        shards = np.searchsorted(self._ends, rows, side="right")
-        # Rows 3, 5 and 9 of the shards 0, 0 and 2 give the bounds 0, 2, 3: two shards, with two samples and one.
-        bounds = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(rows)]
-        at_once = self._files.cache_parameters()["maxsize"]
-        samples: list[Sample] = []
-        # At most as many shards as may be open: a batch of short samples may come from a thousand.
-        for first in range(0, len(bounds) - 1, at_once):
-            part = bounds[first : first + at_once + 1]
-            within = slice(part[0], part[-1])
-            samples += self._read_shards(rows[within], shards[within], [bound - part[0] for bound in part])
-        return samples
-
-    def _read_shards(self, rows: AnyArray, shards: AnyArray, bounds: list[int]) -> list[Sample]:
-        """The samples of some shards, whose rows lie between neighbouring bounds."""
-        files = [(self._file(int(shards[first])), slice(first, last)) for first, last in pairwise(bounds)]
-        samples: list[Sample] = [{"__key__": decode_key(key)} for key in self._tables.keys[rows].tolist()]
-        if self._tables.blocks is not None:
-            self._check_blocks(files, rows, self._tables.blocks)
-            self._read_blocks(files, rows, samples)
-        elif self._tables.sizes is not None:
-            self._read_plain(files, rows, samples, self._tables.sizes)
-        return samples
-
-    def _file(self, shard: int) -> RandomAccess:
-        """An open shard.
-
-        Raises:
-            FileNotFoundError: It is absent.
-            ValueError: Its size differs from the index.
-        """
-        indexed = self._tables.shards[shard]
-        try:
-            file = self._open(indexed.path)
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"no shard {indexed.path}, which the index lists: put it back, give shards= their new paths, or "
-                f"{REBUILD}"
-            ) from None
-        if file.size != indexed.size:
-            raise ValueError(
-                f"{indexed.path}: {file.size} bytes, the index says {indexed.size}: changed since it was indexed; "
-                f"{REBUILD}"
-            )
-        return file
-
-    def _open(self, path: str) -> RandomAccess:
-        """Open a file, or take it from the cache.
-
-        Raises:
-            OSError: It cannot be opened.
-        """
-        try:
-            return self._files(path)
-        except OSError as error:
-            if error.errno not in {EMFILE, ENFILE}:
-                raise
-            # The rest of the program has more files open than expected. Close the shards that are not in use.
-            self._files.cache_clear()
-            return self._files(path)
-
-    def _read_blocks(self, files: Files, rows: AnyArray, samples: list[Sample]) -> None:
-        """Read the fields of samples in blocks: slices of flat arrays."""
-        steps = self._tables.lengths[rows]
-        for column, field, length_column in self._columns:
-            shapes = [field.shape] * len(rows)
-            if field.variable:
-                counts = steps[:, length_column].tolist()
-                shapes = [(count, *field.shape) for count in counts] if field.shape else counts
-            arrays = list(map(np.empty, shapes, repeat(np.dtype(field.dtype))))
-            self._fill(files, arrays, rows, column)
-            values = arrays if field.variable or field.shape else [array[()] for array in arrays]
-            for sample, value in zip(samples, values, strict=True):
-                sample[field.name] = value
-
-    def _read_plain(self, files: Files, rows: AnyArray, samples: list[Sample], sizes: AnyArray) -> None:
-        """Read the fields of plain samples: whole members.
-
-        Raises:
-            ValueError: A member is not within the shard.
-        """
-        for column, field, length_column in self._columns:
-            for file, part in files:
-                starts, counts = self._tables.offsets[rows[part], column], sizes[rows[part], column]
-                if ((starts < 0) | (counts < 0) | (starts > file.size - counts)).any():
-                    raise ValueError(f"{file.path}: the index says that a member is not within the shard: {REBUILD}")
-            arrays = [np.empty(size, np.uint8) for size in sizes[rows, column].tolist()]
-            self._fill(files, arrays, rows, column)
-            for sample, row, array in zip(samples, rows.tolist(), arrays, strict=True):
-                # Offset 0: a sample may lack a field whose length does not count.
-                if self._tables.offsets[row, column]:
-                    sample[field.name] = self._decode_field(field, array.tobytes(), row, length_column)
-
-    def _fill(self, files: Files, arrays: list[AnyArray], rows: AnyArray, column: int) -> None:
-        """Read a field of each row into an array, and compare checksums."""
-        offsets = self._tables.offsets[rows, column].tolist()
-        for file, part in files:
-            file.fill(arrays[part], offsets[part])
-        if self._check_crcs and self._tables.crcs is not None:
-            buffers: Iterable[Any] = arrays
-            expected = self._tables.crcs[rows, column].tolist()
-            if list(map(crc32, buffers)) != expected:
-                self._refuse_damage(arrays, expected, rows, column)
-
-    def _refuse_damage(self, arrays: list[AnyArray], expected: list[int], rows: AnyArray, column: int) -> NoReturn:
-        """Refuse the first sample whose checksum differs.
-
-        Raises:
-            ValueError: Always.
-        """
-        buffers: Iterable[Any] = arrays
-        row = int(rows[[crc32(buffer) != crc for buffer, crc in zip(buffers, expected, strict=True)].index(True)])
-        raise ValueError(
-            f"{self._context(row, self._tables.fields[column])}, at offset {self._tables.offsets[row, column]}: the "
-            "bytes do not have the checksum in the index: the shard is damaged or has changed"
-        )
-
-    def _decode_field(self, field: Field, data: bytes, row: int, length_column: int) -> Any:
-        """The value of a plain field, with the length that the index says."""
-        context = partial(self._context, row, field)
-        decoder = self._decode.get(field.name)
-        value = decode_field(field, data, decoder, context)
-        # Bytes that stay undecoded have no length in steps.
-        if field.variable and not isinstance(value, bytes):
-            check_length(value, int(self._tables.lengths[row, length_column]), context, decoder)
-        return value
-
-    def _check_blocks(self, files: Files, rows: AnyArray, table: AnyArray) -> None:
-        """Compare the blocks of these rows with the index, each once in this process."""
-        blocks = np.searchsorted(table[:, 0], rows, side="right") - 1
-        if self._checked[blocks].all():
-            return
-        for file, part in files:
-            for block in np.unique(blocks[part][~self._checked[blocks[part]]]).tolist():
-                check_block(file, self._tables, block, self._columns)
-                self._checked[block] = True
-
-    def _context(self, row: int, field: Field) -> str:
-        shard = self._tables.shards[int(np.searchsorted(self._ends, row, side="right"))]
-        return f"{shard.path}: sample {self.index.keys[row]!r}, field {field.name!r}"
-
-
-def _count_handles() -> int:
-    """Number of shards that a process keeps open."""
-    try:
-        # Windows has no such limit, and no such module.
-        limit = import_module("resource").getrlimit(import_module("resource").RLIMIT_NOFILE)[0]
-    except ImportError:
-        return HANDLES
-    return HANDLES if limit < 0 else max(1, min(HANDLES, limit // _SHARE))
 
 
 def _open_index(shards: Shards, index: LengthIndex | str | os.PathLike[str] | None) -> LengthIndex:
@@ -378,21 +235,3 @@ def _open_index(shards: Shards, index: LengthIndex | str | os.PathLike[str] | No
         index = index if isinstance(index, LengthIndex) else LengthIndex.open(index)
         return index.moved_to(shards)
     return open_index(shards)
-
-
-def _select_columns(fields: Sequence[Field], chosen: Collection[str] | None, decode: Collection[str]) -> ReadColumns:
-    """The columns of the fields to read.
-
-    Raises:
-        ValueError: There is no such field.
-    """
-    names = [field.name for field in fields]
-    unknown = sorted({*(chosen or ()), *decode} - set(names))
-    if unknown:
-        raise ValueError(f"no field {unknown[0]!r} in the index, there are {names}")
-    variable = [field.name for field in fields if field.variable]
-    return [
-        (column, field, variable.index(field.name) if field.variable else -1)
-        for column, field in enumerate(fields)
-        if chosen is None or field.name in chosen
-    ]

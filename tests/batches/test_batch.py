@@ -185,6 +185,12 @@ def test_concat_of_two_batches_follows_both_source_orders(left: list[torch.Tenso
     assert all(torch.equal(a, b) for a, b in zip(both.unsort().sequences(), [*left, *right], strict=True))
 
 
+def test_concat_takes_pieces_one_by_one() -> None:
+    batch = LengthTrackedBatch.from_sequences([torch.ones(3), torch.ones(2)])
+    pieces: Any = iter(batch.split(1))
+    assert torch.equal(LengthTrackedBatch.concat(pieces).padded, batch.padded)
+
+
 @given(sequences(), st.integers(1, 7))
 def test_chunks_in_time_hold_every_step_once(rows: list[torch.Tensor], steps: int) -> None:
     batch = LengthTrackedBatch.from_sequences(rows)
@@ -569,6 +575,11 @@ SPARSE = torch.ones(3).to_sparse()
             lambda: LengthTrackedBatch.from_sequences([torch.eye(3), TRACKED.nested()]),
             TypeError,
             "sample 1 is a nested tensor",
+        ),
+        (
+            lambda: TRACKED.map(lambda padded: (padded, None)),
+            TypeError,
+            r"must be a tensor \[B, T, ...\], got tuple: .* apply_rnn\(rnn, batch\)",
         ),
         (
             lambda: TRACKED.unsort([torch.ones(1)] * 2),

@@ -358,6 +358,9 @@ SAMPLES = [{"x": [1, 2], "n": 2, "y": [1]}, {"x": [3], "n": 1, "y": [2]}]
             r"field 'x': sample 0 \(key 'k7'\) has 1 steps, its declared length is 2 \(inflated",
         ),
         ({"on_empty": "error"}, [{"x": [1]}, {"x": []}], LengthError, "field 'x': sample 1 is empty: leave it out"),
+        ({"padding_value": [0]}, SAMPLES, TypeError, r"padding_value must be a number, got \[0\] of type list"),
+        ({"padding_value": 2**64}, [[1], [1, 2]], ValueError, "18446744073709551616 cannot be held by torch.int64"),
+        ({"padding_value": 10**400}, [[1.0], [1.0, 2.0]], ValueError, "cannot be held by torch.float32"),
         ({"on_empty": "drop"}, SAMPLES, ValueError, "on_empty must be 'keep' or 'error', got 'drop'"),
     ],
 )

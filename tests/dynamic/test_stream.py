@@ -419,6 +419,8 @@ def test_a_state_of_a_longer_source_or_another_version_is_refused() -> None:
     state = running.state_dict()
     with pytest.raises(ValueError, match="ended 16 samples before the oldest that waited"):
         started(LengthBucketNode(Numbers([3] * 20), identity, batch_size=4, buffer_size=8), state)
+    with pytest.raises(ValueError, match="it lacks bucketer, source, source_arrival: start without a state"):
+        started(LengthBucketNode(Numbers([3] * 50), identity, batch_size=4, buffer_size=8), {"version": 1})
     state["bucketer"]["version"] = 0
     with pytest.raises(ValueError, match="must be of version 1, got version 0"):
         started(LengthBucketNode(Numbers([3] * 50), identity, batch_size=4, buffer_size=8), state)

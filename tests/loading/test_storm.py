@@ -27,6 +27,18 @@ def test_epochs_come_as_listed_whatever_is_saved_copied_or_broken_off(name: str)
     run_state_machine_as_test(machine_for(adapter), settings=chosen)
 
 
+@pytest.mark.parametrize("kind", ["sampler", "packs", "stream"])
+def test_accelerate_with_stateful_workers_takes_a_position_before_prepare(kind: str) -> None:
+    """An example that failed where the position was sought after: `prepare` asks for a state, and so begins a pass."""
+    state = machine_for(ADAPTERS[f"{kind}, accelerate stateful, workers"])()
+    state.begin(replicas=0, workers=0)
+    state.exhaust()
+    state.start_the_next_epoch()
+    state.change_replicas_and_workers(number=0, replicas=0, workers=0)
+    state.exhaust()
+    state.teardown()
+
+
 @pytest.mark.parametrize(("laid", "replicas"), [*product((1, 2, 3), repeat=2)])
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_a_step_goes_on_where_it_was_left_after_other_replicas(laid: int, replicas: int, steps: int) -> None:

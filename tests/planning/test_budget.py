@@ -94,3 +94,6 @@ def test_a_cost_must_be_one_number_for_each_batch() -> None:
         Budget(cost=lambda rows, width: 1.0).max_rows(3)
     with pytest.raises(ValueError, match="got nan for 1 rows of width 3"):
         Budget(cost=lambda rows, width: rows * np.nan).max_rows(3)
+    # A cost below zero was under every budget, so that the corpus became one batch.
+    with pytest.raises(ValueError, match=r"from 0 on, got -3\.0 for 1 rows of width 3"):
+        Budget(cost=lambda rows, width: -rows * width).max_rows(3)

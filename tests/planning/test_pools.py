@@ -66,7 +66,20 @@ def meeting(first: Batches, second: Batches) -> float:
 @pytest.mark.parametrize("kind", ["max_tokens", "batch_size"])
 def test_default_pads_hardly_more_than_chunks_that_mix_as_much(name: str, samples: int, rows: int, kind: str) -> None:
     lengths = corpus(name, samples)
-    options = {kind: rows if kind == "batch_size" else int(rows * lengths.mean())}
+    hold_to_chunks(lengths, {kind: rows if kind == "batch_size" else int(rows * lengths.mean())})
+
+
+@pytest.mark.parametrize("name", ["speech", "text", "uniform"])
+@pytest.mark.parametrize(("samples", "rows"), [(12, 6), (20, 8), (20, 14), (48, 16), (60, 20), (100, 40), (100, 70)])
+def test_the_same_holds_for_three_to_seven_batches(name: str, samples: int, rows: int) -> None:
+    """With two to three budgets of tokens buckets padded up to nine points more."""
+    lengths = corpus(name, samples)
+    hold_to_chunks(lengths, {"max_tokens": max(int(rows * lengths.mean()), int(lengths.max()))})
+
+
+def hold_to_chunks(lengths: Array, options: dict[str, int]) -> None:
+    """Compare the default with sorted chunks at an equal share of pairs that meet again."""
+    samples = len(lengths)
     epochs = 120 if samples < 1_000 else 12
     plans = [list(plan_epoch(lengths, epoch=epoch, **options).batches) for epoch in range(epochs + 5)]  # type: ignore[arg-type]
     ours = np.mean([padding(lengths, batches) for batches in plans])

@@ -13,6 +13,7 @@ import tempfile
 import time
 import tracemalloc
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -31,6 +32,7 @@ from faults import (
     index_header,
     npy,
     npy_of,
+    packed_keys,
     pax,
     put_together,
     resized,
@@ -131,7 +133,9 @@ FLIPS = {
     ("payload", "blocks"): (f"sample 'k3', field 'tokens', at offset 6792: the bytes {CRC}", None, CRC),
     ("payload", "plain"): (f"sample 'k3', field 'tokens', at offset 6656: the bytes {CRC}", None, CRC),
     ("lengths", "blocks"): (STEPS, "the lengths sum to 12, the field holds 8", "the lengths sum to 12"),
-    ("keys", "blocks"): (None, None, "its layout, fields or keys are others"),
+    ("keys", "blocks"): (None, "the compressed keys are damaged", "the compressed keys are damaged"),
+    ("keys", "blocks of version 1"): (None, None, "its layout, fields or keys are others"),
+    ("lengths", "blocks of version 1"): (STEPS, "the lengths sum to 12, the field holds 8", "the lengths sum to 12"),
     ("padding", "blocks"): (None, None, None),
     ("padding", "plain"): (None, None, None),
     ("end mark", "blocks"): (None, "not a tar header", "not a tar header"),
@@ -144,7 +148,8 @@ FLIPS = {
 @pytest.mark.parametrize("door", range(3), ids=["read", "indexed", "verified"])
 @pytest.mark.parametrize(("kind", "layout"), FLIPS)
 def test_a_flipped_bit_is_noticed_where_it_matters(tmp_path: Path, kind: str, layout: str, door: int) -> None:
-    path = write(tmp_path, SAMPLES, layout=layout, block_size=2) / SHARD
+    version = 1 if "version 1" in layout else 2
+    path = write(tmp_path, SAMPLES, layout=layout.split()[0], block_size=2, version=version) / SHARD
     content = bytearray(path.read_bytes())
     content[offset_of(path, kind)] ^= 4
     path.write_bytes(content)
@@ -199,7 +204,7 @@ def test_a_shard_that_went_grew_or_was_replaced_is_named(corpus: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda c: c[:8] + b"\2\0\0\0" + c[12:], "it has version 2, this program reads 1"),
+        (lambda c: c[:8] + b"\3\0\0\0" + c[12:], "it has version 3, this program reads 1 and 2"),
         (lambda c: tar_of([("a.x.npy", npy(3))]), "it is no length index"),
         (lambda c: c[:-64], "its checksum is wrong"),
         (lambda c: c[: len(c) // 3], "its header is damaged or truncated"),
@@ -227,6 +232,8 @@ FORGERIES = [
     (lambda h: h["fields"][0].update(suffix="wav"), "no field is"),
     (lambda h: h["fields"][0].update(shape=[-1]), "no field is"),
     (lambda h: h["fields"][0].update(shape=["x"]), "no field is"),
+    # It was an OverflowError, when a sample was read.
+    (lambda h: h["fields"][0].update(shape=[2**60]), "no field is"),
     (lambda h: h["fields"][0].update(tracked=False), "one be tracked"),
     (lambda h: h["fields"][0].update(tracked=1), "no field is"),
     (lambda h: h["shards"][0].update(size=-1), "no shard is"),
@@ -242,6 +249,43 @@ FORGERIES = [
     (lambda h: h["arrays"]["keys"].update(dtype="((((i4"), "keys is"),
     (lambda h: h["arrays"]["order"].update(dtype="<i2"), "order is"),
 ]
+
+
+PACKED = [
+    (lambda h: h["arrays"]["lengths"].update(dtype="<u4"), "lengths is"),
+    (lambda h: h["arrays"]["offsets"].update(dtype="<i4"), "offsets is"),
+    (lambda h: h["arrays"]["offsets"].update(dtype="<i8", shape=[2, 2]), "offset_bases without"),
+    (lambda h: h["arrays"]["offset_bases"].update(shape=[2, 2]), "offset_bases is [2, 2]"),
+    (lambda h: h["arrays"]["offset_bases"].update(shape=[2**60, 2]), "offset_bases is"),
+    (lambda h: h["arrays"]["keys"].update(shape=[4, 0]), "keys are [4, 0]"),
+    (lambda h: h["arrays"]["keys"].update(shape=[4]), "keys are [4]"),
+    (lambda h: h["keys"].update(alphabet=""), "keys are"),
+    (lambda h: h["keys"].update(alphabet="0123456789abcdefg"), "keys are"),
+    (lambda h: h["keys"].update(alphabet="aa"), "keys are"),
+    (lambda h: h["keys"].update(width=9), "remainders of 9 bytes"),
+    (lambda h: h["keys"].update(width=2**70), "keys are"),
+    (lambda h: h["keys"].update(width=0), "keys are"),
+    (lambda h: h["keys"].update(width=True), "keys are"),
+    (lambda h: h["keys"].pop("width"), "KeyError"),
+    (lambda h: h["keys"].update(alphabet="\u1234"), "UnicodeEncodeError"),
+    (lambda h: h["keys"].update(alphabet=7), "header is not valid"),
+    (lambda h: h["keys"].update(prefix="k" * 256), "common start of 256 bytes"),
+    (lambda h: h["keys"].update(prefix="\0"), "keys are"),
+    (lambda h: h.pop("keys"), "KeyError"),
+    (lambda h: h["arrays"].update(places=h["arrays"]["offsets"]), "KeyError"),
+    (lambda h: h["arrays"].pop("crcs") and h["arrays"].pop("offsets"), "KeyError"),
+    (lambda h: h.update(layout="plain"), "which is for blocks"),
+]
+
+
+@pytest.mark.parametrize(("forge", "message"), PACKED)
+def test_a_forged_index_of_version_2_is_refused(tmp_path: Path, forge: Callable[..., Any], message: str) -> None:
+    path = write(tmp_path, SAMPLES) / "shard.ltx"
+    header = index_header(path.read_bytes())
+    forge(header)
+    path.write_bytes(rewritten(path.read_bytes(), header))
+    with bounded(tmp_path), refused(ValueError, path, message, "build the index again"):
+        LengthIndex.open(path)
 
 
 @pytest.mark.parametrize(("forge", "message"), FORGERIES)
@@ -264,8 +308,13 @@ def test_a_forged_index_of_sound_checksums_is_refused(tmp_path: Path, forge: Cal
         ("plain", ("places", 2, 2**62), "a member is not within the shard"),
         ("plain", ("sizes", 2, -1), "a member is not within the shard"),
         ("plain", ("sizes", 2, 2**40), "a member is not within the shard"),
-        ("blocks", ("lengths", 1, 2**31 - 1), "field 'tokens': the index says 2147483647 steps, the shard 20"),
-        ("blocks", ("places", 2, -5), "at another"),
+        ("blocks", ("lengths", 1, 255), "field 'tokens': the index says 255 steps, the shard 20"),
+        ("blocks", ("offsets", 2, 2**32 - 1), "at another"),
+        ("blocks", ("offset_bases", 0, 0), "at another"),
+        ("blocks", ("offset_bases", 0, -(2**63)), "at another"),
+        ("blocks", ("keys", 1, 255), "keys hold characters beyond"),
+        ("blocks of version 1", ("lengths", 1, 2**31 - 1), "the index says 2147483647 steps, the shard 20"),
+        ("blocks of version 1", ("places", 2, -5), "at another"),
         ("blocks", ("blocks", 0, 1), "blocks do not follow each other"),
         ("blocks", ("blocks", 4, 0), "blocks do not follow each other"),
         ("blocks", ("blocks", 1, -1), "blocks do not follow each other"),
@@ -276,7 +325,8 @@ def test_a_forged_number_in_an_index_is_refused_and_nothing_allocated(
     tmp_path: Path, layout: str, number: tuple[str, int, int], message: str
 ) -> None:
     array, index, value = number
-    path = write(tmp_path, SAMPLES, layout=layout, block_size=2) / "shard.ltx"
+    version = 1 if "version 1" in layout else 2
+    path = write(tmp_path, SAMPLES, layout=layout.split()[0], block_size=2, version=version) / "shard.ltx"
     content = path.read_bytes()
     header = index_header(content)
     arrays = bytearray(index_arrays(content))
@@ -285,7 +335,7 @@ def test_a_forged_number_in_an_index_is_refused_and_nothing_allocated(
     arrays[offset : offset + width] = (value % 256**width).to_bytes(width, "little")
     path.write_bytes(rewritten(content, header, bytes(arrays)))
     with bounded(tmp_path), refused(ValueError, tmp_path, message):
-        ShardDataset(tmp_path).__getitems__(range(4))
+        list(ShardDataset(tmp_path).__getitems__(range(4)))
 
 
 @contextmanager
@@ -334,6 +384,16 @@ def header(shape: Any, dtype: str = "<i8", payload: bytes = b"") -> Any:
     return [("a.x.npy", claim(shape, dtype, payload))]
 
 
+def packed(text: bytes, level: int = 9) -> dict[str, bytes]:
+    """A block's compressed keys."""
+    return {"block.keys": packed_keys(zlib.compress(text, level))}
+
+
+def broken(change: Callable[[bytes], bytes]) -> dict[str, bytes]:
+    """A block's keys whose compressed stream is another."""
+    return {"block.keys": packed_keys(change(zlib.compress(b"a\0b")))}
+
+
 SPACED = "{" + " " * 70_000 + "'descr': '<i8', 'fortran_order': False, 'shape': (0,), }"
 NO_ARRAY = "is not an array of numbers"
 NO_TEXT = "block.keys.npy must hold text [n]"
@@ -348,6 +408,30 @@ ALONE = {
     "a header of 70 kB": ([("a.x.npy", npy_of(SPACED))], ValueError, "not a .npy array"),
 }
 WITHIN = {
+    "a key of 1 MiB in 1 kB": (block(packed(b"a" * (1 << 20))), ValueError, "bytes hold more than"),
+    "2^20 keys in 2 kB": (block(packed(b"a\0" * (1 << 20) + b"a")), ValueError, "bytes hold more than"),
+    "three keys of two samples": (
+        block(packed(b"a\0b\0c")),
+        ValueError,
+        "3 keys, the other members of the block have 2",
+    ),
+    "60,000 keys of two samples": (block(packed(b"a\0" * 60_000 + b"a", 0)), ValueError, "60001 keys"),
+    "an empty key": (block(packed(b"a\0")), ValueError, "key 1 of 2 is empty"),
+    "compressed keys that are no text": (block(packed(b"a\0\xff")), ValueError, "the keys are not UTF-8"),
+    "half a compressed stream": (block(broken(lambda data: data[:-4])), ValueError, "do not end with their member"),
+    "more after the compressed stream": (block(broken(lambda data: data + b"a")), ValueError, "do not end with"),
+    "no compressed stream": (block(broken(lambda data: b"text")), ValueError, "the compressed keys are damaged"),
+    "an empty compressed stream": (block(broken(lambda data: b"")), ValueError, "do not end with their member"),
+    "compressed keys of two axes": (
+        block({"block.keys": claim("(2, 3)", "|u1", bytes(6))}),
+        ValueError,
+        "compressed keys have one axis",
+    ),
+    "more compressed keys than the member": (
+        block({"block.keys": claim(f"({2**60},)", "|u1", bytes(6))}),
+        ValueError,
+        "the header claims",
+    ),
     "too short a sum": (block(lengths(1, 1)), LengthError, "field 'x': the lengths sum to 2, the field holds 3 steps"),
     "too great a sum": (block(lengths(1, 3)), LengthError, "field 'x': the lengths sum to 4, the field holds 3 steps"),
     "a sum that comes around": (

@@ -1,10 +1,12 @@
 """The page of the format: a reader written from it, which knows nothing of the library, reads what the writer wrote."""
 
 import json
+import math
 import re
 import struct
 import tarfile
 import tempfile
+import zlib
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,13 @@ from zlib import crc32
 
 import numpy as np
 import pytest
-from corpora import LAYOUTS, corpora, tokens, write
+from corpora import VERSIONS, corpora, tokens, write
 from hypothesis import given
 
 from samplers.shards.indexing.index import LengthIndex
 
 Sample = dict[str, Any]
+KINDS = [("plain", 1), ("blocks", 1), ("blocks", 2)]
 
 NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 
@@ -28,16 +31,57 @@ class Index:
     def __init__(self, path: Path) -> None:
         content = path.read_bytes()
         magic, version, size, header_crc, arrays_crc = struct.unpack("<8sIIII", content[:24])
-        assert (magic, version) == (b"\x89LTX\r\n\x1a\n", 1)
+        assert magic == b"\x89LTX\r\n\x1a\n"
         start = -(-(24 + size) // 64) * 64
         assert crc32(content[24 : 24 + size]) == header_crc
         assert crc32(content[start:]) == arrays_crc
         header = json.loads(content[24 : 24 + size])
-        assert set(header) - {"length_id"} == {"layout", "fields", "shards", "arrays"}
+        assert set(header) - {"length_id"} == {"layout", "fields", "shards", "arrays"} | (
+            {"keys"} if version == 2 else set()
+        )
         self.length_id = header.get("length_id")
         self.layout, self.fields, self.shards = header["layout"], header["fields"], header["shards"]
         self.arrays = {name: _view(content, start, entry) for name, entry in header["arrays"].items()}
         self.paths = [path.parent / shard["path"] for shard in self.shards]
+        self.version = version
+        if version == 2:
+            self._unpack(header["keys"])
+
+    def _unpack(self, keys: dict[str, str]) -> None:
+        """Make of the arrays of version 2 those of version 1."""
+        prefix, alphabet = keys["prefix"].encode("latin-1"), keys["alphabet"].encode("latin-1")
+        stored = self.arrays["keys"]
+        if alphabet:
+            pairs = [[alphabet[code] for byte in row for code in divmod(byte, 16)] for row in stored.tolist()]
+            remainders = [bytes(row).rstrip(b"\0") for row in pairs]
+        else:
+            remainders = stored.tolist()
+        self.arrays["keys"] = np.array([prefix + remainder for remainder in remainders])
+        if "order" not in self.arrays:
+            tracked = [field["tracked"] for field in self.fields if field["variable"]]
+            totals = self.arrays["lengths"][:, tracked].sum(1).tolist()
+            self.arrays["order"] = np.array(sorted(range(len(totals)), key=lambda number: -totals[number]))
+        self.arrays["places"] = self._places()
+
+    def _places(self) -> np.ndarray:
+        if "offset_bases" in self.arrays:
+            bases = self.arrays["offset_bases"]
+            return bases[np.arange(len(self.arrays["keys"])) // 64] + self.arrays["offsets"]
+        if "offsets" in self.arrays:
+            return self.arrays["offsets"]
+        places = np.empty((len(self.arrays["keys"]), len(self.fields)), np.int64)
+        starts = [*self.arrays["blocks"][:, 0].tolist(), len(places)]
+        variable = [field["name"] for field in self.fields if field["variable"]]
+        for row, last in zip(self.arrays["blocks"].tolist(), starts[1:], strict=True):
+            for column, field in enumerate(self.fields):
+                place = row[1 + column] + 128
+                for number in range(row[0], last):
+                    places[number, column] = place
+                    shape = list(field["shape"])
+                    if field["variable"]:
+                        shape.append(int(self.arrays["lengths"][number, variable.index(field["name"])]))
+                    place += math.prod(shape) * np.dtype(field["dtype"]).itemsize
+        return places
 
     def shard_of(self, number: int) -> int:
         ends = np.cumsum([shard["samples"] for shard in self.shards])
@@ -107,7 +151,9 @@ def read_plain(key: str, members: dict[str, bytes]) -> Sample:
 
 def read_block(members: dict[str, bytes]) -> list[Sample]:
     arrays = {suffix.removesuffix(".npy"): read_array(data) for suffix, data in members.items()}
-    samples: list[Sample] = [{"__key__": key} for key in arrays.pop("block.keys").tolist()]
+    keys = arrays.pop("block.keys")
+    names = zlib.decompress(keys.tobytes()).decode().split("\0") if keys.dtype == np.uint8 else keys.tolist()
+    samples: list[Sample] = [{"__key__": key} for key in names]
     for field in [name for name in arrays if not name.endswith(".lengths")]:
         lengths = arrays.get(f"{field}.lengths")
         ends = np.arange(1, len(samples) + 1) if lengths is None else np.cumsum(lengths)
@@ -142,18 +188,23 @@ def assert_equal(read: Sample, written: Sample) -> None:
         assert value.tobytes() == expected.tobytes(), name
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "version"), KINDS)
 @given(corpora())
-def test_a_reader_written_from_the_page_reads_the_samples_and_their_index(layout: str, drawn: tuple[Any, ...]) -> None:
+def test_a_reader_written_from_the_page_reads_the_samples_and_their_index(
+    layout: str, version: int, drawn: tuple[Any, ...]
+) -> None:
     samples, stack = drawn
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder), samples, layout=layout, stack=stack, max_samples=3, block_size=2)
+        write(Path(folder), samples, layout=layout, stack=stack, max_samples=3, block_size=2, version=version)
         index = Index(Path(folder, "shard.ltx"))
+        assert index.version == version
         read = [sample for path in index.paths for sample in read_shard(path)]
         assert len(read) == len(samples)
         for sample, written in zip(read, samples, strict=True):
             assert_equal(sample, written)
         assert_index_tells(index, samples, layout)
+        for number, path in enumerate(index.paths):
+            assert_index_tells(Index(Path(f"{path}.ltx")), samples[3 * number : 3 * number + 3], layout)
 
 
 def assert_index_tells(index: Index, samples: list[Sample], layout: str) -> None:
@@ -175,12 +226,12 @@ def assert_index_tells(index: Index, samples: list[Sample], layout: str) -> None
                 assert int(data) == expected
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "version"), KINDS)
 @pytest.mark.parametrize("lengths", [[3, 0, 7, 2, 7], [300, 1] * 120], ids=["short", "long"])
 def test_digests_fingerprints_order_and_blocks_are_what_the_page_says(
-    tmp_path: Path, layout: str, lengths: list[int]
+    tmp_path: Path, layout: str, version: int, lengths: list[int]
 ) -> None:
-    write(tmp_path, tokens(lengths), layout=layout, max_samples=170, block_size=80)
+    write(tmp_path, tokens(lengths), layout=layout, max_samples=170, block_size=80, version=version)
     index = Index(tmp_path / "shard.ltx")
     table, keys, first = index.arrays["lengths"], index.arrays["keys"], 0
     for path, shard in zip(index.paths, index.shards, strict=True):
@@ -208,9 +259,10 @@ def test_an_index_says_which_function_measured_its_lengths_if_one_did(tmp_path: 
         assert index.arrays["lengths"].tolist() == [[1], [1]]
 
 
-def test_the_rows_of_blocks_lead_to_the_arrays_of_each_block(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_rows_of_blocks_lead_to_the_arrays_of_each_block(tmp_path: Path, version: int) -> None:
     lengths = [3, 0, 7, 2, 7]
-    write(tmp_path, tokens(lengths), max_samples=3, block_size=2)
+    write(tmp_path, tokens(lengths), max_samples=3, block_size=2, version=version)
     index = Index(tmp_path / "shard.ltx")
     assert [field["name"] for field in index.fields] == ["tokens", "label"]
     starts = [*index.arrays["blocks"][:, 0].tolist(), len(lengths)]
@@ -219,6 +271,7 @@ def test_the_rows_of_blocks_lead_to_the_arrays_of_each_block(tmp_path: Path) -> 
         first, tokens_at, label_at, lengths_at = row
         data, steps = index.paths[index.shard_of(first)].read_bytes(), lengths[first:last]
         # The writer's headers of arrays have 128 bytes.
-        assert read_array(data[lengths_at : lengths_at + 128 + 4 * len(steps)]).tolist() == steps
+        stored = {1: 4, 2: 1}[version] * len(steps)
+        assert read_array(data[lengths_at : lengths_at + 128 + stored]).tolist() == steps
         assert read_array(data[label_at : label_at + 128 + 8 * len(steps)]).tolist() == [*range(first, last)]
         assert len(read_array(data[tokens_at : tokens_at + 128 + 8 * sum(steps)])) == sum(steps)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from corpora import LAYOUTS, corpora, groups, read_with_webdataset, tokens, write
+from corpora import LAYOUTS, VERSIONS, corpora, groups, read_with_webdataset, tokens, write
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -75,6 +75,10 @@ def test_an_inflated_or_deflated_index_is_caught_by_name_and_numbers(tmp_path: P
         LengthIndex.open(wrong).verify()
 
 
+# How the lengths of a block of short samples are stored, by version.
+STORED = {1: "<3i", 2: "<3B"}
+
+
 def patched(path: Path, before: Any, after: Any) -> None:
     """Overwrite bytes in a shard, in place."""
     content = path.read_bytes()
@@ -82,10 +86,16 @@ def patched(path: Path, before: Any, after: Any) -> None:
     path.write_bytes(content.replace(before, after))
 
 
-def test_a_changed_length_in_a_block_is_caught_by_name_and_numbers(tmp_path: Path) -> None:
-    write(tmp_path, tokens([5, 3, 1]))
+def lengths_member(version: int, *lengths: int) -> bytes:
+    """The end of the header of the lengths of three samples, and the lengths."""
+    return b" " * 20 + b"\n" + struct.pack(STORED[version], *lengths)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_changed_length_in_a_block_is_caught_by_name_and_numbers(tmp_path: Path, version: int) -> None:
+    write(tmp_path, tokens([5, 3, 1]), version=version)
     # The sum stays, so that the block alone looks sound.
-    patched(tmp_path / "shard-000000.tar", struct.pack("<3i", 5, 3, 1), struct.pack("<3i", 5, 1, 3))
+    patched(tmp_path / "shard-000000.tar", lengths_member(version, 5, 3, 1), lengths_member(version, 5, 1, 3))
     message = r"shard-000000.tar: sample 'k1', field 'tokens': the index says 3 steps, the shard 1"
     for index in range(3):
         with pytest.raises(LengthError, match=message):
@@ -95,10 +105,14 @@ def test_a_changed_length_in_a_block_is_caught_by_name_and_numbers(tmp_path: Pat
     assert LengthIndex.build(tmp_path).lengths.tolist() == [5, 1, 3]
 
 
-@pytest.mark.parametrize("lengths", [(5, 3, 2), (4, 3, 1), (-1, 9, 1)])
-def test_lengths_that_do_not_add_up_are_refused_by_the_block_itself(tmp_path: Path, lengths: tuple[int, ...]) -> None:
-    write(tmp_path, tokens([5, 3, 1]))
-    patched(tmp_path / "shard-000000.tar", struct.pack("<3i", 5, 3, 1), struct.pack("<3i", *lengths))
+@pytest.mark.parametrize(
+    ("version", "lengths"), [(1, (5, 3, 2)), (1, (4, 3, 1)), (1, (-1, 9, 1)), (2, (5, 3, 2)), (2, (255, 9, 1))]
+)
+def test_lengths_that_do_not_add_up_are_refused_by_the_block_itself(
+    tmp_path: Path, version: int, lengths: tuple[int, ...]
+) -> None:
+    write(tmp_path, tokens([5, 3, 1]), version=version)
+    patched(tmp_path / "shard-000000.tar", lengths_member(version, 5, 3, 1), lengths_member(version, *lengths))
     message = "the lengths sum to|has length -1"
     with pytest.raises(LengthError, match=rf"group 'block-000000', field 'tokens': .*({message})"):
         LengthIndex.build(tmp_path)
@@ -140,7 +154,7 @@ def test_a_changed_dtype_or_shape_of_a_block_is_caught(tmp_path: Path) -> None:
 def test_a_place_that_is_moved_is_caught_before_anything_is_read_from_it(tmp_path: Path) -> None:
     write(tmp_path, tokens([5, 3, 1]))
     index = LengthIndex.open(tmp_path / "shard.ltx")
-    offsets = index._tables.offsets.copy()
+    offsets = index._tables.array("offsets").copy()
     offsets[1, 0] += 8
     write_index(tmp_path / "wrong.ltx", [replace(index._tables, offsets=offsets)])
     with pytest.raises(ValueError, match="block of sample 'k0', field 'tokens'.* at another"):

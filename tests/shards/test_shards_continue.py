@@ -1,5 +1,6 @@
 """ShardWriter(append=True): killed or finished, a writer is gone on with, and the corpus is as if nothing had been."""
 
+import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -49,11 +50,19 @@ for layout in ("blocks", "plain"):
 """
 
 
-def test_a_writer_killed_at_any_moment_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    # Three shards, three indexes and the corpus file are each synced with their folder: 14 moments, and one too late.
+@pytest.mark.parametrize(("patience", "moments"), [("0", 14), ("inf", 12)])
+def test_a_writer_killed_at_any_moment_goes_on_to_the_same_bytes(tmp_path: Path, patience: str, moments: int) -> None:
+    # Flushes of three shards, three indexes, the corpus file and their folder, see `test_shards_writer`. Others are too
+    # late.
     code = WRITING + KILL_AT_A_SYNC + KILLED
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == [*["-9"] * 14, "0"] * 2
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env=os.environ | {"PATIENCE": patience},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.split() == [*["-9"] * moments, *["0"] * (15 - moments)] * 2
     for layout in LAYOUTS:
         whole = files(tmp_path / layout)
         assert len(whole) == 7

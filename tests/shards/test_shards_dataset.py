@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from collate.errors import LengthError
-from samplers.shards import dataset as dataset_module
+from samplers.shards import open_shards
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.storage.reading import LocalFile
@@ -57,13 +57,13 @@ def test_files_are_read_in_their_order_whatever_was_asked(tmp_path: Path, monkey
     write(tmp_path, tokens(list(range(1, 40))), max_samples=10, block_size=4)
     dataset = ShardDataset(tmp_path, fields=["tokens"])
     asked = np.random.default_rng(0).permutation(39).tolist()
-    dataset.__getitems__(asked)
+    list(dataset.__getitems__(asked))
     seen = []
     fill = LocalFile.fill
     monkeypatch.setattr(
         LocalFile, "fill", lambda file, arrays, at: seen.append((file.path, at)) or fill(file, arrays, at)
     )
-    dataset.__getitems__(asked)
+    list(dataset.__getitems__(asked))
     assert [path for path, _ in seen] == sorted(path for path, _ in seen)
     assert len(seen) == 4
     assert all(offsets == sorted(offsets) for _, offsets in seen)
@@ -131,7 +131,9 @@ def test_a_pickled_dataset_is_small_and_opens_its_own_files(tmp_path: Path) -> N
 def test_a_forked_process_opens_its_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = ShardDataset(write(tmp_path, tokens([3])))
     opened = []
-    monkeypatch.setattr(dataset_module, "open_file", lambda path: opened.append(path) or LocalFile(path))
+    monkeypatch.setattr(
+        open_shards, "open_file", lambda path, memory_map: opened.append(path) or LocalFile(path, memory_map=memory_map)
+    )
     for process in (1, 1, 2, 2):
         monkeypatch.setattr(os, "getpid", lambda process=process: process)
         assert len(dataset[0]["tokens"]) == 3
@@ -145,20 +147,20 @@ def open_files() -> Any:
 
 
 def test_no_more_shards_are_open_than_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset_module, "HANDLES", 3)
+    monkeypatch.setattr(open_shards, "HANDLES", 3)
     write(tmp_path, tokens([2] * 20), max_samples=1)
     before = open_files()
     dataset = ShardDataset(tmp_path)
     for index in range(20):
         assert dataset[index]["tokens"].tolist() == [1000 * index, 1000 * index + 1]
-    dataset.__getitems__(range(20))
+    list(dataset.__getitems__(range(20)))
     assert open_files() <= before + 3
     del dataset
     assert open_files() <= before
 
 
 def test_threads_share_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset_module, "HANDLES", 2)
+    monkeypatch.setattr(open_shards, "HANDLES", 2)
     write(tmp_path, tokens(list(range(1, 41))), max_samples=5)
     dataset = ShardDataset(tmp_path)
     wrong = []

@@ -258,9 +258,12 @@ SLOW = """
 import os, sys, time
 from pathlib import Path
 import numpy as np
+from samplers.shards.writing import shard_group
 from samplers.shards.writing.writer import ShardWriter
 
 folder = Path(sys.argv[1])
+# Each shard gets its name at once, so that it does not depend on the time which do.
+shard_group.PATIENCE = 0
 
 def samples(part):
     (folder / f"process-{part}").write_text(str(os.getpid()))

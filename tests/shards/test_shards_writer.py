@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from corpora import LAYOUTS, assert_same, corpora, groups, read_with_webdataset, tokens, write
+from corpora import LAYOUTS, VERSIONS, assert_same, corpora, groups, read_with_webdataset, tokens, write
 from hypothesis import given
 from hypothesis import strategies as st
 from killed import KILL_AT_A_SYNC
@@ -43,12 +44,13 @@ def test_what_is_written_is_read_back_by_place_and_by_stream(
         assert_same(read, written)
 
 
-def test_blocks_are_what_the_format_says_to_tarfile_and_numpy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", VERSIONS)
+def test_blocks_are_what_the_format_says_to_tarfile_and_numpy(tmp_path: Path, version: int) -> None:
     samples = [
         {"__key__": f"é{place}", "x": np.full((place, 2), place, np.float32), "n": place, "v": np.arange(3) + place}
         for place in range(5)
     ]
-    write(tmp_path, samples, block_size=3, stack=["v"])
+    write(tmp_path, samples, block_size=3, stack=["v"], version=version)
     read = {}
     with tarfile.open(tmp_path / "shard-000000.tar", format=tarfile.USTAR_FORMAT) as tar:
         for member in tar:
@@ -59,8 +61,10 @@ def test_blocks_are_what_the_format_says_to_tarfile_and_numpy(tmp_path: Path) ->
     )
     for block, places in enumerate(([0, 1, 2], [3, 4])):
         part = {name.split(".", 1)[1]: array for name, array in read.items() if name.startswith(f"block-00000{block}")}
-        assert part["block.keys.npy"].tolist() == [f"é{place}" for place in places]
-        assert part["x.lengths.npy"].dtype == np.int32
+        stored = part["block.keys.npy"]
+        keys = stored.tolist() if version == 1 else zlib.decompress(stored.tobytes()).decode().split("\0")
+        assert keys == [f"é{place}" for place in places]
+        assert part["x.lengths.npy"].dtype == {1: np.int32, 2: np.uint8}[version]
         assert part["x.lengths.npy"].tolist() == places
         assert np.array_equal(part["x.npy"], np.concatenate([samples[place]["x"] for place in places]))
         assert part["n.npy"].tolist() == places
@@ -293,7 +297,7 @@ def write(folder, layout):
             os.kill(os.getpid(), signal.SIGKILL)
 
 for layout in ("blocks", "plain"):
-    for count in range(15):
+    for count in range(1 + int(sys.argv[2])):
         child = os.fork()
         if not child:
             kill_at(count)
@@ -303,28 +307,40 @@ for layout in ("blocks", "plain"):
 """
 
 
+# How many shards have their name when the writer is killed at its first, second, ... flush.
+NAMED = {
+    # Each shard gets its name alone: two files are flushed, then the folder with the shard, then with its index.
+    "0": [0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3],
+    # The first shard gets its name alone, the others together: four files are flushed, and the folder twice.
+    "inf": [0, 0, 1, 1, 1, 1, 1, 1, 3, 3, 3, 3],
+}
+
+
 @pytest.mark.unix
-def test_a_killed_writer_leaves_no_half_shard_under_a_final_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("patience", NAMED)
+def test_a_killed_writer_leaves_no_half_shard_under_a_final_name(tmp_path: Path, patience: str) -> None:
     # Killed between samples, and at every one of the moments at which it sends something to the disk.
     run = subprocess.run(
-        [sys.executable, "-c", IMPORTS + KILL_AT_A_SYNC + KILLED, str(tmp_path)],
+        [sys.executable, "-c", IMPORTS + KILL_AT_A_SYNC + KILLED, str(tmp_path), str(len(NAMED[patience]))],
+        env=os.environ | {"PATIENCE": patience},
         capture_output=True,
         text=True,
         check=True,
     )
     codes = {(layout, int(count)): int(code) for layout, count, code in map(str.split, run.stdout.splitlines())}
-    # Three shards, three indexes and the corpus file are each synced with their folder: 14 times in all.
+    assert len(codes) == 2 * (1 + len(NAMED[patience]))
     assert all(code == -9 for code in codes.values())
     lengths = np.arange(120)
     for layout, count in codes:
         folder = tmp_path / f"{layout}-{count}"
         shards = sorted(folder.glob("*.tar"))
-        assert count == 0 or len(shards) == [0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3][count]
+        assert count == 0 or len(shards) == NAMED[patience][count - 1]
         for place, shard in enumerate(shards):
             assert LengthIndex.build(shard).lengths.tolist() == lengths[50 * place : 50 * place + 50].tolist()
         for index in folder.glob("*.ltx"):
             LengthIndex.open(index).verify(checksums=True)
-        assert (folder / "shard.ltx").exists() == (count == 14)
+        # The corpus file has its name at the last flush, of its folder.
+        assert (folder / "shard.ltx").exists() == (count == len(NAMED[patience]))
 
 
 def test_a_sequence_of_more_steps_than_an_index_holds_is_refused(tmp_path: Path) -> None:

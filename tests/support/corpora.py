@@ -15,6 +15,8 @@ from samplers.shards.format.npy import DTYPES
 from samplers.shards.writing.writer import ShardWriter
 
 LAYOUTS = ["blocks", "plain"]
+# Of the format of blocks: what a test that looks at the bytes is to be true of.
+VERSIONS = [1, 2]
 
 # A file name in the plain layout: no dots, slashes or controls.
 NAMES = st.text(st.characters(min_codepoint=48, exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8)

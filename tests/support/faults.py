@@ -9,6 +9,7 @@ import json
 import re
 import struct
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
 from zlib import crc32
@@ -272,9 +273,35 @@ def edit_array_values(rng: Generator, content: bytes) -> bytes:
     return put_together(parts)
 
 
+def edit_packed_keys(rng: Generator, content: bytes) -> bytes:
+    """Compressed keys are others, more, fewer, no text, or far more than their member; sizes and headers follow."""
+    parts = take_apart(content)
+    packed = [index for index, (header, _) in enumerate(parts) if b".block.keys.npy" in header[:100]]
+    packed = [index for index in packed if b"'|u1'" in parts[index][1][:40]]
+    if not packed:
+        return edit_array_values(rng, content)
+    index = int(rng.choice(packed))
+    header, data = parts[index]
+    text = zlib.decompress(data[128:])
+    forged = [
+        *(text + b"\0more", text.partition(b"\0")[0], text + b"\0", b"\0" + text, b"", text.replace(b"k", b"\xff")),
+        *(b"a" * (1 << 20), b"a\0" * (1 << 19) + b"a", b"x" * 4000 + text, text.replace(b"k", "é".encode())),
+    ][rng.integers(10)]
+    stream = zlib.compress(forged, int(rng.integers(10)) if len(forged) < 1 << 16 else 9)
+    stream = [stream, stream, stream, stream + b"more", stream[:-3], stream[:4]][rng.integers(6)]
+    data = packed_keys(stream)
+    parts[index] = resized(header, len(data)), data
+    return put_together(parts)
+
+
+def packed_keys(stream: bytes) -> bytes:
+    """The member of a block's keys in version 2, with any compressed stream."""
+    return npy(np.frombuffer(stream, np.uint8))
+
+
 TAR_WISE: list[Mutator] = [
     *(drop_member, repeat_member, swap_members, resize_member, retype_member, rename_member, extend_member),
-    *(edit_array_header, edit_array_header, edit_array_values),
+    *(edit_array_header, edit_array_header, edit_array_values, edit_packed_keys),
 ]
 
 

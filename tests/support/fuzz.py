@@ -19,6 +19,7 @@ import tarfile
 import tempfile
 import traceback
 import tracemalloc
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -34,12 +35,14 @@ from numpy.random import Generator
 
 from samplers.shard_stream import ShardStream
 from samplers.shards.dataset import ShardDataset
-from samplers.shards.format.samples import KEYS, decode_groups, field_of
+from samplers.shards.format.block_keys import KEYS
+from samplers.shards.format.samples import decode_groups, field_of
 from samplers.shards.format.tar import split_name
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.writing.writer import ShardWriter
 
 COUNT = 20_000
+NAMES = ("blocks", "blocks-1", "plain", "foreign")
 CHUNK = 250
 # Seconds after which a trial hangs; it takes some 10 ms.
 PATIENCE = 60
@@ -96,8 +99,9 @@ def make_corpora(folder: Path) -> list[Corpus]:
     """Blocks and plain shards of the writer's, and plain ones of another program's with other encodings in them."""
     rng = np.random.default_rng(0)
     written = [_draw(rng, index) for index in range(24)]
-    for layout in ("blocks", "plain"):
-        with ShardWriter(folder / layout, layout=layout, max_samples=16, block_size=6, prefix="all") as writer:
+    for name, layout, version in (("blocks", "blocks", 2), ("blocks-1", "blocks", 1), ("plain", "plain", 2)):
+        options: dict[str, Any] = {"layout": layout, "version": version, "max_samples": 16, "block_size": 6}
+        with ShardWriter(folder / name, prefix="all", **options) as writer:
             for sample in written:
                 writer.write(sample)
     (folder / "foreign").mkdir()
@@ -107,7 +111,7 @@ def make_corpora(folder: Path) -> list[Corpus]:
         LengthIndex.build(path, ["tokens"], checksums=True).save(f"{path}.ltx")
     shards = sorted((folder / "foreign").glob("*.tar"))
     LengthIndex.build(shards, ["tokens"], checksums=True).save(folder / "foreign" / "all.ltx")
-    return [_load(folder / name) for name in ("blocks", "plain", "foreign")]
+    return [_load(folder / name) for name in NAMES]
 
 
 def _draw(rng: Generator, index: int) -> Sample:
@@ -334,13 +338,14 @@ def oracle(group: dict[str, Any], layout: str) -> Iterator[Sample]:
             yield {"__key__": group["__key__"]} | values
         else:
             yield from cut_block({suffix.removesuffix(".npy"): load(data) for suffix, data in members.items()})
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, zlib.error):
         return
 
 
 def cut_block(arrays: dict[str, Any]) -> Iterator[Sample]:
     """The samples of a block."""
-    keys = arrays.pop(KEYS.removesuffix(".npy")).tolist()
+    stored = arrays.pop(KEYS.removesuffix(".npy"))
+    keys = zlib.decompress(stored.tobytes()).decode().split("\0") if stored.dtype == np.uint8 else stored.tolist()
     columns = {}
     for name in [name for name in arrays if not name.endswith(".lengths")]:
         lengths = arrays.get(f"{name}.lengths")
@@ -383,7 +388,7 @@ def run_chunk(folder: Path, seeds: range) -> Counter[tuple[str, bool]]:
     mine = folder / f"{os.getpid()}"
     if not mine.exists():
         shutil.copytree(folder / "corpora", mine)
-    corpora = [_load(mine / name) for name in ("blocks", "plain", "foreign")]
+    corpora = [_load(mine / name) for name in NAMES]
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MOST, resource.RLIM_INFINITY))
     tracemalloc.start()

@@ -247,6 +247,48 @@ def test_buffers_of_modules_that_run_are_given_back_without_being_named(net: Net
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+def test_a_step_may_write_to_its_batch(net: Net, batch: dict[str, Any]) -> None:
+    """Red before: the second run got what the first had left, and the user's batch was changed."""
+
+    def writes(b: dict[str, Any]) -> torch.Tensor:
+        b["x"].padded.mul_(0.5).sub_(0.1)
+        b["label"] += 1
+        b["label"] %= CLASSES
+        state = apply_rnn(net.gru, b["x"])[1][-1]
+        return F.cross_entropy(net.head(state), b["label"])
+
+    before = {name: getattr(batch[name], "padded", batch[name]).clone() for name in ("x", "label")}
+    assert check_step(writes, batch).ok
+    for name, values in before.items():
+        assert torch.equal(getattr(batch[name], "padded", batch[name]), values)
+
+
+def test_weights_that_a_step_moves_are_put_back(net: Net, batch: dict[str, Any]) -> None:
+    """Red before: a teacher that follows its student was told to remember, and kept what the check had made of it."""
+    teacher = Net()
+
+    def follows(b: dict[str, Any]) -> torch.Tensor:
+        with torch.no_grad():
+            target = apply_rnn(teacher.gru, b["x"])[1][-1]
+            for weight, other in zip(teacher.gru.parameters(), net.gru.parameters(), strict=True):
+                weight.data = weight.data * 0.9 + other.data * 0.1 + 0.01
+        return (apply_rnn(net.gru, b["x"])[1][-1] - target).square().mean(1).sum()
+
+    def trains(b: dict[str, Any]) -> torch.Tensor:
+        loss = RIGHT["packed tagger"](net, b)
+        with torch.no_grad():
+            for weight in net.parameters():
+                weight.sub_(0.01)
+        return loss
+
+    before = [weight.detach().clone() for weight in (*net.parameters(), *teacher.parameters())]
+    assert check_step(follows, batch).ok
+    with pytest.raises(LengthError, match="must not move an optimizer: return the loss before that"):
+        check_step(trains, batch, module=net)
+    for weight, value in zip((*net.parameters(), *teacher.parameters()), before, strict=True):
+        assert torch.equal(weight, value)
+
+
 def test_a_buffer_that_is_replaced_is_put_back(net: Net, batch: dict[str, Any]) -> None:
     class Counter(nn.Module):
         def __init__(self) -> None:

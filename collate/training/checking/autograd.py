@@ -52,17 +52,21 @@ class WithoutDropout(TorchFunctionMode):
 
 
 class Buffers:
-    """The buffers of modules, and the values that they held when each module was first seen."""
+    """The weights and buffers of modules, and the values that they held when each module was first seen."""
 
     def __init__(self) -> None:
         self._seen: set[nn.Module] = set()
         self._saved: list[tuple[nn.Module, str, Tensor, Tensor]] = []
 
     def keep(self, module: nn.Module) -> None:
-        """Save the buffers of one module, not those of its submodules."""
+        """Save the weights and buffers of one module, not those of its submodules."""
         if module in self._seen:
             return
         self._seen.add(module)
+        # A step may move a teacher's weights, or call an optimizer.
+        for name, weight in module.named_parameters(recurse=False, remove_duplicate=False):
+            if not nn.parameter.is_lazy(weight):
+                self._saved.append((module, name, weight, weight.detach().clone()))
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             # A lazy buffer has no values before the first forward pass.
             if not nn.parameter.is_lazy(buffer):
@@ -88,7 +92,7 @@ class Buffers:
         return any(weight.requires_grad for module in self._seen for weight in module.parameters(recurse=False))
 
     def restore(self) -> None:
-        """Give the modules the buffers and values that were saved."""
+        """Give the modules the weights, buffers and values that were saved."""
         for module, name, buffer, value in self._saved:
             # A module may replace its buffer by a new tensor instead of writing to it.
             setattr(module, name, buffer)

@@ -25,12 +25,11 @@ import torch
 from torch import nn
 
 from collate.errors import LengthError
-from collate.tensors.nested import fresh
 from collate.training.checking.leaks.check_documents import report_of_documents
 from collate.training.checking.leaks.documents import PlainCases, VarlenCases, holds_documents
 from collate.training.checking.probes import ROUNDING, BatchProbes, Probes
 from collate.training.checking.report import GUESSED, LIKELY, Finding, StepReport
-from collate.training.checking.rerun import RAISED, LossStep, Runner, undisturbed
+from collate.training.checking.rerun import RAISED, LossStep, Runner, copied, undisturbed
 from collate.training.checking.samples import Collate, Guess, SampleVariants
 from collate.training.checking.variants import BatchVariants, check_fields
 
@@ -55,10 +54,10 @@ def check_step(
     for bit. The step may then return losses per document `[N]`, in the order of the rows, or any tensor with an entry
     per step, or a scalar.
 
-    Every run starts from the random states of `seed` (torch, Python and NumPy) and from the buffers, such as running
-    means, that modules have before the check. All of them are restored afterwards. torch's dropout is off during the
-    check. A step that still draws random numbers gets only the probes that keep the shapes of its batch. The gradients
-    of all leaves that the loss depends on are compared.
+    Every run starts from the random states of `seed` (torch, Python and NumPy), from the weights and buffers that
+    modules have before the check, and from its own copy of the batch's values. Random states, weights and buffers are
+    restored afterwards. torch's dropout is off during the check. A step that still draws random numbers gets only the
+    probes that keep the shapes of its batch. The gradients of all leaves that the loss depends on are compared.
 
     Args:
         step: Takes a batch and returns a scalar loss, or a mapping of such losses, each of which is checked; it must
@@ -68,8 +67,8 @@ def check_step(
         samples: Instead of a batch, B samples of different lengths, to be collated by `collate`.
         collate: Makes a batch of any kind from a list of samples; its mistakes are found together with those of the
             step.
-        module: The module that the step trains. The buffers of modules that the step calls are found without it; those
-            of a module that is used but never called are restored only if it is given here.
+        module: The module that the step trains. Weights and buffers of modules that the step calls are found without
+            it; those of a module that is used but never called are restored only if it is given here.
         seed: Seed of the values tried, and of the step's own random numbers.
         tolerance: Relative change of loss or gradients that counts as a difference. Between documents none does; there
             it says how far apart two runs of the same batch may be.
@@ -134,7 +133,7 @@ def _report_of_samples(inner: Runner, samples: Sequence[Any], collate: Collate, 
         LengthError: Samples are too few, or of one length.
     """
     generator = torch.Generator().manual_seed(inner.seed)
-    variants = SampleVariants(samples, lambda chosen: collate(fresh(chosen)), generator)
+    variants = SampleVariants(samples, lambda chosen: collate(copied(chosen)), generator)
     if variants.rows < 2 or (variants.lengths and all(len(set(each)) < 2 for each in variants.lengths.values())):
         raise LengthError(
             f"samples must be two or more of different lengths, got {variants.rows} with the lengths {variants.lengths}"

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from collate.batch import LengthTrackedBatch
 from collate.errors import LengthError
-from collate.tensors.nested import fresh
+from collate.operations.construct import changed_batch
+from collate.tensors.nested import map_parts
 from collate.training.checking.autograd import Buffers, WithoutDropout, gradients_of, leaves_of
 from collate.training.restore import restored_random_state
 
@@ -30,6 +32,7 @@ SMALL = 1e-3
 _NO_GRADIENTS = {
     "incompatible with": "Pass use_reentrant=False to checkpoint: the check needs the gradients of single tensors",
     "a second time": "The step must not call backward itself: return the loss before that",
+    "modified by an inplace operation": "The step must not move an optimizer: return the loss before that",
 }
 
 
@@ -109,24 +112,18 @@ class Runner:
         self.without_graph = [name for name, loss in losses.items() if trained and not loss.requires_grad]
         input_ids = {id(tensor) for tensor in inputs}
         self.leaves = [leaf for leaf in leaves_of(list(losses.values())) if id(leaf) not in input_ids]
-        try:
-            self.base = self.run(batch)
-        except RuntimeError as error:
-            ways_out = [way_out for words, way_out in _NO_GRADIENTS.items() if words in str(error)]
-            if not ways_out:
-                raise
-            raise LengthError(f"gradients cannot be taken: {error}\n{ways_out[0]}") from error
+        self.base = self.run(batch)
         # Another seed gives another loss: the step draws random numbers.
         self.is_random = self.values(batch, self.seed + 1) != {name: term.loss for name, term in self.base.items()}
 
     def raw(self, batch: Any, seed: int | None = None) -> object:
-        """What the step returns for a batch, with buffers and random numbers as at the beginning."""
+        """What the step returns for a batch, with weights, buffers and random numbers as at the beginning."""
         self.buffers.restore()
         _seed(self.seed if seed is None else seed)
-        return self.step(fresh(batch))
+        return self.step(copied(batch))
 
     def losses(self, batch: Any, seed: int | None = None) -> dict[str, Tensor]:
-        """The step's losses on a batch, by name, with the original buffers and freshly seeded random numbers.
+        """The step's losses on a batch, by name, with original weights and buffers and freshly seeded random numbers.
 
         Raises:
             LengthError: The step returns other terms than on the unchanged batch.
@@ -138,13 +135,24 @@ class Runner:
         return terms
 
     def run(self, batch: Any) -> Terms:
-        """The step's losses and gradients on a batch."""
+        """The step's losses and gradients on a batch.
+
+        Raises:
+            LengthError: Gradients cannot be taken.
+            RuntimeError: The backward pass fails.
+        """
         losses = self.losses(batch)
         last = len(losses) - 1
-        return {
-            name: Term(float(loss.detach()), gradients_of(loss, self.leaves, keep_graph=index < last))
-            for index, (name, loss) in enumerate(losses.items())
-        }
+        try:
+            return {
+                name: Term(float(loss.detach()), gradients_of(loss, self.leaves, keep_graph=index < last))
+                for index, (name, loss) in enumerate(losses.items())
+            }
+        except RuntimeError as error:
+            ways_out = [way_out for words, way_out in _NO_GRADIENTS.items() if words in str(error)]
+            if not ways_out:
+                raise
+            raise LengthError(f"gradients cannot be taken: {error}\n{ways_out[0]}") from error
 
     def values(self, batch: Any, seed: int | None = None) -> dict[str, float]:
         """The step's losses on a batch, without gradients."""
@@ -176,12 +184,24 @@ def combined(outcomes: Sequence[Term], shares: Sequence[float], *, gradients: bo
     return Term(loss, [sum((s * g for s, g in zip(scales, c, strict=True)), torch.zeros_like(c[0])) for c in columns])
 
 
+def copied(batch: Any) -> Any:
+    """The batch in new containers with values of its own: steps pop their labels, and write to their inputs.
+
+    Values that require gradients are not copied, since they are leaves of the step's graph.
+    """
+    if isinstance(batch, LengthTrackedBatch):
+        return batch if batch.padded.requires_grad else changed_batch(batch, padded=batch.padded.clone())
+    if isinstance(batch, Tensor):
+        return batch if batch.requires_grad else batch.clone()
+    return batch.copy() if isinstance(batch, np.ndarray) else map_parts(batch, copied)
+
+
 @contextmanager
 def undisturbed(module: nn.Module | None) -> Iterator[Buffers]:
-    """Switch dropout off, and restore random states and buffers however the check ends.
+    """Switch dropout off, and restore random states, weights and buffers however the check ends.
 
     Yields:
-        The buffers of `module`; those of other modules can be added.
+        The weights and buffers of `module`; those of other modules can be added.
     """
     buffers = Buffers()
     for part in module.modules() if module is not None else ():

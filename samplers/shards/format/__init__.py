@@ -1,4 +1,4 @@
-"""The format of shards: tar members, `.npy` arrays, and the two layouts `"plain"` and `"blocks"`.
+"""The format on disk: tar members, `.npy` arrays, the two layouts `"plain"` and `"blocks"`, and columns of an index.
 
 Imports `storage`, of `collate` the errors, and of `sources` the import of optional dependencies.
 Terms: a *member* is a file in a tar; a *group* is neighbouring members of one key; a *field* is a named part of a

@@ -90,6 +90,17 @@ def read_npy_header(data: bytes, context: str) -> NpyHeader:
     return NpyHeader(*parsed, size)
 
 
+def narrow_dtype(longest: int) -> str:
+    """The dtype of lengths up to `longest`, which is at most 2**31 - 1: the smallest that holds them.
+
+    >>> narrow_dtype(255), narrow_dtype(256), narrow_dtype(70_000)
+    ('|u1', '<u2', '<i4')
+    """
+    if longest < 1 << 8:
+        return "|u1"
+    return "<u2" if longest < 1 << 16 else "<i4"
+
+
 def find_npy_header(data: bytes) -> tuple[int, int]:
     """Start and end of the text of a `.npy` header. (0, 0) if the bytes do not start with one."""
     start = _TEXT_STARTS.get(data[:8], 0)

@@ -4,9 +4,9 @@ A shard is an uncompressed tar as webdataset reads it. Its members are named `KE
 form a group. The suffix `tokens.npy` is the field `tokens` with the encoding `npy`; `wav` alone is the field `wav`.
 
 - plain: a group is a sample, and its key is the key of the sample.
-- blocks: a group is a block of some thousand samples. `block.keys.npy` holds their keys as text `[n]` and marks the
-  layout. A field of variable length is `FIELD.npy`, flat `[sum(L), *F]`, with `FIELD.lengths.npy`, int32 `[n]`. A field
-  of fixed size is `FIELD.npy` alone, `[n, *F]`.
+- blocks: a group is a block of some thousand samples. `block.keys.npy` holds their keys (see `block_keys`) and marks
+  the layout. A field of variable length is `FIELD.npy`, flat `[sum(L), *F]`, with `FIELD.lengths.npy`, integers `[n]`.
+  A field of fixed size is `FIELD.npy` alone, `[n, *F]`.
 
 The same two samples in both layouts, as webdataset gives the raw groups:
 
@@ -36,18 +36,20 @@ Nothing is executed here: pickles are refused.
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from collate.errors import LengthError
-from samplers.shards.format.npy import decode_npy, decode_text_npy
+from samplers.shards.format.block_keys import KEYS, read_block_keys
+from samplers.shards.format.keys import decode_key
+from samplers.shards.format.npy import check_npy_size, decode_npy, read_npy_header
 
 Sample: TypeAlias = dict[str, Any]
 
-KEYS: Final = "block.keys.npy"
 NO_SAMPLES: Final = "holds no samples: members must be named KEY.SUFFIX"
 
 _PICKLES: Final = re.compile(r"(?:^|\.)(pkl|pickle|pyd|pth)(?:\.gz)*$", re.IGNORECASE)
@@ -143,7 +145,7 @@ def split_block(suffixes: Iterable[str], context: str) -> dict[str, bool]:
     return {name: f"{name}.lengths" in names for name in fields}
 
 
-def check_block_lengths(lengths: Any, keys: Any, rows: int, context: str) -> npt.NDArray[np.int64]:
+def check_block_lengths(lengths: Any, keys: Sequence[bytes], rows: int, context: str) -> npt.NDArray[np.int64]:
     """Check a block's lengths against its keys `[n]` and the number of steps that the field holds.
 
     Returns:
@@ -152,28 +154,19 @@ def check_block_lengths(lengths: Any, keys: Any, rows: int, context: str) -> npt
     Raises:
         LengthError: They are not n non-negative integers that sum to `rows`.
     """
-    if np.shape(lengths) != np.shape(keys) or lengths.dtype.kind not in "iu":
+    if np.shape(lengths) != (len(keys),) or lengths.dtype.kind not in "iu":
         raise LengthError(
             f"{context}: lengths must be integers [{len(keys)}], one for each key, got {lengths.dtype} "
             f"{list(np.shape(lengths))}"
         )
     negative = np.flatnonzero(lengths < 0)
     if len(negative):
-        raise LengthError(f"{context}: sample {str(keys[negative[0]])!r} has length {lengths[negative[0]]}")
+        raise LengthError(f"{context}: sample {decode_key(keys[negative[0]])!r} has length {lengths[negative[0]]}")
     # Python ints, because an int64 sum could overflow.
     total = sum(lengths.tolist())
     if total != rows:
         raise LengthError(f"{context}: the lengths sum to {total}, the field holds {rows} steps")
     return np.asarray(lengths, np.int64)
-
-
-def read_block_keys(data: bytes, context: str) -> npt.NDArray[np.str_]:
-    """The keys of a block: text `[n]`.
-
-    Raises:
-        ValueError: The member is not a list of text.
-    """
-    return decode_text_npy(data, f"{context}: {KEYS}")
 
 
 def _decode_sample(key: str, members: Mapping[str, Any], fields: Collection[str] | None, context: str) -> Sample:
@@ -200,16 +193,30 @@ def _decode_block(members: Mapping[str, Any], fields: Collection[str] | None, co
     Yields:
         Samples in the order of the keys.
     """
-    keys = read_block_keys(_raw(members[KEYS], KEYS, context), context)
-    variable = {name: v for name, v in split_block(members, context).items() if fields is None or name in fields}
+    every = split_block(members, context)
+    keys = read_block_keys(
+        _raw(members[KEYS], KEYS, context), partial(_count_samples, members, every, context), context
+    )
+    variable = {name: varies for name, varies in every.items() if fields is None or name in fields}
     _refuse_missing(variable, fields, context)
     columns = {name: _cut_column(name, members, keys, context, variable=v) for name, v in variable.items()}
-    for row, key in enumerate(keys.tolist()):
+    for row, key in enumerate(map(decode_key, keys)):
         yield {"__key__": key} | {name: column[row] for name, column in columns.items()}
 
 
+def _count_samples(members: Mapping[str, Any], variable: Mapping[str, bool], context: str) -> int:
+    """The samples of a block, as another member than that of the keys says. 0 if none does."""
+    lengths = [f"{name}.lengths.npy" for name, varies in variable.items() if varies]
+    for name in [*lengths, *(f"{name}.npy" for name, varies in variable.items() if not varies)][:1]:
+        data = _raw(members[name], name, context)
+        header = read_npy_header(data, f"{context}: {name}")
+        check_npy_size(header, len(data), f"{context}: {name}")
+        return header.shape[0] if header.shape else 0
+    return 0
+
+
 def _cut_column(
-    name: str, members: Mapping[str, Any], keys: npt.NDArray[np.str_], context: str, *, variable: bool
+    name: str, members: Mapping[str, Any], keys: Sequence[bytes], context: str, *, variable: bool
 ) -> list[Any]:
     """The values of one field of a block, one for each sample.
 
@@ -225,7 +232,7 @@ def _cut_column(
         ends = check_block_lengths(lengths, keys, len(column), context).cumsum().tolist()
         # Copies: a view of one sample in a buffer would keep the memory of its whole block.
         return [column[first:last].copy() for first, last in zip([0, *ends], ends, strict=False)]
-    if np.shape(column)[:1] != keys.shape:
+    if np.shape(column)[:1] != (len(keys),):
         raise ValueError(f"{context}: {len(keys)} keys, but an array of shape {list(np.shape(column))}")
     # Copies, for the same reason as above.
     return [row.copy() for row in column]

@@ -1,12 +1,12 @@
 """The index of a corpus: every sample's length, offset and checksum, in a small file next to the shards."""
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
-from typing import Any, Self, overload
+from typing import Any, Final, Self, overload
 
 import numpy as np
 
@@ -14,9 +14,17 @@ from collate.deprecated.names import renamed_arguments
 from samplers.shards.format.header_lengths import DeclaredLength, SoundHeaders, header_length_of
 from samplers.shards.format.keys import decode_key
 from samplers.shards.format.npy import AnyArray
+from samplers.shards.format.packed_keys import PackedKeys
 from samplers.shards.indexing.cache import IndexCache
 from samplers.shards.indexing.find_index import find_index_files
-from samplers.shards.indexing.index_file import open_tables, read_index, sort_by_length, write_index
+from samplers.shards.indexing.index_file import (
+    FORMAT_VERSION,
+    check_version,
+    open_tables,
+    read_index,
+    sort_by_length,
+    write_index,
+)
 from samplers.shards.indexing.measuring import Decoder, LengthOf, Measure, identify
 from samplers.shards.indexing.tables import Tables, join_tables
 from samplers.shards.indexing.verify import check_request, check_shard, complete_measure
@@ -25,11 +33,14 @@ from samplers.shards.storage.paths import expand_shards, refuse_twice
 from samplers.shards.storage.process_pool import run_in_processes
 from samplers.shards.storage.reading import Shards
 
+# Keys that are decoded together.
+_KEYS_AT_ONCE: Final = 1 << 12
+
 
 class Keys(Sequence[str]):
     """Keys of samples, decoded when they are used."""
 
-    def __init__(self, keys: AnyArray) -> None:
+    def __init__(self, keys: "AnyArray | PackedKeys") -> None:
         self._keys = keys
 
     def __len__(self) -> int:
@@ -43,6 +54,10 @@ class Keys(Sequence[str]):
         if isinstance(index, slice):
             return Keys(self._keys[index])
         return decode_key(self._keys[index])
+
+    def __iter__(self) -> Iterator[str]:
+        for first in range(0, len(self), _KEYS_AT_ONCE):
+            yield from map(decode_key, self._keys[first : first + _KEYS_AT_ONCE].tolist())
 
 
 class LengthIndex:
@@ -174,17 +189,19 @@ class LengthIndex:
         refuse_twice((shard.path, path) for part, path in zip(parts, paths, strict=True) for shard in part.shards)
         return cls(join_tables(parts))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, version: int = FORMAT_VERSION) -> None:
         """Write the index to a local file, complete or not at all.
 
         Args:
             path: Best in the folder of the shards: their paths are then relative, and the folder can be moved.
+            version: Version of the file: 2, or 1 for release 0.1. Plain shards always have version 1.
 
         Raises:
             FileExistsError: Another process is writing the file.
-            ValueError: It is a URL.
+            TypeError: `version` is not an int.
+            ValueError: `path` is a URL, or `version` is neither 1 nor 2.
         """
-        write_index(local_path(path, "path"), [self._tables])
+        write_index(local_path(path, "path"), [self._tables], check_version(version))
 
     def __len__(self) -> int:
         return len(self._tables.keys)

@@ -6,7 +6,7 @@ are little-endian.
 | bytes | content |
 |---|---|
 | 0-7 | magic: 89 4C 54 58 0D 0A 1A 0A |
-| 8-11 | version of the format: 1 |
+| 8-11 | version of the format: 1 or 2 |
 | 12-15 | h, size of the header |
 | 16-19 | crc32 of the header |
 | 20-23 | crc32 of all bytes from a on |
@@ -18,10 +18,12 @@ The header is an object with
 - `fields`: M objects `{name, suffix, variable, dtype, shape, tracked}`, K of them variable (see `Field`);
 - `shards`: objects `{path, size, samples, digest, fingerprint}` (see `Shard`), with paths relative to the index's
   folder where possible;
-- `arrays`: name to `{dtype, shape, offset}`. Offsets count from a, each is a multiple of 64. The arrays are `lengths`
-  int32 `[N, K]`, `keys` bytes `[N]` padded with zeros, `places` int64 `[N, M]` (`Tables.offsets`), `order` (samples by
-  the sum of their tracked lengths, longest first, stable) int32 or int64 `[N]`, in the plain layout `sizes` int64
-  `[N, M]`, in blocks `blocks` int64 `[G, 1 + M + K]`, and `crcs` uint32 `[N, M]` if payloads were read (see `Tables`);
+- `arrays`: name to `{dtype, shape, offset}`. Offsets count from a, each is a multiple of 64. In version 1 the arrays
+  are `lengths` int32 `[N, K]`, `keys` bytes `[N]` padded with zeros, `places` int64 `[N, M]` (`Tables.offsets`),
+  `order` (samples by the sum of their tracked lengths, longest first, stable) int32 or int64 `[N]`, in the plain layout
+  `sizes` int64 `[N, M]`, in blocks `blocks` int64 `[G, 1 + M + K]`, and `crcs` uint32 `[N, M]` if payloads were read
+  (see `Tables`). Version 2, for blocks only, stores lengths, keys and offsets smaller: see `index_arrays`;
+- `keys`, in version 2: `{prefix, alphabet}` (see `packed_keys`);
 - `length_id`, if it is known: what measured the lengths of fields that are not arrays: the name of a function,
   `sound headers`, or `declared in FIELD.KEY`;
 - `rates`, if they are known: for such a field its steps in a second, ascending; several if samples differ.
@@ -50,43 +52,39 @@ An index of two samples of one shard. The lengths take 2 x 4 bytes, so the keys 
 """
 
 import json
+import math
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
-from zlib import crc32
 
 import numpy as np
 
+from collate.widths import check_count
 from samplers.shards.format.npy import AnyArray
-from samplers.shards.indexing.index_header import (
-    NAME_IN_FILE,
-    NAME_IN_TABLES,
-    build_tables,
+from samplers.shards.indexing.index_arrays import (
+    StoredArray,
     check_blocks,
     check_values,
-    encode_header,
+    is_derivable,
     plan_arrays,
+    plan_packed_arrays,
     round_up,
-    view_array,
 )
-from samplers.shards.indexing.tables import (
-    Field,
-    Layout,
-    Rates,
-    Shard,
-    Tables,
-    TablesLike,
-    check_alike,
-    concat_column,
-)
+from samplers.shards.indexing.index_header import build_tables, encode_header, read_columns
+from samplers.shards.indexing.tables import Field, Layout, Rates, Shard, Tables, TablesLike, check_alike
 from samplers.shards.storage.atomic import AtomicFile
+from samplers.shards.storage.checksum import crc32
 from samplers.shards.storage.reading import open_file
 from samplers.shards.storage.remote import RemoteFile
 
 SUFFIX: Final = ".ltx"
-FORMAT_VERSION: Final = 1
+# Suffix of the index of a single shard.
+SHARD_SUFFIX: Final = ".tar.ltx"
+# What is written, and what is read. Version 2 is for blocks; the plain layout is written in version 1.
+FORMAT_VERSION: Final = 2
+_VERSIONS: Final = (1, 2)
 # The remedy in most messages.
 REBUILD: Final = "build the index again: `lengthtrack index`, or LengthIndex.build(shards).save(path)"
 
@@ -131,8 +129,8 @@ class FileTables:
         """
         content = _load_content(self.path)
         _check(self.path, "it was replaced while it was read", holds=content[: _PREFIX.size].tobytes() == self.prefix)
-        header, start = _read_index_header(content, self.path)
-        return view_array(content, start, name, header["arrays"][NAME_IN_FILE.get(name, name)])
+        header, start, version = _read_index_header(content, self.path)
+        return np.asarray(read_columns(header, content, start, version)[name])
 
 
 def open_tables(path: str, shard: str | None = None) -> TablesLike:
@@ -160,8 +158,8 @@ def open_tables(path: str, shard: str | None = None) -> TablesLike:
 
 def read_index(
     path: str, checked_up_to: int | None = _CHECKED_UP_TO, *, mapped: bool = True
-) -> tuple[Tables, AnyArray]:
-    """The tables in an index file, and the order of its samples by length.
+) -> tuple[Tables, AnyArray | None]:
+    """The tables in an index file, and the order of its samples by length, if it is stored.
 
     Args:
         path: Path or URL of the file.
@@ -173,7 +171,7 @@ def read_index(
         ValueError: The file is foreign, of another version, truncated or damaged.
     """
     content = _load_content(path, mapped=mapped)
-    header, start = _read_index_header(content, path)
+    header, start, version = _read_index_header(content, path)
     checked = checked_up_to is None or len(content) <= checked_up_to
     if checked:
         _check(
@@ -182,22 +180,47 @@ def read_index(
             holds=crc32(content[start:].data) == _PREFIX.unpack(content[: _PREFIX.size].data)[4],
         )
     try:
-        tables, order = build_tables(header, content, start, path)
-        check_blocks(tables)
+        tables, order = build_tables(header, content, start, path, version)
+        if tables.blocks is not None:
+            check_blocks(tables.blocks, len(tables.keys))
         if checked:
             check_values(tables, order)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ValueError(f"{path}: its header is not valid ({error!r}); {REBUILD}") from None
     return tables, order
 
 
-def write_index(path: Path, parts: Sequence[TablesLike] | Callable[[], Sequence[TablesLike]]) -> None:
+def write_index(
+    path: Path,
+    parts: Sequence[TablesLike] | Callable[[], Sequence[TablesLike]],
+    version: int = FORMAT_VERSION,
+) -> None:
     """Write an index file of the shards of all parts, complete or not at all.
 
     Args:
         path: Path of the file.
         parts: At least one, or a function that lists them. It is called when this process has the lock, so that no
             other process can finish a file of this name in between.
+        version: Version of the format, 1 or 2. The plain layout is always written in version 1.
+
+    Raises:
+        FileExistsError: Another process writes the file.
+        ValueError: The parts cannot be joined.
+    """
+    file = prepare_index(path, parts, version)
+    try:
+        file.commit()
+    except BaseException:
+        file.discard()
+        raise
+
+
+def prepare_index(
+    path: Path,
+    parts: Sequence[TablesLike] | Callable[[], Sequence[TablesLike]],
+    version: int = FORMAT_VERSION,
+) -> AtomicFile:
+    """Write an index file, as `write_index` does, that does not have its name yet.
 
     Raises:
         FileExistsError: Another process writes the file.
@@ -207,22 +230,48 @@ def write_index(path: Path, parts: Sequence[TablesLike] | Callable[[], Sequence[
     try:
         parts = parts() if callable(parts) else parts
         length_id = check_alike(parts)
-        order = sort_by_length(parts)
-        entries = plan_arrays(parts, order)
-        header, start = encode_header(parts, entries, path.absolute().parent, length_id)
+        version = version if parts[0].layout == "blocks" else 1
+        arrays, extra = _plan(parts, version, path.name)
+        entries: dict[str, dict[str, Any]] = {}
+        offset = 0
+        for array in arrays:
+            entries[array.name] = {"dtype": array.dtype, "shape": list(array.shape), "offset": offset}
+            offset += round_up(math.prod(array.shape) * np.dtype(array.dtype).itemsize)
+        header, start = encode_header(parts, {"arrays": entries} | extra, path.absolute().parent, length_id)
         content = _Summed(file.stream, start)
-        for name, entry in entries.items():
-            content.pad_to(entry["offset"])
-            columns = [order] if name == "order" else concat_column(parts, NAME_IN_TABLES.get(name, name))
-            for array in columns:
-                content.write(array.astype(entry["dtype"], order="C"))
+        for array in arrays:
+            content.pad_to(entries[array.name]["offset"])
+            for rows in array.parts():
+                content.write(rows.astype(array.dtype, order="C", copy=False))
         # The prefix has the checksum of the arrays, so it comes last.
         file.stream.seek(0)
-        file.stream.write(_PREFIX.pack(_MAGIC, FORMAT_VERSION, len(header), crc32(header), content.crc) + header)
-        file.commit()
+        file.stream.write(_PREFIX.pack(_MAGIC, version, len(header), crc32(header), content.crc) + header)
+        file.stream.flush()
     except BaseException:
         file.discard()
         raise
+    return file
+
+
+def _plan(parts: Sequence[TablesLike], version: int, name: str) -> tuple[list[StoredArray], dict[str, Any]]:
+    """The arrays of a file, and the entries that they need in its header."""
+    if version == 1:
+        return plan_arrays(parts, sort_by_length(parts)), {}
+    of_shard = name.endswith(SHARD_SUFFIX) and is_derivable(parts)
+    return plan_packed_arrays(parts, None if of_shard else sort_by_length(parts))
+
+
+def check_version(version: int) -> int:
+    """Check a version of the format that is to be written.
+
+    Raises:
+        TypeError: It is not an int.
+        ValueError: It is neither 1 nor 2.
+    """
+    check_count("version", version, least=1, hint="1 is what release 0.1 reads, 2 is smaller")
+    if version not in _VERSIONS:
+        raise ValueError(f"version must be 1 or 2, got {version}: 1 is what release 0.1 reads, 2 is smaller")
+    return version
 
 
 def sort_by_length(parts: Sequence[TablesLike]) -> AnyArray:
@@ -252,12 +301,12 @@ class _Summed:
         self.write(bytes(offset - self.size))
 
 
-def _read_index_header(content: AnyArray, path: str) -> tuple[dict[str, Any], int]:
-    """The header, and the offset of the arrays."""
+def _read_index_header(content: AnyArray, path: str) -> tuple[dict[str, Any], int, int]:
+    """The header, the offset of the arrays, and the version."""
     _check(path, "it is too short: truncated", holds=len(content) >= _PREFIX.size)
     magic, version, size, crc, _ = _PREFIX.unpack(content[: _PREFIX.size].data)
     _check(path, "it is no length index, or was sent as text", holds=magic == _MAGIC)
-    _check(path, f"it has version {version}, this program reads {FORMAT_VERSION}", holds=version == FORMAT_VERSION)
+    _check(path, f"it has version {version}, this program reads 1 and 2", holds=version in _VERSIONS)
     text = content[_PREFIX.size : _PREFIX.size + size].tobytes()
     _check(path, "its header is damaged or truncated", holds=len(text) == size and crc32(text) == crc)
     try:
@@ -265,7 +314,7 @@ def _read_index_header(content: AnyArray, path: str) -> tuple[dict[str, Any], in
     except (ValueError, RecursionError):
         header = None
     _check(path, "its header is no JSON object", holds=isinstance(header, dict))
-    return header, round_up(_PREFIX.size + size)
+    return header, round_up(_PREFIX.size + size), version
 
 
 def _load_content(path: str, *, mapped: bool = True) -> AnyArray:

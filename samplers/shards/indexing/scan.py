@@ -4,11 +4,12 @@ from collections.abc import Collection, Iterator
 from itertools import chain
 from typing import Any
 
+from samplers.shards.format.block_keys import KEYS
 from samplers.shards.format.header_lengths import SoundHeaders
-from samplers.shards.format.samples import KEYS, NO_SAMPLES
+from samplers.shards.format.samples import NO_SAMPLES
+from samplers.shards.indexing.layouts.scan_blocks import scan_blocks
+from samplers.shards.indexing.layouts.scan_plain import PlainScan
 from samplers.shards.indexing.measuring import Measure
-from samplers.shards.indexing.scan_blocks import scan_blocks
-from samplers.shards.indexing.scan_plain import PlainScan
 from samplers.shards.indexing.shard_groups import ShardGroups
 from samplers.shards.indexing.tables import Tables
 from samplers.shards.storage.reading import open_file

@@ -31,6 +31,8 @@ from typing import Any, Final, Literal, Protocol, TypeAlias
 import numpy as np
 
 from samplers.shards.format.npy import AnyArray
+from samplers.shards.format.packed_keys import PackedKeys
+from samplers.shards.format.packed_offsets import PackedOffsets
 
 # Steps in a second, by field: ascending, more than one if samples differ.
 Rates: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
@@ -139,9 +141,9 @@ class Tables:
         fields: The M fields, in the order of their members.
         shards: The shards, in the order of their samples.
         lengths: Lengths in steps, int32 `[N, K]`.
-        keys: Keys in UTF-8, fixed-width bytes `[N]`.
-        offsets: Offsets in the shard, int64 `[N, M]`: of the sample's first value in blocks, of the member in the plain
-            layout, where 0 means that the sample lacks the field.
+        keys: Keys in UTF-8, fixed-width bytes `[N]`, or packed from a file of version 2.
+        offsets: Offsets in the shard, int64 `[N, M]`, or packed from a file of version 2: of the sample's first value
+            in blocks, of the member in the plain layout, where 0 means that the sample lacks the field.
         sizes: Bytes of the member, int64 `[N, M]`. None in blocks, where length and dtype give them.
         crcs: crc32 of these bytes, uint32 `[N, M]`. None if payloads were not read.
         blocks: int64 `[G, 1 + M + K]`, a row for each block: its first sample, the offsets of its fields' members, and
@@ -155,8 +157,8 @@ class Tables:
     fields: tuple[Field, ...]
     shards: tuple[Shard, ...]
     lengths: AnyArray
-    keys: AnyArray
-    offsets: AnyArray
+    keys: AnyArray | PackedKeys
+    offsets: AnyArray | PackedOffsets
     sizes: AnyArray | None = None
     crcs: AnyArray | None = None
     blocks: AnyArray | None = None
@@ -173,8 +175,8 @@ class Tables:
         return [field for field in self.fields if field.variable]
 
     @property
-    def arrays(self) -> dict[str, AnyArray]:
-        """The arrays that are not None, by name."""
+    def arrays(self) -> dict[str, Any]:
+        """The arrays that are not None, by name. Some may be packed."""
         values = {name: getattr(self, name) for name in ARRAYS}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -194,8 +196,20 @@ class Tables:
         return np.cumsum([0, *(shard.samples for shard in self.shards)])
 
     def array(self, name: str) -> AnyArray:
-        """One of the arrays."""
-        return self.arrays[name]
+        """One of the arrays. A packed one is unpacked."""
+        return np.asarray(self.arrays[name])
+
+    def offsets_of(self, rows: AnyArray, column: int) -> AnyArray:
+        """The offsets of a field in the shards of these samples: int64 `[n]`.
+
+        Args:
+            rows: Sample indices, int64 `[n]`, not negative.
+            column: Index of the field in `fields`.
+        """
+        if isinstance(self.offsets, PackedOffsets):
+            return self.offsets.at(rows, column)
+        offsets: AnyArray = self.offsets[rows, column]
+        return offsets
 
     def of_shard(self, number: int) -> "Tables":
         """The tables of one shard, as an index of that shard alone would have them."""

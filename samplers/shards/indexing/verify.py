@@ -56,7 +56,7 @@ def check_shard(tables: Tables, measure: Measure, *, checksums: bool) -> None:
     for column, field in enumerate(scanned.variable):
         if field.is_array or measure.measures(field.name):
             indexed, stored = tables.lengths[:, column], scanned.lengths[:, column]
-            refuse_wrong_length(shard.path, tables.keys, field, indexed=indexed, stored=stored)
+            refuse_wrong_length(shard.path, tables.array("keys"), field, indexed=indexed, stored=stored)
     if scanned.crcs is not None and tables.crcs is not None:
         _compare_crcs(scanned, tables.crcs)
     # Last, because the checks above have better messages.

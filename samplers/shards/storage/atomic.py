@@ -15,6 +15,8 @@ import io
 import os
 import re
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -30,6 +32,8 @@ _LOCAL: Final = re.compile(r"(?:file|local)://", re.IGNORECASE)
 # Another process may mistake a new file for a leftover, and remove it before it is locked. So try again: 20 x 10 ms.
 _TRIES: Final = 20
 _RETRY_SECONDS: Final = 0.01
+# Flushes that run at once: sixteen take no less time for each file.
+_FLUSHES: Final = 8
 
 
 def local_path(path: str | os.PathLike[str], name: str) -> Path:
@@ -63,6 +67,7 @@ class AtomicFile:
         path: The final name.
         temporary: The name while it is written.
         stream: The open temporary file.
+        committed: Whether it has its final name.
     """
 
     def __init__(self, path: Path, *, replace: bool = True) -> None:
@@ -78,6 +83,7 @@ class AtomicFile:
         """
         self.path = path
         self.temporary = path.with_name(path.name + TEMPORARY)
+        self.committed = False
         self.stream = io.BufferedWriter(_create(self.temporary))
         # Only the holder of the lock may create the final name, so this check stays true until `commit`.
         if not replace and path.exists():
@@ -90,9 +96,25 @@ class AtomicFile:
         Raises:
             PermissionError: The file of that name may not be replaced, as on Windows while a program has it open.
         """
+        self.flush()
+        self._rename()
+        _sync_folder(self.path.parent)
+
+    def flush(self) -> None:
+        """Flush everything to the disk."""
         self.stream.flush()
         os.fsync(self.stream.fileno())
-        self.stream.close()
+
+    def _rename(self) -> None:
+        """Give the file its final name, once everything is on the disk.
+
+        Raises:
+            PermissionError: The file of that name may not be replaced.
+        """
+        # Windows renames no open file. Elsewhere the lock is held until the file has its final name: another process
+        # would remove it as a leftover in between.
+        if os.name == "nt":
+            self.stream.close()
         try:
             self.temporary.replace(self.path)
         except PermissionError as error:
@@ -103,14 +125,45 @@ class AtomicFile:
                 "that use it, or write elsewhere",
                 str(self.path),
             ) from error
-        _sync_folder(self.path.parent)
+        self.committed = True
+        self.stream.close()
 
     def discard(self) -> None:
-        """Remove the temporary file."""
+        """Remove the temporary file, unless it has its final name already."""
+        if self.committed:
+            return
         # On a full disk closing fails as well, because the buffer does not fit either.
         with suppress(OSError):
             self.stream.close()
         self.temporary.unlink(missing_ok=True)
+
+
+def commit_in_stages(stages: Sequence[Sequence[AtomicFile]]) -> None:
+    """Commit many files of one folder with far fewer flushes than `commit` needs for each.
+
+    All are flushed before the first gets its name. The names of a stage are on the disk before those of the next one
+    are given, as those of shards are before those of their indexes.
+
+    Raises:
+        OSError: A file could not be flushed or renamed. Files without their final name are removed.
+    """
+    files = [file for stage in stages for file in stage]
+    try:
+        # A disk answers many flushes at once in about the time of one.
+        with ThreadPoolExecutor(min(_FLUSHES, len(files))) as pool:
+            list(pool.map(AtomicFile.flush, files))
+        for number, stage in enumerate(stages):
+            for file in stage:
+                if number:
+                    # A new name changes the time of a file. Without this, an index would look older than its shard.
+                    os.utime(file.temporary)
+                file._rename()  # noqa: SLF001 (a function of this class)
+            for folder in {file.path.parent for file in stage}:
+                _sync_folder(folder)
+    except BaseException:
+        for file in files:
+            file.discard()
+        raise
 
 
 def remove_leftover(temporary: Path) -> None:

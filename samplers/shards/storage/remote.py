@@ -55,21 +55,21 @@ class RemoteFile:
             start, self._window = offset, (offset, data)
         return data[offset - start : offset - start + size]
 
-    def fill(self, arrays: Sequence[npt.NDArray[Any]], offsets: Sequence[int]) -> None:
-        """Overwrite each array, see `RandomAccess.fill`.
+    def fill(self, buffers: Sequence[Any], offsets: Sequence[int]) -> None:
+        """Overwrite each buffer, see `RandomAccess.fill`.
 
         Raises:
-            ValueError: The file ends before an array is full, or its server gives no ranges.
+            ValueError: The file ends before a buffer is full, or its server gives no ranges.
         """
-        wanted = [(array, offset) for array, offset in zip(arrays, offsets, strict=True) if array.nbytes]
+        wanted = [(buffer, offset) for buffer, offset in zip(buffers, offsets, strict=True) if buffer.nbytes]
         # A server without ranges sends the whole file for each range. So the first range goes alone, to find out.
         for part in [wanted] if self._gives_ranges else [wanted[:1], wanted[1:]]:
             starts = [offset for _, offset in part]
-            ranges = self._fetch(starts, [offset + array.nbytes for array, offset in part])
-            for (array, offset), data in zip(part, ranges, strict=True):
-                if len(data) != array.nbytes:
-                    raise ValueError(truncated(self.path, self.size, offset, array.nbytes))
-                array.reshape(-1).view(np.uint8)[:] = np.frombuffer(data, np.uint8)
+            ranges = self._fetch(starts, [offset + buffer.nbytes for buffer, offset in part])
+            for (buffer, offset), data in zip(part, ranges, strict=True):
+                if len(data) != buffer.nbytes:
+                    raise ValueError(truncated(self.path, self.size, offset, buffer.nbytes))
+                as_bytes(buffer)[:] = np.frombuffer(data, np.uint8)
 
     def _fetch(self, starts: list[int], ends: list[int]) -> list[bytes]:
         """The bytes of these ranges.
@@ -111,17 +111,22 @@ class FetchedFile:
         """Up to `size` bytes from `offset` on, fewer only at the end of the file."""
         return bytes(self._data[offset : offset + size])
 
-    def fill(self, arrays: Sequence[npt.NDArray[Any]], offsets: Sequence[int]) -> None:
-        """Overwrite each array, see `RandomAccess.fill`.
+    def fill(self, buffers: Sequence[Any], offsets: Sequence[int]) -> None:
+        """Overwrite each buffer, see `RandomAccess.fill`.
 
         Raises:
-            ValueError: The file ends before an array is full.
+            ValueError: The file ends before a buffer is full.
         """
-        for array, offset in zip(arrays, offsets, strict=True):
-            part = self._data[offset : offset + array.nbytes]
-            if len(part) != array.nbytes:
-                raise ValueError(truncated(self.path, len(self._data), offset, array.nbytes))
-            array.reshape(-1).view(np.uint8)[:] = np.frombuffer(part, np.uint8)
+        for buffer, offset in zip(buffers, offsets, strict=True):
+            part = self._data[offset : offset + buffer.nbytes]
+            if len(part) != buffer.nbytes:
+                raise ValueError(truncated(self.path, len(self._data), offset, buffer.nbytes))
+            as_bytes(buffer)[:] = np.frombuffer(part, np.uint8)
+
+
+def as_bytes(buffer: Any) -> npt.NDArray[np.uint8]:
+    """The bytes of a C-contiguous buffer, uint8 `[n]`, in its memory."""
+    return np.asarray(buffer).reshape(-1).view(np.uint8)
 
 
 def file_system(url: str) -> tuple[Any, str]:

@@ -86,13 +86,14 @@ def read_corpus(folder: Path, prefix: str, shards: Sequence[Path]) -> frozenset[
     return frozenset(Path(shard.path).name for shard in tables.shards)
 
 
-def adopt_shards(shards: Sequence[Path], layout: Layout, stack: frozenset[str]) -> list[TablesLike]:
+def adopt_shards(shards: Sequence[Path], layout: Layout, stack: frozenset[str], version: int) -> list[TablesLike]:
     """The tables of finished shards. A shard whose writer was killed before it wrote the index is indexed here.
 
     Args:
         shards: The shards, in their order.
         layout: The layout that they must have.
         stack: Fields of fixed size.
+        version: Version of the indexes that are written.
 
     Raises:
         ValueError: A shard has another layout or schema, or has changed since it was indexed.
@@ -100,7 +101,8 @@ def adopt_shards(shards: Sequence[Path], layout: Layout, stack: frozenset[str]) 
     indexed: list[TablesLike | None] = [_read(shard) for shard in shards]
     example = next((part for part in indexed if part is not None), None)
     whole = [
-        _index(shard, example, stack) if part is None else part for shard, part in zip(shards, indexed, strict=True)
+        _index(shard, example, stack, version) if part is None else part
+        for shard, part in zip(shards, indexed, strict=True)
     ]
     for part in whole:
         if part.layout != layout:
@@ -136,13 +138,13 @@ def _read(shard: Path) -> TablesLike | None:
     return part
 
 
-def _index(shard: Path, example: TablesLike | None, stack: frozenset[str]) -> TablesLike:
+def _index(shard: Path, example: TablesLike | None, stack: frozenset[str], version: int) -> TablesLike:
     """Index a shard. `example` is another shard of the corpus that has an index."""
     # In the plain layout an array of fixed size looks like a sequence. Another shard or `stack` tells which it is.
     fields = scan_shard(str(shard)).fields if example is None else example.fields
     names = [field.name for field in fields if field.variable and (example is not None or field.name not in stack)]
     index = shard.with_name(shard.name + SUFFIX)
-    write_index(index, [scan_shard(str(shard), names, checksums=True)])
+    write_index(index, [scan_shard(str(shard), names, checksums=True)], version)
     return open_tables(str(index), str(shard))
 
 

@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from samplers.shards.indexing.index_file import SUFFIX, open_tables, read_index, write_index
+from samplers.shards.indexing.index_file import FORMAT_VERSION, SUFFIX, open_tables, read_index, write_index
 from samplers.shards.indexing.tables import Tables, TablesLike, check_alike
 from samplers.shards.storage.process_pool import run_in_processes, shorten
 from samplers.shards.writing.existing import find_shards, read_corpus
@@ -136,7 +136,7 @@ def write_all(write_part: PartWriter[PartT], values: Sequence[PartT], workers: i
             for shard in shards:
                 corpus.add(shard)
     path = folder / f"{prefix}{SUFFIX}"
-    corpus.write(path, find_shards(folder, prefix).values())
+    corpus.write(path, find_shards(folder, prefix).values(), write_part.options.get("version", FORMAT_VERSION))
     # The corpus file has all parts now. Until here a kill must leave the markers.
     for index in range(len(values)):
         write_part.done_marker(index).unlink(missing_ok=True)
@@ -185,8 +185,8 @@ class _Corpus:
         # Not the tables themselves: the keys and lengths of all shards would fill the memory.
         self._tables[shard] = open_tables(f"{shard}{SUFFIX}")
 
-    def write(self, path: Path, shards: Iterable[Path]) -> None:
-        """Write the corpus file, in the order of these shards.
+    def write(self, path: Path, shards: Iterable[Path], version: int) -> None:
+        """Write the corpus file, in the order of these shards and in this version of the format.
 
         Raises:
             ValueError: There are none.
@@ -194,7 +194,7 @@ class _Corpus:
         parts = [self._tables[shard] for shard in shards]
         if not parts:
             raise ValueError(f"nothing was written to {path.parent}: a corpus needs a sample")
-        write_index(path, parts)
+        write_index(path, parts, version)
 
     def _add_keys(self, tables: Tables) -> None:
         """Remember the keys of the next shard.

@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Collection, Iterator, KeysView, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any, Final, Self, TypedDict
 
@@ -12,12 +13,21 @@ from collate.widths import check_count
 from samplers.shards.format.keys import decode_key
 from samplers.shards.format.npy import AnyArray
 from samplers.shards.format.tar import split_name
-from samplers.shards.indexing.index_file import SUFFIX, open_tables, read_index, write_index
+from samplers.shards.indexing.index_file import (
+    FORMAT_VERSION,
+    SUFFIX,
+    check_version,
+    open_tables,
+    prepare_index,
+    read_index,
+    write_index,
+)
 from samplers.shards.indexing.tables import Layout, TablesLike
 from samplers.shards.storage.atomic import local_path
 from samplers.shards.writing.existing import adopt_shards, find_shards, read_corpus, refuse_shards, remove_leftovers
 from samplers.shards.writing.schema import FieldSchema, as_array, check_schema, infer_schema, read_schema
 from samplers.shards.writing.shard_file import BlockShard, PlainShard, ShardFile
+from samplers.shards.writing.shard_group import FinishedShard, ShardGroup
 
 # A block stores its keys as text of one width, so one long key makes all of them long.
 _LONGEST_KEY: Final = 1024
@@ -32,6 +42,7 @@ class WriterOptions(TypedDict, total=False):
     block_size: int
     prefix: str
     stack: Collection[str]
+    version: int
 
 
 class SampleWriter:
@@ -51,6 +62,7 @@ class SampleWriter:
         block_size: int = 2000,
         prefix: str = "shard",
         stack: Collection[str] = (),
+        version: int = FORMAT_VERSION,
         append: bool = False,
     ) -> None:
         """Prepare to write. The folder is made if it does not exist.
@@ -64,21 +76,27 @@ class SampleWriter:
             block_size: Largest number of samples in a block. A block is also full at 64 MiB.
             prefix: Start of the file names.
             stack: Arrays that have the same size in every sample.
+            version: Version of the format of blocks and their indexes: 2, or 1, which is larger, for release 0.1.
+                One corpus may hold shards of both; then its index has the version of the last writer. The plain layout
+                is the same in both.
             append: Continue behind existing shards of that prefix. They stay as they are and define the schema.
                 Leftovers of a killed writer are removed. `keys` has the samples that exist.
 
         Raises:
             FileExistsError: The folder has shards of that prefix. With `append`: another writer is at work on them.
             FileNotFoundError: The corpus file lists a shard that does not exist.
-            TypeError: A count is not an int, or `stack` is a single string.
+            TypeError: A count or `version` is not an int, or `stack` is a single string.
             ValueError: `folder` is a URL, an option is out of range, or an existing shard has another layout or
                 schema, or has changed since it was indexed.
         """
-        check_writer_options(layout, prefix, stack, max_samples=max_samples, max_bytes=max_bytes, block_size=block_size)
+        counts = {"max_samples": max_samples, "max_bytes": max_bytes, "block_size": block_size}
+        check_writer_options(layout, prefix, stack, version, **counts)
         self._folder, self._prefix = local_path(folder, "folder"), prefix
         self._shard_class: type[ShardFile] = BlockShard if layout == "blocks" else PlainShard
-        self._new_shard = partial(BlockShard, block_size=block_size) if layout == "blocks" else PlainShard
+        in_blocks = partial(BlockShard, block_size=block_size, version=version)
+        self._new_shard = in_blocks if layout == "blocks" else PlainShard
         self._layout: Layout = layout
+        self._version = version
         self._max_samples, self._max_bytes = max_samples, max_bytes
         self._stack = frozenset(stack)
         self._schema: dict[str, FieldSchema] = {}
@@ -87,8 +105,10 @@ class SampleWriter:
         self._keys: dict[str, None] = {}
         self._number = 0
         self._open: ShardFile | None = None
+        self._group = ShardGroup(self._add_named)
         self._entered = False
         self._failure: str | None = None
+        self._lock = Lock()
         self.shards: list[Path] = []
         self._folder.mkdir(parents=True, exist_ok=True)
         if append:
@@ -110,7 +130,7 @@ class SampleWriter:
         return self._keys.keys()
 
     def write(self, sample: Mapping[str, Any]) -> None:
-        """Add a sample.
+        """Add a sample. Threads may write at the same time; the samples of a shard are then in the order of arrival.
 
         Args:
             sample: `__key__`, a text that no other sample has, and at least one sequence `[L, *F]`: arrays or tensors
@@ -128,6 +148,12 @@ class SampleWriter:
             raise RuntimeError("write within the with block: with ShardWriter(folder) as writer: writer.write(...)")
         if not isinstance(sample, Mapping):
             raise TypeError(f'a sample must be {{"__key__": str, field: array, ...}}, got {type(sample).__name__}')
+        # Threads that prepare samples may share a writer.
+        with self._lock:
+            self._write(sample)
+
+    def _write(self, sample: Mapping[str, Any]) -> None:
+        """Check a sample and add it."""
         self._refuse_failed()
         key = self._check_key(sample.get("__key__"))
         arrays = {
@@ -153,8 +179,10 @@ class SampleWriter:
             self._discard()
             return
         self._refuse_failed()
-        self._finish()
-        write_index(self._folder / f"{self._prefix}{SUFFIX}", self._list_tables)
+        with self._failing():
+            self._finish()
+            self._group.commit()
+        write_index(self._folder / f"{self._prefix}{SUFFIX}", self._list_tables, self._version)
 
     def _adopt_shards(self) -> None:
         """Continue behind existing shards.
@@ -172,7 +200,7 @@ class SampleWriter:
                     f"{shard} is of a part, and not all parts are written: continue with ShardWriter.write_parts(..., "
                     "append=True)"
                 )
-        tables = adopt_shards(self.shards, self._layout, self._stack)
+        tables = adopt_shards(self.shards, self._layout, self._stack, self._version)
         self._number = max((number[0] + 1 for number in existing), default=0)
         self._keys = dict.fromkeys(decode_key(key) for part in tables for key in part.array("keys").tolist())
         if tables:
@@ -211,28 +239,35 @@ class SampleWriter:
             self._open.add(key, arrays)
 
     def _finish(self) -> None:
-        """Finish the open shard, and write its index."""
+        """Finish the open shard, and write its index. They get their names soon, with those of other shards."""
         if self._open is None:
             return
-        try:
-            tables = self._open.finish()
-        except BaseException:
-            self._discard()
-            raise
         path = self._open.path
+        tables = self._open.finish()
+        index = prepare_index(path.with_name(path.name + SUFFIX), [tables], self._version)
+        finished = FinishedShard(self._open.file, index, self._open.samples, tables.shards[0].size)
         self._open = None
-        write_index(path.with_name(path.name + SUFFIX), [tables])
-        self.shards.append(path)
         self._number += 1
+        self._group.add(finished)
+
+    def _add_named(self, paths: list[Path]) -> None:
+        """Count shards as finished that have their final names."""
+        self.shards += paths
 
     def _discard(self) -> None:
-        """Remove the open shard, and forget the keys of its samples."""
+        """Remove the open shard, and forget the keys of its samples. Finished shards get their names, if they can."""
         if self._open is not None:
             # The sample that failed is counted in the shard, but its key was not yet stored if it was the first.
             for _ in range(min(self._open.samples, len(self._keys))):
                 self._keys.popitem()
             self._open.file.discard()
             self._open = None
+        # There was an error before, which this one must not hide.
+        with suppress(OSError):
+            self._group.commit()
+        for _ in range(min(self._group.lost_samples, len(self._keys))):
+            self._keys.popitem()
+        self._group.lost_samples = 0
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
@@ -266,29 +301,33 @@ class SampleWriter:
         # Listed again: another writer may have added shards behind those that this one adopted. Shards of a part count
         # only when all parts are written.
         existing = find_shards(self._folder, self._prefix)
-        listed = {shard.name for shard in self.shards}
+        written = set(self.shards)
+        listed = {shard.name for shard in written}
         listed |= read_corpus(self._folder, self._prefix, list(existing.values()))
         shards = [shard for number, shard in existing.items() if len(number) == 1 or shard.name in listed]
         # A shard without an index belongs to another writer, which lists it when it has finished.
         tables = [
             open_tables(f"{shard}{SUFFIX}", str(shard))
             for shard in shards
-            if shard in self.shards or Path(f"{shard}{SUFFIX}").exists()
+            if shard in written or Path(f"{shard}{SUFFIX}").exists()
         ]
         if not tables:
             raise ValueError(f"nothing was written to {self._folder}: a corpus needs a sample")
         return tables
 
 
-def check_writer_options(layout: str, prefix: str, stack: Collection[str], **counts: int) -> None:
+def check_writer_options(
+    layout: str, prefix: str, stack: Collection[str], version: int = FORMAT_VERSION, **counts: int
+) -> None:
     """Check the options of a writer.
 
     Raises:
-        TypeError: A count is not an int, or `stack` is a single string.
+        TypeError: A count or the version is not an int, or `stack` is a single string.
         ValueError: An option is out of range.
     """
     for name, value in counts.items():
         check_count(name, value, least=1, hint="give a number, or leave it out for the default")
+    check_version(version)
     if layout not in {"blocks", "plain"}:
         raise ValueError(f'layout must be "blocks" or "plain", got {layout!r}')
     if not prefix or set(prefix) & set("./\\*?[]{}"):

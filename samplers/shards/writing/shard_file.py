@@ -10,6 +10,7 @@ has `block.keys.npy`, then for each field `FIELD.lengths.npy` (if it is variable
 ...     for number in range(5):
 ...         shard.add(f"k{number}", {"tokens": np.arange(number, dtype="<i4")})
 ...     tables = shard.finish()
+...     shard.file.commit()
 >>> tables.lengths[:, 0].tolist(), tables.blocks[:, 0].tolist()
 ([0, 1, 2, 3, 4], [0, 2, 4])
 """
@@ -20,17 +21,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
-from zlib import crc32
 
 import numpy as np
 
-from samplers.shards.format.npy import MAX_ARRAY_BYTES, MAX_AXES, AnyArray, npy_header
-from samplers.shards.format.samples import KEYS
+from samplers.shards.format.block_keys import KEYS, encode_block_keys
+from samplers.shards.format.npy import MAX_ARRAY_BYTES, MAX_AXES, AnyArray, narrow_dtype, npy_header
 from samplers.shards.format.tar import END, tar_header, tar_padding
 from samplers.shards.indexing.scan import scan_shard
 from samplers.shards.indexing.shard_groups import keys_fit
 from samplers.shards.indexing.tables import Tables
 from samplers.shards.storage.atomic import AtomicFile
+from samplers.shards.storage.checksum import crc32
 from samplers.shards.writing.schema import INTEGER, FieldSchema
 
 # A block is in memory until it is full, and streams read it whole. So it is also full at 64 MiB.
@@ -54,6 +55,9 @@ class ShardFile(ABC):
         self.crcs: list[list[int]] = []
         # Bytes of all keys, and of the longest key.
         self._key_bytes = self._key_width = 0
+        # Bytes of all members so far.
+        self._written = 0
+        self._stores_keys_whole = True
 
     @staticmethod
     @abstractmethod
@@ -76,7 +80,7 @@ class ShardFile(ABC):
     def has_room(self, key: str, size: int, max_samples: int, max_bytes: int) -> bool:
         """Whether a sample of `size` bytes may still be added."""
         key_bytes = len(key.encode())
-        nbytes = self.nbytes + size + self._key_bytes + key_bytes
+        nbytes = self._stored_bytes() + size + key_bytes * self._stores_keys_whole
         # A shard with one very long key could not be read, because its key table would be too large. So it ends before.
         narrow = keys_fit(max(self._key_width, key_bytes), self.samples + 1, nbytes)
         return self.samples < max_samples and self.nbytes + size <= max_bytes and narrow
@@ -90,7 +94,7 @@ class ShardFile(ABC):
         self._key_bytes, self._key_width = self._key_bytes + size, max(self._key_width, size)
 
     def finish(self) -> Tables:
-        """Finish the shard, read it back, and give it its final name.
+        """Finish the shard, and read it back. It still has its temporary name.
 
         Reading back is intended: the index describes the bytes on the disk, not what the writer meant to write. The
         checksums are of the values that were added, so that a later check compares with these.
@@ -108,9 +112,12 @@ class ShardFile(ABC):
         tables = scan_shard(str(self.file.temporary), names)
         if len(tables.keys) != self.samples:
             raise ValueError(f"{self.path}: {self.samples} samples were written, {len(tables.keys)} are read back")
-        self.file.commit()
         shard = replace(tables.shards[0], path=str(self.path))
         return replace(tables, crcs=np.array(self.crcs, "<u4"), shards=(shard,))
+
+    def _stored_bytes(self) -> int:
+        """At least so many bytes of the shard are known to be stored."""
+        return self.nbytes + self._key_bytes
 
     @abstractmethod
     def _add(self, key: str, arrays: Mapping[str, AnyArray]) -> list[int]:
@@ -124,6 +131,7 @@ class ShardFile(ABC):
         """Write a member."""
         size = sum(map(len, parts))
         self.file.stream.writelines([tar_header(name, size), *parts, tar_padding(size)])
+        self._written += size
 
 
 class PlainShard(ShardFile):
@@ -189,11 +197,12 @@ class BlockShard(ShardFile):
         for name, array in arrays.items():
             _check_size(name, array.nbytes)
 
-    def __init__(self, path: Path, schema: Mapping[str, FieldSchema], *, block_size: int) -> None:
+    def __init__(self, path: Path, schema: Mapping[str, FieldSchema], *, block_size: int, version: int = 2) -> None:
         super().__init__(path, schema)
-        self._block_size, self._blocks = block_size, 0
-        # Bytes of the samples in the open block, and characters of its longest key.
-        self._size = self._width = 0
+        self._block_size, self._blocks, self._version = block_size, 0, version
+        self._stores_keys_whole = version == 1
+        # Bytes of the samples and of the keys in the open block, and characters of its longest key.
+        self._size = self._text = self._width = 0
         self._clear()
 
     def _add(self, key: str, arrays: Mapping[str, AnyArray]) -> list[int]:
@@ -201,17 +210,22 @@ class BlockShard(ShardFile):
             self._flush()
         data = {name: arrays[name].tobytes() for name in self.schema}
         self._keys.append(key)
-        self._width = max(self._width, len(key))
+        self._width, self._text = max(self._width, len(key)), self._text + len(key.encode())
         for name, field_schema in self.schema.items():
             self._rows[name].append(data[name])
             if field_schema.variable:
                 self._lengths[name].append(len(arrays[name]))
         self._size += sum(map(len, data.values()))
         # NumPy stores text with 4 bytes a character, at the width of the longest.
-        full = self._size >= BLOCK_BYTES or 4 * self._width * len(self._keys) >= BLOCK_BYTES
+        key_table = 4 * self._width * len(self._keys) if self._stores_keys_whole else self._text
+        full = self._size >= BLOCK_BYTES or key_table >= BLOCK_BYTES
         if len(self._keys) >= self._block_size or full:
             self._flush()
         return [crc32(row) for row in data.values()]
+
+    def _stored_bytes(self) -> int:
+        # How far the keys of the open block will be compressed is not known.
+        return super()._stored_bytes() if self._stores_keys_whole else self._written + self._size
 
     def _block_holds(self, arrays: Mapping[str, AnyArray]) -> bool:
         """Whether the open block holds another sample as well."""
@@ -230,14 +244,15 @@ class BlockShard(ShardFile):
         if not self._keys:
             return
         group = f"block-{self._blocks:06}"
-        keys = np.array(self._keys).astype("<U")
-        self._write(f"{group}.{KEYS}", [npy_header(keys.dtype.str, keys.shape), keys.tobytes()])
+        self._write(f"{group}.{KEYS}", [encode_block_keys(self._keys, version=self._version)])
         for name, field_schema in self.schema.items():
-            steps = len(keys)
+            steps = len(self._keys)
             if field_schema.variable:
-                lengths = np.array(self._lengths[name], "<i4")
-                steps = int(lengths.sum(dtype=np.int64))
-                self._write(f"{group}.{name}.lengths.npy", [npy_header("<i4", lengths.shape), lengths.tobytes()])
+                steps = sum(self._lengths[name])
+                lengths = np.array(self._lengths[name], self._length_dtype(name))
+                self._write(
+                    f"{group}.{name}.lengths.npy", [npy_header(lengths.dtype.str, lengths.shape), lengths.tobytes()]
+                )
             self._write(
                 f"{group}.{name}.npy",
                 [npy_header(field_schema.dtype, (steps, *field_schema.shape)), *self._rows[name]],
@@ -245,10 +260,14 @@ class BlockShard(ShardFile):
         self._blocks += 1
         self._clear()
 
+    def _length_dtype(self, name: str) -> str:
+        """The dtype of the lengths of a field in the open block: in version 2 the smallest that holds them."""
+        return "<i4" if self._version == 1 else narrow_dtype(max(self._lengths[name]))
+
     def _clear(self) -> None:
         """Begin an empty block."""
         self._keys: list[str] = []
-        self._size = self._width = 0
+        self._size = self._text = self._width = 0
         self._rows: dict[str, list[bytes]] = {name: [] for name in self.schema}
         self._lengths: dict[str, list[int]] = {name: [] for name in self.schema}
 

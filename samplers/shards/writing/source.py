@@ -10,8 +10,9 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import numpy as np
 
 from samplers.shards.dataset import ShardDataset
+from samplers.shards.format.block_keys import KEYS
 from samplers.shards.format.npy import AnyArray
-from samplers.shards.format.samples import KEYS, NO_SAMPLES, Sample, decode_groups, field_of
+from samplers.shards.format.samples import NO_SAMPLES, Sample, decode_groups, field_of
 from samplers.shards.indexing.index import LengthIndex, tables_of
 from samplers.shards.indexing.index_file import SUFFIX
 from samplers.shards.indexing.measuring import Decoder

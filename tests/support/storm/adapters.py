@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -210,6 +211,17 @@ def bucket_book() -> Book:
 
 
 @cache
+def dealt_book() -> Book:
+    """Two workers, each with a bucketer of its own for every other sample; a loader takes their batches in turn."""
+
+    def write(epoch: int, replicas: int) -> list[Batch]:
+        parts = [list(make_stage(1, 0)(range(worker, SAMPLES, 2))) for worker in range(2)]
+        return [batch for turn in zip_longest(*parts) for batch in turn if batch is not None]
+
+    return Book(write, alike=True)
+
+
+@cache
 def pack_book() -> Book:
     return Book(lambda epoch, replicas: list(pack_by_length(length_of, **PACKS)(range(SAMPLES))), alike=True)
 
@@ -262,15 +274,25 @@ def _framed() -> Iterator[Adapter]:
     yield Adapter("sampler, nodes.Loader", rigs.Noded, make_sampler, sampler_book, rules=rules)
     yield Adapter("packs, nodes.Loader", rigs.Noded, make_packer, packer_book, rules=rules)
     yield Adapter("stream, nodes.Loader", rigs.Noded, make_stream, stream_book, rules=rules)
+    yield Adapter("sampler of all, nodes.Loader", rigs.Noded, make_sampler, sampler_book, rules=rules, one_for_all=True)
     kinds = {"": (rigs.Accelerated, rigs.Dealt), " stateful": (rigs.AcceleratedStateful, rigs.DealtStateful)}
     for stateful, (kind, dealt) in kinds.items():
         for more, workers in (("", (NO_WORKERS,)), (", workers", (TWO, LASTING))):
             name = f"accelerate{stateful}{more}"
             yield Adapter(f"packs, {name}", kind, make_packer, packer_book, (1,), workers, PREPARED)
             yield Adapter(f"sampler, {name}", kind, make_sampler, sampler_book, (1,), workers, PREPARED)
+            yield Adapter(f"stream, {name}", kind, make_stream, stream_book, (1,), workers, PREPARED)
             # Their loader skips batches where ours would load a state, so that positions count from the epoch's start.
             rules = PREPARED - {"seek"} if stateful else PREPARED
             yield Adapter(f"sampler of all, 2 x {name}", dealt, make_sampler, sampler_book, (2,), workers, rules)
+
+
+def _stages() -> Iterator[Adapter]:
+    """A stage in a dataset, whose workers take turns with the samples."""
+    rules = frozenset({"copy"})
+    yield Adapter("stage, DataLoader", rigs.LoadedStage, make_stage, bucket_book, (1,), rules=rules)
+    name = "stage, DataLoader, workers"
+    yield Adapter(name, rigs.LoadedStage, make_stage, dealt_book, (1,), (TWO, LASTING), rules)
 
 
 def _nodes() -> Iterator[Adapter]:
@@ -295,4 +317,4 @@ def _nodes() -> Iterator[Adapter]:
             )
 
 
-ADAPTERS = {adapter.name: adapter for adapter in (*_bare(), *_loaded(), *_framed(), *_nodes())}
+ADAPTERS = {adapter.name: adapter for adapter in (*_bare(), *_loaded(), *_framed(), *_stages(), *_nodes())}

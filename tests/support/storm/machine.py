@@ -256,8 +256,7 @@ class Storm(RuleBasedStateMachine):
         self.ran("change workers")
         position, place = self.position_at(number)
         count = self.adapter.replicas[replicas % len(self.adapter.replicas)]
-        rig = self.rig.fresh(count, self.adapter.workers[workers % len(self.adapter.workers)])
-        rig.seek(position)
+        rig = self.rig.fresh(count, self.adapter.workers[workers % len(self.adapter.workers)], position=position)
         model = self.new_model(count, Place(0, count))
         model.seek(place, skip_end=rig.repeats)
         rig.told_of_epoch(model.coming.epoch)

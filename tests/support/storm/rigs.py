@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torchdata import nodes
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -56,6 +56,7 @@ class Rig:
         broken: a sample whose reading raises.
         samples: in the corpus.
         targets: the objects themselves, where they are there already.
+        position: where the first pass begins.
     """
 
     # Whether a state after an epoch's last batch leads at once to the next epoch: never, once its end was seen, always.
@@ -71,6 +72,8 @@ class Rig:
     holds: ClassVar[bool] = False
     # Whether a state of an epoch's end leads to the next epoch.
     saves_ends: ClassVar[bool] = True
+    # Whether making a loader begins its first pass, so that a position must be sought before.
+    begins_at_once: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -82,12 +85,17 @@ class Rig:
         broken: int | None = None,
         one_for_all: bool = False,
         targets: list[Any] | None = None,
+        position: Any = None,
     ) -> None:
         self.make, self.replicas, self.workers, self.samples = make, replicas, workers, samples
         self.broken, self.one_for_all = broken, one_for_all
         ranks = ["all"] if one_for_all else range(replicas)
         self.targets = targets or [make(replicas, rank, broken) for rank in ranks]
+        if position is not None and self.begins_at_once:
+            self.seek(position)
         self.loaders = [self.wrap(target) for target in self.targets]
+        if position is not None and not self.begins_at_once:
+            self.seek(position)
         self.iterators: list[Iterator[Batch]] | None = None
 
     # --- what a kind of loader overrides
@@ -121,6 +129,7 @@ class Rig:
         *,
         broken: int | None = None,
         targets: list[Any] | None = None,
+        position: Any = None,
     ) -> "Rig":
         """Another of the kind, which knows nothing."""
         return type(self)(
@@ -131,6 +140,7 @@ class Rig:
             broken=broken,
             one_for_all=self.one_for_all,
             targets=targets,
+            position=position,
         )
 
     def open(self) -> None:
@@ -334,8 +344,9 @@ class AcceleratedStateful(Accelerated):
     saves = "last"
     moves_workers = False
     holds = True
-    # It gives out a state of its own, which is made when a batch is taken.
+    # It gives out a state of its own, which is made when a batch is taken, and once when the loader is made.
     saves_early = False
+    begins_at_once = True
     stateful = True
     kind = StatefulDataLoader
     states = Rig.states
@@ -482,6 +493,29 @@ class Stage(Rig):
 
     def _source(self) -> Iterable[int]:
         return (Numbers(self.samples, self.broken)[sample] for sample in range(self.samples))
+
+
+class Bucketed(IterableDataset[Batch]):
+    """The batches of a stage, in a worker those of its share of the samples."""
+
+    def __init__(self, stage: Any, numbers: Numbers) -> None:
+        self.stage, self.numbers = stage, numbers
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        first, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        return self.stage(self.numbers[sample] for sample in range(first, len(self.numbers), workers))
+
+
+class LoadedStage(Rig):
+    """A stage in the dataset of a `DataLoader`."""
+
+    sets_epochs = False
+
+    def wrap(self, target: Any) -> Any:
+        count, lives_on = self.workers
+        dataset = Bucketed(target, Numbers(self.samples, self.broken))
+        return DataLoader(dataset, batch_size=None, num_workers=count, persistent_workers=lives_on)
 
 
 __all__ = ["Place", "Rig", "Save", "SourceError"]

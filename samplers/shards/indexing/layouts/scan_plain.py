@@ -4,19 +4,20 @@ from array import array
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Final
-from zlib import crc32
 
 import numpy as np
 
 from collate.errors import LengthError
+from samplers.shards.format.block_keys import KEYS
 from samplers.shards.format.header_lengths import DeclaredLength
 from samplers.shards.format.keys import encode_key
 from samplers.shards.format.npy import find_npy_header
-from samplers.shards.format.samples import KEYS, field_of, refuse_pickle
+from samplers.shards.format.samples import field_of, refuse_pickle
 from samplers.shards.format.tar import Member
 from samplers.shards.indexing.measuring import Measure
 from samplers.shards.indexing.shard_groups import Members, ShardGroups, check_stored_length
 from samplers.shards.indexing.tables import Field, Tables
+from samplers.shards.storage.checksum import crc32
 
 # Headers whose lengths are cached.
 _CACHED_HEADERS: Final = 10_000

@@ -11,15 +11,17 @@ whose `tokens.npy` starts at offset 1536 with a header of 128 bytes:
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from zlib import crc32
+from functools import partial
 
 import numpy as np
 
-from samplers.shards.format.keys import decode_key, encode_keys
+from samplers.shards.format.block_keys import KEYS, read_block_keys
+from samplers.shards.format.keys import decode_key
 from samplers.shards.format.npy import DTYPES, AnyArray, decode_npy
-from samplers.shards.format.samples import KEYS, check_block_lengths, read_block_keys, split_block
+from samplers.shards.format.samples import check_block_lengths, split_block
 from samplers.shards.indexing.shard_groups import Members, ShardGroups, check_stored_length
 from samplers.shards.indexing.tables import Field, Tables
+from samplers.shards.storage.checksum import crc32
 
 
 @dataclass
@@ -109,8 +111,10 @@ def _read_block(groups: ShardGroups, members: Members, fields: Collection[str] |
     Raises:
         ValueError: It has no sample, or a field whose lengths count has none.
     """
-    keys = read_block_keys(groups.digested_content(members[KEYS]), context)
     variable = split_block(members, context)
+    keys = read_block_keys(
+        groups.digested_content(members[KEYS]), partial(_count_samples, groups, members, variable, context), context
+    )
     tracked = [name for name in variable if variable[name]] if fields is None else list(fields)
     if not tracked or not len(keys) or any(not variable.get(name) for name in tracked):
         raise ValueError(
@@ -123,10 +127,23 @@ def _read_block(groups: ShardGroups, members: Members, fields: Collection[str] |
         )
         for name, varies in variable.items()
     ]
-    return _Block(encode_keys(keys), columns)
+    # Before the table is made: one long key would widen all of them.
+    width = max(map(len, keys))
+    groups.check_key_width([width], len(keys))
+    return _Block(np.array(keys, f"S{max(width, 1)}"), columns)
 
 
-def _read_column(groups: ShardGroups, members: Members, keys: AnyArray, field: Field, *, context: str) -> _BlockColumn:
+def _count_samples(groups: ShardGroups, members: Members, variable: dict[str, bool], context: str) -> int:
+    """The samples of a block, as the lengths of a field say. 0 if no field has any."""
+    names = [f"{name}.lengths.npy" for name, varies in variable.items() if varies]
+    shapes = [groups.npy_header(members[name], f"{context}: {name}").shape for name in names[:1]]
+    # Of two axes, the second might be 0, and the first then anything.
+    return shapes[0][0] if shapes and len(shapes[0]) == 1 else 0
+
+
+def _read_column(
+    groups: ShardGroups, members: Members, keys: list[bytes], field: Field, *, context: str
+) -> _BlockColumn:
     """Read the header and the lengths of a field of a block.
 
     Raises:

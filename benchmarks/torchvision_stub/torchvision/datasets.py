@@ -1,0 +1,5 @@
+"""Base classes of datasets of images."""
+
+
+class VisionDataset:
+    """Never used."""

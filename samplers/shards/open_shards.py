@@ -1,0 +1,119 @@
+"""The shards of a corpus that a process has open, each compared with the index when it is opened."""
+
+import os
+from errno import EMFILE, ENFILE
+from functools import lru_cache, partial
+from importlib import import_module
+from itertools import pairwise
+from typing import Final, TypeAlias
+
+import numpy as np
+
+from samplers.shards.format.npy import AnyArray
+from samplers.shards.indexing.index_file import REBUILD
+from samplers.shards.indexing.tables import Tables
+from samplers.shards.storage.reading import RandomAccess, open_file
+
+# Shards that a process keeps open: 128, but at most an eighth of the files that it may open, because the program opens
+# other files too.
+HANDLES: Final = 128
+_SHARE: Final = 8
+
+# Open shards, and the part of a batch that is read from each.
+Files: TypeAlias = list[tuple[RandomAccess, slice]]
+
+
+class OpenShards:
+    """Opens shards when they are read, and keeps the latest open. It is not shared with another process.
+
+    Args:
+        tables: Tables of the corpus.
+        memory_map: Map local shards.
+    """
+
+    def __init__(self, tables: Tables, *, memory_map: bool = False) -> None:
+        self.process = os.getpid()
+        self.most = _count_handles()
+        self._tables, self._ends = tables, tables.starts[1:]
+        self._files = lru_cache(maxsize=self.most)(partial(open_file, memory_map=memory_map))
+
+    def shards_of(self, rows: AnyArray) -> AnyArray:
+        """The shard of each row, int64 `[n]`."""
+        return self._ends.searchsorted(rows, side="right")
+
+    def find_one(self, rows: AnyArray) -> int | None:
+        """The shard of all of these rows (at least one); None if they are of several shards."""
+        first, last = self.shards_of(np.array([rows.min(), rows.max()])).tolist()
+        return first if first == last else None
+
+    def split(self, rows: AnyArray) -> list[tuple[AnyArray, list[int], list[int]]]:
+        """Ascending rows, divided so that the shards of each part can be open together.
+
+        Returns:
+            For each part: its rows, its shards, and the borders of the shards in it. Rows 3, 5 and 9 of the shards 0, 0
+            and 2 are one part with the shards [0, 2] and the borders [0, 2, 3].
+        """
+        shards = self.shards_of(rows)
+        borders = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(rows)]
+        parts = []
+        # A batch of short samples may come from a thousand shards.
+        for first in range(0, len(borders) - 1, self.most):
+            part = borders[first : first + self.most + 1]
+            within = slice(part[0], part[-1])
+            parts.append((rows[within], shards[part[:-1]].tolist(), [border - part[0] for border in part]))
+        return parts
+
+    def open_all(self, shards: list[int], borders: list[int]) -> Files:
+        """Open shards, with the part of the rows that lies in each. The errors are those of `open`."""
+        return [(self.open(shard), slice(*part)) for shard, part in zip(shards, pairwise(borders), strict=True)]
+
+    def open(self, shard: int) -> RandomAccess:
+        """An open shard.
+
+        Raises:
+            FileNotFoundError: It is absent.
+            OSError: It cannot be opened.
+            ValueError: Its size differs from the index.
+        """
+        indexed = self._tables.shards[shard]
+        try:
+            file = self._open(indexed.path)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"no shard {indexed.path}, which the index lists: put it back, give shards= their new paths, or "
+                f"{REBUILD}"
+            ) from None
+        if file.size != indexed.size:
+            raise ValueError(
+                f"{indexed.path}: {file.size} bytes, the index says {indexed.size}: changed since it was indexed; "
+                f"{REBUILD}"
+            )
+        return file
+
+    def free(self) -> None:
+        """Free the memory of shards that were fetched whole. Here there is none."""
+
+    def _open(self, path: str) -> RandomAccess:
+        """Open a file, or take it from the cache.
+
+        Raises:
+            OSError: It cannot be opened.
+        """
+        try:
+            return self._files(path)
+        except OSError as error:
+            if error.errno not in {EMFILE, ENFILE}:
+                raise
+            # The rest of the program has more files open than expected. Close the shards that are not in use.
+            self._files.cache_clear()
+            return self._files(path)
+
+
+def _count_handles() -> int:
+    """Number of shards that a process keeps open."""
+    try:
+        # Windows has no such limit, and no such module.
+        limit = import_module("resource").getrlimit(import_module("resource").RLIMIT_NOFILE)[0]
+    except ImportError:
+        return HANDLES
+    return HANDLES if limit < 0 else max(1, min(HANDLES, limit // _SHARE))

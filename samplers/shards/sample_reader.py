@@ -1,0 +1,210 @@
+"""Reads samples of a corpus by row, and checks what it reads: one by one, or a whole batch into given memory."""
+
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from itertools import repeat
+from typing import Any, NoReturn, TypeAlias
+
+import numpy as np
+
+from samplers.shards.field_value import check_length, decode_field
+from samplers.shards.format.keys import decode_key
+from samplers.shards.format.npy import AnyArray
+from samplers.shards.format.samples import Sample
+from samplers.shards.indexing.index_file import REBUILD
+from samplers.shards.indexing.measuring import Decoder
+from samplers.shards.indexing.tables import Field, Tables
+from samplers.shards.indexing.verify import ReadColumns, check_block
+from samplers.shards.open_shards import Files, OpenShards
+from samplers.shards.storage.checksum import crc32
+from samplers.shards.storage.reading import Ranges, read_ranges
+
+# Memory for a field of a batch, uint8 `[bytes]`, and the first byte of each sample in it, int64 `[B]`.
+Target: TypeAlias = tuple[AnyArray, AnyArray]
+
+
+class SampleReader:
+    """Reads samples by row. It is not shared with another process.
+
+    Args:
+        tables: Tables of the corpus.
+        columns: The fields to read.
+        decode: Functions from bytes, for fields in encodings of the user.
+        checksums: Compare what is read with the checksums of the index, if it has any.
+        shards: Opens shards.
+    """
+
+    def __init__(
+        self,
+        tables: Tables,
+        columns: ReadColumns,
+        decode: Mapping[str, Decoder],
+        *,
+        checksums: bool,
+        shards: OpenShards,
+    ) -> None:
+        self.shards = shards
+        self.tables, self.columns, self._decode = tables, columns, decode
+        # Plain arrays: to index a memory map takes twice as long.
+        self.lengths = np.asarray(tables.lengths)
+        self._offsets: Any = np.asarray(tables.offsets) if isinstance(tables.offsets, np.ndarray) else tables.offsets
+        self._crcs = None if tables.crcs is None or not checksums else np.asarray(tables.crcs)
+        self._checked = np.zeros(0 if tables.blocks is None else len(tables.blocks), np.bool_)
+        self._all_are_checked = False
+
+    def read(self, rows: AnyArray) -> list[Sample]:
+        """The samples of ascending rows."""
+        samples: list[Sample] = []
+        for part, shards, borders in self.shards.split(rows):
+            files = self.shards.open_all(shards, borders)
+            more: list[Sample] = [{"__key__": decode_key(key)} for key in self.tables.keys[part].tolist()]
+            if self.tables.blocks is not None:
+                self._check_blocks(files, part, self.tables.blocks)
+                self._read_blocks(files, part, more)
+            elif self.tables.sizes is not None:
+                self._read_plain(files, part, more, self.tables.sizes)
+            samples += more
+        return samples
+
+    def read_into(self, rows: AnyArray, steps: AnyArray, targets: Mapping[str, Target]) -> None:
+        """Read fields of samples in blocks into the memory of a batch.
+
+        Args:
+            rows: Rows in any order, int64 `[B]`.
+            steps: Their lengths in the index, int64 `[B, K]`.
+            targets: For each field, where its samples go.
+        """
+        if (shard := self.shards.find_one(rows)) is not None:
+            # In any order: to sort takes longer than the system needs to find a page.
+            self._read_part_into([(self.shards.open(shard), slice(0, len(rows)))], rows, steps, targets)
+            return
+        order = np.argsort(rows, kind="stable")
+        done = 0
+        for part, shards, borders in self.shards.split(rows[order]):
+            within = order[done : done + len(part)]
+            cut = {name: (memory, starts[within]) for name, (memory, starts) in targets.items()}
+            self._read_part_into(self.shards.open_all(shards, borders), part, steps[within], cut)
+            done += len(part)
+
+    def _read_part_into(self, files: Files, rows: AnyArray, steps: AnyArray, targets: Mapping[str, Target]) -> None:
+        """Read rows whose shards are open."""
+        if self.tables.blocks is not None:
+            self._check_blocks(files, rows, self.tables.blocks)
+        columns = [column for column in self.columns if column[1].name in targets]
+        fields = []
+        for column, field, length_column in columns:
+            memory, starts = targets[field.name]
+            counts = steps[:, length_column] if field.variable else np.ones(len(rows), np.int64)
+            fields.append(Ranges(memory, starts, self._offsets[rows, column], counts * field.row_bytes))
+        read_ranges(files, fields)
+        for (column, _, _), ranges in zip(columns, fields, strict=True):
+            self._check_crcs(ranges.views, rows, column)
+
+    def _read_blocks(self, files: Files, rows: AnyArray, samples: list[Sample]) -> None:
+        """Read the fields of samples in blocks: slices of flat arrays."""
+        steps = self.lengths[rows]
+        for column, field, length_column in self.columns:
+            shapes = [field.shape] * len(rows)
+            if field.variable:
+                counts = steps[:, length_column].tolist()
+                shapes = [(count, *field.shape) for count in counts] if field.shape else counts
+            arrays = list(map(np.empty, shapes, repeat(np.dtype(field.dtype))))
+            self._fill(files, arrays, rows, column)
+            values = arrays if field.variable or field.shape else [array[()] for array in arrays]
+            for sample, value in zip(samples, values, strict=True):
+                sample[field.name] = value
+
+    def _read_plain(self, files: Files, rows: AnyArray, samples: list[Sample], sizes: AnyArray) -> None:
+        """Read the fields of plain samples: whole members.
+
+        Raises:
+            ValueError: A member is not within the shard.
+        """
+        for column, field, length_column in self.columns:
+            for file, part in files:
+                starts, counts = self._offsets[rows[part], column], sizes[rows[part], column]
+                if ((starts < 0) | (counts < 0) | (starts > file.size - counts)).any():
+                    raise ValueError(f"{file.path}: the index says that a member is not within the shard: {REBUILD}")
+            arrays = [np.empty(size, np.uint8) for size in sizes[rows, column].tolist()]
+            self._fill(files, arrays, rows, column)
+            for sample, row, array in zip(samples, rows.tolist(), arrays, strict=True):
+                # Offset 0: a sample may lack a field whose length does not count.
+                if self._offsets[row, column]:
+                    sample[field.name] = self._decode_field(field, array.tobytes(), row, length_column)
+
+    def _fill(self, files: Files, arrays: list[AnyArray], rows: AnyArray, column: int) -> None:
+        """Read a field of each row into an array, and compare checksums."""
+        offsets = self._offsets[rows, column].tolist()
+        for file, part in files:
+            file.fill(arrays[part], offsets[part])
+        self._check_crcs(arrays, rows, column)
+
+    def _check_crcs(self, buffers: Sequence[Any], rows: AnyArray, column: int) -> None:
+        """Compare the bytes of a field of each row with the checksums in the index.
+
+        Raises:
+            ValueError: One differs. The message names the first sample.
+        """
+        if self._crcs is None:
+            return
+        expected = self._crcs[rows, column].tolist()
+        found = list(map(crc32, buffers))
+        if found != expected:
+            differs = [crc != wanted for crc, wanted in zip(found, expected, strict=True)]
+            self._refuse_damage(int(rows[differs.index(True)]), column)
+
+    def _refuse_damage(self, row: int, column: int) -> NoReturn:
+        """Refuse a sample whose checksum differs.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            f"{self._context(row, self.tables.fields[column])}, at offset {self._offsets[row, column]}: the "
+            "bytes do not have the checksum in the index: the shard is damaged or has changed"
+        )
+
+    def _decode_field(self, field: Field, data: bytes, row: int, length_column: int) -> Any:
+        """The value of a plain field, with the length that the index says."""
+        context = partial(self._context, row, field)
+        decoder = self._decode.get(field.name)
+        value = decode_field(field, data, decoder, context)
+        # Bytes that stay undecoded have no length in steps.
+        if field.variable and not isinstance(value, bytes):
+            check_length(value, int(self.tables.lengths[row, length_column]), context, decoder)
+        return value
+
+    def _check_blocks(self, files: Files, rows: AnyArray, table: AnyArray) -> None:
+        """Compare the blocks of these rows with the index, each once in this process."""
+        if self._all_are_checked:
+            return
+        blocks = np.searchsorted(table[:, 0], rows, side="right") - 1
+        if self._checked[blocks].all():
+            self._all_are_checked = bool(self._checked.all())
+            return
+        for file, part in files:
+            for block in np.unique(blocks[part][~self._checked[blocks[part]]]).tolist():
+                check_block(file, self.tables, block, self.columns)
+                self._checked[block] = True
+
+    def _context(self, row: int, field: Field) -> str:
+        shard = self.tables.shards[int(self.shards.shards_of(np.array([row]))[0])]
+        return f"{shard.path}: sample {decode_key(self.tables.keys[row])!r}, field {field.name!r}"
+
+
+def select_columns(fields: Sequence[Field], chosen: Collection[str] | None, decode: Collection[str]) -> ReadColumns:
+    """The columns of the fields to read.
+
+    Raises:
+        ValueError: There is no such field.
+    """
+    names = [field.name for field in fields]
+    unknown = sorted({*(chosen or ()), *decode} - set(names))
+    if unknown:
+        raise ValueError(f"no field {unknown[0]!r} in the index, there are {names}")
+    variable = [field.name for field in fields if field.variable]
+    return [
+        (column, field, variable.index(field.name) if field.variable else -1)
+        for column, field in enumerate(fields)
+        if chosen is None or field.name in chosen
+    ]
