@@ -26,6 +26,7 @@ help:
 	@echo "make test        create the environment, then run all tests and doctests in JOBS (2) processes"
 	@echo "make check       format, lint, types, all tests with branch coverage"
 	@echo "make oldest      the tests of both packages on the oldest versions of torch, NumPy and the others that are allowed"
+	@echo "make oldest-quick  some of these, in a few minutes"
 	@echo "make fuzz        20,000 mutated shards and indexes give the right data, or an error that names the file"
 	@echo "make storm       all objects with state under random saves, copies, breaks and restores, for STORM_MINUTES (10)"
 	@echo "make frameworks  test the examples of frameworks (Lightning, accelerate, transformers, datasets, Ray)"

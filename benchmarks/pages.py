@@ -431,6 +431,7 @@ def memory_rows(results: Results) -> list[Cells]:
             for work, sizes in results["memory"].items()
         }
         for name in names
+    ]
 
 
 def pack_window_rows(results: Results) -> list[Cells]:

@@ -1,10 +1,12 @@
 """Remote files, read through fsspec: scattered ranges with one request each, or the whole file at once."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
 import fsspec
+import fsspec.asyn
 import numpy as np
 import numpy.typing as npt
 
@@ -13,6 +15,9 @@ _url_to_fs: Callable[[str], tuple[Any, str]] = fsspec.core.url_to_fs
 # Keep every file system alive. Freeing one in a forked worker unregisters sockets that the parent process still waits
 # on, and the parent would hang.
 _FILE_SYSTEMS: Final[dict[int, Any]] = {}
+if hasattr(os, "register_at_fork") and not hasattr(fsspec.asyn, "reset_after_fork"):
+    # Before 2025.5, fsspec's thread is missing in a forked worker, which would wait for it for ever.
+    os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
 
 # Bytes of read-ahead: 64 KiB at first, twice as many for each read that continues the one before, up to 4 MiB.
 _LEAST_AHEAD: Final = 1 << 16
