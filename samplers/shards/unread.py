@@ -5,10 +5,10 @@ other use of the list reads the samples first. Then it is an ordinary list.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 
@@ -39,18 +39,26 @@ class UnreadSamples(list[Any]):
     """The samples of some rows, as a list that is read at its first use.
 
     Args:
-        read: Reads the samples of rows, in their order.
+        read: Reads the samples of rows, in their order. Without rows, the items of an ordinary list: frameworks that
+            move a batch to a device make the new one as `type(batch)(items)`.
         rows: Rows, int64 `[B]`.
         reader: Reads whole batches of these rows. None if they must be read one by one.
     """
 
     def __init__(
-        self, read: Callable[[AnyArray], list[Sample]], rows: AnyArray, reader: SampleReader | None = None
+        self,
+        read: Callable[[AnyArray], list[Sample]] | Iterable[Any] = (),
+        rows: AnyArray | None = None,
+        reader: SampleReader | None = None,
     ) -> None:
         super().__init__()
-        self._read_rows: Callable[[AnyArray], list[Sample]] | None = read
-        self._rows, self._reader = rows, reader
+        self._read_rows: Callable[[AnyArray], list[Sample]] | None = None
+        self._rows, self._reader = np.empty(0, np.int64) if rows is None else rows, reader
         self._steps: AnyArray | None = None
+        if rows is None:
+            super().extend(cast(Iterable[Any], read))
+        else:
+            self._read_rows = cast(Callable[[AnyArray], list[Sample]], read)
 
     def unread_fields(self) -> dict[str, UnreadField | list[str]] | None:
         """The fields in the order of a sample: its key as text, and the others unread.

@@ -219,6 +219,14 @@ def test_samples_are_read_once_and_again_after_an_error() -> None:
     assert (list(unread), unread[1], len(unread), reads) == ([5, 6], 6, 2, [2, 2])
 
 
+def test_its_class_makes_a_list_of_items_as_list_does() -> None:
+    # Lightning and accelerate move a batch to a device as `type(batch)(items)`. It was a TypeError.
+    kind = type(UnreadSamples(lambda rows: rows.tolist(), np.array([5, 6])))
+    made = kind(number + 1 for number in [5, 6])
+    assert (made, len(made), made.unread_fields(), kind(), len(kind([]))) == ([6, 7], 2, None, [], 0)
+    assert pickle.loads(pickle.dumps(made)) == [6, 7]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_other_collate_functions_get_an_ordinary_list_of_samples(tmp_path: Path, workers: int) -> None:
     data = ShardDataset(write(tmp_path, tokens([3, 1, 2, 5])))
