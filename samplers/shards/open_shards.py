@@ -33,7 +33,7 @@ class OpenShards:
 
     def __init__(self, tables: Tables, *, memory_map: bool = False) -> None:
         self.process = os.getpid()
-        self.most = _count_handles()
+        self.most = count_handles()
         self._tables, self._ends = tables, tables.starts[1:]
         self._files = lru_cache(maxsize=self.most)(partial(open_file, memory_map=memory_map))
 
@@ -111,8 +111,8 @@ class OpenShards:
             return self._files(path)
 
 
-def _count_handles() -> int:
-    """Number of shards that a process keeps open."""
+def count_handles() -> int:
+    """Number of files that a process keeps open for shards."""
     try:
         # Windows has no such limit, and no such module.
         limit = import_module("resource").getrlimit(import_module("resource").RLIMIT_NOFILE)[0]

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,27 @@ def test_a_large_shard_gets_its_name_at_once(tmp_path: Path, monkeypatch: pytest
         for number, steps in enumerate([1, 1, 20_000, 1]):
             writer.write({"__key__": str(number), "x": np.zeros(steps)})
         assert [path.name for path in writer.shards] == [f"shard-00000{number}.tar" for number in range(3)]
+
+
+@pytest.mark.usefixtures("waits")
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit of open files")
+def test_many_writers_together_keep_few_files_open(tmp_path: Path) -> None:
+    # Forty writers of one process kept 1300 files open, more than most systems allow. A sixteenth of the limit waits.
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, limits[1]), limits[1]))
+    try:
+        with ExitStack() as writers:
+            folders = [tmp_path / str(number) for number in range(20)]
+            each = [writers.enter_context(ShardWriter(folder, max_samples=1)) for folder in folders]
+            for sample in tokens([3] * 20):
+                for writer in each:
+                    writer.write(sample)
+                assert len(list(tmp_path.glob("*/*.ltx.tmp"))) <= 16
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert all(len(LengthIndex.open(folder / "shard.ltx").lengths) == 20 for folder in folders)
 
 
 @pytest.mark.usefixtures("waits")

@@ -10,17 +10,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from weakref import WeakSet
 
+from samplers.shards.open_shards import count_handles
 from samplers.shards.storage.atomic import AtomicFile, commit_in_stages
 
-# Shards and bytes of a group. Each shard keeps two files open, and a process may have no more than 64.
+# Shards and bytes of a group.
 MOST_SHARDS: Final = 16
 MOST_BYTES: Final = 1 << 26
 # How many times as long as giving names takes, shards are collected. So giving names takes a tenth of the time.
 PATIENCE = 10.0
 
 
-@dataclass(frozen=True)
+# By identity, to be a member of a set.
+@dataclass(frozen=True, eq=False)
 class FinishedShard:
     """A complete shard under its temporary name.
 
@@ -35,6 +38,10 @@ class FinishedShard:
     index: AtomicFile
     samples: int
     nbytes: int
+
+
+# The shards of all writers of the process that wait. Each keeps two files open, and a process may write to many folders.
+_WAITING: Final[WeakSet[FinishedShard]] = WeakSet()
 
 
 class ShardGroup:
@@ -60,7 +67,9 @@ class ShardGroup:
             OSError: A file cannot be flushed or renamed.
         """
         self._waiting.append(shard)
-        full = len(self._waiting) >= MOST_SHARDS or sum(each.nbytes for each in self._waiting) >= MOST_BYTES
+        _WAITING.add(shard)
+        most = min(MOST_SHARDS, len(self._waiting) + count_handles() // 2 - len(_WAITING))
+        full = len(self._waiting) >= most or sum(each.nbytes for each in self._waiting) >= MOST_BYTES
         if full or time.monotonic() >= self._not_before:
             self.commit()
 
@@ -79,6 +88,7 @@ class ShardGroup:
         finally:
             # After an error, a shard may have its name and its index not: then a writer that continues indexes it.
             self._on_named([each.file.path for each in shards if each.file.committed])
+            _WAITING.difference_update(shards)
             self.lost_samples += sum(each.samples for each in shards if not each.file.committed)
         ended = time.monotonic()
         self._not_before = ended + PATIENCE * (ended - started)
