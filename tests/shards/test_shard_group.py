@@ -77,11 +77,9 @@ def test_a_large_shard_gets_its_name_at_once(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.usefixtures("waits")
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit of open files")
 def test_many_writers_together_keep_few_files_open(tmp_path: Path) -> None:
     # Forty writers of one process kept 1300 files open, more than most systems allow. A sixteenth of the limit waits.
-    import resource
-
+    resource: Any = pytest.importorskip("resource", reason="Windows has no limit of open files")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, limits[1]), limits[1]))
     try:

@@ -40,7 +40,7 @@ class FinishedShard:
     nbytes: int
 
 
-# The shards of all writers of the process that wait. Each keeps two files open, and a process may write to many folders.
+# Waiting shards of all writers of the process, which may write to many folders. Each shard keeps two files open.
 _WAITING: Final[WeakSet[FinishedShard]] = WeakSet()
 
 
