@@ -250,6 +250,8 @@ class StreamIterator(Iterator[Any]):
             raise ValueError(f"a loader must have at most {WORKERS} workers, got {self._workers}: use fewer")
         self._iteration: WorkerIteration | None = None
         self._reader: StepReader | None = None
+        # Of this worker, from the start of the iteration on.
+        self._steps = 0
 
     def __next__(self) -> Any:
         if self._iteration is None or self._reader is None:
@@ -257,11 +259,13 @@ class StreamIterator(Iterator[Any]):
             self._iteration = self._cursor.begin(self._iteration)
             self._warn_of_drop(self._iteration)
             self._reader = self._open(self._iteration)
+            self._steps = self._iteration.taken + len(self._reader)
         if len(self._reader) == 0:
             raise StopIteration
-        samples = self._reader.take()
-        self._cursor.note_taken(self._iteration, self._iteration.taken + 1)
-        return self._stream.collate_fn(samples)
+        batch = self._stream.collate_fn(self._reader.take())
+        # After the collator, which reads local samples: a batch that failed must not be missing after a resume.
+        self._cursor.note_taken(self._iteration, self._steps - len(self._reader))
+        return batch
 
     def state_dict(self) -> dict[str, int | str]:
         """Where the epoch stands for this worker, in fresh primitive values, under 1 kB."""

@@ -1,0 +1,59 @@
+"""Batches of a stream that fail: they are not counted as taken, so that a resumed stream reads them again."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from collate import PadCollator
+from samplers import ShardStream, ShardWriter
+
+
+@pytest.mark.parametrize("layout", ["plain", "blocks"])
+def test_a_batch_that_failed_is_not_counted_as_taken(tmp_path: Path, layout: Any) -> None:
+    # Since local samples are read by the collator, the state counted the batch that could not be read: it was lost.
+    with ShardWriter(tmp_path, layout=layout, version=1) as writer:
+        for number in range(12):
+            writer.write({"__key__": f"k{number}", "x": np.full(40, 7)})
+    [shard] = tmp_path.glob("*.tar")
+    whole = shard.read_bytes()
+    damaged = len(whole) * 2 // 3
+    shard.write_bytes(whole[:damaged] + b"\x11" * 8 + whole[damaged + 8 :])
+
+    def stream() -> ShardStream:
+        return ShardStream(tmp_path, batch_size=2, collate_fn=PadCollator(), shuffle=False)
+
+    batches = iter(stream())
+    used: list[list[str]] = []
+    with pytest.raises(ValueError, match="checksum"):
+        # What came before the error stays in the list.
+        used.extend(batch["__key__"] for batch in batches)
+    assert len(used) > 2
+    state = batches.state_dict()
+    shard.write_bytes(whole)
+    again = iter(stream())
+    again.load_state_dict(state)
+    assert used + [batch["__key__"] for batch in again] == [batch["__key__"] for batch in stream()]
+
+
+def test_whoever_goes_on_after_a_batch_that_failed_has_passed_it(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path) as writer:
+        for number in range(8):
+            writer.write({"__key__": f"k{number}", "x": np.full(4, number)})
+    calls = iter(range(9))
+
+    def collate(samples: Any) -> Any:
+        if next(calls) == 1:
+            raise RuntimeError("mine")
+        return [sample["__key__"] for sample in samples]
+
+    stream = ShardStream(tmp_path, batch_size=2, collate_fn=collate, shuffle=False)
+    batches = iter(stream)
+    next(batches)
+    with pytest.raises(RuntimeError, match="mine"):
+        next(batches)
+    assert batches.state_dict()["taken"] == 1
+    third = next(batches)
+    assert batches.state_dict()["taken"] == 3
+    assert third != next(batches)
