@@ -138,6 +138,8 @@ class FetchedShards(OpenShards):
         if isinstance(file, LocalFile):
             return file
         # To find the samples that fail, a shard is read many times, but fetched once.
-        if self._fetched is None or self._fetched.path != file.path:
-            self._fetched = FetchedFile(file.path, file.size)
-        return self._fetched
+        # Another thread may fetch or free a shard meanwhile.
+        fetched = self._fetched
+        if fetched is None or fetched.path != file.path:
+            fetched = self._fetched = FetchedFile(file.path, file.size)
+        return fetched

@@ -1,13 +1,16 @@
-"""Batches of a stream that fail: they are not counted as taken, so that a resumed stream reads them again."""
+"""Batches of a stream that fail, which a resumed stream reads again, and shards that threads fetch and free."""
 
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 
 from collate import PadCollator
-from samplers import ShardStream, ShardWriter
+from samplers import ShardDataset, ShardStream, ShardWriter
+from samplers.shards.indexing.index import tables_of
+from samplers.window_reader import FetchedShards
 
 
 @pytest.mark.parametrize("layout", ["plain", "blocks"])
@@ -57,3 +60,19 @@ def test_whoever_goes_on_after_a_batch_that_failed_has_passed_it(tmp_path: Path)
     third = next(batches)
     assert batches.state_dict()["taken"] == 3
     assert third != next(batches)
+
+
+def test_a_fetched_shard_that_another_thread_frees_is_still_given(tmp_path: Path) -> None:
+    # It was None, or another thread's shard.
+    with ShardWriter(tmp_path) as writer:
+        writer.write({"__key__": "a", "x": np.zeros(3)})
+    memory = fsspec.filesystem("memory")
+    for path in tmp_path.iterdir():
+        memory.pipe(f"/freed/{path.name}", path.read_bytes())
+
+    class Freed(FetchedShards):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, None if name == "_fetched" else value)
+
+    url = "memory://freed/shard-000000.tar"
+    assert Freed(tables_of(ShardDataset([url]).index)).open(0).path == url
