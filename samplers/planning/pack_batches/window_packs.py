@@ -160,7 +160,7 @@ class WindowPacks(PackedTable):
     def _window_rows(self, window: int, batches: Integers) -> list[list[Integers]]:
         """The rows of batches of a window, each the samples of its documents."""
         table, rows = self._table_of(window), self.options.rows
-        positions = (batches[:, None] * rows + np.arange(rows)).ravel()
+        positions = (batches[:, None] * rows + np.arange(min(rows, len(table)))).ravel()
         positions = positions[positions < len(table)]
         counts = np.minimum(rows, len(table) - batches * rows)
         if self.options.shuffle and self.options.cost is None:
