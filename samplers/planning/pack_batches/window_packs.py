@@ -26,6 +26,7 @@ from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 
+from collate.widths import check_count
 from samplers.planning.budget import Integers
 from samplers.planning.keyed_shuffle import derive_key, draw_until, permute
 from samplers.planning.pack_batches.options import PackOptions
@@ -335,13 +336,17 @@ def make_window_packs(
 
     Raises:
         LengthError: A document does not fit in a row, with `overlong="error"`.
+        TypeError: `window` is not an int.
         ValueError: An option is out of its range, or no sample is left to plan.
     """
+    if window is None:
+        window = DEFAULT_WINDOW
+    window = check_count("window", window, least=1, hint="give a number of samples, or None for a default")
     array = as_length_array(lengths)
     refuse_negative(array, None)
     indices, too_short = choose_samples(array, options)
     documents = make_shard_documents(array, shard_starts, options, indices)
-    groupings = PackGroupings(documents, options, window or DEFAULT_WINDOW, interleave)
+    groupings = PackGroupings(documents, options, window, interleave)
     number, windows = groupings.first_windows()
     return WindowPacks(
         documents.packs,
