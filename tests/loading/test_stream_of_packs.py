@@ -205,6 +205,23 @@ def test_a_window_that_is_no_int_is_refused(corpus: Path, window: Any) -> None:
         stream(corpus, window=window)
 
 
+def test_a_position_of_another_window_is_refused(tmp_path: Path) -> None:
+    """Red before: it was taken if one grouping had the same windows, though those of other epochs may differ."""
+    write(tmp_path, tokens(LENGTHS[:60]), max_samples=7, block_size=16)
+
+    def windows(window: int, **options: Any) -> ShardStream:
+        return stream(tmp_path, capacity=60, window=window, **options)
+
+    saved, other = windows(14), windows(12)
+    # Shards of 7 samples: the windows are the same here, and need not be with shards of other sizes.
+    with pytest.raises(ValueError, match="options differ"):
+        other.seek(saved.position(2))
+    # A window of all samples is one window, however large.
+    windows(60).seek(windows(10**6).position(2))
+    # Without a shuffle there is one grouping, and its windows tell.
+    windows(12, shuffle=False).seek(windows(14, shuffle=False).position(2))
+
+
 def test_options_of_budgets_and_pad_collators_are_refused(corpus: Path) -> None:
     with pytest.raises(TypeError, match="options must be among capacity, .*, got max_tokens"):
         stream(corpus, max_tokens=5)

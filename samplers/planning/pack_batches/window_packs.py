@@ -92,7 +92,10 @@ class WindowPacks(PackedTable):
     @cached_property
     def digest(self) -> str:
         """Sixteen hexadecimal digits that change when the rows or the windows change."""
-        text = repr((super().digest, self.usual, self.number, self.groupings.interleave))
+        groupings = self.groupings
+        # Other groupings may have other windows where these are the same.
+        least = min(groupings.window, self.planned) if groupings.changes else None
+        text = repr((super().digest, self.usual, self.number, groupings.interleave, least))
         return blake2b(text.encode(), digest_size=8).hexdigest()
 
     @property
