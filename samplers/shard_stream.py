@@ -86,8 +86,8 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         collate_fn: Makes a batch from a list of samples; it runs in the worker. A `PadCollator` must have the stream's
             `max_length` and `widths`, and no `widths` if the stream has none. For a function that has no attribute
             `max_length`, a warning is logged if samples are planned as cut. Where the stream packs, a `VarlenCollator`
-            must have its `capacity`, `max_documents` and `align` (`multiple`), for several rows `arrange="given"`, and
-            its `max_length` if it cuts.
+            must have its `capacity`, `max_documents` and `align` (`multiple`), for several rows `arrange="given"` and
+            no fewer `rows`, and its `max_length` if it cuts.
         fields: The fields that samples hold, next to their key; the others are not read. None for all.
         decode: Functions from bytes, for fields in other encodings, as in `ShardDataset`.
         memory_map: Copy batches from mapped shards, as in `ShardDataset`.

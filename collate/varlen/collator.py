@@ -143,6 +143,11 @@ sort_by=False))
         return self.options.max_documents
 
     @property
+    def rows(self) -> int | None:
+        """Rows of every batch, filled up with empty ones; None is as few as hold the samples."""
+        return self.options.rows
+
+    @property
     def arrange(self) -> Arrange:
         """How samples are put into rows."""
         return self.options.arrange

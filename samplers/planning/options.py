@@ -105,6 +105,7 @@ class Options:
         if self.overlong not in {"error", "drop", "alone"}:
             raise ValueError(f"overlong must be 'error', 'drop' or 'alone', got {self.overlong!r}")
         _ = self.allowed_widths
+        object.__setattr__(self, "indices", copy_indices(self.indices))
 
     def describe(self) -> str:
         """The options that are not the default, as text for a `repr`; of `indices` their number.
@@ -173,6 +174,14 @@ def check_flag(name: str, value: object) -> None:
     """
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+
+
+def copy_indices(indices: Indices | None) -> Indices | None:
+    """Indices of one's own: plans are made again, in a worker or of an unpickled copy, when the caller's may differ."""
+    if indices is None or isinstance(indices, (range, tuple)):
+        return indices
+    refuse_masked(indices, "indices", "leave them out with .compressed()")
+    return np.asarray(indices).copy()
 
 
 def check_indices(indices: Indices, samples: int) -> npt.NDArray[np.int64]:

@@ -180,6 +180,14 @@ def test_a_collator_that_agrees_makes_the_planned_rows(corpus: Path, options: An
         ),
         ({"collate_fn": VarlenCollator(capacity=128, max_length=9)}, "max_length must be the stream's, got 9 and None"),
         ({"collate_fn": VarlenCollator(capacity=40), "capacity": 40, "overlong": "cut"}, "max_length must be"),
+        # Red before: an error of the collator at some batch.
+        (
+            {"collate_fn": VarlenCollator(capacity=128, arrange="given", rows=2), "rows": 3},
+            "rows must be the stream's, got 2 and 3",
+        ),
+        # Red before: the default window, in silence.
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"window": -3}, "window must be at least 1, got -3"),
         ({"collate_fn": PadCollator()}, "must put several samples into a row .*: give a VarlenCollator"),
         ({"capacity": 50, "overlong": "error"}, "must fit in a row of capacity 50"),
         ({"capacity": 1, "overlong": "drop", "min_length": 2}, "drops them all"),
@@ -188,6 +196,30 @@ def test_a_collator_that_agrees_makes_the_planned_rows(corpus: Path, options: An
 def test_what_does_not_fit_the_packs_is_refused(corpus: Path, options: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         stream(corpus, **options)
+
+
+@pytest.mark.parametrize("window", ["30", 1.5, True])
+def test_a_window_that_is_no_int_is_refused(corpus: Path, window: Any) -> None:
+    """Red before: packs took them, except for the text."""
+    with pytest.raises(TypeError, match="window must be an int, got"):
+        stream(corpus, window=window)
+
+
+def test_a_position_of_another_window_is_refused(tmp_path: Path) -> None:
+    """Red before: it was taken if one grouping had the same windows, though those of other epochs may differ."""
+    write(tmp_path, tokens(LENGTHS[:60]), max_samples=7, block_size=16)
+
+    def windows(window: int, **options: Any) -> ShardStream:
+        return stream(tmp_path, capacity=60, window=window, **options)
+
+    saved, other = windows(14), windows(12)
+    # Shards of 7 samples: the windows are the same here, and need not be with shards of other sizes.
+    with pytest.raises(ValueError, match="options differ"):
+        other.seek(saved.position(2))
+    # A window of all samples is one window, however large.
+    windows(60).seek(windows(10**6).position(2))
+    # Without a shuffle there is one grouping, and its windows tell.
+    windows(12, shuffle=False).seek(windows(14, shuffle=False).position(2))
 
 
 def test_options_of_budgets_and_pad_collators_are_refused(corpus: Path) -> None:

@@ -1,5 +1,6 @@
-"""What a caller writes to lengths after planning changes no plan: a sampler computes epochs when they are needed."""
+"""What a caller writes to lengths or options after planning changes no plan: epochs are computed when they are due."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from corpora import tokens, write
 
-from samplers import LengthBucketBatchSampler, PackingBatchSampler, plan_epoch
+from collate import VarlenCollator
+from samplers import LengthBucketBatchSampler, PackingBatchSampler, ShardStream, plan_epoch
 
 Array = npt.NDArray[np.int64]
 
@@ -57,3 +60,49 @@ def test_a_memory_map_and_a_read_only_array_are_not_copied(tmp_path: Path) -> No
     for lengths in (np.load(tmp_path / "lengths.npy", mmap_mode="r"), fixed):
         sampler = LengthBucketBatchSampler(lengths, max_tokens=100)
         assert np.shares_memory(sampler._table.sorted_lengths.lengths, lengths)
+
+
+INDICES: dict[str, Callable[[Array], Any]] = {
+    "array": np.array,
+    "tensor": torch.tensor,
+    "list": np.ndarray.tolist,
+}
+
+
+@pytest.mark.parametrize("kind", INDICES.values(), ids=INDICES)
+@pytest.mark.parametrize("budget", [{"max_tokens": 60}, {"capacity": 60}], ids=SAMPLERS)
+def test_writes_to_the_indices_after_planning_change_nothing(
+    kind: Callable[[Array], Any], budget: dict[str, int], tmp_path: Path
+) -> None:
+    """Red before: packs had no position any more, and a pickled stream had the batches of the other samples."""
+    lengths = np.random.default_rng(0).integers(1, 60, 80)
+    write(tmp_path, tokens(lengths.tolist()), max_samples=30, block_size=16)
+    chosen = np.arange(0, 80, 2)
+    sampler_type: Any = PackingBatchSampler if "capacity" in budget else LengthBucketBatchSampler
+    makers: list[Callable[[Any], Any]] = [
+        lambda indices: sampler_type(lengths, indices=indices, **budget),
+        lambda indices: ShardStream(tmp_path, collate_fn=list, indices=indices, **budget),
+    ]
+    for make in makers:
+        given = kind(chosen)
+        expected, changed = make(kind(chosen)), make(given)
+        for entry in range(len(given)):
+            given[entry] = entry
+        assert changed.position(1) == expected.position(1)
+        again = pickle.loads(pickle.dumps(changed))
+        assert list(again.plan(3).batches) == list(expected.plan(3).batches)
+
+
+def test_a_write_to_the_capacity_after_planning_changes_nothing() -> None:
+    """Red before: the collator for the sampler had rows of the other capacity."""
+    capacity = [60]
+    sampler = PackingBatchSampler([20, 30, 40], capacity=capacity)
+    capacity[0] = 40
+    assert sampler.capacity == (60,)
+    assert VarlenCollator.for_sampler(sampler).capacity == 60
+
+
+def test_a_capacity_of_a_numpy_integer_makes_a_collator() -> None:
+    """Red before: its collator was a TypeError about an object that is not iterable."""
+    sampler = PackingBatchSampler([20, 30, 40], capacity=np.int64(60))
+    assert VarlenCollator.for_sampler(sampler).capacity == 60

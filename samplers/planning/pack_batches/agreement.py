@@ -15,8 +15,8 @@ def check_packing(collate_fn: Any, table: PackedTable, fields: Sequence[str]) ->
     """Check that a collator cuts the planned rows, and cuts documents as they are planned.
 
     Args:
-        collate_fn: Any function; a `VarlenCollator` has `capacity`, `max_documents`, `align`, `arrange` and
-            `max_length`. Of a function without them nothing is known, and nothing is refused.
+        collate_fn: Any function; a `VarlenCollator` has `capacity`, `max_documents`, `align`, `arrange`,
+            `rows` and `max_length`. Of a function without them nothing is known, and nothing is refused.
         table: The batches.
         fields: Names of the K fields.
 
@@ -64,6 +64,9 @@ def _check_cut(collate_fn: Any, table: PackedTable) -> None:
     if options.rows == 1:
         # However it is arranged, a list that fits in one row is one row.
         return
+    made = getattr(collate_fn, "rows", None)
+    if made is not None and made < options.rows:
+        _refuse_other("rows", made, options.rows)
     if getattr(collate_fn, "arrange", "given") != "given":
         _refuse_other("arrange", collate_fn.arrange, "given")
     if options.max_cost is not None:

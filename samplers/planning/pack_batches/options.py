@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, Final, TypedDict
 
 import numpy as np
 
 from collate.widths import check_count
-from samplers.planning.options import LARGEST_SEED, Indices, check_flag, describe_options
+from samplers.planning.options import LARGEST_SEED, Indices, check_flag, copy_indices, describe_options
 from samplers.planning.packs.documents import DocumentCost, OverlongDocuments
+
+# More would not be numbers of int64 when they are multiplied.
+LARGEST_ROWS: Final = 1 << 31
 
 
 class PackingOptions(TypedDict, total=False):
@@ -57,14 +60,16 @@ class PackOptions:
     indices: Indices | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.capacity, np.ndarray):
-            object.__setattr__(self, "capacity", self.capacity.tolist())
+        object.__setattr__(self, "capacity", _own_capacity(self.capacity))
+        object.__setattr__(self, "indices", copy_indices(self.indices))
         check_flag("shuffle", self.shuffle)
         check_flag("drop_last", self.drop_last)
         self._check_count("seed", 0, "give a number from 0 to 2**64 - 1")
         if self.seed > LARGEST_SEED:
             raise ValueError(f"seed must be at most 2**64 - 1, got {self.seed}: take it modulo 2**64")
         self._check_count("rows", 1, "give the rows of a batch")
+        if self.rows > LARGEST_ROWS:
+            raise ValueError(f"rows must be at most 2**31, got {self.rows}: give the rows of a batch")
         self._check_count("min_length", 0, "0 keeps every sample")
 
     def describe(self) -> str:
@@ -78,6 +83,13 @@ class PackOptions:
     def _check_count(self, name: str, least: int, hint: str) -> None:
         """Check an integer option, and store it as a Python int."""
         object.__setattr__(self, name, check_count(name, getattr(self, name), least=least, hint=hint))
+
+
+def _own_capacity(capacity: Any) -> Any:
+    """A capacity that the caller cannot change, of Python ints; what is no number stays, for its message."""
+    if isinstance(capacity, (np.ndarray, np.integer)):
+        capacity = capacity.tolist()
+    return tuple(capacity) if isinstance(capacity, list) else capacity
 
 
 def make_pack_options(options: PackingOptions) -> PackOptions:

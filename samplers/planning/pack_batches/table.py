@@ -82,7 +82,7 @@ class PackBatches(PackedTable):
     def rows_of_batches(self, batch_ids: Integers) -> BatchRows:
         """The rows of these batches, int64 `[n]`, at least one, in the order in which a collator cuts them."""
         rows = self.options.rows
-        positions = (batch_ids[:, None] * rows + np.arange(rows)).ravel()
+        positions = (batch_ids[:, None] * rows + np.arange(min(rows, len(self.packs)))).ravel()
         positions = positions[positions < len(self.packs)]
         samples, documents = self._order.samples(positions)
         return self._arrange(BatchRows(samples, documents, np.minimum(rows, len(self.packs) - batch_ids * rows)))

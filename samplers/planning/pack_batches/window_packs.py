@@ -26,6 +26,7 @@ from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 
+from collate.widths import check_count
 from samplers.planning.budget import Integers
 from samplers.planning.keyed_shuffle import derive_key, draw_until, permute
 from samplers.planning.pack_batches.options import PackOptions
@@ -91,7 +92,10 @@ class WindowPacks(PackedTable):
     @cached_property
     def digest(self) -> str:
         """Sixteen hexadecimal digits that change when the rows or the windows change."""
-        text = repr((super().digest, self.usual, self.number, self.groupings.interleave))
+        groupings = self.groupings
+        # Other groupings may have other windows where these are the same.
+        least = min(groupings.window, self.planned) if groupings.changes else None
+        text = repr((super().digest, self.usual, self.number, groupings.interleave, least))
         return blake2b(text.encode(), digest_size=8).hexdigest()
 
     @property
@@ -160,7 +164,7 @@ class WindowPacks(PackedTable):
     def _window_rows(self, window: int, batches: Integers) -> list[list[Integers]]:
         """The rows of batches of a window, each the samples of its documents."""
         table, rows = self._table_of(window), self.options.rows
-        positions = (batches[:, None] * rows + np.arange(rows)).ravel()
+        positions = (batches[:, None] * rows + np.arange(min(rows, len(table)))).ravel()
         positions = positions[positions < len(table)]
         counts = np.minimum(rows, len(table) - batches * rows)
         if self.options.shuffle and self.options.cost is None:
@@ -335,13 +339,17 @@ def make_window_packs(
 
     Raises:
         LengthError: A document does not fit in a row, with `overlong="error"`.
+        TypeError: `window` is not an int.
         ValueError: An option is out of its range, or no sample is left to plan.
     """
+    if window is None:
+        window = DEFAULT_WINDOW
+    window = check_count("window", window, least=1, hint="give a number of samples, or None for a default")
     array = as_length_array(lengths)
     refuse_negative(array, None)
     indices, too_short = choose_samples(array, options)
     documents = make_shard_documents(array, shard_starts, options, indices)
-    groupings = PackGroupings(documents, options, window or DEFAULT_WINDOW, interleave)
+    groupings = PackGroupings(documents, options, window, interleave)
     number, windows = groupings.first_windows()
     return WindowPacks(
         documents.packs,

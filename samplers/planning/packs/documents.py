@@ -52,12 +52,16 @@ class RowLimits:
             float64 `[n]`; zeros without a `cost`.
 
         Raises:
-            ValueError: `cost` returns another shape than `[n]`, or a number that is negative or not finite.
+            TypeError: `cost` returns no numbers.
+            ValueError: It returns another shape than `[n]`, or a number that is negative or not finite.
         """
         if self.cost is None:
             return np.zeros(len(units))
         steps = units * self.multiple
-        costs = np.asarray(self.cost(steps[:, 0] if steps.shape[1] == 1 else steps), np.float64)
+        given = np.asarray(self.cost(steps[:, 0] if steps.shape[1] == 1 else steps))
+        if given.dtype.kind not in "biuf":
+            raise TypeError(f"cost must return numbers, got {given.dtype}: return one for each document")
+        costs = given.astype(np.float64)
         if costs.shape != (len(units),):
             raise ValueError(f"cost must return one number per document, [{len(units)}], got {list(costs.shape)}")
         if not np.isfinite(costs).all() or costs.min(initial=0) < 0:

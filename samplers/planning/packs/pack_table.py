@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
+from numbers import Real
 from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
@@ -311,6 +312,8 @@ def make_limits(
         max_documents = check_count("max_documents", max_documents, least=1, hint="give None for no such limit")
     if cost is not None and not callable(cost):
         raise TypeError(f"cost must be a function of lengths, got {cost!r}")
+    if max_cost is not None and (isinstance(max_cost, bool) or not isinstance(max_cost, Real)):
+        raise TypeError(f"max_cost must be a number, got {max_cost!r}: give None for no such limit")
     if max_cost is not None and (cost is None or not max_cost > 0):
         raise ValueError(f"max_cost must be above 0 and have a cost, got max_cost={max_cost} and cost={cost!r}")
     return RowLimits(
@@ -326,6 +329,8 @@ def make_limits(
 def _plan(documents: Documents, limits: RowLimits) -> tuple[LengthClasses, RowPlan]:
     """Classes in the order in which their documents are placed, and the rows."""
     classes = make_classes(documents.units, limits.units, None if limits.max_cost is None else limits.fit_alone)
+    # Refuses a wrong cost now, which is needed when an epoch begins.
+    limits.costs(classes.units)
     task = make_task(classes, limits)
     if task.sizes.shape[1] > 1:
         order = np.argsort(-task.shares, kind="stable")

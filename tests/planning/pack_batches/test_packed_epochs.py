@@ -13,6 +13,9 @@ from pack_oracles import Integers, corpora, cut_list
 from collate import VarlenCollator
 from collate.errors import LengthError
 from samplers import PackingBatchSampler
+from samplers.planning.pack_batches.options import make_pack_options
+from samplers.planning.pack_batches.plan import PackPlan
+from samplers.planning.pack_batches.window_packs import make_window_packs
 
 EPOCHS = st.integers(0, 10_000)
 SEEDS = st.integers(0, 2**64 - 1)
@@ -318,11 +321,39 @@ def test_the_report_agrees_with_a_count_by_hand(case: Any, replicas: int, epoch:
             "a batch for each of 4 replicas",
         ),
         ({"capacity": 10, "num_replicas": 2, "rank": 2}, ValueError, "rank must be below num_replicas=2"),
+        ({"capacity": 10, "rows": 2**31 + 1}, ValueError, "rows must be at most 2..31, got 2147483649"),
+        ({"capacity": 10, "cost": np.square, "max_cost": "5"}, TypeError, "max_cost must be a number, got '5'"),
+        ({"capacity": 10, "cost": np.square, "max_cost": True}, TypeError, "max_cost must be a number, got True"),
+        # Red before: these costs were refused only when an epoch began.
+        ({"capacity": 10, "cost": lambda lengths: 1.0}, ValueError, "cost must return one number per document, .3."),
+        ({"capacity": 10, "cost": lambda lengths: -lengths}, ValueError, "finite numbers from 0, got -9"),
+        ({"capacity": 10, "cost": lambda lengths: lengths * np.nan}, ValueError, "finite numbers from 0, got nan"),
+        ({"capacity": 10, "cost": lambda lengths: ["a"] * 3}, TypeError, "cost must return numbers, got <U1"),
+        ({"capacity": 10, "cost": lambda lengths: lengths * 1j}, TypeError, "cost must return numbers, got complex128"),
     ],
 )
 def test_options_that_make_no_sense_are_refused_with_a_remedy(options: Any, error: Any, words: str) -> None:
     with pytest.raises(error, match=words):
         PackingBatchSampler([3, 5, 9], **options)
+
+
+@pytest.mark.parametrize("rows", [2**20, 2**31])
+def test_many_more_rows_than_documents_are_one_batch(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red before: a batch asked for memory for all rows that it could have had."""
+    arange = np.arange
+
+    def small_arange(*bounds: Any, **options: Any) -> Any:
+        assert max(bounds) < 10_000, "asks for memory"
+        return arange(*bounds, **options)
+
+    monkeypatch.setattr(np, "arange", small_arange)
+    sampler = PackingBatchSampler([3, 5, 9, 4], capacity=10, rows=rows)
+    assert [sorted(batch) for batch in sampler] == [[0, 1, 2, 3]]
+    starts = np.array([0, 2, 4])
+    packs = make_window_packs(
+        np.array([3, 5, 9, 4]), starts, make_pack_options({"capacity": 10, "rows": rows}), window=1
+    )
+    assert sorted(PackPlan(packs, 0, 1).batches) in ([[1, 0], [2, 3]], [[0, 1], [2, 3]])
 
 
 @pytest.mark.parametrize(
