@@ -130,11 +130,7 @@ class WindowTable(BatchTable):
 
     def _digested_text(self) -> str:
         # Positions carry the digest of this text, so that it must never change.
-        parts = (super()._digested_text(), self.windows, self.interleave)
-        if self.groupings is None:
-            return repr(parts)
-        # Other groupings may have other windows where these are the same.
-        return repr((*parts, min(self.groupings.window, len(self.sorted_lengths))))
+        return repr((super()._digested_text(), self.windows, self.interleave))
 
     @property
     def _sections(self) -> Integers:
