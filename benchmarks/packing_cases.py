@@ -1,8 +1,8 @@
 """What packs are measured by: corpora, and the figures of `packing_plans.py`."""
 
 import statistics
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,8 +27,11 @@ from packers import (
 )
 
 from samplers.dynamic.packer import Packer
+from samplers.planning.pack_batches.options import PackOptions
+from samplers.planning.pack_batches.window_packs import WindowPacks, make_window_packs
 from samplers.planning.packs.pack_table import PackTable
 from samplers.planning.packs.row_order import RowOrder
+from samplers.planning.schedule import make_schedule
 
 SAMPLES: Final = 20_000
 CAPACITIES: Final = (2_048, 4_096, 8_192, 16_384, 32_768)
@@ -319,6 +322,45 @@ def times(name: str, lengths: Lengths, capacity: int, rounds: int) -> dict[str, 
     }
 
 
+def windows(name: str, lengths: Lengths, capacity: int, **options: Any) -> dict[str, Any]:
+    """Seconds of a shard stream's plan: construction, the first batch of an epoch, all batches of one."""
+
+    class Index:
+        fingerprint = name
+
+        def __init__(self) -> None:
+            self.lengths = lengths
+
+    starts = np.arange(0, len(lengths) + 1, 1_000)
+
+    def make() -> WindowPacks:
+        return make_window_packs(Index(), starts, PackOptions(capacity=capacity, **options))
+
+    table = make()
+    epochs = iter(range(1, 1 << 30))
+
+    def first_batch() -> None:
+        make_schedule(table, next(epochs), 8).batch_samples(np.array([0]))
+
+    def whole_epoch() -> None:
+        schedule = make_schedule(table, next(epochs), 8)
+        for slots in schedule.slot_ranges():
+            schedule.batch_samples(slots)
+
+    return {
+        "corpus": name,
+        "samples": len(lengths),
+        "capacity": capacity,
+        "limits": " and ".join(["capacity", *options]),
+        "windows": len(table.windows),
+        "rows": len(table),
+        "waste": waste(lengths, len(table), capacity),
+        "construct_s": fastest(make, 2),
+        "first_batch_s": fastest(first_batch, 3),
+        "epoch_s": fastest(whole_epoch, 1),
+    }
+
+
 def trl(lengths: Lengths, *, large: bool) -> list[dict[str, Any]]:
     """TRL's packing by its package: waste and time of each sample; documents keep a 50th of their length at 1M."""
     measured = []
@@ -359,19 +401,13 @@ def streams() -> list[dict[str, Any]]:
     """Packing of streams without an index: waste, the longest wait in buffers, and time of a sample."""
     measured = []
     for name, lengths in (("speech-like", speech_like(SAMPLES)), ("text-like", text_like(SAMPLES))):
+        values = lengths.tolist()
         for buffer in (500, 2_000, 5_000):
-            packer: Packer[int] = Packer(4_096, buffer_size=buffer, max_wait=1 << 40)
             used = rows = waited = 0
-            values = lengths.tolist()
-            start = time.process_time()
-            for sample, length in enumerate(values):
-                packer.push(length, sample)
-                while packer.is_due:
-                    row = packer.pop()
-                    rows += 1
-                    used += sum(values[each] for each in row)
-                    waited = max(waited, packer.arrivals - min(row))
-            seconds = time.process_time() - start
+            for arrivals, row in run_stream(values, buffer):
+                rows += 1
+                used += sum(values[each] for each in row)
+                waited = max(waited, arrivals - min(row))
             measured.append(
                 {
                     "corpus": name,
@@ -379,7 +415,18 @@ def streams() -> list[dict[str, Any]]:
                     "buffer": buffer,
                     "waste": 100 * (1 - used / (rows * 4_096)),
                     "wait": waited / buffer,
-                    "microseconds": 1e6 * seconds / SAMPLES,
+                    "microseconds": 1e6 * fastest(partial(run_stream, values, buffer), 10) / SAMPLES,
                 }
             )
     return measured
+
+
+def run_stream(values: list[int], buffer: int) -> list[tuple[int, list[int]]]:
+    """Push a stream through a packer: its rows, each with the arrivals before it."""
+    packer: Packer[int] = Packer(4_096, buffer_size=buffer, max_wait=1 << 40)
+    rows = []
+    for sample, length in enumerate(values):
+        packer.push(length, sample)
+        while packer.is_due:
+            rows.append((packer.arrivals, packer.pop()))
+    return rows

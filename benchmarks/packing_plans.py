@@ -30,6 +30,7 @@ from packing_cases import (
     times,
     trl,
     two_fields,
+    windows,
 )
 
 LARGE = (1_000_000, 10_000_000)
@@ -214,6 +215,11 @@ def main() -> None:
         timed += [times("speech-like", speech_like(count), 4_096, 2) for count in LARGE]
         timed += [times("text-like", text_like(count), 8_192, 2) for count in LARGE]
         timed.append(times("audio-like", audio_like(LARGE[1]), 640_000, 2))
+    windowed = []
+    if not options.no_large:
+        windowed += [windows("speech-like", speech_like(LARGE[0]), 4_096)]
+        windowed += [windows("text-like", text_like(LARGE[0]), 8_192)]
+        windowed += [windows("text-like", text_like(LARGE[0]), 8_192, max_documents=46)]
     packed = trl(speech, large=not options.no_large) if HAS_TRL else []
     streamed = streams()
     results = {
@@ -222,14 +228,14 @@ def main() -> None:
         "two fields": fields,
         "ranks": ranks,
         "times": timed,
+        "windows": windowed,
         "TRL's package": packed,
     }
     show_tables(results)
     bars = case_bars(measured) + limit_bars(limited, fields) + balance_bars(ranks) + time_bars(timed, packed)
     bars += stream_bars(streamed)
     show_bars(bars)
-    named = [{"figure": a, "bar": b, "reached": c, "met": d} for a, b, c, d in bars]
-    save("packing_plans", {"cases": [asdict(case) for case in measured], **results, "bars": named})
+    save("packing_plans", {"cases": [asdict(case) for case in measured], **results, "bars": bars})
 
 
 if __name__ == "__main__":

@@ -434,6 +434,35 @@ def memory_rows(results: Results) -> list[Cells]:
     ]
 
 
+def pack_window_rows(results: Results) -> list[Cells]:
+    """Times of a shard stream's plan."""
+    return [
+        {
+            "shards of a corpus": f"{row['corpus']}, {row['samples']:,}, {row['windows']} windows",
+            "limits": row["limits"],
+            "waste": f"{row['waste']:.2f} %",
+            "construction": f"{row['construct_s']:.2f} s",
+            "first batch of an epoch": f"{row['first_batch_s']:.2f} s",
+            "all rows of an epoch": f"{row['epoch_s']:.1f} s",
+        }
+        for row in results["windows"]
+    ]
+
+
+def pack_stream_rows(results: Results) -> list[Cells]:
+    """Packing of streams without an index."""
+    return [
+        {
+            "stream, capacity": f"{row['corpus']}, {row['capacity']:,}",
+            "buffer": f"{row['buffer']:,}",
+            "waste": f"{row['waste']:.2f} %",
+            "longest wait": f"{row['wait']:.1f} buffers",
+            "time of a sample": f"{row['microseconds']:.1f} us",
+        }
+        for row in results["streams"]
+    ]
+
+
 TABLES: Final[dict[str, tuple[str, Callable[[Results], list[Cells]]]]] = {
     "block_masks": ("block_masks", lambda results: ratio_rows(results["cases"])),
     "block_masks-targets": ("block_masks", bar_rows),
@@ -462,6 +491,8 @@ TABLES: Final[dict[str, tuple[str, Callable[[Results], list[Cells]]]]] = {
     "packs-ranks": ("packing_plans", pack_rank_rows),
     "packs-limits": ("packing_plans", pack_limit_rows),
     "packs-times": ("packing_plans", pack_time_rows),
+    "packs-streams": ("packing_plans", pack_stream_rows),
+    "packs-windows": ("packing_plans", pack_window_rows),
     "packs-targets": ("packing_plans", bar_rows),
     "loading-tokens": ("loading", loading_rows("tokens")),
     "loading-frames": ("loading", loading_rows("frames")),

@@ -163,7 +163,7 @@ class PadCollator:
         if missing:
             way_out = "give a length-bucketing sampler, or make the collator with PadCollator(...)"
             if (capacity := getattr(sampler, "capacity", None)) is not None:
-                way_out = f"collate its rows with VarlenCollator(arrange='given', capacity={capacity!r})"
+                way_out = f"collate its rows of {capacity!r} steps with VarlenCollator.for_sampler(sampler)"
             raise TypeError(f"a {type(sampler).__name__} has no {' and no '.join(missing)}: {way_out}")
         planned = {"max_length": sampler.max_length, "widths": sampler.widths}
         if options.get("shapes") is not None:

@@ -101,10 +101,8 @@ def main() -> None:
     documents = documents_of(parser.parse_args().functions)
     lengths = [len(one["tokens"]) for one in documents]
     # The sampler plans full rows; the collator keeps them.
-    packed, pack = (
-        PackingBatchSampler(lengths, capacity=CAPACITY, rows=ROWS),
-        VarlenCollator(FILL, capacity=CAPACITY, arrange="given"),
-    )
+    packed = PackingBatchSampler(lengths, capacity=CAPACITY, rows=ROWS)
+    pack = VarlenCollator.for_sampler(packed, FILL)
     bucketed, pad = LengthBucketBatchSampler(lengths, max_tokens=CAPACITY * ROWS), PadCollator(FILL)
     ways = {
         "packed": DataLoader(documents, batch_sampler=packed, collate_fn=pack),

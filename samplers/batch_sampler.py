@@ -101,8 +101,8 @@ class PackingBatchSampler(PlannedBatchSampler):
     """Batches of full rows, each sample once an epoch: a `batch_sampler` of lists of Python ints, in row order.
 
     Rows are planned again in each epoch, always equally many, and hold other neighbours each time. A collator cuts a
-    batch's list into the planned rows by `capacity` and `max_documents` alone: give both to
-    `VarlenCollator(arrange="given", capacity=..., max_documents=..., align=multiple)`.
+    batch's list into the planned rows by `capacity` and `max_documents` alone: `VarlenCollator.for_sampler(sampler)`
+    makes one that has the same.
 
     All replicas take the same number of batches in every epoch. The epoch advances by itself when an iterator takes its
     first batch. The state is in the iterators, whose `state_dict` and `load_state_dict` a `StatefulDataLoader` uses;
@@ -172,6 +172,21 @@ class PackingBatchSampler(PlannedBatchSampler):
     def max_documents(self) -> int | None:
         """Documents in a row at most, as given."""
         return self.options.max_documents
+
+    @property
+    def multiple(self) -> int:
+        """Documents take steps up to a multiple of it, as given."""
+        return self.options.multiple
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch, as given."""
+        return self.options.rows
+
+    @property
+    def max_cost(self) -> float | None:
+        """Sum of the costs of a row's documents at most, as given."""
+        return self.options.max_cost
 
     @property
     def max_length(self) -> int | tuple[int, ...] | None:

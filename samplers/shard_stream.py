@@ -10,8 +10,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from collate.widths import Widths, check_count
 from samplers.planning.budget import Cost, Count
-from samplers.planning.clipping import check_capacity, check_collator
+from samplers.planning.clipping import check_collator
 from samplers.planning.options import Indices, Options, Overlong, PlanOptions, make_options
+from samplers.planning.pack_batches.agreement import check_packing
 from samplers.planning.pack_batches.options import PackingOptions, PackOptions, make_pack_options
 from samplers.planning.pack_batches.plan import PackPlan
 from samplers.planning.pack_batches.window_packs import WindowPacks, make_window_packs
@@ -76,15 +77,17 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
     The option `window` is how many samples a run of shards has at least (None: 10,000); of remote shards, a worker
     holds its part of a window in memory. The other options are those of `LengthBucketBatchSampler`; with `drop_last`,
     every window drops the batch that `batch_size` leaves short. Or, with `capacity`, they are those of
-    `PackingBatchSampler`: the stream packs, and reads pieces of split samples itself. The windows of packs are planned
-    at construction, and are the same in every epoch; the last batch of a window may have fewer rows.
+    `PackingBatchSampler`: the stream packs, and reads pieces of split samples itself. The last batch of a window of
+    packs may have fewer rows. With several fields, packs have the same windows in each epoch.
 
     Args:
         shards: As in `ShardDataset`.
         index: The index of these shards, in their order, or its file; None for the files next to them.
         collate_fn: Makes a batch from a list of samples; it runs in the worker. A `PadCollator` must have the stream's
             `max_length` and `widths`, and no `widths` if the stream has none. For a function that has no attribute
-            `max_length`, a warning is logged if samples are planned as cut.
+            `max_length`, a warning is logged if samples are planned as cut. Where the stream packs, a `VarlenCollator`
+            must have its `capacity`, `max_documents` and `align` (`multiple`), for several rows `arrange="given"`, and
+            its `max_length` if it cuts.
         fields: The fields that samples hold, next to their key; the others are not read. None for all.
         decode: Functions from bytes, for fields in other encodings, as in `ShardDataset`.
         memory_map: Copy batches from mapped shards, as in `ShardDataset`.
@@ -147,7 +150,7 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         self._lengths = self.data.index
         self._table = self._make_table()
         if isinstance(self._table, WindowPacks):
-            check_capacity(collate_fn, self._table.packs.limits.capacity)
+            check_packing(collate_fn, self._table, self.data.index.fields)
             self.data = self.data.with_pieces(self._table.pieces)
         else:
             check_collator(collate_fn, self._table.sorted_lengths, self._table.options, self.data.index.fields)
@@ -171,7 +174,7 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name != _NOT_PICKLED}
         if isinstance(self._table, WindowPacks):
-            # Planning all windows again would take longer than sending the plan, without the lengths.
+            # Without the lengths, the classes and the windows are small, and take longer to find again than to send.
             state[_NOT_PICKLED] = replace(self._table, lengths=np.empty(0, np.int64))
         return state
 

@@ -55,8 +55,9 @@ LAYERS = {
     ],
     "samplers.planning.pack_batches": [
         ["plan"],
-        ["report", "window_packs"],
-        ["table"],
+        ["report", "window_packs", "agreement"],
+        ["table", "shard_documents"],
+        ["packed_table"],
         ["options", "cut_rows"],
     ],
     "samplers.progress": [

@@ -24,6 +24,7 @@ True
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final, Protocol, TypeAlias, cast
 
 import numpy as np
@@ -190,7 +191,7 @@ def read_unread(samples: object, stack: Collection[str]) -> dict[str, UnreadColu
         if isinstance(found, list):
             columns[name] = found
             continue
-        dtype = torch.from_numpy(np.empty(0, found.dtype)).dtype
+        dtype = _torch_dtype(found.dtype)
         if found.lengths is None and (name in stack or not found.shape):
             columns[name] = UnreadStack(reading, name, dtype, found.shape)
         elif name in stack:
@@ -215,6 +216,12 @@ def finish_reading(columns: Mapping[str, object]) -> bool:
             column.reading.samples.read_into(column.reading.targets)
             return True
     return False
+
+
+@lru_cache(maxsize=64)
+def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    """The same dtype of torch; all dtypes of shards have one."""
+    return torch.from_numpy(np.empty(0, dtype)).dtype
 
 
 def _memory_of(values: Tensor) -> npt.NDArray[np.uint8]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from torch import Tensor
@@ -18,6 +18,7 @@ from collate.tensors.steps import PaddingValue
 from collate.varlen.batch import VarlenBatch
 from collate.varlen.construct import trusted_documents
 from collate.varlen.offsets import aligned_lengths
+from collate.varlen.planned import PlansRows, planned_options
 from collate.varlen.rows import Arrange, DocumentOrder, RowOptions
 from collate.varlen.values_of_rows import join_documents, make_spans
 
@@ -98,6 +99,31 @@ class VarlenCollator:
             on_empty=on_empty,
         )
 
+    @classmethod
+    def for_sampler(
+        cls, sampler: PlansRows, padding_value: PaddingValue | Mapping[str, PaddingValue] = 0, **options: Any
+    ) -> Self:
+        """Make a collator that cuts the batches of a packing sampler into the planned rows.
+
+        Args:
+            sampler: A packing sampler, a `PackingNode` or the stage of `pack_by_length`. Its `capacity`,
+                `max_documents`, `multiple` and `max_length` are taken.
+            padding_value: As in the class.
+            **options: All others, as in the class. If several fields have different capacities, `capacity` names them.
+
+        Raises:
+            TypeError: The sampler plans no rows, or an option has the wrong type.
+            ValueError: An option of the sampler is given again, and differs; it is missing for a field; the sampler has
+                `max_cost` and several rows in a batch; or an option has an impossible value.
+
+        Example:
+            >>> from types import SimpleNamespace
+            >>> VarlenCollator.for_sampler(SimpleNamespace(capacity=8, max_documents=3, multiple=2))
+            VarlenCollator(capacity=8, align=2, max_documents=3, arrange='given', PadCollator(padding_value=0, \
+sort_by=False))
+        """
+        return cls(padding_value, **planned_options(sampler, options))
+
     def __repr__(self) -> str:
         options = "".join(
             f", {each.name}={getattr(self.options, each.name)!r}"
@@ -105,6 +131,21 @@ class VarlenCollator:
             if each.name != "capacity" and getattr(self.options, each.name) != each.default
         )
         return f"{type(self).__name__}(capacity={self.capacity!r}{options}, {self.fields!r})"
+
+    @property
+    def align(self) -> int:
+        """Documents start at multiples of it."""
+        return self.options.align
+
+    @property
+    def max_documents(self) -> int | None:
+        """Documents that a row may have; None is any number."""
+        return self.options.max_documents
+
+    @property
+    def arrange(self) -> Arrange:
+        """How samples are put into rows."""
+        return self.options.arrange
 
     @property
     def max_length(self) -> int | Mapping[str, int | None] | None:

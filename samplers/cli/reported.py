@@ -16,8 +16,14 @@ from samplers.planning.sorting import Lengths
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.indexing.index_file import SUFFIX
 from samplers.shards.storage.paths import expand_shards
-from samplers.sources.arrow_lengths import TextUnit
-from samplers.sources.files import TABLES, is_dataset_folder, load_dataset_folder, read_file_lengths
+from samplers.sources.arrow_lengths import TextUnit, list_columns
+from samplers.sources.files import (
+    TABLES,
+    default_columns,
+    is_dataset_folder,
+    load_dataset_folder,
+    read_file_lengths,
+)
 from samplers.sources.lengths_of import lengths_of
 
 
@@ -78,7 +84,8 @@ def open_reported(sources: Sequence[str], request: LengthRequest) -> ReportedLen
         raise ValueError(f"{other} has an index and others are tables: give one kind")
     if parts:
         lengths = np.concatenate(parts) if len(parts) > 1 else parts[0]
-        what = f", lengths of {', '.join(request.fields)}" if request.fields else ""
+        names = ", ".join(request.fields) if request.fields else _describe_default(sources[0], request)
+        what = f", lengths of {names}" if names else ""
         return ReportedLengths(lengths, count(len(lengths), "sample") + what, rate=request.rate)
     if request.split is not None or request.text is not None:
         raise click.UsageError("--split and --text are for datasets and tables, and the sources are shards")
@@ -110,15 +117,28 @@ def _table_parts(source: str, request: LengthRequest) -> list[npt.NDArray[Any]]:
     if is_dataset_folder(source):
         dataset = load_dataset_folder(source, request.split)
         return [_of_columns(request, lambda name: lengths_of(dataset, name, text=request.text))]
+    return [
+        _of_columns(request, lambda name, path=path: read_file_lengths(path, name, text=request.text))
+        for path in _table_files(source)
+    ]
+
+
+def _table_files(source: str) -> list[str]:
+    """The files of a source that is a table. Empty if it is one of shards."""
     folder = Path(source)
     if folder.is_dir() and any(folder.glob("*.parquet")):
         source = str(folder / "*.parquet")
-    if not source.endswith(TABLES):
-        return []
-    return [
-        _of_columns(request, lambda name, path=path: read_file_lengths(path, name, text=request.text))
-        for path in expand_shards(source)
-    ]
+    return list(expand_shards(source)) if source.endswith(TABLES) else []
+
+
+def _describe_default(source: str, request: LengthRequest) -> str:
+    """The column that was chosen because none was named. Empty for bare lengths."""
+    if is_dataset_folder(source):
+        names = list_columns(load_dataset_folder(source, request.split).data.schema)
+    else:
+        names = default_columns(_table_files(source)[0])
+    first, others = "".join(names[:1]), ", ".join(names[1:])
+    return f"{first} (as long as {others})" if others else first
 
 
 def _of_columns(request: LengthRequest, read: Any) -> npt.NDArray[Any]:

@@ -28,7 +28,7 @@ longest down, each batch as large as the budget allows. These batches come oldes
 [1, 4]
 """
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left, bisect_right, insort
 from math import inf
 from typing import ClassVar
 
@@ -81,6 +81,8 @@ class Bucketer(StreamBuffer[SampleT]):
             overlong=overlong,
         )
         self.budget, self.widths = budget, widths
+        # The waiting samples: (length, arrival), ascending.
+        self._order: list[tuple[int, int]] = []
         # When the source has ended: the shortest sample of each remaining batch, (length, arrival), ascending.
         self._edges: list[tuple[int, int]] = []
         # The padded width of each length.
@@ -113,6 +115,12 @@ class Bucketer(StreamBuffer[SampleT]):
             first = max(0, first - max(1, self._max_rows(longest)))
             starts.append(self._order[first])
         self._edges = starts[::-1]
+
+    def _sort_in(self, size: int, arrival: int) -> None:
+        insort(self._order, (size, arrival))
+
+    def _clear(self) -> None:
+        self._order = []
 
     def _size(self, length: int) -> int | None:
         """The length, or None if a sample alone exceeds the budget."""

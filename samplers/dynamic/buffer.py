@@ -2,7 +2,6 @@
 
 import sys
 from abc import ABC, abstractmethod
-from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -78,8 +77,7 @@ class StreamBuffer(ABC, Generic[SampleT]):
             raise ValueError(f"overlong must be {_either(self.choices)}, got {overlong!r}")
         self.overlong = overlong
         self.arrivals = self.dropped = self.alone = self.too_short = 0
-        # The waiting samples: (size, arrival), sorted; and by arrival: size, sample, bytes (0 if not counted).
-        self._order: list[tuple[int, int]] = []
+        # The waiting samples by arrival: size, sample, bytes (0 if not counted).
         self._waiting: dict[int, tuple[int, SampleT, int]] = {}
         self._held = 0
         self.ended = False
@@ -89,7 +87,7 @@ class StreamBuffer(ABC, Generic[SampleT]):
         self._out = bytearray()
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._waiting)
 
     @property
     def oldest(self) -> int:
@@ -104,9 +102,10 @@ class StreamBuffer(ABC, Generic[SampleT]):
     @property
     def is_due(self) -> bool:
         """Whether a batch must be popped before the next sample is pushed."""
-        if not self._order or self.arrivals < self._oldest + len(self._out):
+        waiting = len(self._waiting)
+        if not waiting or self.arrivals < self._oldest + len(self._out):
             return False
-        if len(self._order) >= self.buffer_size or self.arrivals - self._oldest >= self.max_wait:
+        if waiting >= self.buffer_size or self.arrivals - self._oldest >= self.max_wait:
             return True
         return self.max_bytes is not None and self._held > self.max_bytes
 
@@ -127,6 +126,14 @@ class StreamBuffer(ABC, Generic[SampleT]):
     @abstractmethod
     def _size(self, length: int) -> int | None:
         """The size by which samples of this length are sorted; None if one alone is over-long."""
+
+    @abstractmethod
+    def _sort_in(self, size: int, arrival: int) -> None:
+        """Add a new sample to those that are sorted by size."""
+
+    @abstractmethod
+    def _clear(self) -> None:
+        """Forget the order of all samples."""
 
     @abstractmethod
     def _describe_limit(self) -> str:
@@ -154,12 +161,15 @@ class StreamBuffer(ABC, Generic[SampleT]):
         if not is_new and self._out[age]:
             self.arrivals += 1
             return
-        length = self._check_length(length, sample)
+        # A call costs more than the check.
+        if type(length) is not int or length < 0:
+            length = self._check_length(length, sample)
         if length < self.min_length:
             self.too_short += 1
             self.skip()
             return
-        length = length if self.max_length is None else min(length, self.max_length)
+        if self.max_length is not None and length > self.max_length:
+            length = self.max_length
         held = 0 if self.max_bytes is None else bytes_of(sample)
         size = self._size(length)
         if size is None:
@@ -176,7 +186,7 @@ class StreamBuffer(ABC, Generic[SampleT]):
         self.arrivals += 1
         if is_new:
             self._out.append(0)
-        insort(self._order, (size, arrival))
+        self._sort_in(size, arrival)
         self._waiting[arrival] = size, sample, held
         self._held += held
 
@@ -198,7 +208,7 @@ class StreamBuffer(ABC, Generic[SampleT]):
             while self.is_due:
                 yield self.pop()
         self.end()
-        while self._order:
+        while self._waiting:
             yield self.pop()
 
     def state_dict(self) -> BucketerState:
@@ -243,7 +253,8 @@ class StreamBuffer(ABC, Generic[SampleT]):
             raise ValueError(
                 f"the state must have a bit for each arrival {oldest} to {arrivals}, got {len(bits)} bytes"
             )
-        self._order, self._waiting = [], {}
+        self._waiting = {}
+        self._clear()
         self._held = 0
         self.ended = False
         self._oldest = self.arrivals = oldest
@@ -258,10 +269,6 @@ class StreamBuffer(ABC, Generic[SampleT]):
         if self._held:
             self._held -= sum(self._waiting[arrival][2] for arrival in arrivals)
         return [self._waiting.pop(arrival)[1] for arrival in arrivals]
-
-    def _remove(self, size: int, arrival: int) -> None:
-        """Remove a sample from the order."""
-        del self._order[bisect_left(self._order, (size, arrival))]
 
     def _let_out(self, arrivals: list[int]) -> None:
         """Mark arrivals as out, and move `oldest` to the first that is not."""
@@ -279,8 +286,6 @@ class StreamBuffer(ABC, Generic[SampleT]):
         Raises:
             LengthError: It is negative.
         """
-        if type(length) is int and length >= 0:
-            return length
         # Not `least=0`, because a negative length is a `LengthError` everywhere.
         length = check_count("length", length, least=-sys.maxsize, hint="give the steps of a sample")
         if length < 0:

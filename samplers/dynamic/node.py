@@ -3,13 +3,14 @@
 from collections import deque
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from typing import Any, Final, Generic
+from typing import Any, Final, Generic, cast
 
 from torchdata.nodes import BaseNode, IterableWrapper, SamplerWrapper
 from torchdata.nodes.types import Stateful
 
 from samplers.dynamic.buffer import SampleT
-from samplers.dynamic.pack_stage import pack_by_length
+from samplers.dynamic.pack_stage import PacksRows, pack_by_length
+from samplers.dynamic.packer import Packer
 from samplers.dynamic.sample_length import Length
 from samplers.dynamic.stage import StreamStage, bucket_by_length, report_overlong
 from samplers.testing import same_items
@@ -210,7 +211,7 @@ class LengthBucketNode(StreamNode[SampleT]):
         super().__init__(source, bucket_by_length(length, **options))
 
 
-class PackingNode(StreamNode[SampleT]):
+class PackingNode(PacksRows, StreamNode[SampleT]):
     """A torchdata node that turns a node of samples into batches of full rows.
 
     State and sources are those of `StreamNode`, as for `LengthBucketNode`.
@@ -228,6 +229,10 @@ class PackingNode(StreamNode[SampleT]):
 
     def __init__(self, source: BaseNode[SampleT], length: Length, **options: Any) -> None:
         super().__init__(source, pack_by_length(length, **options))
+
+    @property
+    def _packer(self) -> Packer[SampleT]:
+        return cast(Packer[SampleT], self._bucketer)
 
 
 def _refuse_foreign(state: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Packing as a stage of a webdataset pipeline, for streams that have no index."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from samplers.dynamic.buffer import SampleT
@@ -76,7 +77,41 @@ def pack_by_length(
     )
 
 
-class PackStage(StreamStage[SampleT]):
+class PacksRows(ABC):
+    """The options by which a stage or a node packs, as `VarlenCollator.for_sampler` takes them."""
+
+    @property
+    @abstractmethod
+    def _packer(self) -> Packer[Any]:
+        """A buffer with the options, checked."""
+
+    @property
+    def capacity(self) -> int:
+        """Steps that a row holds."""
+        return self._packer.capacity
+
+    @property
+    def multiple(self) -> int:
+        """Samples take steps up to a multiple of it."""
+        return self._packer.multiple
+
+    @property
+    def max_documents(self) -> int | None:
+        """Samples in a row at most."""
+        return self._packer.max_documents
+
+    @property
+    def max_length(self) -> int | None:
+        """Longer samples count as this long."""
+        return self._packer.max_length
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch."""
+        return self._packer.rows
+
+
+class PackStage(PacksRows, StreamStage[SampleT]):
     """The stage that `pack_by_length` makes.
 
     Args:
@@ -90,15 +125,13 @@ class PackStage(StreamStage[SampleT]):
         ValueError: An option is out of its range.
     """
 
-    def __init__(
-        self, length: Length, *, handler: Handler | None = None, max_failed: float | None = None, **options: Any
-    ) -> None:
-        self.options = options
-        super().__init__(length, handler, max_failed)
-
     def new_bucketer(self) -> Packer[SampleT]:
         """An empty buffer with these options."""
         return Packer(**self.options)
+
+    @property
+    def _packer(self) -> Packer[SampleT]:
+        return self.new_bucketer()
 
     def _described(self) -> dict[str, Any]:
         usual = {"rows": 1, "multiple": 1, "min_length": 0}

@@ -14,8 +14,8 @@ the best of a few pairs. A buffer of 4 and rows of 10 steps, for the lengths 5, 
 [7, 3]
 """
 
-from bisect import bisect_left, bisect_right
-from math import inf
+from bisect import bisect_left, bisect_right, insort
+from collections import deque
 from typing import Any, Final
 
 import numpy as np
@@ -69,6 +69,10 @@ class Packer(StreamBuffer[SampleT]):
         if max_documents is not None:
             max_documents = check_count("max_documents", max_documents, least=1, hint="give None for no such limit")
         self.max_documents = max_documents
+        # The sizes of the waiting samples, ascending, and the arrivals of each size, the oldest first: integers alone
+        # are compared three times as fast as pairs.
+        self._sizes: list[int] = []
+        self._queues: dict[int, deque[int]] = {}
         self._limits = RowLimits(capacity=(self.capacity,), multiple=self.multiple, max_documents=max_documents)
 
     def pop(self) -> list[SampleT]:
@@ -77,18 +81,37 @@ class Packer(StreamBuffer[SampleT]):
         Raises:
             IndexError: No sample waits.
         """
-        if not self._order:
+        if not self._sizes:
             raise IndexError("no sample waits: push one before you pop")
+        if self.rows == 1:
+            return self._take([arrival for _, arrival in self._fill_row(self._oldest)])
         rows: list[list[tuple[int, int]]] = []
         oldest = iter(self._waiting)
         taken: set[int] = set()
-        while self._order and len(rows) < self.rows:
+        while self._sizes and len(rows) < self.rows:
             first = next(arrival for arrival in oldest if arrival not in taken)
             rows.append(self._fill_row(first))
             taken.update(arrival for _, arrival in rows[-1])
-        if self.rows == 1:
-            return self._take([arrival for _, arrival in rows[0]])
         return self._take(self._arrange(rows))
+
+    def _sort_in(self, size: int, arrival: int) -> None:
+        insort(self._sizes, size)
+        if size in self._queues:
+            self._queues[size].append(arrival)
+        else:
+            self._queues[size] = deque([arrival])
+
+    def _clear(self) -> None:
+        self._sizes, self._queues = [], {}
+
+    def _take_size(self, size: int) -> tuple[int, int]:
+        """Take the oldest sample of a size out of the order: its size and arrival."""
+        del self._sizes[bisect_left(self._sizes, size)]
+        queue = self._queues[size]
+        arrival = queue.popleft()
+        if not queue:
+            del self._queues[size]
+        return size, arrival
 
     def _size(self, length: int) -> int | None:
         """The steps that a sample takes, or None if a row does not hold it."""
@@ -103,9 +126,8 @@ class Packer(StreamBuffer[SampleT]):
         )
 
     def _fill_row(self, first: int) -> list[tuple[int, int]]:
-        """Take the samples of a row out of the order: their sizes and arrivals."""
-        row = [(self._waiting[first][0], first)]
-        self._remove(*row[0])
+        """Take the samples of a row out of the order: their sizes and arrivals; `first` is the oldest."""
+        row = [self._take_size(self._waiting[first][0])]
         room = self.capacity - row[0][0]
         if self.arrivals - first > MOST_BUFFERS_WAITED * self.buffer_size:
             room = self._take_old(row, room)
@@ -115,52 +137,55 @@ class Packer(StreamBuffer[SampleT]):
                 break
             for size in chosen:
                 # Of equal sizes the oldest.
-                row.append(self._order.pop(bisect_left(self._order, (size, -1))))
+                row.append(self._take_size(size))
                 room -= size
         return row
 
     def _take_old(self, row: list[tuple[int, int]], room: int) -> int:
         """Take the oldest samples that fit, and return the room that is left."""
         passed = 0
-        present = {row[0][1]}
         for arrival, (size, _, _) in self._waiting.items():
             if room <= self.capacity // OLD_SHARE or passed > PASSED_OVER or not self._free(row):
                 break
-            index = bisect_left(self._order, (size, arrival))
-            if arrival in present or index == len(self._order) or self._order[index] != (size, arrival):
-                # It is in a row of this batch already.
+            queue = self._queues.get(size)
+            # One that is no longer in its queue is in a row of this batch. One behind others of its size was passed
+            # over with them, as it does not fit either.
+            if queue is None or arrival < queue[0]:
                 continue
             if size > room:
                 passed += 1
                 continue
-            row.append(self._order.pop(index))
+            row.append(self._take_size(size))
             room -= size
         return room
 
     def _free(self, row: list[tuple[int, int]]) -> int:
         """How many samples the row may still take."""
-        return len(self._order) if self.max_documents is None else self.max_documents - len(row)
+        return len(self._sizes) if self.max_documents is None else self.max_documents - len(row)
 
     def _longest_or_pair(self, room: int, free: int) -> list[int]:
         """The sizes that fill the room best: of one sample or of two; none if nothing fits."""
-        order = self._order
-        fitting = bisect_right(order, (room, inf))
+        sizes = self._sizes
+        fitting = bisect_right(sizes, room)
         if fitting == 0:
             return []
-        longest = order[fitting - 1][0]
+        best = longest = sizes[fitting - 1]
         if longest == room or fitting == 1 or free < 2:
             return [longest]
-        best, first, second = longest, longest, -1
+        first, second = longest, -1
         for index in range(0, fitting, -(-fitting // PAIRS)):
-            size = order[index][0]
-            other = bisect_right(order, (room - size, inf), 0, fitting) - 1
+            size = sizes[index]
+            other = bisect_right(sizes, room - size, 0, fitting) - 1
             # A sample is no pair with itself.
-            other -= other == index
-            if other >= 0 and size + order[other][0] > best:
-                first, second = size, order[other][0]
+            if other == index:
+                other -= 1
+            if other >= 0 and size + sizes[other] > best:
+                first, second = size, sizes[other]
                 best = first + second
+                if best == room:
+                    break
         # The longer one first.
-        return [longest] if second < 0 else sorted((first, second), reverse=True)
+        return [longest] if second < 0 else [second, first] if second > first else [first, second]
 
     def _arrange(self, rows: list[list[tuple[int, int]]]) -> list[int]:
         """The arrivals of a batch, in the order from which a collator cuts the same rows."""

@@ -91,16 +91,19 @@ class StreamStage(ABC, Generic[SampleT]):
         length: Length of a sample: a function, or a field.
         handler: Called with the error of a sample without a length.
         max_failed: Fraction of samples that may be skipped.
+        options: Of the buffer.
 
     Raises:
         TypeError: An option has the wrong type.
         ValueError: An option is out of its range.
     """
 
-    def __init__(self, length: Length, handler: Handler | None, max_failed: float | None) -> None:
+    def __init__(
+        self, length: Length, *, handler: Handler | None = None, max_failed: float | None = None, **options: Any
+    ) -> None:
         if isinstance(length, bool) or not (callable(length) or isinstance(length, (str, int))):
             raise TypeError(f"length must be a function or the name or number of a field, got {length!r}")
-        self.length = length
+        self.length, self.options = length, options
         self._skipping = make_skipping(handler, max_failed)
         # A wrong option is an error here, and not first in a worker.
         self.new_bucketer()
@@ -218,8 +221,8 @@ class BucketStage(StreamStage[SampleT]):
         max_failed: float | None = None,
         **options: Any,
     ) -> None:
-        self.budget, self.options = budget, options
-        super().__init__(length, handler, max_failed)
+        self.budget = budget
+        super().__init__(length, handler=handler, max_failed=max_failed, **options)
 
     def new_bucketer(self) -> Bucketer[SampleT]:
         """An empty buffer with these options."""

@@ -67,23 +67,6 @@ def check_collator(collate_fn: Any, sorted_lengths: SortedLengths, options: Opti
         _check_collator_widths(collate_fn.widths, options, fields)
 
 
-def check_capacity(collate_fn: Any, capacity: Sequence[int]) -> None:
-    """Check that a collator's rows have the planned capacity, as far as it tells.
-
-    Raises:
-        ValueError: They have another.
-    """
-    collated: Any = getattr(collate_fn, "capacity", None)
-    if collated is None:
-        return
-    steps = [*collated.values()] if isinstance(collated, Mapping) else [collated] * len(capacity)
-    if sorted(steps) != sorted(capacity):
-        raise ValueError(
-            f"collate_fn's capacity must be the stream's, got {collated} and {list(capacity)}: rows are planned with "
-            "the stream's; give the same capacity to both"
-        )
-
-
 def _check_cuts(collator_cut: Any, sorted_lengths: SortedLengths, options: Options, fields: Sequence[str]) -> None:
     """Refuse a collator whose `max_length` gives the longest sample of a field another length than the plan.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any, TypeVar, Unpack, overload
+from typing import Any, Generic, TypeVar, Unpack, overload
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from samplers.planning.tables.epoch_table import EpochTable, Shape
 from samplers.planning.tables.pool_table import choose_table
 
 T = TypeVar("T")
+TableT = TypeVar("TableT", bound=EpochTable)
 
 
 def plan_epoch(
@@ -58,7 +59,7 @@ def plan_epoch(
     return BatchPlan(choose_table(lengths, make_options(options)), epoch, num_replicas)
 
 
-class EpochPlan:
+class EpochPlan(Generic[TableT]):
     """All batches of an epoch, over all replicas: replica r takes batch `t * num_replicas + r` in step t.
 
     Args:
@@ -70,10 +71,11 @@ class EpochPlan:
         ValueError: The last step cannot be shared among the replicas, or there is no step at all.
     """
 
-    def __init__(self, table: EpochTable, epoch: int, num_replicas: int) -> None:
+    def __init__(self, table: TableT, epoch: int, num_replicas: int) -> None:
         self.epoch = epoch
         self.num_replicas = num_replicas
         # A schedule has the order of this epoch; the table has what is the same in all, such as the shapes.
+        self._table = table
         self._schedule = make_schedule(table, epoch, num_replicas)
         check_steps(self._schedule)
 
@@ -115,7 +117,7 @@ class EpochPlan:
         return ordered
 
 
-class BatchPlan(EpochPlan):
+class BatchPlan(EpochPlan[BatchTable]):
     """All batches of an epoch, over all replicas: replica r takes batch `t * num_replicas + r` in step t.
 
     `plan_epoch` makes one, and so does `plan` of a batch sampler or a shard stream. Samples of one field come longest
@@ -129,10 +131,6 @@ class BatchPlan(EpochPlan):
     Raises:
         ValueError: The last step has fewer rows than replicas, or there is no step at all.
     """
-
-    def __init__(self, table: BatchTable, epoch: int, num_replicas: int) -> None:
-        super().__init__(table, epoch, num_replicas)
-        self._table = table
 
     @property
     def shapes(self) -> list[Shape]:

@@ -52,7 +52,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.taken > len(self.table):
             raise ValueError(f"a position must lie in an epoch of {len(self.table)} batches, got {self.taken}")
-        if self.partial and not self._drops and self.last_rows < self.num_replicas:
+        if self.partial and not self._drops and not self.table.has_rows(self._last_batches, self.num_replicas):
             raise ValueError(
                 f"the last step must have a {self.table.item} for each of {self.num_replicas} replicas, got "
                 f"{self.last_rows} {self.table.item}s in {self.partial} batches: set drop_last=True, use fewer "
@@ -82,7 +82,7 @@ class Schedule:
     @property
     def last_rows(self) -> int:
         """Rows of the batches of the last, partial step."""
-        return int(self.table.batch_rows(self.order.batch_at_position(self._last_positions)).sum())
+        return int(self.table.batch_rows(self._last_batches).sum())
 
     def taken_after(self, steps: int) -> int:
         """Positions of the order that are taken after this many steps of the schedule."""
@@ -147,16 +147,15 @@ class Schedule:
         return self.table.options.drop_last
 
     @property
-    def _last_positions(self) -> Integers:
-        """Positions of the last, partial step."""
+    def _last_batches(self) -> Integers:
+        """The batch ids of the last, partial step."""
         end = len(self.table)
-        return np.arange(end - self.partial, end)
+        return self.order.batch_at_position(np.arange(end - self.partial, end))
 
     @cached_property
     def _pieces(self) -> list[IndexArray]:
         """The last step, split: a piece for each replica."""
-        batch_ids = self.order.batch_at_position(self._last_positions)
-        return self.table.share_batches(batch_ids, self.order.key(SAMPLES), self.num_replicas)
+        return self.table.share_batches(self._last_batches, self.order.key(SAMPLES), self.num_replicas)
 
 
 def make_schedule(

@@ -41,9 +41,9 @@ class ReadAheadLoader(DataLoader[Any]):
         >>> data = [[1, 2, 3], [4], [5, 6]]
         >>> sampler = LengthBucketBatchSampler([3, 1, 2], batch_size=2, shuffle=False)
         >>> for batch in ReadAheadLoader(data, batch_sampler=sampler, collate_fn=PadCollator()):
-        ...     print(batch.lengths.tolist())
-        [3, 2]
-        [1]
+        ...     print(len(batch), "rows,", batch.num_tokens, "tokens")
+        1 rows, 3 tokens
+        2 rows, 3 tokens
     """
 
     def __init__(

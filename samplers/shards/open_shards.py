@@ -43,6 +43,8 @@ class OpenShards:
 
     def find_one(self, rows: AnyArray) -> int | None:
         """The shard of all of these rows (at least one); None if they are of several shards."""
+        if len(self._ends) == 1:
+            return 0
         first, last = self.shards_of(np.array([rows.min(), rows.max()])).tolist()
         return first if first == last else None
 

@@ -77,6 +77,17 @@ def read_file_lengths(path: str, column: str | None, *, text: TextUnit | None = 
     raise ValueError(f"{path}: of no kind that has lengths: give a file that ends in {', '.join(TABLES)}")
 
 
+def default_columns(path: str) -> list[str]:
+    """The columns of lists, which `read_file_lengths` reads where none is named; none in a file of bare lengths."""
+    if path.endswith(".parquet"):
+        columns: list[str] = list_columns(load_extra("pyarrow.parquet", "convert").read_schema(path))
+        return columns
+    if path.endswith(JSON_LINES):
+        _, row = next(read_json_lines(path))
+        return [name for name, value in row.items() if isinstance(value, list)]
+    return []
+
+
 def _read_npy(path: str) -> npt.NDArray[Any]:
     try:
         lengths: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)

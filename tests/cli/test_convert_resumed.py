@@ -128,7 +128,7 @@ def test_an_input_that_has_changed_does_not_resume(work: Path, monkeypatch: pyte
 def test_a_conversion_that_wrote_nothing_leaves_nothing_to_resume(work: Path) -> None:
     Path("bad.jsonl").write_text('{"x": ["a"]}\n')
     run("convert", "bad.jsonl", "out", status=1)
-    assert list(Path("out").iterdir()) == []
+    assert not Path("out").exists()
     run("convert", "a.jsonl", "out", *OPTIONS, "--resume")
 
 
@@ -196,3 +196,13 @@ def test_the_number_of_rows_is_known_before_they_are_read(work: Path) -> None:
     assert count_input_rows(["a.jsonl", "a.parquet"]) == 200
     assert count_input_rows(["shards/shard.ltx"]) == 100
     assert count_input_rows(["a.jsonl", "b.jsonl.gz"]) is None
+
+
+def test_a_conversion_that_fails_at_once_leaves_no_folder(work: Path) -> None:
+    # Red before: an empty folder stayed, and `index` of it failed with another error.
+    Path("bad.jsonl").write_text('{"x": [[1], [2, 3]]}\n')
+    run("convert", "bad.jsonl", "new", status=1)
+    assert not Path("new").exists()
+    Path("old").mkdir()
+    run("convert", "bad.jsonl", "old", status=1)
+    assert list(Path("old").iterdir()) == []

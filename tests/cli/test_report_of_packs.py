@@ -94,3 +94,15 @@ def test_each_of_two_fields_has_the_capacity(work: Path) -> None:
 )
 def test_options_that_do_not_go_together_are_refused(work: Path, arguments: Any, status: int, words: str) -> None:
     assert words in run("lengths.npy", *arguments, status=status).stderr
+
+
+def test_a_column_that_nobody_named_is_named(work: Path) -> None:
+    # Red before: the report said only how many samples there are.
+    rows = [{"id": number, "tokens": [1] * length, "mask": [1] * length} for number, length in enumerate((3, 5, 2))]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pytest.importorskip("pyarrow.parquet").write_table(
+        pytest.importorskip("pyarrow").table({"words": [[1, 2], [3]]}), "words.parquet"
+    )
+    assert "3 samples, lengths of tokens (as long as mask)\n" in run("rows.jsonl", "--pack", 8).output
+    assert "2 samples, lengths of words\n" in run("words.parquet", "--max-tokens", 8).output
+    assert "400 samples\n" in run("lengths.npy", "--pack", 1024).output

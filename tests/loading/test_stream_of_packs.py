@@ -139,10 +139,48 @@ def test_each_epoch_has_other_rows_and_as_many(corpus: Path) -> None:
     assert len(rows[0] & rows[1]) < len(rows[0]) // 20
 
 
+GIVEN = VarlenCollator(arrange="given", capacity=128)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"collate_fn": VarlenCollator()},
+        {"collate_fn": VarlenCollator(capacity=128)},
+        {"collate_fn": GIVEN, "rows": 3},
+        {"collate_fn": GIVEN, "cost": np.square, "max_cost": 9e9},
+        {"collate_fn": VarlenCollator(capacity=128, arrange="given", max_length=100), "rows": 2},
+        {"collate_fn": VarlenCollator(capacity=40, max_length=40), "capacity": 40, "overlong": "cut"},
+        {"collate_fn": VarlenCollator(capacity=40, max_length=40), "capacity": 40, "overlong": "split"},
+        {"collate_fn": VarlenCollator(capacity=128, max_documents=9, align=8), "max_documents": 9, "multiple": 8},
+    ],
+)
+def test_a_collator_that_agrees_makes_the_planned_rows(corpus: Path, options: Any) -> None:
+    data = stream(corpus, **options)
+    planned = [[len(row) for row in batch] for batch in data.plan(0).rows]
+    assert [batch["tokens"].documents_per_row.tolist() for batch in data] == planned
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"collate_fn": VarlenCollator(capacity=64)}, "capacity must be the stream's, got 64 and .128."),
+        (
+            {"collate_fn": VarlenCollator(capacity=64)},
+            "capacity must be the stream's, got 64 and 128 for field 'tokens'",
+        ),
+        # Red before, all of these to the two that fit: only capacities were compared.
+        ({"collate_fn": VarlenCollator(), "rows": 2}, "capacity must be the stream's, got None and 128"),
+        ({"collate_fn": VarlenCollator(capacity=128, max_documents=4)}, "max_documents must be the stream's, got 4"),
+        ({"collate_fn": VarlenCollator(capacity=128), "max_documents": 4}, "max_documents must be .*, got None and 4"),
+        ({"collate_fn": VarlenCollator(capacity=128, align=2)}, "align must be the stream's, got 2 and 1"),
+        ({"collate_fn": VarlenCollator(capacity=128), "rows": 2}, "arrange must be the stream's, got 'best-fit'"),
+        (
+            {"collate_fn": GIVEN, "rows": 2, "cost": np.square, "max_cost": 9e9},
+            "max_cost must have rows=1 .*, got rows=2",
+        ),
+        ({"collate_fn": VarlenCollator(capacity=128, max_length=9)}, "max_length must be the stream's, got 9 and None"),
+        ({"collate_fn": VarlenCollator(capacity=40), "capacity": 40, "overlong": "cut"}, "max_length must be"),
+        ({"collate_fn": PadCollator()}, "must put several samples into a row .*: give a VarlenCollator"),
         ({"capacity": 50, "overlong": "error"}, "must fit in a row of capacity 50"),
         ({"capacity": 1, "overlong": "drop", "min_length": 2}, "drops them all"),
     ],
@@ -157,7 +195,7 @@ def test_options_of_budgets_and_pad_collators_are_refused(corpus: Path) -> None:
         stream(corpus, max_tokens=5)
     with pytest.raises(TypeError, match="has no widths"):
         PadCollator.for_sampler(stream(corpus))
-    with pytest.raises(TypeError, match=r"rows with VarlenCollator\(arrange='given', capacity=20\)"):
+    with pytest.raises(TypeError, match=r"rows of 20 steps with VarlenCollator.for_sampler"):
         PadCollator.for_sampler(PackingBatchSampler([7, 3], capacity=20))
 
 

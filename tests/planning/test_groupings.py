@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from indexed import Index
 
@@ -55,6 +55,8 @@ OPTIONS = st.fixed_dictionaries(
 def test_every_epoch_has_every_sample_once_in_as_many_batches(
     options: dict[str, Any], replicas: int, interleave: int
 ) -> None:
+    # The last batch may have to be split among all replicas.
+    assume(replicas <= options.get("batch_size", 40) and (replicas == 1 or options.get("max_tokens", 4_000) >= 600))
     lengths = np.random.default_rng(1).integers(1, 200, 1_000)
     starts = np.array([0, 90, 200, 230, 500, 640, 700, 900, 1_000])
     first = make_window_table(Index(lengths), starts, Options(**options), interleave)

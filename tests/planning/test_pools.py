@@ -77,6 +77,12 @@ def test_the_same_holds_for_three_to_seven_batches(name: str, samples: int, rows
     hold_to_chunks(lengths, {"max_tokens": max(int(rows * lengths.mean()), int(lengths.max()))})
 
 
+@pytest.mark.parametrize(("lengths", "batches"), [([900, 300], 1), ([60] * 8, 1), ([60] * 24, 3)])
+def test_what_fits_in_few_full_batches_gets_no_more(lengths: list[int], batches: int) -> None:
+    budget = max(lengths) * min(8, len(lengths))
+    assert [len(plan_epoch(lengths, max_tokens=budget, epoch=epoch).batches) for epoch in range(3)] == [batches] * 3
+
+
 def hold_to_chunks(lengths: Array, options: dict[str, int]) -> None:
     """Compare the default with sorted chunks at an equal share of pairs that meet again."""
     samples = len(lengths)

@@ -45,8 +45,8 @@ def shard_names(count: int, suffix: str = "", first: int = 0) -> list[str]:
 @pytest.mark.usefixtures("waits")
 def test_forty_small_shards_take_two_flushes_each_and_few_more(tmp_path: Path, flushes: list[int]) -> None:
     write(tmp_path, tokens([3] * 80), max_samples=2)
-    # The first alone, 32 together and 7 at the end, each group with its folder twice; then the corpus file.
-    assert len(flushes) == 2 * 40 + 2 * 3 + 2
+    # The first alone, 16 together twice and 7 at the end, each group with its folder twice; then the corpus file.
+    assert len(flushes) == 2 * 40 + 2 * 4 + 2
     assert names(tmp_path) == sorted([*shard_names(40), "shard.ltx"])
     LengthIndex.open(tmp_path / "shard.ltx").verify(checksums=True)
 

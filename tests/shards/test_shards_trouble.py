@@ -131,6 +131,25 @@ def test_a_batch_of_many_shards_lives_with_few_descriptors(tmp_path: Path) -> No
     assert run(code, tmp_path).strip() == "200"
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_writer_of_many_small_shards_lives_with_few_descriptors(layout: str, tmp_path: Path) -> None:
+    """Red before: shards that wait for their names keep two files open each, and 32 of them waited."""
+    code = """
+    import resource, sys
+    import numpy as np
+    from samplers import ShardDataset, ShardWriter
+    from samplers.shards.writing import shard_group
+    # Groups are as large as they may be, however fast the disk is.
+    shard_group.PATIENCE = float("inf")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    with ShardWriter(sys.argv[1], layout=sys.argv[2], max_samples=1) as writer:
+        for number in range(150):
+            writer.write({"__key__": f"k{number}", "x": np.arange(3)})
+    print(len(ShardDataset(sys.argv[1])))
+    """
+    assert run(code, tmp_path, layout).strip() == "150"
+
+
 FULL = """
 import resource, sys
 from pathlib import Path

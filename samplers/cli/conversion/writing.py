@@ -1,7 +1,7 @@
 """Write the samples of a conversion, and resume one that was interrupted."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ def resumable(folder: Path, conversion: Mapping[str, Any], *, resume: bool, **op
         ValueError: The unfinished conversion has other inputs or options.
     """
     mark = mark_of(folder, options["prefix"])
+    is_new = not folder.exists()
     if folder.is_dir() and not mark.exists():
         if resume and (folder / f"{options['prefix']}{SUFFIX}").exists():
             raise FileExistsError(f"{folder} holds a finished corpus, there is nothing to resume")
@@ -51,6 +52,10 @@ def resumable(folder: Path, conversion: Mapping[str, Any], *, resume: bool, **op
         # Nothing was written, so there is nothing to resume.
         if not any(folder.glob(f"{options['prefix']}-*.tar*")):
             mark.unlink(missing_ok=True)
+            # An earlier folder, or one in which somebody else writes, is left as it is.
+            if is_new:
+                with suppress(OSError):
+                    folder.rmdir()
         raise
     mark.unlink(missing_ok=True)
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+import numpy as np
+
 from collate.widths import check_count
 from samplers.planning.options import LARGEST_SEED, Indices, check_flag, describe_options
 from samplers.planning.packs.documents import DocumentCost, OverlongDocuments
@@ -55,6 +57,8 @@ class PackOptions:
     indices: Indices | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.capacity, np.ndarray):
+            object.__setattr__(self, "capacity", self.capacity.tolist())
         check_flag("shuffle", self.shuffle)
         check_flag("drop_last", self.drop_last)
         self._check_count("seed", 0, "give a number from 0 to 2**64 - 1")

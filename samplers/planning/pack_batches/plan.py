@@ -7,6 +7,7 @@ from typing import Any, overload
 import numpy as np
 
 from samplers.planning.budget import Floats, Integers
+from samplers.planning.pack_batches.packed_table import BatchRows, PackedTable
 from samplers.planning.pack_batches.report import (
     PackReport,
     chance_of_pairs,
@@ -14,14 +15,13 @@ from samplers.planning.pack_batches.report import (
     measure_spread,
     share_repeated,
 )
-from samplers.planning.pack_batches.table import BatchRows, PackBatches
 from samplers.planning.packs.documents import to_units
 from samplers.planning.plan import EpochPlan
 from samplers.planning.report import LAGS
 from samplers.planning.schedule import Schedule, make_schedule
 
 
-class PackPlan(EpochPlan):
+class PackPlan(EpochPlan[PackedTable]):
     """All batches of an epoch of packs, over all replicas: replica r takes batch `t * num_replicas + r` in step t.
 
     `plan` of a packing sampler makes one. A batch is a list of documents in row order; `rows` has them row by row.
@@ -34,10 +34,6 @@ class PackPlan(EpochPlan):
     Raises:
         ValueError: The last rows have fewer documents than replicas, or there is no step at all.
     """
-
-    def __init__(self, table: PackBatches, epoch: int, num_replicas: int) -> None:
-        super().__init__(table, epoch, num_replicas)
-        self._table = table
 
     @property
     def rows(self) -> "PlannedRows":

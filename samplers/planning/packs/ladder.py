@@ -40,9 +40,14 @@ class Rung:
 
 
 # In order of how rarely documents meet again. A noise of 0.7 succeeds where 0.5 or 1 often fail: with less, all rows
-# come to the finish with about equal room, with more, too many with too little.
+# come to the finish with about equal room, with more, too many with too little. Where a row has many documents, less is
+# better: the room that noise leaves goes to the shortest documents, of which some rows then have far more than others.
+# With 376 documents in a row, the number of the shortest tenth varied 26 times as much as at random with a noise of
+# 0.7, 9 times with 0.3, and documents met less often too; with 18 in a row they met more often.
 _NOISE: Final = 700
+_LITTLE_NOISE: Final = 300
 LADDER: Final = (
+    *(Rung(finish, _LITTLE_NOISE) for finish in (5, 20)),
     *(Rung(finish, _NOISE) for finish in (20, 50, 100, 200)),
     Rung(WHOLE, jitter=300),
     Rung(350, _NOISE),
@@ -50,6 +55,8 @@ LADDER: Final = (
     Rung(800, _NOISE, once=False),
     *(Rung(WHOLE, jitter=jitter, once=False) for jitter in (300, 100, 30, 0)),
 )
+# The first rung for rows of fewer documents.
+FULL_NOISE: Final = next(index for index, rung in enumerate(LADDER) if rung.noise == _NOISE)
 # The first rung that does not place each class once in a row.
 REPEATING: Final = next(index for index, rung in enumerate(LADDER) if not rung.once)
 

@@ -130,7 +130,7 @@ def _few_rows(task: PackTask) -> Tree:
     if len(task.limits) == 1 or rows[0] == task.bound:
         return tree
     plan = choose_rows(task, None)
-    return plan.spare if plan.rows < rows[0] else tree
+    return plan.spare if isinstance(plan.spare, Tree) and plan.rows < rows[0] else tree
 
 
 def _as_lists(tree: Tree, classes: LengthClasses, documents: Documents) -> RowList:

@@ -33,6 +33,7 @@ from samplers.planning.packs.documents import (
     RowLimits,
     plan_documents,
 )
+from samplers.planning.packs.groups import Tree
 from samplers.planning.packs.ladder import LADDER, PackTask, attempt
 from samplers.planning.packs.length_classes import LengthClasses, make_classes
 from samplers.planning.packs.recipes import Recipes
@@ -50,7 +51,7 @@ DRAWS: Final = 4
 COST_UNITS: Final = 1 << 20
 # Positions of two epochs may be asked for in turn, at the end of one.
 _KEPT_EPOCHS: Final = 2
-_DERIVED: Final = frozenset(["_recipes", "_domains", "_task"])
+_DERIVED: Final = frozenset(["_recipes", "_domains", "_task", "_spare"])
 
 
 class LastRows(NamedTuple):
@@ -220,9 +221,8 @@ class PackTable:
         return recipes
 
     def _find_recipes(self, epoch: int, last: LastRows | None) -> Recipes:
-        spare = Recipes(self.plan.spare, self._costs)
-        if not self.shuffle or (epoch == SPARE_EPOCH and _is_shared(spare, last)):
-            return spare
+        if not self.shuffle or (epoch == SPARE_EPOCH and _is_shared(self._spare, last)):
+            return self._spare
         # Where the spare recipes do not do, others are drawn in their place, the same for every seed.
         words = (SPARES,) if epoch == SPARE_EPOCH else (self.seed, epoch, RECIPES)
         for index, rung in enumerate(self.plan.rungs):
@@ -231,7 +231,13 @@ class PackTable:
                 tree = attempt(self._task, self.plan.rows, rung, derive_key(*words, DRAWS * index + draw))
                 if tree is not None and _is_shared(recipes := Recipes(tree, self._costs), last):
                     return recipes
-        return spare if epoch == SPARE_EPOCH or last is None else self.recipes(SPARE_EPOCH, last)
+        return self._spare if epoch == SPARE_EPOCH or last is None else self.recipes(SPARE_EPOCH, last)
+
+    @cached_property
+    def _spare(self) -> Recipes:
+        spare = self.plan.spare
+        tree = spare if isinstance(spare, Tree) else spare.fill(self._task, len(self))
+        return Recipes(tree, self._costs)
 
     @cached_property
     def _task(self) -> PackTask:
@@ -291,7 +297,10 @@ def make_limits(
             `max_cost` has no `cost`.
     """
     multiple = check_count("multiple", multiple, least=1, hint="give 1 for exact lengths")
-    steps = tuple(capacity) if isinstance(capacity, Sequence) else (capacity,)
+    # A list, a tuple or an array: `tolist` keeps what is no number for its message.
+    if isinstance(capacity, np.ndarray):
+        capacity = capacity.tolist()
+    steps: tuple[int, ...] = tuple(capacity) if isinstance(capacity, Sequence) else (capacity,)
     if len(steps) != fields:
         raise ValueError(f"capacity must have one number for each of {fields} fields, got {capacity}")
     for number in steps:

@@ -1,28 +1,52 @@
 """How many rows there are: the same in every epoch, found before the first one, whatever the seed."""
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from samplers.planning.keyed_shuffle import derive_key
+from samplers.planning.packs.best_fit import count_rows
 from samplers.planning.packs.groups import Tree
-from samplers.planning.packs.ladder import LADDER, REPEATING, PackTask, Rung, attempt
+from samplers.planning.packs.ladder import FULL_NOISE, LADDER, PackTask, Rung, attempt, fill_empty
 
 # Rows beyond best-fit's, in thousandths: room in which an attempt can place documents more freely.
 EXTRA: Final = 3
 # From this many rows on, one more is cheap enough where only rungs from FREEZING on succeed: their rows change little.
 # With 174 rows of a corpus 1.37 % of the pairs met again in the next epoch, with 175 rows 0.58 %.
 ENOUGH_ROWS: Final = 100
-FREEZING: Final = 5
-# Below this many documents in a row on average, the search for a rung begins further down.
-MANY_DOCUMENTS: Final = 12
-FEW_START: Final = 3
-# With several limits: the rungs that decide whether a number of rows will do. Its excess over the bound, in
-# thousandths, doubles until one of them succeeds, and is halved again in this many steps.
-TRIALS: Final = (0, 2)
-FIRST_EXCESS: Final = 3
+FREEZING: Final = FULL_NOISE + 5
+# From this many documents in a row on average, less noise is tried first; below the other, the search for a rung begins
+# further down.
+MANY_DOCUMENTS: Final = 24
+FEW_DOCUMENTS: Final = 12
+FEW_START: Final = FULL_NOISE + 3
+# With several limits, the excess over the bound doubles until an attempt succeeds, and is halved again in this many
+# steps.
 _HALVINGS: Final = 2
 # What a key is for.
 _CONSTRUCTION: Final = 40
+
+
+class Proof(NamedTuple):
+    """That a number of rows holds all documents: the rung that fills them, with a key that never changes.
+
+    Attributes:
+        rows: The number.
+        rung: Number of the rung.
+    """
+
+    rows: int
+    rung: int
+
+    def fill(self, task: PackTask, rows: int) -> Tree:
+        """Recipes for that many rows, at least those of the proof and at most as many as documents.
+
+        Raises:
+            RuntimeError: The proof is of another task.
+        """
+        tree = _draw(task, self.rows, self.rung, 0)
+        if tree is None:
+            raise RuntimeError(f"{self} must hold its documents, got one that fits nowhere")
+        return _widen(tree, rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,13 +55,35 @@ class RowPlan:
 
     Attributes:
         rows: In every epoch.
-        rungs: The rung of an epoch's first attempts, and of the next.
-        spare: Recipes that hold all documents, for epochs whose attempts fail.
+        rungs: The rung of an epoch's first attempts, of the next, and so on.
+        spare: Recipes that hold all documents, for epochs whose attempts fail; or the proof from which they are made.
     """
 
     rows: int
     rungs: tuple[Rung, ...]
-    spare: Tree
+    spare: Tree | Proof
+
+
+def prove_rows(task: PackTask, like: RowPlan, bound: int) -> Proof:
+    """A number of rows that holds all documents, found without a search: best-fit's where there is one limit.
+
+    With several limits it exceeds the bound by the share by which a larger set of such documents did, or by a little
+    more.
+
+    Args:
+        task: What to place.
+        like: The rows of the larger set.
+        bound: Rows that any packing of the larger set needs.
+    """
+    if len(task.limits) == 1:
+        sizes, counts = task.sizes[:, 0].tolist(), task.counts.tolist()
+        return Proof(count_rows(sizes, counts, int(task.limits[0])), len(LADDER) - 1)
+    documents, rung = int(task.counts.sum()), LADDER.index(like.rungs[0])
+    rows = -(-task.bound * like.rows // bound)
+    # It ends: where there are as many rows as documents, an empty one always remains.
+    while rows < documents and _draw(task, rows, rung, 0) is None:
+        rows += 1 + rows // 200
+    return Proof(min(rows, documents), rung)
 
 
 def choose_rows(task: PackTask, best_fit: tuple[int, int] | None) -> RowPlan:
@@ -55,7 +101,7 @@ def choose_rows(task: PackTask, best_fit: tuple[int, int] | None) -> RowPlan:
     if best_fit is None or len(task.limits) > 1:
         return _choose_by_trials(task, documents, 0 if best_fit is None else best_fit[0])
     rows = min(documents, max(best_fit[0] + best_fit[0] * EXTRA // 1_000, best_fit[1]))
-    start = FEW_START if documents < MANY_DOCUMENTS * rows else 0
+    start = FEW_START if documents < FEW_DOCUMENTS * rows else _first_rung(task, rows)
     index, spare = _lowest_rung(task, rows, len(LADDER), start)
     if index >= FREEZING and ENOUGH_ROWS <= rows < documents:
         rows += 1
@@ -66,34 +112,62 @@ def choose_rows(task: PackTask, best_fit: tuple[int, int] | None) -> RowPlan:
 
 
 def _choose_by_trials(task: PackTask, documents: int, best_fit: int) -> RowPlan:
-    """With several limits best-fit is far from the bound: the least excess over the bound that a spread can fill."""
-    low = -1
-    high = FIRST_EXCESS if task.bound >= ENOUGH_ROWS else 0
+    """With several limits best-fit is far from the bound: the fewest rows over the bound that a spread can fill."""
+    step = -(-task.bound * EXTRA // 1_000)
     # Fewer rows than best-fit takes for one of the limits are hardly worth an attempt.
-    high = max(high, -(-1_000 * (best_fit - task.bound) // task.bound))
+    low, high = task.bound - 1, max(best_fit, task.bound + (step if task.bound >= ENOUGH_ROWS else 0))
+    high = min(documents, high)
+    rung = _trial_rung(documents, high)
+    draw = _Draws(task)
     # It ends: where there are as many rows as documents, an empty one always remains.
-    while (trial := _try_rows(task, high, documents)) is None:
-        low, high = high, max(2 * high, FIRST_EXCESS)
+    while high < documents and draw(high, rung) is None:
+        low, high = high, min(documents, high + max(step, high - task.bound))
     for _ in range(_HALVINGS):
-        if low >= 0 and high - low > FIRST_EXCESS:
+        if low >= task.bound and high - low > step:
             middle = (low + high) // 2
-            found = _try_rows(task, middle, documents)
-            low, high, trial = (middle, high, trial) if found is None else (low, middle, found)
-    rows = min(documents, trial.rows + trial.rows // 1_000)
-    index, spare = _lowest_rung(task, rows, REPEATING, LADDER.index(trial.rungs[0]))
-    if spare is None:
-        return trial
-    return RowPlan(rows, LADDER[index : index + 2], spare)
+            low, high = (middle, high) if draw(middle, rung) is None else (low, middle)
+    while (found := _confirm(task, high, rung, draw(high, rung))) is None:
+        high = min(documents, high + step)
+    rows = min(documents, high + high // 1_000)
+    spare = _widen(found, rows)
+    first = _first_rung(task, rows)
+    while rung > first and (tree := draw(rows, rung - 1)) and _confirm(task, rows, rung - 1, tree):
+        rung, spare = rung - 1, tree
+    # Where the number of documents is the nearest limit, little noise succeeds when all else fails.
+    rungs = dict.fromkeys((*LADDER[rung : rung + 2], LADDER[FULL_NOISE - 1]))
+    return RowPlan(rows, tuple(rungs), spare)
 
 
-def _try_rows(task: PackTask, excess: int, documents: int) -> RowPlan | None:
-    """Recipes for an excess over the bound, in thousandths, if one of the trial rungs succeeds."""
-    rows = min(documents, task.bound - (-task.bound * excess // 1_000))
-    for index in TRIALS:
-        tree = _draw(task, rows, index, 3 + excess)
-        if tree is not None:
-            return RowPlan(rows, (LADDER[index],), tree)
-    return None
+def _trial_rung(documents: int, rows: int) -> int:
+    """The rung that decides whether a number of rows will do."""
+    if documents >= MANY_DOCUMENTS * rows:
+        return FULL_NOISE - 1
+    return FULL_NOISE if documents >= FEW_DOCUMENTS * rows else FULL_NOISE + 2
+
+
+class _Draws:
+    """First draws of a task, each made once."""
+
+    def __init__(self, task: PackTask) -> None:
+        self._task = task
+        self._trees: dict[tuple[int, int], Tree | None] = {}
+
+    def __call__(self, rows: int, rung: int) -> Tree | None:
+        if (rows, rung) not in self._trees:
+            self._trees[rows, rung] = _draw(self._task, rows, rung, 0)
+        return self._trees[rows, rung]
+
+
+def _widen(tree: Tree, rows: int) -> Tree:
+    """The same recipes with more rows: each of them gets a document of another."""
+    more = tree.rows.copy()
+    more[0] = rows
+    return fill_empty(tree._replace(rows=more))
+
+
+def _first_rung(task: PackTask, rows: int) -> int:
+    """The first rung that is worth a try."""
+    return 0 if int(task.counts.sum()) >= MANY_DOCUMENTS * rows else FULL_NOISE
 
 
 def _lowest_rung(task: PackTask, rows: int, count: int, start: int) -> tuple[int, Tree | None]:
@@ -114,7 +188,7 @@ def _lowest_rung(task: PackTask, rows: int, count: int, start: int) -> tuple[int
         trees[index] = _draw(task, rows, index, 0)
         return trees[index] is not None
 
-    low, high, stride = -1, start, 1
+    low, high, stride = _first_rung(task, rows) - 1, start, 1
     while high < count - 1 and not succeeds(high):
         low, high, stride = high, min(high + stride, count - 1), stride * 2
     while high - low > 1:
@@ -144,4 +218,6 @@ def _confirm(task: PackTask, rows: int, index: int, tree: Tree | None) -> Tree |
 
 
 def _draw(task: PackTask, rows: int, index: int, draw: int) -> Tree | None:
-    return attempt(task, rows, LADDER[index], derive_key(_CONSTRUCTION, index, draw))
+    # Keys belong to rungs: one that is put before others leaves their draws as they are.
+    number = index - FULL_NOISE if index >= FULL_NOISE else len(LADDER) + index
+    return attempt(task, rows, LADDER[index], derive_key(_CONSTRUCTION, number, draw))

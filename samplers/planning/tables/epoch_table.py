@@ -75,6 +75,10 @@ class EpochTable(ABC):
     def batch_rows(self, batch_ids: Integers) -> Integers:
         """Samples of these batches: int64 `[n]`."""
 
+    def has_rows(self, batch_ids: Integers, count: int) -> bool:
+        """Whether these batches, int64 `[n]`, have so many samples together."""
+        return int(self.batch_rows(batch_ids).sum()) >= count
+
     @abstractmethod
     def batch_samples(self, batch_ids: Integers, key: int) -> tuple[IndexArray, Integers]:
         """The samples of these batches, one batch after the other.

@@ -193,6 +193,12 @@ class PoolTable(BatchTable):
         size = self.options.batch_size
         return size if size is not None and self.options.budget.max_rows(int(self._widths[0])) == size else 0
 
+    @property
+    def saves_padding(self) -> bool:
+        """Whether widths differ and need more than one batch: pools would make two of one full batch."""
+        widest, narrowest = int(self._widths[0]), int(self._widths[-1])
+        return narrowest < widest and self.options.budget.max_rows(widest) < len(self._widths)
+
     def _draw(self, epoch: int, num_replicas: int, attempt: int) -> EpochBatches | None:
         """One attempt; None if it has too many batches."""
         pools = self._deal(derive_key(self.options.seed, epoch, POOLS, attempt))
@@ -344,7 +350,7 @@ def make_pool_table(sorted_lengths: SortedLengths, options: Options) -> PoolTabl
     table = PoolTable(sorted_lengths, (), options, pools=windows)
     # Batches of a fixed size are dealt whole, and each pool needs one. By default there are two pools. They pad less
     # than buckets, however few batches there are: 100 samples in three budgets of tokens 32 %, where buckets pad 42 %.
-    few = 1 if options.window is None else 2 * windows
+    few = 1 if options.window is None and table.saves_padding else 2 * windows
     fewest = windows if table.full_rows else few
     if not windows > 1 or not fewest <= batches < MANY_BATCHES:
         return None

@@ -54,15 +54,16 @@ class WindowOrder(EpochOrder):
         interleave: Lanes of each replica.
         can_share: Whether each replica gets a row of the last step, if these are the last batch ids of the epoch.
         patient: Whether the epoch must find an order whose last step can be shared, see `draw_until`.
-        redraws_positions: Whether later attempts draw for positions in place of steps. With few steps, draws for steps
-            leave the same batches to the last; saved positions of bucketed streams hold the orders that these gave.
+        alike: Whether batches have about as many rows: any window and any batch may be the last, and later attempts
+            draw for positions in place of steps. With few steps, draws for steps leave the same batches to the last;
+            saved positions of bucketed streams hold the orders that these gave.
     """
 
     window_sizes: Integers
     interleave: int
     can_share: Callable[[Integers], bool] = _accept_all
     patient: bool = False
-    redraws_positions: bool = False
+    alike: bool = False
 
     def batch_at_position(self, positions: Integers) -> Integers:
         """The batch ids at these positions of the epoch: int64 `[n]`."""
@@ -93,7 +94,7 @@ class WindowOrder(EpochOrder):
         batch_ids: Integers = np.arange(self.batches) + np.repeat(first - (sizes.cumsum() - sizes), sizes)
         lane, position = self._deal_lanes()
         if self.options.shuffle:
-            drawn_for = position if attempt and self.redraws_positions else position // self.num_replicas
+            drawn_for = position if attempt and self.alike else position // self.num_replicas
             drawn = stream_keys(self._attempt_key(BATCHES, attempt), drawn_for)
             reading = np.lexsort((drawn, window))
             batch_ids[reading] = batch_ids.copy()
@@ -112,7 +113,7 @@ class WindowOrder(EpochOrder):
         count = len(self.window_sizes)
         if not self.options.shuffle:
             return np.arange(count)
-        shuffled = count if self.options.drop_last else count - 1
+        shuffled = count if self.options.drop_last or self.alike else count - 1
         order = np.arange(count)
         order[:shuffled] = permute(order[:shuffled], shuffled, self._attempt_key(WINDOWS, attempt))
         return order
@@ -129,6 +130,6 @@ class WindowOrder(EpochOrder):
 
     def _put_longest_last(self, batch_ids: Integers) -> None:
         """Exchange the last batch that is read for the one with the largest id, which has the most rows."""
-        if not self.options.drop_last:
+        if not self.options.drop_last and not self.alike:
             largest = batch_ids.argmax()
             batch_ids[largest], batch_ids[-1] = batch_ids[-1], batch_ids[largest]

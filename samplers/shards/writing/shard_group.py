@@ -13,8 +13,8 @@ from typing import Final
 
 from samplers.shards.storage.atomic import AtomicFile, commit_in_stages
 
-# Shards and bytes of a group. Each shard keeps two files open.
-MOST_SHARDS: Final = 32
+# Shards and bytes of a group. Each shard keeps two files open, and a process may have no more than 64.
+MOST_SHARDS: Final = 16
 MOST_BYTES: Final = 1 << 26
 # How many times as long as giving names takes, shards are collected. So giving names takes a tenth of the time.
 PATIENCE = 10.0
