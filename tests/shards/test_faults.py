@@ -537,7 +537,8 @@ def explosive(tmp_path: Path) -> Iterator[Any]:
 
 def test_no_pickle_is_read_under_any_extension_webdataset_decodes(tmp_path: Path) -> None:
     found = list(explosive(tmp_path))
-    assert {name for name, _ in found} == {"pkl", "pickle", "pyd", "pth"}
+    # Older versions of webdataset know fewer.
+    assert {"pickle", "pyd"} <= {name for name, _ in found} <= {"pkl", "pickle", "pyd", "pth"}
     path = tmp_path / "bad.tar"
     for (name, data), form in itertools.product(found, ["{}", "y.{}", "{}.gz", "y.{}.gz", "y.{}.gz.gz"]):
         for suffix in (form.format(name), form.format(name).upper()):
