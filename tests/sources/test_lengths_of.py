@@ -209,7 +209,7 @@ def test_report_takes_columns_units_and_splits(files: Path) -> None:
     both = run("report", "a.parquet", "--fields", "tokens,count", "--max-tokens", 20).output
     assert "5 samples, lengths of tokens, count\n34 steps" in both
     with_two = run("report", "a.parquet", "a.jsonl", "--max-tokens", 9).output
-    assert with_two.startswith("2 sources: 10 samples\n")
+    assert with_two.startswith("2 sources: 10 samples, lengths of tokens\n")
 
 
 @pytest.mark.parametrize(
