@@ -47,14 +47,6 @@ class Process:
         checkout: Path | None = None,
         keep: bool = True,
     ) -> None:
-        environment = os.environ | {
-            "PYTHONWARNINGS": "ignore",
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        environment.pop("PYTHONPATH", None)
-        if checkout is not None:
-            environment["PYTHONPATH"] = str(checkout)
         self.label = label or module
         self.log = folder / f"{self.label}.log"
         self._command = [python, SCRIPT, module, folder, self.label, "keep" if keep else "free"]
