@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -12,7 +13,10 @@ import samplers
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+# As a script, it imports its neighbours.
+sys.path.insert(0, str(ROOT / "benchmarks"))
 PAGES = runpy.run_path(str(ROOT / "benchmarks" / "pages.py"))
+sys.path.remove(str(ROOT / "benchmarks"))
 PROSE = [*PAGES["pages"](), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 # Words that the rule of plain English replaces: again, mid-epoch, next to, largest, resume, checked against, that many.
 FOREIGN = re.compile(r"\b(?:anew|amid|beside|greatest|whoever|so many|go(?:es)? on|held against)\b", re.IGNORECASE)

@@ -178,10 +178,10 @@ FIRST = {"ShardStream": [1.0, 2.0, 3.0], "ShardDataset": [1.0, 1.0, 1.0]}
 def test_tables_and_chart_hold_every_loader_with_its_ways() -> None:
     bars: Any = importlib.import_module("loading_bars")
     chart: Any = importlib.import_module("loading_chart")
-    pages: Any = importlib.import_module("pages")
+    page_rows: Any = importlib.import_module("page_rows")
     loaders = bars.by_loader(some_contenders())
     assert (loaders["ReadAheadLoader"]["one process"], loaders["ReadAheadLoader"]["two cores"]) == (None, 180)
-    rows = pages.loading_rows("tokens")({"works": {"tokens": {"loaders": loaders}}})
+    rows = page_rows.loading_rows("tokens")({"works": {"tokens": {"loaders": loaders}}})
     assert [row["tokens"] for row in rows] == list(loaders)
     assert rows[-1]["two cores"] == "120 /s, 1.50x [1.50-1.50]"
     tree = ElementTree.fromstring(chart.chart({"tokens": {"loaders": loaders}}))
