@@ -145,8 +145,9 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
             self.options = make_options(cast(PlanOptions, options))
         self.interleave = check_count("interleave", interleave, least=1, hint="1 reads one window after the other")
         self.num_replicas, self.rank = find_replica(num_replicas, rank)
-        failures: dict[str, Any] = {"handler": handler, "max_failed": max_failed}
-        self.data = ShardsInOrder(shards, index, fields, decode=decode, memory_map=memory_map, **failures)
+        self.data = ShardsInOrder(
+            shards, index, fields, decode=decode, memory_map=memory_map, handler=handler, max_failed=max_failed
+        )
         self._lengths = self.data.index
         self._table = self._make_table()
         if isinstance(self._table, WindowPacks):

@@ -177,7 +177,14 @@ def check_flag(name: str, value: object) -> None:
 
 
 def copy_indices(indices: Indices | None) -> Indices | None:
-    """Indices of one's own: plans are made again, in a worker or of an unpickled copy, when the caller's may differ."""
+    """A copy of indices that can change: a worker or an unpickled copy plans again, after later writes of the caller.
+
+    Args:
+        indices: Integers `[n]`, or None.
+
+    Raises:
+        TypeError: They are masked.
+    """
     if indices is None or isinstance(indices, (range, tuple)):
         return indices
     refuse_masked(indices, "indices", "leave them out with .compressed()")

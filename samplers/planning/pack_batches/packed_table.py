@@ -4,7 +4,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,9 @@ from samplers.planning.packs.pack_table import PackTable
 from samplers.planning.packs.row_order import share_rows
 from samplers.planning.sorting import IndexArray, digest_lengths
 from samplers.planning.tables.epoch_table import EpochTable, Shape
+
+# Positions of two epochs may be asked for in turn, at the end of one.
+_KEPT_EPOCHS: Final = 2
 
 
 class BatchRows(NamedTuple):
@@ -50,6 +53,25 @@ class PackedTable(EpochTable):
     too_short: int = 0
 
     item: ClassVar[str] = "document"
+
+    def for_epoch(self, epoch: int, num_replicas: int) -> Self:
+        """The table of an epoch that this many replicas begin; the last two are kept."""
+        table = self._epochs.get((epoch, num_replicas))
+        if table is None:
+            table = self._make_epoch(epoch, num_replicas)
+            while len(self._epochs) >= _KEPT_EPOCHS:
+                del self._epochs[next(iter(self._epochs))]
+            self._epochs[epoch, num_replicas] = table
+        return table
+
+    @abstractmethod
+    def _make_epoch(self, epoch: int, num_replicas: int) -> Self:
+        """The table of an epoch that this many replicas begin."""
+
+    @cached_property
+    def _epochs(self) -> dict[tuple[int, int], Self]:
+        """Tables of some epochs, by epoch and replicas."""
+        return {}
 
     @abstractmethod
     def rows_of_batches(self, batch_ids: Integers) -> BatchRows:
@@ -152,8 +174,11 @@ class PackedTable(EpochTable):
         return (longest_units(limits) * limits.multiple,) if len(limits.capacity) == 1 else limits.capacity
 
     def _arrange(self, batches: BatchRows) -> BatchRows:
-        """The same rows in the order from which a collator cuts them; a batch of one row needs none."""
-        if (batches.rows == 1).all():
+        """The same rows in the order from which a collator cuts them.
+
+        It depends on nothing but the batch: a short batch of one row has the same order alone and among others.
+        """
+        if self.options.rows == 1 and (batches.rows == 1).all():
             return batches
         # A collator counts no step for a document without any, which is planned with one.
         steps = self.document_steps(batches.samples)

@@ -14,8 +14,7 @@ second is short; two replicas then share the three rows, one of them takes two:
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -26,8 +25,6 @@ from samplers.planning.packs.pack_table import SPARE_EPOCH
 from samplers.planning.packs.row_order import RowOrder
 from samplers.planning.sorting import Lengths, as_length_array, refuse_negative
 from samplers.planning.tables.epoch_order import EpochOrder
-
-_KEPT_EPOCHS: Final = 2
 
 
 class TableOrder(EpochOrder):
@@ -65,15 +62,10 @@ class PackBatches(PackedTable):
         """The spare recipes: where replicas can share their last rows, they can in every epoch."""
         return (SPARE_EPOCH,)
 
-    def for_epoch(self, epoch: int, num_replicas: int) -> Self:
-        """The table of an epoch that this many replicas begin; the last two are kept."""
-        table = self._epochs.get((epoch, num_replicas))
-        if table is None:
-            order = RowOrder(self.packs, epoch, num_replicas, self.options.rows, self.options.drop_last)
-            table = self._epochs[epoch, num_replicas] = replace(self, row_order=order)
-            while len(self._epochs) > _KEPT_EPOCHS:
-                del self._epochs[next(iter(self._epochs))]
-        return table
+    def _make_epoch(self, epoch: int, num_replicas: int) -> Self:
+        """The table of an epoch with its order of rows."""
+        order = RowOrder(self.packs, epoch, num_replicas, self.options.rows, self.options.drop_last)
+        return replace(self, row_order=order)
 
     def order(self, epoch: int, num_replicas: int) -> EpochOrder:
         """The order of this table's batches, which is that of their ids."""
@@ -91,10 +83,6 @@ class PackBatches(PackedTable):
     def _order(self) -> RowOrder:
         """The rows in the order of this table's epoch; of epoch 0, if it belongs to none."""
         return RowOrder(self.packs, 0, 1, self.options.rows) if self.row_order is None else self.row_order
-
-    @cached_property
-    def _epochs(self) -> dict[tuple[int, int], Self]:
-        return {}
 
 
 def pack_batches(lengths: Lengths, options: PackOptions) -> PackBatches:

@@ -1,7 +1,7 @@
 """WindowPacks: the packs of a corpus in shards, which is read in order, some shards at a time.
 
-A *window* is a run of shuffled shards whose samples are packed together. Each epoch groups the shards into windows of
-its own; all epochs have equally many batches. That takes a proof for each window that its rows hold its documents; the
+A *window* is a run of shuffled shards whose samples are packed together. Each epoch groups the shards into other
+windows; all epochs have equally many batches. That takes a proof for each window that its rows hold its documents; the
 rows themselves are planned when they are due. Twelve samples in four shards of three, at least six in a window: two
 windows, and the rows of two epochs.
 
@@ -41,8 +41,6 @@ from samplers.planning.tables.window_table import COUNTED_GROUPINGS, DEFAULT_WIN
 
 # Purpose of a key, next to those of `row_order`: the rows of a window.
 WINDOW_ROWS = 57
-# Positions of two epochs may be asked for in turn, at the end of one.
-_KEPT_EPOCHS: Final = 2
 # Windows whose rows are kept at least.
 _KEPT_WINDOWS: Final = 4
 
@@ -105,19 +103,14 @@ class WindowPacks(PackedTable):
         own = [choose_variant(epoch, GROUPINGS, self.options.seed) for epoch in range(GROUPINGS)].index(self.number)
         return {0, own}
 
-    def for_epoch(self, epoch: int, num_replicas: int) -> Self:
-        """The table of an epoch that this many replicas begin: its own windows, or else the usual ones."""
-        table = self._epochs.get((epoch, num_replicas))
-        if table is None:
-            number = choose_variant(epoch, GROUPINGS, self.options.seed)
-            windows = None if number == self.number else self.groupings.find_windows(number, len(self))
-            table = replace(self, windows=windows or self.usual, epoch=epoch)
-            if windows is not None and not table.is_shared(num_replicas):
-                table = replace(self, windows=self.usual, epoch=epoch)
-            while len(self._epochs) >= _KEPT_EPOCHS:
-                del self._epochs[next(iter(self._epochs))]
-            self._epochs[epoch, num_replicas] = table
-        return table
+    def _make_epoch(self, epoch: int, num_replicas: int) -> Self:
+        """The table of an epoch with the windows of its grouping, or else the usual ones."""
+        number = choose_variant(epoch, GROUPINGS, self.options.seed)
+        windows = None if number == self.number else self.groupings.find_windows(number, len(self))
+        table = replace(self, windows=windows or self.usual, epoch=epoch)
+        if windows is None or table.is_shared(num_replicas):
+            return table
+        return replace(self, windows=self.usual, epoch=epoch)
 
     def order(self, epoch: int, num_replicas: int) -> WindowOrder:
         """The order of this table's batches in an epoch that this many replicas begin."""
@@ -126,7 +119,7 @@ class WindowPacks(PackedTable):
             self.options,
             epoch,
             num_replicas,
-            window_sizes=np.diff(self._ends, prepend=0),
+            window_sizes=self._sizes,
             interleave=self.groupings.interleave,
             can_share=partial(self._can_share_batches, num_replicas),
             # The usual windows must find an order in every epoch.
@@ -141,12 +134,9 @@ class WindowPacks(PackedTable):
 
     def rows_of_batches(self, batch_ids: Integers) -> BatchRows:
         """The rows of these batches, int64 `[n]`, at least one, in the order in which a collator cuts them."""
-        owners = np.searchsorted(self._ends, batch_ids, side="right")
+        owners, numbers = self._locate(batch_ids)
         windows = np.unique(owners).tolist()
-        parts = [
-            self._window_rows(window, batch_ids[owners == window] - (self._ends[window - 1] if window else 0))
-            for window in windows
-        ]
+        parts = [self._window_rows(window, numbers[owners == window]) for window in windows]
         while len(self._tables) > max(_KEPT_WINDOWS, len(windows)):
             del self._tables[next(iter(self._tables))]
         # Batches window by window, and back in the order that was asked for.
@@ -193,7 +183,7 @@ class WindowPacks(PackedTable):
         return self.has_rows(batch_ids[-partial_batches:], num_replicas)
 
     def has_rows(self, batch_ids: Integers, count: int) -> bool:
-        """Whether these batches have so many documents; their windows are planned only until that is known."""
+        """Whether these batches have `count` documents; their windows are planned only until that is known."""
         # Each row has a document.
         known = np.minimum(self.options.rows, self._rows_from(batch_ids))
         documents = int(known.sum())
@@ -205,25 +195,29 @@ class WindowPacks(PackedTable):
 
     def _rows_from(self, batch_ids: Integers) -> Integers:
         """The rows of its window from the first of each of these batches on, int64 `[n]`."""
-        owners = np.searchsorted(self._ends, batch_ids, side="right")
+        owners, numbers = self._locate(batch_ids)
         rows = np.array([window.rows for window in self.windows])
-        firsts = self._ends - np.diff(self._ends, prepend=0)
-        left: Integers = rows[owners] - (batch_ids - firsts[owners]) * self.options.rows
-        return left
+        remaining: Integers = rows[owners] - numbers * self.options.rows
+        return remaining
+
+    def _locate(self, batch_ids: Integers) -> tuple[Integers, Integers]:
+        """The window of each of these batches, and its number in that window: int64 `[n]` both."""
+        owners = np.searchsorted(self._ends, batch_ids, side="right")
+        return owners, batch_ids - (self._ends - self._sizes)[owners]
+
+    @cached_property
+    def _sizes(self) -> Integers:
+        """Batches of each window, int64 `[windows]`."""
+        return np.array([-(-window.rows // self.options.rows) for window in self.windows])
 
     @cached_property
     def _ends(self) -> Integers:
         """Where the batches of each window end."""
-        return np.cumsum([-(-window.rows // self.options.rows) for window in self.windows])
+        return np.cumsum(self._sizes)
 
     @cached_property
     def _tables(self) -> dict[int, PackTable]:
         """Rows of some windows, by number; the last one was used last."""
-        return {}
-
-    @cached_property
-    def _epochs(self) -> dict[tuple[int, int], Self]:
-        """Tables of some epochs, by epoch and replicas."""
         return {}
 
 

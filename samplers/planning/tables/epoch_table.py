@@ -76,7 +76,7 @@ class EpochTable(ABC):
         """Samples of these batches: int64 `[n]`."""
 
     def has_rows(self, batch_ids: Integers, count: int) -> bool:
-        """Whether these batches, int64 `[n]`, have so many samples together."""
+        """Whether these batches, int64 `[n]`, have `count` samples together."""
         return int(self.batch_rows(batch_ids).sum()) >= count
 
     @abstractmethod

@@ -8,26 +8,19 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from indexed import Index
 
 from samplers.planning.pack_batches import window_packs
 from samplers.planning.pack_batches.options import PackOptions
 from samplers.planning.pack_batches.shard_documents import ShardDocuments, make_shard_documents
+from samplers.planning.pack_batches.table import pack_batches
 from samplers.planning.pack_batches.window_packs import WindowPacks, make_window_packs
 from samplers.planning.schedule import count_steps, make_schedule
 
 
-class Index:
-    """What an index of shards is to the planner."""
-
-    fingerprint = "of these lengths"
-
-    def __init__(self, lengths: Any) -> None:
-        self.lengths = np.asarray(lengths)
-
-
 def pack_windows(lengths: Any, shard_sizes: Any, *, window: int = 20, **options: Any) -> WindowPacks:
     starts = np.concatenate([[0], np.cumsum(shard_sizes)])
-    return make_window_packs(Index(lengths), starts, PackOptions(**options), window=window)
+    return make_window_packs(Index(np.asarray(lengths)), starts, PackOptions(**options), window=window)
 
 
 CORPORA = st.integers(0, 2**32).flatmap(
@@ -92,6 +85,19 @@ def check_shards(this: WindowPacks, sizes: list[int], samples: int) -> None:
                 chosen[is_piece] = this.pieces.samples[chosen[is_piece] - samples]
             assert set(shard_of[chosen]) <= set(window.shards)
             batch += 1
+
+
+@pytest.mark.parametrize("kind", ["windows", "one corpus"])
+@given(st.integers(0, 2**32), st.integers(2, 4), st.sampled_from([100, 257]))
+def test_a_batch_alone_has_the_order_that_it_has_among_others(kind: str, seed: int, rows: int, capacity: int) -> None:
+    # Red before: a last batch of one row was not arranged where it was asked for alone.
+    lengths = np.random.default_rng(seed).integers(0, 60, 150)
+    options: Any = {"capacity": capacity, "rows": rows, "shuffle": False}
+    whole = pack_batches(lengths, PackOptions(**options))
+    table = (pack_windows(lengths, [30] * 5, window=50, **options) if kind == "windows" else whole).for_epoch(0, 1)
+    together, sizes = table.batch_samples(np.arange(len(table)), 0)
+    alone = [table.batch_samples(np.array([batch]), 0)[0].tolist() for batch in range(len(table))]
+    assert alone == [batch.tolist() for batch in np.split(together, np.cumsum(sizes)[:-1])]
 
 
 def test_epochs_group_the_shards_in_other_ways() -> None:
