@@ -3,7 +3,7 @@
     python benchmarks/loading.py [--quick] [--before CHECKOUT] [--peers FOLDER]
 
 Every round runs each contender once, in a random order: batches of 64 rows for half a second or more, by a loop that
-does nothing. Each library runs in a process of its own, those in FOLDER as `make bench-peers` has installed them;
+does nothing. Each library runs in a separate process, those in FOLDER as `make bench-peers` has installed them;
 missing ones are printed. CHECKOUT is a folder with older code of ours, which takes turns too. Before the rounds, an
 epoch of every loader must give all rows and the right sums. `--quick` takes a tenth of the samples, and saves nothing.
 """
@@ -142,11 +142,11 @@ def read_options() -> argparse.Namespace:
 @contextmanager
 def workplace(folder: Path | None) -> Iterator[Path]:
     """A folder for works and files, which is removed at the end."""
-    place = Path(tempfile.mkdtemp(dir=folder))
+    made = Path(tempfile.mkdtemp(dir=folder))
     try:
-        yield place
+        yield made
     finally:
-        shutil.rmtree(place)
+        shutil.rmtree(made)
 
 
 @contextmanager
@@ -171,10 +171,10 @@ def start_all(
         processes[BEFORE] = stack.enter_context(before)
     for label in (OURS, BEFORE):
         if label in processes:
-            place = Path(processes[label].ask("list")["code"]).parents[1]
+            checkout = Path(processes[label].ask("list")["code"]).parents[1]
             expected = ROOT if label == OURS else options.before.resolve()
-            if place != expected:
-                raise SystemExit(f"the process `{label}` must import from {expected}, it imports from {place}")
+            if checkout != expected:
+                raise SystemExit(f"the process `{label}` must import from {expected}, it imports from {checkout}")
     for module, environment in {} if options.no_peers else PEERS.items():
         python = options.peers / environment / "bin" / "python" if environment else Path(sys.executable)
         try:

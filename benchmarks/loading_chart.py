@@ -70,8 +70,8 @@ def panel(title: str, loaders: Mapping[str, Any], top: int) -> Iterator[str]:
         yield f'<line x1="{x:.1f}" y1="{top + HEAD - 6}" x2="{x:.1f}" y2="{bottom}" stroke="#dddddd"/>'
         yield f'<text x="{x:.1f}" y="{bottom + 12}" text-anchor="middle" fill="#555555">{10**power:,} /s</text>'
     ranked = sorted(loaders.items(), key=lambda item: -max(filter(None, rates_of(item[1]))))
-    for place, (name, one) in enumerate(ranked):
-        y = top + HEAD + place * ROW
+    for position, (name, one) in enumerate(ranked):
+        y = top + HEAD + position * ROW
         colours = COLOURS["ours" if one["source"] == "ours" else "others"]
         weight = ' font-weight="bold"' if one["source"] == "ours" else ""
         yield f'<text x="{LEFT - 6}" y="{y + 11}" text-anchor="end"{weight}>{escape(name)}</text>'

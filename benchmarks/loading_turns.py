@@ -130,7 +130,7 @@ class Turns:
             next(source)
         return proportional_memory()
 
-    def train(self, work: str, loader: str | None, workers: int, steps: int, units: int) -> dict[str, float]:
+    def train(self, work: str, loader: str | None, workers: int, *, steps: int, units: int) -> dict[str, float]:
         """Seconds of a training loop of some steps, each of some units; without a loader, the steps alone."""
         step = Step(units)
         source = iter(()) if loader is None else repeated(self.open(work, loader, workers))
@@ -147,7 +147,7 @@ class Turns:
         return {"seconds": seconds}
 
     def calibrate(self, seconds: float) -> dict[str, int]:
-        """How many units make a training step of about so many seconds."""
+        """How many units make a training step of about that many seconds."""
         return {"units": Step.units_of(seconds)}
 
 

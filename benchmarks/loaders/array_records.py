@@ -19,7 +19,7 @@ def write(work: Work, folder: Path) -> None:
     samples = work.samples()
     each = -(-len(samples) // FILES)
     for number in range(0, len(samples), each):
-        # Records of their own: others would be unpacked to read one.
+        # One record in a group: a larger group would be unpacked to read one.
         writer = ArrayRecordWriter(str(folder / f"{number:08}.array_record"), "group_size:1")
         for sample in samples[number : number + each]:
             writer.write(b"".join(values.tobytes() for values in sample.values()))
@@ -42,8 +42,8 @@ class Decode:
         # A copy, as torch wants arrays that can be written.
         whole = bytearray(record)
         return {
-            name: np.frombuffer(whole, dtype, size // dtype.itemsize, place * size).reshape(-1, *shape)
-            for place, (name, (dtype, shape)) in enumerate(self.fields.items())
+            name: np.frombuffer(whole, dtype, size // dtype.itemsize, column * size).reshape(-1, *shape)
+            for column, (name, (dtype, shape)) in enumerate(self.fields.items())
         }
 
 

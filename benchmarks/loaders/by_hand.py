@@ -77,11 +77,11 @@ class Copied(Gathered):
 
     def __getitems__(self, rows: Array) -> tuple[Blocks, Tensor]:
         lengths = self.work.lengths[rows]
-        places = list(zip(self.starts[rows].tolist(), lengths.tolist(), strict=True))
+        spans = list(zip(self.starts[rows].tolist(), lengths.tolist(), strict=True))
         blocks = {}
         for name, values in self.work.fields.items():
             block = np.full((len(rows), int(lengths.max()), *values.shape[1:]), PADDING[name], values.dtype)
-            for row, (start, length) in enumerate(places):
+            for row, (start, length) in enumerate(spans):
                 block[row, :length] = values[start : start + length]
             blocks[name] = torch.from_numpy(block)
         return blocks, torch.from_numpy(lengths)

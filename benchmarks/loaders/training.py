@@ -38,7 +38,7 @@ class Step:
 
     @classmethod
     def units_of(cls, seconds: float) -> int:
-        """Units of a step that takes about so many seconds."""
+        """Units of a step that takes about that many seconds."""
         step = cls(1)
         times = []
         for _ in range(TRIES):

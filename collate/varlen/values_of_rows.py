@@ -99,13 +99,12 @@ def gaps_of(spans: DocumentSpans) -> dict[int, int]:
 
 
 def _place_documents(rows: UnreadRows, spans: DocumentSpans, padding_value: PaddingValue) -> Tensor:
-    """Rows of values in which documents have their places, and are read later."""
+    """Rows of values whose layout is fixed now, and whose documents are read later."""
     begins, lengths = spans.starts(), spans.array("lengths")
     starts = np.empty(len(begins), np.int64)
     starts[spans.array("permutation")] = begins
-    ends = np.append(0, begins + lengths)
-    steps = np.append(begins, spans.num_rows * spans.capacity) - ends
-    gaps = {start: count for start, count in zip(ends.tolist(), steps.tolist(), strict=True) if count}
+    ends = [0, *(begins + lengths).tolist()]
+    gaps = {ends[index]: gap for index, gap in gaps_of(spans).items()}
     return rows.place(starts, gaps, (spans.num_rows, spans.capacity), padding_value)
 
 

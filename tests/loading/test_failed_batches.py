@@ -40,7 +40,7 @@ def test_a_batch_that_failed_is_not_counted_as_taken(tmp_path: Path, layout: Any
     assert used + [batch["__key__"] for batch in again] == [batch["__key__"] for batch in stream()]
 
 
-def test_whoever_goes_on_after_a_batch_that_failed_has_passed_it(tmp_path: Path) -> None:
+def test_an_iterator_continues_after_a_batch_that_failed(tmp_path: Path) -> None:
     with ShardWriter(tmp_path) as writer:
         for number in range(8):
             writer.write({"__key__": f"k{number}", "x": np.full(4, number)})

@@ -7,7 +7,7 @@ import numpy as np
 
 from samplers.planning.pack_batches.packed_table import PackedTable
 
-# What an attribute is that a function lacks, or that has nothing for a field.
+# The value of an option by field that does not name a field.
 _ABSENT: Final = object()
 
 

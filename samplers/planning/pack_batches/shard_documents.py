@@ -24,7 +24,7 @@ import numpy.typing as npt
 from samplers.planning.budget import Integers
 from samplers.planning.pack_batches.options import PackOptions
 from samplers.planning.pack_batches.packed_table import build_packs
-from samplers.planning.packs.ladder import LADDER
+from samplers.planning.packs.ladder import LADDER, Rung
 from samplers.planning.packs.length_classes import LengthClasses
 from samplers.planning.packs.pack_table import PackTable, make_task
 from samplers.planning.packs.row_count import Proof, RowPlan, prove_rows
@@ -81,7 +81,7 @@ class ShardDocuments:
             _recipes={},
         )
 
-    def _classes(self, classes: Integers, order: Any = None) -> LengthClasses:
+    def _classes(self, classes: Integers, order: npt.NDArray[np.int32] | None = None) -> LengthClasses:
         """The classes that some documents have; `order` sorts the documents by them."""
         counts = np.bincount(classes, minlength=len(self.packs.classes.counts))
         present = np.flatnonzero(counts)
@@ -100,7 +100,7 @@ class ShardDocuments:
         return make_task(self.packs.classes, self.packs.limits).bound
 
     @cached_property
-    def _rungs(self) -> Any:
+    def _rungs(self) -> tuple[Rung, ...]:
         """The rungs of the corpus, and some further down: in a window with fewer rows, more attempts fail."""
         first = LADDER.index(self.packs.plan.rungs[0])
         further = (LADDER[min(first + number, len(LADDER) - 1)] for number in (3, 6, 10))

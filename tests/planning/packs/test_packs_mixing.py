@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from samplers.planning.packs.pack_table import PackTable
+from samplers.planning.packs.pack_table import SPARE_EPOCH, PackTable
 from samplers.planning.packs.row_order import RowOrder
 
 EPOCHS = 6
@@ -97,9 +97,10 @@ def test_rows_of_many_documents_share_the_shortest_ones() -> None:
 
 
 def test_epochs_differ_under_two_limits() -> None:
-    # Red before: two thirds of the epochs found no recipes of their own. Rows are full by their number of documents,
-    # and only a spread with little noise gives them so equal numbers.
+    # Red before: two thirds of the epochs had the spare recipes. Rows are full by their number of documents, and only a
+    # spread with little noise gives them such equal numbers.
     lengths = np.exp(np.random.default_rng(0).normal(np.log(1_300), 0.2, 8_000)).clip(20, 4_096).astype(np.int64)
     table = PackTable.build(lengths, capacity=4_096, max_documents=3)
     assert len(table) <= 1.06 * len(lengths) / 3
-    assert not any(table.recipes(epoch).tree is table.plan.spare for epoch in range(12))
+    spare = table.recipes(SPARE_EPOCH)
+    assert not any(table.recipes(epoch) is spare for epoch in range(12))
