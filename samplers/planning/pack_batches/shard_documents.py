@@ -86,7 +86,7 @@ class ShardDocuments:
         counts = np.bincount(classes, minlength=len(self.packs.classes.counts))
         present = np.flatnonzero(counts)
         counts = counts[present]
-        # Nobody asks a window for its tokens.
+        # `tokens` and `rows` stay those of the corpus: nothing reads those of a window.
         return replace(
             self.packs.classes,
             units=self.packs.classes.units[present],
