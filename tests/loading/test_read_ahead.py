@@ -219,7 +219,7 @@ def test_a_forked_child_is_told_to_iterate_again() -> None:
     assert process.exitcode == 0
 
 
-def test_a_program_that_ends_mid_epoch_ends_well() -> None:
+def test_a_program_that_ends_during_an_epoch_ends_well() -> None:
     program = """
 import torch
 from samplers import ReadAheadLoader

@@ -1,4 +1,4 @@
-"""Checksums are zlib's, whoever computes them."""
+"""Checksums are those of zlib, with zlib-ng or without."""
 
 import zlib
 
