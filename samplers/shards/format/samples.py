@@ -45,7 +45,7 @@ import numpy.typing as npt
 
 from collate.errors import LengthError
 from samplers.shards.format.block_keys import KEYS, read_block_keys
-from samplers.shards.format.keys import decode_key
+from samplers.shards.format.keys import decode_all, decode_key
 from samplers.shards.format.npy import check_npy_size, decode_npy, read_npy_header
 
 Sample: TypeAlias = dict[str, Any]
@@ -200,7 +200,7 @@ def _decode_block(members: Mapping[str, Any], fields: Collection[str] | None, co
     variable = {name: varies for name, varies in every.items() if fields is None or name in fields}
     _refuse_missing(variable, fields, context)
     columns = {name: _cut_column(name, members, keys, context, variable=v) for name, v in variable.items()}
-    for row, key in enumerate(map(decode_key, keys)):
+    for row, key in enumerate(decode_all(keys)):
         yield {"__key__": key} | {name: column[row] for name, column in columns.items()}
 
 
