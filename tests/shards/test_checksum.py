@@ -1,4 +1,4 @@
-"""Checksums are zlib's, whoever computes them."""
+"""Checksums are those of zlib, with and without zlib-ng."""
 
 import zlib
 

@@ -22,7 +22,7 @@ def decode_all(keys: list[bytes]) -> list[str]:
     >>> decode_all([b"a", b"caf\xc3\xa9"]), decode_all([])
     (['a', 'caf\xe9'], [])
     """
-    # Decoded at once: key by key takes five times as long.
+    # Decoded at once: key by key takes twice as long.
     texts = b"\0".join(keys).decode("utf-8", "surrogateescape").split("\0")
     return texts if len(texts) == len(keys) else list(map(decode_key, keys))
 

@@ -207,12 +207,13 @@ def _decode_block(members: Mapping[str, Any], fields: Collection[str] | None, co
 def _count_samples(members: Mapping[str, Any], variable: Mapping[str, bool], context: str) -> int:
     """The samples of a block, as another member than that of the keys says. 0 if none does."""
     lengths = [f"{name}.lengths.npy" for name, varies in variable.items() if varies]
-    for name in [*lengths, *(f"{name}.npy" for name, varies in variable.items() if not varies)][:1]:
-        data = _raw(members[name], name, context)
-        header = read_npy_header(data, f"{context}: {name}")
-        check_npy_size(header, len(data), f"{context}: {name}")
-        return header.shape[0] if header.shape else 0
-    return 0
+    names = lengths or [f"{name}.npy" for name in variable]
+    if not names:
+        return 0
+    data = _raw(members[names[0]], names[0], context)
+    header = read_npy_header(data, f"{context}: {names[0]}")
+    check_npy_size(header, len(data), f"{context}: {names[0]}")
+    return header.shape[0] if header.shape else 0
 
 
 def _cut_column(

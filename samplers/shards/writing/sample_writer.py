@@ -258,16 +258,19 @@ class SampleWriter:
         """Remove the open shard, and forget the keys of its samples. Finished shards get their names, if they can."""
         if self._open is not None:
             # The sample that failed is counted in the shard, but its key was not yet stored if it was the first.
-            for _ in range(min(self._open.samples, len(self._keys))):
-                self._keys.popitem()
+            self._forget(self._open.samples)
             self._open.file.discard()
             self._open = None
         # There was an error before, which this one must not hide.
         with suppress(OSError):
             self._group.commit()
-        for _ in range(min(self._group.lost_samples, len(self._keys))):
-            self._keys.popitem()
+        self._forget(self._group.lost_samples)
         self._group.lost_samples = 0
+
+    def _forget(self, samples: int) -> None:
+        """Forget the keys of the last samples."""
+        for _ in range(min(samples, len(self._keys))):
+            self._keys.popitem()
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
