@@ -210,8 +210,7 @@ class PadCollator:
 
         Returns:
             For each field its `RaggedRows` where it is variable-length, else a tensor `[B, ...]` or a list, in source
-            order. Of samples that a dataset has not read yet, `UnreadRows` and `UnreadStack`: `finish_reading` reads
-            them when they have their places in the batch.
+            order. For samples that a dataset has not read yet, `UnreadRows` and `UnreadStack`, until `finish_reading`.
 
         Raises:
             LengthError: There is no sample, a declared length is not the real one, or a sample is empty though
@@ -240,10 +239,9 @@ class PadCollator:
         variable = {name: column for name, column in columns.items() if isinstance(column, UnreadRows)}
         self._check_names(columns, variable)
         self._check_lengths(variable, {}, samples)
-        limits = {name: option_of(self.max_length, name) for name in variable}
         # A row is cut only after its checksum is compared, and that is one of all its steps.
-        cuts = [limit is not None and int(variable[name].lengths.max()) > limit for name, limit in limits.items()]
-        return None if any(cuts) else cast("dict[str, Column]", columns)
+        is_cut = any(self._cut(name, rows) is not rows for name, rows in variable.items())
+        return None if is_cut else cast("dict[str, Column]", columns)
 
     def padding_value_of(self, name: str, rows: RaggedRows) -> PaddingValue:
         """What the padding of a field holds.

@@ -1,4 +1,4 @@
-"""Reads the samples of planned steps, a window at a time, in the order of the files."""
+"""Reads the samples of planned steps: of local shards when a step is due, of remote shards a window at a time."""
 
 from functools import cached_property
 from itertools import pairwise
@@ -55,8 +55,9 @@ class StepReader:
             raise IndexError("all steps are taken")
         if self._next not in self._ready:
             self._begin(self._read_groups[self._next])
-        ready = self._ready.pop(self._next)
+        ready = self._ready[self._next]
         samples = self._data.__getitems__(ready) if self._data.is_local else self._data.sift(ready)
+        del self._ready[self._next]
         self._next += 1
         return samples
 

@@ -15,13 +15,12 @@ tensor([[ 3, -1, -1],
         [ 1,  2, -1]])
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from collate.padding.padding_value import bits_of_number
 from collate.padding.rows import RaggedRows, Row, check_shapes
 from collate.tensors.masks import BoolArray
 from collate.tensors.numpy_view import Int64Array, bits_of, shares_memory
@@ -102,7 +101,7 @@ def _copy_each_row(
     if rows.features or {row.ndim for row in rows.items} != {1}:
         check_shapes(rows.items, rows.name)
     padded = torch.empty((*shape, *rows.features), dtype=rows.dtype, device="cpu")
-    cells, padding = bits_of(padded), _bits_of_number(padding_value, rows.dtype)
+    cells, padding = bits_of(padded), bits_of_number(padding_value, rows.dtype)
     try:
         for target, index, length in zip(cells, order.tolist(), rows.lengths[order].tolist(), strict=False):
             row = rows.items[index]
@@ -114,13 +113,6 @@ def _copy_each_row(
         return None
     cells[len(order) :] = padding
     return padded
-
-
-def _bits_of_number(value: PaddingValue, dtype: torch.dtype) -> Any:
-    """The result of `bits_of` for a tensor of this dtype that holds the number; 0 has the bits 0 in all dtypes."""
-    if type(value) is int and value == 0:
-        return 0
-    return bits_of(torch.full((1,), value, dtype=dtype, device="cpu"))[0]
 
 
 def _must_stay_in_torch(row: Tensor) -> bool:

@@ -3,12 +3,13 @@
 import math
 import warnings
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 
 from collate.padding.rows import RaggedRows
+from collate.tensors.numpy_view import bits_of
 from collate.tensors.steps import PaddingValue
 
 
@@ -30,6 +31,13 @@ def check_padding_value(value: PaddingValue, dtype: torch.dtype) -> PaddingValue
     if not isinstance(value, (int, float, np.integer, np.floating, np.bool_)):
         raise TypeError(f"padding_value must be a number, got {value!r} of type {type(value).__name__}")
     return _check_number(value, dtype)
+
+
+def bits_of_number(value: PaddingValue, dtype: torch.dtype) -> Any:
+    """The result of `bits_of` for a tensor of this dtype that holds the number; 0 has the bits 0 in all dtypes."""
+    if type(value) is int and value == 0:
+        return 0
+    return bits_of(torch.full((1,), value, dtype=dtype, device="cpu"))[0]
 
 
 @lru_cache(maxsize=512, typed=True)

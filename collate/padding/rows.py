@@ -57,6 +57,11 @@ class RaggedRows:
         return int(self.lengths.sum())
 
     @property
+    def step_bytes(self) -> int:
+        """Bytes of a time step."""
+        return math.prod(self.features) * self.dtype.itemsize
+
+    @property
     def are_short(self) -> bool:
         """Whether one scatter of all steps is faster than joining row by row."""
         limit = SHORT_STEPS_WITH_FEATURES if self.features else SHORT_STEPS
@@ -66,7 +71,7 @@ class RaggedRows:
     @property
     def are_huge(self) -> bool:
         """Whether writing row by row is faster than joining, which makes another row of padding and slices of it."""
-        return self.total * math.prod(self.features) * self.dtype.itemsize >= HUGE_ROW * len(self.items)
+        return self.total * self.step_bytes >= HUGE_ROW * len(self.items)
 
     def clipped(self, max_length: int) -> "RaggedRows":
         """The same rows, cut to their first `max_length` steps.

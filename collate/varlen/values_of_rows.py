@@ -53,7 +53,9 @@ def join_documents(rows: RaggedRows, spans: DocumentSpans, padding_value: Paddin
         ValueError: Numbers of axes or feature shapes differ.
     """
     if isinstance(rows, UnreadRows):
-        return _place_documents(rows, spans, padding_value)
+        first_steps = np.empty(len(rows.lengths), np.int64)
+        first_steps[spans.array("permutation")] = spans.starts()
+        return rows.pad_documents(first_steps, (spans.num_rows, spans.capacity), padding_value)
     # For the few integers of a batch, Python's own functions take a fifth of the time of NumPy's.
     counts = rows.lengths.tolist()
     has_empty = 0 in counts
@@ -96,17 +98,6 @@ def gaps_of(spans: DocumentSpans) -> dict[int, int]:
     starts = spans.starts()
     steps = np.append(starts, spans.num_rows * spans.capacity) - np.append(0, starts + lengths)
     return {index: gap for index, gap in enumerate(steps.tolist()) if gap}
-
-
-def _place_documents(rows: UnreadRows, spans: DocumentSpans, padding_value: PaddingValue) -> Tensor:
-    """Rows of values in which documents have their places, and are read later."""
-    begins, lengths = spans.starts(), spans.array("lengths")
-    starts = np.empty(len(begins), np.int64)
-    starts[spans.array("permutation")] = begins
-    ends = np.append(0, begins + lengths)
-    steps = np.append(begins, spans.num_rows * spans.capacity) - ends
-    gaps = {start: count for start, count in zip(ends.tolist(), steps.tolist(), strict=True) if count}
-    return rows.place(starts, gaps, (spans.num_rows, spans.capacity), padding_value)
 
 
 def _padding_of(rows: RaggedRows, sizes: set[int], padding_value: PaddingValue) -> dict[int, Any]:

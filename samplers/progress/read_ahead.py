@@ -17,9 +17,8 @@ _END: Final = object()
 class ReadAheadLoader(DataLoader[Any]):
     """A `DataLoader` without workers that makes its next batches in a thread.
 
-    Reading, checking and collating release Python's lock for most of their time, and no batch is sent between
-    processes. So for arrays and shards one thread gives more batches a second than several workers; what a dataset
-    computes in Python still needs workers. A dataset that draws random numbers shares them with the training loop,
+    Reading and checking release Python's lock, and no batch is sent between processes. What a dataset computes in
+    Python still needs workers. A dataset that draws random numbers shares them with the training loop,
     which makes them depend on timing: let it draw from a seed of the sample instead.
 
     With a sampler or stream of this package it has the state of what the loop has used, whatever the thread has read
@@ -68,8 +67,8 @@ class ReadAheadLoader(DataLoader[Any]):
         parts = [getattr(self, name, None) for name in ("batch_sampler", "sampler", "dataset")]
         # Last, because a DataLoader guards its attributes.
         self._planned = next((part for part in parts if hasattr(part, "next_position")), None)
-        # After the last batch that was handed over: the position, and where its pass began and the next will begin.
-        self._used: tuple[Any, Any] | None = None
+        # Batches of the last pass that were handed over, and where it began and the next will begin.
+        self._used: tuple[int, Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """One epoch. The thread starts with its first batch, and ends with the iterator."""
@@ -90,8 +89,9 @@ class ReadAheadLoader(DataLoader[Any]):
         """
         planned = self._check_planned()
         # If another epoch was set or a position was sought since, the next pass does not continue the last one.
-        resumes = self._used is not None and self._used[1] == _mark(planned)
-        return dict(self._used[0]) if resumes and self._used is not None else dict(planned.next_position)
+        if self._used is None or self._used[1] != _mark(planned):
+            return dict(planned.next_position)
+        return dict(planned.position(self._used[0]))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next pass resume from a state; the errors are those of the sampler's `seek`.
@@ -107,10 +107,10 @@ class ReadAheadLoader(DataLoader[Any]):
         return super().__iter__()
 
     def note_used(self, batches: int) -> None:
-        """Note that the present pass has handed over so many batches."""
-        if self._planned is not None and getattr(self._planned, "rank", 0) != "all":
+        """Note how many batches the present pass has handed over. The position is made when it is asked for."""
+        if self._planned is not None:
             start = _mark(self._planned) if batches == 1 or self._used is None else self._used[1]
-            self._used = self._planned.position(batches), start
+            self._used = batches, start
 
     def _check_planned(self) -> Any:
         """What has the position.

@@ -62,7 +62,7 @@ class ShardDataset(Dataset[Sample]):
             decode: Functions from bytes, for fields in other encodings than npy, cls, txt and json. Without one such a
                 field stays bytes. Their results must have the length in the index.
             checksums: Compare what is read with its crc32, if the index has checksums.
-            memory_map: Copy whole batches from memory maps of local shards, in a third to a half of the time. Then
+            memory_map: Copy whole batches from memory maps of local shards, without a system call for each sample. Then
                 nobody may write to the shards: one that is cut while it is copied from ends the process by a signal.
                 The pages that were read count as memory of the process, although the system can take them back.
             handler: Called with the error of a sample of a batch that cannot be read. It returns True to skip the
@@ -149,7 +149,7 @@ class ShardDataset(Dataset[Sample]):
             return self._skipping.sift(self._read_in_order(rows))
         has_pieces = self._pieces is not None and bool((rows >= len(self.index)).any())
         # A piece is cut from its whole sample, whose checksum is compared first.
-        return UnreadSamples(self._read_in_order, rows, None if has_pieces else self._here())
+        return UnreadSamples.of_rows(rows, self._read_in_order, None if has_pieces else self._here())
 
     def _read_in_order(self, rows: AnyArray) -> list[Any]:
         """Samples in the given order. With a handler, `Failed` stands for those that cannot be read."""
@@ -225,8 +225,7 @@ class ShardDataset(Dataset[Sample]):
 
     def _fail(self, error: Exception, row: int) -> Failed:
         """The failure of a sample, with its key and shard."""
-        shard = self._tables.shards[int(self._here().shards.shards_of(np.array([row]))[0])]
-        return Failed(error, self.index.keys[row], shard.path)
+        return Failed(error, self.index.keys[row], self._here().shards.path_of(row))
 
 
 def _open_index(shards: Shards, index: LengthIndex | str | os.PathLike[str] | None) -> LengthIndex:

@@ -41,6 +41,10 @@ class OpenShards:
         """The shard of each row, int64 `[n]`."""
         return self._ends.searchsorted(rows, side="right")
 
+    def path_of(self, row: int) -> str:
+        """The path of the shard of a row, for messages."""
+        return self._tables.shards[int(self.shards_of(np.array([row]))[0])].path
+
     def find_one(self, rows: AnyArray) -> int | None:
         """The shard of all of these rows (at least one); None if they are of several shards."""
         if len(self._ends) == 1:

@@ -75,7 +75,7 @@ class SampleReader:
             targets: For each field, where its samples go.
         """
         if (shard := self.shards.find_one(rows)) is not None:
-            # In any order: to sort takes longer than the system needs to find a page.
+            # One file is read in any order.
             self._read_part_into([(self.shards.open(shard), slice(0, len(rows)))], rows, steps, targets)
             return
         order = np.argsort(rows, kind="stable")
@@ -188,8 +188,7 @@ class SampleReader:
                 self._checked[block] = True
 
     def _context(self, row: int, field: Field) -> str:
-        shard = self.tables.shards[int(self.shards.shards_of(np.array([row]))[0])]
-        return f"{shard.path}: sample {decode_key(self.tables.keys[row])!r}, field {field.name!r}"
+        return f"{self.shards.path_of(row)}: sample {decode_key(self.tables.keys[row])!r}, field {field.name!r}"
 
 
 def select_columns(fields: Sequence[Field], chosen: Collection[str] | None, decode: Collection[str]) -> ReadColumns:

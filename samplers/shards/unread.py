@@ -5,10 +5,10 @@ other use of the list reads the samples first. Then it is an ordinary list.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any, Final, TypeVar, cast
+from functools import cached_property, wraps
+from typing import Any, Final, Self, TypeVar, cast
 
 import numpy as np
 
@@ -36,29 +36,29 @@ class UnreadField:
 
 
 class UnreadSamples(list[Any]):
-    """The samples of some rows, as a list that is read at its first use.
+    """A list of samples, which `of_rows` lets be read at its first use.
 
-    Args:
-        read: Reads the samples of rows, in their order. Without rows, the items of an ordinary list: frameworks that
-            move a batch to a device make the new one as `type(batch)(items)`.
-        rows: Rows, int64 `[B]`.
-        reader: Reads whole batches of these rows. None if they must be read one by one.
+    `UnreadSamples(items)` is an ordinary list: frameworks that move a batch to a device make the new one this way.
     """
 
-    def __init__(
-        self,
-        read: Callable[[AnyArray], list[Sample]] | Iterable[Any] = (),
-        rows: AnyArray | None = None,
-        reader: SampleReader | None = None,
-    ) -> None:
-        super().__init__()
-        self._read_rows: Callable[[AnyArray], list[Sample]] | None = None
-        self._rows, self._reader = np.empty(0, np.int64) if rows is None else rows, reader
-        self._steps: AnyArray | None = None
-        if rows is None:
-            super().extend(cast(Iterable[Any], read))
-        else:
-            self._read_rows = cast(Callable[[AnyArray], list[Sample]], read)
+    _read_rows: Callable[[AnyArray], list[Sample]] | None = None
+    _reader: SampleReader | None = None
+    _rows: AnyArray
+
+    @classmethod
+    def of_rows(
+        cls, rows: AnyArray, read: Callable[[AnyArray], list[Sample]], reader: SampleReader | None = None
+    ) -> Self:
+        """The samples of some rows, not read yet.
+
+        Args:
+            rows: Rows, int64 `[B]`.
+            read: Reads the samples of rows, in their order.
+            reader: Reads whole batches of these rows. None if they must be read one by one.
+        """
+        samples = cls()
+        samples._rows, samples._read_rows, samples._reader = rows, read, reader
+        return samples
 
     def unread_fields(self) -> dict[str, UnreadField | list[str]] | None:
         """The fields in the order of a sample: its key as text, and the others unread.
@@ -68,8 +68,6 @@ class UnreadSamples(list[Any]):
         """
         if self._read_rows is None or self._reader is None or not len(self._rows):
             return None
-        # One look into the index for the lengths, here and when they are read.
-        self._steps = self._reader.lengths[self._rows].astype(np.int64)
         return _fields_of(self._reader, self._rows, self._steps)
 
     def read_into(self, targets: Mapping[str, Target]) -> None:
@@ -82,10 +80,17 @@ class UnreadSamples(list[Any]):
         Raises:
             FileNotFoundError: A shard is absent.
             LengthError: The length of a sample differs from the index.
+            RuntimeError: `unread_fields` gave no fields.
             ValueError: A shard has changed since it was indexed, or is damaged.
         """
-        if self._reader is not None and self._steps is not None:
-            self._reader.read_into(self._rows, self._steps, targets)
+        if self._reader is None:
+            raise RuntimeError("these samples are read one by one: use the list")
+        self._reader.read_into(self._rows, self._steps, targets)
+
+    @cached_property
+    def _steps(self) -> AnyArray:
+        """Lengths of all variable fields in the index, int64 `[B, K]`."""
+        return cast(SampleReader, self._reader).lengths[self._rows].astype(np.int64)
 
     def __len__(self) -> int:
         # Without reading: a collator asks for it.
@@ -124,9 +129,7 @@ def _concatenated(samples: UnreadSamples, before: list[Any]) -> list[Any]:
 
 
 # What a list can do without its items, or what makes the object itself.
-_NOT_OF_ITEMS: Final = frozenset(
-    ["__init__", "__len__", "__new__", "__class_getitem__", "__hash__", "__getattribute__"]
-)
+_NOT_OF_ITEMS: Final = frozenset(["__len__", "__new__", "__class_getitem__", "__hash__", "__getattribute__"])
 for _name, _method in vars(list).items():
     if callable(_method) and _name not in _NOT_OF_ITEMS:
         setattr(UnreadSamples, _name, _after_reading(_method))

