@@ -80,11 +80,10 @@ def read_file_lengths(path: str, column: str | None, *, text: TextUnit | None = 
 def default_columns(path: str) -> list[str]:
     """The columns of lists, which `read_file_lengths` reads where none is named; none in a file of bare lengths."""
     if path.endswith(".parquet"):
-        columns: list[str] = list_columns(load_extra("pyarrow.parquet", "convert").read_schema(path))
-        return columns
+        return list_columns(load_extra("pyarrow.parquet", "convert").read_schema(path))
     if path.endswith(JSON_LINES):
         _, row = next(read_json_lines(path))
-        return [name for name, value in row.items() if isinstance(value, list)]
+        return _list_names(row)
     return []
 
 
@@ -129,12 +128,17 @@ def _read_json(path: str, column: str | None, text: TextUnit | None) -> LengthAr
     for context, row in read_json_lines(path):
         names = names or list(row)
         if pieces is None:
-            pieces = {name: [] for name, value in row.items() if isinstance(value, list)}
+            pieces = {name: [] for name in _list_names(row)}
         for name, lengths in pieces.items():
             lengths.append(measure_value(_look_up(row, name, context), f"{context}, column {name!r}", text))
     if not names:
         raise ValueError(f"{path}: holds no line")
     return choose_lengths({name: np.array(part, np.int64) for name, part in (pieces or {}).items()}, names, path)
+
+
+def _list_names(row: Mapping[str, Any]) -> list[str]:
+    """The columns of a row that hold lists."""
+    return [name for name, value in row.items() if isinstance(value, list)]
 
 
 def _look_up(row: Mapping[str, Any], name: str, context: str) -> Any:

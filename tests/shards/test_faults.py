@@ -348,8 +348,7 @@ def bounded(folder: Path) -> Iterator[None]:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    # A mebibyte: keys of 60,000 samples are inflated before they are counted, and coverage allocates too.
-    assert peak < (1 << 20) + 8 * size
+    assert peak < (1 << 19) + 8 * size
 
 
 # --- shards that contradict themselves

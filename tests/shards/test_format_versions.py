@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from corpora import VERSIONS, assert_same, corpora, files, groups, tokens, write
+from corpora import VERSIONS, assert_same, corpora, files, groups, is_mapped, tokens, write
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -248,6 +248,10 @@ def test_packed_offsets_are_the_offsets(offsets: np.ndarray, data: st.DataObject
         assert packed[int(len(offsets) - 1), column] == packed[-1, column] == offsets[-1, column]
         assert packed[offsets[:, 0] % 2 == 0, column].tolist() == offsets[offsets[:, 0] % 2 == 0, column].tolist()
         assert packed[3:70, column].tolist() == offsets[3:70, column].tolist()
+    # Red before for rows below zero: they gave another row.
+    for row in (len(offsets), -len(offsets) - 1):
+        with pytest.raises(IndexError):
+            packed[row, 0]
     again = pickle.loads(pickle.dumps(packed))
     assert again[rows].tolist() == copy.deepcopy(packed)[rows].tolist() == offsets[rows].tolist()
 
@@ -296,12 +300,6 @@ def test_the_index_of_a_large_corpus_stays_a_map(large: Path) -> None:
     assert np.array_equal(own.array("offsets"), tables.array("offsets")[60_000:])
     rows = np.array([0, 59_999, 60_000, 89_999])
     assert tables.offsets_of(rows, 0).tolist() == tables.array("offsets")[rows, 0].tolist()
-
-
-def is_mapped(array: Any) -> bool:
-    while array is not None and not isinstance(array, np.memmap):
-        array = array.base
-    return array is not None
 
 
 def read_back(folder: Path, numbers: list[int]) -> Iterator[tuple[str, list[int]]]:

@@ -2,6 +2,7 @@
 
 import gc
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from samplers.shards.format.npy import DTYPES
 from samplers.shards.writing.writer import ShardWriter
 
 LAYOUTS = ["blocks", "plain"]
-# Of the format of blocks: what a test that looks at the bytes is to be true of.
+# Versions of the format of blocks. A test that looks at the bytes holds for each.
 VERSIONS = [1, 2]
 
 # A file name in the plain layout: no dots, slashes or controls.
@@ -92,3 +93,15 @@ def read_with_webdataset(folder: Path, *stages: object) -> list[dict[str, object
 def files(folder: Path) -> dict[str, bytes]:
     """The content of each file of a folder, by name."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def keys_of_block(stored: np.ndarray, version: int) -> list[str]:
+    """The keys in the array of `block.keys.npy`."""
+    return zlib.decompress(stored.tobytes()).decode().split("\0") if version == 2 else stored.tolist()
+
+
+def is_mapped(array: Any) -> bool:
+    """Whether an array lies in a memory map."""
+    while isinstance(array, np.ndarray) and not isinstance(array, np.memmap):
+        array = array.base
+    return isinstance(array, np.memmap)

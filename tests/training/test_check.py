@@ -15,7 +15,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from collate import LengthError, LengthTrackedBatch, PadCollator, apply_rnn, check_step, masked_mean, sequence_loss
+from collate import (
+    LengthError,
+    LengthTrackedBatch,
+    PadCollator,
+    VarlenBatch,
+    apply_rnn,
+    check_step,
+    masked_mean,
+    sequence_loss,
+)
 
 __all__ = ["batch", "net"]
 
@@ -261,6 +270,20 @@ def test_a_step_may_write_to_its_batch(net: Net, batch: dict[str, Any]) -> None:
     assert check_step(writes, batch).ok
     for name, values in before.items():
         assert torch.equal(getattr(batch[name], "padded", batch[name]), values)
+
+
+def test_a_step_may_write_to_a_batch_of_documents() -> None:
+    """Red before: the check said that the step remembers, and the user's batch was changed."""
+    batch = VarlenBatch.from_sequences([torch.randn(length, 3) for length in (3, 5, 4)])
+    layer = nn.Linear(3, 1)
+
+    def writes(b: VarlenBatch) -> torch.Tensor:
+        b.values.mul_(0.5).sub_(0.1)
+        return (layer(b.values).squeeze(-1) * (b.document_ids >= 0)).square().sum()
+
+    before = batch.values.clone()
+    assert check_step(writes, batch).ok
+    assert torch.equal(batch.values, before)
 
 
 def test_weights_that_a_step_moves_are_put_back(net: Net, batch: dict[str, Any]) -> None:

@@ -114,7 +114,7 @@ def test_compiled_losses_equal_eager_ones_without_a_graph_break(backend: str, na
     compiled = torch.compile(run, backend=backend, fullgraph=True)
     for counts in ([3, 5, 0, 1], [5, 1, 1, 0], [0, 0, 0, 0]):
         if backend == "inductor" and not any(counts) and TORCH < (2, 11):
-            # The kernel of torch 2.9 refuses an index of its own.
+            # The kernel of torch 2.9 refuses an index that inductor itself made.
             continue
         _, _, output, target = pair(counts, padding=torch.nan)
         target = target.with_padded(as_target(target.padded))

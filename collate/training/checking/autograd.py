@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -64,13 +65,11 @@ class Buffers:
             return
         self._seen.add(module)
         # A step may move a teacher's weights, or call an optimizer.
-        for name, weight in module.named_parameters(recurse=False, remove_duplicate=False):
-            if not nn.parameter.is_lazy(weight):
-                self._saved.append((module, name, weight, weight.detach().clone()))
-        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-            # A lazy buffer has no values before the first forward pass.
-            if not nn.parameter.is_lazy(buffer):
-                self._saved.append((module, name, buffer, buffer.clone()))
+        weights = module.named_parameters(recurse=False, remove_duplicate=False)
+        for name, tensor in chain(weights, module.named_buffers(recurse=False, remove_duplicate=False)):
+            # A lazy one has no values before the first forward pass.
+            if not nn.parameter.is_lazy(tensor):
+                self._saved.append((module, name, tensor, tensor.detach().clone()))
 
     @contextmanager
     def of_all_that_run(self) -> Iterator[None]:
@@ -93,10 +92,10 @@ class Buffers:
 
     def restore(self) -> None:
         """Give the modules the weights, buffers and values that were saved."""
-        for module, name, buffer, value in self._saved:
+        for module, name, tensor, value in self._saved:
             # A module may replace its buffer by a new tensor instead of writing to it.
-            setattr(module, name, buffer)
-            buffer.data.copy_(value)
+            setattr(module, name, tensor)
+            tensor.data.copy_(value)
 
 
 def leaves_of(results: Sequence[Tensor]) -> list[Tensor]:

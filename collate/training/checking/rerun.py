@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -20,6 +21,7 @@ from collate.operations.construct import changed_batch
 from collate.tensors.nested import map_parts
 from collate.training.checking.autograd import Buffers, WithoutDropout, gradients_of, leaves_of
 from collate.training.restore import restored_random_state
+from collate.varlen.batch import VarlenBatch
 
 LossStep: TypeAlias = Callable[[Any], Tensor | Mapping[str, Tensor]]
 
@@ -185,15 +187,24 @@ def combined(outcomes: Sequence[Term], shares: Sequence[float], *, gradients: bo
 
 
 def copied(batch: Any) -> Any:
-    """The batch in new containers with values of its own: steps pop their labels, and write to their inputs.
+    """The batch in new containers with copied values: steps pop their labels, and write to their inputs.
 
-    Values that require gradients are not copied, since they are leaves of the step's graph.
+    Gradients pass through the copies to the values.
     """
     if isinstance(batch, LengthTrackedBatch):
-        return batch if batch.padded.requires_grad else changed_batch(batch, padded=batch.padded.clone())
+        return changed_batch(batch, padded=batch.padded.clone())
+    if isinstance(batch, VarlenBatch):
+        return with_other_values(batch, batch.values.clone())
     if isinstance(batch, Tensor):
-        return batch if batch.requires_grad else batch.clone()
+        return batch.clone()
     return batch.copy() if isinstance(batch, np.ndarray) else map_parts(batch, copied)
+
+
+def with_other_values(part: VarlenBatch, values: Tensor) -> VarlenBatch:
+    """The same documents with other values, and the same marks of gaps and of steps without a label."""
+    other = copy(part)
+    object.__setattr__(other, "values", values)
+    return other
 
 
 @contextmanager

@@ -11,20 +11,22 @@ as `tokens-00000001` take 4 KB, and 120 KB in version 1, where a character has f
 Without this library: `zlib.decompress(np.load(file).tobytes()).split(b"\0")`.
 """
 
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Iterator
+from typing import Any, Final
 from zlib import compress, decompressobj
 from zlib import error as ZlibError
 
 import numpy as np
 
 from samplers.shards.format.keys import encode_keys
-from samplers.shards.format.npy import check_npy_size, decode_text_npy, npy_header, read_npy_header
+from samplers.shards.format.npy import check_npy_size, decode_text_npy, find_npy_header, npy_header, read_npy_header
 
 KEYS: Final = "block.keys.npy"
 # Text may be at most 64 times as large as its compressed form, and 64 KiB. So a small file cannot fill the memory.
 _MOST_TIMES: Final = 64
 _FREE_BYTES: Final = 1 << 16
+# Bytes that are inflated at a time. zlib's own buffer grows in steps, to four times the text.
+_PIECE: Final = 1 << 16
 # zlib's level that stores text as it is, and its default, which is as small here as its best.
 _STORED, _LEVEL = 0, 6
 # The dtype of version 2, as it stands in the header. All others are left to version 1.
@@ -78,7 +80,8 @@ def read_block_keys(data: bytes, count_samples: Callable[[], int], context: str)
 
 def is_compressed(data: bytes) -> bool:
     """Whether the keys are those of version 2, by the first bytes of the member."""
-    return data[10:].startswith(_BYTES) or data[12:].startswith(_BYTES)
+    start, _ = find_npy_header(data)
+    return data.startswith(_BYTES, start)
 
 
 def _inflate(data: memoryview, context: str) -> bytes:
@@ -88,15 +91,35 @@ def _inflate(data: memoryview, context: str) -> bytes:
         ValueError: It is damaged, is followed by more, or is far larger than its compressed form.
     """
     inflating, limit = decompressobj(), _limit(len(data))
+    pieces, size = [], 0
     try:
-        text = inflating.decompress(data, limit + 1)
+        for piece in _inflate_pieces(inflating, data):
+            pieces.append(piece)
+            size += len(piece)
+            if size > limit:
+                raise ValueError(f"{context}: {len(data)} bytes hold more than {limit} bytes of keys: refused")
     except ZlibError as error:
         raise ValueError(f"{context}: the compressed keys are damaged: {error}") from None
-    if len(text) > limit:
-        raise ValueError(f"{context}: {len(data)} bytes hold more than {limit} bytes of keys: refused")
     if not inflating.eof or inflating.unused_data:
         raise ValueError(f"{context}: the compressed keys are damaged: they do not end with their member")
-    return text
+    return b"".join(pieces)
+
+
+def _inflate_pieces(inflating: Any, data: memoryview) -> Iterator[bytes]:
+    """The text piece by piece, with zlib's `decompressobj`. Ends early if the stream is followed by more.
+
+    Yields:
+        At most 64 KiB.
+    """
+    # The input is cut too, because zlib copies what it has not read yet after each piece.
+    for first in range(0, len(data), _PIECE):
+        piece = inflating.decompress(data[first : first + _PIECE], _PIECE)
+        yield piece
+        while len(piece) == _PIECE:
+            piece = inflating.decompress(inflating.unconsumed_tail, _PIECE)
+            yield piece
+        if inflating.unused_data:
+            return
 
 
 def _limit(size: int) -> int:

@@ -124,7 +124,7 @@ class PackedKeys:
         return self.form.decode(stored)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> AnyArray:  # noqa: FBT001 (NumPy's protocol)
-        keys = self.form.decode(self.stored[:])
+        keys = self.form.decode(self.stored)
         return keys if dtype is None else keys.astype(dtype)
 
     def tolist(self) -> list[bytes]:

@@ -41,8 +41,8 @@ class PackedOffsets:
 
     def __getitem__(self, key: Any) -> Any:
         rows, column = key if isinstance(key, tuple) else (key, slice(None))
-        rows = self._as_indices(rows)
-        return (self.bases[rows >> _SHIFT] + self.differences[rows])[..., column]
+        # NumPy refuses rows out of range in `differences`, and only there.
+        return (self.bases[self._as_indices(rows) >> _SHIFT] + self.differences[rows])[..., column]
 
     def at(self, rows: AnyArray, column: int) -> AnyArray:
         """The offsets of a field, for rows that are not negative: int64 `[n]`."""

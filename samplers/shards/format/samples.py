@@ -45,7 +45,7 @@ import numpy.typing as npt
 
 from collate.errors import LengthError
 from samplers.shards.format.block_keys import KEYS, read_block_keys
-from samplers.shards.format.keys import decode_key
+from samplers.shards.format.keys import decode_all, decode_key
 from samplers.shards.format.npy import check_npy_size, decode_npy, read_npy_header
 
 Sample: TypeAlias = dict[str, Any]
@@ -200,19 +200,20 @@ def _decode_block(members: Mapping[str, Any], fields: Collection[str] | None, co
     variable = {name: varies for name, varies in every.items() if fields is None or name in fields}
     _refuse_missing(variable, fields, context)
     columns = {name: _cut_column(name, members, keys, context, variable=v) for name, v in variable.items()}
-    for row, key in enumerate(map(decode_key, keys)):
+    for row, key in enumerate(decode_all(keys)):
         yield {"__key__": key} | {name: column[row] for name, column in columns.items()}
 
 
 def _count_samples(members: Mapping[str, Any], variable: Mapping[str, bool], context: str) -> int:
     """The samples of a block, as another member than that of the keys says. 0 if none does."""
     lengths = [f"{name}.lengths.npy" for name, varies in variable.items() if varies]
-    for name in [*lengths, *(f"{name}.npy" for name, varies in variable.items() if not varies)][:1]:
-        data = _raw(members[name], name, context)
-        header = read_npy_header(data, f"{context}: {name}")
-        check_npy_size(header, len(data), f"{context}: {name}")
-        return header.shape[0] if header.shape else 0
-    return 0
+    names = lengths or [f"{name}.npy" for name in variable]
+    if not names:
+        return 0
+    data = _raw(members[names[0]], names[0], context)
+    header = read_npy_header(data, f"{context}: {names[0]}")
+    check_npy_size(header, len(data), f"{context}: {names[0]}")
+    return header.shape[0] if header.shape else 0
 
 
 def _cut_column(

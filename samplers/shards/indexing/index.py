@@ -12,7 +12,7 @@ import numpy as np
 
 from collate.deprecated.names import renamed_arguments
 from samplers.shards.format.header_lengths import DeclaredLength, SoundHeaders, header_length_of
-from samplers.shards.format.keys import decode_key
+from samplers.shards.format.keys import decode_all, decode_key
 from samplers.shards.format.npy import AnyArray
 from samplers.shards.format.packed_keys import PackedKeys
 from samplers.shards.indexing.cache import IndexCache
@@ -40,7 +40,7 @@ _KEYS_AT_ONCE: Final = 1 << 12
 class Keys(Sequence[str]):
     """Keys of samples, decoded when they are used."""
 
-    def __init__(self, keys: "AnyArray | PackedKeys") -> None:
+    def __init__(self, keys: AnyArray | PackedKeys) -> None:
         self._keys = keys
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class Keys(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         for first in range(0, len(self), _KEYS_AT_ONCE):
-            yield from map(decode_key, self._keys[first : first + _KEYS_AT_ONCE].tolist())
+            yield from decode_all(self._keys[first : first + _KEYS_AT_ONCE].tolist())
 
 
 class LengthIndex:

@@ -26,7 +26,7 @@ from samplers.shards.indexing.tables import ARRAYS, Field, Tables, TablesLike, c
 
 # Name of an array in version 1, where it is not that in `Tables`.
 _NAMES_IN_FILE: Final = {"offsets": "places"}
-_NAMES_IN_TABLES: Final = {"places": "offsets"}
+_NAMES_IN_TABLES: Final = {stored: name for name, stored in _NAMES_IN_FILE.items()}
 # Dtypes of the arrays of each version, as patterns. As text, because NumPy accepts many spellings of a dtype.
 _EACH: Final = {"keys": r"\|S[1-9]\d{0,8}", "order": "<i[48]"}
 _DTYPES: Final = {name: re.escape(dtype) for name, dtype in ARRAYS.items()} | _EACH
@@ -64,14 +64,9 @@ class StoredArray:
 
 def plan_arrays(parts: Sequence[TablesLike], order: AnyArray) -> list[StoredArray]:
     """The arrays of version 1."""
-    samples = len(order)
-    planned = []
-    for name, (_, shape) in parts[0].shapes.items():
-        rows = sum(part.shapes[name][1][0] for part in parts)
-        dtype = f"|S{key_width(parts)}" if name == "keys" else ARRAYS[name]
-        stored = _NAMES_IN_FILE.get(name, name)
-        planned.append(StoredArray(stored, dtype, (rows, *shape[1:]), _parts_of(parts, name)))
-    return [*planned, StoredArray("order", order.dtype.str, (samples,), lambda: [order])]
+    dtypes = ARRAYS | {"keys": f"|S{key_width(parts)}"}
+    planned = [_plan_whole(parts, name, dtypes[name], _NAMES_IN_FILE.get(name)) for name in parts[0].shapes]
+    return [*planned, _plan_order(order)]
 
 
 def plan_packed_arrays(parts: Sequence[TablesLike], order: AnyArray | None) -> tuple[list[StoredArray], dict[str, Any]]:
@@ -85,23 +80,18 @@ def plan_packed_arrays(parts: Sequence[TablesLike], order: AnyArray | None) -> t
     form = find_key_form(part.array("keys") for part in parts)
     dtype = "<i4"
     if samples <= _MOST_WIDENED:
-        dtype = narrow_dtype(max((int(part.array("lengths").max(initial=0)) for part in parts), default=0))
-    variable = parts[0].shapes["lengths"][1][1:]
+        dtype = narrow_dtype(max(int(part.array("lengths").max(initial=0)) for part in parts))
     planned = [
-        StoredArray("lengths", dtype, (samples, *variable), _parts_of(parts, "lengths")),
+        _plan_whole(parts, "lengths", dtype),
         StoredArray(
             "keys", form.dtype, (samples, *form.shape), lambda: (form.encode(part.array("keys")) for part in parts)
         ),
     ]
     if order is not None or not _can_derive(parts[0]):
         planned += _plan_offsets(parts, samples)
-    for name in ("crcs", "blocks"):
-        if name in parts[0].shapes:
-            rows = sum(part.shapes[name][1][0] for part in parts)
-            shape = parts[0].shapes[name][1][1:]
-            planned.append(StoredArray(name, ARRAYS[name], (rows, *shape), _parts_of(parts, name)))
+    planned += [_plan_whole(parts, name, ARRAYS[name]) for name in ("crcs", "blocks") if name in parts[0].shapes]
     if order is not None:
-        planned.append(StoredArray("order", order.dtype.str, (samples,), lambda: [order]))
+        planned.append(_plan_order(order))
     texts = {"prefix": form.prefix.decode("latin-1"), "alphabet": form.alphabet.decode("latin-1")}
     return planned, {"keys": texts | {"width": form.width}}
 
@@ -223,8 +213,15 @@ def round_up(size: int) -> int:
     return -(-size // _ALIGN) * _ALIGN
 
 
-def _parts_of(parts: Sequence[TablesLike], name: str) -> Callable[[], Iterable[AnyArray]]:
-    return lambda: concat_column(parts, name)
+def _plan_whole(parts: Sequence[TablesLike], name: str, dtype: str, stored: str | None = None) -> StoredArray:
+    """An array of `Tables` as it is, in another dtype and under another name where these are given."""
+    rows = sum(part.shapes[name][1][0] for part in parts)
+    shape = (rows, *parts[0].shapes[name][1][1:])
+    return StoredArray(stored or name, dtype, shape, lambda: concat_column(parts, name))
+
+
+def _plan_order(order: AnyArray) -> StoredArray:
+    return StoredArray("order", order.dtype.str, order.shape, lambda: [order])
 
 
 def _plan_offsets(parts: Sequence[TablesLike], samples: int) -> list[StoredArray]:
@@ -232,7 +229,7 @@ def _plan_offsets(parts: Sequence[TablesLike], samples: int) -> list[StoredArray
     fields = len(parts[0].fields)
     bases = find_bases((part.array("offsets") for part in parts), samples, fields)
     if bases is None:
-        return [StoredArray("offsets", "<i8", (samples, fields), _parts_of(parts, "offsets"))]
+        return [_plan_whole(parts, "offsets", "<i8")]
     return [
         StoredArray(
             "offsets",

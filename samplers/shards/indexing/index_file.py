@@ -23,7 +23,7 @@ The header is an object with
   `order` (samples by the sum of their tracked lengths, longest first, stable) int32 or int64 `[N]`, in the plain layout
   `sizes` int64 `[N, M]`, in blocks `blocks` int64 `[G, 1 + M + K]`, and `crcs` uint32 `[N, M]` if payloads were read
   (see `Tables`). Version 2, for blocks only, stores lengths, keys and offsets smaller: see `index_arrays`;
-- `keys`, in version 2: `{prefix, alphabet}` (see `packed_keys`);
+- `keys`, in version 2: `{prefix, alphabet, width}` (see `packed_keys`);
 - `length_id`, if it is known: what measured the lengths of fields that are not arrays: the name of a function,
   `sound headers`, or `declared in FIELD.KEY`;
 - `rates`, if they are known: for such a field its steps in a second, ascending; several if samples differ.

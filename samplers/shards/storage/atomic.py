@@ -97,7 +97,7 @@ class AtomicFile:
             PermissionError: The file of that name may not be replaced, as on Windows while a program has it open.
         """
         self.flush()
-        self._rename()
+        self.rename()
         _sync_folder(self.path.parent)
 
     def flush(self) -> None:
@@ -105,8 +105,8 @@ class AtomicFile:
         self.stream.flush()
         os.fsync(self.stream.fileno())
 
-    def _rename(self) -> None:
-        """Give the file its final name, once everything is on the disk.
+    def rename(self) -> None:
+        """Give the file its final name, once everything is on the disk. The name itself is not on the disk yet.
 
         Raises:
             PermissionError: The file of that name may not be replaced.
@@ -157,7 +157,7 @@ def commit_in_stages(stages: Sequence[Sequence[AtomicFile]]) -> None:
                 if number:
                     # A new name changes the time of a file. Without this, an index would look older than its shard.
                     os.utime(file.temporary)
-                file._rename()  # noqa: SLF001 (a function of this class)
+                file.rename()
             for folder in {file.path.parent for file in stage}:
                 _sync_folder(folder)
     except BaseException:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Final, Self, TypedDict
 
 from collate.widths import check_count
-from samplers.shards.format.keys import decode_key
+from samplers.shards.format.keys import decode_all
 from samplers.shards.format.npy import AnyArray
 from samplers.shards.format.tar import split_name
 from samplers.shards.indexing.index_file import (
@@ -202,7 +202,7 @@ class SampleWriter:
                 )
         tables = adopt_shards(self.shards, self._layout, self._stack, self._version)
         self._number = max((number[0] + 1 for number in existing), default=0)
-        self._keys = dict.fromkeys(decode_key(key) for part in tables for key in part.array("keys").tolist())
+        self._keys = dict.fromkeys(key for part in tables for key in decode_all(part.array("keys").tolist()))
         if tables:
             first, _ = read_index(f"{self.shards[0]}{SUFFIX}")
             self._schema, self._schema_origin = read_schema(first), f"in {self.shards[0]}"
@@ -258,16 +258,19 @@ class SampleWriter:
         """Remove the open shard, and forget the keys of its samples. Finished shards get their names, if they can."""
         if self._open is not None:
             # The sample that failed is counted in the shard, but its key was not yet stored if it was the first.
-            for _ in range(min(self._open.samples, len(self._keys))):
-                self._keys.popitem()
+            self._forget(self._open.samples)
             self._open.file.discard()
             self._open = None
         # There was an error before, which this one must not hide.
         with suppress(OSError):
             self._group.commit()
-        for _ in range(min(self._group.lost_samples, len(self._keys))):
-            self._keys.popitem()
+        self._forget(self._group.lost_samples)
         self._group.lost_samples = 0
+
+    def _forget(self, samples: int) -> None:
+        """Forget the keys of the last samples."""
+        for _ in range(min(samples, len(self._keys))):
+            self._keys.popitem()
 
     @contextmanager
     def _failing(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ has `block.keys.npy`, then for each field `FIELD.lengths.npy` (if it is variable
 >>> from tempfile import TemporaryDirectory
 >>> schema = {"tokens": FieldSchema("<i4", (), variable=True)}
 >>> with TemporaryDirectory() as folder:
-...     shard = BlockShard(Path(folder, "a.tar"), schema, block_size=2)
+...     shard = BlockShard(Path(folder, "a.tar"), schema, block_size=2, version=2)
 ...     for number in range(5):
 ...         shard.add(f"k{number}", {"tokens": np.arange(number, dtype="<i4")})
 ...     tables = shard.finish()
@@ -116,7 +116,7 @@ class ShardFile(ABC):
         return replace(tables, crcs=np.array(self.crcs, "<u4"), shards=(shard,))
 
     def _stored_bytes(self) -> int:
-        """At least so many bytes of the shard are known to be stored."""
+        """A lower bound of the bytes of the finished shard."""
         return self.nbytes + self._key_bytes
 
     @abstractmethod
@@ -197,7 +197,7 @@ class BlockShard(ShardFile):
         for name, array in arrays.items():
             _check_size(name, array.nbytes)
 
-    def __init__(self, path: Path, schema: Mapping[str, FieldSchema], *, block_size: int, version: int = 2) -> None:
+    def __init__(self, path: Path, schema: Mapping[str, FieldSchema], *, block_size: int, version: int) -> None:
         super().__init__(path, schema)
         self._block_size, self._blocks, self._version = block_size, 0, version
         self._stores_keys_whole = version == 1

@@ -212,7 +212,7 @@ def bucket_book() -> Book:
 
 @cache
 def dealt_book() -> Book:
-    """Two workers, each with a bucketer of its own for every other sample; a loader takes their batches in turn."""
+    """Two workers, each with its bucketer for every other sample; a loader takes their batches in turn."""
 
     def write(epoch: int, replicas: int) -> list[Batch]:
         parts = [list(make_stage(1, 0)(range(worker, SAMPLES, 2))) for worker in range(2)]

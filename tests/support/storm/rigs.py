@@ -344,7 +344,7 @@ class AcceleratedStateful(Accelerated):
     saves = "last"
     moves_workers = False
     holds = True
-    # It gives out a state of its own, which is made when a batch is taken, and once when the loader is made.
+    # Its states are its own, made when a batch is taken, and once when the loader is made.
     saves_early = False
     begins_at_once = True
     stateful = True

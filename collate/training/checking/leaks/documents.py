@@ -1,7 +1,6 @@
-"""Where documents are in a batch, and the same batch with other contents, or with documents in another order."""
+"""A batch of documents with other contents, or with its documents in another order."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from copy import copy
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -15,59 +14,10 @@ from collate.tensors.masks import expand_like
 from collate.tensors.nested import labelled_parts, map_parts
 from collate.tensors.numpy_view import Int64Array, to_array
 from collate.training.checking.leaks.contents import are_positions, other_contents
+from collate.training.checking.leaks.places import Places, distinct_places
+from collate.training.checking.rerun import with_other_values
 from collate.varlen.batch import VarlenBatch
 from collate.varlen.offsets import document_starts
-
-
-class Places:
-    """Where N documents are among the time steps of a field.
-
-    Args:
-        starts: first step of each, int64 `[N]`, rows one after the other.
-        lengths: int64 `[N]`.
-        shapes: the rows and steps of a row that tensors with these steps may have; the first one is the batch's own.
-    """
-
-    def __init__(self, starts: Int64Array, lengths: Int64Array, shapes: Sequence[tuple[int, int]]) -> None:
-        self.starts, self.lengths, self.shapes = starts, lengths, list(dict.fromkeys(shapes))
-        self.steps = shapes[0][0] * shapes[0][1]
-        ids = np.full(self.steps, -1)
-        for document, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
-            ids[start : start + length] = document
-        # The document of each step, -1 in gaps: int64 `[steps]`.
-        self.ids = torch.from_numpy(ids)
-
-    @classmethod
-    def of(cls, field: VarlenBatch) -> "Places":
-        """The places of a varlen batch."""
-        rows, capacity = field.values.shape[:2]
-        lengths, per_row = field.host_lengths(), to_array(field.documents_per_row)
-        starts = document_starts(lengths, per_row, capacity, field.align)
-        return cls(starts, lengths, [(rows, capacity)])
-
-    def as_steps(self, tensor: Tensor, *, steps_last: bool = False) -> Tensor | None:
-        """A tensor that has an entry per step, as `[steps, ...]`; None where it has none.
-
-        Args:
-            tensor: `[R, C, ...]`, `[R * C, ...]` or `[1, R * C, ...]`.
-            steps_last: take `[R, ..., C]` as well, as convolutions have it.
-        """
-        shape = tuple(tensor.shape)
-        if shape[:1] == (self.steps,):
-            return tensor
-        if shape[:2] == (1, self.steps):
-            return tensor[0]
-        for rows, capacity in self.shapes:
-            if shape[:2] == (rows, capacity):
-                return tensor.flatten(0, 1)
-            if steps_last and len(shape) > 2 and (shape[0], shape[-1]) == (rows, capacity):
-                return tensor.movedim(-1, 1).flatten(0, 1)
-        return None
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Places) and self.shapes == other.shapes and torch.equal(self.ids, other.ids)
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 class DocumentCases(Protocol):
@@ -121,7 +71,7 @@ class VarlenCases:
                     f"field {name!r} has {len(part)} documents, the first field has {self.count}: collate all fields "
                     "of the batch together"
                 )
-        self.places = _distinct(Places.of(part) for part in self.parts.values())
+        self.places = distinct_places(Places.of(part) for part in self.parts.values())
         self.lengths = np.max([part.host_lengths() for part in self.parts.values()], axis=0)
         self.fields = {name: part.values for name, part in self.parts.items()}
         steps = {name: (part.values.flatten(0, 1), Places.of(part).ids) for name, part in self.parts.items()}
@@ -134,7 +84,7 @@ class VarlenCases:
         for name, part in self.parts.items():
             selected = _selected(part.document_ids, documents)
             values = torch.where(expand_like(selected, part.values), self.contents[name], part.values)
-            others[id(part)] = _with_values(part, values)
+            others[id(part)] = with_other_values(part, values)
         return _replaced(self.whole, others)
 
     def redrawn(self, seed: int) -> "VarlenCases":
@@ -148,7 +98,7 @@ class VarlenCases:
             if part.values.is_floating_point():
                 leaf = part.values.detach().requires_grad_()
                 leaves[name] = leaf, Places.of(part)
-                others[id(part)] = _with_values(part, leaf)
+                others[id(part)] = with_other_values(part, leaf)
         return _replaced(batch, others), leaves
 
     def reversed(self) -> tuple[Any, list[Places], Int64Array] | str:
@@ -165,7 +115,7 @@ class VarlenCases:
             if not _follows_documents(part, self.places, self.count, len(per_row)):
                 return f"{name!r} may say where documents are, and cannot be turned: make it from the batch in the step"
         batch = _replaced(_documents_in_order(self.whole, order, self.count), turned)
-        return batch, _distinct(Places.of(part) for part in turned.values()), order
+        return batch, distinct_places(Places.of(part) for part in turned.values()), order
 
     def is_silent(self, document: int) -> bool:
         """As in `DocumentCases`."""
@@ -230,15 +180,6 @@ class PlainCases:
 def holds_documents(batch: Any) -> bool:
     """Whether there is a `VarlenBatch` in a nested batch."""
     return any(True for _ in _varlen_parts(batch))
-
-
-def _distinct(places: Iterator[Places]) -> list[Places]:
-    """Places without repetition."""
-    found: list[Places] = []
-    for place in places:
-        if place not in found:
-            found.append(place)
-    return found
 
 
 def _walk(batch: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -337,13 +278,6 @@ def _reordered(part: VarlenBatch, order: Int64Array) -> VarlenBatch:
         max_seqlen=part.max_seqlen,
         ignore_index=part.ignore_index,
     )
-
-
-def _with_values(part: VarlenBatch, values: Tensor) -> VarlenBatch:
-    """The same documents with other values, and the same marks of gaps and of steps without a label."""
-    other = copy(part)
-    object.__setattr__(other, "values", values)
-    return other
 
 
 def _selected(ids: Tensor, documents: Collection[int]) -> Tensor:

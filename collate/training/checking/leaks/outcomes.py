@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from collate.errors import LengthError
-from collate.training.checking.leaks.documents import Places
+from collate.training.checking.leaks.places import Places
 from collate.varlen.batch import VarlenBatch
 
 

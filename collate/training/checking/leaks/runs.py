@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from collate.training.checking.autograd import gradients_of
-from collate.training.checking.leaks.documents import DocumentCases, Places
+from collate.training.checking.leaks.documents import DocumentCases
 from collate.training.checking.leaks.outcomes import Outcome, results_of
+from collate.training.checking.leaks.places import Places
 from collate.training.checking.rerun import RAISED, Runner
 
 

@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils import _pytree as pytree
 
 from collate.tensors.numpy_view import CARRIERS
-from collate.training.checking.leaks.documents import Places
+from collate.training.checking.leaks.places import Places
 
 
 @dataclass(frozen=True)
