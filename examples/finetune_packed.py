@@ -54,9 +54,9 @@ class Model(nn.Module):
 
     def forward(self, tokens: Batch) -> Batch:
         """Logits of every step, tracked like the tokens."""
-        packed = isinstance(tokens, VarlenBatch)
-        ids = tokens.document_ids if packed else tokens.mask.int()
-        positions = tokens.position_ids if packed else torch.arange(tokens.step_values.shape[1])
+        is_packed = isinstance(tokens, VarlenBatch)
+        ids = tokens.document_ids if is_packed else tokens.mask.int()
+        positions = tokens.position_ids if is_packed else torch.arange(tokens.step_values.shape[1])
         # Gaps and padding look at each other, so that no row of the mask is empty.
         allowed = (ids[:, :, None] == ids[:, None]).tril()[:, None]
         hidden = self.bytes(tokens.step_values) + self.positions(positions)
