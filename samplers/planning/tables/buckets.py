@@ -25,7 +25,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from collate.widths import padded_widths
+from collate.widths import padded_width, padded_widths
 from samplers.planning.budget import Integers
 from samplers.planning.options import Options
 from samplers.planning.sorting import SortedLengths
@@ -101,6 +101,14 @@ def count_batches(buckets: Sequence[Bucket]) -> int:
     return sum(bucket.batches - bucket.skipped for bucket in buckets)
 
 
+def predict_batches(samples: int, options: Options) -> int | None:
+    """How many batches `cut_buckets` makes of so many samples, if `batch_size` alone decides; else None."""
+    rows = options.budget.fixed_rows
+    if rows is None:
+        return None
+    return samples // rows if options.drop_last else -(-samples // rows)
+
+
 def cut_buckets(
     sorted_lengths: SortedLengths, options: Options, windows: int, *, shift: int = 0, extra: int = 0
 ) -> list[Bucket]:
@@ -160,12 +168,16 @@ def count_windows(sorted_lengths: SortedLengths, options: Options) -> int:
 def estimate_batches(sorted_lengths: SortedLengths, options: Options) -> int:
     """An estimate of the corpus' number of batches, from the rows that fit at up to 1,024 of its lengths."""
     # In integers, since a float's last bit may differ between machines.
+    if options.budget.fixed_rows is not None:
+        return len(sorted_lengths) * ((1 << 32) // options.budget.fixed_rows) >> 32
     probes = range(0, len(sorted_lengths), -(-len(sorted_lengths) // PROBES))
     lengths = sorted_lengths.lengths_between(0, len(sorted_lengths), probes.step)
-    widths, counts = np.unique(padded_widths(lengths, options.allowed_widths), axis=0, return_counts=True)
+    widths = padded_widths(lengths, options.allowed_widths)
+    # NumPy takes several times as long for unique rows as for unique numbers.
+    distinct, counts = np.unique(widths[:, 0] if widths.shape[1] == 1 else widths, axis=0, return_counts=True)
     shares = 0
-    for width, count in zip(widths.tolist(), counts.tolist(), strict=True):
-        rows = options.budget.max_rows(tuple(width) if len(width) > 1 else width[0])
+    for width, count in zip(distinct.tolist(), counts.tolist(), strict=True):
+        rows = options.budget.max_rows(tuple(width) if sorted_lengths.fields > 1 else width)
         shares += count * ((1 << 32) // max(1, rows))
     return len(sorted_lengths) * shares // (len(probes) << 32)
 
@@ -194,7 +206,6 @@ class BucketSizer:
     def __init__(self, sorted_lengths: SortedLengths, options: Options) -> None:
         self.sorted_lengths = sorted_lengths
         self.options = options
-        self._widths: dict[int, tuple[int, ...]] = {}
 
     def rows_from(self, first: int) -> int:
         """Rows of the batches of a bucket that starts at this sorted index."""
@@ -208,11 +219,9 @@ class BucketSizer:
         """Padded width of each field that holds every sample of this run."""
         if self.sorted_lengths.fields > 1:
             return self._round_up(self.sorted_lengths.lengths_between(first, last))
-        # There may be a bucket for every batch of the corpus, but few different lengths: cache by length.
         longest = int(self.sorted_lengths.lengths[self.sorted_lengths.order[first]])
-        if longest not in self._widths:
-            self._widths[longest] = self._round_up(self.sorted_lengths.lengths_between(first, first + 1))
-        return self._widths[longest]
+        cut = longest if self.options.max_length is None else min(longest, self.options.max_length)
+        return (padded_width(cut, self.options.allowed_widths),)
 
     def _round_up(self, lengths: Integers) -> tuple[int, ...]:
         """The padded width of the longest of these lengths `[n, K]`."""
