@@ -131,6 +131,9 @@ def cut_buckets(
         buckets += _cut_partial(sorted_lengths, options, first, windows=windows, batches=shift)
         first = sum(bucket.batches * bucket.rows for bucket in buckets)
     sizer = _make_sizer(sorted_lengths, options, first, windows)
+    if options.budget.fixed_rows is not None:
+        buckets += _cut_alike(sorted_lengths, options, first, batches=windows, rows=options.budget.fixed_rows)
+        first = sum(bucket.batches * bucket.rows for bucket in buckets)
     while first < len(sorted_lengths):
         rows = sizer.rows_from(first)
         samples = rows * windows
@@ -139,6 +142,20 @@ def cut_buckets(
         buckets.append(even_bucket(first, windows, rows, sizer.width(first, first + samples)))
         first += samples
     return buckets
+
+
+def _cut_alike(
+    sorted_lengths: SortedLengths, options: Options, first: int, *, batches: int, rows: int
+) -> list[Bucket]:
+    """All buckets but the last, where all have these rows: at once, as there may be one for every second batch."""
+    samples = batches * rows
+    count = max(0, (len(sorted_lengths) - first) // samples - 1)
+    # A sample of one field is the longest of its bucket if it is the first.
+    stride = 1 if sorted_lengths.fields > 1 else samples
+    lengths = sorted_lengths.lengths_between(first, first + count * samples, stride)
+    longest = lengths.reshape(count, samples // stride, sorted_lengths.fields).max(1)
+    widths = padded_widths(longest, options.allowed_widths).tolist()
+    return [even_bucket(first + i * samples, batches, rows, tuple(width)) for i, width in enumerate(widths)]
 
 
 def _cut_partial(
@@ -278,7 +295,7 @@ class PerSampleSizer(BucketSizer):
 
 def _make_sizer(sorted_lengths: SortedLengths, options: Options, first: int, windows: int) -> BucketSizer:
     """The sizer that a corpus needs."""
-    if sorted_lengths.fields > 1 or options.count_tokens == "real":
+    if options.budget.fixed_rows is None and (sorted_lengths.fields > 1 or options.count_tokens == "real"):
         return PerSampleSizer(sorted_lengths, options, first, windows)
     return BucketSizer(sorted_lengths, options)
 
