@@ -62,7 +62,7 @@ class StepReader:
         return samples
 
     def _begin(self, group: int) -> None:
-        """Find the samples of steps of a read group: of all, which are read, if shards are fetched whole; else of some."""
+        """Find the samples of a read group's next steps; of all, and read them, if shards are fetched whole."""
         # A window of 10,000 samples is some hundred steps, of which each worker reads its own. The first batch of an
         # iteration must not wait for the plan of them all: 1 step, then 9, 81, ...
         ahead = 8 * self._next + 1 if self._data.is_local else None

@@ -20,6 +20,7 @@ Bucket(first=4, batches=2, rows=4, full=3, rest=1, skipped=0, width=(4,))
 
 from collections.abc import Sequence
 from math import isqrt
+from operator import attrgetter
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -132,8 +133,9 @@ def cut_buckets(
         first = sum(bucket.batches * bucket.rows for bucket in buckets)
     sizer = _make_sizer(sorted_lengths, options, first, windows)
     if options.budget.fixed_rows is not None:
-        buckets += _cut_alike(sorted_lengths, options, first, batches=windows, rows=options.budget.fixed_rows)
-        first = sum(bucket.batches * bucket.rows for bucket in buckets)
+        alike = _cut_alike(sorted_lengths, options, first, batches=windows, rows=options.budget.fixed_rows)
+        buckets += alike
+        first += len(alike) * windows * options.budget.fixed_rows
     while first < len(sorted_lengths):
         rows = sizer.rows_from(first)
         samples = rows * windows
@@ -144,9 +146,7 @@ def cut_buckets(
     return buckets
 
 
-def _cut_alike(
-    sorted_lengths: SortedLengths, options: Options, first: int, *, batches: int, rows: int
-) -> list[Bucket]:
+def _cut_alike(sorted_lengths: SortedLengths, options: Options, first: int, *, batches: int, rows: int) -> list[Bucket]:
     """All buckets but the last, where all have these rows: at once, as there may be one for every second batch."""
     samples = batches * rows
     count = max(0, (len(sorted_lengths) - first) // samples - 1)
@@ -208,7 +208,7 @@ def sort_buckets(buckets: Sequence[Bucket], options: Options) -> list[Bucket]:
     """Buckets in the order in which their batches are numbered."""
     if options.shuffle:
         # An epoch ends with its last batch ids, and only batches of many rows can be split among replicas there.
-        return sorted(buckets, key=lambda bucket: bucket.rows)
+        return sorted(buckets, key=attrgetter("rows"))
     return sorted(buckets, key=lambda bucket: -sum(bucket.width))
 
 

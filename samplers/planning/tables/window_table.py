@@ -19,7 +19,7 @@ shards of each window and the lengths in each batch of the first window:
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Final, NamedTuple, Self, cast
@@ -83,6 +83,10 @@ class WindowTable(BatchTable):
     groupings: "Groupings | None" = field(default=None, kw_only=True)
     number: int = field(default=0, kw_only=True)
 
+    def __len__(self) -> int:
+        """Batches in an epoch, before any is split among replicas."""
+        return int(self.window_sizes.sum())
+
     def for_epoch(self, epoch: int, num_replicas: int) -> Self:
         """The table of an epoch that this many replicas begin: these windows, or others with equally many batches."""
         if self.groupings is None:
@@ -102,14 +106,15 @@ class WindowTable(BatchTable):
             interleave=self.interleave,
             can_share=partial(self._can_share_batches, num_replicas),
             # This grouping replaces others, so that it must find an order in every epoch.
-            patient=self.groupings is not None and epoch not in self.trial_epochs,
+            # The first two epochs are trials in any case, and begin sooner if the others are not looked for.
+            patient=self.groupings is not None and epoch > 1 and epoch not in self.trial_epochs,
         )
 
     def _can_share_batches(self, num_replicas: int, batch_ids: Integers) -> bool:
         """Whether each replica gets a row of the last step, if these are the last batches of an epoch."""
         return self.can_share_last_step(self.batch_rows(batch_ids), num_replicas)
 
-    @property
+    @cached_property
     def trial_epochs(self) -> Iterable[int]:
         """Epochs that show whether replicas can share the last step of every epoch."""
         # Among them one of the first grouping, which replaces those that cannot be shared.
@@ -174,8 +179,7 @@ class Groupings:
         Raises:
             ValueError: No batch is left to plan.
         """
-        numbers = range(COUNTED_GROUPINGS) if self.options.shuffle else range(1)
-        drawn = [self._group(number, 0) for number in numbers]
+        drawn = self._group(range(COUNTED_GROUPINGS if self.options.shuffle else 1), attempt=0)
         counts = [grouping.batches for grouping in drawn]
         # If `drop_last` drops the short batches, no grouping can have more: the usual number is found most often.
         batches = Counter(counts).most_common(1)[0][0] if self._drops_short else max(counts)
@@ -206,17 +210,18 @@ class Groupings:
 
     def _draw(self, number: int, attempt: int, batches: int) -> WindowTable | None:
         """One attempt at a grouping with this many batches; None if it has others."""
-        grouping = self._group(number, attempt)
+        (grouping,) = self._group([number], attempt)
         extra = batches - grouping.batches
         if extra < 0 or (extra and self._drops_short):
             return None
         table = self._join(grouping.windows(extra))
         return table if len(table) == batches else None
 
-    def _group(self, number: int, attempt: int) -> "Grouping":
-        """One attempt at a grouping; where shards stay in their order, every attempt is the same."""
-        key = derive_key(self.options.seed, SHARDS, number, attempt) if self.options.shuffle else None
-        return Grouping(self, number, group_shards(self.samples, self.window, key))
+    def _group(self, numbers: Sequence[int], attempt: int) -> "list[Grouping]":
+        """An attempt at each of these groupings; where shards stay in their order, there is one."""
+        keys = [derive_key(self.options.seed, SHARDS, number, attempt) for number in numbers]
+        drawn = group_shards(self.samples, self.window, keys if self.options.shuffle else None)
+        return [Grouping(self, number, shards) for number, shards in zip(numbers, drawn, strict=True)]
 
     def _join(self, windows: list[PlannedWindow]) -> WindowTable:
         """Put the windows one after the other; the one that has the batch with the most rows comes last."""
@@ -225,7 +230,7 @@ class Groupings:
             windows = [*(window for window in windows if window is not longest), longest]
         first = np.cumsum([0, *(len(window.order) for window in windows)]).tolist()
         buckets = [
-            bucket._replace(first=bucket.first + start)
+            Bucket(start + bucket.first, *bucket[1:])
             for start, window in zip(first, windows, strict=False)
             for bucket in window.buckets
         ]
@@ -327,28 +332,36 @@ def make_window_table(
     return Groupings(sorted_lengths, shard_of, inner, options.window or DEFAULT_WINDOW, interleave).first_table()
 
 
-def group_shards(samples: Integers, window: int, key: int | None) -> list[tuple[int, ...]]:
-    """The shards of each window: runs of shuffled shards, each as long as the window needs.
+def group_shards(samples: Integers, window: int, keys: Sequence[int] | None) -> list[list[tuple[int, ...]]]:
+    """The shards of each window, for each of several shuffles: runs of shards, each as long as the window needs.
 
-    >>> group_shards(np.array([40, 70, 50, 0, 90]), window=100, key=None)
-    [(0, 1), (2, 4)]
+    >>> group_shards(np.array([40, 70, 50, 0, 90]), window=100, keys=None)
+    [[(0, 1), (2, 4)]]
 
     Args:
         samples: Planned samples of each shard, int64 `[shards]`; a shard with none is in no window.
         window: Samples of a window at least.
-        key: Key of the shuffle; None leaves the shards in their order.
+        keys: Keys of the shuffles; None leaves the shards in their order.
     """
     shards: Integers = np.flatnonzero(samples)
-    if key is not None:
-        shards = shards[permute(np.arange(len(shards)), len(shards), key)]
+    if keys is None:
+        return [_cut_runs(shards.tolist(), samples.tolist(), window)]
+    # Of few shards, one shuffle takes about as long as four.
+    indices, repeated = np.tile(np.arange(len(shards)), len(keys)), np.repeat(np.array(keys, np.uint64), len(shards))
+    shuffled = shards[permute(indices, len(shards), repeated)].reshape(len(keys), -1)
+    return [_cut_runs(order, samples.tolist(), window) for order in shuffled.tolist()]
+
+
+def _cut_runs(shards: list[int], samples: list[int], window: int) -> list[tuple[int, ...]]:
+    """Cut shards in an order into windows."""
     groups: list[list[int]] = []
     held = window
-    for shard in shards.tolist():
+    for shard in shards:
         if held >= window:
             groups.append([])
             held = 0
         groups[-1].append(shard)
-        held += int(samples[shard])
+        held += samples[shard]
     if len(groups) > 1 and 2 * held < window:
         # A last window of less than half the size would have much padding.
         groups[-2:] = [groups[-2] + groups[-1]]
