@@ -140,6 +140,11 @@ class WindowTable(BatchTable):
         return repr((super()._digested_text(), self.windows, self.interleave))
 
     @property
+    def other_windows(self) -> int | None:
+        """Samples of a window at least; None where all epochs have the same windows."""
+        return None if self.groupings is None else min(self.groupings.window, self.planned)
+
+    @property
     def _sections(self) -> Integers:
         """The windows: samples of one window are read together, and are not exchanged with others."""
         return self.window_starts
