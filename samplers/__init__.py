@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from samplers.dynamic.node import LengthBucketNode, PackingNode
     from samplers.dynamic.pack_stage import pack_by_length
     from samplers.dynamic.stage import bucket_by_length
-    from samplers.planning.optimal_widths import optimal_widths
+    from samplers.planning.fitting.cost_fit import fit_cost
+    from samplers.planning.fitting.optimal_widths import optimal_widths
     from samplers.planning.packs.one_list import pack
     from samplers.planning.plan import BatchPlan, plan_epoch
     from samplers.progress.read_ahead import ReadAheadLoader
@@ -49,8 +50,9 @@ else:
             "ShardWriter": "samplers.shards.writing.writer",
             "SplitDataset": "samplers.shards.split_dataset",
             "bucket_by_length": "samplers.dynamic.stage",
+            "fit_cost": "samplers.planning.fitting.cost_fit",
             "lengths_of": "samplers.sources.lengths_of",
-            "optimal_widths": "samplers.planning.optimal_widths",
+            "optimal_widths": "samplers.planning.fitting.optimal_widths",
             "pack": "samplers.planning.packs.one_list",
             "pack_by_length": "samplers.dynamic.pack_stage",
             "plan_epoch": "samplers.planning.plan",
@@ -71,6 +73,7 @@ __all__ = [
     "ShardWriter",
     "SplitDataset",
     "bucket_by_length",
+    "fit_cost",
     "lengths_of",
     "optimal_widths",
     "pack",

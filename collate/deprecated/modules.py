@@ -83,7 +83,7 @@ MOVED: Final = {
     "samplers.shared": "samplers.progress.shared_cursor",
     "samplers.shuffle": "samplers.planning.keyed_shuffle",
     "samplers.stream": "samplers.dynamic",
-    "samplers.widths": "samplers.planning.optimal_widths",
+    "samplers.widths": "samplers.planning.fitting.optimal_widths",
     "samplers.windows": "samplers.planning.tables.window_table",
 }
 

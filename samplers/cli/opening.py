@@ -11,7 +11,7 @@ import numpy as np
 
 from collate.widths import Widths
 from samplers.cli.arguments import parse_numbers, parse_pairs
-from samplers.planning.optimal_widths import optimal_widths
+from samplers.planning.fitting.optimal_widths import optimal_widths
 from samplers.planning.sorting import Lengths, as_length_array
 from samplers.shards.indexing.index import LengthIndex, open_index
 from samplers.shards.indexing.measuring import Decoder, Measure

@@ -7,7 +7,8 @@ from typing import Any, Generic, TypeVar, Unpack, overload
 import numpy as np
 
 from collate.widths import check_count
-from samplers.planning.budget import Integers
+from samplers.planning.budget import Floats, Integers
+from samplers.planning.fitting.cost_fit import FittedCost
 from samplers.planning.options import PlanOptions, make_options
 from samplers.planning.report import (
     LAGS,
@@ -16,6 +17,7 @@ from samplers.planning.report import (
     count_pairs,
     count_repeated_pairs,
     measure_imbalance,
+    measure_waiting,
     simulate_random_padding,
 )
 from samplers.planning.schedule import Schedule, check_steps, make_schedule
@@ -92,6 +94,24 @@ class EpochPlan(Generic[TableT]):
     def steps(self) -> int:
         """Batches of each replica."""
         return self._schedule.steps
+
+    @property
+    def milliseconds(self) -> Floats:
+        """Predicted time of each replica in each step, if the `cost` is from `fit_cost`: float64 `[steps, W]`.
+
+        A step lasts as long as its slowest replica, for which the others wait.
+
+        Raises:
+            ValueError: The plan's cost does not tell times.
+        """
+        predicted = self._predict()
+        if predicted is None:
+            raise ValueError("milliseconds need a cost from fit_cost, which the plan has not: give it as `cost`")
+        return predicted
+
+    def _predict(self) -> Floats | None:
+        """The same; None where the cost does not tell."""
+        raise NotImplementedError
 
     def unsort(self, outputs: Sequence[Sequence[T]]) -> list[T | None]:
         """Put a whole epoch's results into the dataset's order.
@@ -173,6 +193,7 @@ class BatchPlan(EpochPlan[BatchTable]):
         use = table.budget_use(sizes)
         # Slots are numbered step by step, so that a row of this array is a step.
         rows = sizes.rows.reshape(-1, self.num_replicas).sum(1)
+        step_milliseconds, waiting = measure_waiting(self._predict())
         imbalance, worst_imbalance = measure_imbalance(padded.reshape(-1, self.num_replicas))
         sequences, real_tokens = int(sizes.rows.sum()), int(sizes.tokens.sum())
         return PlanReport(
@@ -196,7 +217,15 @@ class BatchPlan(EpochPlan[BatchTable]):
             autocorrelation=autocorrelation(self.tokens / rows),
             imbalance=imbalance,
             worst_imbalance=worst_imbalance,
+            step_milliseconds=step_milliseconds,
+            waiting=waiting,
         )
+
+    def _predict(self) -> Floats | None:
+        cost, sizes = self._table.options.cost, self._sizes
+        if not isinstance(cost, FittedCost):
+            return None
+        return cost.milliseconds(sizes.rows, sizes.widths, sizes.tokens).reshape(-1, self.num_replicas)
 
     @cached_property
     def _sizes(self) -> BatchSizes:

@@ -76,6 +76,15 @@ def test_closed_shapes_are_few_cost_padding_and_still_learn() -> None:
     assert len((EXAMPLES / "fixed_shapes.py").read_text().splitlines()) < 100
 
 
+def test_a_cost_is_fitted_to_timed_steps_and_planned_by() -> None:
+    """How well it predicts depends on what else the machine does: nothing is asked of that here."""
+    out = run("fit_cost.py", "--seconds", 1)
+    assert len(re.findall(r"FittedCost\(ms: .*; error [\d.]+% on held-out shapes of \d+", out)) == 2
+    limits = [float(limit) for limit in re.findall(r"^  (\d+) ms ", out, re.MULTILINE)]
+    slowest = [float(time) for time in re.findall(r"^  \d+ ms .* slowest +([\d.]+) ms", out, re.MULTILINE)]
+    assert all(time <= limit + 1 for time, limit in zip(slowest, limits, strict=True))
+
+
 def test_packed_documents_have_the_losses_of_padded_ones_and_less_padding() -> None:
     out = run("finetune_packed.py", "--functions", 40)
     padding = dict(re.findall(r"^(\w+) .* padding +([\d.]+)%$", out, re.MULTILINE))

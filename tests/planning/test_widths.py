@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from collate.errors import LengthError
 from collate.widths import check_widths, padded_widths
-from samplers.planning.optimal_widths import optimal_widths
+from samplers.planning.fitting.optimal_widths import optimal_widths
 from samplers.planning.plan import plan_epoch
 
 
@@ -53,7 +53,7 @@ LARGEST = st.sampled_from([100, 10**4, 10**9, 2**31, 2**61, 2**62, 2**63 - 1])
 @pytest.mark.parametrize("passes", [0, 1, 40], ids=["point by point", "both", "all at once"])
 @given(LARGEST.flatmap(lambda last: st.lists(st.integers(1, last), min_size=1, max_size=60)), st.integers(1, 9))
 def test_partitions_of_many_lengths_are_those_of_a_table(passes: int, lengths: list[int], k: int) -> None:
-    with patch("samplers.planning.optimal_widths._PASSES", passes):
+    with patch("samplers.planning.fitting.optimal_widths._PASSES", passes):
         widths = optimal_widths(lengths, k)
     assert len(widths) <= k
     assert padding(lengths, widths) == table_of_costs(lengths, k) - sum(lengths)

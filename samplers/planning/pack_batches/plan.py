@@ -7,6 +7,7 @@ from typing import Any, overload
 import numpy as np
 
 from samplers.planning.budget import Floats, Integers
+from samplers.planning.fitting.cost_fit import FittedCost
 from samplers.planning.pack_batches.packed_table import BatchRows, PackedTable
 from samplers.planning.pack_batches.report import (
     PackReport,
@@ -17,7 +18,7 @@ from samplers.planning.pack_batches.report import (
 )
 from samplers.planning.packs.documents import to_units
 from samplers.planning.plan import EpochPlan
-from samplers.planning.report import LAGS
+from samplers.planning.report import LAGS, measure_waiting
 from samplers.planning.schedule import Schedule, make_schedule
 
 
@@ -75,6 +76,7 @@ class PackPlan(EpochPlan[PackedTable]):
             row_of[later.samples] = np.repeat(np.arange(len(later.documents)), later.documents)
             repeated.append(share_repeated(rows, self._rows.samples, row_of, sizes))
         steps = self._steps_of_documents
+        step_milliseconds, waiting = measure_waiting(self._predict())
         imbalance, worst, mean = measure_balance(self.batch_costs.ravel(), self.num_replicas)
         capacity = np.array(table.packs.limits.capacity)
         documents = len(self._rows.samples)
@@ -100,7 +102,13 @@ class PackPlan(EpochPlan[PackedTable]):
             worst_imbalance=worst,
             costliest_document=float(self._costs_of_documents.max()) / mean,
             spread=measure_spread(steps.sum(1), self._step_sizes),
+            step_milliseconds=step_milliseconds,
+            waiting=waiting,
         )
+
+    def _predict(self) -> Floats | None:
+        cost = self._table.packs.limits.cost
+        return self.batch_costs + cost.factors["constant"] if isinstance(cost, FittedCost) else None
 
     @cached_property
     def _rows(self) -> BatchRows:

@@ -10,7 +10,15 @@ from samplers.planning.budget import Floats, Integers
 from samplers.planning.report import count_pairs, count_repeated_pairs, measure_imbalance
 
 _NUMBERS: Final = frozenset(
-    ["documents_per_row", "documents_deviation", "imbalance", "worst_imbalance", "spread", "costliest_document"]
+    [
+        "documents_per_row",
+        "documents_deviation",
+        "imbalance",
+        "worst_imbalance",
+        "spread",
+        "costliest_document",
+        "step_milliseconds",
+    ]
 )
 # Costs are compared in this many parts of a mean batch.
 _COST_PARTS: Final = 1 << 20
@@ -45,6 +53,9 @@ class PackReport:
             shorter.
         spread: How much the mean length of a step's documents varies from step to step, compared with documents drawn
             at random: 1.0 is as random.
+        step_milliseconds: Mean predicted time of a step, which is that of its slowest replica; None, as is the next,
+            unless the plan's `cost` is from `fit_cost`.
+        waiting: Share of the replicas' predicted time that they wait for the slowest, 0 to 1.
     """
 
     documents: int
@@ -68,9 +79,12 @@ class PackReport:
     worst_imbalance: float
     costliest_document: float
     spread: float
+    step_milliseconds: float | None = None
+    waiting: float | None = None
 
     def __str__(self) -> str:
-        return "\n".join(f"{field.name.replace('_', ' '):<20}{self._format(field.name):>16}" for field in fields(self))
+        known = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        return "\n".join(f"{name.replace('_', ' '):<20}{self._format(name):>16}" for name in known)
 
     def _format(self, name: str) -> str:
         """A figure as text."""
