@@ -31,7 +31,7 @@ from samplers.planning.pack_batches.options import PackOptions
 from samplers.planning.pack_batches.window_packs import WindowPacks, make_window_packs
 from samplers.planning.packs.pack_table import PackTable
 from samplers.planning.packs.row_order import RowOrder
-from samplers.planning.schedule import make_schedule
+from samplers.planning.schedules.schedule import make_schedule
 
 SAMPLES: Final = 20_000
 CAPACITIES: Final = (2_048, 4_096, 8_192, 16_384, 32_768)

@@ -6,9 +6,10 @@ from typing import Literal, Unpack
 from samplers.planning.clipping import warn_of_longer
 from samplers.planning.options import PlanOptions, make_options
 from samplers.planning.pack_batches.options import PackingOptions, PackOptions, make_pack_options
-from samplers.planning.pack_batches.plan import PackPlan
+from samplers.planning.pack_batches.plan import PackPlan, rows_of_steps
 from samplers.planning.pack_batches.table import PackBatches, pack_batches
 from samplers.planning.packs.documents import Pieces
+from samplers.planning.schedules.updates import RowsOf
 from samplers.planning.sorting import Lengths
 from samplers.planning.tables.batch_table import BatchTable
 from samplers.planning.tables.pool_table import choose_table
@@ -210,3 +211,6 @@ class PackingBatchSampler(PlannedBatchSampler):
             ValueError: The epoch is negative.
         """
         return PackPlan(self._table, check_epoch(epoch), self.num_replicas)
+
+    def _rows_of(self) -> RowsOf:
+        return rows_of_steps

@@ -14,11 +14,12 @@ from samplers.planning.clipping import check_collator
 from samplers.planning.options import Indices, Options, Overlong, PlanOptions, make_options
 from samplers.planning.pack_batches.agreement import check_packing
 from samplers.planning.pack_batches.options import PackingOptions, PackOptions, make_pack_options
-from samplers.planning.pack_batches.plan import PackPlan
+from samplers.planning.pack_batches.plan import PackPlan, rows_of_steps
 from samplers.planning.pack_batches.window_packs import WindowPacks, make_window_packs
 from samplers.planning.packs.documents import DocumentCost, OverlongDocuments
 from samplers.planning.plan import BatchPlan
-from samplers.planning.schedule import count_steps
+from samplers.planning.schedules.schedule import count_steps
+from samplers.planning.schedules.updates import RowsOf
 from samplers.planning.sorting import as_length_array
 from samplers.planning.tables.window_table import WindowTable, make_window_table
 from samplers.progress.loader import PlannedLoader
@@ -224,6 +225,9 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         if isinstance(self._table, WindowPacks):
             return PackPlan(self._table, check_epoch(epoch), self.num_replicas)
         return BatchPlan(self._table, check_epoch(epoch), self.num_replicas)
+
+    def _rows_of(self) -> RowsOf | None:
+        return rows_of_steps if isinstance(self._table, WindowPacks) else None
 
     def _make_table(self) -> WindowTable | WindowPacks:
         index = self.data.index

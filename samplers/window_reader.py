@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from samplers.planning.budget import Integers
-from samplers.planning.schedule import Schedule
+from samplers.planning.schedules.schedule import Schedule
 from samplers.planning.sorting import IndexArray
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.format.samples import Sample

@@ -31,13 +31,14 @@ LAYERS = {
     "samplers.planning": [
         ["pack_batches"],
         ["plan"],
-        ["schedule", "report"],
+        ["schedules", "report"],
         ["tables", "packs", "clipping", "fitting"],
         ["sorting"],
         ["options"],
         ["keyed_shuffle"],
         ["budget"],
     ],
+    "samplers.planning.schedules": [["updates"], ["schedule"]],
     "samplers.planning.fitting": [["cost_fit", "optimal_widths"]],
     "samplers.planning.tables": [
         ["window_table", "pool_table"],
@@ -64,6 +65,7 @@ LAYERS = {
     "samplers.progress": [
         ["planned_sampler", "read_ahead"],
         ["loader"],
+        ["loop_updates"],
         ["epoch_cursor", "shared_cursor"],
         ["position", "replica"],
     ],

@@ -43,7 +43,7 @@ MOVED: Final = {
     "samplers.contract": "samplers.testing",
     "samplers.convert": "samplers.cli.conversion.rows",
     "samplers.corpus": "samplers.planning.sorting",
-    "samplers.course": "samplers.planning.schedule",
+    "samplers.course": "samplers.planning.schedules.schedule",
     "samplers.cursor": "samplers.progress.epoch_cursor",
     "samplers.edges": "samplers.planning.tables.buckets",
     "samplers.exact": "samplers.cli.conversion.exact_numbers",

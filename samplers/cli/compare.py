@@ -18,7 +18,7 @@ from samplers.planning.pack_batches.report import PackReport
 from samplers.planning.pack_batches.table import PackBatches, pack_batches
 from samplers.planning.plan import BatchPlan, plan_epoch
 from samplers.planning.report import PlanReport
-from samplers.planning.schedule import make_schedule
+from samplers.planning.schedules.schedule import make_schedule
 from samplers.planning.sorting import Lengths, as_length_array
 from samplers.planning.tables.batch_table import BatchTable
 from samplers.planning.tables.buckets import count_windows

@@ -20,7 +20,8 @@ from samplers.planning.report import (
     measure_waiting,
     simulate_random_padding,
 )
-from samplers.planning.schedule import Schedule, check_steps, make_schedule
+from samplers.planning.schedules.schedule import Schedule, check_steps, make_schedule
+from samplers.planning.schedules.updates import Labels, RowsOf, Updates, make_updates
 from samplers.planning.sorting import Lengths
 from samplers.planning.tables.batch_table import BatchSizes, BatchTable
 from samplers.planning.tables.epoch_table import EpochTable, Shape
@@ -95,6 +96,33 @@ class EpochPlan(Generic[TableT]):
         """Batches of each replica."""
         return self._schedule.steps
 
+    def updates(
+        self, *, accumulate: int | None = None, step_tokens: int | None = None, labels: Labels | None = None
+    ) -> Updates:
+        """The optimizer steps of a loop that accumulates gradients, and what each holds over all replicas.
+
+        Args:
+            accumulate: Batches of each replica in an update; the last update may have fewer.
+            step_tokens: Instead, labelled tokens of an update over all replicas. It ends with the step that comes
+                nearest: half a step off at most, except in the last update.
+            labels: How many labelled tokens a sample has: integers `[N]`, or a function of the planned lengths, int64
+                `[n]` or `[n, K]` -> `[n]`, such as `lambda lengths: lengths - 1` where each step predicts the next.
+                None takes all real tokens, of all fields.
+
+        Raises:
+            TypeError: A number is not an int.
+            ValueError: Neither or both of the first two are given, one is below 1, or labels are not one number from 0
+                on for each sample.
+
+        Example:
+            >>> updates = plan_epoch([5, 4, 4, 3, 2, 2], batch_size=1, shuffle=False).updates(step_tokens=8)
+            >>> updates.batches.tolist(), updates.tokens.tolist()
+            ([2, 2, 2], [9, 7, 4])
+        """
+        return make_updates(
+            self._schedule, self._rows_of(), accumulate=accumulate, step_tokens=step_tokens, labels=labels
+        )
+
     @property
     def milliseconds(self) -> Floats:
         """Predicted time of each replica in each step, if the `cost` is from `fit_cost`: float64 `[steps, W]`.
@@ -108,6 +136,10 @@ class EpochPlan(Generic[TableT]):
         if predicted is None:
             raise ValueError("milliseconds need a cost from fit_cost, which the plan has not: give it as `cost`")
         return predicted
+
+    def _rows_of(self) -> RowsOf | None:
+        """What counts the rows of each step, where they hold several samples."""
+        return None
 
     def _predict(self) -> Floats | None:
         """The same; None where the cost does not tell."""

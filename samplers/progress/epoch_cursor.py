@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from samplers.planning.schedule import Schedule
+from samplers.planning.schedules.schedule import Schedule
 from samplers.progress.position import Position, warn_of_drop
 
 

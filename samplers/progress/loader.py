@@ -9,11 +9,13 @@ from collate.deprecated.names import renamed_arguments
 from collate.widths import Widths, check_count
 from samplers.planning.options import EpochOptions, Options
 from samplers.planning.plan import BatchPlan
-from samplers.planning.schedule import Schedule, make_schedule
+from samplers.planning.schedules.schedule import Schedule, make_schedule
+from samplers.planning.schedules.updates import Labels, RowsOf, Updates, make_updates
 from samplers.planning.sorting import Lengths
 from samplers.planning.tables.batch_table import BatchTable
 from samplers.planning.tables.epoch_table import EpochTable, Shape
 from samplers.progress.epoch_cursor import EpochCursor
+from samplers.progress.loop_updates import LoopUpdates
 from samplers.progress.position import Position, PositionDict, check_epoch, make_fingerprint, refuse_iterator_state
 from samplers.progress.shared_cursor import SharedEpochCursor
 
@@ -112,6 +114,55 @@ class PlannedLoader:
         taken = self.schedule_from(start).taken_after(steps)
         return Position(start.epoch, start.replicas, taken).as_dict(self.fingerprint)
 
+    def updates(
+        self, *, accumulate: int | None = None, step_tokens: int | None = None, labels: Labels | None = None
+    ) -> LoopUpdates:
+        """The optimizer steps of a loop that accumulates gradients, for all epochs.
+
+        All replicas have equally many batches in each update, and know its tokens, documents and rows over all replicas
+        before its first batch, without communication. A position inside an update resumes without the gradients that
+        were accumulated: save at the end of one.
+
+        Args:
+            accumulate: Batches of each replica in an update; the last update of an epoch may have fewer.
+            step_tokens: Instead, labelled tokens of an update over all replicas. It ends with the step that comes
+                nearest: half a step off at most, except in the last update of an epoch.
+            labels: How many labelled tokens a sample has: integers `[N]`, or a function of the planned lengths, int64
+                `[n]` or `[n, K]` -> `[n]`, such as `lambda lengths: lengths - 1` where each step predicts the next.
+                None takes all real tokens, of all fields.
+
+        Returns:
+            Call its `at(number)` for each batch of the loop.
+
+        Raises:
+            TypeError: A number is not an int.
+            ValueError: Neither or both of the first two are given, one is below 1, or labels are not one number from 0
+                on for each sample.
+
+        Example:
+            >>> from samplers import LengthBucketBatchSampler
+            >>> sampler = LengthBucketBatchSampler([5, 4, 4, 3, 2, 2], batch_size=1, shuffle=False)
+            >>> updates = sampler.updates(step_tokens=8)
+            >>> for number, batch in enumerate(sampler):
+            ...     update = updates.at(number)
+            ...     print(batch, update.number, update.tokens, "step" if update.is_last else "")
+            [0] 0 9
+            [1] 0 9 step
+            [2] 1 7
+            [3] 1 7 step
+            [4] 2 4
+            [5] 2 4 step
+        """
+
+        def make(start: Position) -> Updates:
+            options = {"accumulate": accumulate, "step_tokens": step_tokens}
+            return make_updates(self.schedule_from(start), self._rows_of(), labels=labels, **options)
+
+        updates = LoopUpdates(lambda: self._cursor.last_start, make)
+        # What is wrong is refused here.
+        _ = updates.present
+        return updates
+
     def seek(self, position: Mapping[str, Any]) -> None:
         """Let the next iteration that takes a batch resume from a position, once; the next epoch comes after it.
 
@@ -130,6 +181,10 @@ class PlannedLoader:
         position = Position.from_dict(state, self.fingerprint, len(self._table))
         self.schedule_from(position)
         return position
+
+    def _rows_of(self) -> RowsOf | None:
+        """What counts the rows of each step, where they hold several samples."""
+        return None
 
     def schedule_from(self, start: Position) -> Schedule:
         """The remaining batches of an epoch from a position on, as the replicas take them."""

@@ -7,7 +7,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from collate.widths import check_count
-from samplers.planning.schedule import batches_at_once, count_steps
+from samplers.planning.schedules.schedule import batches_at_once, count_steps
 from samplers.planning.sorting import Lengths
 from samplers.planning.tables.epoch_table import EpochTable
 from samplers.progress.epoch_cursor import EpochCursor, Iteration

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from samplers import ShardStream, ShardWriter
-from samplers.planning.schedule import Schedule
+from samplers.planning.schedules.schedule import Schedule
 from samplers.planning.tables import window_table
 
 SAMPLES = 330

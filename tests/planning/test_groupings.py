@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from indexed import Index
 
 from samplers.planning.options import Options
-from samplers.planning.schedule import make_schedule
+from samplers.planning.schedules.schedule import make_schedule
 from samplers.planning.sorting import sort_lengths
 from samplers.planning.tables.buckets import count_batches
 from samplers.planning.tables.window_table import Groupings, WindowTable, make_window_table

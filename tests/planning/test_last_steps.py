@@ -10,7 +10,7 @@ from indexed import Index
 
 from samplers import LengthBucketBatchSampler
 from samplers.planning.options import Options
-from samplers.planning.schedule import make_schedule
+from samplers.planning.schedules.schedule import make_schedule
 from samplers.planning.tables.window_table import WindowTable, make_window_table
 
 EPOCHS = 30

@@ -146,7 +146,7 @@ class PackedTable(EpochTable):
         """The rows of these batches, shared between replicas so that each has a document."""
         batches = self.rows_of_batches(batch_ids)
         rows = np.split(batches.samples, np.cumsum(batches.documents)[:-1])
-        units = [to_units(self.document_steps(row), self.options.multiple) for row in rows]
+        units = [to_units(self.sample_lengths(row), self.options.multiple) for row in rows]
         shares = share_rows(rows, units, self.packs.limits, num_replicas)
         return [
             self._arrange(
@@ -155,7 +155,7 @@ class PackedTable(EpochTable):
             for share in shares
         ]
 
-    def document_steps(self, samples: IndexArray) -> Integers:
+    def sample_lengths(self, samples: IndexArray) -> Integers:
         """The steps of documents as planned, cut where they are cut: int64 `[n, K]`."""
         whole = np.minimum(samples, len(self.lengths) - 1)
         steps: Integers = self.lengths[whole].astype(np.int64).reshape(len(samples), -1)
@@ -181,7 +181,7 @@ class PackedTable(EpochTable):
         if self.options.rows == 1 and (batches.rows == 1).all():
             return batches
         # A collator counts no step for a document without any, which is planned with one.
-        steps = self.document_steps(batches.samples)
+        steps = self.sample_lengths(batches.samples)
         sizes = -(-steps // self.options.multiple) * self.options.multiple
         return BatchRows(*arrange_rows(*batches, sizes, self.packs.limits))
 

@@ -19,7 +19,8 @@ from samplers.planning.pack_batches.report import (
 from samplers.planning.packs.documents import to_units
 from samplers.planning.plan import EpochPlan
 from samplers.planning.report import LAGS, measure_waiting
-from samplers.planning.schedule import Schedule, make_schedule
+from samplers.planning.schedules.schedule import Schedule, make_schedule
+from samplers.planning.schedules.updates import RowsOf
 
 
 class PackPlan(EpochPlan[PackedTable]):
@@ -110,13 +111,16 @@ class PackPlan(EpochPlan[PackedTable]):
         cost = self._table.packs.limits.cost
         return self.batch_costs + cost.factors["constant"] if isinstance(cost, FittedCost) else None
 
+    def _rows_of(self) -> RowsOf:
+        return rows_of_steps
+
     @cached_property
     def _rows(self) -> BatchRows:
         return all_rows(self._schedule)
 
     @cached_property
     def _steps_of_documents(self) -> Integers:
-        return self._table.document_steps(self._rows.samples)
+        return self._table.sample_lengths(self._rows.samples)
 
     @cached_property
     def _costs_of_documents(self) -> Floats:
@@ -160,6 +164,12 @@ class PlannedRows(Sequence[list[list[int]]]):
 def all_rows(schedule: Schedule) -> BatchRows:
     """The rows of all slots."""
     return _join([rows_in_slots(schedule, slots) for slots in schedule.slot_ranges()])
+
+
+def rows_of_steps(schedule: Schedule) -> Integers:
+    """Rows of each step over all replicas: int64 `[steps]`."""
+    rows: Integers = all_rows(schedule).rows.reshape(-1, schedule.num_replicas).sum(1)
+    return rows
 
 
 def rows_in_slots(schedule: Schedule, slots: Integers) -> BatchRows:

@@ -3,7 +3,7 @@
 Twelve documents fill three rows of 20 steps in every epoch. With two rows in a batch, an epoch has two batches, and the
 second is short; two replicas then share the three rows, one of them takes two:
 
->>> from samplers.planning.schedule import make_schedule
+>>> from samplers.planning.schedules.schedule import make_schedule
 >>> lengths = np.array([7, 3, 5, 2, 2, 9, 4, 1, 6, 3, 8, 5])
 >>> table = pack_batches(lengths, PackOptions(capacity=20, rows=2, seed=5))
 >>> for replicas in (1, 2):

@@ -245,6 +245,10 @@ class BatchTable(EpochTable):
         widths = sizes.widths if self.sorted_lengths.fields > 1 else sizes.widths[:, 0]
         return self.options.budget.use(sizes.rows, widths, sizes.tokens)
 
+    def sample_lengths(self, samples: IndexArray) -> Integers:
+        """Lengths of samples `[n]` as they are planned: int64 `[n, K]`."""
+        return self.sorted_lengths.sample_lengths(samples)
+
     def measure_batches(self, samples: IndexArray, rows: Integers) -> BatchSizes:
         """Rows, widths and tokens of batches.
 

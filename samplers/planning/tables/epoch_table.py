@@ -89,6 +89,10 @@ class EpochTable(ABC):
         return int(self.batch_rows(batch_ids).sum()) >= count
 
     @abstractmethod
+    def sample_lengths(self, samples: IndexArray) -> Integers:
+        """Lengths of samples `[n]` as they are planned, cut where they are cut: int64 `[n, K]`."""
+
+    @abstractmethod
     def batch_samples(self, batch_ids: Integers, key: int) -> tuple[IndexArray, Integers]:
         """The samples of these batches, one batch after the other.
 

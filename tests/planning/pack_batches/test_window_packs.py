@@ -15,7 +15,7 @@ from samplers.planning.pack_batches.options import PackOptions
 from samplers.planning.pack_batches.shard_documents import ShardDocuments, make_shard_documents
 from samplers.planning.pack_batches.table import pack_batches
 from samplers.planning.pack_batches.window_packs import WindowPacks, make_window_packs
-from samplers.planning.schedule import count_steps, make_schedule
+from samplers.planning.schedules.schedule import count_steps, make_schedule
 
 
 def pack_windows(lengths: Any, shard_sizes: Any, *, window: int = 20, **options: Any) -> WindowPacks:
@@ -56,7 +56,7 @@ def test_windows_hold_each_document_of_their_shards_once(
         assert len(this) == len(table)
         batches = this.rows_of_batches(np.arange(len(this)))
         assert sorted(batches.samples.tolist()) == sorted(expected_documents(lengths, table, fitting))
-        steps = this.document_steps(batches.samples)[:, 0]
+        steps = this.sample_lengths(batches.samples)[:, 0]
         ends = np.cumsum(batches.documents)
         assert np.add.reduceat(steps, ends - batches.documents).max() <= options["capacity"]
         assert batches.documents.min() >= 1
