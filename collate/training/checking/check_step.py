@@ -27,6 +27,7 @@ from torch import nn
 from collate.errors import LengthError
 from collate.training.checking.leaks.check_documents import report_of_documents
 from collate.training.checking.leaks.documents import PlainCases, VarlenCases, holds_documents
+from collate.training.checking.micro_batches import MicroBatches
 from collate.training.checking.probes import ROUNDING, BatchProbes, Probes
 from collate.training.checking.report import GUESSED, LIKELY, Finding, StepReport
 from collate.training.checking.rerun import RAISED, LossStep, Runner, copied, undisturbed
@@ -46,6 +47,7 @@ def check_step(
     fields: Mapping[str, Any] | Collection[str] | None = None,
     cu_seqlens: Any = None,
     thorough: bool = False,
+    micro_batches: int | None = None,
 ) -> StepReport:
     """Run a training step on changed batches, of which some must give the same loss and others must not.
 
@@ -77,6 +79,9 @@ def check_step(
             other tensors made from lengths are no contents.
         cu_seqlens: Offsets of the documents in these, `[N + 1]`.
         thorough: Separate every pair of documents, in 2 ceil(log2 N) runs; otherwise odd ones change, then even ones.
+        micro_batches: Of a step that accumulates gradients, the batches of an update. It takes a list of batches, and
+            returns the sum of the losses whose `backward` it would call; `samples` are those of an update. However they
+            are divided among the batches, the sum must be the same.
 
     Returns:
         The report.
@@ -85,11 +90,14 @@ def check_step(
         LengthError: The batch holds no `LengthTrackedBatch`, or none with padding to try; samples are too few or all of
             one length; a loss is not a scalar, or gradients cannot be taken.
         TypeError: The step returns no tensor and no mapping of tensors; or neither a batch nor samples with their
-            collate function are given, or both; or fields without `cu_seqlens`.
+            collate function are given, or both; or fields without `cu_seqlens`; or `micro_batches` without samples.
+        ValueError: `micro_batches` is below 2, or above the number of samples.
     """
     if fields is not None or cu_seqlens is not None:
         batch, fields = _plain_fields(batch, fields, cu_seqlens)
     _check_arguments(batch, samples, collate)
+    if micro_batches is not None and samples is None:
+        raise TypeError("micro_batches needs samples= and collate=, which it divides among batches")
     owner = module if module is not None else getattr(step, "__self__", None)
     with undisturbed(owner if isinstance(owner, nn.Module) else None) as buffers:
         if fields is not None:
@@ -102,6 +110,8 @@ def check_step(
             variants = BatchVariants(batch, torch.Generator().manual_seed(seed))
             check_fields(variants)
             return _report_of_batch(Runner(step, seed, buffers), variants, tolerance)
+        if micro_batches is not None:
+            return _report_of_update(Runner(step, seed, buffers), samples, collate, tolerance, micro_batches)
         return _report_of_samples(Runner(step, seed, buffers), samples, collate, tolerance)
 
 
@@ -169,6 +179,21 @@ def _report_of_samples(inner: Runner, samples: Sequence[Any], collate: Collate, 
     names = {finding.probe for finding in found}
     others = tuple(finding for finding in report.findings if finding.probe not in names)
     return replace(report, findings=(*found, *others), skipped=tuple(dict.fromkeys((*probes.skipped, *report.skipped))))
+
+
+def _report_of_update(
+    inner: Runner, samples: Sequence[Any], collate: Collate, tolerance: float, count: int
+) -> StepReport:
+    """All probes of samples in a single batch, and that of several batches."""
+    of_one = Runner(lambda batch: inner.step([batch]), inner.seed, inner.buffers)
+    divided = MicroBatches(inner, samples, collate, count)
+    report = _report_of_samples(of_one, samples, collate, tolerance)
+    if any(finding.probe in ("finite", "repeat") for finding in report.findings):
+        return report
+    found = divided.probe(tolerance)
+    if isinstance(found, Finding):
+        return replace(report, findings=(*report.findings, found))
+    return replace(report, skipped=(*report.skipped, found)) if found else report
 
 
 def _unfit(runner: Runner, batch: Any, tolerance: float) -> StepReport | None:

@@ -43,6 +43,12 @@ LIKELY = {
         "a mask of the wrong polarity, or guessed from values that can be real",
         LAST_COLUMN,
     ),
+    "micro-batches": (
+        "the mean of micro-batches' means: divide each one's sum by the tokens of the whole update",
+        "the sum of micro-batches' means, which grows with their number: divide each one's sum by the update's tokens",
+        "a normalisation over the batch",
+        "a denominator of one micro-batch that is used for all",
+    ),
     "repeat": (
         "a state, a cache or a counter carried from call to call: begin with a fresh one inside the step",
         "random numbers from a generator of its own: make it from a fixed seed inside the step",
@@ -108,9 +114,9 @@ class Finding:
     """One way in which a step does not respect the lengths.
 
     Attributes:
-        probe: What was tried: `"padding"`, `"width"`, `"order"`, `"other rows"` or `"dead step"`; `"repeat"` for a step
-            whose second run differs, `"finite"` for a loss or gradients that are nan or infinite, `"graph"` for a loss
-            that no gradient flows from.
+        probe: What was tried: `"padding"`, `"width"`, `"order"`, `"other rows"`, `"dead step"` or `"micro-batches"`;
+            `"repeat"` for a step whose second run differs, `"finite"` for a loss or gradients that are nan or infinite,
+            `"graph"` for a loss that no gradient flows from.
         what: What happened, with term, field, row and step where they are known.
         drift: Relative change of the loss or of the gradients, the larger; 0 for a dead step.
         likely: Mistakes with this symptom, the likeliest first.
