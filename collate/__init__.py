@@ -62,7 +62,7 @@ if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
         if name in _MODULES:
-            # Whoever has one kind of batch may load the other from disk.
+            # Code that has one kind of batch may load the other from disk.
             import_module("collate.varlen.batch")
             value = getattr(import_module(_MODULES[name]), name)
         elif not name.startswith("_") and find_spec(f"collate.{name}") is not None:

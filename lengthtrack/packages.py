@@ -51,7 +51,7 @@ def claim_packages() -> None:
         if shadow is None or Path(shadow).resolve() == _HOME / name / "__init__.py":
             continue
         warnings.warn(_describe(name, shadow, imported=module is not None), ShadowWarning, stacklevel=_user_level())
-        # Whoever has imported the other module keeps it.
+        # Code that has imported the other module keeps it.
         for imported in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
             del sys.modules[imported]
         if not any(isinstance(finder, OwnPackages) for finder in sys.meta_path):

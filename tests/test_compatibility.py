@@ -23,7 +23,7 @@ ROOT = FOLDER.parents[1]
 RELEASES = sorted(path.name for path in FOLDER.iterdir() if (path / "saved.json").exists())
 
 # What a release has renamed since: `name(parameter)`, `name.method(parameter)` or `name.attribute` of the old surface
-# to what stands in its place; the same name for a parameter whose default or kind alone is another. Whoever adds a line
+# to what stands in its place; the same name for a parameter whose default or kind alone is another. Who adds a line
 # says so in the changelog, and keeps the old name for one release.
 REPORTED = {
     "short": "too_short",

@@ -244,7 +244,7 @@ def test_small_values_go_through_the_pipe_and_large_ones_through_memory(dtype: t
     for batch in (made, made.with_padded(made.padded.clone().share_memory_())):
         kept = ForkingPickler.loads(ForkingPickler.dumps(batch))
         assert same(kept, batch)
-        # Whoever takes it may write to it.
+        # Who takes it may write to it.
         kept.padded.zero_()
 
 

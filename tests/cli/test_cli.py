@@ -65,7 +65,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def work(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of that folder of one's own, and the working directory."""
+    """A copy of that folder for one test, as the working directory."""
     folder = shutil.copytree(finished, tmp_path / "work")
     monkeypatch.chdir(folder)
     return folder

@@ -36,6 +36,6 @@ def stream_recipe(corpus: str) -> dict[str, Any]:
 
 
 def take(iterator: Any, count: int) -> None:
-    """Take so many batches."""
+    """Take that number of batches."""
     for _ in range(count):
         next(iterator)

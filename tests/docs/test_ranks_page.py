@@ -40,7 +40,7 @@ AFTER = """
 (folder / f"{dist.get_rank()}.txt").write_text(" ".join(seen))
 dist.destroy_process_group()
 """
-# A small corpus has few steps: 12 an epoch, so that the last save is amid one.
+# A small corpus has few steps: 12 an epoch, so that the last save is in the middle of one.
 SMALLER = {"max_tokens=20_000": "max_tokens=2_000", "num_workers=4": "num_workers=1", "step % 1000": "step % 5"}
 
 

@@ -1,4 +1,4 @@
-"""The bucketer: nothing lost, nothing over budget, nobody waits too long, and a small state that goes on exactly."""
+"""The bucketer: nothing lost, nothing over budget, nobody waits too long, and a small state that resumes exactly."""
 
 import json
 from collections import deque

@@ -207,7 +207,7 @@ def test_an_epoch_of_resampled_shards_is_cut_and_the_cut_is_logged(
 @pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 def test_what_a_handler_passes_over_is_all_that_is_missing(shards: list[str], tmp_path: Path) -> None:
     cut = tmp_path / "cut.tar"
-    # Amid the eleventh member's data; where a header should be, tarfile takes anything for the end.
+    # In the eleventh member's data; where a header should be, tarfile takes anything for the end.
     cut.write_bytes(Path(shards[0]).read_bytes()[: 10 * 1024 + 512 + 1])
 
     def refuse(sample: dict[str, Any]) -> dict[str, Any]:

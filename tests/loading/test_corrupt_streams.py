@@ -200,7 +200,7 @@ def test_a_pipeline_over_a_truncated_shard_loses_what_is_behind_the_cut(tmp_path
             for number in range(shard * 30, shard * 30 + 30):
                 tar.write({"__key__": str(number), "a.txt": str(number), "x.npy": np.arange(1 + number % 9)})
     cut = tmp_path / "0.tar"
-    # Amid the second member of the eleventh sample, whose first one is whole; each has an extended header.
+    # In the second member of the eleventh sample, whose first one is whole; each has an extended header.
     cut.write_bytes(cut.read_bytes()[: 10 * 4096 + 2048 + 1536 + 10])
     made = bucket_by_length("x.npy", max_tokens=100, handler=SKIP)
     data = wds.DataPipeline(

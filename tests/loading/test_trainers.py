@@ -40,7 +40,7 @@ def accelerated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lightning(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of Lightning, and of those that go on from its checkpoints."""
+    """The folder of a run of Lightning, and of runs that continue from its checkpoints."""
     folder = tmp_path_factory.mktemp("lightning")
     status, out = run(2, "trainers.py", "train_with_lightning", folder)
     assert status == 0, out

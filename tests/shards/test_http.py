@@ -265,7 +265,7 @@ def test_a_server_that_dies_during_a_stream_is_an_error_with_the_shard(folder: P
 
 
 def test_the_example_serves_a_corpus_and_reads_it_both_ways() -> None:
-    # Its main process goes on over HTTP after forked workers have read: it once waited for ever for what they closed.
+    # Its main process reads over HTTP after forked workers have read: it once waited for ever for what they closed.
     path = EXAMPLES / "shards_over_http.py"
     done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,6 +1,6 @@
 """Damage: what disks, networks and attackers make of shards and indexes, drawn from a seeded generator.
 
-A mutator takes a generator and a file's bytes and gives other bytes; those of one group know the format, and mend the
+A mutator takes a generator and a file's bytes and gives other bytes; those of one group know the format, and repair the
 checksums of what they change, as somebody would who means harm.
 """
 

@@ -85,7 +85,7 @@ class Corpus:
         self.changed.add(name)
         return path
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Make the corpus what it was."""
         for name in sorted(self.changed):
             self.put(name, self.files[name])
@@ -379,7 +379,7 @@ def run_trial(corpora: list[Corpus], seed: int) -> tuple[str, bool]:
     rng = np.random.default_rng(seed)
     corpus, trial = corpora[rng.integers(len(corpora))], TRIALS[rng.integers(len(TRIALS))]
     served = trial(corpus, rng)
-    corpus.mend()
+    corpus.repair()
     return trial.__name__, served
 
 

@@ -1,4 +1,4 @@
-"""How Lightning goes on from checkpoints that were written at different moments: `lightning_resume.py FOLDER WORKERS`.
+"""How Lightning continues from checkpoints written at different moments: `lightning_resume.py FOLDER WORKERS`.
 
 Prints as JSON whether the batches of three epochs were those of a run that never stopped, for each kind of checkpoint.
 """
@@ -16,7 +16,7 @@ from samplers import LengthBucketBatchSampler
 
 LENGTHS = [1 + 37 * place % 61 for place in range(200)]
 STEPS = len(LengthBucketBatchSampler(LENGTHS, max_tokens=600))
-# Amid the second epoch.
+# In the middle of the second epoch.
 MIDDLE = STEPS + 5
 
 
@@ -65,7 +65,7 @@ def fit(workers: int, path: str | None, *callbacks: Callback, **limits: int) -> 
 
 
 def main(folder: str, workers: int) -> None:
-    """Stop amid the second epoch, or at its end, and go on from each checkpoint."""
+    """Stop within the second epoch, or at its end, and continue from each checkpoint."""
     _, whole = fit(workers, None, max_epochs=3)
     after = f"{folder}/after.ckpt"
     steps = ModelCheckpoint(folder, filename="steps", every_n_train_steps=MIDDLE)

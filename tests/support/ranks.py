@@ -160,7 +160,7 @@ def train_until_killed(folder: Path, seconds: str, before: str | None = None) ->
     Args:
         folder: of this run.
         seconds: that a step takes.
-        before: folder of the run to go on from.
+        before: folder of the run to continue.
     """
     train(make_sampler(), folder, seconds, before)
 

@@ -76,7 +76,7 @@ def train(accelerator: Accelerator, loader: Any, folder: Path) -> None:
 
 
 def resume(sampler: LengthBucketBatchSampler, prepare: Callable[[Any], Any], folder: Path) -> None:
-    """Stop the second epoch after five steps; the same sampler goes on in a new loader, and takes the third."""
+    """Stop the second epoch after five steps; the same sampler continues in a new loader, and takes the third."""
     sampler.set_epoch(1)
     list(note(folder, 1, islice(loader_at(1, sampler, prepare), 5)))
     position = sampler.position(5)
@@ -117,7 +117,7 @@ class Module(LightningModule):
 
 
 def train_with_lightning(folder: Path, sharding: str = "own") -> None:
-    """Train with the sampler's own sharding or Lightning's; then again from the end of an epoch and from amid one."""
+    """Train with the sampler's own sharding or Lightning's; then again from the end and the middle of an epoch."""
     fit(folder / "whole", None, use_distributed_sampler=sharding == "Lightning's")
     for name in (f"step={EDGE}", f"step={MIDDLE}"):
         fit(folder / name, folder / "whole" / f"{name}.ckpt", use_distributed_sampler=False)

@@ -173,7 +173,7 @@ def test_a_plain_loader_s_position_serves_any_number_of_workers(recorders: Any) 
 
 
 class Counting(IterableDataset):
-    """A dataset that hands out its own state, and goes on changing it."""
+    """A dataset that hands out its own state, and keeps changing it."""
 
     def __init__(self) -> None:
         self.state = {"next": 0}
@@ -267,7 +267,7 @@ def test_a_pass_that_has_given_all_stays_at_its_end_when_another_begins(device: 
 
 
 class Failing:
-    """A loader whose second and fourth batch fail, and which goes on after that."""
+    """A loader whose second and fourth batch fail, and which continues after that."""
 
     def __iter__(self) -> Any:
         self.place = 0

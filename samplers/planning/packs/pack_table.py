@@ -290,7 +290,7 @@ def make_limits(
     cost: DocumentCost | None = None,
     max_cost: float | None = None,
 ) -> RowLimits:
-    """Check the limits of a row, for samples of so many fields.
+    """Check the limits of a row, for samples of that number of fields.
 
     Raises:
         TypeError: A limit is not an int, or `cost` is not a function.

@@ -2,7 +2,7 @@
 
 In version 1 every array of `Tables` is stored as it is. Version 2, for blocks, is smaller:
 
-- `lengths` have the smallest dtype that holds them, unless there are so many that they must stay a memory map;
+- `lengths` have the smallest dtype that holds them, or int32 where they are too many to be widened in memory;
 - `keys` are stored as `packed_keys` says, and `offsets` as `packed_offsets`;
 - the index of a single shard has neither `order` nor `offsets`, which follow from the lengths if the values of a block
   begin 128 bytes behind the start of their member. Here that is at 1024 + 128:

@@ -110,7 +110,7 @@ class LocalFile:
     def copy(self, ranges: Ranges, part: slice) -> bool:
         """Copy ranges from the file's mapping. False if it has none, or the file no longer has all of them.
 
-        Whoever cuts the file while it is copied from, ends this process by a signal (SIGBUS).
+        A program that cuts the file during the copy ends this process by a signal (SIGBUS).
         """
         offsets, sizes = ranges.offsets[part], ranges.sizes[part]
         if self._mapping is None or not len(sizes):

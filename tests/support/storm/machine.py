@@ -50,7 +50,7 @@ class Storm(RuleBasedStateMachine):
     # --- passes
 
     def take(self, count: int) -> bool:
-        """Take so many steps; whether the pass goes on."""
+        """Take that number of steps; whether the pass has more."""
         if not self.model.is_open:
             self.rig.open()
             self.model.begin()
@@ -79,7 +79,7 @@ class Storm(RuleBasedStateMachine):
     def exhaust(self) -> None:
         self.ran("exhaust")
         self.take(10**6)
-        assert self.rig.take() == [], "a pass that has ended goes on"
+        assert self.rig.take() == [], "a pass that has ended gives more"
 
     @rule()
     def all_but_the_end(self) -> None:
@@ -154,7 +154,7 @@ class Storm(RuleBasedStateMachine):
         return self.save_now()
 
     def restored(self, save: Save, *, broken: int | None = None, workers: int = 0) -> tuple[Rig, Model] | None:
-        """Another rig that goes on from a state, and what must come; None if it refuses the state by name."""
+        """Another rig that continues from a state, and what must come; None if it refuses the state by name."""
         choice = self.adapter.workers[workers % len(self.adapter.workers)]
         rig = self.rig.fresh(save.replicas, choice if self.rig.moves_workers else save.workers, broken=broken)
         try:
@@ -184,7 +184,7 @@ class Storm(RuleBasedStateMachine):
 
     @rule(save=saves, count=st.integers(0, 3))
     def restore_twice(self, save: Save, count: int) -> None:
-        """The first one goes on, and is saved and restored again; then the state is loaded once more."""
+        """The first one continues, and is saved and restored again; then the state is loaded once more."""
         self.ran("restore twice")
         first, again = self.restored(save), self.restored(save)
         if first is None or again is None:
@@ -211,7 +211,7 @@ class Storm(RuleBasedStateMachine):
     @counts("source raises")
     @rule(count=st.integers(0, 3), sample=NUMBER)
     def the_source_raises(self, count: int, sample: int) -> None:
-        """From a state on a sample is broken; the last state before the error leads on once it is mended."""
+        """From a state on a sample is broken; the last state before the error leads on once it is repaired."""
         self.ran("source raises")
         if not self.may_save():
             return
@@ -228,12 +228,12 @@ class Storm(RuleBasedStateMachine):
                     save = self.save_now()
         except SourceError:
             self.close()
-        mended = self.restored(save)
-        if mended is None:
+        repaired = self.restored(save)
+        if repaired is None:
             new = self.rig.fresh(), self.new_model(self.model.replicas, Place(0, self.model.replicas))
             self.go_on_with(new, loaded=False)
             return
-        self.go_on_with(mended)
+        self.go_on_with(repaired)
 
     # --- positions and copies
 
@@ -275,7 +275,7 @@ class Storm(RuleBasedStateMachine):
     @precondition(lambda self: "copy" in self.adapter.rules and not self.held and not self.is_loaded)
     @rule(how=st.sampled_from(sorted(COPIES)))
     def copy(self, how: str) -> None:
-        """The copy goes on as the object would; what the object does then changes nothing for the copy."""
+        """The copy continues as the object would; what the object does then changes nothing for the copy."""
         self.ran(how)
         rig = self.rig.copied(how)
         self.take(2)

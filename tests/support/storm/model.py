@@ -30,7 +30,7 @@ class Book:
     """All epochs on any number of replicas.
 
     Args:
-        write: gives an epoch's batches, in order, on so many replicas; it is asked once for each.
+        write: gives an epoch's batches, in order, on that number of replicas; it is asked once for each.
         alike: whether epochs may be alike.
         even: whether all have as many batches.
     """
@@ -60,7 +60,7 @@ class Book:
         return self._pages[epoch, replicas]
 
     def steps(self, place: Place, replicas: int) -> int:
-        """Steps in which so many replicas take what is left."""
+        """Steps in which that number of replicas takes what is left."""
         return -(-(self.total(place.epoch) - place.taken) // replicas)
 
     def rest(self, place: Place, replicas: int) -> tuple[list[Step], set[int]]:

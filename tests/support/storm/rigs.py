@@ -113,12 +113,12 @@ class Rig:
         return [loader.state_dict() for loader in self.loaders]
 
     def load_states(self, states: list[Any]) -> None:
-        """Go on from states."""
+        """Continue from states."""
         for loader, state in zip(self.loaders, states, strict=True):
             loader.load_state_dict(state)
 
     def told_of_epoch(self, epoch: int) -> None:
-        """What a trainer must be told when its loader goes on in an epoch."""
+        """What a trainer must be told when its loader continues an epoch."""
 
     # --- what the machine calls
 
@@ -170,7 +170,7 @@ class Rig:
         return first
 
     def load(self, states: Any) -> None:
-        """Go on from states; they belong to the caller, who may load them again."""
+        """Continue from states; they belong to the caller, who may load them again."""
         kept = copy.deepcopy(states)
         self.load_states(states)
         assert states == kept, "loading a state changed it"
@@ -187,7 +187,7 @@ class Rig:
         return positions[0]
 
     def seek(self, position: Any) -> None:
-        """Go on from a position."""
+        """Continue from a position."""
         for target in self.targets:
             target.seek(position)
 
@@ -293,7 +293,7 @@ class Noded(Rig):
     def start(self, loader: Any) -> Iterator[Batch]:
         iterator = iter(loader)
         if loader._it._cached_item is None:
-            # A loader that was restored at an epoch's end goes on giving out that state, in torchdata 0.11.
+            # A loader that was restored at an epoch's end keeps giving out that state, in torchdata 0.11.
             loader._it._cached_state_dict = None
         return iterator
 
