@@ -42,7 +42,7 @@ def borrow(loan: Loan) -> Tensor:
 
     Raises:
         OSError: The slab cannot be mapped.
-        RuntimeError: Another process than the keeper gets the tensor after the worker has ended.
+        RuntimeError: The worker had ended before this process got the tensor.
     """
     slab = _slabs.get(loan.token)
     if slab is None:
@@ -60,7 +60,7 @@ def _map(loan: Loan) -> _KeptSlab:
     Raises:
         RuntimeError: Its file is not there.
     """
-    file = _open(loan) if loan.copy is None else loan.copy.detach()
+    file = _open(loan) if loan.copy is None else _detach(loan)
     try:
         slab = _KeptSlab.of_file(file)
     finally:
@@ -88,10 +88,23 @@ def _open(loan: Loan) -> int:
         raise RuntimeError(_gone(loan)) from error
 
 
+def _detach(loan: Loan) -> int:
+    """The descriptor that a worker has sent along.
+
+    Raises:
+        RuntimeError: The worker has ended.
+    """
+    try:
+        return int(loan.copy.detach())
+    except (OSError, EOFError) as error:
+        # A worker that is killed in between gives one of several errors of connections.
+        raise RuntimeError(_gone(loan)) from error
+
+
 def _gone(loan: Loan) -> str:
     return (
-        f"the memory of a batch from worker {loan.worker} cannot be opened: a process other than the loader's must "
-        "receive a batch before the worker that has sent it ends"
+        f"the memory of a batch from worker {loan.worker} cannot be opened: the worker has ended, or was killed, before "
+        "the batch was received"
     )
 
 
