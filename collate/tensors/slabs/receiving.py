@@ -103,8 +103,8 @@ def _detach(loan: Loan) -> int:
 
 def _gone(loan: Loan) -> str:
     return (
-        f"the memory of a batch from worker {loan.worker} cannot be opened: the worker has ended, or was killed, before "
-        "the batch was received"
+        f"the memory of a batch from worker {loan.worker} cannot be opened: the worker has ended, or was killed, "
+        "before the batch was received"
     )
 
 
