@@ -69,7 +69,7 @@ class _WorkersSlab(Slab):
         return not (self.is_leased or self.is_sent or self.is_retired)
 
     def lend(self, values: Tensor) -> Loan | None:
-        """What the receiver needs to lease its values, which are promised to it; None if there is no descriptor left."""
+        """What the receiver of the promise needs to lease its values; None if there is no descriptor left."""
         parent = parent_process()
         is_kept = parent is not None and self.keeper == parent.pid
         try:
