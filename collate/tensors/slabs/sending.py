@@ -44,10 +44,10 @@ def values_in_slab(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
 def lend(values: Tensor) -> Loan | None:
     """What is sent in place of values, in one message; None if they are not alone in a slab that can be lent."""
     is_plain = type(values) is Tensor and values.is_cpu and values.layout == torch.strided and values.is_contiguous()
-    if not is_plain or not _pool.slab_of or values.is_conj() or values.is_neg():
+    slab = _pool.slab_of.get(values.data_ptr()) if is_plain and _pool.slab_of else None
+    if slab is None or slab.size != values.nbytes or values.is_conj() or values.is_neg():
         return None
-    slab = _pool.promise(values)
-    return None if slab is None else slab.lend(values)
+    return _pool.lend(slab, values)
 
 
 class _WorkersSlab(Slab):
@@ -68,15 +68,16 @@ class _WorkersSlab(Slab):
         """Whether nobody has its values, or will."""
         return not (self.is_leased or self.is_sent or self.is_retired)
 
-    def lend(self, values: Tensor) -> Loan | None:
-        """What the receiver of the promise needs to lease its values; None if there is no descriptor left."""
+    def lend(self, values: Tensor) -> Loan:
+        """Have the receiver lease its values.
+
+        Raises:
+            OSError: There is no descriptor for a receiver that has it not mapped.
+        """
         parent = parent_process()
         is_kept = parent is not None and self.keeper == parent.pid
-        try:
-            copy = None if is_kept else reduction.DupFd(self.file)
-        except OSError:
-            self.is_sent = False
-            return None
+        copy = None if is_kept else reduction.DupFd(self.file)
+        self.is_sent = True
         facts = values.dtype, tuple(values.shape), values.requires_grad
         return Loan(self.token, os.getpid(), self.file, copy, *facts)
 
@@ -92,8 +93,7 @@ class _Pool:
         self.slab_of: dict[int, _WorkersSlab] = {}
         self._slabs: list[_WorkersSlab] = []
         self._values = 0
-        # Threads of a worker may collate too, and each queue has a thread that sends. The end of a lease takes no lock:
-        # it may come at any time, in any thread.
+        # Threads of a worker may collate too. The end of a lease takes no lock: it may come at any time, in any thread.
         self._lock = Lock()
 
     def take(self, size: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
@@ -119,19 +119,18 @@ class _Pool:
         self.slab_of[address] = slab
         return tensor_of_lease(array, dtype, shape)
 
-    def promise(self, values: Tensor) -> _WorkersSlab | None:
-        """The slab of values, promised to one receiver; None if they have none, or it is promised already."""
+    def lend(self, slab: _WorkersSlab, values: Tensor) -> Loan | None:
+        """Lend the values of a slab, if nobody else has them."""
+        # Each queue of a worker has a thread that sends.
         with self._lock:
-            slab = self.slab_of.get(values.data_ptr())
-            # The receiver of another message may have it, or will.
-            if slab is None or slab.size != values.nbytes or slab.is_sent or slab.is_retired:
+            # The receiver of the message before may still have it, or will.
+            if slab.is_sent or slab.is_retired:
                 return None
-            slab.is_sent = True
-            # A thread that shares the values with another process by torch's way moves them out of the slab.
-            if self.slab_of.get(values.data_ptr()) is not slab:
-                slab.is_sent = False
+            try:
+                return slab.lend(values)
+            except OSError:
+                # No descriptor is left.
                 return None
-            return slab
 
     def _free_slab(self, size: int) -> _WorkersSlab | None:
         """The smallest free slab of about this size, or a new one; None if there are too many."""
