@@ -174,7 +174,8 @@ def test_no_order_of_events_overwrites_values_that_are_in_use(
                 if made is not None:
                     in_use.append((made.fill_(number), number))
             elif action == "fork":
-                slabs._note_fork()
+                slabs._begin_fork()
+                slabs._forks.pop()
             elif action == "receive" and messages:
                 loan, value = messages.pop(0)
                 in_use.append((receiving.borrow(loan), value))
@@ -492,10 +493,10 @@ def test_a_slab_that_is_gone_is_an_error_that_says_so() -> None:
     made.reserve(8)
     facts = (torch.int64, (1,), False)
     with pytest.raises(RuntimeError, match="memory of a batch from worker .* cannot be opened"):
-        receiving.borrow(slabs.Loan(b"another token...", os.getpid(), made.file, None, *facts))
+        receiving.borrow(slabs.Loan(b"another token...", 0, os.getpid(), made.file, None, *facts))
     with pytest.raises(RuntimeError, match="memory of a batch from worker .* cannot be opened"):
-        receiving.borrow(slabs.Loan(made.token, os.getpid(), 1 << 20, None, *facts))
-    assert receiving.borrow(slabs.Loan(made.token, os.getpid(), made.file, None, *facts)).shape == (1,)
+        receiving.borrow(slabs.Loan(made.token, 0, os.getpid(), 1 << 20, None, *facts))
+    assert receiving.borrow(slabs.Loan(made.token, 0, os.getpid(), made.file, None, *facts)).shape == (1,)
     del made
 
 

@@ -68,6 +68,13 @@ class _WorkersSlab(Slab):
         """Whether nobody has its values, or will."""
         return not (self.is_leased or self.is_sent or self.is_retired)
 
+    def is_over(self, now: int) -> bool:
+        """Whether the pool leaves it: it is idle, or of no use any more."""
+        if self.is_retired:
+            # A receiver to come may open its file.
+            return self.is_received or not self.is_sent
+        return self.is_free and now - self.used > IDLE
+
     def lend(self, values: Tensor) -> Loan:
         """Have the receiver lease its values.
 
@@ -77,9 +84,10 @@ class _WorkersSlab(Slab):
         parent = parent_process()
         is_kept = parent is not None and self.keeper == parent.pid
         copy = None if is_kept else reduction.DupFd(self.file)
+        self.message, self.is_received = self.message + 1, False
         self.is_sent = True
         facts = values.dtype, tuple(values.shape), values.requires_grad
-        return Loan(self.token, os.getpid(), self.file, copy, *facts)
+        return Loan(self.token, self.message, os.getpid(), self.file, copy, *facts)
 
 
 class _Pool:
@@ -149,7 +157,7 @@ class _Pool:
     def _leave_idle(self) -> list[_WorkersSlab]:
         """Leave slabs that are idle, or of which a forked process may have a copy; those that are free remain."""
         for slab in self._slabs:
-            if slab.is_retired or (slab.is_free and self._values - slab.used > IDLE):
+            if slab.is_over(self._values):
                 self._leave(slab)
         return [slab for slab in self._slabs if slab.is_free]
 
