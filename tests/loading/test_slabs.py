@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from multiprocessing.reduction import ForkingPickler
@@ -162,7 +163,10 @@ actions = st.lists(st.tuples(st.sampled_from(events), st.integers(0, 9)), min_si
 def test_no_order_of_events_overwrites_values_that_are_in_use(
     actions: Sequence[tuple[str, int]], most: int, idle: int
 ) -> None:
-    """A worker and its receiver in one process, so that every order of their steps is tried."""
+    """A worker and its receiver in one process, so that every order of their steps is tried.
+
+    Free slabs never hold more memory than those that are used.
+    """
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sending, "MOST", most)
         patched.setattr(sending, "IDLE", idle)
@@ -173,8 +177,13 @@ def test_no_order_of_events_overwrites_values_that_are_in_use(
             if action == "make":
                 size = 4096 * (1 + choice)
                 made = sending._pool.take(size, (size // 8,), torch.int64)
+                kept = sending._pool._slabs
+                free = sum(slab.reserved for slab in kept if slab.is_free)
+                assert free <= sum(slab.reserved for slab in kept if not slab.is_free) + (size if made is None else 0)
+                assert len(kept) <= most
                 if made is not None:
                     in_use.append((made.fill_(number), number))
+                del made
             elif action == "fork":
                 slabs._begin_fork()
                 slabs._forks.pop()
@@ -484,6 +493,14 @@ def test_a_slab_that_is_idle_is_given_back_on_both_sides(monkeypatch: pytest.Mon
     assert max(large) >= 8_000_000
     assert large[-1] < 1_000_000
     del batches
+
+
+def test_slabs_can_be_switched_off() -> None:
+    code = "from collate.tensors.slabs import sending; print(sending._HAS_SLABS)"
+    for value, expected_output in (("0", "False"), ("1", "True")):
+        environment = {**os.environ, "LENGTHTRACK_SLABS": value}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected_output
 
 
 def _largest_slab() -> int:

@@ -24,7 +24,9 @@ MOST: Final = 32
 # A slab is given back when it has not been used for the last values, this many.
 IDLE: Final = 128
 
-_HAS_SLABS: Final = hasattr(os, "memfd_create") and hasattr(os, "posix_fallocate")
+# Users may switch slabs off.
+_IS_ON: Final = os.environ.get("LENGTHTRACK_SLABS") != "0"
+_HAS_SLABS: Final = _IS_ON and hasattr(os, "memfd_create") and hasattr(os, "posix_fallocate")
 
 
 def new_values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -145,14 +147,22 @@ class _Pool:
         capacity = _capacity(size)
         free = self._leave_idle()
         fitting = [slab for slab in free if size <= slab.capacity <= 2 * capacity]
-        if fitting:
-            return min(fitting, key=lambda slab: (slab.capacity, -slab.used))
-        if len(self._slabs) >= MOST:
-            if not free:
-                return None
-            self._leave(min(free, key=lambda slab: slab.used))
-        self._slabs.append(_WorkersSlab.make(capacity))
-        return self._slabs[-1]
+        chosen = min(fitting, key=lambda slab: (slab.capacity, -slab.used)) if fitting else None
+        self._leave_spare([slab for slab in free if slab is not chosen], size)
+        if chosen is None and len(self._slabs) < MOST:
+            chosen = _WorkersSlab.make(capacity)
+            self._slabs.append(chosen)
+        return chosen
+
+    def _leave_spare(self, spare: list[_WorkersSlab], size: int) -> None:
+        """Leave free slabs, oldest first, until they have no more bytes than are in use with these `size`."""
+        used = size + sum(slab.reserved for slab in self._slabs if not slab.is_free)
+        total = sum(slab.reserved for slab in spare)
+        for slab in sorted(spare, key=lambda slab: slab.used):
+            if total <= used and len(self._slabs) < MOST:
+                return
+            self._leave(slab)
+            total -= slab.reserved
 
     def _leave_idle(self) -> list[_WorkersSlab]:
         """Leave slabs that are idle, or of which a forked process may have a copy; those that are free remain."""
