@@ -1,6 +1,7 @@
 """The batch sampler under accelerate and Lightning, two processes each: which ways keep what it promises."""
 
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,21 @@ def trained() -> list[torch.Tensor]:
     optimizer = SGD(model.parameters(), lr=0.1)
     steps = [first + second for plan in PLANS[:2] for first, second in zip(plan[::2], plan[1::2], strict=True)]
     for batch in make_loader(steps):
+        total_loss(model, batch, reduction="token").backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return list(model.parameters())
+
+
+@pytest.fixture(scope="module")
+def accumulated() -> list[torch.Tensor]:
+    """The same with the rows of three steps in each batch, fewer in the last of an epoch."""
+    model = Tagger()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    updates = [
+        list(chain.from_iterable(plan[first : first + 6])) for plan in PLANS[:2] for first in range(0, len(plan), 6)
+    ]
+    for batch in make_loader(updates):
         total_loss(model, batch, reduction="token").backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -68,6 +84,17 @@ def check_weights(folder: Path, weights: list[torch.Tensor]) -> None:
 
 
 WAYS = pytest.mark.parametrize("way", ["prepared", "unseen"])
+
+
+def test_accelerate_accumulates_to_the_gradient_of_one_batch(
+    accelerated: Path, accumulated: list[torch.Tensor], trained: list[torch.Tensor]
+) -> None:
+    check_training(accelerated / "accumulated", accumulated)
+    assert not all(torch.equal(one, other) for one, other in zip(accumulated, trained, strict=True))
+
+
+def test_lightning_accumulates_to_the_gradient_of_one_batch(lightning: Path, accumulated: list[torch.Tensor]) -> None:
+    check_training(lightning / "accumulated", accumulated)
 
 
 @WAYS

@@ -5,6 +5,7 @@ For each way of the data into the trainer, records and weights lie in a folder o
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from collate import token_scale
 from samplers import LengthBucketBatchSampler
 
 EPOCHS = 2
+# Batches of each rank in an optimizer step, where gradients are accumulated.
+ACCUMULATE = 3
 LEARNING_RATE = 0.1
 STEPS = len(make_sampler(num_replicas=2, rank=0))
 # Lightning's checkpoints are named by the step: one after an epoch, one five steps into the next.
@@ -56,6 +59,7 @@ def train_with_accelerate(folder: Path) -> None:
     mine = {"rank": accelerator.process_index}
     train(accelerator, accelerator.prepare(make_loader(make_sampler(rank="all"))), folder / "prepared")
     train(accelerator, make_loader(make_sampler(**mine)), folder / "unseen")
+    accumulate(accelerator, make_sampler(**mine), folder / "accumulated")
     resume(make_sampler(rank="all"), accelerator.prepare, folder / "prepared-resumed")
     resume(make_sampler(**mine), lambda loader: loader, folder / "unseen-resumed")
     try:
@@ -72,6 +76,22 @@ def train(accelerator: Accelerator, loader: Any, folder: Path) -> None:
             accelerator.backward(share_of_loss(model, batch))
             optimizer.step()
             optimizer.zero_grad()
+    save_weights(model, folder)
+
+
+def accumulate(accelerator: Accelerator, sampler: LengthBucketBatchSampler, folder: Path) -> None:
+    """Train with several batches in each optimizer step; no tokens are communicated."""
+    model = Tagger()
+    model, optimizer = accelerator.prepare(model, SGD(model.parameters(), LEARNING_RATE))
+    updates = sampler.updates(accumulate=ACCUMULATE)
+    for epoch in range(EPOCHS):
+        for number, batch in enumerate(note(folder, epoch, make_loader(sampler))):
+            update = updates.at(number)
+            with nullcontext() if update.is_last else accelerator.no_sync(model):
+                accelerator.backward(total_loss(model, batch) * update.token_scale)
+            if update.is_last:
+                optimizer.step()
+                optimizer.zero_grad()
     save_weights(model, folder)
 
 
@@ -116,14 +136,29 @@ class Module(LightningModule):
         return SGD(self.parameters(), LEARNING_RATE)
 
 
+class Accumulating(Module):
+    """The same with several batches in each optimizer step: Lightning divides each loss by their number."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        sampler = make_sampler()
+        self.updates = sampler.updates(accumulate=ACCUMULATE)
+        return make_loader(sampler)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        record(self.folder, self.current_epoch, batch_idx + 1, batch)
+        return total_loss(self.tagger, batch) * ACCUMULATE * self.updates.at(batch_idx).token_scale
+
+
 def train_with_lightning(folder: Path, sharding: str = "own") -> None:
     """Train with the sampler's own sharding or Lightning's; then again from the end and the middle of an epoch."""
     fit(folder / "whole", None, use_distributed_sampler=sharding == "Lightning's")
     for name in (f"step={EDGE}", f"step={MIDDLE}"):
         fit(folder / name, folder / "whole" / f"{name}.ckpt", use_distributed_sampler=False)
+    options = {"use_distributed_sampler": False, "accumulate_grad_batches": ACCUMULATE}
+    fit(folder / "accumulated", None, Accumulating, **options)
 
 
-def fit(folder: Path, checkpoint: Path | None, **options: Any) -> None:
+def fit(folder: Path, checkpoint: Path | None, kind: type[Module] = Module, **options: Any) -> None:
     folder.mkdir(exist_ok=True)
     save = {"dirpath": folder, "filename": "{step}", "save_top_k": -1}
     saves = [ModelCheckpoint(**save, every_n_epochs=1), ModelCheckpoint(**save, every_n_train_steps=MIDDLE)]
@@ -131,7 +166,7 @@ def fit(folder: Path, checkpoint: Path | None, **options: Any) -> None:
     trainer = Trainer(
         accelerator="cpu", devices=2, strategy="ddp", max_epochs=EPOCHS, callbacks=saves, **silent, **options
     )
-    module = Module(folder)
+    module = kind(folder)
     trainer.fit(module, ckpt_path=checkpoint)
     save_weights(module, folder)
 
