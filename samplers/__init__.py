@@ -2,7 +2,7 @@
 
 Contents: the files here are the loaders; the rooms are `planning` (lengths to batches), `progress` (positions),
 `dynamic` (streams without known lengths), `shards` (lengths and samples on disk), `sources` (lengths of data of other
-programs), `inference` (a step over every sample, in order) and `cli` (the command).
+programs), `inference` (a step over every sample, in order), `integrations` (trainers) and `cli` (the command).
 It imports `errors`, `widths` and `deprecated` from `collate`, nothing else. CONTRIBUTING defines the words.
 """
 

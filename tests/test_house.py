@@ -21,6 +21,7 @@ README = (ROOT / "README.md").read_text()
 LAYERS = {
     "samplers": [
         ["cli"],
+        ["integrations"],
         ["shard_stream", "inference"],
         ["batch_sampler"],
         ["progress", "dynamic"],
@@ -105,6 +106,7 @@ LAYERS = {
         ["output_arrays"],
         ["outputs", "plan", "halving"],
     ],
+    "samplers.integrations": [["huggingface", "lightning"], ["longest_first", "plans"]],
     "samplers.sources": [
         ["lengths_of"],
         ["files"],

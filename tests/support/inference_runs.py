@@ -73,14 +73,14 @@ def kill_at_each_sync(folder: Path) -> None:
         out = folder / f"{count}.npy"
         calls = itertools.count(1)
 
-        def fsync(descriptor: int, calls: Any = calls, count: int = count) -> None:
+        def fsync(descriptor: Any, calls: Any = calls, count: int = count) -> None:
             if next(calls) == count:
                 os.kill(os.getpid(), signal.SIGKILL)
             sync(descriptor)
 
         child = os.fork()
         if not child:
-            os.fsync = fsync
+            vars(os)["fsync"] = fsync
             infer(out, **options)
             os._exit(0)
         status = os.waitpid(child, 0)[1]
