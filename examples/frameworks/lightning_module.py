@@ -56,8 +56,10 @@ def fit(checkpoint: str | None = None, **options: Any) -> Trainer:
 def main() -> None:
     """Stop in the second epoch, save after that, and resume. Only the first process writes to its folder."""
     with tempfile.TemporaryDirectory() as folder:
-        fit(max_steps=STOP_AFTER, default_root_dir=folder).save_checkpoint(f"{folder}/stopped.ckpt")
-        fit(f"{folder}/stopped.ckpt", max_epochs=3, default_root_dir=folder)
+        first = fit(max_steps=STOP_AFTER, default_root_dir=folder)
+        path = first.strategy.broadcast(f"{folder}/stopped.ckpt")
+        first.save_checkpoint(path)
+        fit(path, max_epochs=3, default_root_dir=folder)
     for epoch, tally in TALLIES.items():
         show(f"epoch {epoch}", tally)
     # Lightning leaves the group of gloo open, and its threads can abort a process that ends while they run.
