@@ -1,8 +1,8 @@
 """Inference over a corpus: `run_in_order` next to batches in the order of arrival, and next to a bare loop.
 
-`python benchmarks/inference.py` measures corpora that are drawn here, and saves the results. `--lengths FOLDER` measures
-files of lengths instead, and prints only. `--texts N` measures next to sentence-transformers' `encode`, where that is
-installed, on N drawn texts, and prints only.
+`python benchmarks/inference.py` measures corpora that are drawn here, and saves the results. `--lengths FOLDER`
+measures files of lengths instead, and prints only. `--texts N` measures next to sentence-transformers' `encode`, where
+that is installed, on N drawn texts, and prints only.
 """
 
 import argparse
@@ -230,9 +230,10 @@ def main() -> None:
             for each in results
         ],
     )
-    show_bars(bars_of(results, overhead))
+    bars = bars_of(results, overhead)
+    show_bars(bars)
     if options.lengths is None:
-        save("inference", {"corpora": results, "overhead": overhead})
+        save("inference", {"corpora": results, "overhead": overhead, "bars": bars})
 
 
 if __name__ == "__main__":
