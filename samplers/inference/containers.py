@@ -181,7 +181,8 @@ class FileContainer:
         if not self._folder.exists:
             self._result.refuse_other_file()
         is_complete = resume and self._result.is_complete()
-        if is_complete and not self._folder.exists:
+        # A kill may have left the folder behind.
+        if is_complete and not self._folder.path.exists():
             return
         self._folder.start(resume=resume)
         self._result.forget() if not is_complete else self._folder.remove()

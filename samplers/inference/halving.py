@@ -113,8 +113,8 @@ class HalvingStep:
         return self.limit is not None and len(samples) > 1 and len(samples) * self._width(samples) > self.limit
 
     def _width(self, samples: list[int]) -> int:
-        """Padded steps of a row, over all fields."""
-        return int(np.atleast_1d(self._lengths[samples].max(0)).sum())
+        """Padded steps of a row, over all fields; a batch of empty rows is padded to one step."""
+        return int(np.maximum(self._lengths[samples].max(0), 1).sum())
 
 
 def _free_memory() -> None:

@@ -72,13 +72,6 @@ def read_outputs(result: object, batch: object, samples: Sequence[int]) -> Outpu
     return Outputs(np.array(samples, np.int64)[permutation[real]], entries)
 
 
-def is_on_device(result: Any) -> bool:
-    """Whether a result has to be copied to the host."""
-    first = result[0] if isinstance(result, list) and result else result
-    device = getattr(first, "device", None)
-    return getattr(device, "type", "cpu") != "cpu"
-
-
 def find_permutation(batch: object) -> Integers | None:
     """The order of a batch's rows, int64 `[B]`: row i is the i-th of the collated samples; None where it tells none.
 
@@ -126,17 +119,23 @@ def _on_host(result: Any) -> Any:
         TypeError: It is of another kind, or has no axis of rows.
     """
     if _is_tracked(result):
-        # Copies: a view would keep the padding of the whole batch alive.
-        return [row.detach().clone() for row in result.to("cpu").sequences()]
-    if isinstance(result, Tensor):
-        result = result.detach().cpu()
-    if isinstance(result, (Tensor, np.ndarray)) and result.ndim:
-        return result
+        return [_copy(row) for row in result.to("cpu").sequences()]
     if isinstance(result, list):
-        return [entry.detach().cpu() if isinstance(entry, Tensor) else entry for entry in result]
+        return [_copy(entry) for entry in result]
+    if isinstance(result, (Tensor, np.ndarray)) and result.ndim:
+        return _copy(result)
     kind = "a single number" if isinstance(result, (Tensor, np.ndarray)) else f"a {type(result).__name__}"
     hint = f" its entries are {', '.join(map(str, result))}: choose one;" if isinstance(result, Mapping) else ""
     raise TypeError(f"step must return an entry for each row, got {kind}:{hint} {_RETURNS}")
+
+
+def _copy(entry: Any) -> Any:
+    """A copy on the host; what is no tensor or array is returned as it is."""
+    # A step may write its next results to the same memory, as a captured graph does; and a view of a row would keep the
+    # padding of the whole batch alive.
+    if isinstance(entry, Tensor):
+        return entry.detach().to("cpu", copy=True)
+    return entry.copy() if isinstance(entry, np.ndarray) else entry
 
 
 def _shown(samples: Sequence[int]) -> str:

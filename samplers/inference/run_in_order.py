@@ -1,9 +1,7 @@
 """`run_in_order`: a step over every sample of a dataset once, longest first; outputs in the order of the dataset."""
 
 import os
-from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, Unpack
 
 import torch
@@ -12,7 +10,7 @@ from tqdm import tqdm
 
 from samplers.inference.containers import Container, ContainerKind, FileContainer, make_container
 from samplers.inference.halving import HalvingStep
-from samplers.inference.outputs import is_on_device, read_outputs
+from samplers.inference.outputs import read_outputs
 from samplers.inference.plan import CollatedSamples, InferenceBudget, RemainingBatches, find_lengths, make_loader
 from samplers.inference.run_record import RunRecord
 from samplers.planning.budget import Integers
@@ -123,27 +121,12 @@ def run_in_order(
 
 def _run(loader: Any, halving: HalvingStep, kept: Container, bar: "_Progress") -> None:
     """Run the step on all batches; what was computed is kept, also if one fails."""
-    # An output on a device is copied when the next batch has been given to the device, which need not wait then.
-    pending: deque[tuple[list[int], Any, Any]] = deque()
-
-    def keep(ahead: int) -> None:
-        while len(pending) > ahead:
-            samples, batch, result = pending.popleft()
-            kept.add(read_outputs(result, batch, samples))
-            bar.add(samples)
-
     try:
         with torch.no_grad():
             for samples, batch in loader:
-                for piece in halving.run(samples, batch):
-                    pending.append(piece)
-                    keep(ahead=1 if is_on_device(piece[-1]) else 0)
-            keep(ahead=0)
-    except BaseException:
-        # The first error is the one to report.
-        with suppress(Exception):
-            keep(ahead=0)
-        raise
+                for piece, collated, result in halving.run(samples, batch):
+                    kept.add(read_outputs(result, collated, piece))
+                    bar.add(piece)
     finally:
         kept.flush()
 
