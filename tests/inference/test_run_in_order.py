@@ -121,7 +121,7 @@ def test_a_batch_that_does_not_fit_is_halved(lengths: list[int], fits: int, erro
     found = run(step, rows, lengths=lengths, max_tokens=40)
     assert [each.tolist() for each in found] == [total_of(row).tolist() for row in rows]
     assert sum(computed) == len(rows)
-    # Each failure lowers the limit by a third at least (three rows to two), from 40 to 1. Red when empty rows cost nothing.
+    # Each failure lowers the limit by a third at least (three rows to two), from 40 to 1. Red: empty rows cost nothing.
     assert len(failed) <= 11
 
 
@@ -405,7 +405,7 @@ def test_a_step_may_write_its_results_to_the_same_memory(kind: Callable[[Any], A
         return kind(buffer[: len(batch)])
 
     found = run(step, sequences([3, 1, 4, 1, 5, 9]), batch_size=3, container=container)
-    assert [int(each) for each in found] == [3, 1, 4, 1, 5, 9]
+    assert [each.item() for each in found] == [3, 1, 4, 1, 5, 9]
 
 
 def test_an_empty_dataset_has_no_outputs(tmp_path: Path) -> None:
