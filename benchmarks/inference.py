@@ -166,7 +166,7 @@ def compare_with_sentence_transformers(count: int) -> None:
         tokenizer.save_pretrained(folder)
         models = package.sentence_transformer.modules if hasattr(package, "sentence_transformer") else package.models
         words = models.Transformer(folder)
-        model = package.SentenceTransformer(modules=[words, models.Pooling(words.get_word_embedding_dimension())])
+        model = package.SentenceTransformer(modules=[words, models.Pooling(config.hidden_size)])
         model.eval()
     bert = next(module for module in model.modules() if isinstance(module, transformers.BertModel))
     tokens = [torch.tensor(ids) for ids in tokenizer(texts)["input_ids"]]
