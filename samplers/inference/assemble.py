@@ -63,7 +63,7 @@ def write_arrow(path: Path, parts: list[Path], total: int) -> None:
         layout, offsets = _measure(parts, total)
         values = _map_values(scratch, layout, (int(offsets[-1]), *layout.shape), 0)
         _scatter(parts, values, total, offsets)
-        schema = pyarrow.schema([(COLUMN, _arrow_type(pyarrow, layout))])
+        schema = pyarrow.schema([(COLUMN, arrow_type(layout))])
         with pyarrow.ipc.new_file(file.stream, schema) as writer:
             for first in range(0, total, _ROWS):
                 rows = offsets[first : first + _ROWS + 1]
@@ -119,10 +119,19 @@ def _scatter(parts: list[Path], values: AnyArray, total: int, offsets: Integers 
         values.flush()
 
 
-def _arrow_type(pyarrow: Any, layout: Layout) -> Any:
-    """The type of the column."""
+def arrow_type(layout: Layout) -> Any:
+    """The type of the column.
+
+    Raises:
+        ValueError: Arrow has no such type.
+    """
+    pyarrow = load_extra("pyarrow", "convert")
     if layout.kind == "text":
         return pyarrow.large_string()
+    if 0 in layout.shape or np.dtype(layout.dtype).kind == "c":
+        raise ValueError(
+            f"an Arrow file has no complex numbers and no axis of size 0, got {layout}: give a .npy as out"
+        )
     kind = pyarrow.from_numpy_dtype(np.dtype(layout.dtype))
     for size in reversed(layout.shape):
         kind = pyarrow.list_(kind, size)

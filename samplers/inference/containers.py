@@ -174,6 +174,7 @@ class FileContainer:
             self.done[:] = True
         else:
             self.done = self._folder.read_done()
+            self._layout = self._folder.layout
         # No one writes before all have read; all must have read the same.
         self._meet(f"number of samples that are done: {self.done.sum()}")
 

@@ -69,6 +69,8 @@ def to_arrays(outputs: Outputs) -> OutputArrays:
         ValueError: They differ in dtype or shape.
     """
     entries = outputs.entries
+    if isinstance(entries, np.ndarray) and entries.dtype.kind == "U" and entries.ndim == 1:
+        entries = entries.tolist()
     if not isinstance(entries, list):
         return _fixed(outputs.samples, to_numpy(entries))
     if all(isinstance(entry, str) for entry in entries):
@@ -104,7 +106,8 @@ def to_numpy(value: object) -> AnyArray:
             f"outputs must be numbers, tensors, arrays or text, got {type(value).__name__} {value!r:.80}: return "
             'those, or keep any object in memory with container="list"'
         )
-    return array
+    # Files hold the byte order of this machine.
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def join_arrays(pieces: Sequence[OutputArrays]) -> OutputArrays:

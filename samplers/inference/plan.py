@@ -36,6 +36,17 @@ class InferenceBudget(TypedDict, total=False):
     max_length: int | None
 
 
+def check_budget(budget: InferenceBudget) -> None:
+    """Check the names of a budget's options: those of training, such as `shuffle`, mean nothing here.
+
+    Raises:
+        TypeError: An option is unknown.
+    """
+    unknown = sorted(budget.keys() - InferenceBudget.__annotations__.keys())
+    if unknown:
+        raise TypeError(f"options must be among {', '.join(InferenceBudget.__annotations__)}, got {', '.join(unknown)}")
+
+
 def find_lengths(dataset: Any, lengths: Lengths | None) -> tuple[Lengths, Integers]:
     """The lengths of a dataset as they were given, and as int64 `[N]` or `[N, K]`.
 

@@ -29,6 +29,8 @@ class RunFolder:
     def __init__(self, out: Path, record: RunRecord) -> None:
         self.path = out.with_name(out.name + ".parts")
         self.record = record
+        # Of the outputs in the parts, once they were read.
+        self.layout: Layout | None = None
         self._lock: BinaryIO | None = None
 
     @property
@@ -65,11 +67,10 @@ class RunFolder:
             ValueError: A part is damaged, or parts have outputs of different shapes or of the same sample.
         """
         done = np.zeros(self.record.samples, np.bool_)
-        layout: Layout | None = None
         for path in self._parts():
             header, samples = read_part_samples(path, self.record.samples)
-            layout = layout or header.layout
-            check_layout(header.layout, layout, f"in {path}")
+            self.layout = self.layout or header.layout
+            check_layout(header.layout, self.layout, f"in {path}")
             if done[samples].any() or len(np.unique(samples)) < len(samples):
                 raise ValueError(f"{path}: it has a sample that another part has: delete this file")
             done[samples] = True

@@ -11,7 +11,14 @@ from tqdm import tqdm
 from samplers.inference.containers import Container, ContainerKind, FileContainer, make_container
 from samplers.inference.halving import HalvingStep
 from samplers.inference.outputs import read_outputs
-from samplers.inference.plan import CollatedSamples, InferenceBudget, RemainingBatches, find_lengths, make_loader
+from samplers.inference.plan import (
+    CollatedSamples,
+    InferenceBudget,
+    RemainingBatches,
+    check_budget,
+    find_lengths,
+    make_loader,
+)
 from samplers.inference.run_record import RunRecord
 from samplers.planning.budget import Integers
 from samplers.planning.options import check_flag
@@ -79,7 +86,8 @@ def run_in_order(
         ModuleNotFoundError: `out` is an Arrow file, and pyarrow is not installed.
         OSError: `out` cannot be written.
         RuntimeError: A launcher started several processes, and their process group is not initialised.
-        TypeError: An option has the wrong type, or the step returns what has no rows, or what `out` cannot hold.
+        TypeError: An option is unknown or has the wrong type; or the step returns what has no rows, or what `out` cannot
+            hold.
         ValueError: There is no budget, or an option is out of its range; lengths are not those of the dataset; `out` is
             of another run or damaged; or outputs are not one for each row, or differ in dtype or shape.
 
@@ -91,6 +99,7 @@ def run_in_order(
         tensor([3., 1., 5.])
     """
     check_flag("resume", resume)
+    check_budget(budget)
     if not flush_seconds >= 0:
         raise ValueError(f"flush_seconds must be at least 0, got {flush_seconds}: 0 writes after each batch")
     num_replicas, rank = _find_processes()

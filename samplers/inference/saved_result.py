@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from samplers.inference.assemble import write_arrow, write_npy
+from samplers.inference.assemble import arrow_type, write_arrow, write_npy
 from samplers.inference.output_arrays import Layout
 from samplers.inference.run_record import RunRecord, read_record, write_record
 from samplers.shards.storage.checksum import crc32
@@ -78,8 +78,10 @@ class SavedResult:
         """Check that the file can hold such outputs.
 
         Raises:
-            ValueError: They have not one shape, and the file is an array.
+            ValueError: They have not one shape, and the file is an array; or Arrow has no such type.
         """
+        if self.path.suffix == ".arrow":
+            arrow_type(layout)
         if self.path.suffix == ".npy" and layout.kind != "fixed":
             raise ValueError(f"{self.path} must have outputs of one shape, got {layout}: give a file .arrow as out")
 

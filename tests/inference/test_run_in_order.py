@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -107,6 +107,8 @@ def test_padding_is_removed_from_outputs_of_steps(lengths: list[int], max_tokens
 # Few examples: each failure collects garbage, which takes a tenth of a second.
 @settings(max_examples=8)
 @given(LENGTHS, st.integers(1, 8), st.sampled_from([MemoryError, torch.OutOfMemoryError]))
+# Red without the limit: each of five batches fails three times.
+@example([5] * 40, 5, MemoryError)
 def test_a_batch_that_does_not_fit_is_halved(lengths: list[int], fits: int, error: type[Exception]) -> None:
     """Every sample is computed once however small the device is, and later batches are split before they fail."""
     rows, computed, failed = sequences(lengths), [], []
@@ -337,6 +339,9 @@ MISTAKES: list[tuple[Callable[[Any], Any], dict[str, Any], type[Exception], str]
     (texts, {"out": "a.npy"}, ValueError, r"\.arrow"),
     (lambda batch: totals(batch).bfloat16(), {"out": "a.npy"}, TypeError, r"bfloat16.*return output\.float\(\)"),
     (lambda batch: [{}] * len(batch), {"out": "a.arrow"}, TypeError, 'container="list"'),
+    (totals, {"shuffle": True}, TypeError, "options must be among max_tokens, .*, got shuffle"),
+    (lambda batch: totals(batch)[:, :0], {"out": "a.arrow"}, ValueError, r"no axis of size 0, got float64 \[0\]"),
+    (lambda batch: totals(batch).to(torch.complex64), {"out": "a.arrow"}, ValueError, "no complex numbers"),
     (totals, {"out": "a.csv"}, ValueError, r"out must end with \.npy .* or \.arrow"),
     (totals, {"out": "s3://bucket/a.npy"}, ValueError, "out must be a path on this machine"),
     (totals, {"container": "tuple"}, ValueError, "container must be 'list', 'numpy' or 'torch'"),
@@ -428,6 +433,27 @@ def test_the_bar_counts_real_tokens_of_what_was_done_before(tmp_path: Path, caps
     bar = capsys.readouterr().err
     assert "18.0/33.0" in bar
     assert "33.0/33.0" in bar
+
+
+def test_a_resumed_run_has_the_outputs_of_the_first(tmp_path: Path) -> None:
+    """Red when only the end of the run compared them."""
+    out, computed = unfinished(tmp_path), []
+
+    def step(batch: LengthTrackedBatch) -> Tensor:
+        computed.append(len(batch))
+        return totals(batch).float()
+
+    with pytest.raises(ValueError, match=r"got float32 \[3\] for sample \d, and float64 \[3\] before"):
+        run(step, sequences([5, 4, 3, 5, 2, 1, 6, 7]), max_tokens=7, out=out)
+    assert len(computed) == 1
+
+
+def test_arrays_of_texts_and_of_another_byte_order_are_taken(tmp_path: Path) -> None:
+    rows = sequences([2, 1])
+    table = run(lambda batch: np.array(texts(batch)), rows, max_tokens=9, out=tmp_path / "a.arrow")
+    assert table["output"].to_pylist() == ["é" * len(row) + str(row.sum().item()) for row in rows]
+    table = run(lambda batch: batch.lengths.numpy().astype(">f4"), rows, max_tokens=9, out=tmp_path / "b.arrow")
+    assert table["output"].to_pylist() == [2, 1]
 
 
 def test_an_arrow_file_is_read_by_others(tmp_path: Path) -> None:
