@@ -86,7 +86,7 @@ def run_in_order(
         ModuleNotFoundError: `out` is an Arrow file, and pyarrow is not installed.
         OSError: `out` cannot be written.
         RuntimeError: A launcher started several processes, and their process group is not initialised.
-        TypeError: An option is unknown or has the wrong type; or the step returns what has no rows, or what `out` cannot
+        TypeError: An option is unknown or has the wrong type; or the step returns what has no rows or `out` cannot
             hold.
         ValueError: There is no budget, or an option is out of its range; lengths are not those of the dataset; `out` is
             of another run or damaged; or outputs are not one for each row, or differ in dtype or shape.
