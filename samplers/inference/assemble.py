@@ -7,9 +7,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from samplers.inference.output_arrays import AnyArray, Layout, OutputArrays
+from samplers.inference.output_arrays import OutputArrays, OutputSchema
 from samplers.inference.parts import read_part, read_part_samples
 from samplers.planning.budget import Integers
+from samplers.shards.format.npy import AnyArray
 from samplers.shards.storage.atomic import AtomicFile
 from samplers.sources.extras import load_extra
 
@@ -29,13 +30,13 @@ def write_npy(path: Path, parts: list[Path], total: int) -> None:
     """
     file = AtomicFile(path)
     try:
-        layout = read_part_samples(parts[0], total)[0].layout
-        shape = (total, *layout.shape)
-        header = {"descr": layout.dtype, "fortran_order": False, "shape": shape}
+        schema = read_part_samples(parts[0], total)[0].schema
+        shape = (total, *schema.shape)
+        header = {"descr": schema.dtype, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_2_0(file.stream, header)
         file.stream.flush()
         offset = file.stream.tell()
-        _scatter(parts, _map_values(file.temporary, layout, shape, offset), total)
+        _scatter(parts, _map_values(file.temporary, schema, shape, offset), total)
         file.commit()
     except BaseException:
         file.discard()
@@ -60,15 +61,15 @@ def write_arrow(path: Path, parts: list[Path], total: int) -> None:
     scratch = parts[0].with_name("values.scratch")
     file = AtomicFile(path)
     try:
-        layout, offsets = _measure(parts, total)
-        values = _map_values(scratch, layout, (int(offsets[-1]), *layout.shape), 0)
+        schema, offsets = _measure(parts, total)
+        values = _map_values(scratch, schema, (int(offsets[-1]), *schema.shape), 0)
         _scatter(parts, values, total, offsets)
-        schema = pyarrow.schema([(COLUMN, arrow_type(layout))])
-        with pyarrow.ipc.new_file(file.stream, schema) as writer:
+        columns = pyarrow.schema([(COLUMN, arrow_type(schema))])
+        with pyarrow.ipc.new_file(file.stream, columns) as writer:
             for first in range(0, total, _ROWS):
                 rows = offsets[first : first + _ROWS + 1]
-                column = _arrow_column(pyarrow, layout, rows - rows[0], values[rows[0] : rows[-1]])
-                writer.write_batch(pyarrow.record_batch([column], schema=schema))
+                column = _arrow_column(pyarrow, schema, rows - rows[0], values[rows[0] : rows[-1]])
+                writer.write_batch(pyarrow.record_batch([column], schema=columns))
         file.commit()
     except BaseException:
         file.discard()
@@ -84,26 +85,26 @@ def _read_parts(parts: list[Path], total: int) -> Iterator[OutputArrays]:
         yield read_part(path, total)
 
 
-def _measure(parts: list[Path], total: int) -> tuple[Layout, Integers]:
-    """The layout, and where each sample's values begin: int64 `[N + 1]`."""
+def _measure(parts: list[Path], total: int) -> tuple[OutputSchema, Integers]:
+    """The schema, and where each sample's values begin: int64 `[N + 1]`."""
     lengths = np.ones(total, np.int64)
     for arrays in _read_parts(parts, total):
-        layout = arrays.layout
+        schema = arrays.schema
         if arrays.lengths is not None:
             lengths[arrays.samples] = arrays.lengths
     offsets = np.zeros(total + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    return layout, offsets
+    return schema, offsets
 
 
-def _map_values(path: Path, layout: Layout, shape: tuple[int, ...], offset: int) -> AnyArray:
+def _map_values(path: Path, schema: OutputSchema, shape: tuple[int, ...], offset: int) -> AnyArray:
     """Memory-mapped values of a file from an offset on; the file gets the size that they take."""
-    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(layout.dtype).itemsize
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(schema.dtype).itemsize
     with path.open("ab") as stream:
         stream.truncate(offset + size)
     if size == 0:
-        return np.empty(shape, layout.dtype)
-    return np.memmap(path, layout.dtype, "r+", offset, shape)
+        return np.empty(shape, schema.dtype)
+    return np.memmap(path, schema.dtype, "r+", offset, shape)
 
 
 def _scatter(parts: list[Path], values: AnyArray, total: int, offsets: Integers | None = None) -> None:
@@ -119,33 +120,33 @@ def _scatter(parts: list[Path], values: AnyArray, total: int, offsets: Integers 
         values.flush()
 
 
-def arrow_type(layout: Layout) -> Any:
+def arrow_type(schema: OutputSchema) -> Any:
     """The type of the column.
 
     Raises:
         ValueError: Arrow has no such type.
     """
     pyarrow = load_extra("pyarrow", "convert")
-    if layout.kind == "text":
+    if schema.kind == "text":
         return pyarrow.large_string()
-    if 0 in layout.shape or np.dtype(layout.dtype).kind == "c":
+    if 0 in schema.shape or np.dtype(schema.dtype).kind == "c":
         raise ValueError(
-            f"an Arrow file has no complex numbers and no axis of size 0, got {layout}: give a .npy as out"
+            f"an Arrow file has no complex numbers and no axis of size 0, got {schema}: give a .npy as out"
         )
-    kind = pyarrow.from_numpy_dtype(np.dtype(layout.dtype))
-    for size in reversed(layout.shape):
+    kind = pyarrow.from_numpy_dtype(np.dtype(schema.dtype))
+    for size in reversed(schema.shape):
         kind = pyarrow.list_(kind, size)
-    return pyarrow.large_list(kind) if layout.kind == "variable" else kind
+    return pyarrow.large_list(kind) if schema.kind == "variable" else kind
 
 
-def _arrow_column(pyarrow: Any, layout: Layout, offsets: Integers, values: AnyArray) -> Any:
+def _arrow_column(pyarrow: Any, schema: OutputSchema, offsets: Integers, values: AnyArray) -> Any:
     """Outputs as an array of the column's type; offsets int64 `[n + 1]` count from the first value."""
-    if layout.kind == "text":
+    if schema.kind == "text":
         buffers = [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(np.ascontiguousarray(values))]
         return pyarrow.Array.from_buffers(pyarrow.large_string(), len(offsets) - 1, buffers)
     column = pyarrow.array(np.ascontiguousarray(values).reshape(-1))
-    for size in reversed(layout.shape):
+    for size in reversed(schema.shape):
         column = pyarrow.FixedSizeListArray.from_arrays(column, size)
-    if layout.kind == "variable":
+    if schema.kind == "variable":
         column = pyarrow.LargeListArray.from_arrays(pyarrow.array(offsets), column)
     return column

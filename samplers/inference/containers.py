@@ -9,7 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from samplers.inference.output_arrays import Layout, OutputArrays, check_layout, join_arrays, to_arrays, to_numpy
+from samplers.inference.output_arrays import (
+    OutputArrays,
+    OutputSchema,
+    check_same_schema,
+    join_arrays,
+    to_arrays,
+    to_numpy,
+)
 from samplers.inference.outputs import Outputs
 from samplers.inference.run_folder import RunFolder
 from samplers.inference.run_record import RunRecord
@@ -59,7 +66,7 @@ class MemoryContainer:
         self._kind = kind
         self._result: Any = [None] * total if kind == "list" else None
         # Dtype and shape of an output, where all outputs must have one.
-        self._layout: tuple[Any, ...] | None = None
+        self._schema: tuple[Any, ...] | None = None
 
     def add(self, outputs: Outputs) -> None:
         """Keep the outputs of a batch.
@@ -118,12 +125,12 @@ class MemoryContainer:
         Raises:
             ValueError: They are not.
         """
-        layout = (entries.dtype, *entries.shape[1:])
-        self._layout = self._layout or layout
-        if layout != self._layout:
+        schema = (entries.dtype, *entries.shape[1:])
+        self._schema = self._schema or schema
+        if schema != self._schema:
             raise ValueError(
-                f"outputs must have one dtype and shape, got {_described(layout)} for sample {outputs.samples[0]}, and "
-                f"{_described(self._layout)} before: if rows are as wide as their batch, return "
+                f"outputs must have one dtype and shape, got {_described(schema)} for sample {outputs.samples[0]}, and "
+                f"{_described(self._schema)} before: if rows are as wide as their batch, return "
                 "batch.with_padded(output), whose padding is removed; outputs with their own number of steps go into a "
                 "list, or an .arrow file as out"
             )
@@ -155,7 +162,7 @@ class FileContainer:
         self._waiting: list[OutputArrays] = []
         self._bytes = 0
         self._last_flush = time.monotonic()
-        self._layout: Layout | None = None
+        self._schema: OutputSchema | None = None
         self.done = np.zeros(folder.record.samples, np.bool_)
         self._is_complete = False
 
@@ -174,7 +181,7 @@ class FileContainer:
             self.done[:] = True
         else:
             self.done = self._folder.read_done()
-            self._layout = self._folder.layout
+            self._schema = self._folder.schema
         # No one writes before all have read; all must have read the same.
         self._meet(f"number of samples that are done: {self.done.sum()}")
 
@@ -197,9 +204,9 @@ class FileContainer:
             ValueError: They have not the dtype and shape of those before.
         """
         arrays = to_arrays(outputs)
-        self._result.check_layout(arrays.layout)
-        self._layout = self._layout or arrays.layout
-        check_layout(arrays.layout, self._layout, f"for sample {outputs.samples[0]}")
+        self._result.check_storable(arrays.schema)
+        self._schema = self._schema or arrays.schema
+        check_same_schema(arrays.schema, self._schema, f"for sample {outputs.samples[0]}")
         self._waiting.append(arrays)
         self._bytes += arrays.values.nbytes
         is_due = time.monotonic() - self._last_flush >= self._flush_seconds
@@ -262,5 +269,5 @@ def make_container(
     return FileContainer(result, folder, flush_seconds=flush_seconds, meet=meet, is_first=is_first)
 
 
-def _described(layout: tuple[Any, ...]) -> str:
-    return f"{layout[0]} {list(layout[1:])}"
+def _described(schema: tuple[Any, ...]) -> str:
+    return f"{schema[0]} {list(schema[1:])}"

@@ -4,27 +4,26 @@ Three outputs of 2, 0 and 1 steps become one array of 3 steps and their lengths:
 
 >>> from samplers.inference.outputs import Outputs
 >>> arrays = to_arrays(Outputs(np.arange(3), [np.array([1.0, 2.0]), np.array([]), np.array([3.0])]))
->>> arrays.layout.kind, arrays.values, arrays.lengths
+>>> arrays.schema.kind, arrays.values, arrays.lengths
 ('variable', array([1., 2., 3.]), array([2, 0, 1]))
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from samplers.inference.outputs import Outputs
 from samplers.planning.budget import Integers
+from samplers.shards.format.npy import AnyArray
 
 Kind: TypeAlias = Literal["fixed", "variable", "text"]
-AnyArray: TypeAlias = npt.NDArray[Any]
 
 
-class Layout(NamedTuple):
+class OutputSchema(NamedTuple):
     """What all outputs of a run have in common.
 
     Attributes:
@@ -49,13 +48,13 @@ class OutputArrays:
     """Outputs of some samples as arrays.
 
     Attributes:
-        layout: Kind, dtype and shape.
+        schema: Kind, dtype and shape.
         samples: Sample index of each output: int64 `[n]`.
         values: `[n, *F]` if all outputs have one shape, else their steps one after the other, `[sum(lengths), *F]`.
         lengths: Steps of each output, of text its bytes: int64 `[n]`; None if all have one shape.
     """
 
-    layout: Layout
+    schema: OutputSchema
     samples: Integers
     values: AnyArray
     lengths: Integers | None = None
@@ -114,34 +113,34 @@ def join_arrays(pieces: Sequence[OutputArrays]) -> OutputArrays:
     """The outputs of several batches as one."""
     lengths = [piece.lengths for piece in pieces if piece.lengths is not None]
     return OutputArrays(
-        pieces[0].layout,
+        pieces[0].schema,
         np.concatenate([piece.samples for piece in pieces]),
         np.concatenate([piece.values for piece in pieces]),
         np.concatenate(lengths) if lengths else None,
     )
 
 
-def check_layout(layout: Layout, first: Layout, context: str) -> None:
-    """Check that outputs have the layout of those before.
+def check_same_schema(schema: OutputSchema, first: OutputSchema, context: str) -> None:
+    """Check that outputs have the schema of those before.
 
     Raises:
         ValueError: They have not.
     """
-    if layout != first:
+    if schema != first:
         raise ValueError(
-            f"outputs must have one dtype and shape, got {layout} {context}, and {first} before: if rows are as wide "
+            f"outputs must have one dtype and shape, got {schema} {context}, and {first} before: if rows are as wide "
             "as their batch, return batch.with_padded(output), whose padding is removed, or a list of rows"
         )
 
 
 def _fixed(samples: Integers, values: AnyArray) -> OutputArrays:
-    return OutputArrays(Layout("fixed", values.dtype.str, values.shape[1:]), samples, values)
+    return OutputArrays(OutputSchema("fixed", values.dtype.str, values.shape[1:]), samples, values)
 
 
 def _variable(samples: Integers, arrays: Sequence[AnyArray], kind: Kind) -> OutputArrays:
     lengths = np.array([len(array) for array in arrays], np.int64)
     values = np.concatenate(arrays)
-    return OutputArrays(Layout(kind, values.dtype.str, values.shape[1:]), samples, values, lengths)
+    return OutputArrays(OutputSchema(kind, values.dtype.str, values.shape[1:]), samples, values, lengths)
 
 
 def _described(array: AnyArray) -> str:

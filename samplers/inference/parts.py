@@ -10,12 +10,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from samplers.inference.output_arrays import Layout, OutputArrays
+from samplers.inference.output_arrays import OutputArrays, OutputSchema
 from samplers.planning.budget import Integers
 from samplers.shards.storage.atomic import AtomicFile
 from samplers.shards.storage.checksum import crc32
 
-SUFFIX: Final = ".part"
+PART_SUFFIX: Final = ".part"
 _VERSION: Final = 1
 # A header is shorter, and a file without a line end is not read whole to find that out.
 _LONGEST_HEADER: Final = 4096
@@ -28,7 +28,7 @@ class PartHeader:
 
     Attributes:
         path: The file.
-        layout: Of the outputs.
+        schema: Of the outputs.
         samples: Number of outputs.
         steps: Entries of the values' first axis.
         crcs: crc32 of the sample indices, and of lengths and values together.
@@ -36,7 +36,7 @@ class PartHeader:
     """
 
     path: Path
-    layout: Layout
+    schema: OutputSchema
     samples: int
     steps: int
     crcs: tuple[int, int]
@@ -54,7 +54,7 @@ def write_part(path: Path, arrays: OutputArrays) -> None:
         body = arrays.lengths.tobytes() + body
     header = {
         "version": _VERSION,
-        **arrays.layout._asdict(),
+        **arrays.schema._asdict(),
         "samples": len(arrays.samples),
         "steps": len(arrays.values),
         "crcs": [crc32(samples), crc32(body)],
@@ -102,10 +102,10 @@ def read_part(path: Path, total: int) -> OutputArrays:
     if crc32(body) != header.crcs[1]:
         raise ValueError(f"{path}: its outputs are damaged (crc32): {_REMEDY}")
     lengths = None
-    if header.layout.kind != "fixed":
+    if header.schema.kind != "fixed":
         lengths, body = np.frombuffer(body[: samples.nbytes], np.int64), body[samples.nbytes :]
-    values = np.frombuffer(body, header.layout.dtype).reshape(header.steps, *header.layout.shape)
-    return OutputArrays(header.layout, samples, values, lengths)
+    values = np.frombuffer(body, header.schema.dtype).reshape(header.steps, *header.schema.shape)
+    return OutputArrays(header.schema, samples, values, lengths)
 
 
 def _read_header(path: Path) -> PartHeader:
@@ -118,16 +118,16 @@ def _read_header(path: Path) -> PartHeader:
         line = stream.readline(_LONGEST_HEADER)
     try:
         fields: dict[str, Any] = json.loads(line)
-        layout = Layout(fields["kind"], np.dtype(fields["dtype"]).str, tuple(map(int, fields["shape"])))
+        schema = OutputSchema(fields["kind"], np.dtype(fields["dtype"]).str, tuple(map(int, fields["shape"])))
         first, second = map(int, fields["crcs"])
-        header = PartHeader(path, layout, int(fields["samples"]), int(fields["steps"]), (first, second), len(line))
+        header = PartHeader(path, schema, int(fields["samples"]), int(fields["steps"]), (first, second), len(line))
         version = fields["version"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: its header is damaged: {_REMEDY}") from error
     if version != _VERSION:
         raise ValueError(f"{path}: must be of version {_VERSION}, got {version}: finish with the release that wrote it")
-    columns = 8 * header.samples * (1 if layout.kind == "fixed" else 2)
-    values = header.steps * int(np.prod(layout.shape, dtype=np.int64)) * np.dtype(layout.dtype).itemsize
+    columns = 8 * header.samples * (1 if schema.kind == "fixed" else 2)
+    values = header.steps * int(np.prod(schema.shape, dtype=np.int64)) * np.dtype(schema.dtype).itemsize
     expected = header.offset + columns + values
     if header.samples < 1 or path.stat().st_size != expected:
         raise ValueError(f"{path}: must have {expected} bytes, got {path.stat().st_size}: {_REMEDY}")

@@ -9,8 +9,8 @@ from uuid import uuid4
 import numpy as np
 import numpy.typing as npt
 
-from samplers.inference.output_arrays import Layout, OutputArrays, check_layout
-from samplers.inference.parts import SUFFIX, read_part_samples, write_part
+from samplers.inference.output_arrays import OutputArrays, OutputSchema, check_same_schema
+from samplers.inference.parts import PART_SUFFIX, read_part_samples, write_part
 from samplers.inference.run_record import RunRecord, read_record, write_record
 from samplers.shards.storage.locks import lock
 
@@ -30,7 +30,7 @@ class RunFolder:
         self.path = out.with_name(out.name + ".parts")
         self.record = record
         # Of the outputs in the parts, once they were read.
-        self.layout: Layout | None = None
+        self.schema: OutputSchema | None = None
         self._lock: BinaryIO | None = None
 
     @property
@@ -69,8 +69,8 @@ class RunFolder:
         done = np.zeros(self.record.samples, np.bool_)
         for path in self._parts():
             header, samples = read_part_samples(path, self.record.samples)
-            self.layout = self.layout or header.layout
-            check_layout(header.layout, self.layout, f"in {path}")
+            self.schema = self.schema or header.schema
+            check_same_schema(header.schema, self.schema, f"in {path}")
             if done[samples].any() or len(np.unique(samples)) < len(samples):
                 raise ValueError(f"{path}: it has a sample that another part has: delete this file")
             done[samples] = True
@@ -83,7 +83,7 @@ class RunFolder:
             OSError: It cannot be written; the error names the file.
         """
         # Any process may write, whenever it started: a random name is no one's yet.
-        write_part(self.path / f"{uuid4().hex}{SUFFIX}", arrays)
+        write_part(self.path / f"{uuid4().hex}{PART_SUFFIX}", arrays)
 
     def list_parts(self) -> list[Path]:
         """All parts; in a fixed order, so that messages are the same each time."""
@@ -101,7 +101,7 @@ class RunFolder:
             self._lock = None
 
     def _parts(self) -> list[Path]:
-        return sorted(self.path.glob(f"*{SUFFIX}"))
+        return sorted(self.path.glob(f"*{PART_SUFFIX}"))
 
 
 def _is_linked(stream: Any, path: Path) -> bool:

@@ -6,7 +6,7 @@ from typing import Any, Final
 import numpy as np
 
 from samplers.inference.assemble import arrow_type, write_arrow, write_npy
-from samplers.inference.output_arrays import Layout
+from samplers.inference.output_arrays import OutputSchema
 from samplers.inference.run_record import RunRecord, read_record, write_record
 from samplers.shards.storage.checksum import crc32
 from samplers.sources.extras import load_extra
@@ -74,16 +74,16 @@ class SavedResult:
         """Remove the record, so that the run is not finished; its file stays until another replaces it."""
         self._record_path.unlink(missing_ok=True)
 
-    def check_layout(self, layout: Layout) -> None:
+    def check_storable(self, schema: OutputSchema) -> None:
         """Check that the file can hold such outputs.
 
         Raises:
             ValueError: They have not one shape, and the file is an array; or Arrow has no such type.
         """
         if self.path.suffix == ".arrow":
-            arrow_type(layout)
-        if self.path.suffix == ".npy" and layout.kind != "fixed":
-            raise ValueError(f"{self.path} must have outputs of one shape, got {layout}: give a file .arrow as out")
+            arrow_type(schema)
+        if self.path.suffix == ".npy" and schema.kind != "fixed":
+            raise ValueError(f"{self.path} must have outputs of one shape, got {schema}: give a file .arrow as out")
 
     def write(self, parts: list[Path]) -> None:
         """Write the file from parts that have each sample once, then its record."""

@@ -8,7 +8,7 @@ from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from samplers.integrations.longest_first import LongestFirst
-from samplers.integrations.plans import LengthsOf, find_lengths, make_sampler
+from samplers.integrations.plans import LengthsOf, make_sampler, resolve_lengths
 
 
 class EpochCallback(TrainerCallback):
@@ -79,7 +79,7 @@ class PlannedTrainer(Trainer):
         return max(1, round(self._samples_per_batch * args.world_size * args.gradient_accumulation_steps))
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int]:
-        return LongestFirst(find_lengths(eval_dataset, self.lengths))
+        return LongestFirst(resolve_lengths(eval_dataset, self.lengths))
 
     def _get_dataloader(self, *args: Any, **options: Any) -> DataLoader[Any]:
         """A loader for evaluation; that of training is made above."""

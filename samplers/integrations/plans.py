@@ -11,7 +11,7 @@ from samplers.sources.lengths_of import lengths_of
 LengthsOf: TypeAlias = str | Callable[[Any], Any] | Any
 
 
-def find_lengths(dataset: Any, lengths: LengthsOf) -> Any:
+def resolve_lengths(dataset: Any, lengths: LengthsOf) -> Any:
     """The lengths of a dataset's samples.
 
     Args:
@@ -45,4 +45,4 @@ def make_sampler(
         ValueError: An option is out of its range, or lengths are not those of the dataset.
     """
     kind = PackingBatchSampler if "capacity" in plan else LengthBucketBatchSampler
-    return kind(find_lengths(dataset, lengths), rank=rank, **plan)
+    return kind(resolve_lengths(dataset, lengths), rank=rank, **plan)
