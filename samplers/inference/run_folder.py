@@ -51,7 +51,8 @@ class RunFolder:
             stream.close()
             raise FileExistsError(f"{self.path} is being written by another run: wait for it, or give another out")
         self._lock = stream
-        if not resume:
+        # Parts without a record are what a kill has left of a finished run, whichever it was.
+        if not resume or not self.exists:
             for part in self._parts():
                 part.unlink()
             (self.path / _RECORD).unlink(missing_ok=True)

@@ -142,6 +142,14 @@ def test_a_file_of_somebody_else_is_never_replaced(tmp_path: Path) -> None:
     assert out.read_text() == "notes"
 
 
+def test_parts_that_belong_to_no_run_are_not_taken_for_its_own(tmp_path: Path) -> None:
+    """Red: a kill while a finished run removes its folder may leave parts without their record."""
+    out = unfinished(tmp_path, name="first")
+    (tmp_path / "a.npy.parts" / "run.json").unlink()
+    found = run(lambda batch: -totals(batch), sequences([5, 4, 3, 5, 2, 1, 6, 7]), max_tokens=7, out=out, name="second")
+    assert (found[:, 2] < 0).all()
+
+
 def test_two_runs_do_not_share_a_file(tmp_path: Path) -> None:
     out, rows = tmp_path / "a.npy", sequences([1, 2])
 
