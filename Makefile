@@ -19,7 +19,7 @@ JOBS ?= 2
 FRAMEWORKS ?=
 
 # The other files of the folder are shared by these, or are for GPUs (gpu) or peers (loading).
-BENCHMARKS := collation packing transport rnn language_model planning scale shards bucketing packing_plans varlen packed_training block_masks
+BENCHMARKS := collation packing transport rnn language_model planning scale shards bucketing packing_plans varlen packed_training block_masks inference
 
 .PHONY: help demo test check format lint types coverage frameworks oldest oldest-quick fuzz storm bench bench-peers gpu docs clean
 

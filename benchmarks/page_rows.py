@@ -345,6 +345,17 @@ pack_stream_rows: Final = formatted(
     },
 )
 
+# Inference in order, and what it adds to a bare loop.
+inference_rows: Final = formatted(
+    "corpora",
+    {
+        "corpus": "{corpus}",
+        "padding in the order of arrival": "{arrival padding:.1%}",
+        "padding of run_in_order": "{padding:.1%}",
+        "times as fast": "{times as fast[1]:.2f} [{times as fast[0]:.2f}-{times as fast[2]:.2f}]",
+    },
+)
+
 TABLES: Final[dict[str, tuple[str, Callable[[Results], list[Cells]]]]] = {
     "block_masks": ("block_masks", lambda results: ratio_rows(results["cases"])),
     "block_masks-targets": ("block_masks", bar_rows),
@@ -384,4 +395,6 @@ TABLES: Final[dict[str, tuple[str, Callable[[Results], list[Cells]]]]] = {
     "loading-first": ("loading", first_rows),
     "loading-memory": ("loading", memory_rows),
     "loading-targets": ("loading", bar_rows),
+    "inference": ("inference", inference_rows),
+    "inference-targets": ("inference", bar_rows),
 }

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         pack,
         pack_by_length,
         plan_epoch,
+        run_in_order,
     )
 
 __all__ = [
@@ -83,6 +84,7 @@ __all__ = [
     "pack",
     "pack_by_length",
     "plan_epoch",
+    "run_in_order",
     "sequence_loss",
     "token_scale",
 ]

@@ -2,7 +2,7 @@
 
 Contents: the files here are the loaders; the rooms are `planning` (lengths to batches), `progress` (positions),
 `dynamic` (streams without known lengths), `shards` (lengths and samples on disk), `sources` (lengths of data of other
-programs) and `cli` (the command).
+programs), `inference` (a step over every sample, in order), `integrations` (trainers) and `cli` (the command).
 It imports `errors`, `widths` and `deprecated` from `collate`, nothing else. CONTRIBUTING defines the words.
 """
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from samplers.dynamic.node import LengthBucketNode, PackingNode
     from samplers.dynamic.pack_stage import pack_by_length
     from samplers.dynamic.stage import bucket_by_length
+    from samplers.inference.run_in_order import run_in_order
     from samplers.planning.fitting.cost_fit import fit_cost
     from samplers.planning.fitting.optimal_widths import optimal_widths
     from samplers.planning.packs.one_list import pack
@@ -56,6 +57,7 @@ else:
             "pack": "samplers.planning.packs.one_list",
             "pack_by_length": "samplers.dynamic.pack_stage",
             "plan_epoch": "samplers.planning.plan",
+            "run_in_order": "samplers.inference.run_in_order",
         },
     )
 
@@ -79,4 +81,5 @@ __all__ = [
     "pack",
     "pack_by_length",
     "plan_epoch",
+    "run_in_order",
 ]

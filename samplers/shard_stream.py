@@ -26,11 +26,11 @@ from samplers.progress.loader import PlannedLoader
 from samplers.progress.position import check_epoch, warn_of_drop
 from samplers.progress.replica import find_replica
 from samplers.progress.shared_cursor import WORKERS, SharedEpochCursor, WorkerIteration
+from samplers.progress.window_reader import ShardsInOrder, StepReader
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.indexing.measuring import Decoder
 from samplers.shards.skipping import Handler
 from samplers.shards.storage.reading import Shards
-from samplers.window_reader import ShardsInOrder, StepReader
 
 # Not pickled: as large as the corpus has samples, and computed again from the index.
 _NOT_PICKLED: Final = "_table"

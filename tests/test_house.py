@@ -21,12 +21,13 @@ README = (ROOT / "README.md").read_text()
 LAYERS = {
     "samplers": [
         ["cli"],
-        ["shard_stream"],
-        ["batch_sampler", "window_reader"],
+        ["integrations"],
+        ["shard_stream", "inference"],
+        ["batch_sampler"],
         ["progress", "dynamic"],
         ["planning", "shards"],
         ["sources"],
-        ["testing", "lazy_names", "masked"],
+        ["testing", "lazy_names"],
     ],
     "samplers.planning": [
         ["pack_batches"],
@@ -63,7 +64,7 @@ LAYERS = {
         ["options", "cut_rows"],
     ],
     "samplers.progress": [
-        ["planned_sampler", "read_ahead"],
+        ["planned_sampler", "read_ahead", "window_reader"],
         ["loader"],
         ["loop_updates"],
         ["epoch_cursor", "shared_cursor"],
@@ -99,7 +100,23 @@ LAYERS = {
         ["rows", "unfinished"],
         ["arrow", "exact_numbers", "tokenizer"],
     ],
-    "samplers.sources": [["lengths_of"], ["files"], ["json_lines", "megatron"], ["arrow_lengths"], ["extras"]],
+    "samplers.inference": [
+        ["run_in_order"],
+        ["containers"],
+        ["run_folder", "saved_result"],
+        ["assemble", "run_record"],
+        ["parts"],
+        ["output_arrays"],
+        ["outputs", "plan", "halving"],
+    ],
+    "samplers.integrations": [["huggingface", "lightning"], ["longest_first", "plans"]],
+    "samplers.sources": [
+        ["lengths_of"],
+        ["files"],
+        ["json_lines", "megatron"],
+        ["arrow_lengths"],
+        ["extras", "masked"],
+    ],
     "samplers.shards.format": [
         ["header_lengths"],
         ["samples", "tar"],
@@ -240,7 +257,7 @@ def test_the_public_names_are_those_that_were_promised() -> None:
         ),
         *("LengthBucketNode", "LengthIndex", "ShardWriter", "ShardDataset", "ShardStream", "LengthError"),
         *("PackingBatchSampler", "PackingNode", "SplitDataset", "pack", "pack_by_length"),
-        "lengths_of",
+        *("lengths_of", "run_in_order"),
     }
 
 

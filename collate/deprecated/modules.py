@@ -54,7 +54,7 @@ MOVED: Final = {
     "samplers.pictures": "samplers.cli.plots",
     "samplers.plan": "samplers.planning.plan",
     "samplers.printing": "samplers.cli.printing",
-    "samplers.reader": "samplers.window_reader",
+    "samplers.reader": "samplers.progress.window_reader",
     "samplers.report": "samplers.planning.plan",
     "samplers.runs": "samplers.planning.tables.equal_lengths",
     "samplers.sample_length": "samplers.dynamic.sample_length",
@@ -84,6 +84,7 @@ MOVED: Final = {
     "samplers.shuffle": "samplers.planning.keyed_shuffle",
     "samplers.stream": "samplers.dynamic",
     "samplers.widths": "samplers.planning.fitting.optimal_widths",
+    "samplers.window_reader": "samplers.progress.window_reader",
     "samplers.windows": "samplers.planning.tables.window_table",
 }
 

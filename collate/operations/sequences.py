@@ -1,5 +1,6 @@
 """A padded batch as sequences: the methods that losses, means and recurrent modules call on every kind of batch."""
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, ClassVar, Literal, Self
 
@@ -18,7 +19,7 @@ from collate.tensors.steps import PaddingValue
 
 
 class PaddedSequences:
-    """The methods of a `LengthTrackedBatch` that a `VarlenBatch` has as well, and the way from the one to the other."""
+    """The methods of a `LengthTrackedBatch` that a `VarlenBatch` has as well, and the ways to other layouts."""
 
     is_varlen: ClassVar[bool] = False
 
@@ -102,6 +103,36 @@ class PaddedSequences:
             f"output's rows are samples {self.permutation.tolist()}, target's are {other.permutation.tolist()}: "
             "collate both fields together, or unsort both"
         )
+
+    def left_padded(self: TrackedBatch, names: Mapping[str, str] = views.LEFT_PADDED) -> dict[str, Tensor]:
+        """The rows with their padding on the left, as plain tensors, for models that generate: `**batch.left_padded()`.
+
+        A decoder continues a row after its last column, so its last real time step must stand there. Only these tensors
+        are padded on the left; the batch stays as it is. Gradients flow.
+
+        Args:
+            names: What each key names: `"values"` (`[B, T, *F]`; what the padding held is on the left now), `"mask"`
+                (bool `[B, T]`, True where a time step is real) or `"position_ids"` (int64 `[B, T]`, the index of a time
+                step in its sequence, 0 in the padding). The default keys are those of transformers: `input_ids`,
+                `attention_mask`, `position_ids`.
+
+        Returns:
+            A dict of tensors on the device of the values, in batch order.
+
+        Raises:
+            LengthError: The lengths or the mask were written to.
+            ValueError: A key names something else.
+
+        Example:
+            >>> import torch
+            >>> from collate import LengthTrackedBatch
+            >>> batch = LengthTrackedBatch.from_sequences([torch.tensor([5, 6, 7]), torch.tensor([8])])
+            >>> batch.left_padded({"x": "values", "positions": "position_ids"})
+            {'x': tensor([[5, 6, 7],
+                    [0, 0, 8]]), 'positions': tensor([[0, 1, 2],
+                    [0, 0, 0]])}
+        """
+        return views.left_padded_tensors(self, names)
 
     @outside_graphs
     def to_varlen(

@@ -26,6 +26,9 @@ _LARGEST_OFFSET: Final = 2**31 - 1
 _EXPORTED: Final = ("padded", "lengths", "mask", "permutation", "key_padding_mask", "cu_seqlens", "position_ids")
 
 
+# What `left_padded` gives by default, under the names of transformers.
+LEFT_PADDED: Final = {"input_ids": "values", "attention_mask": "mask", "position_ids": "position_ids"}
+
 # What `packing_map` keeps with the batch; copies make their own.
 PACKING_MAP: Final = "_packing_map"
 
@@ -103,6 +106,28 @@ def named_tensors(batch: TrackedBatch, names: Mapping[str, str]) -> dict[str, Te
         if attribute not in _EXPORTED:
             raise ValueError(f"{key!r} names {attribute!r}, which is none of {', '.join(_EXPORTED)}")
     return {key: getattr(batch, attribute) for key, attribute in names.items()}
+
+
+def left_padded_tensors(batch: TrackedBatch, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Values, mask and position ids of rows whose padding is on the left.
+
+    Raises:
+        ValueError: A key names something else.
+    """
+    check_unwritten(batch)
+    for key, name in names.items():
+        if name not in LEFT_PADDED.values():
+            raise ValueError(f"{key!r} names {name!r}, which is none of {', '.join(LEFT_PADDED.values())}")
+    steps = torch.arange(batch.padded.shape[1], device=batch.padded.device)
+    # From the mask, which is on the values' device: a row of 2 real time steps among 5 turns by 3.
+    index = steps - (len(steps) - batch.mask.sum(1, keepdim=True))
+    rows = torch.arange(len(batch.padded), device=batch.padded.device)[:, None]
+    made = {
+        "values": lambda: batch.padded[rows, index % len(steps)],
+        "mask": lambda: index >= 0,
+        "position_ids": lambda: (index + batch.first_step) * (index >= 0),
+    }
+    return {key: made[name]() for key, name in names.items()}
 
 
 def describe_batch(batch: TrackedBatch) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from collate.deprecated.names import renamed_arguments
+from collate.errors import is_out_of_memory
 from collate.training.restore import restored_training
 from collate.widths import PaddedShape, check_count
 
@@ -179,21 +180,11 @@ def _peak(run_shape: SizedStep, rows: int, width: int | FieldWidths, device: tor
         torch.cuda.reset_peak_memory_stats(device)
         run_shape(rows, width)
         torch.cuda.synchronize(device)
-    except MemoryError:
-        return sys.maxsize
-    except RuntimeError as error:
-        if not _is_out_of_memory(error):
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
         return sys.maxsize
     return torch.cuda.max_memory_reserved(device)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error of torch or its libraries says that memory ran out."""
-    # cuBLAS and cuDNN have their own texts (CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_ALLOC_FAILED), and so has
-    # torch on the host (DefaultCPUAllocator: can't allocate memory).
-    words = ("out of memory", "ALLOC_FAILED", "DefaultCPUAllocator")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def peak_resident() -> int:

@@ -11,15 +11,14 @@ from parity import MAX_TOKENS, Parity
 from tally import Tally, show
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
 
 from collate import VarlenBatch, VarlenCollator, check_step, masked_mean
-from samplers import LengthBucketBatchSampler
+from samplers.integrations.huggingface import PlannedTrainer
 
 DATA = Parity()
 TALLIES = [Tally(len(DATA)) for _ in range(3)]
-PACK = VarlenCollator({"bits": 0, "same": -100}, capacity=MAX_TOKENS)
+PACK = VarlenCollator({"bits": 0, "same": -100}, capacity=MAX_TOKENS, arrange="given")
 CONFIG = LlamaConfig(
     vocab_size=2,
     hidden_size=32,
@@ -47,19 +46,14 @@ def step_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tenso
     return cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), reduction="sum") / num_items_in_batch
 
 
-class PackedTrainer(Trainer):
-    """A Trainer on packed rows; it counts the samples of each epoch."""
+class CountingTrainer(PlannedTrainer):
+    """Counts the samples of each epoch."""
 
-    def get_train_dataloader(self) -> DataLoader:
-        """Samples of up to `MAX_TOKENS` real steps together, for all processes."""
-        sampler = LengthBucketBatchSampler(DATA.lengths, max_tokens=MAX_TOKENS, count_tokens="real", rank="all")
-        return self.accelerator.prepare(DataLoader(DATA, batch_sampler=sampler, collate_fn=self.data_collator))
-
-    def training_step(self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
-        """One training step."""
-        ids, tally = inputs.pop("id"), TALLIES[int(self.state.epoch)]
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        tally.add(ids, inputs["labels"] >= 0, loss.item())
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
+        """The loss of a batch."""
+        ids, real = inputs.pop("id"), inputs["labels"] >= 0
+        loss = super().compute_loss(model, inputs, *args, **options)
+        TALLIES[int(self.state.epoch)].add(ids, real, loss.item())
         return loss
 
 
@@ -75,9 +69,10 @@ def main(folder: str) -> None:
     model = LlamaForCausalLM(CONFIG)
     check_step(lambda batch: losses_of(model, batch), PACK(labelled([DATA[i] for i in range(8)]))).raise_if_broken()
     options = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
-    args = TrainingArguments(folder, learning_rate=1e-2, **options)
+    args = TrainingArguments(folder, learning_rate=1e-2, remove_unused_columns=False, **options)
     ours = {"data_collator": collate, "compute_loss_func": step_loss}
-    PackedTrainer(model, args, **ours).train()
+    plan = {"plan": {"capacity": MAX_TOKENS}, "lengths": lambda data: data.lengths}
+    CountingTrainer(model, args, train_dataset=DATA, **ours, **plan).train()
     for epoch, tally in enumerate(TALLIES):
         show(f"epoch {epoch}", tally)
 

@@ -1,4 +1,4 @@
-"""transformers.Trainer: length-bucketed batches as plain dicts, resumed mid-epoch, on one process or two.
+"""transformers.Trainer: length-bucketed batches, resumed mid-epoch, and predictions in order, on one process or two.
 
 python, or torchrun --nproc-per-node 2, examples/frameworks/huggingface_trainer.py FOLDER
 """
@@ -11,13 +11,12 @@ from parity import MAX_TOKENS, Parity
 from tally import Tally, show
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
-from transformers import BertConfig, BertForTokenClassification, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import BertConfig, BertForTokenClassification, TrainingArguments, set_seed
 
 from collate import PadCollator
-from samplers import LengthBucketBatchSampler
+from samplers.integrations.huggingface import PlannedTrainer
 
-DATA = Parity()
+DATA, HELD_OUT = Parity(), Parity(150)
 TALLIES = [Tally(len(DATA)) for _ in range(3)]
 
 
@@ -29,51 +28,55 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     return {**inputs, "labels": batch["same"].padded, "id": batch["id"]}
 
 
-def token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
-    """The mean over the real tokens of all processes, as the Trainer's factor W assumes."""
+def token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any) -> Tensor:
+    """The mean over the real tokens of all processes, as the Trainer's factor W assumes; of a batch in evaluation."""
+    if num_items_in_batch is None:
+        num_items_in_batch = (labels != -100).sum()
     return cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), reduction="sum") / num_items_in_batch
 
 
-class Announcer(TrainerCallback):
-    """Sets the sampler's epoch: a Trainer that resumes mid-epoch on several processes does not."""
-
-    def on_epoch_begin(self, args: Any, state: Any, *_: Any, train_dataloader: Any, **__: Any) -> None:
-        """Called before the first batch is taken. With several processes accelerate's sampler wraps ours."""
-        sampler = train_dataloader.batch_sampler
-        getattr(sampler, "batch_sampler", sampler).set_epoch(int(state.epoch))
+def accuracy(found: Any) -> dict[str, float]:
+    """Over the real steps: padding has the label -100. Rows are in the order of the dataset."""
+    real = found.label_ids != -100
+    in_order = real.sum(1).tolist() == HELD_OUT.lengths
+    return {"accuracy": (found.predictions.argmax(-1) == found.label_ids)[real].mean().item(), "in_order": in_order}
 
 
-class BucketTrainer(Trainer):
-    """A Trainer with a lengthtrack sampler; it counts the samples of each epoch."""
+class CountingTrainer(PlannedTrainer):
+    """Counts the samples of each epoch."""
 
-    def get_train_dataloader(self) -> DataLoader:
-        """The batches of all processes, which `prepare` deals out."""
-        sampler = LengthBucketBatchSampler(DATA.lengths, max_tokens=MAX_TOKENS, rank="all")
-        return self.accelerator.prepare(DataLoader(DATA, batch_sampler=sampler, collate_fn=self.data_collator))
-
-    def training_step(self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
-        """One training step."""
-        ids, tally = inputs.pop("id"), TALLIES[int(self.state.epoch)]
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        tally.add(ids, inputs["attention_mask"], loss.item())
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
+        """The loss of a batch."""
+        ids, mask = inputs.pop("id"), inputs["attention_mask"]
+        loss = super().compute_loss(model, inputs, *args, **options)
+        if model.training:
+            TALLIES[int(self.state.epoch)].add(ids, mask, loss.item())
         return loss
 
 
-def train(folder: str, checkpoint: str | None = None, **options: Any) -> None:
+def train(folder: str, checkpoint: str | None = None, **options: Any) -> CountingTrainer:
     """Train a tiny model from scratch or from a checkpoint."""
     set_seed(0)
     config = BertConfig(vocab_size=3, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-    args = TrainingArguments(folder, learning_rate=1e-2, report_to="none", disable_tqdm=True, use_cpu=True, **options)
-    ours = {"data_collator": collate, "compute_loss_func": token_loss, "callbacks": [Announcer()]}
-    BucketTrainer(BertForTokenClassification(config), args, **ours).train(resume_from_checkpoint=checkpoint)
+    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "remove_unused_columns": False}
+    args = TrainingArguments(folder, learning_rate=1e-2, **quiet, **options)
+    ours = {"data_collator": collate, "compute_loss_func": token_loss, "compute_metrics": accuracy}
+    plan = {"plan": {"max_tokens": MAX_TOKENS}, "lengths": lambda data: data.lengths}
+    trainer = CountingTrainer(BertForTokenClassification(config), args, train_dataset=DATA, **ours, **plan)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer
 
 
 def main(folder: str) -> None:
-    """Stop mid-epoch; another Trainer resumes from the checkpoint."""
+    """Stop mid-epoch; another Trainer resumes from the checkpoint, and predicts."""
     train(folder, max_steps=40, save_steps=40)
-    train(folder, f"{folder}/checkpoint-40", num_train_epochs=3, save_strategy="no")
+    trainer = train(folder, f"{folder}/checkpoint-40", num_train_epochs=3, save_strategy="no")
     for epoch, tally in enumerate(TALLIES):
         show(f"epoch {epoch}", tally)
+    found = trainer.predict(HELD_OUT)
+    if trainer.is_world_process_zero():
+        in_order = (found.label_ids != -100).sum(1).tolist() == HELD_OUT.lengths
+        print(f"predictions in order: {in_order and found.metrics['test_in_order']}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Lightning: a Trainer stops mid-epoch, and another resumes from its checkpoint, on one process or two.
+"""Lightning: a Trainer stops mid-epoch, and another resumes from a later checkpoint, on one process or two.
 
 python examples/frameworks/lightning_module.py
 torchrun --nproc-per-node 2 examples/frameworks/lightning_module.py
@@ -11,13 +11,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from parity import COLLATE, MAX_TOKENS, Parity, Tagger, loss_of
 from tally import Tally, show
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from collate import token_scale
-from samplers import LengthBucketBatchSampler
+from samplers.integrations.lightning import PlannedDataModule
 
 DATA = Parity()
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
@@ -32,12 +30,6 @@ class Module(LightningModule):
         super().__init__()
         self.tagger = Tagger()
 
-    def train_dataloader(self) -> StatefulDataLoader:
-        """Make the loader here, when the process group exists. Lightning saves its state in the checkpoints."""
-        sampler = LengthBucketBatchSampler(DATA.lengths, max_tokens=MAX_TOKENS)
-        sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
-        return StatefulDataLoader(DATA, batch_sampler=sampler, collate_fn=COLLATE)
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         """The loss; its averaged gradient is that of the mean over the tokens of all processes."""
         loss = loss_of(self.tagger, batch, "sum") * token_scale(batch["bits"].num_tokens)
@@ -51,21 +43,23 @@ class Module(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.02)
 
 
-def fit(folder: str, checkpoint: str | None = None, **limits: int) -> Trainer:
+def fit(checkpoint: str | None = None, **options: Any) -> Trainer:
     """Train with a new Trainer, which must not replace the sampler."""
-    saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=STOP_AFTER, save_top_k=-1)
+    data = PlannedDataModule(DATA, collate_fn=COLLATE, plan={"max_tokens": MAX_TOKENS}, lengths=DATA.lengths)
     silent = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler"), False)
     strategy = "ddp" if PROCESSES > 1 else "auto"
-    trainer = Trainer(accelerator="cpu", devices=PROCESSES, strategy=strategy, callbacks=[saves], **silent, **limits)
-    trainer.fit(Module(), ckpt_path=checkpoint)
+    trainer = Trainer(accelerator="cpu", devices=PROCESSES, strategy=strategy, **silent, **options)
+    trainer.fit(Module(), data, ckpt_path=checkpoint)
     return trainer
 
 
 def main() -> None:
-    """Stop in the second epoch and resume. Only the first process writes to its folder."""
+    """Stop in the second epoch, save after that, and resume. Only the first process writes to its folder."""
     with tempfile.TemporaryDirectory() as folder:
-        first = fit(folder, max_steps=STOP_AFTER)
-        fit(folder, first.checkpoint_callback.best_model_path, max_epochs=3)
+        first = fit(max_steps=STOP_AFTER, default_root_dir=folder)
+        path = first.strategy.broadcast(f"{folder}/stopped.ckpt")
+        first.save_checkpoint(path)
+        fit(path, max_epochs=3, default_root_dir=folder)
     for epoch, tally in TALLIES.items():
         show(f"epoch {epoch}", tally)
     # Lightning leaves the group of gloo open, and its threads can abort a process that ends while they run.

@@ -12,16 +12,16 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from parity import MAX_TOKENS, Parity, Tagger, loss_of
 from tally import Tally, show
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from collate import VarlenCollator, check_step, token_scale
-from samplers import LengthBucketBatchSampler
+from samplers.integrations.lightning import PlannedDataModule
 
 DATA = Parity()
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 TALLIES: dict[int, Tally] = defaultdict(lambda: Tally(len(DATA)))
 # One row of this many real steps, so that all batches have one shape.
-PACK = VarlenCollator({"bits": 0, "odd": -100}, capacity=MAX_TOKENS, max_documents=MAX_TOKENS)
+PACK = VarlenCollator({"bits": 0, "odd": -100}, capacity=MAX_TOKENS, max_documents=MAX_TOKENS, arrange="given")
+PLAN = {"capacity": MAX_TOKENS, "max_documents": MAX_TOKENS}
 
 
 class Module(LightningModule):
@@ -30,11 +30,6 @@ class Module(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.tagger = Tagger()
-
-    def train_dataloader(self) -> StatefulDataLoader:
-        """Samples of up to `MAX_TOKENS` real steps together, made when the process group exists."""
-        sampler = LengthBucketBatchSampler(DATA.lengths, max_tokens=MAX_TOKENS, count_tokens="real")
-        return StatefulDataLoader(DATA, batch_sampler=sampler, collate_fn=PACK)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         """The loss; its averaged gradient is that of the mean over the steps of all processes."""
@@ -60,7 +55,8 @@ def main() -> None:
         "enable_checkpointing",
     )
     options = {"accelerator": "cpu", "devices": PROCESSES, "strategy": "ddp" if PROCESSES > 1 else "auto"}
-    Trainer(**options, **dict.fromkeys(silent, False), max_epochs=3).fit(module)
+    data = PlannedDataModule(DATA, collate_fn=PACK, plan=PLAN, lengths=DATA.lengths)
+    Trainer(**options, **dict.fromkeys(silent, False), max_epochs=3).fit(module, data)
     for epoch, tally in sorted(TALLIES.items()):
         show(f"epoch {epoch}", tally)
     # Lightning leaves the group of gloo open, and its threads can abort a process that ends while they run.

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from collate.deprecated.names import with_present_names
 from collate.widths import AllowedWidths, Widths, check_count, check_widths
-from samplers.masked import refuse_masked
 from samplers.planning.budget import Budget, Cost, Count
+from samplers.sources.masked import refuse_masked
 
 Overlong: TypeAlias = Literal["error", "drop", "alone"]
 Indices: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]

@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from collate.errors import LengthError
 from collate.widths import padded_widths
-from samplers.masked import refuse_masked
 from samplers.planning.budget import Integers
 from samplers.planning.options import Options, check_indices
+from samplers.sources.masked import refuse_masked
 
 # Indices of samples, or sorted indices: int32 where that is enough.
 IndexArray: TypeAlias = npt.NDArray[np.signedinteger[Any]]

@@ -102,7 +102,10 @@ def test_every_epoch_holds_each_sample_once_and_the_loss_falls(name: str, proces
 @needs("accelerate")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_trainer_that_resumes_amid_an_epoch_holds_each_sample_once(processes: int, tmp_path: Path) -> None:
-    check_epochs(epochs_of(run(processes, "huggingface_trainer.py", tmp_path)), 3, processes)
+    out = run(processes, "huggingface_trainer.py", tmp_path)
+    check_epochs(epochs_of(out), 3, processes)
+    # In the middle and at the end: what `compute_metrics` gets and what `predict` returns.
+    assert "predictions in order: True" in out
 
 
 @needs("transformers")
@@ -135,13 +138,25 @@ def test_predictions_of_a_trainer_are_in_dataset_order_without_sorting(tmp_path:
     # What the page warns of.
     assert predictions["None"] != of_rows
     assert sorted(predictions["None"]) == sorted(of_rows)
+    planned = predictions["planned"]
+    # Red without `restore`: both were in the order of the lengths.
+    assert planned["predictions"] == planned["seen"] == of_rows
+    assert planned["labels"] == list(range(24))
+    # Longest first, in batches of five.
+    lengths = sorted((1 + place * 7 % 5 for place in range(24)), reverse=True)
+    assert planned["widths"] == lengths[::5]
+    # 71 steps make five rows of 16: with `max_steps`, the Trainer counts the mean of 24 samples in five updates.
+    assert sum(lengths) == 71
+    assert planned["per_update"] == 5
 
 
 @needs("lightning")
-@pytest.mark.parametrize("workers", [0, 1])
-def test_lightning_resumes_exactly_from_what_was_saved_during_fit(workers: int, tmp_path: Path) -> None:
-    exact = facts_of("lightning_resume.py", tmp_path, workers)
-    assert exact == {"steps": True, "last": True, "edge": True, "epochs": False, "after": False}
+@pytest.mark.parametrize(("way", "workers"), [("loader", 0), ("loader", 1), ("module", 1)])
+def test_lightning_resumes_exactly_from_what_was_saved_during_fit(way: str, workers: int, tmp_path: Path) -> None:
+    """With a loader of torchdata, as the page says; with our DataModule also from what was saved after it."""
+    exact = facts_of("lightning_resume.py", tmp_path, workers, way)
+    during = {"steps": True, "last": True, "edge": True, "after edge": True}
+    assert exact == {**during, "epochs": way == "module", "after": way == "module"}
 
 
 def test_ddp_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from collate import PadCollator
 from samplers import ShardDataset, ShardStream, ShardWriter
+from samplers.progress.window_reader import FetchedShards
 from samplers.shards.indexing.index import tables_of
-from samplers.window_reader import FetchedShards
 
 
 @pytest.mark.parametrize("layout", ["plain", "blocks"])

@@ -110,7 +110,7 @@ def test_a_batch_of_many_shards_lives_with_few_descriptors(tmp_path: Path) -> No
     code = """
     import os, resource, sys
     from samplers import ShardDataset
-    from samplers.window_reader import ShardsInOrder
+    from samplers.progress.window_reader import ShardsInOrder
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
     data = ShardDataset(sys.argv[1])
     order = list(range(199, -1, -1))

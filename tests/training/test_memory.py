@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from collate import find_max_tokens
-from collate.training.max_tokens import _forget_peak, _is_out_of_memory, peak_resident
+from collate.errors import is_out_of_memory
+from collate.training.max_tokens import _forget_peak, peak_resident
 
 MEGABYTE = 1 << 20
 
@@ -136,9 +137,9 @@ def test_random_states_of_python_and_numpy_are_restored_too() -> None:
 
 @pytest.mark.parametrize("words", ["CUDA error: out of memory", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"])
 def test_every_library_s_words_for_lack_of_memory_are_known(words: str) -> None:
-    assert _is_out_of_memory(RuntimeError(words))
-    assert _is_out_of_memory(torch.OutOfMemoryError())
-    assert not _is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert is_out_of_memory(RuntimeError(words))
+    assert is_out_of_memory(torch.OutOfMemoryError())
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_shapes_of_several_fields_are_tried_with_all_their_widths() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from collate import LengthTrackedBatch, PadCollator, apply_rnn, last_step, masked_mean, sequence_loss
-from samplers import BatchPlan, LengthBucketBatchSampler, LengthIndex, ShardDataset
+from samplers import BatchPlan, LengthBucketBatchSampler, LengthIndex, ShardDataset, run_in_order
 
 
 class Batch(TypedDict):
@@ -47,3 +47,11 @@ def collate_by_hand(rows: list[list[int]]) -> Tensor:
     assert_type(batch.sequences(), list[Tensor])
     assert_type(batch.num_tokens, int)
     return batch.padded
+
+
+def embed_in_order(folder: str) -> object:
+    def step(batch: Batch) -> Tensor:
+        assert_type(batch["tokens"].left_padded(), dict[str, Tensor])
+        return batch["tokens"].padded.float().mean(1)
+
+    return run_in_order(step, ShardDataset(folder), collate_fn=PadCollator(), max_tokens=4096, out="vectors.npy")

@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from collate.errors import LengthError
 from collate.widths import check_count
-from samplers.masked import refuse_masked
 from samplers.planning.budget import Integers
 from samplers.planning.sorting import LONGEST_LENGTH
+from samplers.sources.masked import refuse_masked
 
 # Costs up to here, and their differences, fit 64 bits.
 _LARGEST_COST: Final = 1 << 62

@@ -25,8 +25,8 @@ from pathlib import PurePath
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeAlias
 
-from samplers.masked import refuse_masked
 from samplers.shards.format.header_lengths import HeaderLength
+from samplers.sources.masked import refuse_masked
 
 # (field, bytes) -> steps.
 LengthOf: TypeAlias = Callable[[str, bytes], int]

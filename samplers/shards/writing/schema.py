@@ -8,11 +8,11 @@ from typing import Final
 import numpy as np
 from torch import Tensor, bfloat16, strided
 
-from samplers.masked import refuse_masked
 from samplers.shards.format.npy import DTYPES, LONGEST_HEADER, AnyArray, read_npy_header
 from samplers.shards.indexing.shard_groups import MAX_STEPS
 from samplers.shards.indexing.tables import Field, Tables
 from samplers.shards.storage.reading import open_file
+from samplers.sources.masked import refuse_masked
 
 # webdataset reads suffixes in lower case, splits them at dots, and reserves leading underscores.
 _FIELD_NAME: Final = re.compile(r"[^./\\_][^./\\]*")

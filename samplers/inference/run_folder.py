@@ -1,0 +1,113 @@
+"""The folder of an unfinished run: its record, its parts, and a lock, so that only one run writes there."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+from uuid import uuid4
+
+import numpy as np
+import numpy.typing as npt
+
+from samplers.inference.output_arrays import OutputArrays, OutputSchema, check_same_schema
+from samplers.inference.parts import PART_SUFFIX, read_part_samples, write_part
+from samplers.inference.run_record import RunRecord, read_record, write_record
+from samplers.shards.storage.locks import lock
+
+_RECORD: Final = "run.json"
+_LOCK: Final = "lock"
+
+
+class RunFolder:
+    """Parts of a run next to the file that they will become: `predictions.npy.parts`.
+
+    Args:
+        out: The file.
+        record: The run.
+    """
+
+    def __init__(self, out: Path, record: RunRecord) -> None:
+        self.path = out.with_name(out.name + ".parts")
+        self.record = record
+        # Of the outputs in the parts, once they were read.
+        self.schema: OutputSchema | None = None
+        self._lock: BinaryIO | None = None
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is an unfinished run."""
+        return (self.path / _RECORD).exists()
+
+    def start(self, *, resume: bool) -> None:
+        """Lock the folder, and begin or resume the run; one process of a run does it.
+
+        Raises:
+            FileExistsError: Another run is writing there.
+            ValueError: The parts are of another run.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        stream = (self.path / _LOCK).open("ab")
+        if lock(stream) is False or not _is_linked(stream, self.path / _LOCK):
+            stream.close()
+            raise FileExistsError(f"{self.path} is being written by another run: wait for it, or give another out")
+        self._lock = stream
+        # Parts without a record are what a kill has left of a finished run, whichever it was.
+        if not resume or not self.exists:
+            for part in self._parts():
+                part.unlink()
+            (self.path / _RECORD).unlink(missing_ok=True)
+        if self.exists:
+            self.record.check(read_record(self.path / _RECORD), self.path)
+        else:
+            write_record(self.path / _RECORD, self.record)
+
+    def read_done(self) -> npt.NDArray[np.bool_]:
+        """Which samples have an output: bool `[N]`.
+
+        Raises:
+            ValueError: A part is damaged, or parts have outputs of different shapes or of the same sample.
+        """
+        done = np.zeros(self.record.samples, np.bool_)
+        for path in self._parts():
+            header, samples = read_part_samples(path, self.record.samples)
+            self.schema = self.schema or header.schema
+            check_same_schema(header.schema, self.schema, f"in {path}")
+            if done[samples].any() or len(np.unique(samples)) < len(samples):
+                raise ValueError(f"{path}: it has a sample that another part has: delete this file")
+            done[samples] = True
+        return done
+
+    def write(self, arrays: OutputArrays) -> None:
+        """Add a part.
+
+        Raises:
+            OSError: It cannot be written; the error names the file.
+        """
+        # Any process may write, whenever it started: a random name is no one's yet.
+        write_part(self.path / f"{uuid4().hex}{PART_SUFFIX}", arrays)
+
+    def list_parts(self) -> list[Path]:
+        """All parts; in a fixed order, so that messages are the same each time."""
+        return self._parts()
+
+    def remove(self) -> None:
+        """Remove the folder, once its outputs are elsewhere."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.close()
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.path.glob(f"*{PART_SUFFIX}"))
+
+
+def _is_linked(stream: Any, path: Path) -> bool:
+    """Whether an open file still has its name: the run that had the lock may have removed the folder."""
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,48 @@
+"""A batch sampler from a dataset and the options of a plan."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias
+
+from samplers.batch_sampler import LengthBucketBatchSampler, PackingBatchSampler
+from samplers.planning.sorting import IndexedLengths
+from samplers.sources.lengths_of import lengths_of
+
+# The column whose lengths count, the lengths themselves, or a function from a dataset to them.
+LengthsOf: TypeAlias = str | Callable[[Any], Any] | Any
+
+
+def resolve_lengths(dataset: Any, lengths: LengthsOf) -> Any:
+    """The lengths of a dataset's samples.
+
+    Args:
+        dataset: Map-style.
+        lengths: A column of it, a function from it to its lengths, or the lengths; None takes its index.
+
+    Raises:
+        TypeError: The dataset is of a kind whose lengths cannot be read.
+        ValueError: It has no such column, or not as many samples as lengths.
+    """
+    if lengths is None:
+        index = getattr(dataset, "index", None)
+        found = index if isinstance(index, IndexedLengths) else lengths_of(dataset)
+    elif isinstance(lengths, str):
+        found = lengths_of(dataset, lengths)
+    else:
+        found = lengths(dataset) if callable(lengths) else lengths
+    count = len(found.lengths if isinstance(found, IndexedLengths) else found)
+    if count != len(dataset):
+        raise ValueError(f"lengths must be those of the dataset's {len(dataset)} samples, got {count}")
+    return found
+
+
+def make_sampler(
+    dataset: Any, plan: Mapping[str, Any], lengths: LengthsOf, *, rank: int | Literal["all"] | None = None
+) -> LengthBucketBatchSampler | PackingBatchSampler:
+    """The batch sampler of a plan.
+
+    Raises:
+        TypeError: An option of the plan is unknown or has the wrong type, or the lengths cannot be read.
+        ValueError: An option is out of its range, or lengths are not those of the dataset.
+    """
+    kind = PackingBatchSampler if "capacity" in plan else LengthBucketBatchSampler
+    return kind(resolve_lengths(dataset, lengths), rank=rank, **plan)
