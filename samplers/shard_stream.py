@@ -29,6 +29,7 @@ from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.indexing.measuring import Decoder
 from samplers.shards.skipping import Handler
 from samplers.shards.storage.reading import Shards
+from samplers.shards.storage.transport import Transport
 from samplers.window_reader import ShardsInOrder, StepReader
 
 # Not pickled: as large as the corpus has samples, and computed again from the index.
@@ -94,6 +95,7 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         handler: What happens to a sample that cannot be read, as in `ShardDataset`: if it returns True for the error,
             the sample is skipped, and its batch has one row fewer. `len`, positions and the plan do not change.
         max_failed: The share of samples that may be skipped, 0 to 1; None is a tenth, but at least 99 samples.
+        transport: How a remote index and remote shards are read, as in `ShardDataset`.
         interleave: Windows that a replica reads side by side, batch by batch in turn. If shards are remote, give the
             number of workers, so that each fetches windows of its own; local shards do not need this.
         num_replicas: W; None takes the initialised process group's size, or 1.
@@ -127,6 +129,7 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         memory_map: bool = False,
         handler: Handler | None = None,
         max_failed: float | None = None,
+        transport: Transport | None = None,
         interleave: int = 1,
         num_replicas: int | None = None,
         rank: int | None = None,
@@ -146,7 +149,14 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         self.interleave = check_count("interleave", interleave, least=1, hint="1 reads one window after the other")
         self.num_replicas, self.rank = find_replica(num_replicas, rank)
         self.data = ShardsInOrder(
-            shards, index, fields, decode=decode, memory_map=memory_map, handler=handler, max_failed=max_failed
+            shards,
+            index,
+            fields,
+            decode=decode,
+            memory_map=memory_map,
+            handler=handler,
+            max_failed=max_failed,
+            transport=transport,
         )
         self._lengths = self.data.index
         self._table = self._make_table()

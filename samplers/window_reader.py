@@ -13,8 +13,8 @@ from samplers.shards.dataset import ShardDataset
 from samplers.shards.format.samples import Sample
 from samplers.shards.open_shards import OpenShards
 from samplers.shards.skipping import Failed
-from samplers.shards.storage.reading import LocalFile, RandomAccess
-from samplers.shards.storage.remote import FetchedFile
+from samplers.shards.storage.reading import RandomAccess
+from samplers.shards.storage.remote import FetchedFile, RemoteFile
 
 
 class StepReader:
@@ -112,7 +112,7 @@ class ShardsInOrder(ShardDataset):
 
     def _open_shards(self) -> OpenShards:
         """What opens the shards."""
-        return FetchedShards(self._tables, memory_map=self._memory_map)
+        return FetchedShards(self._tables, memory_map=self._memory_map, transport=self._transport)
 
     def _fail(self, error: Exception, row: int) -> Failed:
         """The failure of a sample, without the traceback of its error."""
@@ -136,11 +136,11 @@ class FetchedShards(OpenShards):
     def open(self, shard: int) -> RandomAccess:
         """An open shard; a remote one is fetched whole. The errors are those of `OpenShards.open`."""
         file = super().open(shard)
-        if isinstance(file, LocalFile):
+        if not isinstance(file, RemoteFile):
             return file
         # To find the samples that fail, a shard is read many times, but fetched once.
         # Another thread may fetch or free a shard meanwhile.
         fetched = self._fetched
         if fetched is None or fetched.path != file.path:
-            fetched = self._fetched = FetchedFile(file.path, file.size)
+            fetched = self._fetched = FetchedFile(file)
         return fetched

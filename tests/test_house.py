@@ -107,7 +107,11 @@ LAYERS = {
     "samplers.shards.storage": [
         ["paths"],
         ["reading"],
-        ["atomic", "checksum", "process_pool", "remote"],
+        ["remote"],
+        ["requests"],
+        ["http_body"],
+        ["failures"],
+        ["atomic", "checksum", "process_pool", "transport"],
         ["locks"],
     ],
     "samplers.dynamic": [
@@ -233,7 +237,7 @@ def test_the_public_names_are_those_that_were_promised() -> None:
             "bucket_by_length",
             "ReadAheadLoader",
         ),
-        *("LengthBucketNode", "LengthIndex", "ShardWriter", "ShardDataset", "ShardStream", "LengthError"),
+        *("LengthBucketNode", "LengthIndex", "ShardWriter", "ShardDataset", "ShardStream", "LengthError", "Transport"),
         *("PackingBatchSampler", "PackingNode", "SplitDataset", "pack", "pack_by_length"),
         "lengths_of",
     }

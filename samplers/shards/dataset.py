@@ -20,6 +20,7 @@ from samplers.shards.sample_reader import SampleReader, select_columns
 from samplers.shards.skipping import Failed, Handler, is_damage, make_skipping, read_apart
 from samplers.shards.split_dataset import PieceCutter, PieceTable, check_range
 from samplers.shards.storage.reading import Shards
+from samplers.shards.storage.transport import DEFAULT, Transport, check_transport
 from samplers.shards.unread import UnreadSamples
 
 # Attributes that are not pickled. Those of release 0.1 are among them.
@@ -39,6 +40,7 @@ class ShardDataset(Dataset[Sample]):
     # Of the class, since former pickles have none.
     _pieces: PieceCutter | None = None
     _memory_map = False
+    _transport = DEFAULT
 
     @renamed_arguments(check="checksums")
     def __init__(
@@ -52,6 +54,7 @@ class ShardDataset(Dataset[Sample]):
         memory_map: bool = False,
         handler: Handler | None = None,
         max_failed: float | None = None,
+        transport: Transport | None = None,
     ) -> None:
         """Open the index. Shards are opened, and checked against it, when they are first read.
 
@@ -68,17 +71,21 @@ class ShardDataset(Dataset[Sample]):
             handler: Called with the error of a sample of a batch that cannot be read. It returns True to skip the
                 sample, or False to raise, as `webdataset.warn_and_continue` does. None raises.
             max_failed: Fraction of samples that may be skipped, 0 to 1. None is a tenth, but at least 99 samples.
+            transport: How a remote index and remote shards are read: connections, timeouts and retries. None for the
+                defaults.
 
         Raises:
             FileNotFoundError: There is no index.
-            TypeError: `fields` is a single string, `decode` a function, `handler` not a function, or `max_failed` not a
-                number.
+            OSError: The index cannot be read, if it is remote after all retries.
+            TypeError: `fields` is a single string, `decode` a function, `handler` not a function, `max_failed` not a
+                number, or `transport` not a `Transport`.
             ValueError: The index is damaged or of other shards, a field does not exist, or `max_failed` is not
                 between 0 and 1.
         """
         if isinstance(fields, str):
             raise TypeError(f"fields must be a list of names, got the string {fields!r}")
-        self.index = _open_index(shards, index)
+        self._transport = check_transport(transport)
+        self.index = _open_index(shards, index, self._transport)
         self._tables = tables_of(self.index)
         self._memory_map = memory_map
         self._check_crcs = checksums and self._tables.crcs is not None
@@ -140,6 +147,8 @@ class ShardDataset(Dataset[Sample]):
             IndexError: An index is not in the corpus.
             LengthError: The length of a sample differs from the index. The message has shard, key, field and both
                 lengths.
+            OSError: A shard cannot be read, for a remote one after all retries. The message has the URL, the bytes, the
+                number of tries and the last cause.
             RuntimeError: All samples of the batch were skipped, or too many in total. The message lists the failures.
             TypeError: Indices are not integers.
             ValueError: A shard has changed since it was indexed, or is damaged.
@@ -189,7 +198,7 @@ class ShardDataset(Dataset[Sample]):
 
     def _open_shards(self) -> OpenShards:
         """What opens the shards."""
-        return OpenShards(self._tables, memory_map=self._memory_map)
+        return OpenShards(self._tables, memory_map=self._memory_map, transport=self._transport)
 
     def _here(self) -> SampleReader:
         """The reader of this process."""
@@ -228,9 +237,11 @@ class ShardDataset(Dataset[Sample]):
         return Failed(error, self.index.keys[row], self._here().shards.path_of(row))
 
 
-def _open_index(shards: Shards, index: LengthIndex | str | os.PathLike[str] | None) -> LengthIndex:
+def _open_index(
+    shards: Shards, index: LengthIndex | str | os.PathLike[str] | None, transport: Transport
+) -> LengthIndex:
     """The given index for these shards, or the one that lies with them."""
     if index is not None:
-        index = index if isinstance(index, LengthIndex) else LengthIndex.open(index)
+        index = index if isinstance(index, LengthIndex) else LengthIndex.open(index, transport=transport)
         return index.moved_to(shards)
-    return open_index(shards)
+    return open_index(shards, transport)

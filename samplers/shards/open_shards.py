@@ -1,18 +1,22 @@
 """The shards of a corpus that a process has open, each compared with the index when it is opened."""
 
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from errno import EMFILE, ENFILE
 from functools import lru_cache, partial
 from importlib import import_module
 from itertools import pairwise
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
 from samplers.shards.format.npy import AnyArray
 from samplers.shards.indexing.index_file import REBUILD
 from samplers.shards.indexing.tables import Tables
-from samplers.shards.storage.reading import RandomAccess, open_file
+from samplers.shards.storage.reading import RandomAccess, is_remote, open_file
+from samplers.shards.storage.remote import find_infos
+from samplers.shards.storage.transport import DEFAULT, Transport
 
 # Shards that a process keeps open: 128, but at most an eighth of the files that it may open, because the program opens
 # other files too.
@@ -29,13 +33,21 @@ class OpenShards:
     Args:
         tables: Tables of the corpus.
         memory_map: Map local shards.
+        transport: How remote shards are read.
     """
 
-    def __init__(self, tables: Tables, *, memory_map: bool = False) -> None:
+    def __init__(self, tables: Tables, *, memory_map: bool = False, transport: Transport = DEFAULT) -> None:
         self.process = os.getpid()
         self.most = count_handles()
         self._tables, self._ends = tables, tables.starts[1:]
-        self._files = lru_cache(maxsize=self.most)(partial(open_file, memory_map=memory_map))
+        self._transport = transport
+        # What is known of remote shards stays when they are closed, so that each is asked for its size once.
+        self._infos: dict[str, Any] = {}
+        self._is_local = not any("://" in shard.path for shard in tables.shards)
+        open_one = partial(open_file, memory_map=memory_map)
+        if not self._is_local:
+            open_one = partial(_open_known, self._infos, transport, open_one)
+        self._files = lru_cache(maxsize=self.most)(open_one)
 
     def shards_of(self, rows: AnyArray) -> AnyArray:
         """The shard of each row, int64 `[n]`."""
@@ -71,6 +83,8 @@ class OpenShards:
 
     def open_all(self, shards: list[int], borders: list[int]) -> Files:
         """Open shards, with the part of the rows that lies in each. The errors are those of `open`."""
+        if not self._is_local:
+            self._find_sizes([self._tables.shards[shard].path for shard in shards])
         return [(self.open(shard), slice(*part)) for shard, part in zip(shards, pairwise(borders), strict=True)]
 
     def open(self, shard: int) -> RandomAccess:
@@ -99,6 +113,14 @@ class OpenShards:
     def free(self) -> None:
         """Free the memory of shards that were fetched whole. Here there is none."""
 
+    def _find_sizes(self, paths: list[str]) -> None:
+        """Ask for the sizes of remote shards together."""
+        unknown = [path for path in paths if path not in self._infos and is_remote(path)]
+        if len(unknown) > 1:
+            # An error is raised where its shard is opened, so that a handler can skip that one alone.
+            with suppress(OSError, ValueError):
+                self._infos.update(zip(unknown, find_infos(unknown, self._transport), strict=True))
+
     def _open(self, path: str) -> RandomAccess:
         """Open a file, or take it from the cache.
 
@@ -113,6 +135,15 @@ class OpenShards:
             # The rest of the program has more files open than expected. Close the shards that are not in use.
             self._files.cache_clear()
             return self._files(path)
+
+
+def _open_known(
+    infos: dict[str, Any], transport: Transport, open_one: Callable[..., RandomAccess], path: str
+) -> RandomAccess:
+    """Open a file with what is known of it."""
+    if path not in infos and is_remote(path):
+        [infos[path]] = find_infos([path], transport)
+    return open_one(path, transport=transport, info=infos.get(path))
 
 
 def count_handles() -> int:

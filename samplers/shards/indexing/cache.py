@@ -17,6 +17,7 @@ from samplers.shards.indexing.scan import scan_shard
 from samplers.shards.indexing.tables import Tables
 from samplers.shards.storage.atomic import TEMPORARY, remove_leftover
 from samplers.shards.storage.reading import open_file
+from samplers.shards.storage.transport import DEFAULT, Transport
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class IndexCache:
             no cache.
         length_id: Name of `length`. None without a function, or for one that has no name.
         header: Measures fields that are not arrays, without a function.
+        transport: How remote shards are read.
     """
 
     fields: Collection[str] | None
@@ -39,6 +41,7 @@ class IndexCache:
     cache_dir: bool | Path = False
     length_id: str | None = None
     header: HeaderLength = field(default_factory=SoundHeaders)
+    transport: Transport = DEFAULT
 
     def __call__(self, shard: str) -> Tables:
         """The tables of a shard: from the cache if its index fits, else from a scan.
@@ -56,7 +59,7 @@ class IndexCache:
             return cached if self.checksums else replace(cached, crcs=None)
         # Scans of a whole shard are lost at a kill, so each index is written at once.
         measure = Measure(header=self.header) if self.length is None else Measure(self.length)
-        tables = scan_shard(shard, self.fields, measure, checksums=self.checksums)
+        tables = scan_shard(shard, self.fields, measure, checksums=self.checksums, transport=self.transport)
         if tables.measured:
             tables = replace(tables, length_id=self._recorded_id)
         elif isinstance(self.header, DeclaredLength):
@@ -95,7 +98,7 @@ class IndexCache:
             tables, _ = read_index(str(path), checked_up_to=None, mapped=False)
         except ValueError:
             return None
-        if len(tables.shards) != 1 or tables.shards[0].size != _size_since(shard, path):
+        if len(tables.shards) != 1 or tables.shards[0].size != _size_since(shard, path, self.transport):
             return None
         if self.checksums and tables.crcs is None:
             return None
@@ -169,10 +172,10 @@ def _tracked_fields(tables: Tables) -> list[str]:
     return [each.name for each in tables.fields if each.tracked]
 
 
-def _size_since(shard: str, index: Path) -> int | None:
+def _size_since(shard: str, index: Path, transport: Transport) -> int | None:
     """Bytes of a shard. None if it was changed, moved here or replaced after its index was written."""
     if "://" in shard:
-        return open_file(shard).size
+        return open_file(shard, transport=transport).size
     # The change time too: `mv` and `cp -p` keep the modification time of a file.
     status = Path(shard).stat()
     return status.st_size if max(status.st_mtime_ns, status.st_ctime_ns) <= index.stat().st_mtime_ns else None

@@ -1,0 +1,133 @@
+"""Many requests at a time, each tried again where another try may help.
+
+fsspec is the client, not obstore: at 20 ms latency 25 ranges of 20 files take 28 ms (3.2 ms of processor) with fsspec
+and 27 ms (2.9 ms) with obstore, so that there is little to gain. But a forked worker waits for ever in obstore if its
+parent has read, and fsspec's file systems take credentials as their users know them.
+
+All requests run on fsspec's own thread. A forked process has a new one.
+"""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeVar
+from weakref import WeakKeyDictionary
+
+import fsspec.asyn
+
+from samplers.shards.storage.failures import failure, is_transient, retry_after
+from samplers.shards.storage.transport import Transport
+
+Result = TypeVar("Result")
+# fsspec has no type hints for it.
+_get_loop: Callable[[], asyncio.AbstractEventLoop] = fsspec.asyn.get_loop
+
+# The longest wait before another try, in seconds, unless the server asks for more.
+_LONGEST_WAIT: Final = 20.0
+# How many requests may be sent at a time, by loop and by what they share. A forked process has another loop.
+_GATES: Final[WeakKeyDictionary[Any, dict[Hashable, asyncio.Semaphore]]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Request(Generic[Result]):
+    """A request that can be tried several times.
+
+    Attributes:
+        url: URL of the file, for messages.
+        what: The bytes asked for, for messages.
+        attempt: One try.
+    """
+
+    url: str
+    what: str
+    attempt: Callable[[], Awaitable[Result]]
+
+
+def send_all(requests: Sequence[Request[Result]], transport: Transport) -> list[Result]:
+    """Send requests together, and wait for all answers.
+
+    Raises:
+        FileNotFoundError: A file does not exist.
+        OSError: A request failed. The message has the URL, the bytes, the number of tries and the last cause.
+        ValueError: A server sends something else than it was asked for.
+    """
+    if not requests:
+        return []
+    future = asyncio.run_coroutine_threadsafe(_gather(requests, transport), _get_loop())
+    try:
+        while True:
+            try:
+                # Not for ever: Windows would not hear an interrupt.
+                return future.result(1)
+            except TimeoutError:
+                if future.done():
+                    return future.result()
+    finally:
+        # An interrupted read must not go on behind the program's back.
+        future.cancel()
+
+
+def gate_of(shared: Hashable, count: int) -> asyncio.Semaphore:
+    """What lets so many coroutines of this loop through at a time. To be called on the loop.
+
+    Args:
+        shared: What they share, such as a file system.
+        count: How many may pass.
+    """
+    gates = _GATES.setdefault(asyncio.get_running_loop(), {})
+    return gates.setdefault(shared, asyncio.Semaphore(count))
+
+
+async def _gather(requests: Sequence[Request[Result]], transport: Transport) -> list[Result]:
+    """All answers, or the first error."""
+    loop = asyncio.get_running_loop()
+    gate = gate_of(("connections", transport.connections), transport.connections)
+    end = loop.time() + transport.deadline
+    tasks = [asyncio.ensure_future(_persist(request, transport, gate, end)) for request in requests]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        # Their errors are of no interest any more.
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _persist(request: Request[Result], transport: Transport, gate: asyncio.Semaphore, end: float) -> Result:
+    """The answer to a request, after as many tries as it takes.
+
+    Args:
+        request: The request.
+        transport: How often, and how long.
+        gate: Limits the requests at a time.
+        end: Time of the loop when all must be done.
+
+    Raises:
+        Exception: It failed, see `failure`.
+    """
+    loop = asyncio.get_running_loop()
+    tries, last = 0, None
+    while True:
+        try:
+            async with asyncio.timeout_at(end), gate:
+                tries += 1
+                return await request.attempt()
+        except Exception as error:  # noqa: BLE001
+            # Clients raise the errors of any library. `failure` makes one of them that names the file.
+            cause: Exception = error
+        wait = max(_draw_wait(tries, transport), retry_after(cause))
+        is_late = loop.time() + wait >= end
+        if is_late or not is_transient(cause) or tries > transport.retries:
+            # After the deadline, the timeout itself says less than the error before it.
+            cause = last if loop.time() >= end and last is not None else cause
+            too_late = transport.deadline if is_late and is_transient(cause) and tries <= transport.retries else None
+            failed = failure(request.url, request.what, tries, cause, too_late=too_late)
+            raise failed from None
+        last = cause
+        await asyncio.sleep(wait)
+
+
+def _draw_wait(tries: int, transport: Transport) -> float:
+    """Seconds before the next try: at random, so that many clients do not come back together."""
+    return random.uniform(0, min(_LONGEST_WAIT, transport.backoff * 2 ** (max(tries, 1) - 1)))
