@@ -129,6 +129,15 @@ def measuring_options(command: Command) -> Command:
     return command
 
 
+def transport_option(command: Command) -> Command:
+    """Add the option that says how remote shards are read."""
+    return click.option(
+        "--transport",
+        metavar="NAME=NUMBER[,...]",
+        help="Reads over a network: connections=, timeout= (s), retries=, deadline= (s), backoff= (s).",
+    )(command)
+
+
 def source_options(command: Command) -> Command:
     """Add the options that say which lengths of the sources are meant."""
     options = [

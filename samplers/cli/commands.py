@@ -16,6 +16,7 @@ from samplers.cli.arguments import (
     parse_windows,
     plan_options,
     source_options,
+    transport_option,
 )
 
 # The module of each command's function. It is loaded when the command runs.
@@ -61,6 +62,7 @@ def main(*, traceback: bool) -> None:
 )
 @click.option("--checksums/--no-checksums", default=None, help="Read every payload too, and store its checksum.")
 @click.option("--workers", type=click.IntRange(0), help="Number of processes; by default up to one for each CPU.")
+@transport_option
 def index(**options: Any) -> None:
     """Build or refresh the index of SHARDS.
 
@@ -84,6 +86,7 @@ def index(**options: Any) -> None:
 @measuring_options
 @click.option("--errors", type=click.IntRange(1), default=5, help="Number of errors to print.")
 @click.option("--workers", type=click.IntRange(0), help="Number of processes; by default up to one for each CPU.")
+@transport_option
 def verify(**options: Any) -> None:
     """Check an index against its shards, and lengths against payloads.
 

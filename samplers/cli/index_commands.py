@@ -12,7 +12,7 @@ from samplers.cli.arguments import flatten, split_pack_options
 from samplers.cli.compare import compare_packs, compare_plans, pack_column, trace_windows
 from samplers.cli.describing import describe_index
 from samplers.cli.folder_index import expand_existing, index_of_folder, open_earlier, refresh_measure, unlisted_shards
-from samplers.cli.opening import as_shards, load_measure, open_sources, parse_widths, require_budget
+from samplers.cli.opening import as_shards, load_measure, open_sources, parse_transport, parse_widths, require_budget
 from samplers.cli.printing import describe_reading, judge, print_columns, print_report, show_progress, write_json
 from samplers.cli.reported import LengthRequest, ReportedLengths, open_reported
 from samplers.shards.indexing.find_index import find_index_files
@@ -39,6 +39,7 @@ def index(
     length_id: str | None,
     checksums: bool | None,
     workers: int | None,
+    transport: str | None,
 ) -> None:
     """Build or refresh the index of shards."""
     paths = expand_existing(shards)
@@ -60,6 +61,7 @@ def index(
         length_id=length_id,
         length_field=length_field,
         progress=sys.stderr.isatty(),
+        transport=parse_transport(transport),
     )
     built.save(target)
     what = "built" if before is None else "unchanged" if _is_same(before, built) else "refreshed"
@@ -74,18 +76,21 @@ def verify(
     decode: tuple[str, ...],
     errors: int,
     workers: int | None,
+    transport: str | None,
 ) -> None:
     """Check an index against its shards, and lengths against payloads."""
     _refuse_quick(quick, length or decode)
     # `LengthIndex.open` does not check files over 256 MiB: verify checks all.
-    for path in find_index_files(as_shards(sources)):
-        read_index(path, checked_up_to=None)
-    corpus = open_sources(sources)
+    patience = parse_transport(transport)
+    for path in find_index_files(as_shards(sources), patience):
+        read_index(path, checked_up_to=None, transport=patience)
+    corpus = open_sources(sources, patience)
     tables, shards = tables_of(corpus), corpus.shards
     checksums = not quick and tables.crcs is not None
     measure = complete_measure(tables, load_measure(length, decode))
     missing = [name for name in tables.measured if not measure.measures(name)]
-    results = find_errors(tables, checksums=checksums, measure=measure, workers=_count_workers(workers, len(shards)))
+    count = _count_workers(workers, len(shards))
+    results = find_errors(tables, checksums=checksums, measure=measure, workers=count, transport=patience)
     problems = [*filter(None, show_progress(results, len(shards), "shard")), *unlisted_shards(sources, shards)]
     for problem in problems[:errors]:
         click.echo(f"{click.style('FAILED', fg='red')} {problem}")

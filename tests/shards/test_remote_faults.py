@@ -285,7 +285,7 @@ def test_a_damaged_index_and_a_damaged_shard_are_read_once_more(server: Faulty, 
     ("fault", "message"),
     [
         ("shift", "plain-000000.tar: its server sent the bytes 101-200 for 100-199: it has another file, or a fault"),
-        ("gzip", r"plain-000000.tar: its server sends it compressed \(gzip\)"),
+        ("gzip", r"plain-000000.tar: its server compresses it \(gzip\)"),
     ],
 )
 def test_a_server_that_sends_something_else_is_refused(server: Faulty, fault: str, message: str) -> None:

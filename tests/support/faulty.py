@@ -210,9 +210,10 @@ class Application:
         if fault == "flip" and data:
             data[0] ^= 1
         for start in range(0, len(data), _PIECE):
-            await response.write(data[start : start + _PIECE])
+            piece = data[start : start + _PIECE]
+            await response.write(piece)
             if self.manner.rate:
-                await asyncio.sleep(_PIECE / self.manner.rate)
+                await asyncio.sleep(len(piece) / self.manner.rate)
         if fault == "hang":
             await asyncio.sleep(3600)
         if fault == "break":

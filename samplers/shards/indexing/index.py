@@ -136,8 +136,7 @@ class LengthIndex:
             ModuleNotFoundError: soundfile is needed, and not installed.
             OSError: A shard cannot be read, for a remote one after all retries.
             ProcessKilledError: A process was killed. The message has its shard. A `RuntimeError`.
-            TypeError: `length_fields` is a single string, `length_id` is not text, `workers` not an int, or `transport`
-                not a `Transport`.
+            TypeError: `length_fields` is a single string, or another argument has the wrong type.
             ValueError: A shard comes twice, is damaged or empty or has a pickle, or samples differ in their fields; an
                 existing index of a shard is of other fields or by another function, or a function has no name;
                 a sound file has no length in its header; `length_field` names no field or comes with `length`;

@@ -70,7 +70,7 @@ class HttpBody:
         """
         if response.headers.get("Content-Encoding", "").lower() not in _PLAIN:
             raise ValueError(
-                f"{shown(self._url)}: its server sends it compressed ({response.headers['Content-Encoding']}), and then "
+                f"{shown(self._url)}: its server compresses it ({response.headers['Content-Encoding']}), and then "
                 "no range of it can be asked for: store it without Content-Encoding"
             )
         version = response.headers.get("ETag") or response.headers.get("Last-Modified")

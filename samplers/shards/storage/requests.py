@@ -19,7 +19,7 @@ import fsspec.asyn
 from samplers.shards.storage.failures import failure, is_transient, retry_after
 from samplers.shards.storage.transport import Transport
 
-Result = TypeVar("Result")
+Answer = TypeVar("Answer")
 # fsspec has no type hints for it.
 _get_loop: Callable[[], asyncio.AbstractEventLoop] = fsspec.asyn.get_loop
 
@@ -30,7 +30,7 @@ _GATES: Final[WeakKeyDictionary[Any, dict[Hashable, asyncio.Semaphore]]] = WeakK
 
 
 @dataclass(frozen=True)
-class Request(Generic[Result]):
+class Request(Generic[Answer]):
     """A request that can be tried several times.
 
     Attributes:
@@ -41,10 +41,10 @@ class Request(Generic[Result]):
 
     url: str
     what: str
-    attempt: Callable[[], Awaitable[Result]]
+    attempt: Callable[[], Awaitable[Answer]]
 
 
-def send_all(requests: Sequence[Request[Result]], transport: Transport) -> list[Result]:
+def send_all(requests: Sequence[Request[Answer]], transport: Transport) -> list[Answer]:
     """Send requests together, and wait for all answers.
 
     Raises:
@@ -79,7 +79,7 @@ def gate_of(shared: Hashable, count: int) -> asyncio.Semaphore:
     return gates.setdefault(shared, asyncio.Semaphore(count))
 
 
-async def _gather(requests: Sequence[Request[Result]], transport: Transport) -> list[Result]:
+async def _gather(requests: Sequence[Request[Answer]], transport: Transport) -> list[Answer]:
     """All answers, or the first error."""
     loop = asyncio.get_running_loop()
     gate = gate_of(("connections", transport.connections), transport.connections)
@@ -94,7 +94,7 @@ async def _gather(requests: Sequence[Request[Result]], transport: Transport) -> 
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _persist(request: Request[Result], transport: Transport, gate: asyncio.Semaphore, end: float) -> Result:
+async def _persist(request: Request[Answer], transport: Transport, gate: asyncio.Semaphore, end: float) -> Answer:
     """The answer to a request, after as many tries as it takes.
 
     Args:
