@@ -185,7 +185,7 @@ class Application:
         if fault == "gzip":
             response.headers["Content-Encoding"] = "gzip"
         half = first + (end - first) // 2
-        response.content_length = half - first if fault == "short" else end - first
+        response.content_length = half - first if fault == "short" and request.method == "GET" else end - first
         await response.prepare(request)
         return (
             response
