@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command import run
 from corpora import LAYOUTS, assert_same, write
 from faulty import Faulty, faulty
 from torch.utils.data import DataLoader
@@ -375,3 +376,18 @@ def test_wrong_options_are_refused_by_name() -> None:
         Transport(deadline="3")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"transport must be a Transport\(.*got 5"):
         ShardDataset("http://host/a.ltx", transport=5)  # type: ignore[arg-type]
+
+
+def test_the_command_takes_the_options_and_refuses_others(server: Faulty, tmp_path: Path) -> None:
+    shards, target = server.url("plain-{000000..000003}.tar"), tmp_path / "some.ltx"
+    server.behave(faults={"1": "503", "2": "drop"})
+    run("index", shards, "--output", target, "--transport", "retries=8, backoff=0.01", "--workers", 0)
+    assert len(LengthIndex.open(target)) == 4 * EACH
+    run("verify", target, "--transport", "timeout=50", "--workers", 0)
+    for wrong, message in {
+        "tries=3": "'tries=3' must be one of connections, timeout, retries, deadline, backoff",
+        "retries=x": "'retries=x' must have a number behind =",
+        "retries=-1": "retries must be at least 0, got -1",
+    }.items():
+        refused = run("verify", target, "--transport", wrong, status=2)
+        assert message in refused.output
