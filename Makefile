@@ -15,6 +15,8 @@ PEERS := .venv-peers
 LOADING ?=
 # Processes that run the tests.
 JOBS ?= 2
+# Options of the tests of frameworks: CI, which has run the others with `make test`, adds those of Ray.
+FRAMEWORKS ?=
 
 # The other files of the folder are shared by these, or are for GPUs (gpu) or peers (loading).
 BENCHMARKS := collation packing transport rnn language_model planning scale shards bucketing packing_plans varlen packed_training block_masks
@@ -83,7 +85,7 @@ storm: $(READY)
 
 frameworks: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,frameworks]'
-	$(BIN)/python -m pytest tests/docs/test_frameworks.py
+	$(BIN)/python -m pytest tests/docs/test_frameworks.py $(FRAMEWORKS)
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'

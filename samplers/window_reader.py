@@ -62,9 +62,11 @@ class StepReader:
         return samples
 
     def _begin(self, group: int) -> None:
-        """Find the samples of all steps of a read group, and read them if shards are fetched whole."""
-        # A window of 10,000 samples is some hundred steps, of which each worker reads its own.
-        steps = np.flatnonzero(self._read_groups == group)
+        """Find the samples of a read group's next steps; of all, and read them, if shards are fetched whole."""
+        # A window of 10,000 samples is some hundred steps, of which each worker reads its own. The first batch of an
+        # iteration must not wait for the plan of them all: 1 step, then 9, 81, ...
+        ahead = 8 * self._next + 1 if self._data.is_local else None
+        steps = self._next + np.flatnonzero(self._read_groups[self._next :] == group)[:ahead]
         samples, rows = self._schedule.batch_samples(self._slots[steps])
         found = samples if self._data.is_local else self._data.read_in_order(samples)
         ends = np.cumsum(rows).tolist()

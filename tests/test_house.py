@@ -141,6 +141,7 @@ LAYERS = {
         ["tensors"],
         ["deprecated", "errors"],
     ],
+    "collate.tensors.slabs": [["receiving", "sending"], ["slab"]],
     "collate.training": [
         ["checking", "max_tokens", "losses", "rnn", "prefetch"],
         ["cpu_rnn", "restore"],

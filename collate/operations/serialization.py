@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from io import BytesIO
 from multiprocessing.reduction import ForkingPickler
+from pickle import HIGHEST_PROTOCOL
 from typing import Any, Final, cast
 
 import torch
@@ -12,12 +13,18 @@ from torch.utils import _pytree as pytree
 from collate.lengths.tracking import TrackedBatch, host_lengths
 from collate.operations.construct import TENSOR_FIELDS, BatchT, trusted_batch, unchecked_batch
 from collate.tensors.numpy_view import to_array
+from collate.tensors.slabs.receiving import borrow
+from collate.tensors.slabs.sending import lend
+from collate.tensors.slabs.slab import Loan
 from collate.tensors.steps import PaddingValue
 
 # Up to this many bytes, values go to another process through the pipe itself. Sharing memory and passing its descriptor
 # takes half a millisecond, in which a pipe carries more than this.
 THROUGH_PIPE: Final = 1 << 19
 
+
+# Classes of batches.
+_SENT: Final[set[type]] = set()
 
 _PACKAGE: Final = __name__.split(".")[0]
 
@@ -39,8 +46,14 @@ def travels(cls: type[BatchT]) -> type[BatchT]:
     )
     # Files of release 0.1 contain the former module's name.
     torch.serialization.add_safe_globals([cls, unreduce, (unreduce, "collate.transport.unreduce")])
-    ForkingPickler.register(cls, send)
+    register_sender(cls, send)
     return cls
+
+
+def register_sender(cls: type[Any], send_batch: Callable[[Any], Any]) -> None:
+    """Have batches of a class sent to other processes by this function."""
+    ForkingPickler.register(cls, send_batch)
+    _SENT.add(cls)
 
 
 def type_name(cls: type) -> str | None:
@@ -88,12 +101,19 @@ def unreduce(cls: type[BatchT], padded: Tensor, lengths: bytes, indices: bytes, 
 
 
 def send(batch: BatchT) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The parts that are sent to another process: as in `reduce`, but small values go inline."""
+    """The parts that are sent to another process: as in `reduce`, but small values go inline, values in a slab stay."""
     rebuild, parts = reduce(batch)
     kind, padded, *rest = parts
+    if (loan := lend(padded)) is not None:
+        return receive_slab, (kind, loan, *rest)
     if not fits_pipe(padded):
         return rebuild, parts
     return receive, (kind, *inline_values(padded), *rest)
+
+
+def receive_slab(cls: type[BatchT], loan: Loan, *rest: Any) -> BatchT:
+    """Make a batch whose values are in a slab."""
+    return unreduce(cls, borrow(loan), *rest)
 
 
 def receive(
@@ -137,13 +157,13 @@ class _Trial(ForkingPickler):
     """A pickler that tries everything but the memory of tensors."""
 
     def reducer_override(self, value: object) -> Any:
-        """Replace a tensor by a value that pickles at once.
+        """Replace a tensor by a value that pickles at once, and let no batch wait for a receiver.
 
         Raises:
             TypeError: The tensor has an autograd graph.
         """
         if not isinstance(value, Tensor):
-            return NotImplemented
+            return value.__reduce_ex__(HIGHEST_PROTOCOL) if type(value) in _SENT else NotImplemented
         if value.requires_grad and not value.is_leaf:
             raise TypeError("a tensor that was computed from others that require gradients: detach() it")
         # The pickle is thrown away, so that any callable without arguments will do.

@@ -24,6 +24,7 @@ from collate.padding.padding_value import bits_of_number
 from collate.padding.rows import RaggedRows, Row, check_shapes
 from collate.tensors.masks import BoolArray
 from collate.tensors.numpy_view import Int64Array, bits_of, shares_memory
+from collate.tensors.slabs.sending import new_values
 from collate.tensors.steps import PaddingValue, scatter_steps
 from collate.tensors.to_device import to_device
 
@@ -47,7 +48,7 @@ def scatter_by_mask(steps: Tensor, mask: BoolArray, padding_value: PaddingValue)
     Returns:
         `[rows, T, *F]` on the CPU, in new memory.
     """
-    padded = torch.full((*mask.shape, *steps.shape[1:]), padding_value, dtype=steps.dtype, device="cpu")
+    padded = new_values((*mask.shape, *steps.shape[1:]), steps.dtype).fill_(padding_value)
     bits_of(padded)[mask] = bits_of(steps)
     return padded
 
@@ -100,7 +101,7 @@ def _copy_each_row(
     # Between copies, Python code runs at half its speed: the copied rows fill the processor's caches.
     if rows.features or {row.ndim for row in rows.items} != {1}:
         check_shapes(rows.items, rows.name)
-    padded = torch.empty((*shape, *rows.features), dtype=rows.dtype, device="cpu")
+    padded = new_values((*shape, *rows.features), rows.dtype)
     cells, padding = bits_of(padded), bits_of_number(padding_value, rows.dtype)
     try:
         for target, index, length in zip(cells, order.tolist(), rows.lengths[order].tolist(), strict=False):

@@ -12,9 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+from torch.utils.data import get_worker_info
 
 from collate.errors import LengthError
 from collate.tensors.numpy_view import HostArray, Int64Array
+from collate.tensors.slabs.sending import new_values, values_in_slab
 from collate.tensors.steps import PaddingValue
 
 Row: TypeAlias = Tensor | HostArray
@@ -106,10 +109,10 @@ class RaggedRows:
         """
         try:
             if isinstance(pieces[0], Tensor):
-                joined = torch.cat(cast("list[Tensor]", pieces))
+                joined = self._join_tensors(cast("list[Tensor]", pieces), steps)
             else:
                 # NumPy gets new memory pages for each large array, which takes half as long again.
-                joined = torch.empty((steps, *self.features), dtype=self.dtype, device="cpu")
+                joined = new_values((steps, *self.features), self.dtype)
                 np.concatenate(pieces, out=joined.numpy())
         except (ValueError, RuntimeError):
             check_shapes(self.items, self.name)
@@ -118,6 +121,20 @@ class RaggedRows:
             # torch takes a row of shape [0] for an empty one of any number of axes.
             check_shapes(self.items, self.name)
         return joined
+
+    def _join_tensors(self, pieces: list[Tensor], steps: int) -> Tensor:
+        """Join tensors, into memory that a worker can send if they are plain ones."""
+        if get_worker_info() is not None and all(_is_plain(piece, self.features) for piece in pieces):
+            values = values_in_slab((steps, *self.features), self.dtype)
+            if values is not None:
+                return torch.cat(pieces, out=values)
+        return torch.cat(pieces)
+
+
+def _is_plain(piece: Tensor, features: tuple[int, ...]) -> bool:
+    """Whether torch can write a piece to given memory: no gradient flows, and it is dense, on the CPU, and fits."""
+    plain = type(piece) is Tensor and piece.is_cpu and piece.layout == torch.strided and not piece.requires_grad
+    return plain and piece.shape[1:] == features and unpack_dual(piece).tangent is None
 
 
 def measure_rows(values: Sequence[object], name: str = "sequences", kinds: set[type] | None = None) -> RaggedRows:

@@ -35,6 +35,7 @@ from torch import Tensor
 from collate.padding.padding_value import bits_of_number
 from collate.padding.rows import RaggedRows
 from collate.tensors.numpy_view import Int64Array, bits_of
+from collate.tensors.slabs.sending import new_values
 from collate.tensors.steps import PaddingValue
 
 # Memory of a batch's values, uint8 `[bytes]`, and the first byte of each sample in it, int64 `[B]`.
@@ -99,7 +100,7 @@ class UnreadRows(RaggedRows):
         if self._is_small(shape):
             padded = self._full(shape, padding_value)
         else:
-            padded = torch.empty((*shape, *self.features), dtype=self.dtype, device="cpu")
+            padded = new_values((*shape, *self.features), self.dtype)
             cells, padding = bits_of(padded), bits_of_number(padding_value, self.dtype)
             # All tails are right of the shortest row's end. What else is there is overwritten.
             shortest = int(lengths.min())
@@ -126,7 +127,7 @@ class UnreadRows(RaggedRows):
         if self._is_small(shape):
             values = self._full(shape, padding_value)
         else:
-            values = torch.empty((*shape, *self.features), dtype=self.dtype, device="cpu")
+            values = new_values((*shape, *self.features), self.dtype)
             steps, padding = bits_of(values.flatten(0, 1)), bits_of_number(padding_value, self.dtype)
             order = np.argsort(first_steps, kind="stable")
             ends = (first_steps + self.lengths)[order].tolist()

@@ -4,7 +4,6 @@ One tensor is sent, and the small integers inline; the table of offsets is made 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from multiprocessing.reduction import ForkingPickler
 from typing import Any, Final
 
 import numpy as np
@@ -12,7 +11,17 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from collate.operations.serialization import fits_pipe, inline_values, tensor_of, type_name, with_own_storage
+from collate.operations.serialization import (
+    fits_pipe,
+    inline_values,
+    register_sender,
+    tensor_of,
+    type_name,
+    with_own_storage,
+)
+from collate.tensors.slabs.receiving import borrow
+from collate.tensors.slabs.sending import lend
+from collate.tensors.slabs.slab import Loan
 from collate.tensors.steps import PaddingValue
 from collate.varlen.construct import DocumentBatch, DocumentsT, trusted_documents
 from collate.varlen.spans import DocumentSpans, Offsets
@@ -47,7 +56,7 @@ def travels(cls: type[DocumentsT]) -> type[DocumentsT]:
         flatten_with_keys_fn=_flatten_with_keys,
     )
     torch.serialization.add_safe_globals([cls, unreduce_documents])
-    ForkingPickler.register(cls, send)
+    register_sender(cls, send)
     return cls
 
 
@@ -70,8 +79,10 @@ def unreduce_documents(
 
 
 def send(batch: DocumentsT) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """What is sent to another process: as `reduce`, with the values of small rows inline."""
+    """What is sent to another process: as `reduce`, with the values of small rows inline, or left in their slab."""
     rebuild, (kind, values, *facts) = reduce(batch)
+    if (loan := lend(values)) is not None:
+        return receive_slab, (kind, loan, *facts)
     if not fits_pipe(values):
         return rebuild, (kind, values, *facts)
     return receive_documents, (kind, inline_values(values), *facts)
@@ -80,6 +91,11 @@ def send(batch: DocumentsT) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 def receive_documents(cls: type[DocumentsT], values: tuple[Any, ...], *facts: Any) -> DocumentsT:
     """Make a batch from what `send` sent."""
     return unreduce_documents(cls, tensor_of(*values), *facts)
+
+
+def receive_slab(cls: type[DocumentsT], loan: Loan, *facts: Any) -> DocumentsT:
+    """Make a batch whose values are in a slab."""
+    return unreduce_documents(cls, borrow(loan), *facts)
 
 
 def _facts(batch: DocumentBatch) -> tuple[Any, ...]:

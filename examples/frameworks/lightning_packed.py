@@ -63,6 +63,9 @@ def main() -> None:
     Trainer(**options, **dict.fromkeys(silent, False), max_epochs=3).fit(module)
     for epoch, tally in sorted(TALLIES.items()):
         show(f"epoch {epoch}", tally)
+    # Lightning leaves the group of gloo open, and its threads can abort a process that ends while they run.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

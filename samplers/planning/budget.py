@@ -64,6 +64,11 @@ class Budget:
         if self.count_tokens == "real" and self.max_tokens is None:
             raise ValueError("count_tokens='real' says how max_tokens is counted, got no max_tokens: set it as well")
 
+    @property
+    def fixed_rows(self) -> int | None:
+        """Rows of every batch but one, where `batch_size` is the only limit; else None."""
+        return self.batch_size if self.max_tokens is None and self.cost is None else None
+
     def use(self, rows: Integers, widths: Integers, tokens: Integers) -> Floats:
         """The share of the budget that batches use: the largest of their shares of each limit.
 

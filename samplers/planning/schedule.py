@@ -186,12 +186,14 @@ def count_steps(table: EpochTable, num_replicas: int) -> int:
     Raises:
         ValueError: The last step has fewer rows than replicas, or there is no step at all.
     """
-    fewest = len(table)
-    for epoch in table.trial_epochs:
-        schedule = make_schedule(table, epoch, num_replicas)
+    if table.whole_batches == len(table) and (len(table) % num_replicas == 0 or table.options.drop_last):
+        # Nothing is shared in any epoch, so that none has to be planned.
+        schedules = [Schedule(table, table.order(0, num_replicas), 0, num_replicas)]
+    else:
+        schedules = [make_schedule(table, epoch, num_replicas) for epoch in table.trial_epochs]
+    for schedule in schedules:
         check_steps(schedule)
-        fewest = min(fewest, schedule.steps)
-    return fewest
+    return min(schedule.steps for schedule in schedules)
 
 
 def check_steps(schedule: Schedule) -> None:

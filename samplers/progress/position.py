@@ -15,7 +15,8 @@ PositionDict: TypeAlias = dict[str, int | str]
 POSITION_VERSION: Final = 2
 # The version of the first release, which had other plans.
 _FIRST_VERSION: Final = 1
-_DIGESTED: Final = ("lengths", "options", "seed")
+# Streams of batches whose windows change from epoch to epoch have the last part, unless an older version saved it.
+_DIGESTED: Final = ("lengths", "options", "seed", "windows")
 # Epochs and replicas are stored as int64 where a loader's workers share them; no training gets this far.
 _LARGEST: Final = 2**31 - 1
 
@@ -78,9 +79,11 @@ class Position:
 
 
 def make_fingerprint(lengths: Lengths, table: EpochTable) -> str:
-    """A short digest of the lengths, of the options and of the seed, which a position carries: `"...-...-..."`."""
+    """Short digests of what was planned, which a position carries: `"...-...-..."`, or four, see `_DIGESTED`."""
     of_lengths = lengths.fingerprint if isinstance(lengths, IndexedLengths) else table.lengths_digest
-    parts = (of_lengths, table.digest, str(table.options.seed))
+    parts = [of_lengths, table.digest, str(table.options.seed)]
+    if table.other_windows is not None:
+        parts.append(str(table.other_windows))
     return "-".join(blake2b(part.encode(), digest_size=6).hexdigest() for part in parts)
 
 
@@ -171,7 +174,10 @@ def _check_fingerprint(saved: str, present: str) -> None:
     """
     if saved == present:
         return
-    changed = _list_changed(saved, present) or ["fingerprint"]
+    changed = _list_changed(saved, present)
+    if not changed and saved == present.rpartition("-")[0] and present.count("-") == len(_DIGESTED) - 1:
+        return
+    changed = changed or ["fingerprint"]
     if "lengths" in changed and "options" in changed:
         # Different lengths change the digest of the options too, so report only the lengths.
         changed.remove("options")

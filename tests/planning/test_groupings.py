@@ -11,7 +11,9 @@ from indexed import Index
 
 from samplers.planning.options import Options
 from samplers.planning.schedule import make_schedule
-from samplers.planning.tables.window_table import WindowTable, make_window_table
+from samplers.planning.sorting import sort_lengths
+from samplers.planning.tables.buckets import count_batches
+from samplers.planning.tables.window_table import Groupings, WindowTable, make_window_table
 
 SHARDS = 10
 
@@ -87,3 +89,35 @@ def test_which_windows_an_epoch_has_does_not_depend_on_those_before() -> None:
         first.for_epoch(epoch, 1)
     assert [first.for_epoch(e, 1).windows for e in (7, 3)] == [second.for_epoch(e, 1).windows for e in (7, 3)]
     assert len({first.for_epoch(epoch, 1).windows for epoch in range(10)}) > 7
+
+
+@given(
+    st.lists(st.integers(0, 150), min_size=1, max_size=12),
+    st.integers(1, 60),
+    st.integers(1, 300),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "drop_last": st.booleans(),
+            "shuffle": st.booleans(),
+            "widths": st.sampled_from([16, (50, 200)]),
+            "max_length": st.integers(1, 250),
+            "min_length": st.integers(0, 150),
+            "overlong": st.sampled_from(["drop", "alone"]),
+        },
+    ),
+    st.integers(1, 3),
+)
+def test_batches_of_a_fixed_size_are_counted_without_a_plan(
+    sizes: list[int], rows: int, window: int, options: dict[str, Any], fields: int
+) -> None:
+    lengths = np.random.default_rng(0).integers(1, 200, (sum(sizes), fields))
+    inner = Options(batch_size=rows, **options)
+    assume(sum(sizes) and (lengths >= inner.min_length).all(1).any())
+    sorted_lengths = sort_lengths(lengths, inner)
+    starts = np.cumsum([0, *sizes])
+    shard_of = np.searchsorted(starts, sorted_lengths.order, side="right") - 1
+    groupings = Groupings(sorted_lengths, shard_of, inner, window, 1)
+    for grouping in groupings._group(range(4 if inner.shuffle else 1), attempt=0):
+        assert grouping.batches == sum(count_batches(each.buckets) for each in grouping.windows())
+        assert not grouping.batches or grouping.batches == len(groupings._join(grouping.windows()))

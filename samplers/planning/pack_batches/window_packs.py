@@ -304,9 +304,9 @@ class PackGroupings:
 
     def _cut(self, number: int, attempt: int) -> tuple[Window, ...]:
         """The windows of an attempt at a grouping, with the rows that are proved."""
-        key = derive_key(self.options.seed, SHARDS, number, attempt) if self.options.shuffle else None
+        keys = [derive_key(self.options.seed, SHARDS, number, attempt)] if self.options.shuffle else None
         counts = self.documents.counts
-        groups = group_shards(counts, self.window, key)
+        (groups,) = group_shards(counts, self.window, keys)
         proofs = [self.documents.prove(group) for group in groups]
         return tuple(
             Window(group, int(counts[list(group)].sum()), proof, proof.rows)

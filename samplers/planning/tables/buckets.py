@@ -20,12 +20,13 @@ Bucket(first=4, batches=2, rows=4, full=3, rest=1, skipped=0, width=(4,))
 
 from collections.abc import Sequence
 from math import isqrt
+from operator import attrgetter
 from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from collate.widths import padded_widths
+from collate.widths import padded_width, padded_widths
 from samplers.planning.budget import Integers
 from samplers.planning.options import Options
 from samplers.planning.sorting import SortedLengths
@@ -101,6 +102,14 @@ def count_batches(buckets: Sequence[Bucket]) -> int:
     return sum(bucket.batches - bucket.skipped for bucket in buckets)
 
 
+def predict_batches(samples: int, options: Options) -> int | None:
+    """How many batches `cut_buckets` makes of so many samples, if `batch_size` alone decides; else None."""
+    rows = options.budget.fixed_rows
+    if rows is None:
+        return None
+    return samples // rows if options.drop_last else -(-samples // rows)
+
+
 def cut_buckets(
     sorted_lengths: SortedLengths, options: Options, windows: int, *, shift: int = 0, extra: int = 0
 ) -> list[Bucket]:
@@ -123,6 +132,10 @@ def cut_buckets(
         buckets += _cut_partial(sorted_lengths, options, first, windows=windows, batches=shift)
         first = sum(bucket.batches * bucket.rows for bucket in buckets)
     sizer = _make_sizer(sorted_lengths, options, first, windows)
+    if options.budget.fixed_rows is not None:
+        alike = _cut_alike(sorted_lengths, options, first, batches=windows, rows=options.budget.fixed_rows)
+        buckets += alike
+        first += len(alike) * windows * options.budget.fixed_rows
     while first < len(sorted_lengths):
         rows = sizer.rows_from(first)
         samples = rows * windows
@@ -131,6 +144,18 @@ def cut_buckets(
         buckets.append(even_bucket(first, windows, rows, sizer.width(first, first + samples)))
         first += samples
     return buckets
+
+
+def _cut_alike(sorted_lengths: SortedLengths, options: Options, first: int, *, batches: int, rows: int) -> list[Bucket]:
+    """All buckets but the last, where all have these rows: at once, as there may be one for every second batch."""
+    samples = batches * rows
+    count = max(0, (len(sorted_lengths) - first) // samples - 1)
+    # A sample of one field is the longest of its bucket if it is the first.
+    stride = 1 if sorted_lengths.fields > 1 else samples
+    lengths = sorted_lengths.lengths_between(first, first + count * samples, stride)
+    longest = lengths.reshape(count, samples // stride, sorted_lengths.fields).max(1)
+    widths = padded_widths(longest, options.allowed_widths).tolist()
+    return [even_bucket(first + i * samples, batches, rows, tuple(width)) for i, width in enumerate(widths)]
 
 
 def _cut_partial(
@@ -160,12 +185,16 @@ def count_windows(sorted_lengths: SortedLengths, options: Options) -> int:
 def estimate_batches(sorted_lengths: SortedLengths, options: Options) -> int:
     """An estimate of the corpus' number of batches, from the rows that fit at up to 1,024 of its lengths."""
     # In integers, since a float's last bit may differ between machines.
+    if options.budget.fixed_rows is not None:
+        return len(sorted_lengths) * ((1 << 32) // options.budget.fixed_rows) >> 32
     probes = range(0, len(sorted_lengths), -(-len(sorted_lengths) // PROBES))
     lengths = sorted_lengths.lengths_between(0, len(sorted_lengths), probes.step)
-    widths, counts = np.unique(padded_widths(lengths, options.allowed_widths), axis=0, return_counts=True)
+    widths = padded_widths(lengths, options.allowed_widths)
+    # NumPy takes several times as long for unique rows as for unique numbers.
+    distinct, counts = np.unique(widths[:, 0] if widths.shape[1] == 1 else widths, axis=0, return_counts=True)
     shares = 0
-    for width, count in zip(widths.tolist(), counts.tolist(), strict=True):
-        rows = options.budget.max_rows(tuple(width) if len(width) > 1 else width[0])
+    for width, count in zip(distinct.tolist(), counts.tolist(), strict=True):
+        rows = options.budget.max_rows(tuple(width) if sorted_lengths.fields > 1 else width)
         shares += count * ((1 << 32) // max(1, rows))
     return len(sorted_lengths) * shares // (len(probes) << 32)
 
@@ -179,7 +208,7 @@ def sort_buckets(buckets: Sequence[Bucket], options: Options) -> list[Bucket]:
     """Buckets in the order in which their batches are numbered."""
     if options.shuffle:
         # An epoch ends with its last batch ids, and only batches of many rows can be split among replicas there.
-        return sorted(buckets, key=lambda bucket: bucket.rows)
+        return sorted(buckets, key=attrgetter("rows"))
     return sorted(buckets, key=lambda bucket: -sum(bucket.width))
 
 
@@ -194,7 +223,6 @@ class BucketSizer:
     def __init__(self, sorted_lengths: SortedLengths, options: Options) -> None:
         self.sorted_lengths = sorted_lengths
         self.options = options
-        self._widths: dict[int, tuple[int, ...]] = {}
 
     def rows_from(self, first: int) -> int:
         """Rows of the batches of a bucket that starts at this sorted index."""
@@ -208,11 +236,9 @@ class BucketSizer:
         """Padded width of each field that holds every sample of this run."""
         if self.sorted_lengths.fields > 1:
             return self._round_up(self.sorted_lengths.lengths_between(first, last))
-        # There may be a bucket for every batch of the corpus, but few different lengths: cache by length.
         longest = int(self.sorted_lengths.lengths[self.sorted_lengths.order[first]])
-        if longest not in self._widths:
-            self._widths[longest] = self._round_up(self.sorted_lengths.lengths_between(first, first + 1))
-        return self._widths[longest]
+        cut = longest if self.options.max_length is None else min(longest, self.options.max_length)
+        return (padded_width(cut, self.options.allowed_widths),)
 
     def _round_up(self, lengths: Integers) -> tuple[int, ...]:
         """The padded width of the longest of these lengths `[n, K]`."""
@@ -269,7 +295,7 @@ class PerSampleSizer(BucketSizer):
 
 def _make_sizer(sorted_lengths: SortedLengths, options: Options, first: int, windows: int) -> BucketSizer:
     """The sizer that a corpus needs."""
-    if sorted_lengths.fields > 1 or options.count_tokens == "real":
+    if options.budget.fixed_rows is None and (sorted_lengths.fields > 1 or options.count_tokens == "real"):
         return PerSampleSizer(sorted_lengths, options, first, windows)
     return BucketSizer(sorted_lengths, options)
 

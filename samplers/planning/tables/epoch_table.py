@@ -54,6 +54,11 @@ class EpochTable(ABC):
         """Sixteen hexadecimal digits that change when the batches or the choice of samples change."""
 
     @property
+    def other_windows(self) -> int | None:
+        """What other windows the epochs have that `digest` does not tell of; None where all epochs have the same."""
+        return None
+
+    @property
     @abstractmethod
     def shapes(self) -> list[Shape]:
         """The shapes that hold every batch of any epoch, without repetition."""

@@ -19,7 +19,7 @@ shards of each window and the lengths in each batch of the first window:
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Final, NamedTuple, Self, cast
@@ -37,6 +37,7 @@ from samplers.planning.tables.buckets import (
     count_batches,
     count_windows,
     cut_buckets,
+    predict_batches,
     sort_buckets,
 )
 from samplers.planning.tables.epoch_order import choose_variant
@@ -48,6 +49,7 @@ DEFAULT_WINDOW: Final = 10_000
 # Groupings of the shards, each of which some epochs use, and how many of them decide the number of batches of all.
 GROUPINGS: Final = 16
 COUNTED_GROUPINGS: Final = 4
+MANY_WINDOWS: Final = 1 << 15
 # Purpose of a key, next to those of `window_order`: shards among windows.
 SHARDS: Final = 10
 
@@ -81,6 +83,10 @@ class WindowTable(BatchTable):
     groupings: "Groupings | None" = field(default=None, kw_only=True)
     number: int = field(default=0, kw_only=True)
 
+    def __len__(self) -> int:
+        """Batches in an epoch, before any is split among replicas."""
+        return int(self.window_sizes.sum())
+
     def for_epoch(self, epoch: int, num_replicas: int) -> Self:
         """The table of an epoch that this many replicas begin: these windows, or others with equally many batches."""
         if self.groupings is None:
@@ -100,14 +106,15 @@ class WindowTable(BatchTable):
             interleave=self.interleave,
             can_share=partial(self._can_share_batches, num_replicas),
             # This grouping replaces others, so that it must find an order in every epoch.
-            patient=self.groupings is not None and epoch not in self.trial_epochs,
+            # The first two epochs are trials in any case, and begin sooner if the others are not looked for.
+            patient=self.groupings is not None and epoch > 1 and epoch not in self.trial_epochs,
         )
 
     def _can_share_batches(self, num_replicas: int, batch_ids: Integers) -> bool:
         """Whether each replica gets a row of the last step, if these are the last batches of an epoch."""
         return self.can_share_last_step(self.batch_rows(batch_ids), num_replicas)
 
-    @property
+    @cached_property
     def trial_epochs(self) -> Iterable[int]:
         """Epochs that show whether replicas can share the last step of every epoch."""
         # Among them one of the first grouping, which replaces those that cannot be shared.
@@ -131,6 +138,11 @@ class WindowTable(BatchTable):
     def _digested_text(self) -> str:
         # Positions carry the digest of this text, so that it must never change.
         return repr((super()._digested_text(), self.windows, self.interleave))
+
+    @property
+    def other_windows(self) -> int | None:
+        """Samples of a window at least; None where all epochs have the same windows."""
+        return None if self.groupings is None else min(self.groupings.window, self.planned)
 
     @property
     def _sections(self) -> Integers:
@@ -172,9 +184,8 @@ class Groupings:
         Raises:
             ValueError: No batch is left to plan.
         """
-        numbers = range(COUNTED_GROUPINGS) if self.options.shuffle else range(1)
-        drawn = [self._cut(number, 0) for number in numbers]
-        counts = [sum(count_batches(window.buckets) for window in windows) for windows in drawn]
+        drawn = self._group(range(COUNTED_GROUPINGS if self.options.shuffle else 1), attempt=0)
+        counts = [grouping.batches for grouping in drawn]
         # If `drop_last` drops the short batches, no grouping can have more: the usual number is found most often.
         batches = Counter(counts).most_common(1)[0][0] if self._drops_short else max(counts)
         number = counts.index(batches)
@@ -184,8 +195,13 @@ class Groupings:
                 f"window than batch_size={self.options.batch_size}; lower batch_size, raise window, or keep the last "
                 "batch"
             )
-        table = self._join(drawn[number])
+        table = self._join(drawn[number].windows())
         return replace(table, groupings=self, number=number) if self.options.shuffle else table
+
+    @cached_property
+    def samples(self) -> Integers:
+        """Planned samples of each shard, int64 `[shards]`."""
+        return np.bincount(self.shard_of, minlength=1)
 
     @cached_property
     def _tables(self) -> dict[int, WindowTable | None]:
@@ -199,47 +215,18 @@ class Groupings:
 
     def _draw(self, number: int, attempt: int, batches: int) -> WindowTable | None:
         """One attempt at a grouping with this many batches; None if it has others."""
-        windows = self._cut(number, attempt)
-        extra = batches - sum(count_batches(window.buckets) for window in windows)
-        if extra > 0 and not self._drops_short:
-            windows = self._cut(number, attempt, extra)
-            extra = batches - sum(count_batches(window.buckets) for window in windows)
-        return self._join(windows) if extra == 0 else None
+        (grouping,) = self._group([number], attempt)
+        extra = batches - grouping.batches
+        if extra < 0 or (extra and self._drops_short):
+            return None
+        table = self._join(grouping.windows(extra))
+        return table if len(table) == batches else None
 
-    def _cut(self, number: int, attempt: int, extra: int = 0) -> list[PlannedWindow]:
-        """The windows of a grouping, with `extra` more batches than needed, spread over their last buckets."""
-        samples = np.bincount(self.shard_of, minlength=1)
-        groups = group_shards(samples, self.window, self._key(number, attempt))
-        window_of_shard = np.zeros(len(samples), np.int32)
-        for window, shards in enumerate(groups):
-            window_of_shard[list(shards)] = window
-        # A stable sort: each window's samples stay longest first, with those that exceed the budget alone before them.
-        window_of = window_of_shard[self.shard_of]
-        order = self.sorted_lengths.order[np.argsort(window_of, kind="stable")]
-        ends = np.bincount(window_of, minlength=len(groups)).cumsum()
-        overlong = np.bincount(window_of[: self.sorted_lengths.overlong_alone], minlength=len(groups)).tolist()
-        # Two batches more in five windows: 0, 0, 1, 0 and 1.
-        extras = np.diff(np.arange(len(groups) + 1) * extra // len(groups)).tolist()
-        orders = np.split(order, ends[:-1])
-        return [
-            self._plan_window(number, shards, order, overlong=count, extra=more)
-            for shards, order, count, more in zip(groups, orders, overlong, extras, strict=True)
-        ]
-
-    def _plan_window(
-        self, number: int, shards: tuple[int, ...], order: IndexArray, *, overlong: int, extra: int
-    ) -> PlannedWindow:
-        """A window, cut into buckets as a corpus is; the borders are shifted from grouping to grouping."""
-        members = replace(self.sorted_lengths, order=order, overlong_alone=overlong)
-        windows = count_windows(members, self.options)
-        variants = min(MOST_VARIANTS, windows)
-        shift = windows * (number % variants) // variants
-        buckets = cut_buckets(members, self.options, windows, shift=shift, extra=extra)
-        return PlannedWindow(shards, order, sort_buckets(buckets, self.options))
-
-    def _key(self, number: int, attempt: int) -> int | None:
-        """The key of an attempt's shuffle; None where shards stay in their order."""
-        return derive_key(self.options.seed, SHARDS, number, attempt) if self.options.shuffle else None
+    def _group(self, numbers: Sequence[int], attempt: int) -> "list[Grouping]":
+        """An attempt at each of these groupings; where shards stay in their order, there is one."""
+        keys = [derive_key(self.options.seed, SHARDS, number, attempt) for number in numbers]
+        drawn = group_shards(self.samples, self.window, keys if self.options.shuffle else None)
+        return [Grouping(self, number, shards) for number, shards in zip(numbers, drawn, strict=True)]
 
     def _join(self, windows: list[PlannedWindow]) -> WindowTable:
         """Put the windows one after the other; the one that has the batch with the most rows comes last."""
@@ -248,7 +235,7 @@ class Groupings:
             windows = [*(window for window in windows if window is not longest), longest]
         first = np.cumsum([0, *(len(window.order) for window in windows)]).tolist()
         buckets = [
-            bucket._replace(first=bucket.first + start)
+            Bucket(start + bucket.first, *bucket[1:])
             for start, window in zip(first, windows, strict=False)
             for bucket in window.buckets
         ]
@@ -261,6 +248,71 @@ class Groupings:
             np.array(first),
             self.interleave,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Grouping:
+    """One attempt at a grouping, whose windows are planned when they are asked for, each once.
+
+    Attributes:
+        groupings: All groupings.
+        number: Number of the grouping.
+        shards: The shards of each window.
+    """
+
+    groupings: Groupings
+    number: int
+    shards: list[tuple[int, ...]]
+
+    @cached_property
+    def batches(self) -> int:
+        """Batches of all windows, which need not be planned where `batch_size` alone decides."""
+        samples = [int(self.groupings.samples[list(shards)].sum()) for shards in self.shards]
+        counts = [predict_batches(count, self.groupings.options) for count in samples]
+        return sum(
+            count_batches(self._plan(window).buckets) if count is None else count for window, count in enumerate(counts)
+        )
+
+    def windows(self, extra: int = 0) -> list[PlannedWindow]:
+        """The windows, with `extra` more batches than needed, spread over their last buckets."""
+        # Two batches more in five windows: 0, 0, 1, 0 and 1.
+        extras = np.diff(np.arange(len(self.shards) + 1) * extra // len(self.shards)).tolist()
+        return [self._plan(window, more) for window, more in enumerate(extras)]
+
+    def _plan(self, window: int, extra: int = 0) -> PlannedWindow:
+        """A window, cut into buckets as a corpus is; the borders are shifted from grouping to grouping."""
+        if (window, extra) not in self._planned:
+            members, options = self._members[window], self.groupings.options
+            windows = count_windows(members, options)
+            variants = min(MOST_VARIANTS, windows)
+            shift = windows * (self.number % variants) // variants
+            buckets = cut_buckets(members, options, windows, shift=shift, extra=extra)
+            planned = PlannedWindow(self.shards[window], members.order, sort_buckets(buckets, options))
+            self._planned[window, extra] = planned
+        return self._planned[window, extra]
+
+    @cached_property
+    def _planned(self) -> dict[tuple[int, int], PlannedWindow]:
+        """Windows that are planned, by number and batches that they have beyond those that they need."""
+        return {}
+
+    @cached_property
+    def _members(self) -> list[SortedLengths]:
+        """The samples of each window."""
+        whole, windows = self.groupings.sorted_lengths, len(self.shards)
+        # NumPy sorts integers of up to 16 bits without comparing them.
+        window_of_shard = np.zeros(len(self.groupings.samples), np.int16 if windows <= MANY_WINDOWS else np.int32)
+        for window, shards in enumerate(self.shards):
+            window_of_shard[list(shards)] = window
+        # A stable sort: each window's samples stay longest first, with those that exceed the budget alone before them.
+        window_of = window_of_shard[self.groupings.shard_of]
+        order = whole.order[np.argsort(window_of, kind="stable")]
+        ends = np.bincount(window_of, minlength=windows).cumsum()
+        overlong = np.bincount(window_of[: whole.overlong_alone], minlength=windows).tolist()
+        return [
+            replace(whole, order=part, overlong_alone=count)
+            for part, count in zip(np.split(order, ends[:-1]), overlong, strict=True)
+        ]
 
 
 def make_window_table(
@@ -285,28 +337,36 @@ def make_window_table(
     return Groupings(sorted_lengths, shard_of, inner, options.window or DEFAULT_WINDOW, interleave).first_table()
 
 
-def group_shards(samples: Integers, window: int, key: int | None) -> list[tuple[int, ...]]:
-    """The shards of each window: runs of shuffled shards, each as long as the window needs.
+def group_shards(samples: Integers, window: int, keys: Sequence[int] | None) -> list[list[tuple[int, ...]]]:
+    """The shards of each window, for each of several shuffles: runs of shards, each as long as the window needs.
 
-    >>> group_shards(np.array([40, 70, 50, 0, 90]), window=100, key=None)
-    [(0, 1), (2, 4)]
+    >>> group_shards(np.array([40, 70, 50, 0, 90]), window=100, keys=None)
+    [[(0, 1), (2, 4)]]
 
     Args:
         samples: Planned samples of each shard, int64 `[shards]`; a shard with none is in no window.
         window: Samples of a window at least.
-        key: Key of the shuffle; None leaves the shards in their order.
+        keys: Keys of the shuffles; None leaves the shards in their order.
     """
     shards: Integers = np.flatnonzero(samples)
-    if key is not None:
-        shards = shards[permute(np.arange(len(shards)), len(shards), key)]
+    if keys is None:
+        return [_cut_runs(shards.tolist(), samples.tolist(), window)]
+    # Of few shards, one shuffle takes about as long as four.
+    indices, repeated = np.tile(np.arange(len(shards)), len(keys)), np.repeat(np.array(keys, np.uint64), len(shards))
+    shuffled = shards[permute(indices, len(shards), repeated)].reshape(len(keys), -1)
+    return [_cut_runs(order, samples.tolist(), window) for order in shuffled.tolist()]
+
+
+def _cut_runs(shards: list[int], samples: list[int], window: int) -> list[tuple[int, ...]]:
+    """Cut shards in an order into windows."""
     groups: list[list[int]] = []
     held = window
-    for shard in shards.tolist():
+    for shard in shards:
         if held >= window:
             groups.append([])
             held = 0
         groups[-1].append(shard)
-        held += int(samples[shard])
+        held += samples[shard]
     if len(groups) > 1 and 2 * held < window:
         # A last window of less than half the size would have much padding.
         groups[-2:] = [groups[-2] + groups[-1]]
