@@ -75,7 +75,7 @@ class HttpBody:
             )
         version = response.headers.get("ETag") or response.headers.get("Last-Modified")
         before, self._version = self._version, version
-        if self.data and before != version:
+        if len(self.data) > 0 and before != version:
             self.data.clear()
             raise ShortBodyError("the file changed while it was received")
         if ranged and response.status != 206:

@@ -270,6 +270,9 @@ def _attempts(file: RemoteFile, span: tuple[int, int], *, whole: bool) -> Callab
             # Most of these may not be used by two threads at a time.
             async with gate_of(id(file.system), 1):
                 data = await asyncio.to_thread(file.system.cat_file, file.name, start=start, end=end)
+            if len(data) < end - start:
+                # A disk gives all that there is. On Windows, local files are read here.
+                raise ValueError(truncated(file.path, start + len(data), first, end - first))
         if len(data) > end - start:
             raise ValueError(
                 f"{shown(file.path)}: its server sent {len(data)} bytes for a range of {end - start}, and gives none: "
