@@ -78,7 +78,9 @@ class RemoteFile:
         if isinstance(info, Exception):
             raise info
         if info.get("size") is None or not info.get("partial", True):
-            raise ValueError(f"{url}: its server gives no size, or no ranges, so that it cannot be read: copy the file")
+            raise ValueError(
+                f"{shown(url)}: its server gives no size, or no ranges, so that it cannot be read: copy the file"
+            )
         self.system, self.name = file_system(url)
         self.size = int(info["size"])
         # Offset and bytes of the last read, and the size of the read-ahead.
