@@ -158,7 +158,7 @@ class DocumentViews:
                 self.spans.array(name)
 
     def real_step_index(self) -> Tensor:
-        """Places of the real steps in `[0, R * C)`, document after document: int64 `[M]` on the values' device."""
+        """Positions of the real steps in `[0, R * C)`, document after document: int64 `[M]` on the values' device."""
         return flat_index(self.host_lengths(), self.spans.capacity, self.device, firsts=self.spans.starts())
 
     def packing_map(self, device: torch.device) -> PackingMap:

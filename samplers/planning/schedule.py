@@ -186,7 +186,7 @@ def count_steps(table: EpochTable, num_replicas: int) -> int:
     Raises:
         ValueError: The last step has fewer rows than replicas, or there is no step at all.
     """
-    if table.whole_batches == len(table) and (len(table) % num_replicas == 0 or table.options.drop_last):
+    if table.whole_batches == len(table) and table.has_whole_steps(num_replicas):
         # Nothing is shared in any epoch, so that none has to be planned.
         schedules = [Schedule(table, table.order(0, num_replicas), 0, num_replicas)]
     else:

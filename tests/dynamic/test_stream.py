@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import multiprocessing
 import pickle
 import random
 import re
@@ -182,7 +183,9 @@ def test_nodes_and_their_workers_share_the_shards_out(shards: list[str], monkeyp
         data = wds.DataPipeline(
             wds.SimpleShardList(shards), wds.split_by_node, wds.split_by_worker, wds.tarfile_to_samples(), stage
         )
-        batches = list(wds.WebLoader(data, batch_size=None, num_workers=2))
+        # A fork server, the default of Python 3.14, keeps the environment in which it has started: the first rank's.
+        start = "spawn" if multiprocessing.get_start_method() == "forkserver" else None
+        batches = list(wds.WebLoader(data, batch_size=None, num_workers=2, multiprocessing_context=start))
         keys.append([sample["__key__"] for batch in batches for sample in batch])
     assert sorted(keys[0] + keys[1]) == sorted(sample["__key__"] for sample in sample_stream())
     assert all(len(own) == len(sample_stream()) // 2 for own in keys)

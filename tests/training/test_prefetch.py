@@ -270,16 +270,16 @@ class Failing:
     """A loader whose second and fourth batch fail, and which continues after that."""
 
     def __iter__(self) -> Any:
-        self.place = 0
+        self.number = 0
         return self
 
     def __next__(self) -> Any:
-        self.place += 1
-        if self.place in (2, 4):
-            raise OSError(f"disk {self.place}")
-        if self.place == 6:
+        self.number += 1
+        if self.number in (2, 4):
+            raise OSError(f"disk {self.number}")
+        if self.number == 6:
             raise StopIteration
-        return self.place
+        return self.number
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -24,11 +24,20 @@ class _KeptSlab(Slab):
     """
 
     worker: "ref[BaseProcess] | None" = None
+    _had_last = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing comes in it any more."""
+        # The worker may retire a slab whose message is on its way.
+        return self.is_retired and (self._had_last or not self.is_sent)
 
     def end(self) -> None:
         """Nothing in this process refers to its values any more: the worker may use it again."""
         # One that is retired stays as it was sent, so that the worker cannot see one change without the other.
-        if not self.is_retired:
+        if self.is_retired:
+            self._had_last = True
+        else:
             self.is_sent = False
 
 
@@ -42,7 +51,7 @@ def borrow(loan: Loan) -> Tensor:
 
     Raises:
         OSError: The slab cannot be mapped.
-        RuntimeError: Another process than the keeper gets the tensor after the worker has ended.
+        RuntimeError: The worker had ended before this process got the tensor.
     """
     slab = _slabs.get(loan.token)
     if slab is None:
@@ -60,7 +69,7 @@ def _map(loan: Loan) -> _KeptSlab:
     Raises:
         RuntimeError: Its file is not there.
     """
-    file = _open(loan) if loan.copy is None else loan.copy.detach()
+    file = _open(loan) if loan.copy is None else _detach(loan)
     try:
         slab = _KeptSlab.of_file(file)
     finally:
@@ -68,7 +77,11 @@ def _map(loan: Loan) -> _KeptSlab:
     if slab.token != loan.token:
         raise RuntimeError(_gone(loan))
     _slabs[loan.token] = slab
-    worker = next((child for child in active_children() if child.pid == loan.worker), None)
+    children = active_children()
+    for ended in set(_kept).difference(children):
+        # torchdata's loader, and torch's before 2.13, may hold the processes of workers for good.
+        del _kept[ended]
+    worker = next((child for child in children if child.pid == loan.worker), None)
     if worker is not None:
         slab.worker = ref(worker)
         _kept.setdefault(worker, []).append(slab)
@@ -88,10 +101,23 @@ def _open(loan: Loan) -> int:
         raise RuntimeError(_gone(loan)) from error
 
 
+def _detach(loan: Loan) -> int:
+    """The descriptor that a worker has sent along.
+
+    Raises:
+        RuntimeError: The worker has ended.
+    """
+    try:
+        return int(loan.copy.detach())
+    except (OSError, EOFError) as error:
+        # A worker that is killed in between gives one of several errors of connections.
+        raise RuntimeError(_gone(loan)) from error
+
+
 def _gone(loan: Loan) -> str:
     return (
-        f"the memory of a batch from worker {loan.worker} cannot be opened: a process other than the loader's must "
-        "receive a batch before the worker that has sent it ends"
+        f"the memory of a batch from worker {loan.worker} cannot be opened: the worker has ended, or was killed, "
+        "before the batch was received"
     )
 
 
@@ -99,8 +125,8 @@ def _leave_retired(received: _KeptSlab) -> None:
     """Keep no slabs of the same worker that are used no more."""
     worker = received.worker and received.worker()
     kept = _kept.get(worker, []) if worker else []
-    if any(slab.is_retired for slab in kept):
-        kept[:] = [slab for slab in kept if not slab.is_retired]
+    if any(slab.is_over for slab in kept):
+        kept[:] = [slab for slab in kept if not slab.is_over]
 
 
 if hasattr(os, "register_at_fork"):

@@ -47,8 +47,7 @@ def lend(values: Tensor) -> Loan | None:
     slab = _pool.slab_of.get(values.data_ptr()) if is_plain and _pool.slab_of else None
     if slab is None or slab.size != values.nbytes or values.is_conj() or values.is_neg():
         return None
-    # The receiver of the message before may still have it, or will.
-    return None if slab.is_sent or slab.is_retired else slab.lend(values)
+    return _pool.lend(slab, values)
 
 
 class _WorkersSlab(Slab):
@@ -70,7 +69,11 @@ class _WorkersSlab(Slab):
         return not (self.is_leased or self.is_sent or self.is_retired)
 
     def lend(self, values: Tensor) -> Loan:
-        """Have the receiver lease its values."""
+        """Have the receiver lease its values.
+
+        Raises:
+            OSError: There is no descriptor for a receiver that has it not mapped.
+        """
         parent = parent_process()
         is_kept = parent is not None and self.keeper == parent.pid
         copy = None if is_kept else reduction.DupFd(self.file)
@@ -115,6 +118,19 @@ class _Pool:
         address = array.ctypes.data
         self.slab_of[address] = slab
         return tensor_of_lease(array, dtype, shape)
+
+    def lend(self, slab: _WorkersSlab, values: Tensor) -> Loan | None:
+        """Lend the values of a slab, if nobody else has them."""
+        # Each queue of a worker has a thread that sends.
+        with self._lock:
+            # The receiver of the message before may still have it, or will.
+            if slab.is_sent or slab.is_retired:
+                return None
+            try:
+                return slab.lend(values)
+            except OSError:
+                # No descriptor is left.
+                return None
 
     def _free_slab(self, size: int) -> _WorkersSlab | None:
         """The smallest free slab of about this size, or a new one; None if there are too many."""

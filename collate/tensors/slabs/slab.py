@@ -13,11 +13,11 @@ that no lock is needed. Either may set `is_retired`, after which nothing is writ
 the lease ends
 """
 
+import errno
 import math
 import os
 import secrets
 from collections.abc import Callable
-from mmap import mmap
 from typing import Any, Final, NamedTuple, Self
 from weakref import finalize
 
@@ -27,6 +27,8 @@ import torch
 
 # Bytes in front of the values: a page, so that these are aligned as torch aligns large tensors.
 HEADER: Final = 4096
+# Descriptors that a process keeps for other things: torch's own way of sending needs some.
+SPARE_FILES: Final = 16
 _SENT, _RETIRED, _KEEPER, _TOKEN = 0, 1, slice(8, 16), slice(16, 32)
 
 
@@ -34,7 +36,7 @@ class Slab:
     """A file in shared memory, as one process has it mapped.
 
     Attributes:
-        memory: The header and the values.
+        memory: The header and the values, uint8.
         token: 16 random bytes that name the slab.
         file: Descriptor of the file in the process that made it; -1 in others.
         reserved: Bytes of values for which there is memory, as that process knows.
@@ -43,9 +45,9 @@ class Slab:
     file = -1
     reserved = 0
 
-    def __init__(self, memory: mmap) -> None:
+    def __init__(self, memory: npt.NDArray[np.uint8]) -> None:
         self.memory = memory
-        self.token = bytes(memory[_TOKEN])
+        self.token = memory[_TOKEN].tobytes()
 
     @classmethod
     def make(cls, capacity: int) -> Self:
@@ -56,6 +58,9 @@ class Slab:
         """
         file = os.memfd_create("lengthtrack", os.MFD_CLOEXEC)
         try:
+            # Descriptors are numbered from the lowest that is free.
+            if file + SPARE_FILES > os.sysconf("SC_OPEN_MAX") >= 0:
+                raise OSError(errno.EMFILE, "no descriptor is left for a slab")
             os.posix_fallocate(file, 0, HEADER)
             os.ftruncate(file, HEADER + capacity)
             os.pwrite(file, secrets.token_bytes(16), _TOKEN.start)
@@ -84,7 +89,12 @@ class Slab:
         Raises:
             OSError: It cannot be mapped.
         """
-        return cls(mmap(file, os.fstat(file).st_size))
+        path, size = f"/proc/self/fd/{file}", os.fstat(file).st_size
+        # Python's maps hold a descriptor each, of which a loop that keeps batches would need too many.
+        try:
+            return cls(torch.from_file(path, shared=True, size=size, dtype=torch.uint8).numpy())
+        except RuntimeError as error:
+            raise OSError(f"a slab cannot be mapped: {error}") from error
 
     @property
     def capacity(self) -> int:
@@ -94,7 +104,7 @@ class Slab:
     @property
     def is_sent(self) -> bool:
         """Whether a tensor was sent whose lease at the receiver has not ended."""
-        return self.memory[_SENT] != 0
+        return bool(self.memory[_SENT])
 
     @is_sent.setter
     def is_sent(self, value: bool) -> None:
@@ -104,7 +114,7 @@ class Slab:
     @property
     def is_retired(self) -> bool:
         """Whether nothing may be written to it again."""
-        return self.memory[_RETIRED] != 0
+        return bool(self.memory[_RETIRED])
 
     def retire(self) -> None:
         """Leave its memory to the leases that last."""
@@ -113,11 +123,11 @@ class Slab:
     @property
     def keeper(self) -> int:
         """Number of the process that keeps it mapped between leases; 0 is none."""
-        return int.from_bytes(self.memory[_KEEPER], "little")
+        return int(self.memory[_KEEPER].view(np.int64)[0])
 
     @keeper.setter
     def keeper(self, process: int) -> None:
-        self.memory[_KEEPER] = process.to_bytes(8, "little")
+        self.memory[_KEEPER].view(np.int64)[0] = process
 
 
 class Loan(NamedTuple):
@@ -186,7 +196,7 @@ def lease(slab: Slab, size: int, on_end: Callable[[], None]) -> npt.NDArray[np.u
     Returns:
         uint8 `[size]`.
     """
-    values = np.frombuffer(slab.memory, np.uint8, size, HEADER)
+    values = slab.memory[HEADER : HEADER + size]
     made = _Lease(slab, on_end)
     _leases.add(made)
     # A tensor of the array refers to it as long as any of its views does.
@@ -196,7 +206,10 @@ def lease(slab: Slab, size: int, on_end: Callable[[], None]) -> npt.NDArray[np.u
 
 def tensor_of_lease(values: npt.NDArray[np.uint8], dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     """The tensor in leased bytes."""
-    return torch.from_numpy(values).view(dtype).view(shape)
+    tensor = torch.from_numpy(values).view(dtype).view(shape)
+    # `share_memory_` and queues give the storage other memory; arrays that were made before still have this.
+    tensor.untyped_storage().lease = values  # type: ignore[attr-defined]
+    return tensor
 
 
 def _note_fork() -> None:

@@ -37,7 +37,14 @@ from samplers.planning.packs.row_count import EXTRA, Proof
 from samplers.planning.sorting import IndexedLengths, as_length_array, refuse_negative
 from samplers.planning.tables.epoch_order import choose_variant
 from samplers.planning.tables.window_order import WindowOrder
-from samplers.planning.tables.window_table import COUNTED_GROUPINGS, DEFAULT_WINDOW, GROUPINGS, SHARDS, group_shards
+from samplers.planning.tables.window_table import (
+    COUNTED_GROUPINGS,
+    DEFAULT_WINDOW,
+    GROUPINGS,
+    SHARDS,
+    first_epoch,
+    group_shards,
+)
 
 # Purpose of a key, next to those of `row_order`: the rows of a window.
 WINDOW_ROWS = 57
@@ -100,8 +107,7 @@ class WindowPacks(PackedTable):
     def trial_epochs(self) -> Iterable[int]:
         """Epochs that show whether replicas can share the last step of every epoch."""
         # One of the usual windows, which replace those that cannot be shared, and the first, which will be needed.
-        own = [choose_variant(epoch, GROUPINGS, self.options.seed) for epoch in range(GROUPINGS)].index(self.number)
-        return {0, own}
+        return {0, first_epoch(self.number, self.options.seed)}
 
     def _make_epoch(self, epoch: int, num_replicas: int) -> Self:
         """The table of an epoch with the windows of its grouping, or else the usual ones."""

@@ -103,7 +103,7 @@ def count_batches(buckets: Sequence[Bucket]) -> int:
 
 
 def predict_batches(samples: int, options: Options) -> int | None:
-    """How many batches `cut_buckets` makes of so many samples, if `batch_size` alone decides; else None."""
+    """How many batches `cut_buckets` makes of this number of samples, if `batch_size` alone decides; else None."""
     rows = options.budget.fixed_rows
     if rows is None:
         return None

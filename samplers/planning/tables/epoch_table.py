@@ -33,6 +33,10 @@ class EpochTable(ABC):
         """Batches that a whole step may have; the others, which are short, belong to the last step."""
         return len(self)
 
+    def has_whole_steps(self, num_replicas: int) -> bool:
+        """Whether the batches of an epoch make whole steps, so that none is split for the last one."""
+        return self.options.drop_last or len(self) % num_replicas == 0
+
     @property
     @abstractmethod
     def planned(self) -> int:

@@ -118,12 +118,11 @@ class WindowTable(BatchTable):
     def trial_epochs(self) -> Iterable[int]:
         """Epochs that show whether replicas can share the last step of every epoch."""
         # Among them one of the first grouping, which replaces those that cannot be shared.
-        own = [choose_variant(epoch, GROUPINGS, self.options.seed) for epoch in range(GROUPINGS)].index(self.number)
-        return {0, 1, own}
+        return {0, 1, first_epoch(self.number, self.options.seed)}
 
     def is_shared(self, epoch: int, num_replicas: int) -> bool:
         """Whether an epoch of these windows ends with a row for each of this many replicas."""
-        if len(self) % num_replicas == 0 or self.options.drop_last:
+        if self.has_whole_steps(num_replicas):
             return True
         last = self.order(epoch, num_replicas).batch_at_position(np.arange(len(self))[-num_replicas:])
         return self._can_share_batches(num_replicas, last)
@@ -148,6 +147,11 @@ class WindowTable(BatchTable):
     def _sections(self) -> Integers:
         """The windows: samples of one window are read together, and are not exchanged with others."""
         return self.window_starts
+
+
+def first_epoch(number: int, seed: int) -> int:
+    """The first epoch that has this grouping."""
+    return [choose_variant(epoch, GROUPINGS, seed) for epoch in range(GROUPINGS)].index(number)
 
 
 @dataclass(frozen=True, eq=False)

@@ -60,7 +60,7 @@ class Book:
         return self._pages[epoch, replicas]
 
     def steps(self, place: Place, replicas: int) -> int:
-        """Steps in which that number of replicas takes what is left."""
+        """Steps in which that number of replicas takes the rest."""
         return -(-(self.total(place.epoch) - place.taken) // replicas)
 
     def rest(self, place: Place, replicas: int) -> tuple[list[Step], set[int]]:

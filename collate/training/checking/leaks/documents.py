@@ -14,7 +14,7 @@ from collate.tensors.masks import expand_like
 from collate.tensors.nested import labelled_parts, map_parts
 from collate.tensors.numpy_view import Int64Array, to_array
 from collate.training.checking.leaks.contents import are_positions, other_contents
-from collate.training.checking.leaks.places import Places, distinct_places
+from collate.training.checking.leaks.layouts import DocumentLayout, distinct_layouts
 from collate.training.checking.rerun import with_other_values
 from collate.varlen.batch import VarlenBatch
 from collate.varlen.offsets import document_starts
@@ -26,7 +26,7 @@ class DocumentCases(Protocol):
     Attributes:
         whole: what the step takes.
         count: N.
-        places: where documents are, in each field whose lengths differ.
+        layouts: where documents are, in each field whose lengths differ.
         lengths: the most steps that each document has in any field, int64 `[N]`.
         fields: the fields with contents, by name.
         notes: what is not changed, and why.
@@ -34,7 +34,7 @@ class DocumentCases(Protocol):
 
     whole: Any
     count: int
-    places: list[Places]
+    layouts: list[DocumentLayout]
     lengths: Int64Array
     fields: dict[str, Tensor]
     notes: list[str]
@@ -45,11 +45,11 @@ class DocumentCases(Protocol):
     def redrawn(self, seed: int) -> Self:
         """The same batch, for which `changed` gives other contents again."""
 
-    def with_leaves(self, batch: Any) -> tuple[Any, dict[str, tuple[Tensor, Places]]]:
+    def with_leaves(self, batch: Any) -> tuple[Any, dict[str, tuple[Tensor, DocumentLayout]]]:
         """A batch whose float fields are leaves that take gradients, and these leaves."""
 
-    def reversed(self) -> tuple[Any, list[Places], Int64Array] | str:
-        """The batch with the documents of each row in reverse, their places, and which document each now is.
+    def reversed(self) -> tuple[Any, list[DocumentLayout], Int64Array] | str:
+        """The batch with the documents of each row in reverse, their layouts, and which document each now is.
 
         Where that cannot be made, the reason.
         """
@@ -71,10 +71,11 @@ class VarlenCases:
                     f"field {name!r} has {len(part)} documents, the first field has {self.count}: collate all fields "
                     "of the batch together"
                 )
-        self.places = distinct_places(Places.of(part) for part in self.parts.values())
+        self._layout_of = {name: DocumentLayout.of(part) for name, part in self.parts.items()}
+        self.layouts = distinct_layouts(self._layout_of.values())
         self.lengths = np.max([part.host_lengths() for part in self.parts.values()], axis=0)
         self.fields = {name: part.values for name, part in self.parts.items()}
-        steps = {name: (part.values.flatten(0, 1), Places.of(part).ids) for name, part in self.parts.items()}
+        steps = {name: (part.values.flatten(0, 1), self._layout_of[name].ids) for name, part in self.parts.items()}
         contents, self.notes = _other_contents(steps, seed)
         self.contents = {name: contents[name].view_as(field) for name, field in self.fields.items()}
 
@@ -91,17 +92,17 @@ class VarlenCases:
         """As in `DocumentCases`."""
         return VarlenCases(self.whole, seed)
 
-    def with_leaves(self, batch: Any) -> tuple[Any, dict[str, tuple[Tensor, Places]]]:
+    def with_leaves(self, batch: Any) -> tuple[Any, dict[str, tuple[Tensor, DocumentLayout]]]:
         """As in `DocumentCases`."""
         leaves, others = {}, {}
         for name, part in _varlen_parts(batch):
             if part.values.is_floating_point():
                 leaf = part.values.detach().requires_grad_()
-                leaves[name] = leaf, Places.of(part)
+                leaves[name] = leaf, self._layout_of[name]
                 others[id(part)] = with_other_values(part, leaf)
         return _replaced(batch, others), leaves
 
-    def reversed(self) -> tuple[Any, list[Places], Int64Array] | str:
+    def reversed(self) -> tuple[Any, list[DocumentLayout], Int64Array] | str:
         """As in `DocumentCases`."""
         per_row = to_array(next(iter(self.parts.values())).documents_per_row)
         if per_row.max() < 2:
@@ -112,10 +113,10 @@ class VarlenCases:
         )
         turned = {id(part): _reordered(part, order) for part in self.parts.values()}
         for name, part in _walk(self.whole):
-            if not _follows_documents(part, self.places, self.count, len(per_row)):
+            if not _follows_documents(part, self.layouts, self.count, len(per_row)):
                 return f"{name!r} may say where documents are, and cannot be turned: make it from the batch in the step"
         batch = _replaced(_documents_in_order(self.whole, order, self.count), turned)
-        return batch, distinct_places(Places.of(part) for part in turned.values()), order
+        return batch, distinct_layouts(DocumentLayout.of(part) for part in turned.values()), order
 
     def is_silent(self, document: int) -> bool:
         """As in `DocumentCases`."""
@@ -133,8 +134,8 @@ class PlainCases:
         self.count = len(self.lengths)
         end = int(bounds[-1])
         steps, shapes = _steps_of(self.fields, end)
-        self.places = [Places(starts, self.lengths, [(1, steps), *shapes])]
-        ids = self.places[0].ids
+        self.layouts = [DocumentLayout(starts, self.lengths, [(1, steps), *shapes])]
+        ids = self.layouts[0].ids
         contents, self.notes = _other_contents({name: (self._flat(f), ids) for name, f in self.fields.items()}, seed)
         self.contents = {name: contents[name].view_as(field) for name, field in self.fields.items()}
 
@@ -142,38 +143,38 @@ class PlainCases:
         """As in `DocumentCases`."""
         others = {}
         for name, field in self.fields.items():
-            selected = expand_like(_selected(self.places[0].ids.to(field.device), documents), self._flat(field))
+            selected = expand_like(_selected(self.layouts[0].ids.to(field.device), documents), self._flat(field))
             values = torch.where(selected, self._flat(self.contents[name]), self._flat(field))
             others[id(field)] = values.view_as(field)
         return _replaced(self.whole, others)
 
     def redrawn(self, seed: int) -> "PlainCases":
         """As in `DocumentCases`."""
-        bounds = np.append(self.places[0].starts, self.places[0].starts[-1] + self.lengths[-1])
+        bounds = np.append(self.layouts[0].starts, self.layouts[0].starts[-1] + self.lengths[-1])
         return PlainCases(self.whole, list(self.fields), bounds, seed)
 
-    def with_leaves(self, batch: Any) -> tuple[Any, dict[str, tuple[Tensor, Places]]]:
+    def with_leaves(self, batch: Any) -> tuple[Any, dict[str, tuple[Tensor, DocumentLayout]]]:
         """As in `DocumentCases`."""
         leaves, others = {}, {}
         for name in self.fields:
             field = batch[name]
             if field.is_floating_point():
                 leaf = field.detach().requires_grad_()
-                leaves[name], others[id(field)] = (leaf, self.places[0]), leaf
+                leaves[name], others[id(field)] = (leaf, self.layouts[0]), leaf
         return _replaced(batch, others), leaves
 
-    def reversed(self) -> tuple[Any, list[Places], Int64Array] | str:
+    def reversed(self) -> tuple[Any, list[DocumentLayout], Int64Array] | str:
         """As in `DocumentCases`."""
         return "the step knows the offsets of plain tensors itself; a VarlenBatch is tried with its documents reversed"
 
     def is_silent(self, document: int) -> bool:
         """As in `DocumentCases`."""
-        here = self.places[0].ids == document
+        here = self.layouts[0].ids == document
         return any(_is_negative(self._flat(field)[here.to(field.device)]) for field in self.fields.values())
 
     def _flat(self, field: Tensor) -> Tensor:
         """A field as `[steps, ...]`."""
-        steps = self.places[0].as_steps(field)
+        steps = self.layouts[0].as_steps(field)
         return field if steps is None else steps
 
 
@@ -206,8 +207,8 @@ def _varlen_parts(batch: Any) -> Iterator[tuple[str, VarlenBatch]]:
             yield name or "the batch", part
 
 
-def _follows_documents(part: Any, places: Sequence[Places], count: int, rows: int) -> bool:
-    """Whether a part of a batch is as right as before when documents change places within their rows.
+def _follows_documents(part: Any, layouts: Sequence[DocumentLayout], count: int, rows: int) -> bool:
+    """Whether a part of a batch is as right as before when documents move within their rows.
 
     Numbers, and what has an entry per row, stay right; what has an entry per document is turned as well. Other tensors
     may be masks, positions or offsets, except for a list of float numbers, such as weights of classes.
@@ -215,11 +216,11 @@ def _follows_documents(part: Any, places: Sequence[Places], count: int, rows: in
     if not isinstance(part, (Tensor, np.ndarray)):
         return not isinstance(part, BlockMask)
     shape = tuple(part.shape)
-    steps = {size for place in places for pair in place.shapes for size in (pair[1], pair[0] * pair[1])} - {1}
+    steps = {size for layout in layouts for pair in layout.shapes for size in (pair[1], pair[0] * pair[1])} - {1}
     if not shape or shape == (1,) or (shape == (rows,) and rows not in steps):
         return True
     if shape[0] == count and count not in steps:
-        return all(shape[:2] != pair for place in places for pair in place.shapes)
+        return all(shape[:2] != pair for layout in layouts for pair in layout.shapes)
     return len(shape) == 1 and shape[0] not in steps and torch.as_tensor(part).is_floating_point()
 
 
@@ -236,7 +237,7 @@ def _other_contents(fields: Mapping[str, tuple[Tensor, Tensor]], seed: int) -> t
 
 
 def _replaced(batch: Any, others: Mapping[int, Any]) -> Any:
-    """The batch with other parts in place of those with these ids."""
+    """The batch with other parts instead of those with these ids."""
     if id(batch) in others:
         return others[id(batch)]
     return map_parts(batch, lambda part: _replaced(part, others))
@@ -255,14 +256,14 @@ def _documents_in_order(batch: Any, order: Int64Array, count: int) -> Any:
 
 def _reordered(part: VarlenBatch, order: Int64Array) -> VarlenBatch:
     """A varlen batch whose documents follow another order, as many in each row as before."""
-    places, lengths = Places.of(part), part.host_lengths()[order]
+    layout, lengths = DocumentLayout.of(part), part.host_lengths()[order]
     rows, capacity = part.values.shape[:2]
     per_row = to_array(part.documents_per_row)
     starts = document_starts(lengths, per_row, capacity, part.align)
-    source = torch.from_numpy(np.flatnonzero(places.ids.numpy() < 0))
+    source = torch.from_numpy(np.flatnonzero(layout.ids.numpy() < 0))
     index = torch.full((rows * capacity,), -1)
     for document, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
-        begin = int(places.starts[order[document]])
+        begin = int(layout.starts[order[document]])
         index[start : start + length] = torch.arange(begin, begin + length)
     # Gaps are as many as before.
     index[index < 0] = source

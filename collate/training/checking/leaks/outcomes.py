@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from collate.errors import LengthError
-from collate.training.checking.leaks.places import Places
+from collate.training.checking.leaks.layouts import DocumentLayout
 from collate.varlen.batch import VarlenBatch
 
 
@@ -41,7 +41,9 @@ class Outcome:
         )
 
 
-def results_of(result: object, places: Sequence[Places], count: int) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+def results_of(
+    result: object, layouts: Sequence[DocumentLayout], count: int
+) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """A step's results by name, each as `[K, ...]` with the document of each entry; a scalar has None.
 
     Raises:
@@ -61,27 +63,27 @@ def results_of(result: object, places: Sequence[Places], count: int) -> Iterator
                 f"{_titled(str(name))} must be a tensor of losses, per document [{count}], per step, or a scalar, got "
                 f"{type(term).__name__}: return the losses alone, without item()"
             )
-        yield (str(name), *_owned(tensor, str(name), places, count))
+        yield (str(name), *_owned(tensor, str(name), layouts, count))
 
 
-def _owned(tensor: Tensor, name: str, places: Sequence[Places], count: int) -> tuple[Tensor, Tensor | None]:
+def _owned(tensor: Tensor, name: str, layouts: Sequence[DocumentLayout], count: int) -> tuple[Tensor, Tensor | None]:
     """A result as `[K, ...]`, and whose each entry is.
 
     Raises:
         LengthError: It has no entry per document or step, and is not one number.
     """
     # A row of one document of one step has both shapes, and they mean the same.
-    if tensor.dim() and tensor.shape[0] == count and all(place.steps != count for place in places):
-        in_rows = any(tuple(tensor.shape[:2]) in place.shapes for place in places)
+    if tensor.dim() and tensor.shape[0] == count and all(layout.steps != count for layout in layouts):
+        in_rows = any(tuple(tensor.shape[:2]) in layout.shapes for layout in layouts)
         if not in_rows:
             return tensor, torch.arange(count)
-    for place in places:
-        steps = place.as_steps(tensor)
+    for layout in layouts:
+        steps = layout.as_steps(tensor)
         if steps is not None:
-            return steps, place.ids
+            return steps, layout.ids
     if tensor.numel() == 1:
         return tensor.reshape(()), None
-    shapes = " or ".join(str([*shape]) for place in places for shape in place.shapes)
+    shapes = " or ".join(str([*shape]) for layout in layouts for shape in layout.shapes)
     raise LengthError(
         f"{_titled(name)} must be per document [{count}], per step {shapes}, or one number, got {list(tensor.shape)}: "
         "give a step without a label a loss of 0 rather than leave it out, and return documents in the batch's order"

@@ -149,7 +149,7 @@ class DocumentProbes:
         staying[list(changed)] = False
         traces = []
         for batch in (self.cases.whole, self.cases.changed(changed)):
-            with Trace(self.cases.places, staying).recording() as trace:
+            with Trace(self.cases.layouts, staying).recording() as trace:
                 self.runs.run(batch)
             traces.append(trace)
         return first_difference(*traces)
@@ -189,8 +189,8 @@ class DocumentProbes:
         if isinstance(made, str):
             self.notes.append(f"order: {made}")
             return None
-        batch, places, order = made
-        outcome = self.runs.run(batch, places)
+        batch, layouts, order = made
+        outcome = self.runs.run(batch, layouts)
         moved = self._moved(outcome, torch.from_numpy(order))
         if moved is None:
             return None

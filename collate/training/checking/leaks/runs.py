@@ -11,18 +11,18 @@ from torch.overrides import TorchFunctionMode
 
 from collate.training.checking.autograd import gradients_of
 from collate.training.checking.leaks.documents import DocumentCases
+from collate.training.checking.leaks.layouts import DocumentLayout
 from collate.training.checking.leaks.outcomes import Outcome, results_of
-from collate.training.checking.leaks.places import Places
 from collate.training.checking.rerun import RAISED, Runner
 
 
 class Embedded(TorchFunctionMode):
     """Within it, embeddings that have an entry per step are kept, and take gradients where any can flow."""
 
-    def __init__(self, places: Sequence[Places]) -> None:
+    def __init__(self, layouts: Sequence[DocumentLayout]) -> None:
         super().__init__()
-        self.places = places
-        self.kept: list[tuple[Tensor, Places]] = []
+        self.layouts = layouts
+        self.kept: list[tuple[Tensor, DocumentLayout]] = []
 
     def __torch_function__(
         self,
@@ -34,10 +34,10 @@ class Embedded(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func is not F.embedding or not torch.is_grad_enabled():
             return result
-        for places in self.places:
-            if places.as_steps(result) is not None:
+        for layout in self.layouts:
+            if layout.as_steps(result) is not None:
                 kept: Tensor = result if result.requires_grad else result.detach().requires_grad_()
-                self.kept.append((kept, places))
+                self.kept.append((kept, layout))
                 return kept
         return result
 
@@ -54,18 +54,18 @@ class DocumentRuns:
         self.notes: list[str] = []
         self.takes_gradients = True
 
-    def run(self, batch: Any, places: Sequence[Places] | None = None) -> Outcome:
+    def run(self, batch: Any, layouts: Sequence[DocumentLayout] | None = None) -> Outcome:
         """The step's results for a batch, and the gradients of their sum at the steps of documents.
 
         Args:
             batch: what the step takes.
-            places: where its documents are; None is as in the batch that was given.
+            layouts: where its documents are; None is as in the batch that was given.
 
         Raises:
             LengthError: A result is neither per document, nor per step, nor one number.
             TypeError: The step returned something else.
         """
-        where = self.cases.places if places is None else places
+        where = self.cases.layouts if layouts is None else layouts
         if self.takes_gradients:
             try:
                 return self._run_with_gradients(batch, where)
@@ -76,27 +76,27 @@ class DocumentRuns:
                 return outcome
         return self._run(batch, where)[0]
 
-    def _run_with_gradients(self, batch: Any, places: Sequence[Places]) -> Outcome:
+    def _run_with_gradients(self, batch: Any, layouts: Sequence[DocumentLayout]) -> Outcome:
         leafed, leaves = self.cases.with_leaves(batch)
-        with Embedded(places) as embedded:
-            outcome, total = self._run(leafed, places)
+        with Embedded(layouts) as embedded:
+            outcome, total = self._run(leafed, layouts)
             inputs = {f"the gradient of field {name!r}": leaf for name, leaf in leaves.items()}
             inputs |= {f"the gradient of embedding {index}": kept for index, kept in enumerate(embedded.kept)}
             if total is None or not total.requires_grad:
                 return outcome
             tensors = [tensor for tensor, _ in inputs.values()]
             gradients = gradients_of(total, tensors, keep_graph=False)
-        for (name, (_, place)), gradient in zip(inputs.items(), gradients, strict=True):
-            steps = place.as_steps(gradient)
+        for (name, (_, layout)), gradient in zip(inputs.items(), gradients, strict=True):
+            steps = layout.as_steps(gradient)
             if steps is not None:
-                outcome.entries[name], outcome.owners[name] = steps, place.ids
+                outcome.entries[name], outcome.owners[name] = steps, layout.ids
                 outcome.gradients.append(name)
         return outcome
 
-    def _run(self, batch: Any, places: Sequence[Places]) -> tuple[Outcome, Tensor | None]:
+    def _run(self, batch: Any, layouts: Sequence[DocumentLayout]) -> tuple[Outcome, Tensor | None]:
         """The results of a run, and their sum over documents, from which gradients flow."""
         outcome, total = Outcome(), None
-        for name, tensor, owners in results_of(self.runner.raw(batch), places, self.cases.count):
+        for name, tensor, owners in results_of(self.runner.raw(batch), layouts, self.cases.count):
             if owners is None:
                 outcome.scalars[name] = float(tensor.detach())
                 part = tensor

@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils import _pytree as pytree
 
 from collate.tensors.numpy_view import CARRIERS
-from collate.training.checking.leaks.places import Places
+from collate.training.checking.leaks.layouts import DocumentLayout
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Trace:
     """All modules of a run, in order.
 
     Args:
-        places: where documents are.
+        layouts: where documents are.
         staying: which documents stay, bool `[N]`.
     """
 
-    places: Sequence[Places]
+    layouts: Sequence[DocumentLayout]
     staying: Tensor
     events: list[Event] = field(default_factory=list)
     stack: list[nn.Module] = field(default_factory=list)
@@ -87,10 +87,10 @@ class Trace:
         """A number for the bits of all entries that belong to documents that stay."""
         if not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
             return 0
-        for places in self.places:
-            steps = places.as_steps(tensor.detach(), steps_last=True)
+        for layout in self.layouts:
+            steps = layout.as_steps(tensor.detach(), steps_last=True)
             if steps is not None:
-                ids = places.ids
+                ids = layout.ids
                 return _bits(steps[((ids >= 0) & self.staying[ids]).to(steps.device)])
         if tensor.dim() and len(tensor) == len(self.staying):
             return _bits(tensor.detach()[self.staying.to(tensor.device)])

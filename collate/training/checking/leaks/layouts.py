@@ -1,6 +1,6 @@
 """Where documents are among the time steps of a field."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from collate.varlen.batch import VarlenBatch
 from collate.varlen.offsets import document_starts
 
 
-class Places:
+class DocumentLayout:
     """Where N documents are among the time steps of a field.
 
     Args:
@@ -30,8 +30,8 @@ class Places:
         self.ids = torch.from_numpy(ids)
 
     @classmethod
-    def of(cls, field: VarlenBatch) -> "Places":
-        """The places of a varlen batch."""
+    def of(cls, field: VarlenBatch) -> "DocumentLayout":
+        """The layout of a varlen batch."""
         rows, capacity = field.values.shape[:2]
         lengths, per_row = field.host_lengths(), to_array(field.documents_per_row)
         starts = document_starts(lengths, per_row, capacity, field.align)
@@ -57,15 +57,15 @@ class Places:
         return None
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Places) and self.shapes == other.shapes and torch.equal(self.ids, other.ids)
+        return isinstance(other, DocumentLayout) and self.shapes == other.shapes and torch.equal(self.ids, other.ids)
 
     __hash__ = None  # type: ignore[assignment]
 
 
-def distinct_places(places: Iterator[Places]) -> list[Places]:
-    """Places without repetition."""
-    found: list[Places] = []
-    for place in places:
-        if place not in found:
-            found.append(place)
+def distinct_layouts(layouts: Iterable[DocumentLayout]) -> list[DocumentLayout]:
+    """DocumentLayout without repetition."""
+    found: list[DocumentLayout] = []
+    for layout in layouts:
+        if layout not in found:
+            found.append(layout)
     return found
