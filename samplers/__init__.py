@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from samplers.shards.dataset import ShardDataset
     from samplers.shards.indexing.index import LengthIndex
     from samplers.shards.split_dataset import SplitDataset
-    from samplers.shards.storage.transport import Transport
+    from samplers.shards.storage.network.transport import Transport
     from samplers.shards.writing.writer import ShardWriter
     from samplers.sources.lengths_of import lengths_of
 else:
@@ -49,7 +49,7 @@ else:
             "ShardStream": "samplers.shard_stream",
             "ShardWriter": "samplers.shards.writing.writer",
             "SplitDataset": "samplers.shards.split_dataset",
-            "Transport": "samplers.shards.storage.transport",
+            "Transport": "samplers.shards.storage.network.transport",
             "bucket_by_length": "samplers.dynamic.stage",
             "lengths_of": "samplers.sources.lengths_of",
             "optimal_widths": "samplers.planning.optimal_widths",

@@ -16,8 +16,8 @@ from samplers.planning.optimal_widths import optimal_widths
 from samplers.planning.sorting import Lengths, as_length_array
 from samplers.shards.indexing.index import LengthIndex, open_index
 from samplers.shards.indexing.measuring import Decoder, Measure
+from samplers.shards.storage.network.transport import DEFAULT, Transport
 from samplers.shards.storage.reading import Shards
-from samplers.shards.storage.transport import DEFAULT, Transport
 
 
 def parse_dtypes(texts: Sequence[str]) -> dict[str, np.dtype[Any]]:

@@ -15,10 +15,11 @@ from samplers.shards.indexing.index_file import REBUILD
 from samplers.shards.indexing.measuring import Decoder
 from samplers.shards.indexing.tables import Field, Tables
 from samplers.shards.indexing.verify import ReadColumns, check_block, find_headers
-from samplers.shards.open_shards import Files, OpenShards
+from samplers.shards.opening.open_shards import Files, OpenShards
 from samplers.shards.storage.checksum import crc32
-from samplers.shards.storage.reading import Ranges, fill_again, fill_all, read_ranges
-from samplers.shards.storage.remote import RemoteFile, prefetch
+from samplers.shards.storage.network.remote import RemoteFile, prefetch
+from samplers.shards.storage.reading import RandomAccess, Ranges, fill_again, fill_all, read_ranges
+from samplers.shards.storage.shard_cache import CachedFile
 
 # Memory for a field of a batch, uint8 `[bytes]`, and the first byte of each sample in it, int64 `[B]`.
 Target: TypeAlias = tuple[AnyArray, AnyArray]
@@ -68,6 +69,17 @@ class SampleReader:
                 self._read_plain(files, part, more, self.tables.sizes)
             samples += more
         return samples
+
+    def count_bytes(self, rows: AnyArray) -> int:
+        """Bytes of the fields of these rows, as they are stored."""
+        total = 0
+        for column, field, length_column in self.columns:
+            if self.tables.sizes is not None:
+                total += int(self.tables.sizes[rows, column].sum())
+            else:
+                steps = self.lengths[rows, length_column].sum(dtype=np.int64) if field.variable else len(rows)
+                total += int(steps) * field.row_bytes
+        return total
 
     def read_into(self, rows: AnyArray, steps: AnyArray, targets: Mapping[str, Target]) -> None:
         """Read fields of samples in blocks into the memory of a batch.
@@ -211,10 +223,23 @@ class SampleReader:
         prefetch((file, self._find_headers(found)) for file, found in unchecked if isinstance(file, RemoteFile))
         for file, found in unchecked:
             for block in found:
-                check_block(file, self.tables, block, self.columns)
-                self._checked[block] = True
+                self._check_block(file, block)
             if isinstance(file, RemoteFile):
                 file.hold([])
+
+    def _check_block(self, file: RandomAccess, block: int) -> None:
+        """Compare a block with the index. One that was damaged in the cache is read again, where it came from.
+
+        Raises:
+            ValueError: It differs.
+        """
+        try:
+            check_block(file, self.tables, block, self.columns)
+        except ValueError:
+            if not (isinstance(file, CachedFile) and file.drop()):
+                raise
+            check_block(file, self.tables, block, self.columns)
+        self._checked[block] = True
 
     def _find_headers(self, blocks: list[int]) -> list[tuple[int, int]]:
         """Offsets and sizes of what `check_block` reads."""

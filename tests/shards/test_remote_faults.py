@@ -19,17 +19,18 @@ from faulty import Faulty, faulty
 from torch.utils.data import DataLoader
 
 from samplers import LengthBucketBatchSampler, LengthIndex, ShardDataset, ShardStream, Transport
+from samplers.shards.storage.network.fetched import FetchedFile
+from samplers.shards.storage.network.remote import fetch_into
 from samplers.shards.storage.reading import open_file
-from samplers.shards.storage.remote import FetchedFile, fetch_into
 
 SHARDS, EACH = 20, 12
 COUNT = SHARDS * EACH
 # Stalls are given up soon, and waits are short. Enough tries that no schedule below can use them up.
 QUICK = Transport(timeout=1.0, retries=12, backoff=0.01)
 # Where requests are counted: a slow machine must not make one more.
-PATIENT = Transport(timeout=100, retries=12, backoff=0.01)
+PATIENT = Transport(timeout=100, retries=12, backoff=0.01, patience=0)
 # Where they must come together.
-ONCE = Transport(timeout=100, retries=0)
+ONCE = Transport(timeout=100, retries=0, patience=0)
 # One of 50 requests each is dropped or refused, and one in 200 stalls, as often as a bad network does it.
 BAD_NETWORK = {"drop": (50, 3), "503": (50, 20), "stall": (200, 60), "break": (97, 11)}
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
@@ -159,7 +160,7 @@ def test_the_first_batch_asks_for_sizes_and_headers_in_rounds(server: Faulty) ->
 
 
 def test_a_shard_is_asked_for_its_size_once(server: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("samplers.shards.open_shards.HANDLES", 3)
+    monkeypatch.setattr("samplers.shards.opening.open_shards.HANDLES", 3)
     dataset = open_dataset(server, transport=PATIENT)
     for _ in range(2):
         assert_all_once(list(dataset.__getitems__(range(COUNT))))
@@ -385,7 +386,7 @@ def test_the_command_takes_the_options_and_refuses_others(server: Faulty, tmp_pa
     assert len(LengthIndex.open(target)) == 4 * EACH
     run("verify", target, "--transport", "timeout=50", "--workers", 0)
     for wrong, message in {
-        "tries=3": "'tries=3' must be one of connections, timeout, retries, deadline, backoff",
+        "tries=3": "'tries=3' must be one of connections, timeout, retries, deadline, backoff, patience",
         "retries=x": "'retries=x' must have a number behind =",
         "retries=-1": "retries must be at least 0, got -1",
     }.items():

@@ -39,6 +39,7 @@ class Manner:
             first request after `/together/N` was asked for.
         head: Whether HEAD is allowed.
         ranges: Whether ranges are answered.
+        refused: Name of a file for which the answer is 403.
     """
 
     latency: float = 0.0
@@ -48,6 +49,7 @@ class Manner:
     retry_after: str = ""
     head: bool = True
     ranges: bool = True
+    refused: str = ""
 
     def fault(self, number: int) -> str | None:
         """What happens to a request."""
@@ -144,6 +146,8 @@ class Application:
         fault = manner.fault(number)
         if fault is None and not path.exists():
             fault = "404"
+        if name == manner.refused:
+            fault = "403"
         if request.method == "HEAD" and not manner.head:
             fault = "405"
         if fault is not None and fault.isdigit():

@@ -16,8 +16,8 @@ from samplers.shards.indexing.measuring import LengthOf, Measure
 from samplers.shards.indexing.scan import scan_shard
 from samplers.shards.indexing.tables import Tables
 from samplers.shards.storage.atomic import TEMPORARY, remove_leftover
+from samplers.shards.storage.network.transport import DEFAULT, Transport
 from samplers.shards.storage.reading import open_file
-from samplers.shards.storage.transport import DEFAULT, Transport
 
 
 @dataclass(frozen=True)

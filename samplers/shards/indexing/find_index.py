@@ -5,9 +5,9 @@ import shlex
 from pathlib import Path
 
 from samplers.shards.indexing.index_file import SUFFIX
+from samplers.shards.storage.network.transport import DEFAULT, Transport
 from samplers.shards.storage.paths import expand_shards
 from samplers.shards.storage.reading import Shards
-from samplers.shards.storage.transport import DEFAULT, Transport
 
 
 def find_corpora(folder: Path) -> list[Path]:

@@ -29,10 +29,10 @@ from samplers.shards.indexing.measuring import Decoder, LengthOf, Measure, ident
 from samplers.shards.indexing.tables import Tables, join_tables
 from samplers.shards.indexing.verify import check_request, check_shard, complete_measure
 from samplers.shards.storage.atomic import local_path
+from samplers.shards.storage.network.transport import DEFAULT, Transport, check_transport
 from samplers.shards.storage.paths import expand_shards, refuse_twice
 from samplers.shards.storage.process_pool import run_in_processes
 from samplers.shards.storage.reading import Shards
-from samplers.shards.storage.transport import DEFAULT, Transport, check_transport
 
 # Keys that are decoded together.
 _KEYS_AT_ONCE: Final = 1 << 12

@@ -76,9 +76,9 @@ from samplers.shards.indexing.index_header import build_tables, encode_header, r
 from samplers.shards.indexing.tables import Field, Layout, Rates, Shard, Tables, TablesLike, check_alike
 from samplers.shards.storage.atomic import AtomicFile
 from samplers.shards.storage.checksum import crc32
+from samplers.shards.storage.network.remote import RemoteFile
+from samplers.shards.storage.network.transport import DEFAULT, Transport
 from samplers.shards.storage.reading import is_remote, open_file
-from samplers.shards.storage.remote import RemoteFile
-from samplers.shards.storage.transport import DEFAULT, Transport
 
 SUFFIX: Final = ".ltx"
 # Suffix of the index of a single shard.

@@ -12,8 +12,8 @@ from samplers.shards.indexing.layouts.scan_plain import PlainScan
 from samplers.shards.indexing.measuring import Measure
 from samplers.shards.indexing.shard_groups import ShardGroups
 from samplers.shards.indexing.tables import Tables
+from samplers.shards.storage.network.transport import DEFAULT, Transport
 from samplers.shards.storage.reading import open_file
-from samplers.shards.storage.transport import DEFAULT, Transport
 
 
 def scan_shard(

@@ -18,9 +18,9 @@ from samplers.shards.indexing.index_file import REBUILD
 from samplers.shards.indexing.measuring import Measure
 from samplers.shards.indexing.scan import scan_shard
 from samplers.shards.indexing.tables import Field, Tables
+from samplers.shards.storage.network.transport import DEFAULT, Transport
 from samplers.shards.storage.process_pool import run_in_processes
 from samplers.shards.storage.reading import RandomAccess, is_remote, open_file
-from samplers.shards.storage.transport import DEFAULT, Transport
 
 # Fields to read: column in the tables, field, and column of its lengths (-1 for a field of fixed size).
 ReadColumns: TypeAlias = list[tuple[int, Field, int]]

@@ -7,9 +7,9 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Final
 
+from samplers.shards.storage.network.remote import find_matches
+from samplers.shards.storage.network.transport import DEFAULT, Transport
 from samplers.shards.storage.reading import Shards
-from samplers.shards.storage.remote import find_matches
-from samplers.shards.storage.transport import DEFAULT, Transport
 
 _NUMBER_RANGE: Final = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
 _LETTER_RANGE: Final = re.compile(r"([A-Za-z])\.\.([A-Za-z])(?:\.\.-?(\d+))?")

@@ -15,8 +15,9 @@ import fsspec.implementations.local
 import numpy as np
 import numpy.typing as npt
 
-from samplers.shards.storage.remote import FetchedFile, RemoteFile, Wanted, as_bytes, fetch_into, file_system, truncated
-from samplers.shards.storage.transport import DEFAULT, Transport
+from samplers.shards.storage.network.counts import UNCOUNTED, Counts
+from samplers.shards.storage.network.remote import RemoteFile, Wanted, as_bytes, fetch_into, file_system, truncated
+from samplers.shards.storage.network.transport import DEFAULT, Transport
 
 Shards: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -240,7 +241,7 @@ def fill_again(file: RandomAccess, buffer: Any, offset: int) -> bool:
     """
     if isinstance(file, RemoteFile):
         file.fill([buffer], [offset])
-    elif isinstance(file, FetchedFile):
+    elif hasattr(file, "fill_again"):
         file.fill_again([buffer], [offset])
     else:
         return False
@@ -253,7 +254,12 @@ def is_remote(path: str) -> bool:
 
 
 def open_file(
-    path: str, *, memory_map: bool = False, transport: Transport = DEFAULT, info: dict[str, Any] | None = None
+    path: str,
+    *,
+    memory_map: bool = False,
+    transport: Transport = DEFAULT,
+    info: dict[str, Any] | None = None,
+    counts: Counts = UNCOUNTED,
 ) -> RandomAccess:
     """Open a path or fsspec URL for reading at any offset.
 
@@ -262,6 +268,7 @@ def open_file(
         memory_map: Map a local file, where the system can copy from mappings.
         transport: How a remote file is read.
         info: What `find_infos` has found out about a remote file. None asks for it.
+        counts: Where the requests of a remote file are counted.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -270,7 +277,7 @@ def open_file(
     """
     system, name = (None, path) if "://" not in path else file_system(path)
     if system is not None and not isinstance(system, fsspec.implementations.local.LocalFileSystem):
-        return RemoteFile(path, transport, info)
+        return RemoteFile(path, transport, info, counts)
     # Windows has no preadv. There fsspec reads local files.
     return (
         LocalFile(name, memory_map=memory_map) if hasattr(os, "preadv") else RemoteFile(Path(name).absolute().as_uri())

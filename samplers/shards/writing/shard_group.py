@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 from weakref import WeakSet
 
-from samplers.shards.open_shards import count_handles
+from samplers.shards.opening.open_shards import count_handles
 from samplers.shards.storage.atomic import AtomicFile, commit_in_stages
 
 # Shards and bytes of a group.

@@ -2,7 +2,7 @@
 
 from typing import Any, Final
 
-from samplers.shards.storage.failures import ShortBodyError, shown
+from samplers.shards.storage.network.failures import ShortBodyError, shown
 
 _PLAIN: Final = frozenset(["", "identity"])
 

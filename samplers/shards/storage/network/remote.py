@@ -5,6 +5,7 @@ import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from threading import get_ident
 from typing import Any, Final, TypeAlias
 
 import fsspec
@@ -12,10 +13,11 @@ import fsspec.asyn
 import numpy as np
 import numpy.typing as npt
 
-from samplers.shards.storage.failures import ShortBodyError, shown
-from samplers.shards.storage.http_body import HttpBody
-from samplers.shards.storage.requests import Request, gate_of, send_all
-from samplers.shards.storage.transport import DEFAULT, Transport
+from samplers.shards.storage.network.counts import UNCOUNTED, Counts
+from samplers.shards.storage.network.failures import ShortBodyError, shown
+from samplers.shards.storage.network.http_body import HttpBody
+from samplers.shards.storage.network.requests import Request, gate_of, send_all
+from samplers.shards.storage.network.transport import DEFAULT, Transport
 
 # fsspec has no type hints for it.
 _url_to_fs: Callable[[str], tuple[Any, str]] = fsspec.core.url_to_fs
@@ -69,12 +71,19 @@ class RemoteFile:
         url: URL of the file.
         transport: How it is read.
         info: What `find_infos` found, to open many files with one round of requests. None asks for it.
+        counts: Where its requests are counted.
     """
 
-    def __init__(self, url: str, transport: Transport = DEFAULT, info: dict[str, Any] | None = None) -> None:
-        self.path, self.transport = url, transport
+    def __init__(
+        self,
+        url: str,
+        transport: Transport = DEFAULT,
+        info: dict[str, Any] | None = None,
+        counts: Counts = UNCOUNTED,
+    ) -> None:
+        self.path, self.transport, self.counts = url, transport, counts
         if info is None:
-            [info] = find_infos([url], transport)
+            [info] = find_infos([url], transport, counts)
         if isinstance(info, Exception):
             raise info
         if info.get("size") is None or not info.get("partial", True):
@@ -85,7 +94,7 @@ class RemoteFile:
         self.size = int(info["size"])
         # Offset and bytes of the last read, and the size of the read-ahead.
         self._window, self._ahead = (0, b""), _LEAST_AHEAD
-        self._held: list[tuple[int, bytes]] = []
+        self._held: dict[int, list[tuple[int, bytes]]] = {}
 
     def read(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes from `offset` on. Reads that follow each other read further and further ahead."""
@@ -93,7 +102,7 @@ class RemoteFile:
         if not size:
             # Past the end there is no range to ask for, and servers refuse one.
             return b""
-        for start, data in self._held:
+        for start, data in self._held.get(get_ident(), ()):
             if start <= offset and offset + size <= start + len(data):
                 return data[offset - start : offset - start + size]
         start, data = self._window
@@ -113,8 +122,10 @@ class RemoteFile:
         fetch_into([(self, buffers, offsets)])
 
     def hold(self, pieces: list[tuple[int, bytes]]) -> None:
-        """Keep pieces (offset and bytes) for the reads that come next, until others are held."""
-        self._held = pieces
+        """Keep pieces (offset and bytes) for the reads of this thread that come next. None forgets them."""
+        self._held[get_ident()] = pieces
+        if not pieces:
+            del self._held[get_ident()]
 
     @property
     def gives_ranges(self) -> bool:
@@ -127,49 +138,14 @@ class RemoteFile:
 
     def request(self, first: int, end: int) -> Request[bytes | bytearray]:
         """The request for the bytes `[first, end)`."""
-        return Request(self.path, f"bytes {first} to {end}", _attempts(self, (first, end), whole=False))
+        begin = partial(attempts, self, (first, end), whole=False)
+        return Request(self.path, f"bytes {first} to {end}", begin, end - first, self.counts)
 
     def _fetch(self, first: int, end: int) -> bytes:
         [data] = send_all([self.request(first, end)], self.transport)
         if end - first < self.size:
             self.note_ranges()
         return bytes(data)
-
-
-class FetchedFile:
-    """A remote file in memory: one request for all of it, instead of one for each sample.
-
-    Args:
-        file: The file.
-    """
-
-    def __init__(self, file: RemoteFile) -> None:
-        self.path, self.size, self._file = file.path, file.size, file
-        self._data = memoryview(b"")
-        if file.size:
-            request = Request(file.path, f"all {file.size} bytes", _attempts(file, (0, file.size), whole=True))
-            [data] = send_all([request], file.transport)
-            self._data = memoryview(data)
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Up to `size` bytes from `offset` on, fewer only at the end of the file."""
-        return bytes(self._data[offset : offset + size])
-
-    def fill(self, buffers: Sequence[Any], offsets: Sequence[int]) -> None:
-        """Overwrite each buffer, see `RandomAccess.fill`.
-
-        Raises:
-            ValueError: The file ends before a buffer is full.
-        """
-        for buffer, offset in zip(buffers, offsets, strict=True):
-            part = self._data[offset : offset + buffer.nbytes]
-            if len(part) != buffer.nbytes:
-                raise ValueError(truncated(self.path, len(self._data), offset, buffer.nbytes))
-            as_bytes(buffer)[:] = np.frombuffer(part, np.uint8)
-
-    def fill_again(self, buffers: Sequence[Any], offsets: Sequence[int]) -> None:
-        """Overwrite each buffer with bytes that are asked for again. The errors are those of `RemoteFile.fill`."""
-        self._file.fill(buffers, offsets)
 
 
 def fetch_into(wanted: Iterable[Wanted]) -> None:
@@ -182,7 +158,13 @@ def fetch_into(wanted: Iterable[Wanted]) -> None:
         OSError: A file cannot be read.
         ValueError: A file ends before a buffer is full, or a server gives no ranges.
     """
-    spans = [span for file, buffers, offsets in wanted for span in _merge(file, buffers, offsets)]
+    # Fields of a sample may be neighbours in the file.
+    by_file: dict[int, tuple[RemoteFile, list[Any], list[int]]] = {}
+    for file, buffers, offsets in wanted:
+        _, all_buffers, all_offsets = by_file.setdefault(id(file), (file, [], []))
+        all_buffers += buffers
+        all_offsets += offsets
+    spans = [span for file, buffers, offsets in by_file.values() for span in _merge(file, buffers, offsets)]
     firsts: dict[str, _Span] = {}
     for span in spans:
         if not span.file.gives_ranges:
@@ -213,8 +195,13 @@ def prefetch(wanted: Iterable[tuple[RemoteFile, list[tuple[int, int]]]]) -> None
         file.hold([(offset, buffer.tobytes()) for buffer, offset in zip(buffers, offsets, strict=True)])
 
 
-def find_infos(urls: Sequence[str], transport: Transport) -> list[Any]:
+def find_infos(urls: Sequence[str], transport: Transport, counts: Counts = UNCOUNTED) -> list[Any]:
     """The size of each file, and whether it gives ranges, with one round of requests.
+
+    Args:
+        urls: URLs of the files.
+        transport: How they are asked for.
+        counts: Where the requests are counted.
 
     Returns:
         For each URL what fsspec's `info` says, or the error.
@@ -226,7 +213,8 @@ def find_infos(urls: Sequence[str], transport: Transport) -> list[Any]:
             return await asyncio.wait_for(system._info(name), transport.timeout)  # noqa: SLF001
         return await asyncio.to_thread(system.info, name)
 
-    requests = [Request(url, "its size", partial(find, url)) for url in urls]
+    # A try needs nothing of the one before.
+    requests = [Request(url, "its size", partial(partial, find, url), counts=counts) for url in urls]
     return send_all(requests, transport)
 
 
@@ -250,7 +238,7 @@ def _merge(file: RemoteFile, buffers: Sequence[Any], offsets: Sequence[int]) -> 
     return spans
 
 
-def _attempts(file: RemoteFile, span: tuple[int, int], *, whole: bool) -> Callable[[], Awaitable[bytes | bytearray]]:
+def attempts(file: RemoteFile, span: tuple[int, int], *, whole: bool) -> Callable[[], Awaitable[bytes | bytearray]]:
     """The tries for a range of a file. Bytes that were received stay for the next one."""
     transport, (first, end) = file.transport, span
     if is_http(file.system):
@@ -319,7 +307,7 @@ def find_matches(pattern: str, transport: Transport) -> list[str]:
         # In a thread: its own call waits for this loop.
         return list(await asyncio.to_thread(system.glob, name))
 
-    [paths] = send_all([Request(pattern, "the list of its folder", find)], transport)
+    [paths] = send_all([Request(pattern, "the list of its folder", lambda: find)], transport)
     return [system.unstrip_protocol(path) for path in paths]
 
 
