@@ -106,7 +106,7 @@ LAYERS = {
         ["npy"],
     ],
     "samplers.shards.storage": [
-        ["paths", "shard_cache"],
+        ["mirror", "paths", "shard_cache"],
         ["reading"],
         ["network"],
         ["atomic", "checksum", "process_pool"],

@@ -44,7 +44,11 @@ def main(*, traceback: bool) -> None:
     )
 )
 @click.argument("shards", nargs=-1, required=True)
-@click.option("--output", type=WrittenPath(dir_okay=False), help="Index file; by default the one in the folder SHARDS.")
+@click.option(
+    "--output",
+    type=WrittenPath(dir_okay=False, urls=True),
+    help="Index file, or its URL in an object store; by default the one in the folder SHARDS.",
+)
 @click.option(
     "--fields",
     type=parse_names,
@@ -149,7 +153,7 @@ def report(**options: Any) -> None:
     )
 )
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
-@click.argument("folder", type=WrittenPath(file_okay=False))
+@click.argument("folder", type=WrittenPath(file_okay=False, urls=True))
 @click.option(
     "--fields",
     type=parse_names,

@@ -20,6 +20,7 @@ from samplers.shards.indexing.index import LengthIndex, tables_of
 from samplers.shards.indexing.index_file import read_index
 from samplers.shards.indexing.measuring import LengthOf, Measure
 from samplers.shards.indexing.verify import complete_measure, find_errors
+from samplers.shards.storage.atomic import is_url
 from samplers.sources.extras import load_extra
 
 # Exit status if nothing differs, but not everything was measured. 2 is a usage error, by convention.
@@ -43,8 +44,9 @@ def index(
 ) -> None:
     """Build or refresh the index of shards."""
     paths = expand_existing(shards)
-    target = Path(output) if output else index_of_folder(shards)
-    before = open_earlier(target)
+    patience = parse_transport(transport)
+    target = (output if is_url(output) else Path(output)) if output else index_of_folder(shards)
+    before = open_earlier(target, patience)
     # A second `lengthtrack index` refreshes: it must not drop fields or checksums that the first one was asked for.
     if before is not None:
         fields = list(before.fields) if fields is None else fields
@@ -61,7 +63,7 @@ def index(
         length_id=length_id,
         length_field=length_field,
         progress=sys.stderr.isatty(),
-        transport=parse_transport(transport),
+        transport=patience,
     )
     built.save(target)
     what = "built" if before is None else "unchanged" if _is_same(before, built) else "refreshed"

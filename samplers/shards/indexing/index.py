@@ -1,20 +1,20 @@
 """The index of a corpus: every sample's length, offset and checksum, in a small file next to the shards."""
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, Self, overload
+from typing import Any, Self
 
 import numpy as np
 
 from collate.deprecated.names import renamed_arguments
 from samplers.shards.format.header_lengths import DeclaredLength, SoundHeaders, header_length_of
-from samplers.shards.format.keys import decode_all, decode_key
+from samplers.shards.format.keys import Keys
 from samplers.shards.format.npy import AnyArray
-from samplers.shards.format.packed_keys import PackedKeys
 from samplers.shards.indexing.cache import IndexCache
 from samplers.shards.indexing.find_index import find_index_files
 from samplers.shards.indexing.index_file import (
@@ -22,43 +22,19 @@ from samplers.shards.indexing.index_file import (
     check_version,
     open_tables,
     read_index,
+    send_index,
     sort_by_length,
     write_index,
 )
 from samplers.shards.indexing.measuring import Decoder, LengthOf, Measure, identify
 from samplers.shards.indexing.tables import Tables, join_tables
 from samplers.shards.indexing.verify import check_request, check_shard, complete_measure
-from samplers.shards.storage.atomic import local_path
+from samplers.shards.storage.atomic import is_url, local_path
+from samplers.shards.storage.mirror import check_writable
 from samplers.shards.storage.network.transport import DEFAULT, Transport, check_transport
 from samplers.shards.storage.paths import expand_shards, refuse_twice
-from samplers.shards.storage.process_pool import run_in_processes
-from samplers.shards.storage.reading import Shards
-
-# Keys that are decoded together.
-_KEYS_AT_ONCE: Final = 1 << 12
-
-
-class Keys(Sequence[str]):
-    """Keys of samples, decoded when they are used."""
-
-    def __init__(self, keys: AnyArray | PackedKeys) -> None:
-        self._keys = keys
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Keys": ...
-    def __getitem__(self, index: int | slice) -> "str | Keys":
-        if isinstance(index, slice):
-            return Keys(self._keys[index])
-        return decode_key(self._keys[index])
-
-    def __iter__(self) -> Iterator[str]:
-        for first in range(0, len(self), _KEYS_AT_ONCE):
-            yield from decode_all(self._keys[first : first + _KEYS_AT_ONCE].tolist())
+from samplers.shards.storage.process_pool import run_in_processes, run_in_threads
+from samplers.shards.storage.reading import Shards, is_remote
 
 
 class LengthIndex:
@@ -108,8 +84,9 @@ class LengthIndex:
         `lengthtrack[speech]`). Their lengths are frames, and `rates` has the frames in a second.
 
         With `resume=True` the index `SHARD.ltx` of each shard is written next to it as soon as the shard is scanned,
-        and a shard with such an index is not scanned again. So a build that was killed resumes where it was. An index
-        is used if it is complete, is not older than the shard, and has the shard's size; `verify` checks more.
+        also in an object store, and a shard with such an index is not scanned again. So a build that was killed resumes
+        where it was. An index is used if it is complete, is not older than the shard, and has the shard's size;
+        `verify` checks more. Remote shards are scanned several at a time.
 
         Args:
             shards: Paths, brace patterns, wildcards, folders or URLs.
@@ -118,8 +95,8 @@ class LengthIndex:
             length: `(field, bytes) -> steps`, for fields in other encodings. Picklable, if there are workers.
             workers: Number of processes. 0 stays in this one.
             checksums: Read payloads too, and store a crc32 of every sample and field.
-            resume: Write the index of each shard next to it, or in a local folder (for shards that are remote or
-                read-only), and use those that exist. If `length_fields` is None, their fields are used.
+            resume: Write the index of each shard next to it, or in a folder or its URL (for shards that are read-only),
+                and use those that exist. If `length_fields` is None, their fields are used.
             length_id: A name for `length`, which the index records, so that an index by another function is refused.
                 None makes one from its source without comments and from the constants and functions of its module
                 that it uses, but not from what it calls in other modules: change the name when those change.
@@ -140,7 +117,7 @@ class LengthIndex:
             ValueError: A shard comes twice, is damaged or empty or has a pickle, or samples differ in their fields; an
                 existing index of a shard is of other fields or by another function, or a function has no name;
                 a sound file has no length in its header; `length_field` names no field or comes with `length`;
-                `resume=True` with a remote shard; or `workers` is negative.
+                `resume=True` with a shard over HTTP; or `workers` is negative.
         """
         if isinstance(length_fields, str):
             raise TypeError(f"length_fields must be a list of names, got the string {length_fields!r}")
@@ -150,18 +127,24 @@ class LengthIndex:
             raise ValueError(f"length_id={length_id!r} is a name for lengths from headers: choose another")
         if length_field is not None and length is not None:
             raise ValueError("length_field and length both measure: give one")
-        cache_dir = resume if isinstance(resume, bool) else local_path(resume, "resume")
+        cache_dir = resume if isinstance(resume, bool) or is_url(resume) else local_path(resume, "resume")
         if isinstance(cache_dir, Path):
             cache_dir.mkdir(parents=True, exist_ok=True)
         transport = check_transport(transport)
         paths = expand_shards(shards, transport)
         length_id = identify(length) if length_id is None and length is not None else length_id
         header = SoundHeaders() if length_field is None else DeclaredLength(length_field)
+        if not isinstance(cache_dir, (bool, Path)):
+            cache_dir = os.fspath(cache_dir)
+            check_writable(cache_dir)
         cache = IndexCache(length_fields, length, checksums, cache_dir, length_id, header, transport).inherit_fields(
             paths
         )
         # `closing` kills the workers when this process is interrupted.
-        with closing(run_in_processes(cache, paths, workers, unit="shard", progress=progress)) as results:
+        run = (
+            run_in_threads if not workers and any(map(is_remote, paths)) else partial(run_in_processes, workers=workers)
+        )
+        with closing(run(cache, paths, unit="shard", progress=progress)) as results:
             parts = dict(results)
         # Workers finish in any order. The index has the order of the shards.
         return cls(join_tables([parts[number] for number in range(len(paths))]), transport=transport)
@@ -210,23 +193,33 @@ class LengthIndex:
             ValueError: One is damaged, one shard is in two, or their shards differ in layout, fields or checksums.
         """
         transport = check_transport(transport)
-        parts = [open_tables(_absolute(path), transport=transport) for path in paths]
+        open_part = partial(open_tables, transport=transport)
+        absolute = list(map(_absolute, paths))
+        if any(map(is_remote, paths)):
+            parts = [part for _, part in sorted(run_in_threads(open_part, absolute), key=lambda each: each[0])]
+        else:
+            parts = list(map(open_part, absolute))
         refuse_twice((shard.path, path) for part, path in zip(parts, paths, strict=True) for shard in part.shards)
         return cls(join_tables(parts), transport=transport)
 
     def save(self, path: str | os.PathLike[str], *, version: int = FORMAT_VERSION) -> None:
-        """Write the index to a local file, complete or not at all.
+        """Write the index to a file, complete or not at all.
 
         Args:
-            path: Best in the folder of the shards: their paths are then relative, and the folder can be moved.
+            path: A path, or a URL in an object store. Best in the folder of the shards: their paths are then relative,
+                and the folder can be moved.
             version: Version of the file: 2, or 1 for release 0.1. Plain shards always have version 1.
 
         Raises:
             FileExistsError: Another process is writing the file.
             TypeError: `version` is not an int.
-            ValueError: `path` is a URL, or `version` is neither 1 nor 2.
+            OSError: A remote file cannot be written.
+            ValueError: `path` is a URL over HTTP, or `version` is neither 1 nor 2.
         """
-        write_index(local_path(path, "path"), [self._tables], check_version(version))
+        if not is_url(path):
+            write_index(local_path(path, "path"), [self._tables], check_version(version))
+            return
+        send_index(os.fspath(path), self._tables, check_version(version), self._transport)
 
     def __len__(self) -> int:
         return len(self._tables.keys)

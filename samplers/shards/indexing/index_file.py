@@ -76,6 +76,7 @@ from samplers.shards.indexing.index_header import build_tables, encode_header, r
 from samplers.shards.indexing.tables import Field, Layout, Rates, Shard, Tables, TablesLike, check_alike
 from samplers.shards.storage.atomic import AtomicFile
 from samplers.shards.storage.checksum import crc32
+from samplers.shards.storage.mirror import Mirror
 from samplers.shards.storage.network.remote import RemoteFile
 from samplers.shards.storage.network.transport import DEFAULT, Transport
 from samplers.shards.storage.reading import is_remote, open_file
@@ -231,6 +232,26 @@ def write_index(
     except BaseException:
         file.discard()
         raise
+
+
+def send_index(url: str, tables: Tables, version: int, transport: Transport) -> None:
+    """Write an index file to an object store. Shards in the same folder or below it have relative paths.
+
+    Raises:
+        OSError: It cannot be sent.
+        ValueError: Nothing can be written there.
+    """
+    folder, _, name = url.rpartition("/")
+    mirror = Mirror(folder, transport)
+    path = mirror.folder / name
+    write_index(path, [replace(tables, shards=tuple(_near(shard, mirror) for shard in tables.shards))], version)
+    mirror.push([path])
+
+
+def _near(shard: Shard, mirror: Mirror) -> Shard:
+    """A shard whose path is in the local folder, if its URL is in the remote one, so that it becomes relative."""
+    inside = shard.path.removeprefix(f"{mirror.url}/")
+    return shard if inside == shard.path else replace(shard, path=str(mirror.folder / inside))
 
 
 def prepare_index(

@@ -37,7 +37,8 @@ class Counts:
     def as_dict(self) -> dict[str, Any]:
         """All counts by name. `waited` is `waited_seconds`, a float."""
         totals = dict(zip(NAMES, self._totals().tolist(), strict=True))
-        return {**totals, "waited_seconds": totals.pop("waited") / 1e9}
+        waited = totals.pop("waited")
+        return {**totals, "waited_seconds": waited / 1e9}
 
     def _row(self) -> npt.NDArray[np.int64]:
         """Where this process counts."""
