@@ -39,7 +39,7 @@ class Manner:
             first request after `/together/N` was asked for.
         head: Whether HEAD is allowed.
         ranges: Whether ranges are answered.
-        refused: Name of a file for which the answer is 403.
+        refused: Name of a file for which the answer is 403, or the fault `refused`.
     """
 
     latency: float = 0.0
@@ -147,7 +147,7 @@ class Application:
         if fault is None and not path.exists():
             fault = "404"
         if name == manner.refused:
-            fault = "403"
+            fault = manner.faults.get("refused", "403")
         if request.method == "HEAD" and not manner.head:
             fault = "405"
         if fault is not None and fault.isdigit():

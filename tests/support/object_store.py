@@ -89,7 +89,7 @@ def object_store() -> Iterator[ObjectStore]:
 
 
 def _forget_clients() -> None:
-    s3: Any = fsspec.get_filesystem_class  # type: ignore[no-untyped-call]
+    s3: Any = fsspec.get_filesystem_class
     s3("s3").clear_instance_cache()
 
 
@@ -124,6 +124,8 @@ class Proxy:
         body = await request.read()
         await asyncio.sleep(manner.latency)
         fault = manner.fault(number)
+        if manner.refused and request.path.endswith(f"/{manner.refused}"):
+            fault = manner.faults.get("refused", "403")
         if fault is not None and fault.isdigit():
             entry["status"] = int(fault)
             return web.Response(status=int(fault))
@@ -131,6 +133,12 @@ class Proxy:
             await asyncio.sleep(3600)
         if fault == "drop" or request.transport is None:
             return _cut(request)
+        return await self._hand_on(request, body, fault, entry)
+
+    async def _hand_on(
+        self, request: web.Request, body: bytes, fault: str | None, entry: dict[str, Any]
+    ) -> web.StreamResponse:
+        """Ask the server, and send its answer, or half of it."""
         if self.session is None:
             self.session = ClientSession(auto_decompress=False, cookie_jar=DummyCookieJar())
         headers = {name: value for name, value in request.headers.items() if name.lower() not in _HOPS}
@@ -151,8 +159,8 @@ class Proxy:
         for start in range(0, len(sent), _PIECE):
             piece = sent[start : start + _PIECE]
             await response.write(piece)
-            if manner.rate:
-                await asyncio.sleep(len(piece) / manner.rate)
+            if self.manner.rate:
+                await asyncio.sleep(len(piece) / self.manner.rate)
         if fault == "hang":
             await asyncio.sleep(3600)
         if fault == "break":

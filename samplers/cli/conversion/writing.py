@@ -40,7 +40,7 @@ def resumable(folder: str, conversion: Mapping[str, Any], *, resume: bool, **opt
         if resume and (local / f"{options['prefix']}{SUFFIX}").exists():
             raise FileExistsError(f"{folder} holds a finished corpus, there is nothing to resume")
         # Before the mark is written: finished shards are no unfinished conversion.
-        refuse_shards(local, options["prefix"])
+        refuse_shards(local, options["prefix"], folder)
     append = begin(mark, conversion, resume=resume)
     if mirror is not None:
         mirror.push([mark])

@@ -79,15 +79,21 @@ class Mirror:
             list(pool.map(self._download, whole))
 
     def push(self, paths: Iterable[Path]) -> None:
-        """Send files: first all shards, side by side, then all others.
+        """Send files: first the shards, in their order, then all others side by side.
+
+        Args:
+            paths: Files of the local folder.
 
         Raises:
             OSError: A file could not be sent. The message has its URL, the number of tries and the last cause.
         """
         paths = list(paths)
         shards = [path for path in paths if path.name.endswith(_SHARD)]
-        for part in (shards, [path for path in paths if path not in shards]):
-            send_all([self._upload(path) for path in part], self._transport)
+        # One after the other: if this process is killed, no shard may be missing before one that is there, because the
+        # samples that are written must be the first ones.
+        for path in shards:
+            send_all([self._upload(path)], self._transport)
+        send_all([self._upload(path) for path in paths if path not in shards], self._transport)
         for path in shards:
             self._make_hole(path, path.stat().st_size)
 
@@ -107,7 +113,10 @@ class Mirror:
                 await asyncio.to_thread(system.rm_file, name)
 
         urls = [self.url_of(path) for path in paths]
-        send_all([Request(url, "its removal", partial(partial, remove, url)) for url in urls], self._transport)
+        send_all(
+            [Request(url, "its removal", partial(partial, remove, url), verb="removed") for url in urls],
+            self._transport,
+        )
 
     def _list(self) -> dict[str, int]:
         """The sizes of the files in the remote folder, by name."""
@@ -134,7 +143,10 @@ class Mirror:
     def _upload(self, path: Path) -> Request[None]:
         size = path.stat().st_size
         return Request(
-            self.url_of(path), f"sending {size} bytes", partial(_sending, self.url_of(path), path, self._transport)
+            self.url_of(path),
+            f"{size} bytes",
+            partial(_sending, self.url_of(path), path, self._transport),
+            verb="written",
         )
 
     @staticmethod

@@ -122,21 +122,25 @@ class SampleWriter:
         if append:
             self._adopt_shards()
         else:
-            refuse_shards(self._folder, prefix)
+            refuse_shards(self._folder, prefix, self._where)
 
     def __enter__(self) -> Self:
         self._entered = True
         return self
 
     def __repr__(self) -> str:
-        folder = str(self._folder if self._mirror is None else self._mirror.url)
-        name = f"{folder!r}, prefix={self._prefix!r}, layout={self._layout!r}"
+        name = f"{self._where!r}, prefix={self._prefix!r}, layout={self._layout!r}"
         return f"{type(self).__name__}({name}, {len(self._keys)} samples, {len(self.shards)} finished shards)"
 
     @property
     def shards(self) -> list[Any]:
         """The finished shards, in their order: paths, or URLs if the folder is remote."""
         return self.local_shards if self._mirror is None else list(map(self._mirror.url_of, self.local_shards))
+
+    @property
+    def _where(self) -> str:
+        """The folder, or its URL, for messages."""
+        return str(self._folder) if self._mirror is None else self._mirror.url
 
     @property
     def keys(self) -> KeysView[str]:
@@ -310,7 +314,7 @@ class SampleWriter:
         """
         if self._failure is not None:
             raise RuntimeError(
-                f"{self._folder}: writing failed before ({self._failure}), and the samples behind the last finished "
+                f"{self._where}: writing failed before ({self._failure}), and the samples behind the last finished "
                 "shard are lost: continue with a new writer, append=True, and the samples that are not in its keys"
             )
 
@@ -334,7 +338,7 @@ class SampleWriter:
             if shard in written or Path(f"{shard}{SUFFIX}").exists()
         ]
         if not tables:
-            raise ValueError(f"nothing was written to {self._folder}: a corpus needs a sample")
+            raise ValueError(f"nothing was written to {self._where}: a corpus needs a sample")
         return tables
 
 

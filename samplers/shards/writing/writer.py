@@ -99,7 +99,7 @@ class ShardWriter(SampleWriter):
         if append:
             remove_leftovers(folder, prefix)
         else:
-            refuse_shards(folder, prefix)
+            refuse_shards(folder, prefix, "" if mirror is None else mirror.url)
         write_part = PartWriter(
             writer=cls,
             options=options,

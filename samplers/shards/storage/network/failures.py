@@ -82,12 +82,14 @@ def retry_after(error: BaseException) -> float:
         return 0.0
 
 
-def failure(url: str, what: str, tries: int, error: BaseException, *, too_late: float | None = None) -> Exception:
+def failure(
+    url: str, what: tuple[str, str], tries: int, error: BaseException, *, too_late: float | None = None
+) -> Exception:
     """The error for a request that failed.
 
     Args:
         url: URL of the file.
-        what: The bytes asked for, as text.
+        what: What was to be done (read, written), and the bytes asked for, as text.
         tries: How often it was asked for.
         error: The last cause.
         too_late: The deadline in seconds, if it has passed.
@@ -96,12 +98,13 @@ def failure(url: str, what: str, tries: int, error: BaseException, *, too_late: 
     if isinstance(cause, ValueError) and status is None:
         # What the server sent is no good; the message says so.
         return cause
-    details = f"{what}, {tries} {'try' if tries == 1 else 'tries'}"
+    verb, asked = what
+    details = f"{asked}, {tries} {'try' if tries == 1 else 'tries'}"
     missing = isinstance(error, FileNotFoundError) and cause is error
     if status == 404 or (status is None and missing):
         return FileNotFoundError(f"{shown(url)}: there is no such file ({details})")
     late = "" if too_late is None else f", not done after {too_late:g} s"
-    text = f"{shown(url)}: cannot be read: {describe(cause)} ({details}{late}): {_remedy(cause, status, too_late)}"
+    text = f"{shown(url)}: cannot be {verb}: {describe(cause)} ({details}{late}): {_remedy(cause, status, too_late)}"
     return PermissionError(text) if status in {401, 403} or isinstance(cause, PermissionError) else OSError(text)
 
 
@@ -138,7 +141,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _remedy(cause: BaseException, status: int | None, too_late: float | None) -> str:
     """The way out."""
     if status in {401, 403} or isinstance(cause, PermissionError) or _CREDENTIALS.search(type(cause).__name__):
-        return "check the credentials of the client, and that they may read this file (docs/shards.md, object stores)"
+        return "check the credentials of the client, and that they may use this file (docs/shards.md, object stores)"
     if status in {301, 307, 400}:
         return "check the region and the endpoint of the client, and its credentials (docs/shards.md, object stores)"
     if status == 416:

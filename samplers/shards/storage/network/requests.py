@@ -45,6 +45,7 @@ class Request(Generic[Answer]):
         begin: Makes what sends it once, each time that it is called. It may keep what it has received.
         size: Bytes asked for. None if the answer has no bytes of the file; such a request is never sent twice at once.
         counts: Where it is counted.
+        verb: What cannot be done if it fails, for messages.
     """
 
     url: str
@@ -52,6 +53,7 @@ class Request(Generic[Answer]):
     begin: Callable[[], Callable[[], Awaitable[Answer]]]
     size: int | None = None
     counts: Counts = UNCOUNTED
+    verb: str = "read"
 
 
 def send_all(requests: Sequence[Request[Answer]], transport: Transport) -> list[Answer]:
@@ -147,7 +149,7 @@ async def _persist(request: Request[Answer], transport: Transport, gate: asyncio
             # After the deadline, the timeout itself says less than the error before it.
             cause = last if loop.time() >= end and last is not None else cause
             too_late = transport.deadline if is_late and is_transient(cause) and tries <= transport.retries else None
-            failed = failure(request.url, request.what, tries, cause, too_late=too_late)
+            failed = failure(request.url, (request.verb, request.what), tries, cause, too_late=too_late)
             raise failed from None
         last = cause
         request.counts.add("retries")
