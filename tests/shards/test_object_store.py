@@ -10,6 +10,11 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+
+# Not among the oldest versions.
+pytest.importorskip("s3fs")
+pytest.importorskip("moto")
+
 from command import run
 from corpora import assert_same, write
 from object_store import ObjectStore, object_store

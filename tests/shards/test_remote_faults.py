@@ -16,7 +16,7 @@ import pytest
 from command import run
 from corpora import LAYOUTS, assert_same, write
 from faulty import Faulty, faulty
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from samplers import LengthBucketBatchSampler, LengthIndex, ShardDataset, ShardStream, Transport
 from samplers.shards.storage.network.fetched import FetchedFile
@@ -105,23 +105,38 @@ def test_batches_by_index_are_read_on_a_bad_network(server: Faulty, layout: str)
     assert_all_once([sample for batch in order for sample in dataset.__getitems__(batch)])
 
 
+def the_only(items: list[Any]) -> Any:
+    [item] = items
+    return item
+
+
+class Jobs(Dataset[list[Any]]):
+    """What one worker does: item 0 is an epoch of a stream, item 1 all batches by index."""
+
+    def __init__(self, server: Faulty) -> None:
+        self.stream = ShardStream(server.url("plain.ltx"), collate_fn=list, max_tokens=500, window=30, transport=QUICK)
+        self.dataset = open_dataset(server)
+        self.sampler = LengthBucketBatchSampler(self.dataset.index, max_tokens=500)
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, job: int) -> list[Any]:
+        if job == 0:
+            return [sample for batch in iter(self.stream) for sample in batch]
+        return [sample for batch in self.sampler for sample in list(self.dataset.__getitems__(batch))]
+
+
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_workers_read_on_a_bad_network_after_their_parent(server: Faulty, start: str) -> None:
-    server.behave(every=BAD_NETWORK)
-    dataset = open_dataset(server)
+def test_workers_read_on_a_bad_network_after_their_parent(server: Faulty, folder: Path, start: str) -> None:
+    server.behave(every=BAD_NETWORK | {"drop": (17, 3)})
+    jobs = Jobs(server)
     # What the parent has open must not travel.
-    list(dataset.__getitems__(range(0, COUNT, 7)))
-    sampler = LengthBucketBatchSampler(dataset.index, max_tokens=500)
-    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=list, num_workers=2, multiprocessing_context=start)
-    assert_all_once([sample for batch in loader for sample in batch])
-
-
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_workers_stream_and_index_on_a_bad_network(server: Faulty, folder: Path, start: str) -> None:
-    server.behave(every=BAD_NETWORK | {"drop": (7, 3)})
-    stream = ShardStream(server.url("plain.ltx"), collate_fn=list, max_tokens=500, window=30, transport=QUICK)
-    loader = DataLoader(stream, batch_size=None, num_workers=2, multiprocessing_context=start)
-    assert_all_once([sample for batch in loader for sample in batch])
+    list(jobs.dataset.__getitems__(range(0, COUNT, 7)))
+    next(iter(jobs.stream))
+    # One worker, which is asked for all: a spawned one takes seconds to import torch.
+    for read in DataLoader(jobs, collate_fn=the_only, num_workers=1, multiprocessing_context=start):
+        assert_all_once(read)
     if start == "fork":
         built = LengthIndex.build(server.url("plain-{000000..000019}.tar"), workers=2, transport=QUICK)
         assert built.fingerprint == LengthIndex.open(folder / "plain.ltx").fingerprint
@@ -196,7 +211,9 @@ def test_a_body_that_ends_early_is_continued_at_its_offset(server: Faulty, folde
     fetched = FetchedFile(file)  # type: ignore[arg-type]
     assert fetched.read(0, size) == content
     assert [entry["range"] for entry in server.log()] == [None, [half, size - 1]]
-    server.behave(faults={"0": fault, "1": fault})
+    # A body that stops is given up after the timeout, for which the test waits: once.
+    second = "break" if fault == "hang" else fault
+    server.behave(faults={"0": second, "1": second})
     buffer = np.empty(2000, np.uint8)
     file.fill([buffer], [500])
     assert buffer.tobytes() == content[500:2500]
@@ -224,6 +241,23 @@ def test_a_refusal_is_not_tried_again(server: Faulty, status: str) -> None:
     with pytest.raises(kind, match=rf"blocks-000000.tar: .*1 try.*{hint.get(status, '')}"):
         list(dataset.__getitems__([5]))
     assert [entry["status"] for entry in server.log()] == [int(status)]
+
+
+def test_a_request_that_stalls_is_sent_a_second_time(server: Faulty) -> None:
+    # No timeout would end it in the time that the test has.
+    dataset = open_dataset(server, transport=Transport(timeout=500, retries=0, patience=4), fields=["tokens"])
+    for _ in range(30):
+        list(dataset.__getitems__(range(0, COUNT, 50)))
+    server.behave(faults={"1": "stall"})
+    before = dataset.transfers
+    for row in range(0, COUNT, 50):
+        assert dataset[row]["tokens"].tolist() == samples()[row]["tokens"].tolist()  # type: ignore[attr-defined]
+    assert dataset.transfers["second_requests"] > before["second_requests"]
+    assert dataset.transfers["retries"] == 0
+    # A body that stops in its middle too.
+    server.behave(faults={"1": "hang"})
+    for row in range(0, COUNT, 50):
+        assert dataset[row]["tokens"].tolist() == samples()[row]["tokens"].tolist()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("status", ["429", "500", "503"])
