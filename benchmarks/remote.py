@@ -3,9 +3,9 @@
     python benchmarks/remote.py [--latency 0.02] [--rate 50e6] [--repeat 3] [--peers ENVIRONMENTS] [--only NAME ...]
 
 A web server and an S3 server (moto) on loopback, each in a process of its own, wait 20 ms before each answer and send
-50 MB/s in each. The corpus is 20 shards with 8,000 short sequences of 3.8 kB on average. With faults, 2 % of requests are
-dropped, 2 % answered with 503, and 0.5 % never. `--peers` is a folder of environments, `mosaicml` and `libraries`, as
-`make bench-peers` makes them.
+50 MB/s in each. The corpus is 20 shards with 8,000 short sequences of 3.8 kB on average. With faults, 2 % of requests
+are dropped, 2 % answered with 503, and 0.5 % never. `--peers` is a folder of environments, `mosaicml` and `libraries`,
+as `make bench-peers` makes them.
 """
 
 import argparse
@@ -147,9 +147,14 @@ def by_index(bench: Bench) -> Iterable[str]:
         yield f"{name}: {rate:,.0f} samples/s by any order, {ahead:,.0f} along the plan (bar: 1,000)"
 
 
+def read_all(samples: list[Any]) -> int:
+    """How many samples a batch has; they are read."""
+    return len(list(samples))
+
+
 def open_stream(url: str, **options: Any) -> ShardStream:
     """A stream with a window of 2,000 samples."""
-    given = {"collate_fn": len, "batch_size": BATCH, "window": 2000, "transport": TRANSPORT}
+    given = {"collate_fn": read_all, "batch_size": BATCH, "window": 2000, "transport": TRANSPORT}
     return ShardStream(url, **given | options)
 
 
@@ -261,7 +266,7 @@ def follow(bench: Bench) -> Iterable[Any]:
     """Batches by index along the plan, made in a thread."""
     dataset = ShardDataset(bench.server.url("shard.ltx"), transport=TRANSPORT)
     sampler = LengthBucketBatchSampler(dataset.index, batch_size=BATCH)
-    return ReadAheadLoader(dataset.follow(sampler), batch_sampler=sampler, collate_fn=len)
+    return ReadAheadLoader(dataset.follow(sampler), batch_sampler=sampler, collate_fn=read_all)
 
 
 def faults(bench: Bench) -> Iterable[str]:
@@ -278,7 +283,7 @@ def faults(bench: Bench) -> Iterable[str]:
     def read_by_index(workers: int) -> int:
         dataset = ShardDataset(url, transport=TRANSPORT)
         sampler = LengthBucketBatchSampler(dataset.index, batch_size=BATCH)
-        loader = DataLoader(dataset.follow(sampler), batch_sampler=sampler, collate_fn=len, num_workers=workers)
+        loader = DataLoader(dataset.follow(sampler), batch_sampler=sampler, collate_fn=read_all, num_workers=workers)
         return int(sum(loader))
 
     for name, job in {"stream": stream_epoch, "index": build_index, "by index": read_by_index}.items():
@@ -299,11 +304,13 @@ def faults(bench: Bench) -> Iterable[str]:
 def memory(bench: Bench) -> Iterable[str]:
     """The peak of a process that streams, over that of one that opens the corpus alone."""
     script = (
-        "import resource, sys; from samplers import ShardStream\n"
+        "import pathlib, sys; from samplers import ShardStream\n"
         "options = {'batch_size': 25, 'window': 2000, 'read_ahead_bytes': int(sys.argv[2])}\n"
         "stream = ShardStream(sys.argv[1], collate_fn=len, **options)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sum(stream)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "now = lambda name: int(pathlib.Path('/proc/self/status').read_text().split(name)[1].split()[0])\n"
+        "next(iter(ShardStream(sys.argv[1], collate_fn=len, **options | {'window': 1, 'read_ahead_bytes': 0})))\n"
+        "pathlib.Path('/proc/self/clear_refs').write_text('5')\n"
+        "print(now('VmRSS:')); sum(stream); print(now('VmHWM:'))"
     )
     window = 5 * 1.5
     for ahead in (0, 3 << 20, 1 << 26):

@@ -1,6 +1,10 @@
 """Shards in an object store: written there, indexed there, and read on a bad network, against a real server."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
@@ -239,6 +243,16 @@ def test_the_command_converts_to_a_store_and_resumes_there(
     told = run("index", f"{folder}/shard-*.tar", "--output", f"{folder}/again.ltx", "--workers", 0)
     assert f"{folder}/again.ltx: built, 20 samples" in told.output
     run("verify", f"{folder}/again.ltx", "--workers", 0)
+
+
+def test_the_example_writes_and_reads_its_own_store() -> None:
+    path = Path(__file__).parents[2] / "examples" / "shards_over_s3.py"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=180, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    epochs = re.findall(r"(.+): 600 samples; so far ([\d,]+) requests, ([\d,]+) bytes", done.stdout)
+    assert [name for name, *_ in epochs] == ["by index", "stream", "stream again, from the cache"]
+    assert epochs[1][1:] == epochs[2][1:]
 
 
 def test_wrong_credentials_and_missing_buckets_say_so(

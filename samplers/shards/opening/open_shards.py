@@ -8,6 +8,7 @@ from errno import EMFILE, ENFILE
 from functools import lru_cache, partial
 from importlib import import_module
 from itertools import pairwise
+from threading import Lock
 from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
@@ -57,6 +58,7 @@ class OpenShards:
         self.most = count_handles()
         self._tables, self._ends = tables, tables.starts[1:]
         self._transport, self._counts, self._cache = transport, counts, cache
+        self._lock = Lock()
         # What is known of remote shards stays when they are closed, so that each is asked for its size once.
         self._infos: dict[str, Any] = {}
         self._is_local = not any("://" in shard.path for shard in tables.shards)
@@ -177,11 +179,13 @@ class OpenShards:
 
     def _find_sizes(self, paths: list[str]) -> None:
         """Ask for the sizes of remote shards together."""
-        unknown = [path for path in paths if path not in self._infos and is_remote(path)]
-        if len(unknown) > 1:
-            # An error is raised where its shard is opened, so that a handler can skip that one alone.
-            with suppress(OSError, ValueError):
-                self._infos.update(zip(unknown, find_infos(unknown, self._transport, self._counts), strict=True))
+        # Several threads that read ahead would ask for the same ones.
+        with self._lock:
+            unknown = [path for path in paths if path not in self._infos and is_remote(path)]
+            if len(unknown) > 1:
+                # An error is raised where its shard is opened, so that a handler can skip that one alone.
+                with suppress(OSError, ValueError):
+                    self._infos.update(zip(unknown, find_infos(unknown, self._transport, self._counts), strict=True))
 
     def _open(self, path: str) -> RandomAccess:
         """Open a file, or take it from the cache.
