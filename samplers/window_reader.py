@@ -3,6 +3,7 @@
 from collections import deque
 from functools import partial
 from itertools import pairwise
+from threading import Lock
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -200,11 +201,12 @@ class FetchedShards(OpenShards):
         super().__init__(tables, **options)
         self._ahead: ReadAhead[RandomAccess] = ReadAhead(read_ahead_bytes, self._counts)
         self._coming: deque[int] = deque()
+        self._coming_lock = Lock()
 
     @property
     def has_room(self) -> bool:
         """Whether the announced shards leave room for more."""
-        return sum(self._tables.shards[shard].size for shard in self._coming) < self._ahead.free_bytes
+        return sum(self._tables.shards[shard].size for shard in list(self._coming)) < self._ahead.free_bytes
 
     def read_soon(self, shards: list[int]) -> None:
         """Fetch these shards in the background, after those announced before."""
@@ -213,8 +215,9 @@ class FetchedShards(OpenShards):
 
     def forget_ahead(self) -> None:
         """Forget what was announced and fetched."""
-        self._coming.clear()
-        self._ahead.forget()
+        with self._coming_lock:
+            self._coming.clear()
+            self._ahead.forget()
 
     def free(self) -> None:
         """Free the memory of a shard that was fetched whole."""
@@ -241,8 +244,10 @@ class FetchedShards(OpenShards):
 
     def _start_fetches(self) -> None:
         """Begin to fetch as many shards as there is room for."""
-        while self._coming and (shard := self._coming[0]) not in self._ahead:
-            indexed = self._tables.shards[shard]
-            if is_remote(indexed.path) and not self._ahead.start(shard, indexed.size, partial(self._fetch, shard)):
-                break
-            self._coming.popleft()
+        # Two threads may iterate over one stream.
+        with self._coming_lock:
+            while self._coming and (shard := self._coming[0]) not in self._ahead:
+                indexed = self._tables.shards[shard]
+                if is_remote(indexed.path) and not self._ahead.start(shard, indexed.size, partial(self._fetch, shard)):
+                    break
+                self._coming.popleft()

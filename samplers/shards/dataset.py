@@ -23,6 +23,7 @@ from samplers.shards.opening.transfers import Transfers
 from samplers.shards.sample_reader import SampleReader, select_columns
 from samplers.shards.skipping import Failed, Handler, is_damage, make_skipping, read_apart
 from samplers.shards.split_dataset import PieceCutter, PieceTable, check_range
+from samplers.shards.storage.atomic import local_path
 from samplers.shards.storage.network.counts import UNCOUNTED, Counts
 from samplers.shards.storage.network.transport import DEFAULT, Transport, check_transport
 from samplers.shards.storage.reading import Shards
@@ -50,7 +51,7 @@ class ShardDataset(Dataset[Sample]):
     _read_ahead_bytes = 0
     _counts: Counts = UNCOUNTED
     _sampler: Any = None
-    _cache: str | os.PathLike[str] | None = None
+    _cache: str | None = None
     _cache_bytes = CACHE_BYTES
 
     @renamed_arguments(check="checksums")
@@ -106,8 +107,12 @@ class ShardDataset(Dataset[Sample]):
         self.index = _open_index(shards, index, self._transport)
         self._tables = tables_of(self.index)
         self._memory_map = memory_map
-        self._read_ahead_bytes, self._counts = check_read_ahead(read_ahead_bytes), Transfers()
-        self._cache, self._cache_bytes = cache if cache is None else os.fspath(cache), cache_bytes
+        self._read_ahead_bytes, self._counts = check_read_ahead(read_ahead_bytes), UNCOUNTED
+        if not self.is_local:
+            self._counts = Transfers()
+        # Absolute, since a worker may run in another folder.
+        self._cache = None if cache is None else str(local_path(cache, "cache").absolute())
+        self._cache_bytes = cache_bytes
         self._check_crcs = checksums and self._tables.crcs is not None
         self._decode = as_decoders(decode)
         self._columns = select_columns(self._tables.fields, fields, self._decode)

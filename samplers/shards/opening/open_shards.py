@@ -9,6 +9,7 @@ from functools import lru_cache, partial
 from importlib import import_module
 from itertools import pairwise
 from threading import Lock
+from time import perf_counter_ns
 from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
@@ -105,8 +106,11 @@ class OpenShards:
         """Open shards, with the part of the rows that lies in each. The errors are those of `open`."""
         if not self._is_local and self._cache is not None:
             # Shards that are not in the cache are fetched side by side.
+            begin = perf_counter_ns()
             with ThreadPoolExecutor(min(_FETCHES, len(shards))) as pool:
                 files = list(pool.map(self._try_open, shards))
+            if not HERE.in_background:
+                self._counts.add("waited", perf_counter_ns() - begin)
             pairs = zip(shards, files, pairwise(borders), strict=True)
             return [(file or self.open(shard), slice(*part)) for shard, file, part in pairs]
         if not self._is_local:

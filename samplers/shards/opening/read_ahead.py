@@ -79,7 +79,13 @@ class ReadAhead(Generic[Result]):
             return call()
         begin = perf_counter_ns()
         try:
-            return future.result()
+            while True:
+                try:
+                    # Not for ever: Windows would not hear an interrupt.
+                    return future.result(1)
+                except TimeoutError:
+                    if future.done():
+                        return future.result()
         finally:
             self._counts.add("waited", perf_counter_ns() - begin)
 

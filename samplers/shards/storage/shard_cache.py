@@ -95,6 +95,8 @@ class ShardCache:
         Raises:
             FileExistsError: Another process is doing it, or has done it.
         """
+        # Somebody may have removed the folder to make room.
+        self.folder.mkdir(parents=True, exist_ok=True)
         file = AtomicFile(path, replace=False)
         fetched = None
         try:

@@ -48,6 +48,13 @@ class Counts:
         return self._cells
 
 
+class _Uncounted(Counts):
+    """Counts nothing, and so has no lock that a thread could hold while a process is forked."""
+
+    def add(self, name: str, count: int = 1) -> None:
+        """Count nothing."""
+
+
 class _Here(threading.local):
     """What this thread is for."""
 
@@ -57,4 +64,4 @@ class _Here(threading.local):
 # Reads of a thread that reads ahead keep nobody waiting.
 HERE: Final = _Here()
 # For files that nobody counts.
-UNCOUNTED: Final = Counts()
+UNCOUNTED: Final = _Uncounted()
