@@ -107,7 +107,7 @@ class ShardDataset(Dataset[Sample]):
         self.index = _open_index(shards, index, self._transport)
         self._tables = tables_of(self.index)
         self._memory_map = memory_map
-        self._read_ahead_bytes, self._counts = check_read_ahead(read_ahead_bytes), UNCOUNTED
+        self._read_ahead_bytes = check_read_ahead(read_ahead_bytes)
         if not self.is_local:
             self._counts = Transfers()
         # Absolute, since a worker may run in another folder.
