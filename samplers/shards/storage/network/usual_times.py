@@ -9,8 +9,6 @@ from typing import Final
 # The last requests that are remembered, and how many there must be.
 _REMEMBERED: Final = 64
 _LEAST: Final = 16
-# The share of requests that take no longer than what counts as usual.
-_SHARE: Final = 0.9
 # Shorter waits are not worth a second request, in seconds.
 _SHORTEST: Final = 0.1
 # Second requests are at most this share of all, so that a slow server gets no more than a little more to do.
@@ -43,7 +41,7 @@ class UsualTimes:
 
         Args:
             size: Bytes asked for.
-            factor: How many times the usual time.
+            factor: How many times the median.
 
         Returns:
             None if too little is known, or no second request is to be sent.
@@ -51,7 +49,7 @@ class UsualTimes:
         times = self._times.get(_class_of(size), ())
         if not factor or len(times) < _LEAST or self._allowed < 1:
             return None
-        return max(_SHORTEST, factor * sorted(times)[int(_SHARE * (len(times) - 1))])
+        return max(_SHORTEST, factor * sorted(times)[len(times) // 2])
 
     def take(self) -> bool:
         """Whether a second request may be sent now; it is counted."""
