@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
@@ -34,6 +35,8 @@ from samplers import (
     ShardWriter,
     Transport,
 )
+from samplers.shards.indexing.index import tables_of
+from samplers.shards.indexing.tables import join_tables
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
@@ -321,14 +324,14 @@ def memory(bench: Bench) -> Iterable[str]:
 
 def start(bench: Bench) -> Iterable[str]:
     """Opening 10,000 remote shards by their corpus file, and the first batch."""
-    script = (
-        "import sys, pathlib; sys.path.insert(0, sys.argv[3]); from samplers import ShardWriter; import numpy as np\n"
-        "pathlib.Path(sys.argv[1]).mkdir(parents=True)\n"
-        "part = lambda number: [{'__key__': f'{number}', 'tokens': np.arange(9)}]\n"
-        "ShardWriter.write_parts(sys.argv[1], part, range(int(sys.argv[2])))"
-    )
     folder = bench.folder / "many"
-    subprocess.run([sys.executable, "-c", script, folder, "10000", str(Path(__file__).parents[1])], check=True)
+    with ShardWriter(folder) as writer:
+        writer.write({"__key__": "k", "tokens": np.arange(9)})
+    # An index of 10,000 shards, of which the first exists.
+    tables = tables_of(LengthIndex.open(folder / "shard.ltx"))
+    paths = [str(folder / f"shard-{number:06}.tar") for number in range(10_000)]
+    shards = [replace(tables, shards=(replace(tables.shards[0], path=path),)) for path in paths]
+    LengthIndex(join_tables(shards)).save(folder / "shard.ltx")
     with faulty(folder, **bench.slow) as server:
         begin = time.perf_counter()
         dataset = ShardDataset(server.url("shard.ltx"), transport=TRANSPORT)
