@@ -79,8 +79,8 @@ def open_litdata(url: str, cache: Path, workers: int) -> Iterable[Any]:
     """Its dataset and its loader."""
     import litdata  # noqa: PLC0415
 
-    # Its client refuses HTTP without this.
-    os.environ["AWS_ALLOW_HTTP"] = "true"
+    # Its client refuses HTTP without this, and there is no option for it.
+    litdata.streaming.downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = "true"  # noqa: SLF001
     options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]}
     dataset = litdata.StreamingDataset(url, shuffle=True, cache_dir=str(cache), storage_options=options)
     loader: Iterable[Any] = litdata.StreamingDataLoader(dataset, batch_size=ROWS, collate_fn=list, num_workers=workers)
