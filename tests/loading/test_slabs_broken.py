@@ -1,12 +1,14 @@
 """Slabs under odd use, each of which once changed a batch that was in use, lost one, or took all descriptors."""
 
 import os
+import pickle
 import resource
 import threading
 from contextlib import suppress
 from multiprocessing import reduction
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch.multiprocessing as torch_multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
 from collate import LengthTrackedBatch, PadCollator
-from collate.tensors.slabs import receiving, sending
+from collate.tensors.slabs import receiving, sending, slab
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="has no slabs")
 
@@ -171,3 +173,101 @@ def test_slabs_leave_descriptors_to_a_loop_and_its_workers(spare: int) -> None:
         torch_multiprocessing.set_sharing_strategy(strategy)
     assert all(holds(batch.padded, number) for number, batch in enumerate(kept))
     assert open_files() <= before + 4
+
+
+def message_of(batch: LengthTrackedBatch) -> bytes:
+    """What a queue sends of a batch."""
+    return bytes(reduction.ForkingPickler.dumps(batch))
+
+
+@pytest.fixture
+def is_kept(as_worker: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have all slabs of this process look as if its parent has them mapped, so that their names are sent alone."""
+    monkeypatch.setattr(sending, "parent_process", lambda: SimpleNamespace(pid=1))
+    monkeypatch.setattr(sending._WorkersSlab, "keeper", 1)
+
+
+@pytest.mark.usefixtures("is_kept")
+def test_a_message_that_is_unpickled_twice_gives_one_batch() -> None:
+    """Its memory was used again when the first of the two batches was gone, while the second was in use."""
+    message = message_of(collated())
+    first = pickle.loads(message)
+    with pytest.raises(RuntimeError, match="was received before"):
+        pickle.loads(message)
+    del first
+    with pytest.raises(RuntimeError, match="was received before"):
+        pickle.loads(message)
+    later = message_of(collated())
+    assert len(sending._pool._slabs) == 1
+    with pytest.raises(RuntimeError, match="was received before"):
+        pickle.loads(message)
+    assert pickle.loads(later).padded.shape == (ROWS, STEPS)
+
+
+@pytest.mark.usefixtures("is_kept")
+def test_a_retired_slab_waits_for_a_process_that_opens_it_late() -> None:
+    """The worker closed the file of a slab that it had retired after a fork, and a third process could not open it."""
+    batch = collated()
+    message, values = message_of(batch), batch.padded.tolist()
+    slab._begin_fork()
+    slab._forks.pop()
+    del batch
+    assert collated().padded.tolist() == values
+    assert len(sending._pool._slabs) == 2
+    assert pickle.loads(message).padded.tolist() == values
+    assert collated().padded.tolist() == values
+    assert len(sending._pool._slabs) == 1
+
+
+@pytest.mark.usefixtures("as_worker")
+def test_loops_in_two_threads_forget_an_ended_worker_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both once found it, and the second one that deleted it failed with its batch."""
+    both = threading.Barrier(2)
+
+    class Children(list[Any]):
+        def __iter__(self) -> Any:
+            # As it should be, the other thread waits elsewhere.
+            with suppress(threading.BrokenBarrierError):
+                both.wait(0.5)
+            return super().__iter__()
+
+    monkeypatch.setattr(receiving, "active_children", Children)
+    ended = BaseProcess.__new__(BaseProcess)
+    receiving._kept[ended] = []
+    batches = [collated(), collated()]
+    messages = [message_of(batch) for batch in batches]
+    received: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda message=message: received.append(pickle.loads(message))) for message in messages
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all((batch.padded == batches[0].padded).all() for batch in received)
+    assert len(received) == 2
+    assert not receiving._kept
+    batches.clear()
+    received.clear()
+
+
+def test_a_lease_that_lasts_only_while_another_thread_forks_retires() -> None:
+    """Calls before a fork may wait for other threads, one of which may lease; the child has a copy of its tensor."""
+    made = slab.Slab.make(1 << 13)
+    made.reserve(8)
+    slab._begin_fork()
+    lease = slab.lease(made, 8, lambda: None)
+    del lease
+    slab._forks.pop()
+    assert made.is_retired
+
+
+@pytest.mark.usefixtures("as_worker")
+def test_values_in_slabs_are_no_views() -> None:
+    """Some operations refuse views, such as `detach_`, which batches that torch sends are not."""
+    made = PadCollator()([np.ones(100_000, np.float32)] * 2)
+    sent = pickle.loads(message_of(made))
+    for batch in (made, sent):
+        assert not batch.padded._is_view()
+        batch.padded.detach_()
+    del made, sent

@@ -8,6 +8,7 @@ import os
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import RLock
 from typing import Final
 from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
@@ -44,6 +45,8 @@ class _KeptSlab(Slab):
 # By token, those that are mapped at all; and those that are kept mapped, by worker.
 _slabs: Final[WeakValueDictionary[bytes, _KeptSlab]] = WeakValueDictionary()
 _kept: Final[WeakKeyDictionary[BaseProcess, list[_KeptSlab]]] = WeakKeyDictionary()
+# Loops in several threads may have a loader each. A collection of garbage may receive too, in a thread that holds it.
+_lock = RLock()
 
 
 def borrow(loan: Loan) -> Tensor:
@@ -51,22 +54,30 @@ def borrow(loan: Loan) -> Tensor:
 
     Raises:
         OSError: The slab cannot be mapped.
-        RuntimeError: The worker had ended before this process got the tensor.
+        RuntimeError: The worker had ended before this process got the tensor, or the message was received before.
     """
     slab = _slabs.get(loan.token)
     if slab is None:
         slab = _map(loan)
+        _keep(slab, loan.worker)
     elif loan.copy is not None:
-        os.close(loan.copy.detach())
+        os.close(_detach(loan))
+    if slab.is_received or slab.message != loan.message:
+        raise RuntimeError(
+            f"a batch from worker {loan.worker} was received before, and its memory may hold another one now: "
+            "let a worker send it twice, or send what `pickle` makes of it"
+        )
+    slab.is_received = True
     _leave_retired(slab)
     values = tensor_of_lease(lease(slab, loan.size, slab.end), loan.dtype, loan.shape)
     return values.requires_grad_(loan.requires_grad)
 
 
 def _map(loan: Loan) -> _KeptSlab:
-    """Map a slab, and keep it if this process has started its worker.
+    """Map a slab.
 
     Raises:
+        OSError: It cannot be mapped.
         RuntimeError: Its file is not there.
     """
     file = _open(loan) if loan.copy is None else _detach(loan)
@@ -76,17 +87,22 @@ def _map(loan: Loan) -> _KeptSlab:
         os.close(file)
     if slab.token != loan.token:
         raise RuntimeError(_gone(loan))
-    _slabs[loan.token] = slab
-    children = active_children()
-    for ended in set(_kept).difference(children):
-        # torchdata's loader, and torch's before 2.13, may hold the processes of workers for good.
-        del _kept[ended]
-    worker = next((child for child in children if child.pid == loan.worker), None)
-    if worker is not None:
-        slab.worker = ref(worker)
-        _kept.setdefault(worker, []).append(slab)
-        slab.keeper = os.getpid()
     return slab
+
+
+def _keep(slab: _KeptSlab, worker_id: int) -> None:
+    """Keep a slab mapped if this process has started its worker."""
+    _slabs[slab.token] = slab
+    with _lock:
+        children = active_children()
+        worker = next((child for child in children if child.pid == worker_id), None)
+        for ended in set(_kept).difference(children):
+            # torchdata's loader, and torch's before 2.13, may hold the processes of workers for good.
+            del _kept[ended]
+        if worker is not None:
+            slab.worker = ref(worker)
+            _kept.setdefault(worker, []).append(slab)
+            slab.keeper = os.getpid()
 
 
 def _open(loan: Loan) -> int:
@@ -124,11 +140,19 @@ def _gone(loan: Loan) -> str:
 def _leave_retired(received: _KeptSlab) -> None:
     """Keep no slabs of the same worker that are used no more."""
     worker = received.worker and received.worker()
-    kept = _kept.get(worker, []) if worker else []
-    if any(slab.is_over for slab in kept):
-        kept[:] = [slab for slab in kept if not slab.is_over]
+    with _lock:
+        kept = _kept.get(worker, []) if worker else []
+        if any(slab.is_over for slab in kept):
+            kept[:] = [slab for slab in kept if not slab.is_over]
+
+
+def _forget() -> None:
+    global _lock
+    # Another thread of the parent may hold it.
+    _lock = RLock()
+    # The memory of the slabs would last as long as the forked process.
+    _kept.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    # The memory of the slabs would last as long as the forked process.
-    os.register_at_fork(after_in_child=_kept.clear)
+    os.register_at_fork(after_in_child=_forget)

@@ -24,7 +24,9 @@ MOST: Final = 32
 # A slab is given back when it has not been used for the last values, this many.
 IDLE: Final = 128
 
-_HAS_SLABS: Final = hasattr(os, "memfd_create") and hasattr(os, "posix_fallocate")
+# Users may switch slabs off.
+_IS_ON: Final = os.environ.get("LENGTHTRACK_SLABS") != "0"
+_HAS_SLABS: Final = _IS_ON and hasattr(os, "memfd_create") and hasattr(os, "posix_fallocate")
 
 
 def new_values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -68,6 +70,13 @@ class _WorkersSlab(Slab):
         """Whether nobody has its values, or will."""
         return not (self.is_leased or self.is_sent or self.is_retired)
 
+    def is_over(self, now: int) -> bool:
+        """Whether the pool leaves it: it is idle, or of no use any more."""
+        if self.is_retired:
+            # A receiver to come may open its file.
+            return self.is_received or not self.is_sent
+        return self.is_free and now - self.used > IDLE
+
     def lend(self, values: Tensor) -> Loan:
         """Have the receiver lease its values.
 
@@ -77,9 +86,10 @@ class _WorkersSlab(Slab):
         parent = parent_process()
         is_kept = parent is not None and self.keeper == parent.pid
         copy = None if is_kept else reduction.DupFd(self.file)
+        self.message, self.is_received = self.message + 1, False
         self.is_sent = True
         facts = values.dtype, tuple(values.shape), values.requires_grad
-        return Loan(self.token, os.getpid(), self.file, copy, *facts)
+        return Loan(self.token, self.message, os.getpid(), self.file, copy, *facts)
 
 
 class _Pool:
@@ -137,19 +147,27 @@ class _Pool:
         capacity = _capacity(size)
         free = self._leave_idle()
         fitting = [slab for slab in free if size <= slab.capacity <= 2 * capacity]
-        if fitting:
-            return min(fitting, key=lambda slab: (slab.capacity, -slab.used))
-        if len(self._slabs) >= MOST:
-            if not free:
-                return None
-            self._leave(min(free, key=lambda slab: slab.used))
-        self._slabs.append(_WorkersSlab.make(capacity))
-        return self._slabs[-1]
+        chosen = min(fitting, key=lambda slab: (slab.capacity, -slab.used)) if fitting else None
+        self._leave_spare([slab for slab in free if slab is not chosen], size)
+        if chosen is None and len(self._slabs) < MOST:
+            chosen = _WorkersSlab.make(capacity)
+            self._slabs.append(chosen)
+        return chosen
+
+    def _leave_spare(self, spare: list[_WorkersSlab], size: int) -> None:
+        """Leave free slabs, oldest first, until they have no more bytes than are in use with these `size`."""
+        used = size + sum(slab.reserved for slab in self._slabs if not slab.is_free)
+        total = sum(slab.reserved for slab in spare)
+        for slab in sorted(spare, key=lambda slab: slab.used):
+            if total <= used and len(self._slabs) < MOST:
+                return
+            self._leave(slab)
+            total -= slab.reserved
 
     def _leave_idle(self) -> list[_WorkersSlab]:
         """Leave slabs that are idle, or of which a forked process may have a copy; those that are free remain."""
         for slab in self._slabs:
-            if slab.is_retired or (slab.is_free and self._values - slab.used > IDLE):
+            if slab.is_over(self._values):
                 self._leave(slab)
         return [slab for slab in self._slabs if slab.is_free]
 

@@ -2,7 +2,8 @@
 
 The first page of a slab has a byte `is_sent`, and a byte `is_retired`. The worker that made the slab sets `is_sent`
 when it sends a tensor, the receiver resets it when its lease ends. At any time only one of the two may write it, so
-that no lock is needed. Either may set `is_retired`, after which nothing is written to the slab again.
+that no lock is needed. Either may set `is_retired`, after which no value is written to the slab again. The number of
+the last message and the byte `is_received` tell a message that is on its way from one that somebody has had.
 
 >>> slab = Slab.make(1 << 16)
 >>> slab.reserve(16)
@@ -29,7 +30,7 @@ import torch
 HEADER: Final = 4096
 # Descriptors that a process keeps for other things: torch's own way of sending needs some.
 SPARE_FILES: Final = 16
-_SENT, _RETIRED, _KEEPER, _TOKEN = 0, 1, slice(8, 16), slice(16, 32)
+_SENT, _RETIRED, _RECEIVED, _KEEPER, _TOKEN, _MESSAGE = 0, 1, 2, slice(8, 16), slice(16, 32), slice(32, 40)
 
 
 class Slab:
@@ -113,12 +114,30 @@ class Slab:
 
     @property
     def is_retired(self) -> bool:
-        """Whether nothing may be written to it again."""
+        """Whether no value may be written to it again."""
         return bool(self.memory[_RETIRED])
 
     def retire(self) -> None:
         """Leave its memory to the leases that last."""
         self.memory[_RETIRED] = 1
+
+    @property
+    def message(self) -> int:
+        """Number of the last message."""
+        return int(self.memory[_MESSAGE].view(np.int64)[0])
+
+    @message.setter
+    def message(self, number: int) -> None:
+        self.memory[_MESSAGE].view(np.int64)[0] = number
+
+    @property
+    def is_received(self) -> bool:
+        """Whether the last message has come."""
+        return bool(self.memory[_RECEIVED])
+
+    @is_received.setter
+    def is_received(self, value: bool) -> None:
+        self.memory[_RECEIVED] = value
 
     @property
     def keeper(self) -> int:
@@ -135,6 +154,7 @@ class Loan(NamedTuple):
 
     Attributes:
         token: Names the slab.
+        message: Number of the message, counted in the slab.
         worker: The process that sends it.
         file: Descriptor of the slab's file in that process.
         copy: A copy of the descriptor that is sent; None where the keeper has the slab mapped.
@@ -144,6 +164,7 @@ class Loan(NamedTuple):
     """
 
     token: bytes
+    message: int
     worker: int
     file: int
     copy: Any
@@ -168,7 +189,7 @@ class _Lease:
     def __init__(self, slab: Slab, on_end: Callable[[], None]) -> None:
         self.slab = slab
         self.process = os.getpid()
-        self.was_forked = False
+        self.was_forked = bool(_forks)
         self._on_end = on_end
 
     def end(self) -> None:
@@ -182,6 +203,8 @@ class _Lease:
 
 
 _leases: set[_Lease] = set()
+# An entry for each thread that forks now.
+_forks: list[None] = []
 
 
 def lease(slab: Slab, size: int, on_end: Callable[[], None]) -> npt.NDArray[np.uint8]:
@@ -206,17 +229,19 @@ def lease(slab: Slab, size: int, on_end: Callable[[], None]) -> npt.NDArray[np.u
 
 def tensor_of_lease(values: npt.NDArray[np.uint8], dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     """The tensor in leased bytes."""
-    tensor = torch.from_numpy(values).view(dtype).view(shape)
+    # Detached: torch refuses some operations on views, such as `detach_`.
+    tensor = torch.from_numpy(values).view(dtype).view(shape).detach()
     # `share_memory_` and queues give the storage other memory; arrays that were made before still have this.
     tensor.untyped_storage().lease = values  # type: ignore[attr-defined]
     return tensor
 
 
-def _note_fork() -> None:
+def _begin_fork() -> None:
+    # Other threads may lease until the fork is over.
+    _forks.append(None)
     for made in list(_leases):
         made.was_forked = True
 
 
 if hasattr(os, "register_at_fork"):
-    # Twice: another thread may lease between the first call and the fork.
-    os.register_at_fork(before=_note_fork, after_in_parent=_note_fork)
+    os.register_at_fork(before=_begin_fork, after_in_parent=_forks.pop, after_in_child=_forks.clear)
