@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from samplers.shards.dataset import ShardDataset
     from samplers.shards.indexing.index import LengthIndex
     from samplers.shards.split_dataset import SplitDataset
+    from samplers.shards.storage.network.transport import Transport
     from samplers.shards.writing.writer import ShardWriter
     from samplers.sources.lengths_of import lengths_of
 else:
@@ -50,6 +51,7 @@ else:
             "ShardStream": "samplers.shard_stream",
             "ShardWriter": "samplers.shards.writing.writer",
             "SplitDataset": "samplers.shards.split_dataset",
+            "Transport": "samplers.shards.storage.network.transport",
             "bucket_by_length": "samplers.dynamic.stage",
             "fit_cost": "samplers.planning.fitting.cost_fit",
             "lengths_of": "samplers.sources.lengths_of",
@@ -74,6 +76,7 @@ __all__ = [
     "ShardStream",
     "ShardWriter",
     "SplitDataset",
+    "Transport",
     "bucket_by_length",
     "fit_cost",
     "lengths_of",

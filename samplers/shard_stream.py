@@ -29,8 +29,11 @@ from samplers.progress.shared_cursor import WORKERS, SharedEpochCursor, WorkerIt
 from samplers.progress.window_reader import ShardsInOrder, StepReader
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.indexing.measuring import Decoder
+from samplers.shards.opening.read_ahead import READ_AHEAD_BYTES
 from samplers.shards.skipping import Handler
+from samplers.shards.storage.network.transport import Transport
 from samplers.shards.storage.reading import Shards
+from samplers.shards.storage.shard_cache import CACHE_BYTES
 
 # Not pickled: as large as the corpus has samples, and computed again from the index.
 _NOT_PICKLED: Final = "_table"
@@ -95,6 +98,10 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         handler: What happens to a sample that cannot be read, as in `ShardDataset`: if it returns True for the error,
             the sample is skipped, and its batch has one row fewer. `len`, positions and the plan do not change.
         max_failed: The share of samples that may be skipped, 0 to 1; None is a tenth, but at least 99 samples.
+        transport: How a remote index and remote shards are read, as in `ShardDataset`.
+        read_ahead_bytes: Bytes of remote shards that each worker fetches before their window is due; at least one
+            shard, unless it is 0.
+        cache: Folder in which remote shards are kept, and bytes that it may have (`cache_bytes`), as in `ShardDataset`.
         interleave: Windows that a replica reads side by side, batch by batch in turn. If shards are remote, give the
             number of workers, so that each fetches windows of its own; local shards do not need this.
         num_replicas: W; None takes the initialised process group's size, or 1.
@@ -128,6 +135,10 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         memory_map: bool = False,
         handler: Handler | None = None,
         max_failed: float | None = None,
+        transport: Transport | None = None,
+        read_ahead_bytes: int = READ_AHEAD_BYTES,
+        cache: str | os.PathLike[str] | None = None,
+        cache_bytes: int = CACHE_BYTES,
         interleave: int = 1,
         num_replicas: int | None = None,
         rank: int | None = None,
@@ -147,7 +158,17 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         self.interleave = check_count("interleave", interleave, least=1, hint="1 reads one window after the other")
         self.num_replicas, self.rank = find_replica(num_replicas, rank)
         self.data = ShardsInOrder(
-            shards, index, fields, decode=decode, memory_map=memory_map, handler=handler, max_failed=max_failed
+            shards,
+            index,
+            fields,
+            decode=decode,
+            memory_map=memory_map,
+            handler=handler,
+            max_failed=max_failed,
+            transport=transport,
+            read_ahead_bytes=read_ahead_bytes,
+            cache=cache,
+            cache_bytes=cache_bytes,
         )
         self._lengths = self.data.index
         self._table = self._make_table()
@@ -192,6 +213,11 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
     def skipped(self) -> dict[str, dict[str, int]]:
         """Samples that were skipped so far, in all workers: `{shard: {reason: count}}`, as in `ShardDataset`."""
         return self.data.skipped
+
+    @property
+    def transfers(self) -> dict[str, Any]:
+        """What was transferred of remote shards so far, in all workers, as in `ShardDataset`."""
+        return self.data.transfers
 
     @property
     def max_length(self) -> int | tuple[int, ...] | None:

@@ -27,6 +27,7 @@ from samplers import (
     ShardStream,
     ShardWriter,
     SplitDataset,
+    Transport,
     bucket_by_length,
     plan_epoch,
 )
@@ -82,6 +83,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[object,
             ShardStream(folder, collate_fn=PadCollator(), max_tokens=30),
             "ShardStream(10 samples, 2 shards, max_tokens=30, num_replicas=1, rank=0, batches=",
         ),
+        "Transport": (Transport(retries=8), "Transport(connections=32, timeout=30.0, retries=8, deadline=600.0"),
         "ShardWriter": (writer, "prefix='shard', layout='blocks', 10 samples, 2 finished shards)"),
         "BucketStage": (bucket_by_length("x", max_tokens=9), "BucketStage(length='x', max_tokens=9, buffer_size=1000"),
         "LengthBucketNode": (

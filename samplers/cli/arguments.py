@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 
 import click
 
-from samplers.shards.storage.atomic import local_path
+from samplers.shards.storage.atomic import is_url, local_path
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -19,10 +19,21 @@ _INPUT_ERRORS: Final = (ValueError, TypeError, IndexError, OSError, ImportError,
 
 
 class WrittenPath(click.Path):
-    """A local path for output."""
+    """A path for output.
+
+    Args:
+        urls: Whether it may be the URL of a remote file or folder.
+        **options: As for `click.Path`.
+    """
+
+    def __init__(self, *, urls: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self._urls = urls
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The path, or a usage error if it is a URL."""
+        """The path, or a usage error if it is a URL and must be none."""
+        if self._urls and is_url(value):
+            return value
         # "-" is stdout.
         if value != "-":
             try:
@@ -127,6 +138,15 @@ def measuring_options(command: Command) -> Command:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def transport_option(command: Command) -> Command:
+    """Add the option that says how remote shards are read."""
+    return click.option(
+        "--transport",
+        metavar="NAME=NUMBER[,...]",
+        help="Reads over a network: connections=, timeout= (s), retries=, deadline= (s), backoff= (s).",
+    )(command)
 
 
 def source_options(command: Command) -> Command:

@@ -16,6 +16,7 @@ from samplers.cli.arguments import (
     parse_windows,
     plan_options,
     source_options,
+    transport_option,
 )
 
 # The module of each command's function. It is loaded when the command runs.
@@ -43,7 +44,11 @@ def main(*, traceback: bool) -> None:
     )
 )
 @click.argument("shards", nargs=-1, required=True)
-@click.option("--output", type=WrittenPath(dir_okay=False), help="Index file; by default the one in the folder SHARDS.")
+@click.option(
+    "--output",
+    type=WrittenPath(dir_okay=False, urls=True),
+    help="Index file, or its URL in an object store; by default the one in the folder SHARDS.",
+)
 @click.option(
     "--fields",
     type=parse_names,
@@ -61,6 +66,7 @@ def main(*, traceback: bool) -> None:
 )
 @click.option("--checksums/--no-checksums", default=None, help="Read every payload too, and store its checksum.")
 @click.option("--workers", type=click.IntRange(0), help="Number of processes; by default up to one for each CPU.")
+@transport_option
 def index(**options: Any) -> None:
     """Build or refresh the index of SHARDS.
 
@@ -84,6 +90,7 @@ def index(**options: Any) -> None:
 @measuring_options
 @click.option("--errors", type=click.IntRange(1), default=5, help="Number of errors to print.")
 @click.option("--workers", type=click.IntRange(0), help="Number of processes; by default up to one for each CPU.")
+@transport_option
 def verify(**options: Any) -> None:
     """Check an index against its shards, and lengths against payloads.
 
@@ -146,7 +153,7 @@ def report(**options: Any) -> None:
     )
 )
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
-@click.argument("folder", type=WrittenPath(file_okay=False))
+@click.argument("folder", type=WrittenPath(file_okay=False, urls=True))
 @click.option(
     "--fields",
     type=parse_names,

@@ -12,6 +12,7 @@ from samplers.shards.format.header_lengths import DeclaredLength, header_length_
 from samplers.shards.indexing.find_index import find_corpus
 from samplers.shards.indexing.index import LengthIndex, tables_of
 from samplers.shards.indexing.index_file import SUFFIX
+from samplers.shards.storage.network.transport import DEFAULT, Transport
 from samplers.shards.storage.paths import expand_shards
 
 CORPUS: Final = f"corpus{SUFFIX}"
@@ -47,7 +48,7 @@ def expand_existing(shards: Sequence[str]) -> list[str]:
     return paths
 
 
-def refresh_measure(before: LengthIndex, target: Path) -> str | None:
+def refresh_measure(before: LengthIndex, target: Path | str) -> str | None:
     """The member that declares the lengths of an index, for its refresh. None if arrays or sound have them.
 
     Raises:
@@ -65,10 +66,10 @@ def refresh_measure(before: LengthIndex, target: Path) -> str | None:
     return None
 
 
-def open_earlier(target: Path) -> LengthIndex | None:
+def open_earlier(target: Path | str, transport: Transport = DEFAULT) -> LengthIndex | None:
     """The index that a new one replaces. None if there is none, or it is damaged."""
     try:
-        return LengthIndex.open(target)
+        return LengthIndex.open(target, transport=transport)
     except FileNotFoundError:
         return None
     except ValueError as error:

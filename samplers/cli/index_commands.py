@@ -12,7 +12,7 @@ from samplers.cli.arguments import flatten, split_pack_options
 from samplers.cli.compare import compare_packs, compare_plans, pack_column, trace_windows
 from samplers.cli.describing import describe_index
 from samplers.cli.folder_index import expand_existing, index_of_folder, open_earlier, refresh_measure, unlisted_shards
-from samplers.cli.opening import as_shards, load_measure, open_sources, parse_widths, require_budget
+from samplers.cli.opening import as_shards, load_measure, open_sources, parse_transport, parse_widths, require_budget
 from samplers.cli.printing import describe_reading, judge, print_columns, print_report, show_progress, write_json
 from samplers.cli.reported import LengthRequest, ReportedLengths, open_reported
 from samplers.shards.indexing.find_index import find_index_files
@@ -20,6 +20,7 @@ from samplers.shards.indexing.index import LengthIndex, tables_of
 from samplers.shards.indexing.index_file import read_index
 from samplers.shards.indexing.measuring import LengthOf, Measure
 from samplers.shards.indexing.verify import complete_measure, find_errors
+from samplers.shards.storage.atomic import is_url
 from samplers.sources.extras import load_extra
 
 # Exit status if nothing differs, but not everything was measured. 2 is a usage error, by convention.
@@ -39,11 +40,13 @@ def index(
     length_id: str | None,
     checksums: bool | None,
     workers: int | None,
+    transport: str | None,
 ) -> None:
     """Build or refresh the index of shards."""
     paths = expand_existing(shards)
-    target = Path(output) if output else index_of_folder(shards)
-    before = open_earlier(target)
+    patience = parse_transport(transport)
+    target = (output if is_url(output) else Path(output)) if output else index_of_folder(shards)
+    before = open_earlier(target, patience)
     # A second `lengthtrack index` refreshes: it must not drop fields or checksums that the first one was asked for.
     if before is not None:
         fields = list(before.fields) if fields is None else fields
@@ -60,6 +63,7 @@ def index(
         length_id=length_id,
         length_field=length_field,
         progress=sys.stderr.isatty(),
+        transport=patience,
     )
     built.save(target)
     what = "built" if before is None else "unchanged" if _is_same(before, built) else "refreshed"
@@ -74,18 +78,21 @@ def verify(
     decode: tuple[str, ...],
     errors: int,
     workers: int | None,
+    transport: str | None,
 ) -> None:
     """Check an index against its shards, and lengths against payloads."""
     _refuse_quick(quick, length or decode)
     # `LengthIndex.open` does not check files over 256 MiB: verify checks all.
-    for path in find_index_files(as_shards(sources)):
-        read_index(path, checked_up_to=None)
-    corpus = open_sources(sources)
+    patience = parse_transport(transport)
+    for path in find_index_files(as_shards(sources), patience):
+        read_index(path, checked_up_to=None, transport=patience)
+    corpus = open_sources(sources, patience)
     tables, shards = tables_of(corpus), corpus.shards
     checksums = not quick and tables.crcs is not None
     measure = complete_measure(tables, load_measure(length, decode))
     missing = [name for name in tables.measured if not measure.measures(name)]
-    results = find_errors(tables, checksums=checksums, measure=measure, workers=_count_workers(workers, len(shards)))
+    count = _count_workers(workers, len(shards))
+    results = find_errors(tables, checksums=checksums, measure=measure, workers=count, transport=patience)
     problems = [*filter(None, show_progress(results, len(shards), "shard")), *unlisted_shards(sources, shards)]
     for problem in problems[:errors]:
         click.echo(f"{click.style('FAILED', fg='red')} {problem}")

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from samplers.planning.fitting.optimal_widths import optimal_widths
 from samplers.planning.sorting import Lengths, as_length_array
 from samplers.shards.indexing.index import LengthIndex, open_index
 from samplers.shards.indexing.measuring import Decoder, Measure
+from samplers.shards.storage.network.transport import DEFAULT, Transport
 from samplers.shards.storage.reading import Shards
 
 
@@ -91,14 +93,41 @@ def parse_widths(text: str | None, lengths: Lengths) -> Widths:
     return optimal_widths(as_length_array(lengths), numbers[0])
 
 
-def open_sources(sources: Sequence[str]) -> LengthIndex:
+def open_sources(sources: Sequence[str], transport: Transport = DEFAULT) -> LengthIndex:
     """The index of the sources: of index files, of one folder, or of the files next to shards.
 
     Raises:
         FileNotFoundError: There is none.
         ValueError: It is damaged, or a folder has several.
     """
-    return open_index(as_shards(sources))
+    return open_index(as_shards(sources), transport)
+
+
+def parse_transport(text: str | None) -> Transport:
+    """The options of reads over a network, such as `retries=8,timeout=10`.
+
+    Raises:
+        BadParameter: A name is unknown, or a number out of its range.
+    """
+    if text is None:
+        return DEFAULT
+    names = [field.name for field in fields(Transport)]
+    hint = "--transport"
+    numbers: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = part.strip().partition("=")
+        if name not in names or name in numbers:
+            raise click.BadParameter(
+                f"{part!r} must be one of {', '.join(names)}, each once, with =NUMBER", param_hint=hint
+            )
+        try:
+            numbers[name] = int(value) if name in {"connections", "retries"} else float(value)
+        except ValueError:
+            raise click.BadParameter(f"{part!r} must have a number behind =", param_hint=hint) from None
+    try:
+        return Transport(**numbers)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint=hint) from None
 
 
 def as_shards(sources: Sequence[str]) -> Shards:

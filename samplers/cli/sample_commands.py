@@ -21,6 +21,7 @@ from samplers.planning.tables.pool_table import choose_table
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.indexing.index import tables_of
 from samplers.shards.indexing.index_file import SUFFIX
+from samplers.shards.storage.atomic import is_url
 
 
 def convert(
@@ -73,12 +74,11 @@ def convert(
     total = count_input_rows(inputs, split) if sys.stderr.isatty() else None
     rows = show_progress(read_input_rows(inputs, selection, split), total, "sample")
     writing: dict[str, Any] = {"layout": layout, "max_samples": max_samples, "prefix": prefix, "stack": stack}
-    with resumable(Path(folder), describe_conversion(inputs, options), resume=resume, **writing) as writer:
+    with resumable(folder, describe_conversion(inputs, options), resume=resume, **writing) as writer:
         samples = write_samples(writer, SampleMaker(selection), rows)
     shards = len(writer.shards)
-    click.echo(
-        f"{Path(folder, prefix + SUFFIX)}: {count(samples, 'sample')} in {count(shards, 'shard')}, layout {layout}"
-    )
+    corpus = f"{folder.rstrip('/')}/{prefix}{SUFFIX}" if is_url(folder) else Path(folder, prefix + SUFFIX)
+    click.echo(f"{corpus}: {count(samples, 'sample')} in {count(shards, 'shard')}, layout {layout}")
 
 
 def show(*, sources: tuple[str, ...], step: int, rank: int, rows: int, **options: Any) -> None:

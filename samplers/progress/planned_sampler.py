@@ -12,7 +12,8 @@ from samplers.planning.sorting import Lengths
 from samplers.planning.tables.epoch_table import EpochTable
 from samplers.progress.epoch_cursor import EpochCursor, Iteration
 from samplers.progress.loader import PlannedLoader
-from samplers.progress.position import PositionDict, refuse_iterator_state
+from samplers.progress.plan_follower import PlanFollower
+from samplers.progress.position import Position, PositionDict, refuse_iterator_state
 from samplers.progress.replica import find_replica
 
 
@@ -59,6 +60,21 @@ class PlannedBatchSampler(PlannedLoader, Sampler[list[int]]):
     def __iter__(self) -> "BatchIterator":
         """An iterator over one epoch's batches; it decides which epoch when it takes its first batch."""
         return BatchIterator(self, self._cursor)
+
+    @property
+    def possible_starts(self) -> tuple[Position, ...]:
+        """Where the epoch that is being read may have begun: the last iteration, or the next one."""
+        return self._cursor.last_start[0], self._cursor.next_start
+
+    def follower(self) -> PlanFollower:
+        """What finds the batches that come next, for a dataset that reads them ahead.
+
+        Raises:
+            ValueError: The sampler gives the batches of all ranks.
+        """
+        if self.rank == "all":
+            raise ValueError('a sampler of rank="all" cannot be followed: a process reads the batches of one rank')
+        return PlanFollower(self)
 
     @property
     def sampler(self) -> "PlannedBatchSampler":

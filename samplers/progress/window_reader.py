@@ -1,8 +1,10 @@
 """Reads the samples of planned steps: of local shards when a step is due, of remote shards a window at a time."""
 
-from functools import cached_property
+from collections import deque
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from threading import Lock
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 
@@ -11,10 +13,14 @@ from samplers.planning.schedules.schedule import Schedule
 from samplers.planning.sorting import IndexArray
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.format.samples import Sample
-from samplers.shards.open_shards import OpenShards
+from samplers.shards.indexing.tables import Tables
+from samplers.shards.opening.open_shards import OpenShards
+from samplers.shards.opening.read_ahead import ReadAhead
 from samplers.shards.skipping import Failed
-from samplers.shards.storage.reading import LocalFile, RandomAccess
-from samplers.shards.storage.remote import FetchedFile
+from samplers.shards.storage.reading import RandomAccess, is_remote
+
+# Steps, the sample indices of all, and for each step the end of its samples in them.
+_Plan: TypeAlias = tuple[list[int], Any, list[int]]
 
 
 class StepReader:
@@ -35,6 +41,13 @@ class StepReader:
         self._slots = steps * schedule.num_replicas + rank
         self._read_groups = schedule.read_groups(self._slots)
         self._next = 0
+        # What is planned of remote read groups whose shards are being fetched, and those that come after them.
+        self._announced: dict[int, _Plan] = {}
+        self._coming: deque[int] = deque()
+        if not data.is_local and data.reads_ahead:
+            _, firsts = np.unique(self._read_groups, return_index=True)
+            self._coming.extend(self._read_groups[np.sort(firsts)].tolist())
+            data.forget_ahead()
         # Of the steps in the present read group: their sample indices, or the samples that were read.
         self._ready: dict[int, Any] = {}
 
@@ -63,24 +76,64 @@ class StepReader:
 
     def _begin(self, group: int) -> None:
         """Find the samples of a read group's next steps; of all, and read them, if shards are fetched whole."""
-        # A window of 10,000 samples is some hundred steps, of which each worker reads its own. The first batch of an
-        # iteration must not wait for the plan of them all: 1 step, then 9, 81, ...
-        ahead = 8 * self._next + 1 if self._data.is_local else None
-        steps = self._next + np.flatnonzero(self._read_groups[self._next :] == group)[:ahead]
+        if self._data.is_local:
+            # A window of 10,000 samples is some hundred steps, of which each worker reads its own. The first batch of
+            # an iteration must not wait for the plan of them all: 1 step, then 9, 81, ...
+            steps, samples, ends = self._plan(group, 8 * self._next + 1)
+        else:
+            self._announce(group)
+            if group not in self._announced:
+                self._announced[group] = self._plan(group)
+            steps, samples, ends = self._announced.pop(group)
+            samples = self._data.read_in_order(samples)
+        for step, first, last in zip(steps, [0, *ends], ends, strict=False):
+            self._ready[step] = samples[first:last]
+
+    def _plan(self, group: int, most: int | None = None) -> "_Plan":
+        """The next steps of a read group, their samples, and where those of each step end."""
+        steps = self._next + np.flatnonzero(self._read_groups[self._next :] == group)[:most]
         samples, rows = self._schedule.batch_samples(self._slots[steps])
-        found = samples if self._data.is_local else self._data.read_in_order(samples)
-        ends = np.cumsum(rows).tolist()
-        for step, first, last in zip(steps.tolist(), [0, *ends], ends, strict=False):
-            self._ready[step] = found[first:last]
+        return steps.tolist(), samples, np.cumsum(rows).tolist()
+
+    def _announce(self, group: int) -> None:
+        """Let the shards of a read group be fetched, and those of further ones, as far as there is room for them."""
+        # Always the next group too: there will be room for its shards when those of this one are read.
+        while self._coming and (group in self._coming or len(self._announced) < 2 or self._data.has_room_ahead):
+            coming = self._coming.popleft()
+            self._announced[coming] = plan = self._plan(coming)
+            self._data.read_soon(plan[1])
 
 
 class ShardsInOrder(ShardDataset):
     """Samples by index, and of remote shards also one shard after the other, each fetched whole."""
 
-    @cached_property
-    def is_local(self) -> bool:
-        """Whether no shard is remote, so that a batch can be read by itself."""
-        return not any("://" in shard.path and not shard.path.startswith("file://") for shard in self._tables.shards)
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether shards are fetched before they are read."""
+        return self._read_ahead_bytes > 0
+
+    @property
+    def has_room_ahead(self) -> bool:
+        """Whether more shards can be announced now."""
+        return self._fetched_shards.has_room
+
+    def read_soon(self, sample_indices: IndexArray) -> None:
+        """Fetch the shards of these samples in the background, in ascending order, after those announced before.
+
+        Args:
+            sample_indices: Integers `[n]`.
+        """
+        rows = self._sources(sample_indices)
+        shards = np.unique(np.searchsorted(self.index.starts, rows, side="right") - 1)
+        self._fetched_shards.read_soon(shards.tolist())
+
+    def forget_ahead(self) -> None:
+        """Forget what was announced: another iteration begins."""
+        self._fetched_shards.forget_ahead()
+
+    @property
+    def _fetched_shards(self) -> "FetchedShards":
+        return cast(FetchedShards, self._here().shards)
 
     def sift(self, read: list[Any]) -> list[Sample]:
         """The samples of a batch without those that could not be read; the errors are those of `__getitems__`.
@@ -114,7 +167,14 @@ class ShardsInOrder(ShardDataset):
 
     def _open_shards(self) -> OpenShards:
         """What opens the shards."""
-        return FetchedShards(self._tables, memory_map=self._memory_map)
+        return FetchedShards(
+            self._tables,
+            memory_map=self._memory_map,
+            transport=self._transport,
+            counts=self._counts,
+            cache=self._make_cache(),
+            read_ahead_bytes=self._read_ahead_bytes,
+        )
 
     def _fail(self, error: Exception, row: int) -> Failed:
         """The failure of a sample, without the traceback of its error."""
@@ -127,9 +187,37 @@ class ShardsInOrder(ShardDataset):
 
 
 class FetchedShards(OpenShards):
-    """Opens local shards, and fetches a remote one whole: one at a time, until it is freed."""
+    """Opens local shards, and fetches a remote one whole: one at a time, until it is freed, and others ahead.
 
-    _fetched: FetchedFile | None = None
+    Args:
+        tables: Tables of the corpus.
+        read_ahead_bytes: Bytes of shards that are fetched before they are read. 0 fetches none.
+        **options: As for `OpenShards`.
+    """
+
+    _fetched: RandomAccess | None = None
+
+    def __init__(self, tables: Tables, *, read_ahead_bytes: int = 0, **options: Any) -> None:
+        super().__init__(tables, **options)
+        self._ahead: ReadAhead[RandomAccess] = ReadAhead(read_ahead_bytes, self._counts)
+        self._coming: deque[int] = deque()
+        self._coming_lock = Lock()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the announced shards leave room for more."""
+        return sum(self._tables.shards[shard].size for shard in list(self._coming)) < self._ahead.free_bytes
+
+    def read_soon(self, shards: list[int]) -> None:
+        """Fetch these shards in the background, after those announced before."""
+        self._coming.extend(shards)
+        self._start_fetches()
+
+    def forget_ahead(self) -> None:
+        """Forget what was announced and fetched."""
+        with self._coming_lock:
+            self._coming.clear()
+            self._ahead.forget()
 
     def free(self) -> None:
         """Free the memory of a shard that was fetched whole."""
@@ -137,12 +225,29 @@ class FetchedShards(OpenShards):
 
     def open(self, shard: int) -> RandomAccess:
         """An open shard; a remote one is fetched whole. The errors are those of `OpenShards.open`."""
-        file = super().open(shard)
-        if isinstance(file, LocalFile):
-            return file
+        path = self._tables.shards[shard].path
+        if not is_remote(path):
+            return super().open(shard)
         # To find the samples that fail, a shard is read many times, but fetched once.
         # Another thread may fetch or free a shard meanwhile.
         fetched = self._fetched
-        if fetched is None or fetched.path != file.path:
-            fetched = self._fetched = FetchedFile(file.path, file.size)
+        if fetched is None or fetched.path != path:
+            try:
+                fetched = self._fetched = self._ahead.take(shard, partial(self._fetch, shard))
+            finally:
+                self._start_fetches()
         return fetched
+
+    def _fetch(self, shard: int) -> RandomAccess:
+        """A whole shard, in memory or in the cache."""
+        return self.fetch(shard) if self._cache is None else super().open(shard)
+
+    def _start_fetches(self) -> None:
+        """Begin to fetch as many shards as there is room for."""
+        # Two threads may iterate over one stream.
+        with self._coming_lock:
+            while self._coming and (shard := self._coming[0]) not in self._ahead:
+                indexed = self._tables.shards[shard]
+                if is_remote(indexed.path) and not self._ahead.start(shard, indexed.size, partial(self._fetch, shard)):
+                    break
+                self._coming.popleft()

@@ -1,7 +1,7 @@
 """Corpora on disk: samples in tar shards, their lengths in an index, writers and a dataset.
 
-Rooms from bottom to top: `storage`, `format`, `indexing`, then `dataset`, then `writing`. They import nothing of
-`planning`, of `collate` only `errors` and `widths`, and of `sources` only `extras`.
+Rooms from bottom to top: `storage`, `format`, `indexing`, `opening`, then `dataset`, then `writing`. They import
+nothing of `planning`, of `collate` only `errors` and `widths`, and of `sources` only `extras`.
 Terms: a *shard* is a tar of samples; its *layout* is `"plain"` or `"blocks"`; an *index* holds the lengths; a *corpus*
 is the shards of one index; a *sample index* counts the samples of a corpus, an *offset* the bytes of a file.
 """

@@ -4,6 +4,7 @@ import operator
 import os
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
+from functools import cached_property
 from typing import Any, Final, Self, cast
 
 import numpy as np
@@ -15,15 +16,22 @@ from samplers.shards.format.npy import AnyArray
 from samplers.shards.format.samples import Sample
 from samplers.shards.indexing.index import LengthIndex, open_index, tables_of
 from samplers.shards.indexing.measuring import Decoder
-from samplers.shards.open_shards import OpenShards
+from samplers.shards.opening.followed import FollowedBatches
+from samplers.shards.opening.open_shards import OpenShards
+from samplers.shards.opening.read_ahead import READ_AHEAD_BYTES, check_read_ahead
+from samplers.shards.opening.transfers import Transfers
 from samplers.shards.sample_reader import SampleReader, select_columns
 from samplers.shards.skipping import Failed, Handler, is_damage, make_skipping, read_apart
 from samplers.shards.split_dataset import PieceCutter, PieceTable, check_range
+from samplers.shards.storage.atomic import local_path
+from samplers.shards.storage.network.counts import UNCOUNTED, Counts
+from samplers.shards.storage.network.transport import DEFAULT, Transport, check_transport
 from samplers.shards.storage.reading import Shards
+from samplers.shards.storage.shard_cache import CACHE_BYTES, ShardCache, make_cache
 from samplers.shards.unread import UnreadSamples
 
 # Attributes that are not pickled. Those of release 0.1 are among them.
-_OF_A_PROCESS: Final = frozenset(["_tables", "_reader", "_files", "_checked", "_process"])
+_OF_A_PROCESS: Final = frozenset(["_tables", "_reader", "_followed", "is_local", "_files", "_checked", "_process"])
 
 
 class ShardDataset(Dataset[Sample]):
@@ -39,6 +47,12 @@ class ShardDataset(Dataset[Sample]):
     # Of the class, since former pickles have none.
     _pieces: PieceCutter | None = None
     _memory_map = False
+    _transport = DEFAULT
+    _read_ahead_bytes = 0
+    _counts: Counts = UNCOUNTED
+    _sampler: Any = None
+    _cache: str | None = None
+    _cache_bytes = CACHE_BYTES
 
     @renamed_arguments(check="checksums")
     def __init__(
@@ -52,6 +66,10 @@ class ShardDataset(Dataset[Sample]):
         memory_map: bool = False,
         handler: Handler | None = None,
         max_failed: float | None = None,
+        transport: Transport | None = None,
+        read_ahead_bytes: int = READ_AHEAD_BYTES,
+        cache: str | os.PathLike[str] | None = None,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         """Open the index. Shards are opened, and checked against it, when they are first read.
 
@@ -68,19 +86,33 @@ class ShardDataset(Dataset[Sample]):
             handler: Called with the error of a sample of a batch that cannot be read. It returns True to skip the
                 sample, or False to raise, as `webdataset.warn_and_continue` does. None raises.
             max_failed: Fraction of samples that may be skipped, 0 to 1. None is a tenth, but at least 99 samples.
+            transport: How a remote index and remote shards are read: connections, timeouts and retries. None for the
+                defaults.
+            read_ahead_bytes: Bytes of remote samples that each process reads before they are asked for, see `follow`.
+            cache: Folder on this machine in which remote shards are kept whole, for the next epoch and for other
+                processes. A shard is fetched whole when one of its samples is first read. None keeps none.
+            cache_bytes: Bytes that this folder may have. The shards that were not used for longest are removed.
 
         Raises:
             FileNotFoundError: There is no index.
-            TypeError: `fields` is a single string, `decode` a function, `handler` not a function, or `max_failed` not a
-                number.
+            OSError: The index cannot be read, if it is remote after all retries.
+            TypeError: `fields` is a single string, `decode` a function, `handler` not a function, `max_failed` not a
+                number, or `transport` not a `Transport`.
             ValueError: The index is damaged or of other shards, a field does not exist, or `max_failed` is not
                 between 0 and 1.
         """
         if isinstance(fields, str):
             raise TypeError(f"fields must be a list of names, got the string {fields!r}")
-        self.index = _open_index(shards, index)
+        self._transport = check_transport(transport)
+        self.index = _open_index(shards, index, self._transport)
         self._tables = tables_of(self.index)
         self._memory_map = memory_map
+        self._read_ahead_bytes = check_read_ahead(read_ahead_bytes)
+        if not self.is_local:
+            self._counts = Transfers()
+        # Absolute, since a worker may run in another folder.
+        self._cache = None if cache is None else str(local_path(cache, "cache").absolute())
+        self._cache_bytes = cache_bytes
         self._check_crcs = checksums and self._tables.crcs is not None
         self._decode = as_decoders(decode)
         self._columns = select_columns(self._tables.fields, fields, self._decode)
@@ -94,6 +126,51 @@ class ShardDataset(Dataset[Sample]):
         The reasons are `length`, `missing` (a shard), `unreadable`, `field` (missing) and `damaged`.
         """
         return {} if self._skipping is None else self._skipping.counts
+
+    @property
+    def transfers(self) -> dict[str, Any]:
+        """What was transferred of remote shards so far, by all workers, and how long readers stood still.
+
+        `requests`, with all tries; `retries`; `second_requests`, sent because the first took long; `bytes` received;
+        `cache_hits` and `cache_misses`, shards; and `waited_seconds`, in which a reader stood still.
+        """
+        return self._counts.as_dict()
+
+    def follow(self, sampler: Any) -> Self:
+        """Read batches of remote shards ahead, in the order of a sampler's plan, up to `read_ahead_bytes`.
+
+        For local shards it changes nothing. Batches that the sampler does not plan are read when they are asked for.
+
+        Args:
+            sampler: The `LengthBucketBatchSampler` or `PackingBatchSampler` of the loader. None ends it.
+
+        Returns:
+            This dataset.
+
+        Raises:
+            TypeError: It is something else.
+            ValueError: The sampler gives the batches of all ranks.
+
+        Example:
+            >>> sampler = LengthBucketBatchSampler(dataset.index, max_tokens=8000)  # doctest: +SKIP
+            >>> loader = DataLoader(dataset.follow(sampler), batch_sampler=sampler)  # doctest: +SKIP
+        """
+        if sampler is not None and not hasattr(sampler, "follower"):
+            raise TypeError(
+                f"sampler must be a LengthBucketBatchSampler or PackingBatchSampler, whose plan tells what comes next, "
+                f"got a {type(sampler).__name__}"
+            )
+        if sampler is not None:
+            # Refuses what cannot be followed.
+            sampler.follower()
+        self._sampler = sampler
+        self._forget()
+        return self
+
+    @cached_property
+    def is_local(self) -> bool:
+        """Whether no shard is remote, so that a batch can be read by itself."""
+        return not any("://" in shard.path and not shard.path.startswith("file://") for shard in self._tables.shards)
 
     def with_pieces(self, pieces: PieceTable | None, *, fields: Collection[str] | None = None) -> Self:
         """The same corpus with the pieces of its long samples: indices from N on, as a packing sampler numbers them.
@@ -113,6 +190,9 @@ class ShardDataset(Dataset[Sample]):
         variable = [field.name for _, field, _ in self._columns if field.variable]
         chosen = variable if fields is None else fields
         new.__dict__["_pieces"] = None if pieces is None else PieceCutter(pieces, len(self.index), chosen)
+        if self._sampler is not None:
+            # What is read ahead is cut.
+            new._forget()  # noqa: SLF001
         return new
 
     def __len__(self) -> int:
@@ -140,16 +220,22 @@ class ShardDataset(Dataset[Sample]):
             IndexError: An index is not in the corpus.
             LengthError: The length of a sample differs from the index. The message has shard, key, field and both
                 lengths.
+            OSError: A shard cannot be read, for a remote one after all retries. The message has the URL, the bytes, the
+                number of tries and the last cause.
             RuntimeError: All samples of the batch were skipped, or too many in total. The message lists the failures.
             TypeError: Indices are not integers.
             ValueError: A shard has changed since it was indexed, or is damaged.
         """
         rows = check_range(indices, len(self))
+        reader = self._here()
+        if self._followed is not None:
+            samples = self._followed.take(rows)
+            return samples if self._skipping is None else self._skipping.sift(samples)
         if self._skipping is not None:
             return self._skipping.sift(self._read_in_order(rows))
         has_pieces = self._pieces is not None and bool((rows >= len(self.index)).any())
         # A piece is cut from its whole sample, whose checksum is compared first.
-        return UnreadSamples.of_rows(rows, self._read_in_order, None if has_pieces else self._here())
+        return UnreadSamples.of_rows(rows, self._read_in_order, None if has_pieces else reader)
 
     def _read_in_order(self, rows: AnyArray) -> list[Any]:
         """Samples in the given order. With a handler, `Failed` stands for those that cannot be read."""
@@ -186,10 +272,28 @@ class ShardDataset(Dataset[Sample]):
         self._reader = SampleReader(
             self._tables, self._columns, self._decode, checksums=self._check_crcs, shards=self._open_shards()
         )
+        self._followed: FollowedBatches | None = None
+        if self._sampler is not None and self._read_ahead_bytes and not self.is_local:
+            self._followed = FollowedBatches(
+                self._sampler.follower(),
+                self._read_in_order,
+                lambda rows: self._reader.count_bytes(self._sources(rows)),
+                self._read_ahead_bytes,
+                self._counts,
+            )
 
     def _open_shards(self) -> OpenShards:
         """What opens the shards."""
-        return OpenShards(self._tables, memory_map=self._memory_map)
+        return OpenShards(
+            self._tables,
+            memory_map=self._memory_map,
+            transport=self._transport,
+            counts=self._counts,
+            cache=self._make_cache(),
+        )
+
+    def _make_cache(self) -> ShardCache | None:
+        return make_cache(self._cache, self._cache_bytes, self._transport.deadline, self._counts)
 
     def _here(self) -> SampleReader:
         """The reader of this process."""
@@ -228,9 +332,11 @@ class ShardDataset(Dataset[Sample]):
         return Failed(error, self.index.keys[row], self._here().shards.path_of(row))
 
 
-def _open_index(shards: Shards, index: LengthIndex | str | os.PathLike[str] | None) -> LengthIndex:
+def _open_index(
+    shards: Shards, index: LengthIndex | str | os.PathLike[str] | None, transport: Transport
+) -> LengthIndex:
     """The given index for these shards, or the one that lies with them."""
     if index is not None:
-        index = index if isinstance(index, LengthIndex) else LengthIndex.open(index)
+        index = index if isinstance(index, LengthIndex) else LengthIndex.open(index, transport=transport)
         return index.moved_to(shards)
-    return open_index(shards)
+    return open_index(shards, transport)

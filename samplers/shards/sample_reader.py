@@ -14,10 +14,12 @@ from samplers.shards.format.samples import Sample
 from samplers.shards.indexing.index_file import REBUILD
 from samplers.shards.indexing.measuring import Decoder
 from samplers.shards.indexing.tables import Field, Tables
-from samplers.shards.indexing.verify import ReadColumns, check_block
-from samplers.shards.open_shards import Files, OpenShards
+from samplers.shards.indexing.verify import ReadColumns, check_block, find_headers
+from samplers.shards.opening.open_shards import Files, OpenShards
 from samplers.shards.storage.checksum import crc32
-from samplers.shards.storage.reading import Ranges, read_ranges
+from samplers.shards.storage.network.remote import RemoteFile, prefetch
+from samplers.shards.storage.reading import RandomAccess, Ranges, fill_again, fill_all, read_ranges
+from samplers.shards.storage.shard_cache import CachedFile
 
 # Memory for a field of a batch, uint8 `[bytes]`, and the first byte of each sample in it, int64 `[B]`.
 Target: TypeAlias = tuple[AnyArray, AnyArray]
@@ -51,6 +53,8 @@ class SampleReader:
         self._crcs = None if tables.crcs is None or not checksums else np.asarray(tables.crcs)
         self._checked = np.zeros(0 if tables.blocks is None else len(tables.blocks), np.bool_)
         self._all_are_checked = False
+        # Row and column of what was read a second time. A damaged sample is read again only once, not for each search.
+        self._read_again: set[tuple[int, int]] = set()
 
     def read(self, rows: AnyArray) -> list[Sample]:
         """The samples of ascending rows."""
@@ -65,6 +69,17 @@ class SampleReader:
                 self._read_plain(files, part, more, self.tables.sizes)
             samples += more
         return samples
+
+    def count_bytes(self, rows: AnyArray) -> int:
+        """Bytes of the fields of these rows, as they are stored."""
+        total = 0
+        for column, field, length_column in self.columns:
+            if self.tables.sizes is not None:
+                total += int(self.tables.sizes[rows, column].sum())
+            else:
+                steps = self.lengths[rows, length_column].sum(dtype=np.int64) if field.variable else len(rows)
+                total += int(steps) * field.row_bytes
+        return total
 
     def read_into(self, rows: AnyArray, steps: AnyArray, targets: Mapping[str, Target]) -> None:
         """Read fields of samples in blocks into the memory of a batch.
@@ -98,18 +113,20 @@ class SampleReader:
             fields.append(Ranges(memory, starts, self._offsets[rows, column], counts * field.row_bytes))
         read_ranges(files, fields)
         for (column, _, _), ranges in zip(columns, fields, strict=True):
-            self._check_crcs(ranges.views, rows, column)
+            self._check_crcs(files, ranges.views, rows, column)
 
     def _read_blocks(self, files: Files, rows: AnyArray, samples: list[Sample]) -> None:
         """Read the fields of samples in blocks: slices of flat arrays."""
         steps = self.lengths[rows]
-        for column, field, length_column in self.columns:
+        columns = []
+        for _, field, length_column in self.columns:
             shapes = [field.shape] * len(rows)
             if field.variable:
                 counts = steps[:, length_column].tolist()
                 shapes = [(count, *field.shape) for count in counts] if field.shape else counts
-            arrays = list(map(np.empty, shapes, repeat(np.dtype(field.dtype))))
-            self._fill(files, arrays, rows, column)
+            columns.append(list(map(np.empty, shapes, repeat(np.dtype(field.dtype)))))
+        self._fill(files, columns, rows)
+        for (_, field, _), arrays in zip(self.columns, columns, strict=True):
             values = arrays if field.variable or field.shape else [array[()] for array in arrays]
             for sample, value in zip(samples, values, strict=True):
                 sample[field.name] = value
@@ -120,26 +137,28 @@ class SampleReader:
         Raises:
             ValueError: A member is not within the shard.
         """
-        for column, field, length_column in self.columns:
+        columns = []
+        for column, _, _ in self.columns:
             for file, part in files:
                 starts, counts = self._offsets[rows[part], column], sizes[rows[part], column]
                 if ((starts < 0) | (counts < 0) | (starts > file.size - counts)).any():
                     raise ValueError(f"{file.path}: the index says that a member is not within the shard: {REBUILD}")
-            arrays = [np.empty(size, np.uint8) for size in sizes[rows, column].tolist()]
-            self._fill(files, arrays, rows, column)
+            columns.append([np.empty(size, np.uint8) for size in sizes[rows, column].tolist()])
+        self._fill(files, columns, rows)
+        for (column, field, length_column), arrays in zip(self.columns, columns, strict=True):
             for sample, row, array in zip(samples, rows.tolist(), arrays, strict=True):
                 # Offset 0: a sample may lack a field whose length does not count.
                 if self._offsets[row, column]:
                     sample[field.name] = self._decode_field(field, array.tobytes(), row, length_column)
 
-    def _fill(self, files: Files, arrays: list[AnyArray], rows: AnyArray, column: int) -> None:
-        """Read a field of each row into an array, and compare checksums."""
-        offsets = self._offsets[rows, column].tolist()
-        for file, part in files:
-            file.fill(arrays[part], offsets[part])
-        self._check_crcs(arrays, rows, column)
+    def _fill(self, files: Files, columns: list[list[AnyArray]], rows: AnyArray) -> None:
+        """Read all fields of each row into arrays, and compare checksums."""
+        offsets = [self._offsets[rows, column].tolist() for column, _, _ in self.columns]
+        fill_all(files, list(zip(columns, offsets, strict=True)))
+        for (column, _, _), arrays in zip(self.columns, columns, strict=True):
+            self._check_crcs(files, arrays, rows, column)
 
-    def _check_crcs(self, buffers: Sequence[Any], rows: AnyArray, column: int) -> None:
+    def _check_crcs(self, files: Files, buffers: Sequence[Any], rows: AnyArray, column: int) -> None:
         """Compare the bytes of a field of each row with the checksums in the index.
 
         Raises:
@@ -150,8 +169,21 @@ class SampleReader:
         expected = self._crcs[rows, column].tolist()
         found = list(map(crc32, buffers))
         if found != expected:
-            differs = [crc != wanted for crc, wanted in zip(found, expected, strict=True)]
-            self._refuse_damage(int(rows[differs.index(True)]), column)
+            for place, (crc, wanted) in enumerate(zip(found, expected, strict=True)):
+                if crc != wanted and not self._read_rightly(files, buffers[place], (place, int(rows[place])), column):
+                    self._refuse_damage(int(rows[place]), column)
+
+    def _read_rightly(self, files: Files, buffer: Any, place_and_row: tuple[int, int], column: int) -> bool:
+        """Read a sample of a remote shard once more, since a network may damage it. False if it is still damaged."""
+        place, row = place_and_row
+        [file] = [file for file, part in files if part.start <= place < part.stop]
+        if self._crcs is None or (row, column) in self._read_again:
+            return False
+        again = fill_again(file, buffer, int(self._offsets[row, column]))
+        if again and crc32(buffer) == self._crcs[row, column]:
+            return True
+        self._read_again.add((row, column))
+        return False
 
     def _refuse_damage(self, row: int, column: int) -> NoReturn:
         """Refuse a sample whose checksum differs.
@@ -182,10 +214,36 @@ class SampleReader:
         if self._checked[blocks].all():
             self._all_are_checked = bool(self._checked.all())
             return
-        for file, part in files:
-            for block in np.unique(blocks[part][~self._checked[blocks[part]]]).tolist():
-                check_block(file, self.tables, block, self.columns)
-                self._checked[block] = True
+        unchecked = [
+            (file, np.unique(blocks[part][~self._checked[blocks[part]]]).tolist())
+            for file, part in files
+            if not self._checked[blocks[part]].all()
+        ]
+        # Headers of remote shards come with one round of requests.
+        prefetch((file, self._find_headers(found)) for file, found in unchecked if isinstance(file, RemoteFile))
+        for file, found in unchecked:
+            for block in found:
+                self._check_block(file, block)
+            if isinstance(file, RemoteFile):
+                file.hold([])
+
+    def _check_block(self, file: RandomAccess, block: int) -> None:
+        """Compare a block with the index. One that was damaged in the cache is read again, where it came from.
+
+        Raises:
+            ValueError: It differs.
+        """
+        try:
+            check_block(file, self.tables, block, self.columns)
+        except ValueError:
+            if not (isinstance(file, CachedFile) and file.drop()):
+                raise
+            check_block(file, self.tables, block, self.columns)
+        self._checked[block] = True
+
+    def _find_headers(self, blocks: list[int]) -> list[tuple[int, int]]:
+        """Offsets and sizes of what `check_block` reads."""
+        return [place for block in blocks for place in find_headers(self.tables, block, self.columns)]
 
     def _context(self, row: int, field: Field) -> str:
         return f"{self.shards.path_of(row)}: sample {decode_key(self.tables.keys[row])!r}, field {field.name!r}"

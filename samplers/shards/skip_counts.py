@@ -136,28 +136,10 @@ class Tally:
         process = os.getpid()
         if self._process != process or self._table[self._row, _OWNER] != process:
             self._forget()
-            self._row = self._claim(process)
+            self._row = claim_row(self._table[:, _OWNER], process)
             self._numbers = {shard: number for number, shard in enumerate(self._shards_of(self._row))}
             self._process = process
         return self._row
-
-    def _claim(self, process: int) -> int:
-        """Find a free row for this process."""
-        # Workers of one loader start at different rows. With two loaders at once, the later one searches on. If two
-        # processes write to a free row at the same moment, the later one keeps it, and the other sees that.
-        info = get_worker_info()
-        first = 0 if info is None else 1 + info.id
-        owners = self._table[:, _OWNER]
-        for row in ((first + step) % MAX_PROCESSES for step in range(MAX_PROCESSES)):
-            owner = int(owners[row])
-            if owner in {0, process} or not is_alive(owner):
-                owners[row] = process
-                sleep(_CLAIM_SECONDS)
-                if owners[row] == process:
-                    return row
-        # More processes than rows: a lost count is better than the end of the run.
-        owners[first % MAX_PROCESSES] = process
-        return first % MAX_PROCESSES
 
     def _column_of(self, row: int, shard: str, reason: int) -> int:
         """The column of a pair in the row of this process, remembered."""
@@ -195,6 +177,29 @@ class Tally:
         """The names in a row."""
         *names, _ = self._text[row].tobytes().split(_NAME_END)
         return list(map(decode_key, names))
+
+
+def claim_row(owners: Any, process: int) -> int:
+    """Find a free row for a process, and make it its own.
+
+    Args:
+        owners: The process of each row, int64 `[MAX_PROCESSES]`, in shared memory. 0 where there was none yet.
+        process: Number of the process.
+    """
+    # Workers of one loader start at different rows. With two loaders at once, the later one searches on. If two
+    # processes write to a free row at the same moment, the later one keeps it, and the other sees that.
+    info = get_worker_info()
+    first = 0 if info is None else 1 + info.id
+    for row in ((first + step) % MAX_PROCESSES for step in range(MAX_PROCESSES)):
+        owner = int(owners[row])
+        if owner in {0, process} or not is_alive(owner):
+            owners[row] = process
+            sleep(_CLAIM_SECONDS)
+            if owners[row] == process:
+                return row
+    # More processes than rows: a lost count is better than the end of the run.
+    owners[first % MAX_PROCESSES] = process
+    return first % MAX_PROCESSES
 
 
 def is_alive(process: int) -> bool:

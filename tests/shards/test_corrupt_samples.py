@@ -28,7 +28,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from collate import LengthError, PadCollator
 from samplers import LengthBucketBatchSampler, ShardDataset, ShardStream
-from samplers.shards.open_shards import OpenShards
+from samplers.shards.opening.open_shards import OpenShards
 from samplers.shards.skipping import IN_A_ROW
 
 COUNT, PER_SHARD = 300, 40

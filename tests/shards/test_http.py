@@ -99,7 +99,8 @@ def test_a_few_samples_are_fetched_by_ranges_alone(folder: Path, server: Any, la
     list(dataset.__getitems__([3, 50, 27, 4]))
     again = server.log()
     assert again["HEAD 200"] == 0
-    assert again["bytes"] <= sum(sample["tokens"].nbytes for sample in read) + 4096
+    # The members of a plain sample are one request, with the headers between them.
+    assert again["bytes"] <= sum(sample["tokens"].nbytes for sample in read) + 4 * 4096
 
 
 @given(data=st.data())
@@ -257,7 +258,8 @@ def test_a_server_that_dies_in_an_epoch_is_an_error_that_names_the_shard(folder:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_server_that_dies_during_a_stream_is_an_error_with_the_shard(folder: Path, workers: int) -> None:
     with serving(folder) as server:
-        stream = ShardStream(server.url("blocks.ltx"), collate_fn=list, batch_size=2, window=10)
+        # Without what was read ahead, which would be the whole corpus.
+        stream = ShardStream(server.url("blocks.ltx"), collate_fn=list, batch_size=2, window=10, read_ahead_bytes=0)
         batches = iter(DataLoader(stream, batch_size=None, num_workers=workers))
         next(batches)
     with pytest.raises(OSError, match=f"{server.root}/ranges/blocks-00000[012].tar: cannot be read: "):
@@ -276,7 +278,8 @@ def test_the_example_serves_a_corpus_and_reads_it_both_ways() -> None:
         assert float(padding) < 10
         assert 1 < number(sent) / number(written) < 1.2
     (_, _, by_place, _), (_, _, stream, _) = told
-    assert number(stream) < 30 < 3000 < number(by_place)
+    # Neighbours of a batch are one request.
+    assert number(stream) < 30 < 2000 < number(by_place)
     assert len(path.read_text().splitlines()) < 80
 
 

@@ -260,7 +260,7 @@ def test_of_two_writers_of_one_prefix_neither_overwrites_the_others_shard(tmp_pa
             second.write(tokens([5], 5)[0])
         with pytest.raises(FileExistsError, match=r"shard-000001.tar.tmp is being written"):
             ShardWriter(tmp_path, append=True)
-        second.shards = first.shards
+        second.local_shards = first.local_shards
     assert ShardDataset(tmp_path).index.lengths.tolist() == [3, 1]
 
 

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from collate.errors import LengthError
-from samplers.shards import open_shards
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.indexing.index import LengthIndex
+from samplers.shards.opening import open_shards
 from samplers.shards.storage.reading import LocalFile
 
 

@@ -113,7 +113,7 @@ def test_a_folder_may_have_brackets_and_braces_in_its_name(tmp_path: Path, name:
         assert expand_shards(folder / "*-00000[12].tar") == paths[1:]
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/x", "memory://x", "http://host/x", "simplecache::s3://b/x"])
+@pytest.mark.parametrize("url", ["http://host/x", "simplecache::s3://b/x"])
 def test_a_url_is_not_taken_for_a_folder_to_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     source = write(tmp_path / "source", tokens([3]))
     monkeypatch.chdir(tmp_path)
@@ -127,12 +127,12 @@ def test_a_url_is_not_taken_for_a_folder_to_write_to(tmp_path: Path, monkeypatch
         lambda: LengthIndex.build(source, resume=url),
     ]
     for attempt in writes:
-        with pytest.raises(ValueError, match="URLs are read, and not written"):
+        with pytest.raises(ValueError, match="files are read, and not written"):
             attempt()
-    if "::" not in url:
+    for shortened in ("s3://bucket/x", "memory://x", "http://host/x"):
         # `Path` makes one slash of two.
-        with pytest.raises(ValueError, match="URLs are read, and not written"):
-            ShardWriter(Path(url))
+        with pytest.raises(ValueError, match="must be a path on this machine"):
+            ShardWriter(Path(shortened))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from collate import LengthTrackedBatch, PadCollator, VarlenBatch, VarlenCollator
 from collate.errors import LengthError
 from samplers import LengthBucketBatchSampler, PackingBatchSampler, ShardDataset, ShardStream
-from samplers.shards import open_shards
+from samplers.shards.opening import open_shards
 from samplers.shards.sample_reader import SampleReader
 from samplers.shards.storage import reading
 from samplers.shards.storage.reading import Ranges, read_ranges

@@ -10,16 +10,17 @@ import click
 from samplers.cli.conversion.rows import SampleMaker
 from samplers.cli.conversion.unfinished import begin, mark_of
 from samplers.shards.indexing.index_file import SUFFIX
+from samplers.shards.storage.mirror import Mirror, open_target
 from samplers.shards.writing.existing import refuse_shards
 from samplers.shards.writing.writer import ShardWriter
 
 
 @contextmanager
-def resumable(folder: Path, conversion: Mapping[str, Any], *, resume: bool, **options: Any) -> Iterator[ShardWriter]:
+def resumable(folder: str, conversion: Mapping[str, Any], *, resume: bool, **options: Any) -> Iterator[ShardWriter]:
     """A writer of a folder that has a mark until all samples are written.
 
     Args:
-        folder: Folder of the shards.
+        folder: Folder of the shards, or its URL in an object store.
         conversion: Description of the conversion.
         resume: Whether to complete an unfinished one.
         options: Of the writer.
@@ -32,16 +33,19 @@ def resumable(folder: Path, conversion: Mapping[str, Any], *, resume: bool, **op
         FileExistsError: The folder has shards, or an unfinished conversion that is not to be resumed.
         ValueError: The unfinished conversion has other inputs or options.
     """
-    mark = mark_of(folder, options["prefix"])
-    is_new = not folder.exists()
-    if folder.is_dir() and not mark.exists():
-        if resume and (folder / f"{options['prefix']}{SUFFIX}").exists():
+    local, mirror = open_target(folder, options["prefix"])
+    mark = mark_of(local, options["prefix"])
+    is_new = not local.exists()
+    if local.is_dir() and not mark.exists():
+        if resume and (local / f"{options['prefix']}{SUFFIX}").exists():
             raise FileExistsError(f"{folder} holds a finished corpus, there is nothing to resume")
         # Before the mark is written: finished shards are no unfinished conversion.
-        refuse_shards(folder, options["prefix"])
+        refuse_shards(local, options["prefix"], folder)
     append = begin(mark, conversion, resume=resume)
+    if mirror is not None:
+        mirror.push([mark])
     try:
-        with ShardWriter(folder, append=append, **options) as writer:
+        with ShardWriter(mirror or folder, append=append, **options) as writer:
             yield writer
     except KeyboardInterrupt:
         raise click.ClickException(
@@ -50,14 +54,22 @@ def resumable(folder: Path, conversion: Mapping[str, Any], *, resume: bool, **op
         ) from None
     except BaseException:
         # Nothing was written, so there is nothing to resume.
-        if not any(folder.glob(f"{options['prefix']}-*.tar*")):
-            mark.unlink(missing_ok=True)
+        if not any(local.glob(f"{options['prefix']}-*.tar*")):
+            _remove(mark, mirror)
             # An earlier folder, or one in which somebody else writes, is left as it is.
             if is_new:
                 with suppress(OSError):
-                    folder.rmdir()
+                    local.rmdir()
         raise
-    mark.unlink(missing_ok=True)
+    _remove(mark, mirror)
+
+
+def _remove(mark: Path, mirror: Mirror | None) -> None:
+    """Remove a mark."""
+    if mirror is None:
+        mark.unlink(missing_ok=True)
+    else:
+        mirror.remove([mark])
 
 
 def write_samples(writer: ShardWriter, maker: SampleMaker, rows: Iterable[tuple[str, dict[str, Any]]]) -> int:

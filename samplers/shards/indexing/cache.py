@@ -5,18 +5,21 @@ A build of shards a, b and c that was killed while it scanned c leaves `a.tar.lt
 if the new build wants checksums and a.tar.ltx has none.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from samplers.shards.format.header_lengths import DeclaredLength, HeaderLength, SoundHeaders
-from samplers.shards.indexing.index_file import SUFFIX, read_index, write_index
+from samplers.shards.indexing.index_file import FORMAT_VERSION, SUFFIX, read_index, send_index, write_index
 from samplers.shards.indexing.measuring import LengthOf, Measure
 from samplers.shards.indexing.scan import scan_shard
 from samplers.shards.indexing.tables import Tables
-from samplers.shards.storage.atomic import TEMPORARY, remove_leftover
-from samplers.shards.storage.reading import open_file
+from samplers.shards.storage.atomic import TEMPORARY, is_url, remove_leftover
+from samplers.shards.storage.network.remote import find_infos
+from samplers.shards.storage.network.transport import DEFAULT, Transport
 
 
 @dataclass(frozen=True)
@@ -27,18 +30,20 @@ class IndexCache:
         fields: Fields whose lengths count. None for all arrays with an axis, or else all sound.
         length: `(field, bytes) -> steps` for fields that are not arrays.
         checksums: Read payloads too.
-        cache_dir: Where the index of each shard is written: True for next to the shard, or a local folder. False for
-            no cache.
+        cache_dir: Where the index of each shard is written: True for next to the shard, or a folder, or its URL. False
+            for no cache.
         length_id: Name of `length`. None without a function, or for one that has no name.
         header: Measures fields that are not arrays, without a function.
+        transport: How remote shards are read.
     """
 
     fields: Collection[str] | None
     length: LengthOf | None
     checksums: bool
-    cache_dir: bool | Path = False
+    cache_dir: bool | Path | str = False
     length_id: str | None = None
     header: HeaderLength = field(default_factory=SoundHeaders)
+    transport: Transport = DEFAULT
 
     def __call__(self, shard: str) -> Tables:
         """The tables of a shard: from the cache if its index fits, else from a scan.
@@ -56,7 +61,7 @@ class IndexCache:
             return cached if self.checksums else replace(cached, crcs=None)
         # Scans of a whole shard are lost at a kill, so each index is written at once.
         measure = Measure(header=self.header) if self.length is None else Measure(self.length)
-        tables = scan_shard(shard, self.fields, measure, checksums=self.checksums)
+        tables = scan_shard(shard, self.fields, measure, checksums=self.checksums, transport=self.transport)
         if tables.measured:
             tables = replace(tables, length_id=self._recorded_id)
         elif isinstance(self.header, DeclaredLength):
@@ -66,36 +71,40 @@ class IndexCache:
             )
         if self.cache_dir is not False:
             self._check_has_id(tables, shard)
-            path = self.path_of(shard)
-            remove_leftover(path.with_name(path.name + TEMPORARY))
-            write_index(path, [tables])
+            self._save(self.path_of(shard), tables)
         return tables
 
-    def path_of(self, shard: str) -> Path:
-        """The path of a shard's cached index.
+    def _save(self, path: str, tables: Tables) -> None:
+        """Write the index of a shard."""
+        if is_url(path):
+            # In the same folder as its shard it has a relative path.
+            send_index(path, tables, FORMAT_VERSION, self.transport)
+            return
+        remove_leftover(Path(path + TEMPORARY))
+        write_index(Path(path), [tables])
 
-        Raises:
-            ValueError: The shard is remote, and its index was to be written next to it.
-        """
-        if isinstance(self.cache_dir, Path):
-            name = shard if "://" in shard else str(Path(shard).absolute())
-            # Shards in several folders may share a file name.
-            digest = blake2b(name.encode(), digest_size=4).hexdigest()
-            return self.cache_dir / f"{digest}-{PurePosixPath(shard).name}{SUFFIX}"
-        if "://" in shard:
-            raise ValueError(f"{shard}: no index can be written next to a remote shard: give resume= a local folder")
-        return Path(f"{shard}{SUFFIX}")
+    def path_of(self, shard: str) -> str:
+        """The path or URL of a shard's cached index."""
+        if isinstance(self.cache_dir, bool):
+            return f"{shard}{SUFFIX}"
+        name = shard if "://" in shard else str(Path(shard).absolute())
+        # Shards in several folders may share a file name.
+        digest = blake2b(name.encode(), digest_size=4).hexdigest()
+        file = f"{digest}-{PurePosixPath(shard).name}{SUFFIX}"
+        return (
+            str(self.cache_dir / file) if isinstance(self.cache_dir, Path) else f"{self.cache_dir.rstrip('/')}/{file}"
+        )
 
     def load(self, shard: str) -> Tables | None:
         """The cached index of a shard, if it is valid, not older than the shard, and has what this build wants."""
-        if self.cache_dir is False or not (path := self.path_of(shard)).exists():
+        if self.cache_dir is False or not self._exists(path := self.path_of(shard)):
             return None
         # Read, not mapped: 100,000 cached indexes would be 100,000 open maps.
         try:
-            tables, _ = read_index(str(path), checked_up_to=None, mapped=False)
-        except ValueError:
+            tables, _ = read_index(path, checked_up_to=None, mapped=False, transport=self.transport)
+        except (FileNotFoundError, ValueError):
             return None
-        if len(tables.shards) != 1 or tables.shards[0].size != _size_since(shard, path):
+        if len(tables.shards) != 1 or tables.shards[0].size != _size_since(shard, path, self.transport):
             return None
         if self.checksums and tables.crcs is None:
             return None
@@ -103,6 +112,11 @@ class IndexCache:
         if tables.measured and self._measures and tables.length_id is None:
             return None
         return replace(tables, shards=(replace(tables.shards[0], path=shard),))
+
+    @staticmethod
+    def _exists(path: str) -> bool:
+        """Whether there may be such a file; of a remote one, reading it tells."""
+        return is_url(path) or Path(path).exists()
 
     def inherit_fields(self, shards: Iterable[str]) -> "IndexCache":
         """This cache if `fields` was given, else one with the fields of the first cached index."""
@@ -169,10 +183,22 @@ def _tracked_fields(tables: Tables) -> list[str]:
     return [each.name for each in tables.fields if each.tracked]
 
 
-def _size_since(shard: str, index: Path) -> int | None:
+def _size_since(shard: str, index: str, transport: Transport) -> int | None:
     """Bytes of a shard. None if it was changed, moved here or replaced after its index was written."""
     if "://" in shard:
-        return open_file(shard).size
+        [info] = find_infos([shard], transport)
+        if is_url(index):
+            since, [written] = _modified(info), map(_modified, find_infos([index], transport))
+            if since is not None and written is not None and since > written:
+                return None
+        return None if info.get("size") is None else int(info["size"])
     # The change time too: `mv` and `cp -p` keep the modification time of a file.
     status = Path(shard).stat()
-    return status.st_size if max(status.st_mtime_ns, status.st_ctime_ns) <= index.stat().st_mtime_ns else None
+    written_ns = Path(index).stat().st_mtime_ns
+    return status.st_size if max(status.st_mtime_ns, status.st_ctime_ns) <= written_ns else None
+
+
+def _modified(info: Mapping[str, Any]) -> datetime | None:
+    """When an object was written, in whole seconds. None if its store does not say."""
+    times = [info.get(name) for name in ("LastModified", "last_modified", "mtime", "updated", "created")]
+    return next((time.replace(microsecond=0) for time in times if isinstance(time, datetime)), None)

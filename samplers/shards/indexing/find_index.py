@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 from samplers.shards.indexing.index_file import SUFFIX
+from samplers.shards.storage.network.transport import DEFAULT, Transport
 from samplers.shards.storage.paths import expand_shards
 from samplers.shards.storage.reading import Shards
 
@@ -26,11 +27,12 @@ def find_corpus(folder: Path) -> Path | None:
     return corpora[0] if corpora else None
 
 
-def find_index_files(shards: Shards) -> list[str]:
+def find_index_files(shards: Shards, transport: Transport = DEFAULT) -> list[str]:
     """The index files of shards: index files themselves, the one of a folder, or those next to the shards.
 
     Args:
         shards: A folder, an `.ltx` file or several, or shards: paths, brace patterns, wildcards or URLs.
+        transport: How the folder of a URL with wildcards is listed.
 
     Raises:
         FileNotFoundError: A pattern matches no file, a path does not exist, or a folder of shards has no index.
@@ -46,7 +48,7 @@ def find_index_files(shards: Shards) -> list[str]:
     indexes = [source for source in sources if source.endswith(SUFFIX)]
     if indexes and len(indexes) < len(sources):
         raise ValueError(f"{indexes[0]} is an index and {(set(sources) - set(indexes)).pop()} is not: give one kind")
-    return indexes or [_index_next_to(shard) for shard in expand_shards(sources)]
+    return indexes or [_index_next_to(shard) for shard in expand_shards(sources, transport)]
 
 
 def _check_has_index(folder: Path) -> None:

@@ -1,20 +1,20 @@
 """The index of a corpus: every sample's length, offset and checksum, in a small file next to the shards."""
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, Self, overload
+from typing import Any, Self
 
 import numpy as np
 
 from collate.deprecated.names import renamed_arguments
 from samplers.shards.format.header_lengths import DeclaredLength, SoundHeaders, header_length_of
-from samplers.shards.format.keys import decode_all, decode_key
+from samplers.shards.format.keys import Keys
 from samplers.shards.format.npy import AnyArray
-from samplers.shards.format.packed_keys import PackedKeys
 from samplers.shards.indexing.cache import IndexCache
 from samplers.shards.indexing.find_index import find_index_files
 from samplers.shards.indexing.index_file import (
@@ -22,42 +22,19 @@ from samplers.shards.indexing.index_file import (
     check_version,
     open_tables,
     read_index,
+    send_index,
     sort_by_length,
     write_index,
 )
 from samplers.shards.indexing.measuring import Decoder, LengthOf, Measure, identify
 from samplers.shards.indexing.tables import Tables, join_tables
 from samplers.shards.indexing.verify import check_request, check_shard, complete_measure
-from samplers.shards.storage.atomic import local_path
+from samplers.shards.storage.atomic import is_url, local_path
+from samplers.shards.storage.mirror import check_writable
+from samplers.shards.storage.network.transport import DEFAULT, Transport, check_transport
 from samplers.shards.storage.paths import expand_shards, refuse_twice
-from samplers.shards.storage.process_pool import run_in_processes
-from samplers.shards.storage.reading import Shards
-
-# Keys that are decoded together.
-_KEYS_AT_ONCE: Final = 1 << 12
-
-
-class Keys(Sequence[str]):
-    """Keys of samples, decoded when they are used."""
-
-    def __init__(self, keys: AnyArray | PackedKeys) -> None:
-        self._keys = keys
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Keys": ...
-    def __getitem__(self, index: int | slice) -> "str | Keys":
-        if isinstance(index, slice):
-            return Keys(self._keys[index])
-        return decode_key(self._keys[index])
-
-    def __iter__(self) -> Iterator[str]:
-        for first in range(0, len(self), _KEYS_AT_ONCE):
-            yield from decode_all(self._keys[first : first + _KEYS_AT_ONCE].tolist())
+from samplers.shards.storage.process_pool import run_in_processes, run_in_threads
+from samplers.shards.storage.reading import Shards, is_remote
 
 
 class LengthIndex:
@@ -68,11 +45,18 @@ class LengthIndex:
     """
 
     def __init__(
-        self, tables: Tables, *, path: str | None = None, order: AnyArray | None = None, moved: bool = False
+        self,
+        tables: Tables,
+        *,
+        path: str | None = None,
+        order: AnyArray | None = None,
+        moved: bool = False,
+        transport: Transport = DEFAULT,
     ) -> None:
         """Internal: use `build`, `open`, `open_all` or `concat`."""
         self._tables = tables
         self._path, self._order, self._moved = path, order, moved
+        self._transport = transport
         self._fingerprint: str | None = None
         tracked = [field.tracked for field in tables.variable]
         lengths = tables.lengths if all(tracked) else tables.lengths[:, np.flatnonzero(tracked)]
@@ -92,6 +76,7 @@ class LengthIndex:
         length_id: str | None = None,
         length_field: str | None = None,
         progress: bool = False,
+        transport: Transport | None = None,
     ) -> Self:
         """Index shards: read their headers and skip their payloads.
 
@@ -99,8 +84,9 @@ class LengthIndex:
         `lengthtrack[speech]`). Their lengths are frames, and `rates` has the frames in a second.
 
         With `resume=True` the index `SHARD.ltx` of each shard is written next to it as soon as the shard is scanned,
-        and a shard with such an index is not scanned again. So a build that was killed resumes where it was. An index
-        is used if it is complete, is not older than the shard, and has the shard's size; `verify` checks more.
+        also in an object store, and a shard with such an index is not scanned again. So a build that was killed resumes
+        where it was. An index is used if it is complete, is not older than the shard, and has the shard's size;
+        `verify` checks more. Remote shards are scanned several at a time.
 
         Args:
             shards: Paths, brace patterns, wildcards, folders or URLs.
@@ -109,8 +95,8 @@ class LengthIndex:
             length: `(field, bytes) -> steps`, for fields in other encodings. Picklable, if there are workers.
             workers: Number of processes. 0 stays in this one.
             checksums: Read payloads too, and store a crc32 of every sample and field.
-            resume: Write the index of each shard next to it, or in a local folder (for shards that are remote or
-                read-only), and use those that exist. If `length_fields` is None, their fields are used.
+            resume: Write the index of each shard next to it, or in a folder or its URL (for shards that are read-only),
+                and use those that exist. If `length_fields` is None, their fields are used.
             length_id: A name for `length`, which the index records, so that an index by another function is refused.
                 None makes one from its source without comments and from the constants and functions of its module
                 that it uses, but not from what it calls in other modules: change the name when those change.
@@ -118,18 +104,20 @@ class LengthIndex:
                 as `json.num_samples`, the key `num_samples` in the member `json`. Where `length_fields` names none, the
                 field is the one that is sound, or `json` itself. A list there counts with its length.
             progress: Show a progress bar.
+            transport: How remote shards are read: connections, timeouts and retries. None for the defaults.
 
         Raises:
             FileExistsError: Another process is writing the index of a shard.
             FileNotFoundError: A shard is absent.
             LengthError: A block's lengths do not fit its steps, or `length` or `length_field` gives no length.
             ModuleNotFoundError: soundfile is needed, and not installed.
+            OSError: A shard cannot be read, for a remote one after all retries.
             ProcessKilledError: A process was killed. The message has its shard. A `RuntimeError`.
-            TypeError: `length_fields` is a single string, `length_id` is not text, or `workers` not an int.
+            TypeError: `length_fields` is a single string, or another argument has the wrong type.
             ValueError: A shard comes twice, is damaged or empty or has a pickle, or samples differ in their fields; an
                 existing index of a shard is of other fields or by another function, or a function has no name;
                 a sound file has no length in its header; `length_field` names no field or comes with `length`;
-                `resume=True` with a remote shard; or `workers` is negative.
+                `resume=True` with a shard over HTTP; or `workers` is negative.
         """
         if isinstance(length_fields, str):
             raise TypeError(f"length_fields must be a list of names, got the string {length_fields!r}")
@@ -139,33 +127,46 @@ class LengthIndex:
             raise ValueError(f"length_id={length_id!r} is a name for lengths from headers: choose another")
         if length_field is not None and length is not None:
             raise ValueError("length_field and length both measure: give one")
-        cache_dir = resume if isinstance(resume, bool) else local_path(resume, "resume")
+        cache_dir = resume if isinstance(resume, bool) or is_url(resume) else local_path(resume, "resume")
         if isinstance(cache_dir, Path):
             cache_dir.mkdir(parents=True, exist_ok=True)
-        paths = expand_shards(shards)
+        transport = check_transport(transport)
+        paths = expand_shards(shards, transport)
         length_id = identify(length) if length_id is None and length is not None else length_id
         header = SoundHeaders() if length_field is None else DeclaredLength(length_field)
-        cache = IndexCache(length_fields, length, checksums, cache_dir, length_id, header).inherit_fields(paths)
+        if not isinstance(cache_dir, (bool, Path)):
+            cache_dir = os.fspath(cache_dir)
+            check_writable(cache_dir)
+        cache = IndexCache(length_fields, length, checksums, cache_dir, length_id, header, transport).inherit_fields(
+            paths
+        )
         # `closing` kills the workers when this process is interrupted.
-        with closing(run_in_processes(cache, paths, workers, unit="shard", progress=progress)) as results:
+        run = (
+            run_in_threads if not workers and any(map(is_remote, paths)) else partial(run_in_processes, workers=workers)
+        )
+        with closing(run(cache, paths, unit="shard", progress=progress)) as results:
             parts = dict(results)
         # Workers finish in any order. The index has the order of the shards.
-        return cls(join_tables([parts[number] for number in range(len(paths))]))
+        return cls(join_tables([parts[number] for number in range(len(paths))]), transport=transport)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Self:
+    def open(cls, path: str | os.PathLike[str], *, transport: Transport | None = None) -> Self:
         """Map an index file into memory. Only its header is read, and files up to 256 MiB for their checksum.
 
         Args:
             path: Path of an `.ltx` file. A URL is read whole.
+            transport: How a remote file, and later its shards, are read. None for the defaults.
 
         Raises:
             FileNotFoundError: There is no such file.
+            OSError: It cannot be read, if it is remote after all retries.
+            TypeError: `transport` is not a `Transport`.
             ValueError: The file is not an index, of another version, truncated or damaged. The message says which.
         """
         path = _absolute(os.fspath(path))
-        tables, order = read_index(path)
-        return cls(tables, path=path, order=order)
+        transport = check_transport(transport)
+        tables, order = read_index(path, transport=transport)
+        return cls(tables, path=path, order=order, transport=transport)
 
     @classmethod
     def concat(cls, indexes: Sequence["LengthIndex"]) -> Self:
@@ -178,30 +179,47 @@ class LengthIndex:
         return cls(join_tables([tables_of(index) for index in indexes]))
 
     @classmethod
-    def open_all(cls, paths: Sequence[str]) -> Self:
+    def open_all(cls, paths: Sequence[str], *, transport: Transport | None = None) -> Self:
         """The samples of several index files, in their order. No file stays open, and each may be a URL.
+
+        Args:
+            paths: Paths or URLs.
+            transport: How remote files, and later their shards, are read. None for the defaults.
 
         Raises:
             FileNotFoundError: One of them is absent.
+            OSError: One cannot be read, if it is remote after all retries.
+            TypeError: `transport` is not a `Transport`.
             ValueError: One is damaged, one shard is in two, or their shards differ in layout, fields or checksums.
         """
-        parts = [open_tables(_absolute(path)) for path in paths]
+        transport = check_transport(transport)
+        open_part = partial(open_tables, transport=transport)
+        absolute = list(map(_absolute, paths))
+        if any(map(is_remote, paths)):
+            parts = [part for _, part in sorted(run_in_threads(open_part, absolute), key=lambda each: each[0])]
+        else:
+            parts = list(map(open_part, absolute))
         refuse_twice((shard.path, path) for part, path in zip(parts, paths, strict=True) for shard in part.shards)
-        return cls(join_tables(parts))
+        return cls(join_tables(parts), transport=transport)
 
     def save(self, path: str | os.PathLike[str], *, version: int = FORMAT_VERSION) -> None:
-        """Write the index to a local file, complete or not at all.
+        """Write the index to a file, complete or not at all.
 
         Args:
-            path: Best in the folder of the shards: their paths are then relative, and the folder can be moved.
+            path: A path, or a URL in an object store. Best in the folder of the shards: their paths are then relative,
+                and the folder can be moved.
             version: Version of the file: 2, or 1 for release 0.1. Plain shards always have version 1.
 
         Raises:
             FileExistsError: Another process is writing the file.
             TypeError: `version` is not an int.
-            ValueError: `path` is a URL, or `version` is neither 1 nor 2.
+            OSError: A remote file cannot be written.
+            ValueError: `path` is a URL over HTTP, or `version` is neither 1 nor 2.
         """
-        write_index(local_path(path, "path"), [self._tables], check_version(version))
+        if not is_url(path):
+            write_index(local_path(path, "path"), [self._tables], check_version(version))
+            return
+        send_index(os.fspath(path), self._tables, check_version(version), self._transport)
 
     def __len__(self) -> int:
         return len(self._tables.keys)
@@ -271,6 +289,7 @@ class LengthIndex:
         checksums: bool = False,
         length: LengthOf | None = None,
         decode: Mapping[str, Decoder] | None = None,
+        transport: Transport | None = None,
     ) -> tuple[str, ...]:
         """Compare the index with its shards, and its own file with its checksum.
 
@@ -281,6 +300,8 @@ class LengthIndex:
             checksums: Read every sample too, and compare its crc32.
             length: `(field, bytes) -> steps`, as for `build`.
             decode: Functions from bytes to a sequence, by field. They come before `length`.
+            transport: How remote shards are read. None as the index was opened. What does not fit is read once more
+                before it is an error.
 
         Returns:
             The fields whose lengths were not measured. Empty if everything was compared.
@@ -290,14 +311,16 @@ class LengthIndex:
             LengthError: The length of a sample differs. The message has shard, key, field and both lengths.
             ValueError: A shard has changed since it was indexed or is damaged, there are no checksums to compare, or
                 `decode` names a field whose length needs no measuring.
-            TypeError: `decode` returns a masked array with masked values.
+            OSError: A shard cannot be read, for a remote one after all retries.
+            TypeError: `decode` returns a masked array with masked values, or `transport` is not a `Transport`.
         """
+        transport = self._transport if transport is None else check_transport(transport)
         measure = complete_measure(self._tables, Measure(length, dict(decode or {})))
         check_request(self._tables, measure, checksums=checksums)
         if self._path is not None:
-            read_index(self._path, checked_up_to=None)
+            read_index(self._path, checked_up_to=None, transport=transport)
         for number in range(len(self._tables.shards)):
-            check_shard(self._tables.of_shard(number), measure, checksums=checksums)
+            check_shard(self._tables.of_shard(number), measure, checksums=checksums, transport=transport)
         return tuple(name for name in self._tables.measured if not measure.measures(name))
 
     def moved_to(self, shards: Shards) -> "LengthIndex":
@@ -306,7 +329,7 @@ class LengthIndex:
         Raises:
             ValueError: The number of shards or their file names differ.
         """
-        paths = expand_shards(shards)
+        paths = expand_shards(shards, self._transport)
         # File names must agree: shards in another order would give wrong samples without an error.
         names = [[PurePosixPath(path).name for path in paths_] for paths_ in (self.shards, paths)]
         if names[0] != names[1]:
@@ -315,13 +338,14 @@ class LengthIndex:
                 "...: give the same shards in the same order, or build another index"
             )
         moved = tuple(replace(shard, path=path) for shard, path in zip(self._tables.shards, paths, strict=True))
-        return LengthIndex(replace(self._tables, shards=moved), path=self._path, order=self._order, moved=True)
+        tables = replace(self._tables, shards=moved)
+        return LengthIndex(tables, path=self._path, order=self._order, moved=True, transport=self._transport)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # An index with a file pickles as its path: a worker maps the file again, and compares the fingerprint.
         if self._path is None:
-            return _restore, (self._tables,)
-        return _reopen, (self._path, self.fingerprint, self.shards if self._moved else None)
+            return _restore, (self._tables, self._transport)
+        return _reopen, (self._path, self.fingerprint, self.shards if self._moved else None, self._transport)
 
 
 def tables_of(index: LengthIndex) -> Tables:
@@ -329,15 +353,21 @@ def tables_of(index: LengthIndex) -> Tables:
     return index._tables  # noqa: SLF001
 
 
-def open_index(shards: Shards) -> LengthIndex:
+def open_index(shards: Shards, transport: Transport = DEFAULT) -> LengthIndex:
     """The index of shards: of index files, of a folder, or of the files next to the shards.
+
+    Args:
+        shards: As of `find_index_files`.
+        transport: How remote files are read.
 
     Raises:
         FileNotFoundError: A file is absent.
         ValueError: A file is damaged, a folder has several corpora, or the indexes do not fit each other.
     """
-    paths = find_index_files(shards)
-    return LengthIndex.open(paths[0]) if len(paths) == 1 else LengthIndex.open_all(paths)
+    paths = find_index_files(shards, transport)
+    if len(paths) == 1:
+        return LengthIndex.open(paths[0], transport=transport)
+    return LengthIndex.open_all(paths, transport=transport)
 
 
 def _absolute(path: str) -> str:
@@ -346,18 +376,18 @@ def _absolute(path: str) -> str:
     return path if "://" in path else str(Path(path).absolute())
 
 
-def _restore(tables: Tables) -> LengthIndex:
+def _restore(tables: Tables, transport: Transport = DEFAULT) -> LengthIndex:
     """Unpickle an index without a file."""
-    return LengthIndex(tables)
+    return LengthIndex(tables, transport=transport)
 
 
-def _reopen(path: str, fingerprint: str, shards: list[str] | None) -> LengthIndex:
+def _reopen(path: str, fingerprint: str, shards: list[str] | None, transport: Transport = DEFAULT) -> LengthIndex:
     """Unpickle an index with a file.
 
     Raises:
         ValueError: The file is another one now.
     """
-    index = LengthIndex.open(path)
+    index = LengthIndex.open(path, transport=transport)
     if index.fingerprint != fingerprint:
         raise ValueError(f"{path}: the index was replaced while it was in use: start again")
     return index if shards is None else index.moved_to(shards)

@@ -76,8 +76,10 @@ from samplers.shards.indexing.index_header import build_tables, encode_header, r
 from samplers.shards.indexing.tables import Field, Layout, Rates, Shard, Tables, TablesLike, check_alike
 from samplers.shards.storage.atomic import AtomicFile
 from samplers.shards.storage.checksum import crc32
-from samplers.shards.storage.reading import open_file
-from samplers.shards.storage.remote import RemoteFile
+from samplers.shards.storage.mirror import Mirror
+from samplers.shards.storage.network.remote import RemoteFile
+from samplers.shards.storage.network.transport import DEFAULT, Transport
+from samplers.shards.storage.reading import is_remote, open_file
 
 SUFFIX: Final = ".ltx"
 # Suffix of the index of a single shard.
@@ -133,18 +135,19 @@ class FileTables:
         return np.asarray(read_columns(header, content, start, version)[name])
 
 
-def open_tables(path: str, shard: str | None = None) -> TablesLike:
+def open_tables(path: str, shard: str | None = None, *, transport: Transport = DEFAULT) -> TablesLike:
     """Open an index that is to be joined with others. A large local file is not kept open.
 
     Args:
         path: Path of the file.
         shard: Path of its shard, if it is the index of one. None for the path in the file.
+        transport: How a remote file is read.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is foreign, of another version, truncated or damaged.
     """
-    tables, _ = read_index(path)
+    tables, _ = read_index(path, transport=transport)
     if shard is not None and len(tables.shards) == 1:
         tables = replace(tables, shards=(replace(tables.shards[0], path=shard),))
     if "://" in path or Path(path).stat().st_size < _MAPPED_FROM:
@@ -157,7 +160,7 @@ def open_tables(path: str, shard: str | None = None) -> TablesLike:
 
 
 def read_index(
-    path: str, checked_up_to: int | None = _CHECKED_UP_TO, *, mapped: bool = True
+    path: str, checked_up_to: int | None = _CHECKED_UP_TO, *, mapped: bool = True, transport: Transport = DEFAULT
 ) -> tuple[Tables, AnyArray | None]:
     """The tables in an index file, and the order of its samples by length, if it is stored.
 
@@ -165,12 +168,28 @@ def read_index(
         path: Path or URL of the file.
         checked_up_to: The checksum of the arrays is computed for files up to this size in bytes. None for all files.
         mapped: Map a large file, which keeps a descriptor open, instead of reading it.
+        transport: How a remote file is read. If it is damaged, it is read once more.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is foreign, of another version, truncated or damaged.
     """
-    content = _load_content(path, mapped=mapped)
+    content = _load_content(path, mapped=mapped, transport=transport)
+    try:
+        return _parse_index(content, path, checked_up_to)
+    except ValueError:
+        if not is_remote(path):
+            raise
+        # A network may have damaged it.
+        return _parse_index(_load_content(path, mapped=mapped, transport=transport), path, checked_up_to)
+
+
+def _parse_index(content: AnyArray, path: str, checked_up_to: int | None) -> tuple[Tables, AnyArray | None]:
+    """The tables in the bytes of an index file, see `read_index`.
+
+    Raises:
+        ValueError: The file is foreign, of another version, truncated or damaged.
+    """
     header, start, version = _read_index_header(content, path)
     checked = checked_up_to is None or len(content) <= checked_up_to
     if checked:
@@ -213,6 +232,26 @@ def write_index(
     except BaseException:
         file.discard()
         raise
+
+
+def send_index(url: str, tables: Tables, version: int, transport: Transport) -> None:
+    """Write an index file to an object store. Shards in the same folder or below it have relative paths.
+
+    Raises:
+        OSError: It cannot be sent.
+        ValueError: Nothing can be written there.
+    """
+    folder, _, name = url.rpartition("/")
+    mirror = Mirror(folder, transport)
+    path = mirror.folder / name
+    write_index(path, [replace(tables, shards=tuple(_near(shard, mirror) for shard in tables.shards))], version)
+    mirror.push([path])
+
+
+def _near(shard: Shard, mirror: Mirror) -> Shard:
+    """A shard whose path is in the local folder, if its URL is in the remote one, so that it becomes relative."""
+    inside = shard.path.removeprefix(f"{mirror.url}/")
+    return shard if inside == shard.path else replace(shard, path=str(mirror.folder / inside))
 
 
 def prepare_index(
@@ -317,14 +356,14 @@ def _read_index_header(content: AnyArray, path: str) -> tuple[dict[str, Any], in
     return header, round_up(_PREFIX.size + size), version
 
 
-def _load_content(path: str, *, mapped: bool = True) -> AnyArray:
+def _load_content(path: str, *, mapped: bool = True, transport: Transport = DEFAULT) -> AnyArray:
     """The bytes of an index file, mapped if it is local and large.
 
     Raises:
         FileNotFoundError: There is no such file.
     """
     try:
-        file = open_file(path)
+        file = open_file(path, transport=transport)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"no index {path}: build it with `lengthtrack index`, or LengthIndex.build(shards).save(path)"

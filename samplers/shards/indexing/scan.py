@@ -12,11 +12,17 @@ from samplers.shards.indexing.layouts.scan_plain import PlainScan
 from samplers.shards.indexing.measuring import Measure
 from samplers.shards.indexing.shard_groups import ShardGroups
 from samplers.shards.indexing.tables import Tables
+from samplers.shards.storage.network.transport import DEFAULT, Transport
 from samplers.shards.storage.reading import open_file
 
 
 def scan_shard(
-    path: str, fields: Collection[str] | None = None, measure: Measure | None = None, *, checksums: bool = False
+    path: str,
+    fields: Collection[str] | None = None,
+    measure: Measure | None = None,
+    *,
+    checksums: bool = False,
+    transport: Transport = DEFAULT,
 ) -> Tables:
     """Read the headers of a shard.
 
@@ -25,6 +31,7 @@ def scan_shard(
         fields: Fields whose lengths count. None for all arrays with an axis.
         measure: Measures fields that are not arrays. None for the headers of sound files.
         checksums: Read payloads too.
+        transport: How a remote shard is read.
 
     Raises:
         FileNotFoundError: There is no such shard.
@@ -32,7 +39,7 @@ def scan_shard(
         ValueError: The shard is damaged, empty, has pickles, or its samples differ in their fields. The message has
             shard, key and field.
     """
-    groups = ShardGroups(open_file(path), checksums=checksums)
+    groups = ShardGroups(open_file(path, transport=transport), checksums=checksums)
     pairs = iter(groups)
     first = next(pairs, None)
     if first is None:

@@ -6,23 +6,27 @@
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import TypeAlias, overload
+from typing import Final, TypeAlias, overload
 
 import numpy as np
 
 from collate.errors import LengthError
 from samplers.shards.format.header_lengths import header_length_of
 from samplers.shards.format.keys import decode_key
-from samplers.shards.format.npy import LONGEST_HEADER, AnyArray, read_npy_header
+from samplers.shards.format.npy import LONGEST_HEADER, AnyArray, NpyHeader, read_npy_header
 from samplers.shards.indexing.index_file import REBUILD
 from samplers.shards.indexing.measuring import Measure
 from samplers.shards.indexing.scan import scan_shard
 from samplers.shards.indexing.tables import Field, Tables
+from samplers.shards.storage.network.transport import DEFAULT, Transport
 from samplers.shards.storage.process_pool import run_in_processes
-from samplers.shards.storage.reading import RandomAccess, open_file
+from samplers.shards.storage.reading import RandomAccess, is_remote, open_file
 
 # Fields to read: column in the tables, field, and column of its lengths (-1 for a field of fixed size).
 ReadColumns: TypeAlias = list[tuple[int, Field, int]]
+
+# Bytes that hold nearly every header of an array: NumPy and `ShardWriter` write 128.
+_USUAL_HEADER: Final = 512
 
 
 def complete_measure(tables: Tables, measure: Measure) -> Measure:
@@ -30,27 +34,42 @@ def complete_measure(tables: Tables, measure: Measure) -> Measure:
     return replace(measure, header=header_length_of(tables.length_id))
 
 
-def check_shard(tables: Tables, measure: Measure, *, checksums: bool) -> None:
+def check_shard(tables: Tables, measure: Measure, *, checksums: bool, transport: Transport = DEFAULT) -> None:
     """Compare the tables of one shard with the shard.
 
     Args:
         tables: Tables of one shard.
         measure: Measures the lengths that no header has.
         checksums: Read payloads, and compare their crc32.
+        transport: How a remote shard is read. What does not fit is read once more before it is an error.
 
     Raises:
         FileNotFoundError: The shard is absent.
         LengthError: The length of a sample differs. The message has shard, key, field and both lengths.
         ValueError: The shard has changed since it was indexed, or is damaged.
     """
+    try:
+        _check_shard(tables, measure, checksums=checksums, transport=transport)
+    except ValueError:
+        if not is_remote(tables.shards[0].path):
+            raise
+        # A network may have damaged it.
+        _check_shard(tables, measure, checksums=checksums, transport=transport)
+
+
+def _check_shard(tables: Tables, measure: Measure, *, checksums: bool, transport: Transport) -> None:
+    """Compare the tables of one shard with the shard, see `check_shard`.
+
+    Raises:
+        ValueError: They differ.
+    """
     [shard] = tables.shards
-    size = open_file(shard.path).size
+    size = open_file(shard.path, transport=transport).size
     changed = f"{shard.path}: changed since it was indexed"
     if size != shard.size:
         raise ValueError(f"{changed}: {size} bytes, the index says {shard.size}; {REBUILD}")
-    scanned = scan_shard(
-        shard.path, [field.name for field in tables.variable if field.tracked], measure, checksums=checksums
-    )
+    fields = [field.name for field in tables.variable if field.tracked]
+    scanned = scan_shard(shard.path, fields, measure, checksums=checksums, transport=transport)
     if (scanned.layout, scanned.fields, scanned.keys.tolist()) != (tables.layout, tables.fields, tables.keys.tolist()):
         raise ValueError(f"{changed}: its layout, fields or keys are others; {REBUILD}")
     for column, field in enumerate(scanned.variable):
@@ -103,7 +122,7 @@ def check_block(file: RandomAccess, tables: Tables, block: int, columns: ReadCol
             offset = members[len(tables.fields) + length_column]
             _check_block_lengths(file, offset, steps=steps, keys=tables.keys[rows], field=field)
         context = f"{file.path}: block of sample {decode_key(tables.keys[rows.start])!r}, field {field.name!r}"
-        header = read_npy_header(file.read(members[column], LONGEST_HEADER), context)
+        _, header = _read_array(file, members[column], 0, context)
         starts = members[column] + header.size + (np.cumsum(steps) - steps) * field.row_bytes
         moved = " at another offset" if (starts != tables.offsets[rows, column]).any() else ""
         expected = (field.dtype, (int(steps.sum()), *field.shape), False)
@@ -116,6 +135,33 @@ def check_block(file: RandomAccess, tables: Tables, block: int, columns: ReadCol
         end = members[column] + header.size + header.nbytes
         if end > file.size:
             raise ValueError(f"{context}: should end at byte {end}, the file has {file.size}: truncated")
+
+
+def find_headers(tables: Tables, block: int, columns: ReadColumns) -> Iterator[tuple[int, int]]:
+    """Where the parts of a block lie that `check_block` reads.
+
+    Yields:
+        Offset and bytes.
+    """
+    rows, members = _block_entry(tables, block)
+    for column, field, length_column in columns:
+        yield members[column], _USUAL_HEADER
+        if field.variable:
+            yield members[len(tables.fields) + length_column], _USUAL_HEADER + 8 * (rows.stop - rows.start)
+
+
+def _read_array(file: RandomAccess, offset: int, size: int, context: str) -> tuple[bytes, NpyHeader]:
+    """The header of an array, and at least so many bytes behind it, if the file has them.
+
+    Raises:
+        ValueError: It is no array of plain numbers.
+    """
+    content = file.read(offset, _USUAL_HEADER + size)
+    try:
+        return content, read_npy_header(content, context)
+    except ValueError:
+        content = file.read(offset, LONGEST_HEADER + size)
+        return content, read_npy_header(content, context)
 
 
 def _block_entry(tables: Tables, block: int) -> tuple[slice, list[int]]:
@@ -139,8 +185,7 @@ def _check_block_lengths(file: RandomAccess, offset: int, *, steps: AnyArray, ke
         ValueError: They are not integers, one for each sample.
     """
     context = f"{file.path}: block of sample {decode_key(keys[0])!r}, field {field.name!r}"
-    content = file.read(offset, LONGEST_HEADER + steps.nbytes)
-    header = read_npy_header(content, context)
+    content, header = _read_array(file, offset, steps.nbytes, context)
     if header.shape != steps.shape or header.dtype.kind not in "iu" or len(content) < header.size + header.nbytes:
         raise ValueError(f"{context}: the index says {len(steps)} samples, the block has lengths {header}: {REBUILD}")
     stored: AnyArray = np.ndarray(header.shape, header.dtype, content, header.size)
@@ -164,7 +209,12 @@ def check_request(tables: Tables, measure: Measure, *, checksums: bool) -> None:
 
 
 def find_errors(
-    tables: Tables, *, checksums: bool, measure: Measure | None = None, workers: int = 0
+    tables: Tables,
+    *,
+    checksums: bool,
+    measure: Measure | None = None,
+    workers: int = 0,
+    transport: Transport = DEFAULT,
 ) -> Iterator[str | None]:
     """Compare every shard with the index, and continue after an error.
 
@@ -173,6 +223,7 @@ def find_errors(
         checksums: Read payloads, and compare their crc32.
         measure: Measures the lengths that no header has. Picklable, if there are workers.
         workers: Number of processes. 0 stays in this one.
+        transport: How remote shards are read.
 
     Yields:
         For each shard, in order: None, or its first error.
@@ -182,7 +233,7 @@ def find_errors(
         TypeError: `workers` is not an int.
         ValueError: The index does not allow this verification, or `workers` is negative.
     """
-    check = _ShardCheck(complete_measure(tables, measure or Measure()), checksums=checksums)
+    check = _ShardCheck(complete_measure(tables, measure or Measure()), checksums=checksums, transport=transport)
     check_request(tables, check.measure, checksums=checksums)
     # Workers finish in any order: errors of later shards wait here for those of earlier ones.
     waiting: dict[int, str | None] = {}
@@ -222,10 +273,11 @@ class _ShardCheck:
 
     measure: Measure
     checksums: bool
+    transport: Transport
 
     def __call__(self, tables: Tables) -> str | None:
         try:
-            check_shard(tables, self.measure, checksums=self.checksums)
+            check_shard(tables, self.measure, checksums=self.checksums, transport=self.transport)
         except FileNotFoundError:
             return f"{tables.shards[0].path}: the index lists this shard, but there is no such file"
         except (ValueError, OSError, RuntimeError) as error:

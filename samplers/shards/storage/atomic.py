@@ -44,17 +44,24 @@ def local_path(path: str | os.PathLike[str], name: str) -> Path:
         name: Name of the argument, for the message.
 
     Raises:
-        ValueError: It is another URL. Nothing is written to URLs, and `Path` would make a local folder of that name.
+        ValueError: It is another URL, and `Path` would make a local folder of that name.
     """
     text = os.fspath(path)
     if (scheme := _LOCAL.match(text)) is not None:
         return Path(text[scheme.end() :])
     if _URL.match(text):
         raise ValueError(
-            f"{name} must be a path on this machine, got {text!r}: URLs are read, and not written: write to a local "
-            "folder, and copy it there (./ before a local path that looks like a URL)"
+            f"{name} must be a path on this machine, got {text!r}: write to a local path, and copy it there (./ before "
+            "a local path that looks like a URL)"
         )
     return Path(path)
+
+
+def is_url(path: object) -> bool:
+    """Whether a path to be written is the URL of a remote file or folder."""
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
+    # With one slash it is a URL that `Path` has shortened, which is refused by `local_path`.
+    return "://" in text and _LOCAL.match(text) is None and _URL.match(text) is not None
 
 
 class AtomicFile:

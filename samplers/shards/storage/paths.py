@@ -7,8 +7,9 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Final
 
+from samplers.shards.storage.network.remote import find_matches
+from samplers.shards.storage.network.transport import DEFAULT, Transport
 from samplers.shards.storage.reading import Shards
-from samplers.shards.storage.remote import file_system
 
 _NUMBER_RANGE: Final = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
 _LETTER_RANGE: Final = re.compile(r"([A-Za-z])\.\.([A-Za-z])(?:\.\.-?(\d+))?")
@@ -21,7 +22,7 @@ _SPECIAL: Final = re.compile(r"\\.|[{},]" if _HAS_ESCAPES else "[{},]", re.DOTAL
 _WILD: Final = re.compile(r"[*?\[]")
 
 
-def expand_shards(shards: Shards) -> list[str]:
+def expand_shards(shards: Shards, transport: Transport = DEFAULT) -> list[str]:
     """The paths and URLs that patterns stand for. Braces are expanded in order, matches of wildcards are sorted.
 
     A path that exists stands for itself, even with braces or brackets in it. Braces work as in webdataset and the
@@ -30,6 +31,7 @@ def expand_shards(shards: Shards) -> list[str]:
     Args:
         shards: A path, a URL, a folder of `.tar` files, a pattern such as `train-{000..017}.tar` or `train-*.tar`, or
             an iterable of these.
+        transport: How the folder of a URL with wildcards is listed.
 
     Raises:
         FileNotFoundError: A wildcard matches nothing.
@@ -39,7 +41,7 @@ def expand_shards(shards: Shards) -> list[str]:
     ['train-08.tar', 'train-09.tar', 'train-10.tar']
     """
     patterns = [shards] if isinstance(shards, (str, os.PathLike)) else list(shards)
-    named = [(path, os.fspath(pattern)) for pattern in patterns for path in _expand(os.fspath(pattern))]
+    named = [(path, os.fspath(pattern)) for pattern in patterns for path in _expand(os.fspath(pattern), transport)]
     if not named:
         raise ValueError("shards must name at least one shard, got none")
     refuse_twice(named)
@@ -79,14 +81,14 @@ def expand_braces(pattern: str) -> list[str]:
     return [_ESCAPED.sub(r"\1", text) for text in texts] if _HAS_ESCAPES else texts
 
 
-def _expand(pattern: str) -> list[str]:
+def _expand(pattern: str, transport: Transport) -> list[str]:
     """The paths of one pattern."""
     if "://" not in pattern and Path(pattern).exists():
         return _list_folder(pattern) if Path(pattern).is_dir() else [pattern]
-    return list(chain.from_iterable(map(_look_up, expand_braces(pattern))))
+    return list(chain.from_iterable(_look_up(each, transport) for each in expand_braces(pattern)))
 
 
-def _look_up(pattern: str) -> list[str]:
+def _look_up(pattern: str, transport: Transport) -> list[str]:
     """The paths of a pattern whose braces are expanded.
 
     Raises:
@@ -95,8 +97,7 @@ def _look_up(pattern: str) -> list[str]:
     if "://" in pattern:
         if not _WILD.search(pattern):
             return [pattern]
-        system, name = file_system(pattern)
-        paths = [system.unstrip_protocol(path) for path in system.glob(name)]
+        paths = find_matches(pattern, transport)
     elif Path(pattern).exists():
         return _list_folder(pattern) if Path(pattern).is_dir() else [pattern]
     elif not _WILD.search(pattern):

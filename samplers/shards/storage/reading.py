@@ -15,7 +15,9 @@ import fsspec.implementations.local
 import numpy as np
 import numpy.typing as npt
 
-from samplers.shards.storage.remote import RemoteFile, as_bytes, file_system, truncated
+from samplers.shards.storage.network.counts import UNCOUNTED, Counts
+from samplers.shards.storage.network.remote import RemoteFile, Wanted, as_bytes, fetch_into, file_system, truncated
+from samplers.shards.storage.network.transport import DEFAULT, Transport
 
 Shards: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -195,18 +197,78 @@ def read_ranges(files: Sequence[tuple[RandomAccess, slice]], fields: Sequence[Ra
     """
     for ranges in fields:
         ranges.check()
+    remote: list[Wanted] = []
     for file, part in files:
         for ranges in fields:
-            if not (isinstance(file, LocalFile) and file.copy(ranges, part)):
+            if isinstance(file, RemoteFile):
+                remote.append((file, ranges.views[part], ranges.offsets[part].tolist()))
+            elif not (isinstance(file, LocalFile) and file.copy(ranges, part)):
                 file.fill(ranges.views[part], ranges.offsets[part].tolist())
+    if remote:
+        fetch_into(remote)
 
 
-def open_file(path: str, *, memory_map: bool = False) -> RandomAccess:
+def fill_all(
+    files: Sequence[tuple[RandomAccess, slice]], columns: Sequence[tuple[Sequence[Any], Sequence[int]]]
+) -> None:
+    """Fill the arrays of a whole batch, of all its columns and files; those of remote files with one round of requests.
+
+    Args:
+        files: Files, and the part of the n arrays that lies in each.
+        columns: For each column n arrays, and the offset of each.
+
+    Raises:
+        OSError: A file cannot be read.
+        ValueError: A file ends before an array is full.
+    """
+    remote: list[Wanted] = []
+    for arrays, offsets in columns:
+        for file, part in files:
+            if isinstance(file, RemoteFile):
+                remote.append((file, arrays[part], offsets[part]))
+            else:
+                file.fill(arrays[part], offsets[part])
+    if remote:
+        fetch_into(remote)
+
+
+def fill_again(file: RandomAccess, buffer: Any, offset: int) -> bool:
+    """Ask a remote file for a range once more. False for a local file, which would give the same bytes.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It ends before the buffer is full, or its server gives no ranges.
+    """
+    if isinstance(file, RemoteFile):
+        file.fill([buffer], [offset])
+    elif hasattr(file, "fill_again"):
+        file.fill_again([buffer], [offset])
+    else:
+        return False
+    return True
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is read over a network: all URLs but those of local files."""
+    return "://" in path and not isinstance(file_system(path)[0], fsspec.implementations.local.LocalFileSystem)
+
+
+def open_file(
+    path: str,
+    *,
+    memory_map: bool = False,
+    transport: Transport = DEFAULT,
+    info: dict[str, Any] | None = None,
+    counts: Counts = UNCOUNTED,
+) -> RandomAccess:
     """Open a path or fsspec URL for reading at any offset.
 
     Args:
         path: Path or URL.
         memory_map: Map a local file, where the system can copy from mappings.
+        transport: How a remote file is read.
+        info: What `find_infos` has found out about a remote file. None asks for it.
+        counts: Where the requests of a remote file are counted.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -215,7 +277,7 @@ def open_file(path: str, *, memory_map: bool = False) -> RandomAccess:
     """
     system, name = (None, path) if "://" not in path else file_system(path)
     if system is not None and not isinstance(system, fsspec.implementations.local.LocalFileSystem):
-        return RemoteFile(path)
+        return RemoteFile(path, transport, info, counts)
     # Windows has no preadv. There fsspec reads local files.
     return (
         LocalFile(name, memory_map=memory_map) if hasattr(os, "preadv") else RemoteFile(Path(name).absolute().as_uri())

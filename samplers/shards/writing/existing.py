@@ -33,8 +33,13 @@ def find_shards(folder: Path, prefix: str) -> dict[ShardNumber, Path]:
     return dict(sorted(numbered))
 
 
-def refuse_shards(folder: Path, prefix: str) -> None:
+def refuse_shards(folder: Path, prefix: str, where: str = "") -> None:
     """Refuse a folder with shards of a prefix, or leftovers of them.
+
+    Args:
+        folder: The folder.
+        prefix: The prefix.
+        where: Its name for the message. The folder itself by default.
 
     Raises:
         FileExistsError: There are some.
@@ -43,8 +48,8 @@ def refuse_shards(folder: Path, prefix: str) -> None:
     files = sorted([*folder.glob(f"{prefix}-*.tar*"), *folder.glob(f"{prefix}{SUFFIX}*")])
     if files:
         raise FileExistsError(
-            f"{folder} already holds {files[0].name}: write to another folder, give another prefix, continue behind it "
-            f"with append=True, or delete {prefix}-*.tar* and {prefix}{SUFFIX}*"
+            f"{where or folder} already holds {files[0].name}: write to another folder, give another prefix, continue "
+            f"behind it with append=True, or delete {prefix}-*.tar* and {prefix}{SUFFIX}*"
         )
 
 

@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 
 from samplers.shards.indexing.index_file import FORMAT_VERSION, SUFFIX, open_tables, read_index, write_index
 from samplers.shards.indexing.tables import Tables, TablesLike, check_alike
+from samplers.shards.storage.mirror import Mirror
 from samplers.shards.storage.process_pool import run_in_processes, shorten
 from samplers.shards.writing.existing import find_shards, read_corpus
 from samplers.shards.writing.sample_writer import SampleWriter, WriterOptions
@@ -45,9 +46,10 @@ class PartWriter(Generic[PartT]):
         writer: Class of the writers.
         options: Options of the writers.
         samples: Gives the samples of a part's value.
-        folder: Folder of all shards.
+        folder: Folder of all shards, or the local one of a mirror.
         prefix: Prefix of the corpus.
         finished: Indices of the parts that are in the corpus file.
+        mirror: Where the shards are sent. None for a local folder.
     """
 
     writer: type[SampleWriter]
@@ -56,6 +58,7 @@ class PartWriter(Generic[PartT]):
     folder: Path
     prefix: str
     finished: frozenset[int]
+    mirror: Mirror | None = None
 
     def __call__(self, part: Part[PartT]) -> list[Path]:
         """Write a part, or the missing end of it.
@@ -88,7 +91,7 @@ class PartWriter(Generic[PartT]):
             ValueError: A sample that is written has another key now.
         """
         options: WriterOptions = {**self.options, "prefix": f"{self.prefix}-{part.index:06}"}
-        writer = self.writer(self.folder, append=True, **options)
+        writer = self.writer(self.mirror or self.folder, append=True, **options)
         stream = iter(self.samples(part.value))
         finished = self.is_finished(part.index)
         # The samples must be the same ones as before, or some would be lost and others repeated.
@@ -102,18 +105,18 @@ class PartWriter(Generic[PartT]):
                 )
         first = None if finished else next(stream, None)
         # Without another sample the writer is entered all the same, because its end writes the marker.
-        if first is not None or (writer.shards and not finished):
+        if first is not None or (writer.local_shards and not finished):
             with writer:
                 for sample in chain([first] if first is not None else [], stream):
                     writer.write(sample)
-        return writer.shards
+        return writer.local_shards
 
 
-def write_all(write_part: PartWriter[PartT], values: Sequence[PartT], workers: int, *, progress: bool) -> Path:
+def write_all(write_part: PartWriter[PartT], values: Sequence[PartT], workers: int, *, progress: bool) -> str:
     """Write all parts, then the corpus file of all shards of the prefix.
 
     Returns:
-        The corpus file.
+        Path or URL of the corpus file.
 
     Raises:
         RuntimeError: A part failed, or its process was killed. The message has the part.
@@ -138,9 +141,14 @@ def write_all(write_part: PartWriter[PartT], values: Sequence[PartT], workers: i
     path = folder / f"{prefix}{SUFFIX}"
     corpus.write(path, find_shards(folder, prefix).values(), write_part.options.get("version", FORMAT_VERSION))
     # The corpus file has all parts now. Until here a kill must leave the markers.
-    for index in range(len(values)):
-        write_part.done_marker(index).unlink(missing_ok=True)
-    return path
+    markers = [write_part.done_marker(index) for index in range(len(values))]
+    if write_part.mirror is not None:
+        write_part.mirror.push([path])
+        write_part.mirror.remove(markers)
+        return write_part.mirror.url_of(path)
+    for marker in markers:
+        marker.unlink(missing_ok=True)
+    return str(path)
 
 
 def finished_parts(folder: Path, prefix: str) -> frozenset[int]:

@@ -23,7 +23,8 @@ from samplers.shards.indexing.index_file import (
     write_index,
 )
 from samplers.shards.indexing.tables import Layout, TablesLike
-from samplers.shards.storage.atomic import local_path
+from samplers.shards.storage.mirror import Mirror, open_target
+from samplers.shards.storage.network.transport import Transport, check_transport
 from samplers.shards.writing.existing import adopt_shards, find_shards, read_corpus, refuse_shards, remove_leftovers
 from samplers.shards.writing.schema import FieldSchema, as_array, check_schema, infer_schema, read_schema
 from samplers.shards.writing.shard_file import BlockShard, PlainShard, ShardFile
@@ -43,18 +44,20 @@ class WriterOptions(TypedDict, total=False):
     prefix: str
     stack: Collection[str]
     version: int
+    transport: Transport | None
 
 
 class SampleWriter:
     """Writes samples to shards `PREFIX-000000.tar` and so on. Users have `ShardWriter`, which documents the options.
 
     Attributes:
-        shards: The finished shards, in their order.
+        local_shards: The finished shards, in their order, where they were written: in the folder, or in the local
+            folder of a mirror.
     """
 
     def __init__(
         self,
-        folder: str | os.PathLike[str],
+        folder: str | os.PathLike[str] | Mirror,
         *,
         layout: Layout = "blocks",
         max_samples: int = 100_000,
@@ -64,11 +67,13 @@ class SampleWriter:
         stack: Collection[str] = (),
         version: int = FORMAT_VERSION,
         append: bool = False,
+        transport: Transport | None = None,
     ) -> None:
         """Prepare to write. The folder is made if it does not exist.
 
         Args:
-            folder: A local folder. URLs are refused.
+            folder: A folder, or its URL in an object store. Shards are then written in a temporary folder, and sent
+                as soon as they are finished, each before its index.
             layout: `"blocks"`, which reads fast, or `"plain"`, one tar group for each sample.
             max_samples: Largest number of samples in a shard.
             max_bytes: Largest number of bytes of samples in a shard, without headers. A larger sample has a shard of
@@ -81,17 +86,20 @@ class SampleWriter:
                 is the same in both.
             append: Continue behind existing shards of that prefix. They stay as they are and define the schema.
                 Leftovers of a killed writer are removed. `keys` has the samples that exist.
+            transport: How files are sent to a URL: timeouts and retries. None for the defaults.
 
         Raises:
             FileExistsError: The folder has shards of that prefix. With `append`: another writer is at work on them.
             FileNotFoundError: The corpus file lists a shard that does not exist.
-            TypeError: A count or `version` is not an int, or `stack` is a single string.
-            ValueError: `folder` is a URL, an option is out of range, or an existing shard has another layout or
-                schema, or has changed since it was indexed.
+            OSError: A remote folder cannot be read.
+            TypeError: A count or `version` is not an int, `stack` is a single string, or `transport` no `Transport`.
+            ValueError: `folder` is a URL over HTTP, an option is out of range, or an existing shard has another layout
+                or schema, or has changed since it was indexed.
         """
         counts = {"max_samples": max_samples, "max_bytes": max_bytes, "block_size": block_size}
         check_writer_options(layout, prefix, stack, version, **counts)
-        self._folder, self._prefix = local_path(folder, "folder"), prefix
+        self._prefix = prefix
+        self._folder, self._mirror = open_target(folder, prefix, check_transport(transport))
         self._shard_class: type[ShardFile] = BlockShard if layout == "blocks" else PlainShard
         in_blocks = partial(BlockShard, block_size=block_size, version=version)
         self._new_shard = in_blocks if layout == "blocks" else PlainShard
@@ -109,20 +117,30 @@ class SampleWriter:
         self._entered = False
         self._failure: str | None = None
         self._lock = Lock()
-        self.shards: list[Path] = []
+        self.local_shards: list[Path] = []
         self._folder.mkdir(parents=True, exist_ok=True)
         if append:
             self._adopt_shards()
         else:
-            refuse_shards(self._folder, prefix)
+            refuse_shards(self._folder, prefix, self._where)
 
     def __enter__(self) -> Self:
         self._entered = True
         return self
 
     def __repr__(self) -> str:
-        name = f"{str(self._folder)!r}, prefix={self._prefix!r}, layout={self._layout!r}"
+        name = f"{self._where!r}, prefix={self._prefix!r}, layout={self._layout!r}"
         return f"{type(self).__name__}({name}, {len(self._keys)} samples, {len(self.shards)} finished shards)"
+
+    @property
+    def shards(self) -> list[Any]:
+        """The finished shards, in their order: paths, or URLs if the folder is remote."""
+        return self.local_shards if self._mirror is None else list(map(self._mirror.url_of, self.local_shards))
+
+    @property
+    def _where(self) -> str:
+        """The folder, or its URL, for messages."""
+        return str(self._folder) if self._mirror is None else self._mirror.url
 
     @property
     def keys(self) -> KeysView[str]:
@@ -182,7 +200,10 @@ class SampleWriter:
         with self._failing():
             self._finish()
             self._group.commit()
-        write_index(self._folder / f"{self._prefix}{SUFFIX}", self._list_tables, self._version)
+        corpus = self._folder / f"{self._prefix}{SUFFIX}"
+        write_index(corpus, self._list_tables, self._version)
+        if self._mirror is not None:
+            self._mirror.push([corpus])
 
     def _adopt_shards(self) -> None:
         """Continue behind existing shards.
@@ -192,20 +213,20 @@ class SampleWriter:
         """
         remove_leftovers(self._folder, self._prefix)
         existing = find_shards(self._folder, self._prefix)
-        self.shards = list(existing.values())
-        listed = read_corpus(self._folder, self._prefix, self.shards)
+        self.local_shards = list(existing.values())
+        listed = read_corpus(self._folder, self._prefix, self.local_shards)
         for number, shard in existing.items():
             if len(number) > 1 and shard.name not in listed:
                 raise ValueError(
                     f"{shard} is of a part, and not all parts are written: continue with ShardWriter.write_parts(..., "
                     "append=True)"
                 )
-        tables = adopt_shards(self.shards, self._layout, self._stack, self._version)
+        tables = adopt_shards(self.local_shards, self._layout, self._stack, self._version)
         self._number = max((number[0] + 1 for number in existing), default=0)
         self._keys = dict.fromkeys(key for part in tables for key in decode_all(part.array("keys").tolist()))
         if tables:
-            first, _ = read_index(f"{self.shards[0]}{SUFFIX}")
-            self._schema, self._schema_origin = read_schema(first), f"in {self.shards[0]}"
+            first, _ = read_index(f"{self.local_shards[0]}{SUFFIX}")
+            self._schema, self._schema_origin = read_schema(first), f"in {self.local_shards[0]}"
 
     def _check_key(self, key: object) -> str:
         """The key, if a sample may have it.
@@ -252,7 +273,9 @@ class SampleWriter:
 
     def _add_named(self, paths: list[Path]) -> None:
         """Count shards as finished that have their final names."""
-        self.shards += paths
+        if self._mirror is not None:
+            self._mirror.push([each for path in paths for each in (path, path.with_name(path.name + SUFFIX))])
+        self.local_shards += paths
 
     def _discard(self) -> None:
         """Remove the open shard, and forget the keys of its samples. Finished shards get their names, if they can."""
@@ -291,7 +314,7 @@ class SampleWriter:
         """
         if self._failure is not None:
             raise RuntimeError(
-                f"{self._folder}: writing failed before ({self._failure}), and the samples behind the last finished "
+                f"{self._where}: writing failed before ({self._failure}), and the samples behind the last finished "
                 "shard are lost: continue with a new writer, append=True, and the samples that are not in its keys"
             )
 
@@ -304,7 +327,7 @@ class SampleWriter:
         # Listed again: another writer may have added shards behind those that this one adopted. Shards of a part count
         # only when all parts are written.
         existing = find_shards(self._folder, self._prefix)
-        written = set(self.shards)
+        written = set(self.local_shards)
         listed = {shard.name for shard in written}
         listed |= read_corpus(self._folder, self._prefix, list(existing.values()))
         shards = [shard for number, shard in existing.items() if len(number) == 1 or shard.name in listed]
@@ -315,7 +338,7 @@ class SampleWriter:
             if shard in written or Path(f"{shard}{SUFFIX}").exists()
         ]
         if not tables:
-            raise ValueError(f"nothing was written to {self._folder}: a corpus needs a sample")
+            raise ValueError(f"nothing was written to {self._where}: a corpus needs a sample")
         return tables
 
 

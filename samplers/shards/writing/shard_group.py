@@ -6,13 +6,13 @@ names together. They are complete and read back before, and keep their locks unt
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 from weakref import WeakSet
 
-from samplers.shards.open_shards import count_handles
+from samplers.shards.opening.open_shards import count_handles
 from samplers.shards.storage.atomic import AtomicFile, commit_in_stages
 
 # Shards and bytes of a group.
@@ -86,9 +86,17 @@ class ShardGroup:
         try:
             commit_in_stages([[each.file for each in shards], [each.index for each in shards]])
         finally:
-            # After an error, a shard may have its name and its index not: then a writer that continues indexes it.
-            self._on_named([each.file.path for each in shards if each.file.committed])
             _WAITING.difference_update(shards)
             self.lost_samples += sum(each.samples for each in shards if not each.file.committed)
+            # After an error, a shard may have its name and its index not: then a writer that continues indexes it.
+            self._tell([each for each in shards if each.file.committed])
         ended = time.monotonic()
         self._not_before = ended + PATIENCE * (ended - started)
+
+    def _tell(self, shards: Sequence[FinishedShard]) -> None:
+        """Tell of shards that have their names. If that fails, their samples are lost."""
+        try:
+            self._on_named([each.file.path for each in shards])
+        except BaseException:
+            self.lost_samples += sum(each.samples for each in shards)
+            raise

@@ -25,7 +25,8 @@ from typing import Any, Unpack
 
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.indexing.measuring import Decoder
-from samplers.shards.storage.atomic import local_path
+from samplers.shards.storage.mirror import Mirror, open_target
+from samplers.shards.storage.network.transport import check_transport
 from samplers.shards.storage.reading import Shards
 from samplers.shards.writing.existing import find_shards, refuse_shards, remove_leftovers
 from samplers.shards.writing.parts import PartT, PartWriter, finished_parts, write_all
@@ -35,6 +36,9 @@ from samplers.shards.writing.source import Rename, read_shards
 
 class ShardWriter(SampleWriter):
     """Write samples to numbered shards `PREFIX-000000.tar` in a folder, each with its index next to it.
+
+    The folder may be a URL of an object store: a shard then appears there when it is complete, and takes room on this
+    machine until it is sent. Only one writer at a time may write to it, because object stores have no locks.
 
     When the `with` block ends, the corpus file `PREFIX.ltx` joins the indexes. After an exception or a kill the
     finished shards stay, and a writer with `append=True` continues behind them.
@@ -50,7 +54,7 @@ class ShardWriter(SampleWriter):
     @classmethod
     def write_parts(
         cls,
-        folder: str | os.PathLike[str],
+        folder: str | os.PathLike[str] | Mirror,
         samples: Callable[[PartT], Iterable[Mapping[str, Any]]],
         parts: Iterable[PartT],
         *,
@@ -65,7 +69,7 @@ class ShardWriter(SampleWriter):
         error or a kill the finished shards stay, and a call with `append=True` writes the remainder.
 
         Args:
-            folder: A local folder. URLs are refused.
+            folder: A folder, or its URL in an object store, as for `ShardWriter`.
             samples: Gives the samples of a part, the same ones every time. Picklable, if processes are not forked.
             parts: Names of files, numbers or other values that `samples` takes. Picklable.
             workers: Number of processes. 0 stays in this one.
@@ -82,18 +86,20 @@ class ShardWriter(SampleWriter):
             RuntimeError: `samples` or the writing of its samples failed, or a process was killed. The message has the
                 part.
             TypeError: A count is not an int, `stack` is a single string, or a part cannot be sent to a process.
-            ValueError: `folder` is a URL, an option is out of range, a key is in two parts, parts differ in their
-                schema, or there is no sample.
+            ValueError: `folder` is a URL over HTTP, an option is out of range, a key is in two parts, parts differ in
+                their schema, or there is no sample.
         """
         values = list(parts)
         # Before anything is written: an option that only a worker refused would name a part that is not to blame.
-        check_writer_options(**{"layout": "blocks", "prefix": "shard", "stack": ()} | options)
-        folder, prefix = local_path(folder, "folder"), options.get("prefix", "shard")
+        checked: dict[str, Any] = {name: value for name, value in options.items() if name != "transport"}
+        check_writer_options(**{"layout": "blocks", "prefix": "shard", "stack": ()} | checked)
+        prefix = options.get("prefix", "shard")
+        folder, mirror = open_target(folder, prefix, check_transport(options.get("transport")))
         folder.mkdir(parents=True, exist_ok=True)
         if append:
             remove_leftovers(folder, prefix)
         else:
-            refuse_shards(folder, prefix)
+            refuse_shards(folder, prefix, "" if mirror is None else mirror.url)
         write_part = PartWriter(
             writer=cls,
             options=options,
@@ -101,6 +107,7 @@ class ShardWriter(SampleWriter):
             folder=folder,
             prefix=prefix,
             finished=finished_parts(folder, prefix),
+            mirror=mirror,
         )
         try:
             return LengthIndex.open(write_all(write_part, values, workers, progress=progress))
@@ -128,7 +135,7 @@ class ShardWriter(SampleWriter):
         """Write the samples of other shards as a new corpus, for example plain shards as blocks. A shard is a part.
 
         Args:
-            folder: A local folder. URLs are refused.
+            folder: A folder, or its URL in an object store, as for `ShardWriter`.
             shards: Paths, brace patterns, wildcards, folders or URLs, or the `.ltx` file of a corpus.
             index: Index of these shards, in their order, or its file. None for the files next to them, if there are
                 any. Samples are checked against its lengths and, if it has them, its checksums.
@@ -149,17 +156,21 @@ class ShardWriter(SampleWriter):
             RuntimeError: A shard could not be read or written, differs from the index, or a process was killed. The
                 message has the shard.
             TypeError: A count is not an int, or `stack` or `fields` is a single string.
-            ValueError: `folder` is a URL, an option is out of range, the index does not fit, a key is in two shards,
-                shards differ in their schema, or a shard would be read and overwritten.
+            ValueError: `folder` is a URL over HTTP, an option is out of range, the index does not fit, a key is in two
+                shards, shards differ in their schema, or a shard would be read and overwritten.
         """
-        folder = local_path(folder, "folder")
         source, slices = read_shards(shards, index, fields, decode=decode, rename=rename)
-        folder.mkdir(parents=True, exist_ok=True)
+        local, mirror = open_target(folder, options.get("prefix", "shard"), check_transport(options.get("transport")))
+        local.mkdir(parents=True, exist_ok=True)
         # A shard that is replaced while it is read would be a mixture.
-        targets = {path.absolute() for path in find_shards(folder, options.get("prefix", "shard")).values()}
+        existing = find_shards(local, options.get("prefix", "shard")).values()
+        targets = {str(path.absolute()) if mirror is None else mirror.url_of(path) for path in existing}
         for shard_slice in slices:
-            if Path(shard_slice.shard).absolute() in targets:
+            shard = shard_slice.shard
+            if (shard if "://" in shard else str(Path(shard).absolute())) in targets:
                 raise ValueError(
                     f"{shard_slice.shard} would be read, and others of its prefix written: give another prefix"
                 )
-        return cls.write_parts(folder, source, slices, workers=workers, append=append, progress=progress, **options)
+        return cls.write_parts(
+            mirror or folder, source, slices, workers=workers, append=append, progress=progress, **options
+        )

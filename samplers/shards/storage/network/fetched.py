@@ -1,0 +1,80 @@
+"""Whole remote files in memory."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+
+from samplers.shards.storage.network.remote import RemoteFile, as_bytes, attempts, truncated
+from samplers.shards.storage.network.requests import Request, send_all
+
+# Larger files are fetched in parts of this size (16 MiB), side by side: a request takes as long as 1 MiB.
+PART: Final = 1 << 24
+
+
+class FetchedFile:
+    """A remote file in memory: one request for all of it, or for each 16 MiB, instead of one for each sample.
+
+    Args:
+        file: The file.
+    """
+
+    def __init__(self, file: RemoteFile) -> None:
+        self.path, self.size, self._file = file.path, file.size, file
+        self._starts, self._parts = range(0, file.size, max(1, file.size)), [memoryview(b"")]
+        if file.size > PART and _is_divisible(file):
+            self._starts = range(0, file.size, PART)
+            requests = [file.request(start, min(start + PART, file.size)) for start in self._starts]
+            self._parts = [memoryview(data) for data in send_all(requests, file.transport)]
+        elif file.size:
+            begin = partial(attempts, file, (0, file.size), whole=True)
+            request = Request(file.path, f"all {file.size} bytes", begin, file.size, file.counts)
+            self._parts = [memoryview(data) for data in send_all([request], file.transport)]
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Up to `size` bytes from `offset` on, fewer only at the end of the file."""
+        return b"".join(self._pieces(offset, size))
+
+    def fill(self, buffers: Sequence[Any], offsets: Sequence[int]) -> None:
+        """Overwrite each buffer, see `RandomAccess.fill`.
+
+        Raises:
+            ValueError: The file ends before a buffer is full.
+        """
+        for buffer, offset in zip(buffers, offsets, strict=True):
+            if offset < 0 or offset + buffer.nbytes > self.size:
+                raise ValueError(truncated(self.path, self.size, offset, buffer.nbytes))
+            target, done = as_bytes(buffer), 0
+            for piece in self._pieces(offset, buffer.nbytes):
+                target[done : done + len(piece)] = np.frombuffer(piece, np.uint8)
+                done += len(piece)
+
+    def _pieces(self, offset: int, size: int) -> Iterator[memoryview]:
+        """The bytes of a range, part by part.
+
+        Yields:
+            Bytes that follow each other.
+        """
+        end = min(offset + size, self.size)
+        while offset < end:
+            number = offset // self._starts.step
+            start = self._starts[number]
+            piece = self._parts[number][offset - start : end - start]
+            yield piece
+            offset += len(piece)
+
+    def fill_again(self, buffers: Sequence[Any], offsets: Sequence[int]) -> None:
+        """Overwrite each buffer with bytes that are asked for again. The errors are those of `RemoteFile.fill`."""
+        self._file.fill(buffers, offsets)
+
+
+def _is_divisible(file: RemoteFile) -> bool:
+    """Whether a file's server gives ranges. If it is not known, one is asked for."""
+    if not file.gives_ranges:
+        try:
+            send_all([file.request(0, 1)], file.transport)
+        except ValueError:
+            return False
+        file.note_ranges()
+    return True

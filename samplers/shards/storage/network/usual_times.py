@@ -1,0 +1,64 @@
+"""How long requests usually take, to find those that take too long.
+
+One request in a few hundred stalls in a busy store, and a second one is answered at once.
+"""
+
+from collections import defaultdict, deque
+from typing import Final
+
+# The last requests that are remembered, and how many there must be.
+_REMEMBERED: Final = 64
+_LEAST: Final = 16
+# Shorter waits are not worth a second request, in seconds.
+_SHORTEST: Final = 0.1
+# Second requests are at most this share of all, so that a slow server gets no more than a little more to do.
+_MOST_SECOND: Final = 0.05
+
+
+class UsualTimes:
+    """The times that requests to one server took lately, by the size of their answers.
+
+    >>> times = UsualTimes()
+    >>> for _ in range(20):
+    ...     times.note(1000, 0.05)
+    >>> times.limit(900, 4), times.limit(1 << 20, 4)
+    (0.2, None)
+    """
+
+    def __init__(self) -> None:
+        # By powers of four of the size: 1 KiB, 4 KiB, 16 KiB, ...
+        self._times: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
+        # A few may be sent before any are saved up.
+        self._allowed = 1.0
+
+    def note(self, size: int, seconds: float) -> None:
+        """Note an answer."""
+        self._times[_class_of(size)].append(seconds)
+        self._allowed = min(self._allowed + _MOST_SECOND, 1 / _MOST_SECOND)
+
+    def limit(self, size: int, factor: float) -> float | None:
+        """Seconds after which to send a second request.
+
+        Args:
+            size: Bytes asked for.
+            factor: How many times the median.
+
+        Returns:
+            None if too little is known, or no second request is to be sent.
+        """
+        times = self._times.get(_class_of(size), ())
+        if not factor or len(times) < _LEAST or self._allowed < 1:
+            return None
+        return max(_SHORTEST, factor * sorted(times)[len(times) // 2])
+
+    def take(self) -> bool:
+        """Whether a second request may be sent now; it is counted."""
+        if self._allowed < 1:
+            return False
+        self._allowed -= 1
+        return True
+
+
+def _class_of(size: int) -> int:
+    """Sizes of one class take about the same time."""
+    return max(size, 1 << 14).bit_length() // 2

@@ -1,0 +1,253 @@
+"""A folder in which the processes of a machine keep remote shards: what is read is what was written."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+import numpy as np
+import pytest
+from corpora import LAYOUTS, assert_same, write
+from faulty import Faulty, faulty
+from torch.utils.data import DataLoader
+
+from samplers import LengthBucketBatchSampler, ShardDataset, ShardStream, Transport
+from samplers.shards.storage import shard_cache
+from samplers.shards.storage.locks import lock
+
+SHARDS, EACH = 8, 6
+COUNT = SHARDS * EACH
+# Where requests are counted: a slow machine must not send one more.
+PATIENT = Transport(timeout=100, retries=12, backoff=0.01, patience=0)
+
+
+def samples() -> list[dict[str, object]]:
+    rng = np.random.default_rng(0)
+    return [
+        {"__key__": f"k{number}", "tokens": rng.integers(0, 1000, 1 + number % 40), "label": number}
+        for number in range(COUNT)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cached")
+    for layout in LAYOUTS:
+        write(folder, samples(), layout=layout, prefix=layout, max_samples=EACH, block_size=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def running(folder: Path) -> Iterator[Faulty]:
+    with faulty(folder) as server:
+        yield server
+
+
+@pytest.fixture
+def server(running: Faulty) -> Faulty:
+    running.behave()
+    running.log()
+    return running
+
+
+def assert_all_once(read: list[Any]) -> None:
+    by_key = {sample["__key__"]: sample for sample in read}
+    assert len(read) == len(by_key) == COUNT
+    for sample in samples():
+        assert_same(by_key[str(sample["__key__"])], sample)
+
+
+def open_stream(server: Faulty, cache: Path, layout: str = "blocks", **options: Any) -> ShardStream:
+    given = {"collate_fn": list, "max_tokens": 200, "window": 2 * EACH, "transport": PATIENT, "cache": cache}
+    return ShardStream(server.url(f"{layout}.ltx"), **given | options)
+
+
+def epoch(stream: Any) -> list[Any]:
+    return [sample for batch in stream for sample in batch]
+
+
+def shard_files(cache: Path) -> list[Path]:
+    return sorted(path for path in cache.iterdir() if path.name.endswith(".tar"))
+
+
+@pytest.mark.parametrize(("layout", "workers"), [("blocks", 2), ("plain", 0)])
+def test_the_second_epoch_needs_no_request(server: Faulty, tmp_path: Path, layout: str, workers: int) -> None:
+    stream = open_stream(server, tmp_path / "cache", layout)
+    loader = DataLoader(
+        stream, batch_size=None, num_workers=workers, multiprocessing_context="fork" if workers else None
+    )
+    assert_all_once(epoch(loader))
+    fetched = [entry["name"] for entry in server.log() if entry["method"] == "GET" and entry["name"] != f"{layout}.ltx"]
+    # Two workers want the same shards; each was fetched by one of them.
+    assert sorted(fetched) == [f"{layout}-{shard:06}.tar" for shard in range(SHARDS)]
+    assert_all_once(epoch(loader))
+    assert server.log() == []
+    transfers = stream.transfers
+    assert transfers["cache_misses"] == SHARDS
+    assert transfers["cache_hits"] > 0
+    # Another process, and reads by index.
+    dataset = ShardDataset(server.url(f"{layout}.ltx"), transport=PATIENT, cache=tmp_path / "cache")
+    server.log()
+    assert_all_once(list(dataset.__getitems__(range(COUNT))))
+    assert_all_once([dataset[index] for index in range(COUNT)])
+    assert server.log() == []
+    assert dataset.transfers["requests"] == 0
+
+
+def test_a_dataset_fetches_the_shards_of_a_batch_together(server: Faulty, tmp_path: Path) -> None:
+    once = Transport(timeout=100, retries=0, patience=0)
+    dataset = ShardDataset(server.url("plain.ltx"), transport=once, cache=tmp_path / "cache")
+    sampler = LengthBucketBatchSampler(dataset.index, batch_size=4)
+    server.gather(SHARDS)
+    rows = list(range(0, COUNT, EACH))
+    for sample, row in zip(dataset.__getitems__(rows), rows, strict=True):
+        assert_same(sample, samples()[row])
+    server.gather(0)
+    server.log()
+    assert_all_once(epoch(DataLoader(dataset.follow(sampler), batch_sampler=sampler, collate_fn=list)))
+    assert server.log() == []
+
+
+def test_a_cache_is_bounded_and_forgets_what_was_not_used_for_longest(server: Faulty, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    dataset = ShardDataset(server.url("blocks.ltx"), transport=PATIENT)
+    sizes = [shard.size for shard in dataset._tables.shards]
+    limit = 3 * max(sizes)
+    stream = open_stream(server, cache, cache_bytes=limit)
+    for _ in range(2):
+        assert_all_once(epoch(stream))
+        assert sum(path.stat().st_size for path in shard_files(cache)) <= limit
+    small = ShardDataset(server.url("blocks.ltx"), transport=PATIENT, cache=cache, cache_bytes=limit)
+    for row in (0, EACH, 2 * EACH):
+        small[row]
+    # A process that has shards open has not used them since; another one opens the first again.
+    ShardDataset(server.url("blocks.ltx"), transport=PATIENT, cache=cache, cache_bytes=limit)[1]
+    small[3 * EACH]
+    assert [path.name.rpartition("-")[2] for path in sorted(shard_files(cache), key=lambda path: path.name[-10:])] == [
+        "000000.tar",
+        "000002.tar",
+        "000003.tar",
+    ]
+    # A shard that was removed is fetched again, also by those who had it open, whose disk it would still use.
+    assert_same(small[EACH + 1], samples()[EACH + 1])
+    tiny = ShardDataset(server.url("blocks.ltx"), transport=PATIENT, cache=tmp_path / "tiny", cache_bytes=100)
+    assert_all_once(list(tiny.__getitems__(range(COUNT))))
+    assert shard_files(tmp_path / "tiny") == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_damaged_file_in_the_cache_is_fetched_again(server: Faulty, tmp_path: Path, layout: str) -> None:
+    cache = tmp_path / "cache"
+    assert_all_once(epoch(open_stream(server, cache, layout)))
+    for number, path in enumerate(shard_files(cache)):
+        content = bytearray(path.read_bytes())
+        # Bits of all samples; nothing but zeros, as after a crash; cut.
+        damaged = [bytes(255 - byte for byte in content), bytes(len(content)), bytes(content[:-512]), bytes(content)]
+        path.write_bytes(damaged[number % 4])
+    server.log()
+    assert_all_once(epoch(open_stream(server, cache, layout)))
+    names = {entry["name"] for entry in server.log() if entry["name"].endswith(".tar")}
+    assert len(names) == 6
+    assert_all_once(epoch(open_stream(server, cache, layout)))
+    server.log()
+    assert_all_once(epoch(open_stream(server, cache, layout)))
+    assert {entry["name"] for entry in server.log()} == {f"{layout}.ltx"}
+
+
+def test_a_shard_that_was_written_anew_is_not_taken_from_the_cache(tmp_path: Path) -> None:
+    source, cache = tmp_path / "source", tmp_path / "cache"
+    source.mkdir()
+    with faulty(source) as server:
+        for seed in range(2):
+            for path in source.iterdir():
+                path.unlink()
+            written = [{"__key__": str(number), "tokens": np.arange(9) + seed} for number in range(4)]
+            write(source, written, layout="blocks")
+            dataset = ShardDataset(server.url("shard.ltx"), cache=cache)
+            assert_same(dataset[2], written[2])
+
+
+def test_two_who_want_the_same_shard_fetch_it_once(server: Faulty, tmp_path: Path) -> None:
+    datasets = [ShardDataset(server.url("blocks.ltx"), transport=PATIENT, cache=tmp_path / "cache") for _ in range(4)]
+    server.log()
+    read: list[Any] = []
+    threads = [threading.Thread(target=lambda each=each: read.append(each[3])) for each in datasets]  # type: ignore[misc]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for sample in read:
+        assert_same(sample, samples()[3])
+    assert len(read) == 4
+    assert [entry["method"] for entry in server.log()] == ["HEAD", "GET"]
+
+
+def test_the_file_of_a_killed_process_is_replaced_and_that_of_a_live_one_waited_for(
+    server: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    ShardDataset(server.url("blocks.ltx"), cache=cache)[0]
+    [path] = shard_files(cache)
+    path.unlink()
+    # A killed process leaves its file without a lock.
+    leftover = path.with_name(path.name + ".tmp")
+    leftover.write_bytes(b"half")
+    assert_same(ShardDataset(server.url("blocks.ltx"), cache=cache)[0], samples()[0])
+    assert shard_files(cache) == [path]
+    assert not leftover.exists()
+    # One that is at work for too long is not waited for for ever.
+    path.unlink()
+    impatient = Transport(deadline=0.3)
+    with leftover.open("wb") as stream:
+        assert lock(stream)
+        slow = ShardDataset(server.url("blocks.ltx"), cache=cache, transport=impatient)
+        # The shard itself, not its index, whose deadline is the same.
+        assert_same(slow[1], samples()[1])
+        assert shard_files(cache) == []
+    # Where the disk is full, nothing is kept, and a warning says so.
+    monkeypatch.setattr(shard_cache, "_READ_AT_ONCE", 1000)
+    full = ShardDataset(server.url("blocks.ltx"), cache=cache)
+    monkeypatch.setattr("samplers.shards.storage.atomic._NamedFile.write", _full_disk)
+    assert_same(full[EACH], samples()[EACH])
+    assert shard_files(cache) == []
+
+
+def _full_disk(*_: Any) -> int:
+    raise OSError(28, "No space left on device")
+
+
+def test_killed_readers_leave_nothing_that_is_read(server: Faulty, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    # After the index, every body stops at its half.
+    server.behave(every={"hang": (1, 2)})
+    command = (
+        "import sys; from samplers import ShardDataset; dataset = ShardDataset(sys.argv[1], cache=sys.argv[2])\n"
+        "print('open', flush=True); dataset.__getitems__(range(len(dataset)))[0]"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, server.url("plain.ltx"), str(cache)], stdout=subprocess.PIPE, env=os.environ
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    while not any(path.name.endswith(".tmp") for path in cache.iterdir()):
+        assert process.poll() is None
+        sleep(0.01)
+    process.kill()
+    process.communicate(timeout=60)
+    server.behave()
+    dataset = ShardDataset(server.url("plain.ltx"), cache=cache, transport=PATIENT)
+    assert_all_once(list(dataset.__getitems__(range(COUNT))))
+    assert len(shard_files(cache)) == SHARDS
+    assert not any(path.name.endswith(".tmp") for path in cache.iterdir())
+
+
+def test_wrong_options_of_a_cache_are_refused(server: Faulty, tmp_path: Path) -> None:
+    url = server.url("plain.ltx")
+    with pytest.raises(ValueError, match="cache_bytes must be at least 1, got 0"):
+        ShardDataset(url, cache=tmp_path / "c", cache_bytes=0)
+    with pytest.raises(ValueError, match=r"cache must be a path on this machine, got 's3://bucket/x'"):
+        ShardDataset(url, cache="s3://bucket/x")

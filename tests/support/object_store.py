@@ -1,0 +1,198 @@
+"""An S3 server on loopback, and a slow and faulty proxy before it, in a process of their own.
+
+The server is moto's, and keeps objects in memory. The proxy waits, limits the rate of each answer, and makes faults by
+a fixed schedule: `Manner` of `faulty` says which. `log` tells the requests in the order of their arrival.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import fsspec
+from aiohttp import ClientSession, DummyCookieJar, web
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from faulty import Manner
+
+BUCKET: Final = "corpus"
+_PIECE: Final = 1 << 16
+# Of one connection, not of the message.
+_HOPS: Final = {"connection", "keep-alive", "transfer-encoding", "content-length", "date", "server"}
+
+
+class ObjectStore:
+    """The process, as a test sees it. `environment` is what a client needs to find it."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.root = f"http://127.0.0.1:{int(self.process.stdout.readline())}"
+        self.environment = {
+            "AWS_ENDPOINT_URL": self.root,
+            "AWS_ACCESS_KEY_ID": "any",
+            "AWS_SECRET_ACCESS_KEY": "any",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def url(self, name: str = "") -> str:
+        return f"s3://{BUCKET}/{name}"
+
+    def log(self) -> list[dict[str, Any]]:
+        """The requests since this was last asked: method, path, range and status."""
+        return list(self._ask("log"))
+
+    def behave(self, **options: Any) -> None:
+        """Answer in another manner from now on, and count requests from 0 again."""
+        self._ask("manner", json.dumps(asdict(Manner(**options))))
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.communicate(timeout=30)
+
+    def _ask(self, path: str, data: str | None = None) -> Any:
+        request = urllib.request.Request(f"{self.root}/-/{path}", None if data is None else data.encode())
+        with urllib.request.urlopen(request) as response:
+            return json.load(response)
+
+
+@contextmanager
+def object_store() -> Iterator[ObjectStore]:
+    """A store that clients of this process, and of those that it starts, find. It ends with the block."""
+    store = ObjectStore()
+    before = {name: os.environ.get(name) for name in store.environment}
+    os.environ.update(store.environment)
+    # Former file systems know another server.
+    _forget_clients()
+    try:
+        yield store
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+        _forget_clients()
+        store.stop()
+
+
+def _forget_clients() -> None:
+    s3: Any = fsspec.get_filesystem_class
+    s3("s3").clear_instance_cache()
+
+
+class Proxy:
+    """Hands requests on to a server."""
+
+    def __init__(self, server: str) -> None:
+        self.server, self.manner, self.number = server, Manner(), 0
+        self.requests: list[dict[str, Any]] = []
+        self.session: ClientSession | None = None
+
+    def routes(self) -> web.Application:
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_get("/-/log", self.tell)
+        app.router.add_post("/-/manner", self.change)
+        app.router.add_route("*", "/{path:.*}", self.answer)
+        return app
+
+    async def tell(self, _: web.Request) -> web.Response:
+        told, self.requests = self.requests, []
+        return web.json_response(told)
+
+    async def change(self, request: web.Request) -> web.Response:
+        self.manner, self.number = Manner(**await request.json()), 0
+        return web.json_response(None)
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        manner, number = self.manner, self.number
+        self.number += 1
+        entry = {"method": request.method, "path": request.path, "range": request.headers.get("Range"), "status": 0}
+        self.requests.append(entry)
+        body = await request.read()
+        await asyncio.sleep(manner.latency)
+        fault = manner.fault(number)
+        if manner.refused and request.path.endswith(f"/{manner.refused}"):
+            fault = manner.faults.get("refused", "403")
+        if fault is not None and fault.isdigit():
+            entry["status"] = int(fault)
+            return web.Response(status=int(fault))
+        if fault == "stall":
+            await asyncio.sleep(3600)
+        if fault == "drop" or request.transport is None:
+            return _cut(request)
+        return await self._hand_on(request, body, fault, entry)
+
+    async def _hand_on(
+        self, request: web.Request, body: bytes, fault: str | None, entry: dict[str, Any]
+    ) -> web.StreamResponse:
+        """Ask the server, and send its answer, or half of it."""
+        if self.session is None:
+            self.session = ClientSession(auto_decompress=False, cookie_jar=DummyCookieJar())
+        headers = {name: value for name, value in request.headers.items() if name.lower() not in _HOPS}
+        async with self.session.request(
+            request.method, self.server + request.raw_path, data=body, headers=headers, allow_redirects=False
+        ) as answer:
+            data = await answer.read()
+            entry["status"] = answer.status
+            response = web.StreamResponse(status=answer.status, reason=answer.reason)
+            response.headers.update(
+                {name: value for name, value in answer.headers.items() if name.lower() not in _HOPS}
+            )
+            response.content_length = int(answer.headers.get("Content-Length", len(data)))
+        await response.prepare(request)
+        if request.method == "HEAD":
+            return response
+        sent = data[: len(data) // 2] if fault in {"break", "hang"} else data
+        for start in range(0, len(sent), _PIECE):
+            piece = sent[start : start + _PIECE]
+            await response.write(piece)
+            if self.manner.rate:
+                await asyncio.sleep(len(piece) / self.manner.rate)
+        if fault == "hang":
+            await asyncio.sleep(3600)
+        if fault == "break":
+            return _cut(request)
+        await response.write_eof()
+        return response
+
+
+def _cut(request: web.Request) -> web.Response:
+    """Close the connection."""
+    if request.transport is not None:
+        request.transport.close()
+    return web.Response()
+
+
+def _serve_objects() -> str:
+    """Start moto in a thread. Returns its root, which has an empty bucket."""
+    # Only the server's process has the time for them.
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app  # noqa: PLC0415
+    from werkzeug.serving import make_server  # noqa: PLC0415
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = make_server("127.0.0.1", 0, DomainDispatcherApplication(create_backend_app), threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    root = f"http://127.0.0.1:{server.server_port}"
+    urllib.request.urlopen(urllib.request.Request(f"{root}/{BUCKET}", method="PUT")).close()
+    return root
+
+
+if __name__ == "__main__":
+    listening = socket.create_server(("127.0.0.1", 0), backlog=512)
+    proxy = Proxy(_serve_objects())
+    sys.stdout.write(f"{listening.getsockname()[1]}\n")
+    sys.stdout.flush()
+    web.run_app(proxy.routes(), sock=listening, print=None, handler_cancellation=True, shutdown_timeout=0.1)
