@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from samplers.dynamic.node import LengthBucketNode, PackingNode
     from samplers.dynamic.pack_stage import pack_by_length
     from samplers.dynamic.stage import bucket_by_length
+    from samplers.planning.mixtures.mixture import Mixture
     from samplers.planning.optimal_widths import optimal_widths
     from samplers.planning.packs.one_list import pack
     from samplers.planning.plan import BatchPlan, plan_epoch
@@ -41,6 +42,7 @@ else:
             "LengthBucketBatchSampler": "samplers.batch_sampler",
             "LengthBucketNode": "samplers.dynamic.node",
             "LengthIndex": "samplers.shards.indexing.index",
+            "Mixture": "samplers.planning.mixtures.mixture",
             "PackingBatchSampler": "samplers.batch_sampler",
             "PackingNode": "samplers.dynamic.node",
             "ReadAheadLoader": "samplers.progress.read_ahead",
@@ -63,6 +65,7 @@ __all__ = [
     "LengthBucketNode",
     "LengthError",
     "LengthIndex",
+    "Mixture",
     "PackingBatchSampler",
     "PackingNode",
     "ReadAheadLoader",

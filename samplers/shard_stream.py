@@ -10,7 +10,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from collate.widths import Widths, check_count
 from samplers.planning.budget import Cost, Count
-from samplers.planning.clipping import check_collator
+from samplers.planning.tables.clipping import check_collator
 from samplers.planning.options import Indices, Options, Overlong, PlanOptions, make_options
 from samplers.planning.pack_batches.agreement import check_packing
 from samplers.planning.pack_batches.options import PackingOptions, PackOptions, make_pack_options

@@ -10,7 +10,6 @@ from collate.widths import Widths, check_count
 from samplers.planning.options import EpochOptions, Options
 from samplers.planning.plan import BatchPlan
 from samplers.planning.schedule import Schedule, make_schedule
-from samplers.planning.sorting import Lengths
 from samplers.planning.tables.batch_table import BatchTable
 from samplers.planning.tables.epoch_table import EpochTable, Shape
 from samplers.progress.epoch_cursor import EpochCursor
@@ -32,8 +31,8 @@ class PlannedLoader:
     options: EpochOptions
     _cursor: EpochCursor | SharedEpochCursor
     _table: EpochTable
-    # What was planned, with the fingerprint that an index has.
-    _lengths: Lengths
+    # What was planned, with the fingerprint that an index has; or a mixture.
+    _lengths: Any
     # Batches that one iterator gives in each step.
     _batches_per_step = 1
 
@@ -64,7 +63,7 @@ class PlannedLoader:
     @property
     def next_position(self) -> PositionDict:
         """Where the next iteration begins, as `position` tells it for the present iteration."""
-        return self._cursor.next_start.as_dict(self.fingerprint)
+        return self._as_dict(self._cursor.next_start)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -110,7 +109,7 @@ class PlannedLoader:
     def position_after(self, start: Position, steps: int) -> PositionDict:
         """Where the epoch stands after this many steps from a position on."""
         taken = self.schedule_from(start).taken_after(steps)
-        return Position(start.epoch, start.replicas, taken).as_dict(self.fingerprint)
+        return self._as_dict(Position(start.epoch, start.replicas, taken))
 
     def seek(self, position: Mapping[str, Any]) -> None:
         """Let the next iteration that takes a batch resume from a position, once; the next epoch comes after it.
@@ -127,9 +126,29 @@ class PlannedLoader:
 
     def read_position(self, state: Mapping[str, Any]) -> Position:
         """The position in a state, checked; the errors are those of `seek`."""
-        position = Position.from_dict(state, self.fingerprint, len(self._table))
-        self.schedule_from(position)
+        table, position = self._find_position(state)
+        self._use_table(table)
         return position
+
+    def _find_position(self, state: Mapping[str, Any]) -> tuple[EpochTable, Position]:
+        """The table and the position of a state, checked; nothing changes."""
+        text = state.get("mixture", "") if isinstance(state, Mapping) else ""
+        table = self._table.with_stage_text(str(text))
+        fingerprint = self.fingerprint if table is self._table else make_fingerprint(self._lengths, table)
+        position = Position.from_dict(state, fingerprint, len(table))
+        make_schedule(table, position.epoch, self.num_replicas, laid_for=position.replicas, taken=position.batches)
+        return table, position
+
+    def _as_dict(self, position: Position) -> PositionDict:
+        """A position as users save it."""
+        text = self._table.stage_text
+        return position.as_dict(self.fingerprint) | ({"mixture": text} if text else {})
+
+    def _use_table(self, table: EpochTable) -> None:
+        """Take the batches of this table from now on, one of the same lengths and options."""
+        if table is not self._table:
+            self._table = table
+            self.__dict__.pop("fingerprint", None)
 
     def schedule_from(self, start: Position) -> Schedule:
         """The remaining batches of an epoch from a position on, as the replicas take them."""

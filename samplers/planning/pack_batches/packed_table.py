@@ -87,6 +87,10 @@ class PackedTable(EpochTable):
         """Samples in the dataset, and pieces of split ones, whose indices follow."""
         return len(self.lengths) + (0 if self.pieces is None else len(self.pieces.samples))
 
+    def count_dropped(self, documents: int) -> int:
+        """Documents of an epoch that `drop_last` leaves out, if it gives this many."""
+        return self.planned - documents
+
     @property
     def dropped(self) -> int:
         """Samples that `overlong="drop"` leaves out."""

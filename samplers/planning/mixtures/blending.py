@@ -1,0 +1,3 @@
+"""stub"""
+def blend_epoch(batches, table, num_replicas):
+    return batches
