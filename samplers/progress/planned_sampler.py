@@ -16,7 +16,7 @@ from samplers.planning.sorting import Lengths
 from samplers.planning.tables.epoch_table import EpochTable
 from samplers.progress.epoch_cursor import EpochCursor, Iteration
 from samplers.progress.loader import PlannedLoader
-from samplers.progress.position import PositionDict, refuse_iterator_state
+from samplers.progress.position import Position, PositionDict, refuse_iterator_state
 from samplers.progress.replica import find_replica
 
 

@@ -7,8 +7,10 @@ from typing import Any, Final, Self
 
 import numpy as np
 
+from collate.widths import padded_widths
 from samplers.planning.budget import Floats, Integers
-from samplers.planning.mixtures.blending import blend_epoch
+from samplers.planning.keyed_shuffle import derive_key
+from samplers.planning.mixtures.blending import blend, cut_evenly_into, order_equals
 from samplers.planning.mixtures.mixed_plan import MixedPlan, PositionOrder, make_plan, options_of_sources
 from samplers.planning.mixtures.mixed_table import MixedTable
 from samplers.planning.mixtures.mixture import Mixture, named_errors
@@ -25,6 +27,8 @@ from samplers.planning.tables.pool_table import PoolTable, choose_table
 
 # Positions of two epochs may be asked for in turn, at the end of one.
 _KEPT_EPOCHS: Final = 2
+# Purpose of a key: batches of several sources.
+BLENDS: Final = 64
 _EMPTY: Final = np.empty(0, np.int64)
 
 
@@ -139,7 +143,13 @@ class MixedBatchTable(MixedTable, BatchTable):
         if table is None:
             batches = self.mixed.epoch(epoch, num_replicas)
             if self.mixed.mixture.within == "sample":
-                batches = blend_epoch(batches, self, num_replicas)
+                batches = blend(
+                    batches,
+                    LengthCutter(self),
+                    num_replicas=num_replicas,
+                    window=self._window_batches,
+                    key=derive_key(self.options.seed, epoch, BLENDS),
+                )
             table = replace(self, epoch_batches=batches)
             while len(self._epochs) >= _KEPT_EPOCHS:
                 del self._epochs[next(iter(self._epochs))]
@@ -162,8 +172,18 @@ class MixedBatchTable(MixedTable, BatchTable):
     @property
     def shapes(self) -> list[Shape]:
         """The shapes that hold every batch of any epoch, without repetition."""
+        if self.mixed.mixture.within == "sample" and LengthCutter.divides(self):
+            return self._shapes_by_width
         shapes = {shape for table in self._tables for shape in table.shapes}
         return sorted(shapes, key=lambda shape: (-sum(shape[1]), shape))
+
+    @cached_property
+    def _shapes_by_width(self) -> list[Shape]:
+        """The most rows of each width that a sample has."""
+        lengths = [part.lengths_between(0, len(part))[:, 0] for part in self.parts]
+        widths = np.unique(padded_widths(np.concatenate(lengths)[:, None], self.options.allowed_widths))
+        most = [max(1, self.options.budget.max_rows(width)) for width in widths.tolist()]
+        return [(rows, (width,)) for rows, width in zip(most, widths.tolist(), strict=True)][::-1]
 
     def batches_of(self, epoch: int, num_replicas: int) -> MixedEpoch:
         """The batches of an epoch that this many replicas begin."""
@@ -227,6 +247,12 @@ class MixedBatchTable(MixedTable, BatchTable):
         return len(self._batches.samples) - sequences
 
     @property
+    def _window_batches(self) -> int | None:
+        """Batches of a window of the option's samples."""
+        window = self.options.window
+        return None if window is None else max(1, window * len(self) // self.planned)
+
+    @property
     def _tables(self) -> list[BatchTable]:
         return [stream.table for stream in self.mixed.streams]  # type: ignore[misc]
 
@@ -234,6 +260,57 @@ class MixedBatchTable(MixedTable, BatchTable):
     def _batches(self) -> MixedEpoch:
         """The batches of this table's epoch; those of epoch 0, if it belongs to none."""
         return self.for_epoch(self.mixed.stage.epoch, 1)._batches if self.epoch_batches is None else self.epoch_batches  # noqa: SLF001
+
+
+class LengthCutter:
+    """Divides the samples of a window into batches of neighbours in length.
+
+    Args:
+        table: The budget and the lengths.
+    """
+
+    def __init__(self, table: MixedBatchTable) -> None:
+        self._table, self._options = table, table.options
+        self._offsets = np.array([stream.offset for stream in table.mixed.streams])
+
+    @staticmethod
+    def divides(table: MixedBatchTable) -> bool:
+        """Whether batches of neighbours in length are never too many: for one field, and a budget of padded tokens."""
+        return table.sorted_lengths.fields == 1 and table.options.count_tokens == "padded" and table.options.shuffle
+
+    def can_divide(self, epoch: MixedEpoch, positions: Integers) -> Integers:
+        """Those of these batches that are within the budget: int64 `[n]`."""
+        if not self.divides(self._table) or not len(positions):
+            return positions[:0]
+        if not self._table.sorted_lengths.overlong_alone:
+            return positions
+        sizes = self._table.measure_batches(*epoch.samples_of(positions))
+        return positions[self._table.budget_use(sizes) <= 1]
+
+    def divide(self, epoch: MixedEpoch, positions: Integers, *, group: int, key: int) -> MixedEpoch | None:
+        """These batches with other samples, widest first; None if they do not suffice."""
+        del group
+        samples, _ = epoch.samples_of(positions)
+        widths = padded_widths(self._table.sorted_lengths.sample_lengths(samples), self._options.allowed_widths)[:, 0]
+        order = order_equals(widths, key)
+        distinct, owner = np.unique(widths[order], return_inverse=True)
+        most = np.array([self._options.budget.max_rows(max(1, width)) for width in distinct.tolist()])
+        rows = cut_evenly_into(np.minimum(most, len(samples))[owner], len(positions))
+        if rows is None:
+            return None
+        chosen = samples[order]
+        if self._options.allowed_widths is not None:
+            chosen = self._table._sort_batches(chosen, rows).astype(np.int64)  # noqa: SLF001
+        empty = np.empty(0, np.int64)
+        return MixedEpoch.lay(epoch.sources[positions], epoch.passes[positions], chosen, rows, empty, empty)
+
+    def units_by_source(self, batches: MixedEpoch) -> Integers:
+        """Units of each source in each of these batches: int64 `[n, sources]`."""
+        units = self._table.units_of(batches.samples, batches, np.arange(len(batches.sizes)))
+        owners = np.searchsorted(self._offsets, batches.samples, side="right") - 1
+        cells = np.repeat(np.arange(len(batches.sizes)), batches.sizes) * len(self._offsets) + owners
+        counts = np.bincount(cells, units.astype(np.float64), minlength=len(batches.sizes) * len(self._offsets))
+        return counts.astype(np.int64).reshape(-1, len(self._offsets))
 
 
 def make_bucket_mixture(mixture: Mixture, options: Options, num_replicas: int) -> MixedBatchTable:

@@ -56,6 +56,36 @@ class MixedEpoch(NamedTuple):
             f"batches, which lie within a window of within='sample': change it after {sorted(nearest)} batches"
         )
 
+    def take(self, positions: Integers) -> "MixedEpoch":
+        """These batches alone, in this order."""
+        samples, sizes = self.samples_of(positions)
+        documents, rows = self.documents_of(positions) if len(self.rows) else (self.documents, self.rows)
+        return MixedEpoch.lay(self.sources[positions], self.passes[positions], samples, sizes, documents, rows)
+
+    def put(self, positions: Integers, batches: "MixedEpoch") -> "MixedEpoch":
+        """All batches, those at these positions replaced by others, in the order of `batches`."""
+        both = MixedEpoch.join([self, batches])
+        order = np.arange(len(self.sizes))
+        order[positions] = len(self.sizes) + np.arange(len(positions))
+        return both.take(order)
+
+    @classmethod
+    def join(cls, parts: Sequence["MixedEpoch"]) -> "MixedEpoch":
+        """Batches one after the other; those of each part lie in its order, as `take` and `lay` leave them."""
+        columns = [
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("sources", "passes", "samples", "sizes", "documents", "rows")
+        ]
+        return cls.lay(*columns)
+
+    @classmethod
+    def lay(  # noqa: PLR0917
+        cls, sources: Integers, passes: Integers, samples: Integers, sizes: Integers, documents: Integers, rows: Integers
+    ) -> "MixedEpoch":
+        """Batches whose samples, and documents, lie one batch after the other."""
+        starts, row_starts = np.cumsum(sizes) - sizes, np.cumsum(rows) - rows
+        return cls(sources, passes, starts, sizes, samples, row_starts, rows, documents)
+
     def samples_of(self, positions: Integers) -> tuple[Integers, Integers]:
         """The samples of these batches, one after the other, and how many each has: int64."""
         sizes = self.sizes[positions]
