@@ -7,20 +7,21 @@ batches. A source that ends a pass within a window keeps its own batches there, 
 second time before its pass is through.
 """
 
-from collections.abc import Iterator
+from itertools import pairwise
 from math import isqrt
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 
-from samplers.planning.budget import Integers
+from samplers.planning.budget import Floats, Integers
 from samplers.planning.keyed_shuffle import derive_key, permute, stream_keys
 from samplers.planning.mixtures.sequence import MixedEpoch
-from samplers.planning.mixtures.shares import take_turns
 
 # Batches of a window: as many as a corpus of one source has buckets, within these bounds.
 FEWEST, MOST = 64, 1024
 BATCHES_PER_SQUARED_WINDOW: Final = 32
+# Steps of which the next one is chosen.
+CANDIDATES: Final = 32
 # Purposes of keys: samples of equal width, and the order of turns.
 EQUALS, TURNS = 65, 66
 
@@ -32,13 +33,12 @@ class Cutter(Protocol):
         """Those of these batches whose samples may be divided again: int64 `[n]`."""
         ...
 
-    def divide(self, epoch: MixedEpoch, positions: Integers, *, group: int, key: int) -> MixedEpoch | None:
-        """These batches with other samples, by likeness; None if they do not suffice.
+    def divide(self, epoch: MixedEpoch, positions: Integers, key: int) -> MixedEpoch | None:
+        """As many batches with the samples of these, neighbours alike, the most rows last; None if more are needed.
 
         Args:
             epoch: All batches.
             positions: Those that are divided again, int64 `[n]`.
-            group: Neighbours in this number shall be alike.
             key: Random key of the window.
         """
         ...
@@ -48,87 +48,136 @@ class Cutter(Protocol):
         ...
 
 
-def blend(epoch: MixedEpoch, cutter: Cutter, *, num_replicas: int, window: int | None, key: int) -> MixedEpoch:
+def blend(
+    epoch: MixedEpoch, cutter: Cutter, shares: Floats, *, num_replicas: int, window: int | None, key: int
+) -> MixedEpoch:
     """The batches of an epoch with samples of several sources in each, where their lengths are alike.
 
     Args:
-        epoch: The batches of an epoch, each of one source.
+        epoch: The batches of an epoch, each of one source, as one replica would take them.
         cutter: Divides samples into batches.
-        num_replicas: W: turns have as many batches.
+        shares: Share of each source, float64 `[sources]`.
+        num_replicas: W: so many neighbours of the result are a step.
         window: Batches of a window; None chooses from their number.
         key: Random key of the epoch.
     """
-    counts = np.bincount(epoch.sources)
-    turned = int((counts // num_replicas).sum()) * num_replicas
-    edges = _find_edges(turned // num_replicas, num_replicas, window)
+    edges = _find_edges(len(epoch.sources), num_replicas, window)
+    taken = np.zeros(len(shares))
     parts = []
-    for number, (first, end) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
-        positions = np.arange(first, end)
-        parts.append(_blend_window(epoch, positions, cutter, num_replicas=num_replicas, key=derive_key(key, number)))
-    parts.append(epoch.take(np.arange(turned, len(epoch.sources))))
-    borders = np.unique(np.concatenate([edges, np.arange(turned, len(epoch.sources) + 1)]))
-    return MixedEpoch.join(parts)._replace(sources=epoch.sources, passes=epoch.passes, borders=borders)
+    for number, (first, end) in enumerate(pairwise(edges.tolist())):
+        divided, kept = _divide_window(epoch, np.arange(first, end), cutter, derive_key(key, number))
+        both = MixedEpoch.join([divided, kept])
+        units = cutter.units_by_source(both).astype(np.float64)
+        blocks = _make_blocks(len(divided.sizes), len(kept.sizes), num_replicas)
+        order = _order_blocks(blocks, units, shares, taken, key=derive_key(key, number, TURNS))
+        parts.append(both.take(order))
+        taken += units.sum(0)
+    return MixedEpoch.join(parts)._replace(sources=epoch.sources, passes=epoch.passes, borders=edges)
 
 
-def _find_edges(turns: int, num_replicas: int, window: int | None) -> Integers:
-    """The positions at which windows begin, and the end of the last: int64 `[windows + 1]`."""
-    batches = turns * num_replicas
+def _find_edges(batches: int, num_replicas: int, window: int | None) -> Integers:
+    """The positions at which windows begin, and the end of the last: int64 `[windows + 1]`.
+
+    All but the last window have whole steps.
+    """
     if window is None:
-        window = batches // max(2, isqrt(batches // BATCHES_PER_SQUARED_WINDOW))
-        window = min(MOST, max(FEWEST, window))
-    windows = max(1, round(batches / max(1, window)))
-    edges: Integers = turns * np.arange(windows + 1) // windows * num_replicas
-    return np.unique(edges)
+        windows = max(2, isqrt(batches // BATCHES_PER_SQUARED_WINDOW))
+        window = min(MOST, max(FEWEST, batches // windows))
+    steps = batches // num_replicas
+    windows = max(1, min(steps, round(batches / max(1, window))))
+    edges: Integers = steps * np.arange(windows + 1) // windows * num_replicas
+    edges[-1] = batches
+    return edges
 
 
-def _blend_window(
-    epoch: MixedEpoch, positions: Integers, cutter: Cutter, *, num_replicas: int, key: int
-) -> MixedEpoch:
-    """The batches of a window, of several sources; or as they are."""
+def _divide_window(
+    epoch: MixedEpoch, positions: Integers, cutter: Cutter, key: int
+) -> tuple[MixedEpoch, MixedEpoch]:
+    """The batches of a window that were divided again, and those that are as they were, in their order."""
     sources, passes = epoch.sources[positions], epoch.passes[positions]
-    border = [source for source in np.unique(sources).tolist() if len(np.unique(passes[sources == source])) > 1]
-    own = positions[~np.isin(sources, border)]
-    own = cutter.can_divide(epoch, own)
-    # Whole turns only, so that replicas finish together.
-    turns = own[: len(own)].reshape(-1, num_replicas) if len(own) % num_replicas == 0 else own[:0].reshape(0, 1)
-    if len(np.unique(epoch.sources[turns.ravel()])) < 2:
-        return epoch.take(positions)
-    divided = cutter.divide(epoch, turns.ravel(), group=num_replicas, key=key)
+    # Pass and source as one number: a source with two of them here ends a pass.
+    pairs = np.unique(sources * (int(passes.max()) + 1) + passes) // (int(passes.max()) + 1)
+    ending = np.flatnonzero(np.bincount(pairs) > 1)
+    chosen = cutter.can_divide(epoch, positions[~np.isin(sources, ending)])
+    divided = None
+    if len(np.unique(epoch.sources[chosen])) > 1:
+        divided = cutter.divide(epoch, chosen, key)
     if divided is None:
-        return epoch.take(positions)
-    order = _order_turns(cutter.units_by_source(divided), num_replicas, derive_key(key, TURNS))
-    places = np.searchsorted(positions, turns.ravel())
-    whole = epoch.take(positions)
-    return whole.put(places, divided.take(order))
+        chosen = chosen[:0]
+        divided = epoch.take(chosen)
+    return divided, epoch.take(np.setdiff1d(positions, chosen, assume_unique=True))
 
 
-def _order_turns(units: Integers, num_replicas: int, key: int) -> Integers:
-    """An order of batches whose prefixes have the shares of the whole: int64 `[n]`.
+class Blocks(NamedTuple):
+    """Batches of a window in blocks, by their index: the divided ones come before those that were kept.
 
-    Turns in which a source stands out take turns with those of the others. The last turn stays last: it has the most
-    rows.
+    Attributes:
+        divided: Steps of divided batches, in any order: int64 `[n, W]`.
+        kept: Steps of batches that were kept, in this order: int64 `[m, W]`.
+        last: The other batches, which are the last: fewer than two steps of them.
+    """
+
+    divided: Integers
+    kept: Integers
+    last: Integers
+
+
+def _make_blocks(divided: int, kept: int, num_replicas: int) -> Blocks:
+    """Blocks of the first `divided` batches and of those after them; the one of most rows is the very last.
+
+    >>> _make_blocks(5, 3, 2)
+    Blocks(divided=array([[0, 1],
+           [2, 3]]), kept=array([[5, 6]]), last=array([7, 4]))
+    """
+    ends = divided // num_replicas * num_replicas, divided + kept // num_replicas * num_replicas
+    if ends == (divided, divided + kept) and divided:
+        # A whole window: its last step has the most rows, and other replicas may have to share it.
+        ends = divided - num_replicas, divided + kept
+    return Blocks(
+        np.arange(ends[0]).reshape(-1, num_replicas),
+        np.arange(divided, ends[1]).reshape(-1, num_replicas),
+        np.concatenate([np.arange(ends[1], divided + kept), np.arange(ends[0], divided)]),
+    )
+
+
+def _order_blocks(blocks: Blocks, units: Floats, shares: Floats, taken: Floats, *, key: int) -> Integers:
+    """An order of batches whose prefixes have the shares of the mixture: int64 `[n]`.
+
+    Of some random steps, the next is always the one after which all sources together are nearest to their shares.
 
     Args:
-        units: Units of each source in each batch, int64 `[n, sources]`; W neighbours are a turn.
-        num_replicas: W.
+        blocks: The steps.
+        units: Units of each source in each batch, float64 `[n, sources]`.
+        shares: Share of each source.
+        taken: Units of each source before.
         key: Random key.
     """
-    turns = units.reshape(-1, num_replicas, units.shape[1]).sum(1)
-    totals = np.maximum(turns.sum(0), 1)
-    classes = (turns / totals).argmax(1)
-    shuffled = permute(np.arange(len(turns)), len(turns), key)
-    kinds, members = np.unique(classes, return_inverse=True)
-    lists = [shuffled[members[shuffled] == kind] for kind in range(len(kinds))]
-    sizes = [np.maximum(turns[each].sum(1), 1) for each in lists]
-    weights = np.array([size.sum() for size in sizes], np.float64)
-    owners = take_turns(weights / weights.sum(), np.zeros(len(kinds)), sizes)
-    order = np.empty(len(turns), np.int64)
-    for kind, each in enumerate(lists):
-        order[owners == kind] = each
-    last = int(np.flatnonzero(order == len(turns) - 1)[0])
-    order = np.concatenate([order[:last], order[last + 1 :], order[last : last + 1]]) if False else order
-    batches: Integers = (order[:, None] * num_replicas + np.arange(num_replicas)).ravel()
-    return batches
+    free = blocks.divided[permute(np.arange(len(blocks.divided)), len(blocks.divided), key)]
+    steps = np.concatenate([free, blocks.kept])
+    totals = units[steps].sum(1)
+    changes = totals - totals.sum(1, keepdims=True) * shares
+    error = taken - taken.sum() * shares
+    # Each candidate is followed in its place by another step: kept ones by the next one kept, so that they stay in
+    # their order.
+    places = np.arange(min(CANDIDATES, len(free))).tolist() + [len(free)] * (len(blocks.kept) > 0)
+    following, order = len(places) - (len(blocks.kept) > 0), []
+    candidates = changes[places]
+    while places:
+        after = candidates + error
+        best = int(np.einsum("ij,ij->i", after, after).argmin())
+        order.append(places[best])
+        error = after[best]
+        if places[best] >= len(free):
+            new = places[best] + 1 if places[best] + 1 < len(steps) else None
+        else:
+            new, following = (following, following + 1) if following < len(free) else (None, following)
+        if new is None:
+            del places[best]
+            candidates = np.delete(candidates, best, 0)
+        else:
+            places[best] = new
+            candidates[best] = changes[new]
+    return np.concatenate([steps[order].ravel(), blocks.last])
 
 
 def cut_evenly_into(rows: Integers, batches: int) -> Integers | None:
@@ -193,12 +242,3 @@ def order_equals(widths: Integers, key: int) -> Integers:
     bits = len(widths).bit_length()
     drawn = (stream_keys(derive_key(key, EQUALS), np.arange(len(widths))) >> np.uint64(64 - bits - 8)).astype(np.int64)
     return np.lexsort((drawn, -widths))
-
-
-def windows_of(edges: Integers) -> Iterator[tuple[int, int]]:
-    """Pairs of neighbouring edges.
-
-    Yields:
-        The first position and the end.
-    """
-    yield from zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)

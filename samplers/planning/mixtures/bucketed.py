@@ -18,12 +18,13 @@ from samplers.planning.mixtures.sequence import MixedEpoch
 from samplers.planning.mixtures.streams import LoadedBatches, SourceStream
 from samplers.planning.options import Options
 from samplers.planning.schedule import SAMPLES_AT_ONCE
-from samplers.planning.sorting import IndexArray, SortedLengths, as_length_array
+from samplers.planning.sorting import IndexArray, Lengths, SortedLengths, as_length_array, sort_lengths
 from samplers.planning.tables.batch_table import BatchSizes, BatchTable
+from samplers.planning.tables.buckets import cut_buckets, sort_buckets
 from samplers.planning.tables.epoch_order import SAMPLES, EpochOrder
 from samplers.planning.tables.epoch_table import Shape
 from samplers.planning.tables.last_step import split_batches
-from samplers.planning.tables.pool_table import PoolTable, choose_table
+from samplers.planning.tables.pool_table import PoolTable, choose_table, make_pool_table
 
 # Positions of two epochs may be asked for in turn, at the end of one.
 _KEPT_EPOCHS: Final = 2
@@ -146,6 +147,7 @@ class MixedBatchTable(MixedTable, BatchTable):
                 batches = blend(
                     batches,
                     LengthCutter(self),
+                    self.mixed.shares,
                     num_replicas=num_replicas,
                     window=self._window_batches,
                     key=derive_key(self.options.seed, epoch, BLENDS),
@@ -287,9 +289,8 @@ class LengthCutter:
         sizes = self._table.measure_batches(*epoch.samples_of(positions))
         return positions[self._table.budget_use(sizes) <= 1]
 
-    def divide(self, epoch: MixedEpoch, positions: Integers, *, group: int, key: int) -> MixedEpoch | None:
-        """These batches with other samples, widest first; None if they do not suffice."""
-        del group
+    def divide(self, epoch: MixedEpoch, positions: Integers, key: int) -> MixedEpoch | None:
+        """As many batches with the samples of these, widest first; None if more are needed."""
         samples, _ = epoch.samples_of(positions)
         widths = padded_widths(self._table.sorted_lengths.sample_lengths(samples), self._options.allowed_widths)[:, 0]
         order = order_equals(widths, key)
@@ -329,10 +330,20 @@ def make_bucket_mixture(mixture: Mixture, options: Options, num_replicas: int) -
     streams: list[SourceStream] = []
     for source in options_of_sources(mixture, options):
         with named_errors(source.name):
-            table = choose_table(source.lengths, source.options)
+            table = _choose_table(source.lengths, source.options, mixture)
         streams.append(BucketStream(source.name, table, mixture.unit, source.offset))
     plan = make_plan(mixture, streams, options, num_replicas)
     return MixedBatchTable(_join(mixture, streams, options), (), options, mixed=plan)
+
+
+def _choose_table(lengths: Lengths, options: Options, mixture: Mixture) -> BatchTable:
+    """The batches of a source: of a small one whose samples are divided again, as few as possible."""
+    if mixture.within == "sample" and options.shuffle:
+        sorted_lengths = sort_lengths(lengths, options)
+        if make_pool_table(sorted_lengths, options) is not None:
+            buckets = sort_buckets(cut_buckets(sorted_lengths, options, 1), options)
+            return BatchTable(sorted_lengths, tuple(buckets), options)
+    return choose_table(lengths, options)
 
 
 def _join(mixture: Mixture, streams: list[SourceStream], options: Options) -> SortedLengths:

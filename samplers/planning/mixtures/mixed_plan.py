@@ -191,7 +191,12 @@ class MixedPlan:
     def epoch(self, epoch: int, num_replicas: int) -> MixedEpoch:
         """The batches of an epoch that this many replicas begin."""
         first, end = self.bounds(epoch)
+        num_replicas = self._laid_for(num_replicas)
         return lay_out(self.streams, self.shares, first, end, epoch=epoch, num_replicas=num_replicas)
+
+    def _laid_for(self, num_replicas: int) -> int:
+        """The replicas for which batches of one source are laid out: one, if their samples are divided again."""
+        return num_replicas if self.mixture.within == "batch" else 1
 
     def bounds(self, epoch: int) -> tuple[Integers, Integers]:
         """Where each stream stands when an epoch begins and when it ends: int64 `[streams]` each.
@@ -223,6 +228,7 @@ class MixedPlan:
 
     def starts_after(self, epoch: int, num_replicas: int, taken: Integers) -> list[StreamStart]:
         """Where each stream goes on after these many of its batches of an epoch; the arguments are those above."""
+        num_replicas = self._laid_for(num_replicas)
         bounds = zip(self.streams, *(array.tolist() for array in (*self.bounds(epoch), taken)), strict=True)
         return [
             stream.start_after(first, end, count, epoch=epoch, num_replicas=num_replicas)
