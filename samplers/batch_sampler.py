@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Literal, Unpack
 
-from samplers.planning.tables.clipping import warn_of_longer
 from samplers.planning.mixtures.bucketed import make_bucket_mixture
 from samplers.planning.mixtures.mixture import Mixture
 from samplers.planning.mixtures.packed import make_pack_mixture
@@ -15,6 +14,7 @@ from samplers.planning.pack_batches.table import pack_batches
 from samplers.planning.packs.documents import Pieces
 from samplers.planning.sorting import Lengths
 from samplers.planning.tables.batch_table import BatchTable
+from samplers.planning.tables.clipping import warn_of_longer
 from samplers.planning.tables.pool_table import choose_table
 from samplers.progress.loader import BucketLoader
 from samplers.progress.planned_sampler import PlannedBatchSampler

@@ -29,10 +29,11 @@ LAYERS = {
         ["testing", "lazy_names", "masked"],
     ],
     "samplers.planning": [
+        ["mixtures"],
         ["pack_batches"],
         ["plan"],
         ["schedule", "report"],
-        ["tables", "packs", "clipping", "optimal_widths"],
+        ["tables", "packs", "optimal_widths"],
         ["sorting"],
         ["options"],
         ["keyed_shuffle"],
@@ -42,7 +43,16 @@ LAYERS = {
         ["window_table", "pool_table"],
         ["batch_table", "window_order"],
         ["epoch_table"],
-        ["buckets", "epoch_order", "equal_lengths", "last_step"],
+        ["buckets", "epoch_order", "equal_lengths", "last_step", "clipping"],
+    ],
+    "samplers.planning.mixtures": [
+        ["bucketed", "packed"],
+        ["mixed_table"],
+        ["mixed_plan", "blending", "report"],
+        ["sequence"],
+        ["streams", "shares"],
+        ["mixture"],
+        ["dataset"],
     ],
     "samplers.planning.packs": [
         ["row_order", "one_list"],
@@ -234,7 +244,7 @@ def test_the_public_names_are_those_that_were_promised() -> None:
             "ReadAheadLoader",
         ),
         *("LengthBucketNode", "LengthIndex", "ShardWriter", "ShardDataset", "ShardStream", "LengthError"),
-        *("PackingBatchSampler", "PackingNode", "SplitDataset", "pack", "pack_by_length"),
+        *("Mixture", "PackingBatchSampler", "PackingNode", "SplitDataset", "pack", "pack_by_length"),
         "lengths_of",
     }
 

@@ -38,9 +38,7 @@ class PlannedBatchSampler(PlannedLoader, Sampler[list[int]]):
 
     _cursor: EpochCursor
 
-    def __init__(
-        self, lengths: Lengths | Mixture, num_replicas: int | None, rank: int | Literal["all"] | None
-    ) -> None:
+    def __init__(self, lengths: Lengths | Mixture, num_replicas: int | None, rank: int | Literal["all"] | None) -> None:
         super().__init__()
         self.num_replicas, own_rank = find_replica(num_replicas, 0 if rank == "all" else rank)
         self.rank: int | Literal["all"] = "all" if rank == "all" else own_rank

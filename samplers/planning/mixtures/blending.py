@@ -90,9 +90,7 @@ def _find_edges(batches: int, num_replicas: int, window: int | None) -> Integers
     return edges
 
 
-def _divide_window(
-    epoch: MixedEpoch, positions: Integers, cutter: Cutter, key: int
-) -> tuple[MixedEpoch, MixedEpoch]:
+def _divide_window(epoch: MixedEpoch, positions: Integers, cutter: Cutter, key: int) -> tuple[MixedEpoch, MixedEpoch]:
     """The batches of a window that were divided again, and those that are as they were, in their order."""
     sources, passes = epoch.sources[positions], epoch.passes[positions]
     # Pass and source as one number: a source with two of them here ends a pass.

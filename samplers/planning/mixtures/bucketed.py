@@ -20,11 +20,11 @@ from samplers.planning.options import Options
 from samplers.planning.schedule import SAMPLES_AT_ONCE
 from samplers.planning.sorting import IndexArray, Lengths, SortedLengths, as_length_array, sort_lengths
 from samplers.planning.tables.batch_table import BatchSizes, BatchTable
-from samplers.planning.tables.buckets import cut_buckets, sort_buckets
+from samplers.planning.tables.buckets import MANY_BATCHES, cut_buckets, estimate_batches, sort_buckets
 from samplers.planning.tables.epoch_order import SAMPLES, EpochOrder
-from samplers.planning.tables.epoch_table import Shape
+from samplers.planning.tables.epoch_table import EpochTable, Shape
 from samplers.planning.tables.last_step import split_batches
-from samplers.planning.tables.pool_table import PoolTable, choose_table, make_pool_table
+from samplers.planning.tables.pool_table import PoolTable, choose_table
 
 # Positions of two epochs may be asked for in turn, at the end of one.
 _KEPT_EPOCHS: Final = 2
@@ -98,8 +98,9 @@ def _bucket_tokens(table: BatchTable) -> Integers:
     planned = batches - np.array([bucket.skipped for bucket in table.buckets])
     owners = np.repeat(np.arange(len(planned)), planned)
     numbers = np.arange(len(owners)) - np.repeat(np.cumsum(planned) - planned, planned)
-    ends: Integers = (totals[owners] * (numbers + 1)) // batches[owners]
-    return ends - (totals[owners] * numbers) // batches[owners]
+    tokens: Integers = (totals[owners] * (numbers + 1)) // batches[owners]
+    tokens -= (totals[owners] * numbers) // batches[owners]
+    return tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +175,7 @@ class MixedBatchTable(MixedTable, BatchTable):
     @property
     def shapes(self) -> list[Shape]:
         """The shapes that hold every batch of any epoch, without repetition."""
-        if self.mixed.mixture.within == "sample" and LengthCutter.divides(self):
+        if self.mixed.mixture.within == "sample":
             return self._shapes_by_width
         shapes = {shape for table in self._tables for shape in table.shapes}
         return sorted(shapes, key=lambda shape: (-sum(shape[1]), shape))
@@ -185,7 +186,8 @@ class MixedBatchTable(MixedTable, BatchTable):
         lengths = [part.lengths_between(0, len(part))[:, 0] for part in self.parts]
         widths = np.unique(padded_widths(np.concatenate(lengths)[:, None], self.options.allowed_widths))
         most = [max(1, self.options.budget.max_rows(width)) for width in widths.tolist()]
-        return [(rows, (width,)) for rows, width in zip(most, widths.tolist(), strict=True)][::-1]
+        shapes: list[Shape] = [(rows, (width,)) for rows, width in zip(most, widths.tolist(), strict=True)]
+        return shapes[::-1]
 
     def batches_of(self, epoch: int, num_replicas: int) -> MixedEpoch:
         """The batches of an epoch that this many replicas begin."""
@@ -193,7 +195,8 @@ class MixedBatchTable(MixedTable, BatchTable):
 
     def tokens_of(self, samples: Integers) -> Integers:
         """Real time steps of each of these samples, over all fields: int64 `[n]`."""
-        return self.sorted_lengths.sample_lengths(samples).sum(1)
+        tokens: Integers = self.sorted_lengths.sample_lengths(samples).sum(1)
+        return tokens
 
     def units_of(self, samples: Integers, batches: MixedEpoch, positions: Integers) -> Integers:
         """What each of the samples of these batches adds to the units of its source: int64 `[n]`."""
@@ -239,9 +242,7 @@ class MixedBatchTable(MixedTable, BatchTable):
     def shape_fill(self, sizes: BatchSizes) -> Floats:
         """Rows divided by the most rows of a shape that is wide enough, float64 `[n]`: above 1 if no shape holds it."""
         shapes = np.array([(*width, rows) for rows, width in self.shapes])
-        most = np.array(
-            [np.where((shapes[:, :-1] >= width).all(1), shapes[:, -1], 0).max() for width in sizes.widths]
-        )
+        most = np.array([np.where((shapes[:, :-1] >= width).all(1), shapes[:, -1], 0).max() for width in sizes.widths])
         return np.where(most > 0, sizes.rows / np.maximum(most, 1), np.inf)
 
     def count_dropped(self, sequences: int) -> int:
@@ -275,16 +276,9 @@ class LengthCutter:
         self._table, self._options = table, table.options
         self._offsets = np.array([stream.offset for stream in table.mixed.streams])
 
-    @staticmethod
-    def divides(table: MixedBatchTable) -> bool:
-        """Whether batches of neighbours in length are never too many: for one field, and a budget of padded tokens."""
-        return table.sorted_lengths.fields == 1 and table.options.count_tokens == "padded" and table.options.shuffle
-
     def can_divide(self, epoch: MixedEpoch, positions: Integers) -> Integers:
         """Those of these batches that are within the budget: int64 `[n]`."""
-        if not self.divides(self._table) or not len(positions):
-            return positions[:0]
-        if not self._table.sorted_lengths.overlong_alone:
+        if not self._table.sorted_lengths.overlong_alone or not len(positions):
             return positions
         sizes = self._table.measure_batches(*epoch.samples_of(positions))
         return positions[self._table.budget_use(sizes) <= 1]
@@ -309,9 +303,7 @@ class LengthCutter:
         """Units of each source in each of these batches: int64 `[n, sources]`."""
         units = self._table.units_of(batches.samples, batches, np.arange(len(batches.sizes)))
         owners = np.searchsorted(self._offsets, batches.samples, side="right") - 1
-        cells = np.repeat(np.arange(len(batches.sizes)), batches.sizes) * len(self._offsets) + owners
-        counts = np.bincount(cells, units.astype(np.float64), minlength=len(batches.sizes) * len(self._offsets))
-        return counts.astype(np.int64).reshape(-1, len(self._offsets))
+        return batches.sum_by(owners, units, len(self._offsets))
 
 
 def make_bucket_mixture(mixture: Mixture, options: Options, num_replicas: int) -> MixedBatchTable:
@@ -332,15 +324,31 @@ def make_bucket_mixture(mixture: Mixture, options: Options, num_replicas: int) -
         with named_errors(source.name):
             table = _choose_table(source.lengths, source.options, mixture)
         streams.append(BucketStream(source.name, table, mixture.unit, source.offset))
-    plan = make_plan(mixture, streams, options, num_replicas)
+    if mixture.within == "sample":
+        _check_divisible(streams[0].table, options)
+    plan = make_plan(mixture, streams, num_replicas)
     return MixedBatchTable(_join(mixture, streams, options), (), options, mixed=plan)
+
+
+def _check_divisible(table: EpochTable, options: Options) -> None:
+    """Check that the batches of a window can be divided again, and are then not too many.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    fields = table.sorted_lengths.fields if isinstance(table, BatchTable) else 1
+    if fields > 1 or options.count_tokens != "padded":
+        raise ValueError(
+            f"within='sample' must have samples of one field and a budget of padded tokens, got {fields} fields and "
+            f"count_tokens={options.count_tokens!r}: use within='batch'"
+        )
 
 
 def _choose_table(lengths: Lengths, options: Options, mixture: Mixture) -> BatchTable:
     """The batches of a source: of a small one whose samples are divided again, as few as possible."""
     if mixture.within == "sample" and options.shuffle:
         sorted_lengths = sort_lengths(lengths, options)
-        if make_pool_table(sorted_lengths, options) is not None:
+        if estimate_batches(sorted_lengths, options) < MANY_BATCHES:
             buckets = sort_buckets(cut_buckets(sorted_lengths, options, 1), options)
             return BatchTable(sorted_lengths, tuple(buckets), options)
     return choose_table(lengths, options)

@@ -117,6 +117,9 @@ class Stage(NamedTuple):
             raise ValueError(f"a position's mixture must be the text that position() gave, got {text!r}") from error
 
 
+FIRST_STAGE: Final = Stage()
+
+
 @dataclass(frozen=True, eq=False)
 class MixedPlan:
     """The epochs of a mixture.
@@ -134,8 +137,8 @@ class MixedPlan:
     streams: tuple[SourceStream, ...]
     shares: Floats
     usual_batches: int
-    first_stage: Stage = Stage()
-    stage: Stage = Stage()
+    first_stage: Stage = FIRST_STAGE
+    stage: Stage = FIRST_STAGE
     _boundaries: dict[int, Integers] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -159,7 +162,8 @@ class MixedPlan:
     def _mean_counts(self) -> Floats:
         sizes = np.array([stream.units_per_pass / stream.batches_per_pass for stream in self.streams])
         counts: Floats = self.shares / sizes
-        return counts * (self.batches / counts.sum())
+        counts *= self.batches / counts.sum()
+        return counts
 
     @cached_property
     def lengths_digest(self) -> str:
@@ -252,21 +256,17 @@ class MixedPlan:
         return float(counts @ sizes / counts.sum())
 
 
-def make_plan(
-    mixture: Mixture, streams: Sequence[SourceStream], options: EpochOptions, num_replicas: int
-) -> MixedPlan:
+def make_plan(mixture: Mixture, streams: Sequence[SourceStream], num_replicas: int) -> MixedPlan:
     """Shares and the length of an epoch.
 
     Args:
         mixture: As given.
         streams: The batches of each source that is read.
-        options: The planner's.
         num_replicas: W, for a mixture that stops after a number of steps.
 
     Raises:
         ValueError: A source needs more passes than it may have.
     """
-    del options
     units = dict(zip((stream.name for stream in streams), (stream.units_per_pass for stream in streams), strict=True))
     all_shares = mixture.shares_of([int(units.get(name, 0)) for name in mixture.names])
     shares = all_shares[[name in units for name in mixture.names]]

@@ -25,10 +25,10 @@ SHARE_PARTS: Final = 1 << 40
 class Mixture:
     """Several sources in place of `lengths`: their names, their lengths, and the share of each in training.
 
-    A batch sampler that is given one plans all of them together. Shares are exact: no prefix of the training has a batch
-    more or less of a source than its share, however many sources there are. Sources are read in *passes*: no sample
-    comes a second time before all of its source have come, and each pass has a shuffle of its own. An epoch ends as
-    `stop` says, and the next one continues each source where it stood.
+    A batch sampler that is given one plans all of them together. Shares are exact: however many sources there are, no
+    part of the training from its start on has more than a step more or less of a source than its share. Sources are
+    read in *passes*: no sample comes a second time before all of its source have come, and each pass has a shuffle of
+    its own. An epoch ends as `stop` says, and the next one continues each source where it stood.
 
     Sample indices count through all sources in the order of the mapping: the first sample of the second source follows
     the last of the first, as in the dataset that `concat` makes.
@@ -40,15 +40,15 @@ class Mixture:
             not read. None (default) takes the units of each source: then all sources have as many passes.
         unit: What shares count: `"tokens"` (default; real time steps over all fields), `"samples"`, or `"padded"`
             (padded time steps; the steps of rows, where documents are packed).
-        temperature: Weights are raised to the power 1 / `temperature`: 1 or None (default) leaves them, larger ones make
-            them more even, and `math.inf` equal.
+        temperature: Weights are raised to the power 1 / `temperature`: 1 or None (default) leaves them, larger ones
+            make them more even, and `math.inf` equal.
         passes: By name, the passes of a source in an epoch at most, at least 1.
         stop: When an epoch ends. `"shortest"` (default): when the first source has had all of its passes; those that
             `passes` does not name have one. `"longest"`: when all sources have been through at least once. A number:
             after this many steps; a sampler takes it times its replicas as the batches of every epoch, which stay as
             many when other replicas resume.
-        within: `"batch"` (default): the samples of a batch are of one source. `"sample"`: of several, where their lengths
-            are alike.
+        within: `"batch"` (default): the samples of a batch are of one source. `"sample"`: of several, where their
+            lengths are alike, or where documents of several fit in a row; for one field, and for padded tokens.
 
     Attributes:
         names: The names of the sources.

@@ -8,6 +8,8 @@ from typing import Any, Final, Self
 import numpy as np
 
 from samplers.planning.budget import Integers
+from samplers.planning.keyed_shuffle import derive_key, permute
+from samplers.planning.mixtures.blending import blend
 from samplers.planning.mixtures.mixed_plan import MixedPlan, PositionOrder, make_plan, options_of_sources
 from samplers.planning.mixtures.mixed_table import MixedTable
 from samplers.planning.mixtures.mixture import Mixture, named_errors
@@ -17,11 +19,14 @@ from samplers.planning.pack_batches.options import PackOptions
 from samplers.planning.pack_batches.packed_table import BatchRows, PackedTable
 from samplers.planning.pack_batches.table import PackBatches, pack_batches
 from samplers.planning.packs.documents import Pieces
+from samplers.planning.packs.one_list import pack_rows
 from samplers.planning.sorting import as_length_array
 from samplers.planning.tables.epoch_order import EpochOrder
 
-# Costs are compared in this many parts.
-_COST_PARTS: Final = 1 << 20
+# Batches of a window of packs, whose rows are full however many there are.
+WINDOW_BATCHES: Final = 128
+# Purposes of keys: rows of several sources, and their order.
+BLENDS, ROWS = 64, 67
 _EMPTY: Final = np.empty(0, np.int64)
 
 
@@ -133,7 +138,14 @@ class MixedPackTable(MixedTable, PackedTable):
 
     def _make_epoch(self, epoch: int, num_replicas: int) -> Self:
         """The table of an epoch that this many replicas begin."""
-        return replace(self, epoch_batches=self.mixed.epoch(epoch, num_replicas))
+        batches = self.mixed.epoch(epoch, num_replicas)
+        if self.mixed.mixture.within == "sample":
+            key = derive_key(self.options.seed, epoch, BLENDS)
+            cutter = RowCutter(self)
+            batches = blend(
+                batches, cutter, self.mixed.shares, num_replicas=num_replicas, window=WINDOW_BATCHES, key=key
+            )
+        return replace(self, epoch_batches=batches)
 
     def order(self, epoch: int, num_replicas: int) -> EpochOrder:
         """The order of this table's batches, which is that of their ids."""
@@ -145,7 +157,8 @@ class MixedPackTable(MixedTable, PackedTable):
 
     def tokens_of(self, samples: Integers) -> Integers:
         """Real time steps of each of these documents, over all fields: int64 `[n]`."""
-        return self.document_steps(samples).sum(1)
+        tokens: Integers = self.document_steps(samples).sum(1)
+        return tokens
 
     def units_of(self, samples: Integers, batches: MixedEpoch, positions: Integers) -> Integers:
         """What each of the documents of these batches adds to the units of its source: int64 `[n]`."""
@@ -189,6 +202,74 @@ class MixedPackTable(MixedTable, PackedTable):
         return self.for_epoch(self.mixed.stage.epoch, 1)._batches if self.epoch_batches is None else self.epoch_batches  # noqa: SLF001
 
 
+class RowCutter:
+    """Packs the documents of a window into rows again.
+
+    Args:
+        table: The limits of rows, and the lengths.
+    """
+
+    def __init__(self, table: MixedPackTable) -> None:
+        self._table, self._limits = table, table.packs.limits
+        self._offsets = np.array([stream.offset for stream in table.mixed.streams])
+
+    def can_divide(self, epoch: MixedEpoch, positions: Integers) -> Integers:
+        """All of these batches: int64 `[n]`."""
+        del epoch
+        return positions
+
+    def divide(self, epoch: MixedEpoch, positions: Integers, key: int) -> MixedEpoch | None:
+        """As many batches with the documents of these; None if more are needed."""
+        given, _ = epoch.samples_of(positions)
+        samples = given[permute(np.arange(len(given)), len(given), key)]
+        rows = pack_rows(self._table.document_steps(samples)[:, 0], self._limits)
+        batches, wanted = len(positions), int(epoch.rows[positions].sum())
+        if len(rows) > wanted:
+            return None
+        rows = self._order(_split_rows(rows, batches), samples, key)
+        counts = np.diff(len(rows) * np.arange(batches + 1) // batches)
+        if int(counts.max()) > self._table.options.rows:
+            return None
+        documents = np.array([len(row) for row in rows])
+        chosen = BatchRows(samples[np.concatenate(rows)], documents, counts)
+        arranged = self._table.arrange(chosen)
+        return MixedEpoch.lay(
+            epoch.sources[positions],
+            epoch.passes[positions],
+            arranged.samples,
+            arranged.sizes,
+            arranged.documents,
+            arranged.rows,
+        )
+
+    def _order(self, rows: list[Integers], samples: Integers, key: int) -> list[Integers]:
+        """Rows by cost, where documents have some, else in random order; the last batch has the most documents."""
+        if self._limits.cost is not None:
+            costs = self._limits.costs(-(-self._table.document_steps(samples) // self._limits.multiple))
+            order = np.argsort([costs[row].sum() for row in rows], kind="stable")
+        else:
+            sizes = np.array([len(row) for row in rows])
+            order = permute(np.arange(len(rows)), len(rows), derive_key(key, ROWS))
+            last = np.argsort(-sizes[order], kind="stable")[: self._table.options.rows]
+            order = np.concatenate([np.delete(order, last), order[last]])
+        return [rows[number] for number in order.tolist()]
+
+    def units_by_source(self, batches: MixedEpoch) -> Integers:
+        """Units of each source in each of these batches: int64 `[n, sources]`."""
+        units = self._table.units_of(batches.samples, batches, np.arange(len(batches.sizes)))
+        owners = np.searchsorted(self._offsets, self._table.whole_samples(batches.samples), side="right") - 1
+        return batches.sum_by(owners, units, len(self._offsets))
+
+
+def _split_rows(rows: list[Integers], count: int) -> list[Integers]:
+    """At least this many rows: those of most documents are divided, if there are fewer."""
+    while len(rows) < count:
+        longest = max(range(len(rows)), key=lambda number: len(rows[number]))
+        half = len(rows[longest]) // 2
+        rows = [*rows[:longest], rows[longest][:half], *rows[longest + 1 :], rows[longest][half:]]
+    return rows
+
+
 def make_pack_mixture(mixture: Mixture, options: PackOptions, num_replicas: int) -> MixedPackTable:
     """The rows of a mixture, of one capacity.
 
@@ -209,12 +290,13 @@ def make_pack_mixture(mixture: Mixture, options: PackOptions, num_replicas: int)
             table = pack_batches(source.lengths, source.options)
         # Piece j of a source has the index N + j there, and follows those of the sources before in the mixture.
         streams.append(
-            PackStream(
-                source.name, table, mixture.unit, source.offset, mixture.size + pieces - len(table.lengths)
-            )
+            PackStream(source.name, table, mixture.unit, source.offset, mixture.size + pieces - len(table.lengths))
         )
         pieces += 0 if table.pieces is None else len(table.pieces.samples)
-    plan = make_plan(mixture, streams, options, num_replicas)
+    fields = len(streams[0].table.packs.limits.capacity)
+    if mixture.within == "sample" and fields > 1:
+        raise ValueError(f"within='sample' must have documents of one field, got {fields}: use within='batch'")
+    plan = make_plan(mixture, streams, num_replicas)
     return MixedPackTable(
         streams[0].table.packs,
         np.concatenate([as_length_array(each) for each in mixture.sources.values()]),

@@ -69,6 +69,18 @@ class MixedEpoch(NamedTuple):
         order[positions] = len(self.sizes) + np.arange(len(positions))
         return both.take(order)
 
+    def sum_by(self, owners: Integers, values: Integers, count: int) -> Integers:
+        """Sums of values `[n]` of samples by their owner, for each of batches as `lay` leaves them: int64 `[B, count]`.
+
+        Args:
+            owners: Of each sample, int64 `[n]`, each in `range(count)`.
+            values: int64 `[n]`.
+            count: How many owners there are.
+        """
+        cells = np.repeat(np.arange(len(self.sizes)), self.sizes) * count + owners
+        sums = np.bincount(cells, values.astype(np.float64), minlength=len(self.sizes) * count)
+        return sums.astype(np.int64).reshape(-1, count)
+
     @classmethod
     def join(cls, parts: Sequence["MixedEpoch"]) -> "MixedEpoch":
         """Batches one after the other; those of each part lie in its order, as `take` and `lay` leave them."""
@@ -80,7 +92,13 @@ class MixedEpoch(NamedTuple):
 
     @classmethod
     def lay(  # noqa: PLR0917
-        cls, sources: Integers, passes: Integers, samples: Integers, sizes: Integers, documents: Integers, rows: Integers
+        cls,
+        sources: Integers,
+        passes: Integers,
+        samples: Integers,
+        sizes: Integers,
+        documents: Integers,
+        rows: Integers,
     ) -> "MixedEpoch":
         """Batches whose samples, and documents, lie one batch after the other."""
         starts, row_starts = np.cumsum(sizes) - sizes, np.cumsum(rows) - rows

@@ -12,7 +12,7 @@ Two sources, shares 3 to 1, turns of 10 tokens:
 [0, 0, 1, 0, 0, 0, 1, 0]
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 from typing import Protocol
 
@@ -56,7 +56,7 @@ def take_turns(shares: Floats, taken: Floats, turns: Sequence[Integers]) -> Inte
 class BatchStream(Protocol):
     """The endless batches of a source, as far as their units are known without any sample."""
 
-    def units_before(self, batches: int) -> int:
+    def units_before(self, batches: int) -> float:
         """Units of the first batches of the stream."""
         ...
 
@@ -103,9 +103,10 @@ def _measure_lag(streams: Sequence[BatchStream], shares: Floats, counts: Integer
 
 def _find_total(streams: Sequence[BatchStream], shares: Floats, batches: int, units_per_batch: float) -> float:
     """The smallest total at which there are enough batches, to a millionth of a batch."""
-    count: Callable[[float], int] = lambda total: sum(
-        stream.batches_within(total * share) for stream, share in zip(streams, shares.tolist(), strict=True)
-    )
+
+    def count(total: float) -> int:
+        return sum(stream.batches_within(total * share) for stream, share in zip(streams, shares.tolist(), strict=True))
+
     low, high = 0.0, max(1.0, batches * units_per_batch)
     while count(high) < batches:
         low, high = high, high + (len(streams) + 1) * units_per_batch

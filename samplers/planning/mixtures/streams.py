@@ -48,6 +48,9 @@ class StreamStart(NamedTuple):
     cuts: tuple[Cut, ...] = ()
 
 
+FIRST_START: Final = StreamStart()
+
+
 class Segment(NamedTuple):
     """A run of the stream that lies in one pass.
 
@@ -100,7 +103,7 @@ class SourceStream(ABC):
     unit: Unit
     offset: int = 0
     pieces_offset: int = 0
-    start: StreamStart = StreamStart()
+    start: StreamStart = FIRST_START
     _orders: dict[int, Integers] = field(default_factory=dict, repr=False)
     _sums: dict[int, Floats] = field(default_factory=dict, repr=False)
     _constants: dict[str, float] = field(default_factory=dict, repr=False)
@@ -183,9 +186,7 @@ class SourceStream(ABC):
             filled += len(part)
         return segments
 
-    def arrange(
-        self, pass_number: int, batch_ids: Integers, *, epoch: int, num_replicas: int, lead: int
-    ) -> Integers:
+    def arrange(self, pass_number: int, batch_ids: Integers, *, epoch: int, num_replicas: int, lead: int) -> Integers:
         """A part of a pass in groups of W batches that are alike; the groups are shuffled.
 
         With one replica it is the order of the stream, but for the batch of most rows, which is last: if the epoch ends
@@ -213,9 +214,7 @@ class SourceStream(ABC):
         """The same source, where the stream begins elsewhere."""
         return replace(self, start=start, _orders={}, _sums={}, _constants={})
 
-    def start_after(
-        self, first: int, end: int, taken: int, *, epoch: int, num_replicas: int
-    ) -> StreamStart:
+    def start_after(self, first: int, end: int, taken: int, *, epoch: int, num_replicas: int) -> StreamStart:
         """Where the stream goes on within an epoch.
 
         Args:
@@ -244,9 +243,7 @@ class SourceStream(ABC):
             return order
         for cut in self.start.cuts:
             part = order[cut.first : cut.end]
-            arranged = self.arrange(
-                pass_number, part, epoch=cut.epoch, num_replicas=cut.num_replicas, lead=cut.lead
-            )
+            arranged = self.arrange(pass_number, part, epoch=cut.epoch, num_replicas=cut.num_replicas, lead=cut.lead)
             order = np.concatenate([arranged[cut.taken :], order[cut.end :]])
         return order
 
@@ -280,14 +277,12 @@ class SourceStream(ABC):
         """Units of the pass in which the stream begins."""
         if "first" not in self._constants:
             whole = not self.start.cuts
-            self._constants["first"] = (
-                self.units_per_pass if whole else float(self._sums_of(self.start.first_pass)[-1])
-            )
+            self._constants["first"] = self.units_per_pass if whole else float(self._sums_of(self.start.first_pass)[-1])
         return self._constants["first"]
 
     def _indices(self, samples: Any, size: int) -> Integers:
         """Sample indices of the mixture for those of the source, which has this many samples and then pieces."""
-        indices = samples.astype(np.int64)
+        indices: Integers = samples.astype(np.int64)
         return indices + np.where(indices < size, self.offset, self.pieces_offset)
 
 

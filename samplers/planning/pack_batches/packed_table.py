@@ -153,7 +153,7 @@ class PackedTable(EpochTable):
         units = [to_units(self.document_steps(row), self.options.multiple) for row in rows]
         shares = share_rows(rows, units, self.packs.limits, num_replicas)
         return [
-            self._arrange(
+            self.arrange(
                 BatchRows(np.concatenate(share), np.array([len(row) for row in share]), np.array([len(share)]))
             )
             for share in shares
@@ -177,7 +177,7 @@ class PackedTable(EpochTable):
         limits = self.packs.limits
         return (longest_units(limits) * limits.multiple,) if len(limits.capacity) == 1 else limits.capacity
 
-    def _arrange(self, batches: BatchRows) -> BatchRows:
+    def arrange(self, batches: BatchRows) -> BatchRows:
         """The same rows in the order from which a collator cuts them.
 
         It depends on nothing but the batch: a short batch of one row has the same order alone and among others.
