@@ -233,9 +233,7 @@ class MixedBatchTable(MixedTable, BatchTable):
         return self._batches.samples_of(batch_ids)
 
     def share_batches(self, batch_ids: Integers, key: int, num_replicas: int) -> list[IndexArray]:
-        """The rows of the last step's batches, a piece for each replica; of one source where batches are."""
-        if self.mixed.mixture.within == "sample":
-            return super().share_batches(batch_ids, key, num_replicas)
+        """Each batch of the last step in pieces of its own, so that no pass begins before the one before has ended."""
         samples, rows = self.batch_samples(batch_ids, key)
         return split_batches(np.split(samples, np.cumsum(rows)[:-1]), num_replicas)
 

@@ -79,7 +79,7 @@ class Stage(NamedTuple):
 
     Attributes:
         epoch: Its first epoch.
-        batches: Batches of each of its epochs; 0 where the mixture decides.
+        batches: Batches of each of its epochs: a multiple of the replicas with which it began.
         starts: Where the stream of each source begins, by name; those that are not named begin with their first pass.
     """
 
@@ -88,9 +88,7 @@ class Stage(NamedTuple):
     starts: Mapping[str, StreamStart] = {}
 
     def as_text(self) -> str:
-        """The stage as JSON; empty for the stage with which a training begins."""
-        if not self.epoch and not self.batches and not self.starts:
-            return ""
+        """The stage as JSON."""
         starts = {name: [start.first_pass, *map(list, start.cuts)] for name, start in self.starts.items()}
         return json.dumps([self.epoch, self.batches, starts], separators=(",", ":"))
 
@@ -101,8 +99,6 @@ class Stage(NamedTuple):
         Raises:
             ValueError: It is not one.
         """
-        if not text:
-            return cls()
         try:
             epoch, batches, starts = json.loads(text)
             return cls(
@@ -128,7 +124,6 @@ class MixedPlan:
         mixture: As given.
         streams: The batches of each source that is read.
         shares: The share of each of them, float64 `[streams]`; the sum is 1.
-        usual_batches: Batches of an epoch, where the stage does not say it.
         first_stage: The stage with which a training begins.
         stage: Where the streams begin.
     """
@@ -136,7 +131,6 @@ class MixedPlan:
     mixture: Mixture
     streams: tuple[SourceStream, ...]
     shares: Floats
-    usual_batches: int
     first_stage: Stage = FIRST_STAGE
     stage: Stage = FIRST_STAGE
     _boundaries: dict[int, Integers] = field(default_factory=dict, repr=False)
@@ -149,7 +143,7 @@ class MixedPlan:
     @property
     def batches(self) -> int:
         """Batches of every epoch."""
-        return self.stage.batches or self.usual_batches
+        return self.stage.batches
 
     @property
     def samples_per_epoch(self) -> int:
@@ -160,8 +154,7 @@ class MixedPlan:
 
     @property
     def _mean_counts(self) -> Floats:
-        sizes = np.array([stream.units_per_pass / stream.batches_per_pass for stream in self.streams])
-        counts: Floats = self.shares / sizes
+        counts: Floats = self.shares / self._units_per_batch_of
         counts *= self.batches / counts.sum()
         return counts
 
@@ -251,9 +244,12 @@ class MixedPlan:
     @property
     def _units_per_batch(self) -> float:
         """About as many units as a batch has."""
-        counts = self._mean_counts
-        sizes = np.array([stream.units_per_pass / stream.batches_per_pass for stream in self.streams])
-        return float(counts @ sizes / counts.sum())
+        return float(1 / (self.shares / self._units_per_batch_of).sum())
+
+    @property
+    def _units_per_batch_of(self) -> Floats:
+        """Mean units of a batch of each stream: float64 `[streams]`."""
+        return np.array([stream.units_per_pass / stream.batches_per_pass for stream in self.streams])
 
 
 def make_plan(mixture: Mixture, streams: Sequence[SourceStream], num_replicas: int) -> MixedPlan:
@@ -270,19 +266,20 @@ def make_plan(mixture: Mixture, streams: Sequence[SourceStream], num_replicas: i
     units = dict(zip((stream.name for stream in streams), (stream.units_per_pass for stream in streams), strict=True))
     all_shares = mixture.shares_of([int(units.get(name, 0)) for name in mixture.names])
     shares = all_shares[[name in units for name in mixture.names]]
-    plan = MixedPlan(mixture, tuple(streams), shares / shares.sum(), 1)
-    if isinstance(mixture.stop, int):
-        batches = mixture.stop * num_replicas
-        stage = Stage(0, batches)
-        plan = replace(plan, usual_batches=batches, first_stage=stage, stage=stage, _boundaries={})
-    else:
-        plan = replace(plan, usual_batches=_count_epoch(plan), _boundaries={})
+    plan = MixedPlan(mixture, tuple(streams), shares / shares.sum())
+    batches = mixture.stop * num_replicas if isinstance(mixture.stop, int) else _count_epoch(plan, num_replicas)
+    stage = Stage(0, batches)
+    plan = replace(plan, first_stage=stage, stage=stage, _boundaries={})
     _check_passes(plan)
     return plan
 
 
-def _count_epoch(plan: MixedPlan) -> int:
-    """Batches of an epoch that ends as the mixture says."""
+def _count_epoch(plan: MixedPlan, num_replicas: int) -> int:
+    """Batches of an epoch that ends as the mixture says: whole steps of this many replicas.
+
+    Raises:
+        ValueError: There is no whole step.
+    """
     passes = [plan.mixture.passes.get(stream.name, 1.0) for stream in plan.streams]
     units = np.array([stream.units_per_pass for stream in plan.streams])
     if plan.mixture.stop == "longest":
@@ -303,7 +300,12 @@ def _count_epoch(plan: MixedPlan) -> int:
         if ((counts - np.array(bounds)) * step >= 0).all():
             break
         batches += step
-    return batches
+    if batches < num_replicas and step < 0:
+        raise ValueError(
+            f"an epoch must have a batch for each of {num_replicas} replicas, got {batches} batches until the first "
+            "source is through: use fewer replicas, smaller batches, more passes, or another stop"
+        )
+    return -(-batches // num_replicas) * num_replicas if step > 0 else batches // num_replicas * num_replicas
 
 
 def _check_passes(plan: MixedPlan) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Final, Self
 
 import numpy as np
@@ -22,6 +23,7 @@ from samplers.planning.packs.documents import Pieces
 from samplers.planning.packs.one_list import pack_rows
 from samplers.planning.sorting import as_length_array
 from samplers.planning.tables.epoch_order import EpochOrder
+from samplers.planning.tables.last_step import split_largest
 
 # Batches of a window of packs, whose rows are full however many there are.
 WINDOW_BATCHES: Final = 128
@@ -191,6 +193,22 @@ class MixedPackTable(MixedTable, PackedTable):
         """The rows of these batches, int64 `[n]`, at least one, in the order in which a collator cuts them."""
         samples, _ = self._batches.samples_of(batch_ids)
         return BatchRows(samples, *self._batches.documents_of(batch_ids))
+
+    def share_rows_of(self, batch_ids: Integers, num_replicas: int) -> list[BatchRows]:
+        """The rows of these batches in their order, a run of rows or a piece of one for each replica."""
+        batches = self.rows_of_batches(batch_ids)
+        rows = np.split(batches.samples, np.cumsum(batches.documents)[:-1])
+        if len(rows) < num_replicas:
+            parts = split_largest([len(row) for row in rows], num_replicas - len(rows))
+            rows = [piece for row, count in zip(rows, parts, strict=True) for piece in np.array_split(row, count)]
+        ends = len(rows) * np.arange(num_replicas + 1) // num_replicas
+        shares = [rows[first:end] for first, end in pairwise(ends.tolist())]
+        return [
+            self.arrange(
+                BatchRows(np.concatenate(share), np.array([len(row) for row in share]), np.array([len(share)]))
+            )
+            for share in shares
+        ]
 
     def count_dropped(self, documents: int) -> int:
         """Documents of an epoch that `drop_last` leaves out, if it gives this many."""
