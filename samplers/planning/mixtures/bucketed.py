@@ -39,6 +39,11 @@ class BucketStream(SourceStream):
 
     table: BatchTable
 
+    @property
+    def has_equal_passes(self) -> bool:
+        """Whether all passes have as many units: padded tokens depend on the shuffle, and what `drop_last` drops."""
+        return self.unit != "padded" and not self.table.options.drop_last
+
     def estimate(self, pass_number: int) -> Integers:
         """The units of all batches of a pass by batch id: int64 `[len(table)]`.
 

@@ -107,9 +107,10 @@ class SourceStream(ABC):
     _orders: dict[int, Integers] = field(default_factory=dict, repr=False)
     _sums: dict[int, Floats] = field(default_factory=dict, repr=False)
     _constants: dict[str, float] = field(default_factory=dict, repr=False)
+    _ends: list[float] = field(default_factory=list, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_orders": {}, "_sums": {}, "_constants": {}}
+        return self.__dict__ | {"_orders": {}, "_sums": {}, "_constants": {}, "_ends": []}
 
     @abstractmethod
     def estimate(self, pass_number: int) -> Integers:
@@ -122,6 +123,11 @@ class SourceStream(ABC):
     @abstractmethod
     def likeness(self, pass_number: int, batch_ids: Integers) -> Integers:
         """Numbers by which neighbours are alike in width or cost, the most rows last: int64 `[n]`."""
+
+    @property
+    def has_equal_passes(self) -> bool:
+        """Whether all passes have as many units; otherwise each is counted, up to the one that is asked for."""
+        return True
 
     @property
     def batches_per_pass(self) -> int:
@@ -159,6 +165,7 @@ class SourceStream(ABC):
         pass_number = self.start.first_pass
         if units >= begun:
             pass_number += 1 + int((units - begun) // self.units_per_pass)
+            pass_number = self._find_pass(units, pass_number)
         sums = self._sums_of(pass_number)
         middles = (sums[1:] + sums[:-1]) / 2
         within = int(np.searchsorted(middles, units - self._units_before_pass(pass_number), side="right"))
@@ -212,7 +219,7 @@ class SourceStream(ABC):
 
     def begin_at(self, start: StreamStart) -> Self:
         """The same source, where the stream begins elsewhere."""
-        return replace(self, start=start, _orders={}, _sums={}, _constants={})
+        return replace(self, start=start, _orders={}, _sums={}, _constants={}, _ends=[])
 
     def start_after(self, first: int, end: int, taken: int, *, epoch: int, num_replicas: int) -> StreamStart:
         """Where the stream goes on within an epoch.
@@ -252,8 +259,7 @@ class SourceStream(ABC):
         if pass_number not in self._sums:
             _make_room(self._sums)
             units = self.estimate(pass_number)
-            scaled = units * (self.units_per_pass / max(1, int(units.sum())))
-            self._sums[pass_number] = np.concatenate([[0.0], np.cumsum(scaled[self.order_of(pass_number)])])
+            self._sums[pass_number] = np.concatenate([[0.0], np.cumsum(units[self.order_of(pass_number)])])
         return self._sums[pass_number]
 
     def _locate(self, batches: int) -> tuple[int, int]:
@@ -270,13 +276,28 @@ class SourceStream(ABC):
 
     def _units_before_pass(self, pass_number: int) -> float:
         later = pass_number - self.start.first_pass - 1
-        return 0.0 if later < 0 else self._first_units + later * self.units_per_pass
+        if later < 0:
+            return 0.0
+        if self.has_equal_passes:
+            return self._first_units + later * self.units_per_pass
+        self._ends[:] = self._ends or [self._first_units]
+        while len(self._ends) <= later:
+            self._ends.append(self._ends[-1] + float(self._sums_of(self.start.first_pass + len(self._ends))[-1]))
+        return self._ends[later]
+
+    def _find_pass(self, units: float, near: int) -> int:
+        """The pass in which the first units of the stream end, near to a guess."""
+        while self._units_before_pass(near) > units:
+            near -= 1
+        while self._units_before_pass(near + 1) <= units:
+            near += 1
+        return near
 
     @property
     def _first_units(self) -> float:
         """Units of the pass in which the stream begins."""
         if "first" not in self._constants:
-            whole = not self.start.cuts
+            whole = self.has_equal_passes and not self.start.cuts
             self._constants["first"] = self.units_per_pass if whole else float(self._sums_of(self.start.first_pass)[-1])
         return self._constants["first"]
 

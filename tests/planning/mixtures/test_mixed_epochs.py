@@ -12,7 +12,8 @@ from mixture_oracles import Case, cases, check_passes, dealt, measure_errors
 
 from samplers import LengthBucketBatchSampler, LengthError, Mixture, PackingBatchSampler, plan_epoch
 
-EXAMPLES = max(10, settings().max_examples // 3)
+# An example plans several epochs on several replicas.
+EXAMPLES = max(5, settings().max_examples // 12)
 
 
 def shares_of(case: Case) -> list[float]:
@@ -46,12 +47,9 @@ def test_every_prefix_holds_its_shares_and_no_pass_is_broken(case: Case, num_rep
         assert sampler.epoch == epoch + 1
     errors, largest = measure_errors(case, whole, shares_of(case))
     within = case.mixture_options["within"]
-    # A step for a source: one more for the last step, which replicas share, and where a batch of few rows ends a pass.
-    steps = {"batch": 1, "sample": 2}[within] * num_replicas
-    assert np.abs(errors).max() <= (steps + 1) * largest, (np.abs(errors).max(0) / largest, len(whole))
+    assert np.abs(errors).max() <= {"batch": 1, "sample": 2}[within] * num_replicas * largest + 1e-6
     if within == "batch":
-        rows_end = len(sampler) - num_replicas
-        assert all(len({case.source_of(index) for index in batch}) == 1 for batch in whole[:rows_end])
+        assert all(len({case.source_of(index) for index in batch}) == 1 for batch in whole)
 
 
 @settings(max_examples=EXAMPLES)
