@@ -55,7 +55,12 @@ def cases(draw: st.DrawFn, *, packs: bool | None = None, units: Sequence[str] = 
     }
     weights = {name: float(draw(st.integers(1, 4))) for name in sources}
     packed = draw(st.booleans()) if packs is None else packs
-    bucketed = [{"max_tokens": 60}, {"batch_size": 3}, {"max_tokens": 90, "widths": 4}, {"max_tokens": 60, "batch_size": 4}]
+    bucketed = [
+        {"max_tokens": 60},
+        {"batch_size": 3},
+        {"max_tokens": 90, "widths": 4},
+        {"max_tokens": 60, "batch_size": 4},
+    ]
     packing = [{"capacity": 40}, {"capacity": 40, "rows": 2}, {"capacity": 40, "max_documents": 4}]
     mixture_options = {
         "unit": draw(st.sampled_from(list(units))),

@@ -48,12 +48,13 @@ class BucketStream(SourceStream):
         """The units of all batches of a pass by batch id: int64 `[len(table)]`.
 
         Real tokens of a batch are those of its bucket, divided by the bucket's batches: as a batch takes one sample of
-        every stratum, it is off by less than one sample. Where batches are drawn, and padded tokens, are counted.
+        every stratum, it is off by less than one sample. Otherwise all batches of the pass are made and counted: padded
+        tokens, small sources whose batches are drawn, and samples that are exchanged with shorter ones.
         """
         table = self.table.for_epoch(pass_number, 1)
         if self.unit == "samples":
             return table.batch_rows(np.arange(len(table)))
-        if self.unit == "padded" or isinstance(table, PoolTable):
+        if self.unit == "padded" or isinstance(table, PoolTable) or not _is_stratified(table):
             size = 1 + SAMPLES_AT_ONCE * len(table) // table.planned
             parts = [
                 self.load(pass_number, np.arange(first, min(first + size, len(table)))).units
@@ -87,6 +88,11 @@ def count_units(sizes: BatchSizes, unit: str) -> Integers:
     if unit == "samples":
         return sizes.rows
     return sizes.tokens if unit == "tokens" else sizes.rows * sizes.widths.sum(1)
+
+
+def _is_stratified(table: BatchTable) -> bool:
+    """Whether all samples of a stratum are of almost one length: of one field, and not exchanged within a width."""
+    return table.sorted_lengths.fields == 1 and table.options.allowed_widths is None
 
 
 def _bucket_tokens(table: BatchTable) -> Integers:

@@ -5,12 +5,9 @@ import pickle
 from collections import Counter
 
 import numpy as np
-import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from mixture_oracles import Case, cases, check_passes, dealt, measure_errors
-
-from samplers import LengthBucketBatchSampler, LengthError, Mixture, PackingBatchSampler, plan_epoch
+from mixture_oracles import Case, cases, check_passes, measure_errors
 
 # An example plans several epochs on several replicas.
 EXAMPLES = max(5, settings().max_examples // 12)
@@ -123,7 +120,7 @@ def test_a_change_of_weights_neither_loses_nor_repeats_a_sample(
         given = data.draw(st.integers(0, min(3, len(sampler) // num_replicas)))
         later = sampler.position(given)
         # A new process has the new mixture alone.
-        fresh = pickle.loads(pickle.dumps(current.sampler(num_replicas)))  # noqa: S301
+        fresh = pickle.loads(pickle.dumps(current.sampler(num_replicas)))
         fresh.seek(json.loads(json.dumps(later)))
         assert list(fresh) == list(sampler)[given * num_replicas :]
         sampler.seek(later | {"batches": 0})
