@@ -61,10 +61,10 @@ def blend(
         window: Batches of a window; None chooses from their number.
         key: Random key of the epoch.
     """
-    edges = _find_edges(len(epoch.sources), num_replicas, window)
+    edges = _find_edges(epoch, num_replicas, window)
     taken = np.zeros(len(shares))
     parts = []
-    for number, (first, end) in enumerate(pairwise(edges.tolist())):
+    for number, (first, end) in enumerate(pairwise(edges)):
         divided, kept = _divide_window(epoch, np.arange(first, end), cutter, derive_key(key, number))
         both = MixedEpoch.join([divided, kept])
         units = cutter.units_by_source(both).astype(np.float64)
@@ -72,22 +72,40 @@ def blend(
         order = _order_blocks(blocks, units, shares, taken, key=derive_key(key, number, TURNS))
         parts.append(both.take(order))
         taken += units.sum(0)
-    return MixedEpoch.join(parts)._replace(sources=epoch.sources, passes=epoch.passes, borders=edges)
+    return MixedEpoch.join(parts)._replace(sources=epoch.sources, passes=epoch.passes, borders=np.array(edges))
 
 
-def _find_edges(batches: int, num_replicas: int, window: int | None) -> Integers:
-    """The positions at which windows begin, and the end of the last: int64 `[windows + 1]`.
+def _find_edges(epoch: MixedEpoch, num_replicas: int, window: int | None) -> list[int]:
+    """The positions at which windows begin, and the end of the last. All but the last window have whole steps.
 
-    All but the last window have whole steps.
+    A window of half the usual size or more ends where a source ends a pass, if then fewer batches are of sources that
+    end one within.
     """
+    batches = len(epoch.sources)
     if window is None:
         windows = max(2, isqrt(batches // BATCHES_PER_SQUARED_WINDOW))
         window = min(MOST, max(FEWEST, batches // windows))
-    steps = batches // num_replicas
-    windows = max(1, min(steps, round(batches / max(1, window))))
-    edges: Integers = steps * np.arange(windows + 1) // windows * num_replicas
-    edges[-1] = batches
-    return edges
+    size = max(1, window // num_replicas) * num_replicas
+    before, begins = _find_borders(epoch)
+    edges = [0]
+    while batches - edges[-1] > size * 3 // 2:
+        start = edges[-1]
+        # The ends that may be: where a pass begins, rounded down to whole steps, and the usual size.
+        ends = begins[(begins >= start + max(num_replicas, size // 2)) & (begins <= start + size)]
+        ends = np.append(np.unique(ends // num_replicas * num_replicas), start + size)
+        within = [epoch.sources[np.unique(begins[(before >= start) & (begins < end)])] for end in ends.tolist()]
+        lost = [np.isin(epoch.sources[start:end], each).mean() for each, end in zip(within, ends.tolist(), strict=True)]
+        # Of equally good ends, the last.
+        edges.append(int(ends[len(lost) - 1 - int(np.argmin(lost[::-1]))]))
+    return [*edges, batches]
+
+
+def _find_borders(epoch: MixedEpoch) -> tuple[Integers, Integers]:
+    """The last batch of each pass that ends in the epoch, and the first of the next: positions, int64 `[n]`, `[n]`."""
+    order = np.argsort(epoch.sources, kind="stable")
+    sources, passes = epoch.sources[order], epoch.passes[order]
+    ends = np.flatnonzero((np.diff(sources) == 0) & (np.diff(passes) != 0))
+    return order[ends], order[ends + 1]
 
 
 def _divide_window(epoch: MixedEpoch, positions: Integers, cutter: Cutter, key: int) -> tuple[MixedEpoch, MixedEpoch]:
