@@ -65,11 +65,11 @@ def weighted_nodes(sources: dict[str, np.ndarray], weights: list[float]) -> Iter
 
 def lhotse_mux(sources: dict[str, np.ndarray], weights: list[float]) -> Iterable[int]:
     """Sample indices from lhotse's multiplexer, which `CutSet.mux` is."""
-    from lhotse.lazy import LazyIterMultiplexer  # noqa: PLC0415
+    from lhotse.lazy import LazyIteratorMultiplexer  # noqa: PLC0415
 
     starts = np.cumsum([0, *(len(each) for each in sources.values())])
     parts = [list(range(a, b)) for a, b in pairwise(starts)]
-    return LazyIterMultiplexer(*parts, weights=weights, seed=0)
+    return LazyIteratorMultiplexer(*parts, weights=weights, seed=0)
 
 
 def ours(sources: dict[str, np.ndarray], kind: Any, **options: Any) -> Callable[[], Iterator[list[int]]]:

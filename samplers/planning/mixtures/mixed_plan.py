@@ -239,7 +239,13 @@ class MixedPlan:
         return replace(self, streams=streams, stage=stage, _boundaries={})
 
     def _count(self, batches: int) -> Integers:
-        return count_batches_of(self.streams, self.shares, batches, self._units_per_batch)
+        return count_batches_of(
+            self.streams,
+            self.shares,
+            batches,
+            units_per_batch=self._units_per_batch,
+            per_epoch=self._mean_counts,
+        )
 
     @property
     def _units_per_batch(self) -> float:
@@ -296,7 +302,7 @@ def _count_epoch(plan: MixedPlan, num_replicas: int) -> int:
     batches = max(1, sum(within))
     # Rounding may give a source a batch more than its passes, or a batch less.
     while batches > 1 or step > 0:
-        counts = plan._count(batches)  # noqa: SLF001
+        counts = replace(plan, stage=Stage(0, batches), _boundaries={}).counts_after(1)
         if ((counts - np.array(bounds)) * step >= 0).all():
             break
         batches += step

@@ -14,7 +14,7 @@ Two sources, shares 3 to 1, turns of 10 tokens:
 
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 
@@ -53,6 +53,10 @@ def take_turns(shares: Floats, taken: Floats, turns: Sequence[Integers]) -> Inte
     return np.array(order, np.int64)
 
 
+# A count is exchanged by a batch or two: a source of as many batches in an epoch still has more at its end.
+FEWEST_TO_MOVE: Final = 6
+
+
 class BatchStream(Protocol):
     """The endless batches of a source, as far as their units are known without any sample."""
 
@@ -65,22 +69,28 @@ class BatchStream(Protocol):
         ...
 
 
-def count_batches_of(streams: Sequence[BatchStream], shares: Floats, batches: int, units_per_batch: float) -> Integers:
+def count_batches_of(
+    streams: Sequence[BatchStream], shares: Floats, batches: int, *, units_per_batch: float, per_epoch: Floats
+) -> Integers:
     """How many of the first `batches` batches of the training come from each source: int64 `[sources]`.
 
     All sources advance together; each count is rounded to the nearest batch, and then some are exchanged, so that no
-    source is off by much more than half a batch of the real total.
+    source is off by much more than half a batch of the real total. Sources of a few batches in an epoch take no part in
+    exchanges: at the end of an epoch, none may have fewer batches than at its beginning.
 
     Args:
         streams: Of the sources.
         shares: Share of each in units, float64 `[sources]`, above 0; their sum is 1.
         batches: How many batches of all sources together.
         units_per_batch: About as many units as a batch has.
+        per_epoch: About as many batches as each source has in an epoch, float64 `[sources]`.
     """
     counts = _count_within(streams, shares, _find_total(streams, shares, batches, units_per_batch), batches)
-    for _ in range(2 * len(streams)):
+    may_move = per_epoch >= FEWEST_TO_MOVE
+    for _ in range(2 * int(may_move.sum())):
         behind = _measure_lag(streams, shares, counts)
-        latest, earliest = int(behind.argmax()), int(np.where(counts > 0, behind, np.inf).argmin())
+        latest = int(np.where(may_move, behind, -np.inf).argmax())
+        earliest = int(np.where(may_move & (counts > 0), behind, np.inf).argmin())
         exchanged = counts.copy()
         exchanged[latest] += 1
         exchanged[earliest] -= 1
@@ -124,6 +134,10 @@ def _count_within(streams: Sequence[BatchStream], shares: Floats, total: float, 
         [stream.batches_within(total * share) for stream, share in zip(streams, shares.tolist(), strict=True)]
     )
     while counts.sum() > batches:
-        behind = _measure_lag(streams, shares, counts)
-        counts[np.where(counts > 0, behind, np.inf).argmin()] -= 1
+        # Those that came last have come at the same time.
+        middles = [
+            (stream.units_before(count - 1) + stream.units_before(count)) / share if count else 0.0
+            for stream, count, share in zip(streams, counts.tolist(), shares.tolist(), strict=True)
+        ]
+        counts[int(np.argmax(middles))] -= 1
     return counts

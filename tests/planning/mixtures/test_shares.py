@@ -44,9 +44,13 @@ def test_every_prefix_of_several_epochs_is_within_a_batch_of_every_share(
     shares[0] = shares.sum()
     shares /= shares.sum()
     streams = [Passes(rng, largest) for _ in range(count)]
-    batches, taken, first = int(rng.integers(10, 120)), np.zeros(count), np.zeros(count, np.int64)
+    per_epoch = shares / np.array([stream.sizes.mean() for stream in streams])
+    # Epochs in which every source has some batches.
+    batches = int(8 * per_epoch.sum() / per_epoch.min() * rng.uniform(1, 2))
+    per_epoch *= batches / per_epoch.sum()
+    taken, first = np.zeros(count), np.zeros(count, np.int64)
     for epoch in range(1, 4):
-        end = count_batches_of(streams, shares, epoch * batches, largest)
+        end = count_batches_of(streams, shares, epoch * batches, units_per_batch=largest, per_epoch=per_epoch)
         assert end.sum() == epoch * batches
         assert (end >= first).all()
         turns = [stream.turns(*pair) for stream, *pair in zip(streams, first.tolist(), end.tolist(), strict=True)]
