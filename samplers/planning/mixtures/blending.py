@@ -16,10 +16,10 @@ import numpy as np
 from samplers.planning.budget import Floats, Integers
 from samplers.planning.keyed_shuffle import derive_key, permute, stream_keys
 from samplers.planning.mixtures.sequence import MixedEpoch
+from samplers.planning.tables.buckets import BATCHES_PER_SQUARED_WINDOW
 
 # Batches of a window: as many as a corpus of one source has buckets, within these bounds.
 FEWEST, MOST = 64, 1024
-BATCHES_PER_SQUARED_WINDOW: Final = 32
 # Steps of which the next one is chosen.
 CANDIDATES: Final = 32
 # Purposes of keys: samples of equal width, and the order of turns.
@@ -202,7 +202,7 @@ def cut_evenly_into(rows: Integers, batches: int) -> Integers | None:
     Seven samples, of which 2, 2, 3, 3, 3, 4 and 4 fit in a batch with the first of them; three batches:
 
     >>> cut_evenly_into(np.array([2, 2, 3, 3, 3, 4, 4]), 3).tolist()
-    [2, 2, 3]
+    [2, 3, 2]
 
     Args:
         rows: Rows of a batch that begins with each sample, at least 1, ascending: int64 `[n]`.

@@ -9,7 +9,7 @@ import numpy as np
 from samplers.planning.budget import Integers
 from samplers.planning.mixtures.mixed_plan import MixedPlan, Stage
 from samplers.planning.mixtures.mixture import Mixture
-from samplers.planning.mixtures.report import MixtureReport, Totals
+from samplers.planning.mixtures.report import MixtureReport, SourceTotals
 from samplers.planning.mixtures.sequence import MixedEpoch
 from samplers.planning.sorting import digest_lengths
 
@@ -99,7 +99,7 @@ class MixedTable:
             began=began,
         )
 
-    def _count(self, samples: Integers, units: Integers) -> list[Totals]:
+    def _count(self, samples: Integers, units: Integers) -> list[SourceTotals]:
         """Samples, tokens and units of each stream."""
         offsets = np.array([stream.offset for stream in self.mixed.streams])
         owners = np.searchsorted(offsets, self.whole_samples(samples), side="right") - 1
@@ -107,25 +107,25 @@ class MixedTable:
             np.bincount(owners, values.astype(np.float64), minlength=len(offsets))
             for values in (np.ones(len(samples)), self.tokens_of(samples), units)
         ]
-        return [Totals(*map(round, row)) for row in zip(*(column.tolist() for column in columns), strict=True)]
+        return [SourceTotals(*map(round, row)) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
     def whole_samples(self, samples: Integers) -> Integers:
         """The sample of each index, which may be of a piece: int64 `[n]`."""
         return samples
 
-    def _count_before(self, stream: Any) -> Totals:
+    def _count_before(self, stream: Any) -> SourceTotals:
         """What a stream has given before it begins: whole passes, and what the present one lacks."""
         start = stream.start
         missing = np.setdiff1d(np.arange(stream.batches_per_pass), stream.order_of(start.first_pass))
         totals = self._count_batches(stream, start.first_pass, missing)
         if start.first_pass:
             whole = self._count_batches(stream, 0, np.arange(stream.batches_per_pass))
-            totals = totals.plus(Totals(*(start.first_pass * value for value in whole)))
+            totals = totals.plus(SourceTotals(*(start.first_pass * value for value in whole)))
         return totals
 
-    def _count_batches(self, stream: Any, pass_number: int, batch_ids: Integers) -> Totals:
+    def _count_batches(self, stream: Any, pass_number: int, batch_ids: Integers) -> SourceTotals:
         loaded = stream.load(pass_number, batch_ids)
-        return Totals(len(loaded.samples), int(self.tokens_of(loaded.samples).sum()), int(loaded.units.sum()))
+        return SourceTotals(len(loaded.samples), int(self.tokens_of(loaded.samples).sum()), int(loaded.units.sum()))
 
     def _samples_per_pass(self, stream: Any) -> int:
         return int(stream.load(0, np.arange(stream.batches_per_pass)).sizes.sum())

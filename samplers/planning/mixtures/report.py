@@ -7,16 +7,16 @@ from typing import NamedTuple
 from samplers.planning.budget import Floats
 
 
-class Totals(NamedTuple):
+class SourceTotals(NamedTuple):
     """Samples, real tokens over all fields, and units of shares."""
 
     samples: int
     tokens: int
     units: int
 
-    def plus(self, other: "Totals") -> "Totals":
+    def plus(self, other: "SourceTotals") -> "SourceTotals":
         """The sum of both."""
-        return Totals(*(own + others for own, others in zip(self, other, strict=True)))
+        return SourceTotals(*(own + others for own, others in zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +66,8 @@ class MixtureReport:
         shares: Floats,
         *,
         passes: Sequence[int],
-        totals: Sequence[Totals],
-        began: Sequence[Totals],
+        totals: Sequence[SourceTotals],
+        began: Sequence[SourceTotals],
     ) -> "MixtureReport":
         """The report from what sources have given.
 

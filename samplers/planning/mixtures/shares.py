@@ -9,7 +9,7 @@ Two sources, shares 3 to 1, turns of 10 tokens:
 
 >>> turns = [np.full(6, 10), np.full(2, 10)]
 >>> take_turns(np.array([0.75, 0.25]), np.zeros(2), turns).tolist()
-[0, 0, 1, 0, 0, 0, 1, 0]
+[0, 1, 0, 0, 0, 1, 0, 0]
 """
 
 from collections.abc import Sequence
