@@ -213,7 +213,8 @@ def compare_costs(samples: int, rounds: int) -> list[dict[str, Any]]:
 
 def find_bars(mixers: list[dict[str, Any]], padding: list[dict[str, Any]], costs: list[dict[str, Any]]) -> list[Bar]:
     """The targets."""
-    own = [row for row in mixers if row["mixer"].startswith("ours")]
+    # A batch of 70 of the longest rows has six times the tokens of a mean one: no order of batches is that exact.
+    own = [row for row in mixers if row["mixer"].startswith("ours") and not row["mixer"].endswith("rows")]
     share = max(row["share error, points"] for row in own)
     batch = max(row["largest prefix error, batches"] for row in own if "within sample" not in row["mixer"])
     sample = max(row["largest prefix error, batches"] for row in own if "within sample" in row["mixer"])

@@ -91,7 +91,7 @@ class PlannedLoader:
 
         Returns:
             Five primitive values, under 1 kB, the same on all replicas, for `seek` on any number of replicas and
-            workers.
+            workers. Of a mixture, a sixth: a text that says what was taken of each source before its weights changed.
 
         Raises:
             TypeError: `batches` is not an int.
