@@ -159,6 +159,8 @@ class MixedPackTable(MixedTable, PackedTable):
 
     def tokens_of(self, samples: Integers) -> Integers:
         """Real time steps of each of these documents, over all fields: int64 `[n]`."""
+        if not len(samples):
+            return samples
         tokens: Integers = self.document_steps(samples).sum(1)
         return tokens
 

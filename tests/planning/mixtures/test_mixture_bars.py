@@ -90,6 +90,17 @@ def test_the_report_counts_what_was_given(within: Any) -> None:
     assert "long" in str(report)
 
 
+def test_a_report_of_packs_begins_with_nothing_and_counts_pieces() -> None:
+    # Red: the report failed where an epoch had given no batch.
+    lengths = {"long": [30, 70, 55, 12], "short": [5, 9, 7, 8]}
+    sampler = PackingBatchSampler(Mixture(lengths, stop="longest"), capacity=40, overlong="split")
+    assert [source.tokens for source in sampler.mixture_report().sources] == [0, 0]
+    assert {index for batch in sampler for index in batch} >= {0, 3, 4, 5, 6, 7}
+    report = sampler.mixture_report()
+    assert [source.tokens for source in report.sources] == [167, 29]
+    assert [source.passes for source in report.sources] == [1, 1]
+
+
 def test_a_source_that_joins_and_one_that_leaves() -> None:
     options: dict[str, Any] = {"max_tokens": 4096, "num_replicas": 2, "rank": "all"}
     first = Mixture({name: SOURCES[name] for name in ("long", "short")}, weights={"long": 1, "short": 1})
