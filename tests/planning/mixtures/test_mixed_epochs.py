@@ -69,7 +69,8 @@ def test_other_replicas_resume_the_same_samples_at_any_position(
             for rank in ranks:
                 rank.seek(json.loads(json.dumps(position)))
         except ValueError as error:
-            assume("last step" not in str(error))
+            # An epoch of one batch, or of few rows, is too short for so many replicas.
+            assume("last step" not in str(error) and "a batch for each" not in str(error))
             raise
         steps = data.draw(st.integers(0, ranks[0].remaining))
         lists = [[batch for batch, _ in zip(rank, range(steps), strict=False)] for rank in ranks]
