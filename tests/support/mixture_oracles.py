@@ -40,8 +40,8 @@ class Case(NamedTuple):
             return 1
         if self.mixture_options.get("unit") == "padded":
             multiple = self.options.get("widths", 1)
-            return -(-max(self.lengths[each] for each in batch) // multiple) * multiple
-        return self.lengths[index]
+            return int(-(-max(self.lengths[each] for each in batch) // multiple) * multiple)
+        return int(self.lengths[index])
 
 
 @st.composite
