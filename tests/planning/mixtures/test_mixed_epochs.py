@@ -3,6 +3,7 @@
 import json
 import pickle
 from collections import Counter
+from typing import Any
 
 import numpy as np
 from hypothesis import assume, given, settings
@@ -18,7 +19,7 @@ def shares_of(case: Case) -> list[float]:
     return [weight / total for weight in case.weights.values()]
 
 
-def make(case: Case, num_replicas: int = 1) -> object:
+def make(case: Case, num_replicas: int = 1) -> Any:
     try:
         return case.sampler(num_replicas)
     except ValueError as error:
