@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from samplers.inference.run_in_order import run_in_order
     from samplers.planning.fitting.cost_fit import fit_cost
     from samplers.planning.fitting.optimal_widths import optimal_widths
+    from samplers.planning.mixtures.mixture import Mixture
     from samplers.planning.packs.one_list import pack
     from samplers.planning.plan import BatchPlan, plan_epoch
     from samplers.progress.read_ahead import ReadAheadLoader
@@ -44,6 +45,7 @@ else:
             "LengthBucketBatchSampler": "samplers.batch_sampler",
             "LengthBucketNode": "samplers.dynamic.node",
             "LengthIndex": "samplers.shards.indexing.index",
+            "Mixture": "samplers.planning.mixtures.mixture",
             "PackingBatchSampler": "samplers.batch_sampler",
             "PackingNode": "samplers.dynamic.node",
             "ReadAheadLoader": "samplers.progress.read_ahead",
@@ -69,6 +71,7 @@ __all__ = [
     "LengthBucketNode",
     "LengthError",
     "LengthIndex",
+    "Mixture",
     "PackingBatchSampler",
     "PackingNode",
     "ReadAheadLoader",

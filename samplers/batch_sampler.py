@@ -3,15 +3,19 @@
 from collections.abc import Sequence
 from typing import Literal, Unpack
 
-from samplers.planning.clipping import warn_of_longer
+from samplers.planning.mixtures.bucketed import make_bucket_mixture
+from samplers.planning.mixtures.mixture import Mixture
+from samplers.planning.mixtures.packed import make_pack_mixture
 from samplers.planning.options import PlanOptions, make_options
 from samplers.planning.pack_batches.options import PackingOptions, PackOptions, make_pack_options
+from samplers.planning.pack_batches.packed_table import PackedTable
 from samplers.planning.pack_batches.plan import PackPlan, rows_of_steps
-from samplers.planning.pack_batches.table import PackBatches, pack_batches
+from samplers.planning.pack_batches.table import pack_batches
 from samplers.planning.packs.documents import Pieces
 from samplers.planning.schedules.updates import RowsOf
 from samplers.planning.sorting import Lengths
 from samplers.planning.tables.batch_table import BatchTable
+from samplers.planning.tables.clipping import warn_of_longer
 from samplers.planning.tables.pool_table import choose_table
 from samplers.progress.loader import BucketLoader
 from samplers.progress.planned_sampler import PlannedBatchSampler
@@ -27,7 +31,7 @@ class LengthBucketBatchSampler(BucketLoader, PlannedBatchSampler):
 
     Args:
         lengths: Lengths of all samples, in time steps: integers `[N]`, or `[N, K]` for samples of K fields; a list, an
-            array or a memory map, or an index that holds them.
+            array or a memory map, or an index that holds them; or a `Mixture` of several sources.
         max_tokens: Tokens in a batch at most, counted as `count_tokens` says. This, `batch_size` or `cost` must be
             given; a batch keeps all limits that are given.
         batch_size: Rows in a batch at most.
@@ -74,14 +78,14 @@ class LengthBucketBatchSampler(BucketLoader, PlannedBatchSampler):
 
     def __init__(
         self,
-        lengths: Lengths,
+        lengths: Lengths | Mixture,
         *,
         num_replicas: int | None = None,
         rank: int | Literal["all"] | None = None,
         **options: Unpack[PlanOptions],
     ) -> None:
         self.options = make_options(options)
-        super().__init__(lengths, choose_table(lengths, self.options), num_replicas, rank)
+        super().__init__(lengths, num_replicas, rank)
         self._is_cut_known = self.options.max_length is None
 
     def acknowledge_max_length(self) -> None:
@@ -94,8 +98,15 @@ class LengthBucketBatchSampler(BucketLoader, PlannedBatchSampler):
     def _note_start(self) -> None:
         """Log how many samples are longer than `max_length`, unless that is known or was logged."""
         if not self._is_cut_known:
-            warn_of_longer(self._table.sorted_lengths)
+            for part in self._table.parts:
+                warn_of_longer(part)
             self._is_cut_known = True
+
+    def _make_table(self, lengths: Lengths | Mixture) -> BatchTable:
+        """The batches of any epoch of these lengths, with this sampler's options."""
+        if isinstance(lengths, Mixture):
+            return make_bucket_mixture(lengths, self.options, self.num_replicas)
+        return choose_table(lengths, self.options)
 
 
 class PackingBatchSampler(PlannedBatchSampler):
@@ -111,7 +122,7 @@ class PackingBatchSampler(PlannedBatchSampler):
 
     Args:
         lengths: Lengths of all samples, in time steps: integers `[N]`, or `[N, K]` for samples of K fields; a list, an
-            array or a memory map, or an index that holds them.
+            array or a memory map, or an index that holds them; or a `Mixture` of several sources.
         capacity: Time steps that a row holds; one number for each of several fields.
         rows: Rows of a batch. Where two rows of a batch fit in one, they may become one. Default 1.
         multiple: Documents take steps up to a multiple of it, as the collator's `align`; `capacity` must be one.
@@ -151,18 +162,18 @@ class PackingBatchSampler(PlannedBatchSampler):
     """
 
     options: PackOptions
-    _table: PackBatches
+    _table: PackedTable
 
     def __init__(
         self,
-        lengths: Lengths,
+        lengths: Lengths | Mixture,
         *,
         num_replicas: int | None = None,
         rank: int | Literal["all"] | None = None,
         **options: Unpack[PackingOptions],
     ) -> None:
         self.options = make_pack_options(options)
-        super().__init__(lengths, pack_batches(lengths, self.options), num_replicas, rank)
+        super().__init__(lengths, num_replicas, rank)
 
     @property
     def capacity(self) -> int | Sequence[int]:
@@ -214,3 +225,9 @@ class PackingBatchSampler(PlannedBatchSampler):
 
     def _rows_of(self) -> RowsOf:
         return rows_of_steps
+
+    def _make_table(self, lengths: Lengths | Mixture) -> PackedTable:
+        """The batches of any epoch of these lengths, with this sampler's options."""
+        if isinstance(lengths, Mixture):
+            return make_pack_mixture(lengths, self.options, self.num_replicas)
+        return pack_batches(lengths, self.options)

@@ -10,7 +10,6 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from collate.widths import Widths, check_count
 from samplers.planning.budget import Cost, Count
-from samplers.planning.clipping import check_collator
 from samplers.planning.options import Indices, Options, Overlong, PlanOptions, make_options
 from samplers.planning.pack_batches.agreement import check_packing
 from samplers.planning.pack_batches.options import PackingOptions, PackOptions, make_pack_options
@@ -21,6 +20,7 @@ from samplers.planning.plan import BatchPlan
 from samplers.planning.schedules.schedule import count_steps
 from samplers.planning.schedules.updates import RowsOf
 from samplers.planning.sorting import as_length_array
+from samplers.planning.tables.clipping import check_collator
 from samplers.planning.tables.window_table import WindowTable, make_window_table
 from samplers.progress.loader import PlannedLoader
 from samplers.progress.position import check_epoch, warn_of_drop

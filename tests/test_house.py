@@ -30,10 +30,11 @@ LAYERS = {
         ["testing", "lazy_names"],
     ],
     "samplers.planning": [
+        ["mixtures"],
         ["pack_batches"],
         ["plan"],
         ["schedules", "report"],
-        ["tables", "packs", "clipping", "fitting"],
+        ["tables", "packs", "fitting"],
         ["sorting"],
         ["options"],
         ["keyed_shuffle"],
@@ -45,7 +46,16 @@ LAYERS = {
         ["window_table", "pool_table"],
         ["batch_table", "window_order"],
         ["epoch_table"],
-        ["buckets", "epoch_order", "equal_lengths", "last_step"],
+        ["buckets", "epoch_order", "equal_lengths", "last_step", "clipping"],
+    ],
+    "samplers.planning.mixtures": [
+        ["bucketed", "packed"],
+        ["mixed_table"],
+        ["mixed_plan", "blending", "report"],
+        ["sequence"],
+        ["streams", "shares"],
+        ["mixture"],
+        ["dataset"],
     ],
     "samplers.planning.packs": [
         ["row_order", "one_list"],
@@ -267,7 +277,7 @@ def test_the_public_names_are_those_that_were_promised() -> None:
             "ReadAheadLoader",
         ),
         *("LengthBucketNode", "LengthIndex", "ShardWriter", "ShardDataset", "ShardStream", "LengthError", "Transport"),
-        *("PackingBatchSampler", "PackingNode", "SplitDataset", "pack", "pack_by_length"),
+        *("Mixture", "PackingBatchSampler", "PackingNode", "SplitDataset", "pack", "pack_by_length"),
         *("lengths_of", "run_in_order"),
     }
 

@@ -20,6 +20,7 @@ from samplers import (
     LengthBucketBatchSampler,
     LengthBucketNode,
     LengthIndex,
+    Mixture,
     PackingBatchSampler,
     PackingNode,
     ReadAheadLoader,
@@ -60,6 +61,10 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[object,
         "PackingBatchSampler": (
             PackingBatchSampler([3, 4], capacity=9),
             "PackingBatchSampler(2 samples, capacity=9, num_replicas=1, rank=0, batches=1)",
+        ),
+        "Mixture": (
+            Mixture({"a": [3, 4], "b": [5]}, weights={"a": 1, "b": 2}),
+            "Mixture(a=2 samples, b=1 samples, weights={'a': 1.0, 'b': 2.0})",
         ),
         "SplitDataset": (
             SplitDataset([[1] * 15], PackingBatchSampler([15], capacity=8, overlong="split").pieces),

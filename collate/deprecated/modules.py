@@ -38,7 +38,7 @@ MOVED: Final = {
     "samplers.bucketer": "samplers.dynamic.bucketer",
     "samplers.budget": "samplers.planning.budget",
     "samplers.chunks": "samplers.planning.tables.pool_table",
-    "samplers.clipping": "samplers.planning.clipping",
+    "samplers.clipping": "samplers.planning.tables.clipping",
     "samplers.comparison": "samplers.cli.compare",
     "samplers.contract": "samplers.testing",
     "samplers.convert": "samplers.cli.conversion.rows",

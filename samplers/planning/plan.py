@@ -239,7 +239,7 @@ class BatchPlan(EpochPlan[BatchTable]):
             max_budget_use=float(use[sizes.rows > 1].max(initial=0)),
             too_short=sorted_lengths.too_short,
             overlong_dropped=sorted_lengths.overlong_dropped,
-            last_dropped=len(sorted_lengths) - sequences,
+            last_dropped=table.count_dropped(sequences),
             overlong_alone=sorted_lengths.overlong_alone,
             repeated_pairs=repeated[0],
             repeated_pairs_in_2=repeated[1],

@@ -197,6 +197,10 @@ def _refuse_dataset(lengths: object) -> None:
         TypeError: It is one. The message says where its lengths are.
     """
     kind = type(lengths).__name__
+    if hasattr(lengths, "shares_of"):
+        raise TypeError(
+            "lengths must be of one corpus, got a Mixture: give it to a batch sampler, which has plan(epoch)"
+        )
     if hasattr(getattr(lengths, "index", None), "lengths"):
         raise TypeError(f"lengths must be integers, got a {kind}: give its index, .index, which holds them")
     if hasattr(lengths, "column_names") or isinstance(lengths, Mapping):

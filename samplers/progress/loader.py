@@ -11,7 +11,6 @@ from samplers.planning.options import EpochOptions, Options
 from samplers.planning.plan import BatchPlan
 from samplers.planning.schedules.schedule import Schedule, make_schedule
 from samplers.planning.schedules.updates import Labels, RowsOf, Updates, make_updates
-from samplers.planning.sorting import Lengths
 from samplers.planning.tables.batch_table import BatchTable
 from samplers.planning.tables.epoch_table import EpochTable, Shape
 from samplers.progress.epoch_cursor import EpochCursor
@@ -34,8 +33,8 @@ class PlannedLoader:
     options: EpochOptions
     _cursor: EpochCursor | SharedEpochCursor
     _table: EpochTable
-    # What was planned, with the fingerprint that an index has.
-    _lengths: Lengths
+    # What was planned, with the fingerprint that an index has; or a mixture.
+    _lengths: Any
     # Batches that one iterator gives in each step.
     _batches_per_step = 1
 
@@ -66,7 +65,7 @@ class PlannedLoader:
     @property
     def next_position(self) -> PositionDict:
         """Where the next iteration begins, as `position` tells it for the present iteration."""
-        return self._cursor.next_start.as_dict(self.fingerprint)
+        return self._as_dict(self._cursor.next_start)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -94,7 +93,7 @@ class PlannedLoader:
 
         Returns:
             Five primitive values, under 1 kB, the same on all replicas, for `seek` on any number of replicas and
-            workers.
+            workers. Of a mixture, a sixth: a text that says what was taken of each source before its weights changed.
 
         Raises:
             TypeError: `batches` is not an int.
@@ -112,7 +111,7 @@ class PlannedLoader:
     def position_after(self, start: Position, steps: int) -> PositionDict:
         """Where the epoch stands after this many steps from a position on."""
         taken = self.schedule_from(start).taken_after(steps)
-        return Position(start.epoch, start.replicas, taken).as_dict(self.fingerprint)
+        return self._as_dict(Position(start.epoch, start.replicas, taken))
 
     def updates(
         self, *, accumulate: int | None = None, step_tokens: int | None = None, labels: Labels | None = None
@@ -158,7 +157,7 @@ class PlannedLoader:
             options = {"accumulate": accumulate, "step_tokens": step_tokens}
             return make_updates(self.schedule_from(start), self._rows_of(), labels=labels, **options)
 
-        updates = LoopUpdates(lambda: self._cursor.last_start, make)
+        updates = LoopUpdates(lambda: (*self._cursor.last_start, self._table), make)
         # What is wrong is refused here.
         _ = updates.present
         return updates
@@ -178,13 +177,33 @@ class PlannedLoader:
 
     def read_position(self, state: Mapping[str, Any]) -> Position:
         """The position in a state, checked; the errors are those of `seek`."""
-        position = Position.from_dict(state, self.fingerprint, len(self._table))
-        self.schedule_from(position)
+        table, position = self._find_position(state)
+        self._use_table(table)
         return position
 
     def _rows_of(self) -> RowsOf | None:
         """What counts the rows of each step, where they hold several samples."""
         return None
+
+    def _find_position(self, state: Mapping[str, Any]) -> tuple[EpochTable, Position]:
+        """The table and the position of a state, checked; nothing changes."""
+        text = state.get("mixture", "") if isinstance(state, Mapping) else ""
+        table = self._table.with_stage_text(str(text))
+        fingerprint = self.fingerprint if table is self._table else make_fingerprint(self._lengths, table)
+        position = Position.from_dict(state, fingerprint, len(table))
+        make_schedule(table, position.epoch, self.num_replicas, laid_for=position.replicas, taken=position.batches)
+        return table, position
+
+    def _as_dict(self, position: Position) -> PositionDict:
+        """A position as users save it."""
+        text = self._table.stage_text
+        return position.as_dict(self.fingerprint) | ({"mixture": text} if text else {})
+
+    def _use_table(self, table: EpochTable) -> None:
+        """Take the batches of this table from now on, one of the same lengths and options."""
+        if table is not self._table:
+            self._table = table
+            self.__dict__.pop("fingerprint", None)
 
     def schedule_from(self, start: Position) -> Schedule:
         """The remaining batches of an epoch from a position on, as the replicas take them."""

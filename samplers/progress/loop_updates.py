@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from samplers.planning.schedules.updates import Update, Updates
+from samplers.planning.tables.epoch_table import EpochTable
 from samplers.progress.position import Position
 
 
@@ -12,13 +13,16 @@ class LoopUpdates:
     A sampler's `updates` makes it, once for all epochs.
 
     Args:
-        find_start: Where the present iteration began, and steps of each replica that were taken before.
+        find_start: Where the present iteration began, steps of each replica that were taken before, and the table of
+            batches, which may be another one after a `seek`.
         make: The updates from a position on.
     """
 
-    def __init__(self, find_start: Callable[[], tuple[Position, int]], make: Callable[[Position], Updates]) -> None:
+    def __init__(
+        self, find_start: Callable[[], tuple[Position, int, EpochTable]], make: Callable[[Position], Updates]
+    ) -> None:
         self._find_start, self._make = find_start, make
-        self._last: tuple[Position, Updates] | None = None
+        self._last: tuple[Position, EpochTable, Updates] | None = None
 
     def __repr__(self) -> str:
         return f"LoopUpdates(of {self.present!r})"
@@ -26,10 +30,10 @@ class LoopUpdates:
     @property
     def present(self) -> Updates:
         """All updates of the present iteration: the last one that has taken a batch, or the next if none has."""
-        start, _ = self._find_start()
-        if self._last is None or self._last[0] != start:
-            self._last = start, self._make(start)
-        return self._last[1]
+        start, _, table = self._find_start()
+        if self._last is None or self._last[0] != start or self._last[1] is not table:
+            self._last = start, table, self._make(start)
+        return self._last[2]
 
     def at(self, batch: int) -> Update:
         """The update to which a batch of the present iteration belongs.

@@ -1,5 +1,6 @@
 """PlannedBatchSampler: a `batch_sampler` over planned batches, and the iterators that know how far an epoch is."""
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -7,6 +8,9 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from collate.widths import check_count
+from samplers.planning.mixtures.mixed_table import MixedTable
+from samplers.planning.mixtures.mixture import Mixture
+from samplers.planning.mixtures.report import MixtureReport
 from samplers.planning.schedules.schedule import batches_at_once, count_steps
 from samplers.planning.sorting import Lengths
 from samplers.planning.tables.epoch_table import EpochTable
@@ -21,8 +25,7 @@ class PlannedBatchSampler(PlannedLoader, Sampler[list[int]]):
     """Planned batches of one replica, or of all, as lists of Python ints; each sample comes once an epoch.
 
     Args:
-        lengths: What was planned, with the fingerprint that an index has.
-        table: The batches of any epoch.
+        lengths: What is planned, with the fingerprint that an index has; or a mixture.
         num_replicas: W; None takes the initialised process group's size, or 1.
         rank: Rank of this process; None takes the process group's, or 0. `"all"` gives the batches of all replicas,
             step by step.
@@ -36,15 +39,13 @@ class PlannedBatchSampler(PlannedLoader, Sampler[list[int]]):
 
     _cursor: EpochCursor
 
-    def __init__(
-        self, lengths: Lengths, table: EpochTable, num_replicas: int | None, rank: int | Literal["all"] | None
-    ) -> None:
+    def __init__(self, lengths: Lengths | Mixture, num_replicas: int | None, rank: int | Literal["all"] | None) -> None:
         super().__init__()
         self.num_replicas, own_rank = find_replica(num_replicas, 0 if rank == "all" else rank)
         self.rank: int | Literal["all"] = "all" if rank == "all" else own_rank
         self._batches_per_step = self.num_replicas if rank == "all" else 1
         self._lengths = lengths
-        self._table = table
+        self._table = self._make_table(lengths)
         self._cursor = EpochCursor(self.num_replicas)
         # Refuses now what could not be shared in a later epoch.
         self._steps = count_steps(self._table, self.num_replicas)
@@ -60,6 +61,67 @@ class PlannedBatchSampler(PlannedLoader, Sampler[list[int]]):
     def __iter__(self) -> "BatchIterator":
         """An iterator over one epoch's batches; it decides which epoch when it takes its first batch."""
         return BatchIterator(self, self._cursor)
+
+    def seek(self, position: Mapping[str, Any], *, mixture: Mixture | None = None) -> None:
+        """Let the next iteration that takes a batch resume from a position, once; the next epoch comes after it.
+
+        `set_epoch` to the position's epoch keeps the position, to another one forgets it.
+
+        Args:
+            position: From `position`, of a sampler of the same lengths, options and seed.
+            mixture: The mixture that takes over at this position, in a sampler of a mixture: other weights, other
+                sources, or another end. What was taken before stays taken: sources of the same name go on where they
+                stand. An epoch of the new mixture begins here, of the position's number; later positions say so, and a
+                new sampler of the new mixture resumes from them.
+
+        Raises:
+            TypeError: The position is not a mapping, one of its values has the wrong type, or this is not a sampler of
+                a mixture.
+            ValueError: It is of other lengths, options, seed or version, this number of replicas cannot share the
+                remaining batches of its epoch, or a source has other lengths than before.
+            LengthError: A length of a new source is not allowed, as when a sampler is made.
+        """
+        if mixture is None:
+            super().seek(position)
+            return
+        if not isinstance(self._table, MixedTable) or not isinstance(mixture, Mixture):
+            raise TypeError(
+                f"mixture must be a Mixture for a sampler of one, got {type(mixture).__name__} for a sampler of "
+                f"{type(self._lengths).__name__}"
+            )
+        refuse_iterator_state(position)
+        before, start = self._find_position(position)
+        after = self._make_table(mixture)
+        table = after.follow(before, start.epoch, start.replicas, start.batches)
+        self._use_table(table)
+        self._lengths = mixture
+        self._cursor.seek(Position(start.epoch, self.num_replicas))
+
+    def mixture_report(self, position: Mapping[str, Any] | None = None) -> MixtureReport:
+        """What each source of a mixture has given at a position, and what its share wants.
+
+        Args:
+            position: From `position`; None for where the next iteration begins.
+
+        Raises:
+            TypeError: This is not a sampler of a mixture, or the position is not a mapping of the right types.
+            ValueError: The position is of other lengths, options, seed or version.
+        """
+        if not isinstance(self._table, MixedTable):
+            raise TypeError(f"a report of a mixture must be of a sampler of one, got {type(self._lengths).__name__}")
+        state = self.next_position if position is None else position
+        table, start = self._find_position(state)
+        return table.report_at(start.epoch, start.replicas, start.batches)  # type: ignore[attr-defined, no-any-return]
+
+    @abstractmethod
+    def _make_table(self, lengths: Lengths | Mixture) -> Any:
+        """The batches of any epoch of these lengths, with this sampler's options."""
+
+    def _use_table(self, table: EpochTable) -> None:
+        """Take the batches of this table from now on; `len` may be another."""
+        if table is not self._table:
+            self._steps = count_steps(table, self.num_replicas)
+        super()._use_table(table)
 
     @property
     def possible_starts(self) -> tuple[Position, ...]:

@@ -93,6 +93,16 @@ def test_packed_documents_have_the_losses_of_padded_ones_and_less_padding() -> N
     assert len((EXAMPLES / "finetune_packed.py").read_text().splitlines()) < 130
 
 
+def test_a_mixture_has_its_shares_before_and_after_they_change() -> None:
+    out = run("mixture.py", "--files", 60)
+    shares = re.findall(r"^(?:code|text|sums) .* ([\d.]+)% +([\d.]+)%$", out, re.MULTILINE)
+    assert [float(wanted) for _, wanted in shares] == [50, 40, 10, 20, 70, 10]
+    assert max(abs(float(share) - float(wanted)) for share, wanted in shares) < 2
+    assert "the resumed process has the same batches: True" in out
+    assert float(re.search(r"documents of ([\d.]+) corpora share a row", out)[1]) > 1
+    assert len((EXAMPLES / "mixture.py").read_text().splitlines()) < 130
+
+
 def test_the_main_job_writes_plans_trains_and_proves(whole: str) -> None:
     assert "wrote 1,500 functions" in whole
     assert "trained 40 steps" in whole

@@ -99,7 +99,7 @@ def test_the_warning_counts_every_planned_sample_that_is_longer(
             counted.append(record.args[:2])
 
     counted, rows = [], np.array(rows)[:, :fields]
-    logger, handler = logging.getLogger("samplers.planning.clipping"), Counted()
+    logger, handler = logging.getLogger("samplers.planning.tables.clipping"), Counted()
     options = {"max_tokens": 20, "overlong": "alone"} if alone else {"max_tokens": 60}
     logger.addHandler(handler)
     try:

@@ -87,6 +87,10 @@ class PackedTable(EpochTable):
         """Samples in the dataset, and pieces of split ones, whose indices follow."""
         return len(self.lengths) + (0 if self.pieces is None else len(self.pieces.samples))
 
+    def count_dropped(self, documents: int) -> int:
+        """Documents of an epoch that `drop_last` leaves out, if it gives this many."""
+        return self.planned - documents
+
     @property
     def dropped(self) -> int:
         """Samples that `overlong="drop"` leaves out."""
@@ -149,7 +153,7 @@ class PackedTable(EpochTable):
         units = [to_units(self.sample_lengths(row), self.options.multiple) for row in rows]
         shares = share_rows(rows, units, self.packs.limits, num_replicas)
         return [
-            self._arrange(
+            self.arrange(
                 BatchRows(np.concatenate(share), np.array([len(row) for row in share]), np.array([len(share)]))
             )
             for share in shares
@@ -173,7 +177,7 @@ class PackedTable(EpochTable):
         limits = self.packs.limits
         return (longest_units(limits) * limits.multiple,) if len(limits.capacity) == 1 else limits.capacity
 
-    def _arrange(self, batches: BatchRows) -> BatchRows:
+    def arrange(self, batches: BatchRows) -> BatchRows:
         """The same rows in the order from which a collator cuts them.
 
         It depends on nothing but the batch: a short batch of one row has the same order alone and among others.

@@ -94,7 +94,7 @@ class PackPlan(EpochPlan[PackedTable]):
             too_short=table.too_short,
             overlong_dropped=table.dropped,
             overlong_split=0 if table.pieces is None else len(np.unique(table.pieces.samples)),
-            last_dropped=table.planned - documents,
+            last_dropped=table.count_dropped(documents),
             repeated_pairs=repeated[0],
             repeated_pairs_in_2=repeated[1],
             repeated_pairs_in_5=repeated[2],

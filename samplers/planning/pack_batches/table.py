@@ -77,7 +77,7 @@ class PackBatches(PackedTable):
         positions = (batch_ids[:, None] * rows + np.arange(min(rows, len(self.packs)))).ravel()
         positions = positions[positions < len(self.packs)]
         samples, documents = self._order.samples(positions)
-        return self._arrange(BatchRows(samples, documents, np.minimum(rows, len(self.packs) - batch_ids * rows)))
+        return self.arrange(BatchRows(samples, documents, np.minimum(rows, len(self.packs) - batch_ids * rows)))
 
     @property
     def _order(self) -> RowOrder:

@@ -149,7 +149,7 @@ class WindowPacks(PackedTable):
         entries = np.argsort(np.argsort(owners, kind="stable"), kind="stable").tolist()
         batches = [batch for part in parts for batch in part]
         chosen = [batches[entry] for entry in entries]
-        return self._arrange(
+        return self.arrange(
             BatchRows(
                 np.concatenate([row for batch in chosen for row in batch]),
                 np.array([len(row) for batch in chosen for row in batch]),

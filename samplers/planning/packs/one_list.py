@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from collate.widths import check_count
-from samplers.planning.packs.documents import DocumentCost, Documents, plan_documents
+from samplers.planning.budget import Integers
+from samplers.planning.packs.documents import DocumentCost, Documents, RowLimits, plan_documents
 from samplers.planning.packs.groups import Groups, Tree
 from samplers.planning.packs.ladder import PackTask, fill_empty
 from samplers.planning.packs.length_classes import LengthClasses, sort_stably
@@ -105,6 +106,23 @@ def pack(
     ranks = check_count("ranks", ranks, least=1, hint="give the number of ranks, or None for a single list of rows")
     weights = limits.costs(classes.units) if cost is not None else classes.units[:, 0].astype(np.float64)
     return _share(task, tree, weights, packed=(classes, documents), ranks=ranks)
+
+
+def pack_rows(lengths: Integers, limits: RowLimits) -> list[Integers]:
+    """Documents that fit in few rows, under limits that are checked: the documents of each row, int64 `[n]`.
+
+    Args:
+        lengths: In steps, int64 `[n]`, each of which fits in a row alone.
+        limits: Of a row, for one field.
+    """
+    documents = plan_documents(lengths, limits)
+    classes = _exact_classes(documents)
+    tree = _few_rows(make_task(classes, limits))
+    numbers, slots, counts = Recipes(tree, classes.units[:, 0]).slots(np.arange(int(tree.rows[0])))
+    rows: list[Integers] = np.split(
+        classes.order[classes.starts[numbers] + slots].astype(np.int64), counts.cumsum()[:-1]
+    )
+    return rows
 
 
 def _exact_classes(documents: Documents) -> LengthClasses:

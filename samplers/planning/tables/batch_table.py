@@ -164,6 +164,15 @@ class BatchTable(EpochTable):
             for bucket in self.buckets
         )
 
+    @property
+    def parts(self) -> list[SortedLengths]:
+        """The samples, in parts each of which is longest first: here one."""
+        return [self.sorted_lengths]
+
+    def count_dropped(self, sequences: int) -> int:
+        """Samples of an epoch that `drop_last` leaves out, if it gives this many."""
+        return len(self.sorted_lengths) - sequences
+
     @cached_property
     def digest(self) -> str:
         """Sixteen hexadecimal digits that change when a bucket or the choice of samples changes."""

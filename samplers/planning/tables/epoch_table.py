@@ -63,6 +63,20 @@ class EpochTable(ABC):
         return None
 
     @property
+    def stage_text(self) -> str:
+        """What a position of a mixture tells, next to its numbers; empty where there is nothing to tell."""
+        return ""
+
+    def with_stage_text(self, text: str) -> Self:
+        """The table to which a position with this text belongs.
+
+        Raises:
+            ValueError: The text is not one of a mixture's positions.
+        """
+        del text
+        return self
+
+    @property
     @abstractmethod
     def shapes(self) -> list[Shape]:
         """The shapes that hold every batch of any epoch, without repetition."""

@@ -1,0 +1,377 @@
+"""Mixtures of batches of similar lengths."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Final, Self
+
+import numpy as np
+
+from collate.widths import padded_widths
+from samplers.planning.budget import Floats, Integers
+from samplers.planning.keyed_shuffle import derive_key
+from samplers.planning.mixtures.blending import blend, cut_evenly_into, order_equals
+from samplers.planning.mixtures.mixed_plan import MixedPlan, PositionOrder, make_plan, options_of_sources
+from samplers.planning.mixtures.mixed_table import MixedTable
+from samplers.planning.mixtures.mixture import Mixture, named_errors
+from samplers.planning.mixtures.sequence import MixedEpoch
+from samplers.planning.mixtures.streams import LoadedBatches, SourceStream
+from samplers.planning.options import Options
+from samplers.planning.schedules.schedule import SAMPLES_AT_ONCE
+from samplers.planning.sorting import IndexArray, Lengths, SortedLengths, as_length_array, sort_lengths
+from samplers.planning.tables.batch_table import BatchSizes, BatchTable
+from samplers.planning.tables.buckets import MANY_BATCHES, cut_buckets, estimate_batches, sort_buckets
+from samplers.planning.tables.epoch_order import SAMPLES, EpochOrder
+from samplers.planning.tables.epoch_table import EpochTable, Shape
+from samplers.planning.tables.last_step import split_batches
+from samplers.planning.tables.pool_table import PoolTable, choose_table
+
+# Positions of two epochs may be asked for in turn, at the end of one.
+_KEPT_EPOCHS: Final = 2
+# Purpose of a key: batches of several sources.
+BLENDS: Final = 64
+_EMPTY: Final = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class BucketStream(SourceStream):
+    """The endless batches of a source whose samples share a batch with samples of similar length."""
+
+    table: BatchTable
+
+    @property
+    def has_equal_passes(self) -> bool:
+        """Whether all passes have as many units: padded tokens depend on the shuffle, and what `drop_last` drops."""
+        return self.unit != "padded" and not self.table.options.drop_last
+
+    def estimate(self, pass_number: int) -> Integers:
+        """The units of all batches of a pass by batch id: int64 `[len(table)]`.
+
+        Real tokens of a batch are those of its bucket, divided by the bucket's batches: as a batch takes one sample of
+        every stratum, it is off by less than one sample. Otherwise all batches of the pass are made and counted: padded
+        tokens, small sources whose batches are drawn, and samples that are exchanged with shorter ones.
+        """
+        table = self.table.for_epoch(pass_number, 1)
+        if self.unit == "samples":
+            return table.batch_rows(np.arange(len(table)))
+        if self.unit == "padded" or isinstance(table, PoolTable) or not _is_stratified(table):
+            size = 1 + SAMPLES_AT_ONCE * len(table) // table.planned
+            parts = [
+                self.load(pass_number, np.arange(first, min(first + size, len(table)))).units
+                for first in range(0, len(table), size)
+            ]
+            return np.concatenate(parts)
+        return _bucket_tokens(table)
+
+    def load(self, pass_number: int, batch_ids: Integers) -> LoadedBatches:
+        """The samples of these batches, int64 `[n]`."""
+        table = self.table.for_epoch(pass_number, 1)
+        if not len(batch_ids):
+            return LoadedBatches(_EMPTY, _EMPTY, _EMPTY, _EMPTY, _EMPTY)
+        samples, rows = table.batch_samples(batch_ids, table.order(pass_number, 1).key(SAMPLES))
+        return LoadedBatches(
+            samples.astype(np.int64) + self.offset, rows, self._count(table, samples, rows), _EMPTY, _EMPTY
+        )
+
+    def likeness(self, pass_number: int, batch_ids: Integers) -> Integers:
+        """Batch ids: those of one shape are adjacent, and the last have the most rows."""
+        del pass_number
+        return batch_ids
+
+    def _count(self, table: BatchTable, samples: IndexArray, rows: Integers) -> Integers:
+        """The units of batches: int64 `[n]`."""
+        return count_units(table.measure_batches(samples, rows), self.unit)
+
+
+def count_units(sizes: BatchSizes, unit: str) -> Integers:
+    """The units of batches of these sizes: int64 `[n]`."""
+    if unit == "samples":
+        return sizes.rows
+    return sizes.tokens if unit == "tokens" else sizes.rows * sizes.widths.sum(1)
+
+
+def _is_stratified(table: BatchTable) -> bool:
+    """Whether all samples of a stratum are of almost one length: of one field, and not exchanged within a width."""
+    return table.sorted_lengths.fields == 1 and table.options.allowed_widths is None
+
+
+def _bucket_tokens(table: BatchTable) -> Integers:
+    """Real tokens of the batches of each bucket, as even as integers are: int64 `[batches]`."""
+    bounds = [
+        (bucket.first, bucket.first + bucket.batches * bucket.full + bucket.rest * (bucket.rows - bucket.full))
+        for bucket in table.buckets
+    ]
+    lengths = table.sorted_lengths.lengths_between(0, len(table.sorted_lengths)).sum(1)
+    sums = np.concatenate([[0], np.cumsum(lengths)])
+    first, end = np.array(bounds).T
+    totals = sums[end] - sums[first]
+    batches = np.array([bucket.batches for bucket in table.buckets])
+    planned = batches - np.array([bucket.skipped for bucket in table.buckets])
+    owners = np.repeat(np.arange(len(planned)), planned)
+    numbers = np.arange(len(owners)) - np.repeat(np.cumsum(planned) - planned, planned)
+    tokens: Integers = (totals[owners] * (numbers + 1)) // batches[owners]
+    tokens -= (totals[owners] * numbers) // batches[owners]
+    return tokens
+
+
+@dataclass(frozen=True, eq=False)
+class MixedBatchTable(MixedTable, BatchTable):
+    """The batches of a mixture. Once an epoch is chosen, batch ids are positions in its order.
+
+    Attributes:
+        mixed: The sources, and what each epoch takes of them.
+        epoch_batches: The batches of the epoch to which this table belongs; None before an epoch is chosen.
+    """
+
+    mixed: MixedPlan = field(kw_only=True)
+    epoch_batches: MixedEpoch | None = field(default=None, kw_only=True)
+
+    def __len__(self) -> int:
+        """Batches of every epoch."""
+        return self.mixed.batches
+
+    @property
+    def planned(self) -> int:
+        """Samples in an epoch, as far as all epochs have equally many."""
+        return self.mixed.samples_per_epoch
+
+    @property
+    def dataset_size(self) -> int:
+        """Samples of all sources, with those that are not planned."""
+        return self.mixed.mixture.size
+
+    @property
+    def parts(self) -> list[SortedLengths]:
+        """The samples of each source that is read."""
+        return [table.sorted_lengths for table in self._tables]
+
+    @property
+    def trial_epochs(self) -> Iterable[int]:
+        """Epochs that show whether replicas can share the last step of every epoch."""
+        return (self.mixed.stage.epoch,)
+
+    def for_epoch(self, epoch: int, num_replicas: int) -> Self:
+        """The table of an epoch that this many replicas begin; the last two are kept."""
+        table = self._epochs.get((epoch, num_replicas))
+        if table is None:
+            batches = self.mixed.epoch(epoch, num_replicas)
+            if self.mixed.mixture.within == "sample":
+                batches = blend(
+                    batches,
+                    LengthCutter(self),
+                    self.mixed.shares,
+                    num_replicas=num_replicas,
+                    window=self._window_batches,
+                    key=derive_key(self.options.seed, epoch, BLENDS),
+                )
+            table = replace(self, epoch_batches=batches)
+            while len(self._epochs) >= _KEPT_EPOCHS:
+                del self._epochs[next(iter(self._epochs))]
+            self._epochs[epoch, num_replicas] = table
+        return table
+
+    @cached_property
+    def _epochs(self) -> dict[tuple[int, int], Self]:
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "epoch_batches"} | {
+            "epoch_batches": None
+        }
+
+    def order(self, epoch: int, num_replicas: int) -> EpochOrder:
+        """The order of this table's batches, which is that of their ids."""
+        return PositionOrder(len(self), self.options, epoch, num_replicas)
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """The shapes that hold every batch of any epoch, without repetition."""
+        if self.mixed.mixture.within == "sample":
+            return self._shapes_by_width
+        shapes = {shape for table in self._tables for shape in table.shapes}
+        return sorted(shapes, key=lambda shape: (-sum(shape[1]), shape))
+
+    @cached_property
+    def _shapes_by_width(self) -> list[Shape]:
+        """The most rows of each width that a sample has."""
+        lengths = [part.lengths_between(0, len(part))[:, 0] for part in self.parts]
+        widths = np.unique(padded_widths(np.concatenate(lengths)[:, None], self.options.allowed_widths))
+        most = [max(1, self.options.budget.max_rows(width)) for width in widths.tolist()]
+        shapes: list[Shape] = [(rows, (width,)) for rows, width in zip(most, widths.tolist(), strict=True)]
+        return shapes[::-1]
+
+    def batches_of(self, epoch: int, num_replicas: int) -> MixedEpoch:
+        """The batches of an epoch that this many replicas begin."""
+        return self.for_epoch(epoch, num_replicas)._batches  # noqa: SLF001
+
+    def tokens_of(self, samples: Integers) -> Integers:
+        """Real time steps of each of these samples, over all fields: int64 `[n]`."""
+        tokens: Integers = self.sorted_lengths.sample_lengths(samples).sum(1)
+        return tokens
+
+    def units_of(self, samples: Integers, batches: MixedEpoch, positions: Integers) -> Integers:
+        """What each of the samples of these batches adds to the units of its source: int64 `[n]`."""
+        if self.mixed.mixture.unit != "padded" or not len(samples):
+            return np.ones_like(samples) if self.mixed.mixture.unit == "samples" else self.tokens_of(samples)
+        rows = batches.sizes[positions]
+        return np.repeat(self.measure_batches(samples, rows).widths.sum(1), rows)
+
+    @property
+    def lengths_digest(self) -> str:
+        """Sixteen hexadecimal digits that change when a length or a name of a source changes."""
+        return self.mixed.lengths_digest
+
+    @cached_property
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits that change when the sources' batches or the shares change."""
+        return self.mixed.digest
+
+    def batch_rows(self, batch_ids: Integers) -> Integers:
+        """Rows of these batches: int64 `[n]`."""
+        return self._batches.sizes[batch_ids]
+
+    def batch_samples(self, batch_ids: Integers, key: int) -> tuple[IndexArray, Integers]:
+        """The samples of these batches, one batch after the other, each longest first.
+
+        Args:
+            batch_ids: int64 `[n]`, each in `range(len(table))`.
+            key: Not used: each pass of a source has keys of its own.
+
+        Returns:
+            Sample indices `[sum(rows)]`, and the rows of each batch, int64 `[n]`.
+        """
+        del key
+        return self._batches.samples_of(batch_ids)
+
+    def share_batches(self, batch_ids: Integers, key: int, num_replicas: int) -> list[IndexArray]:
+        """Each batch of the last step in pieces of its own, so that no pass begins before the one before has ended."""
+        samples, rows = self.batch_samples(batch_ids, key)
+        return split_batches(np.split(samples, np.cumsum(rows)[:-1]), num_replicas)
+
+    def shape_fill(self, sizes: BatchSizes) -> Floats:
+        """Rows divided by the most rows of a shape that is wide enough, float64 `[n]`: above 1 if no shape holds it."""
+        shapes = np.array([(*width, rows) for rows, width in self.shapes])
+        most = np.array([np.where((shapes[:, :-1] >= width).all(1), shapes[:, -1], 0).max() for width in sizes.widths])
+        return np.where(most > 0, sizes.rows / np.maximum(most, 1), np.inf)
+
+    def count_dropped(self, sequences: int) -> int:
+        """Samples of an epoch that `drop_last` leaves out, if it gives this many."""
+        return len(self._batches.samples) - sequences
+
+    @property
+    def _window_batches(self) -> int | None:
+        """Batches of a window of the option's samples."""
+        window = self.options.window
+        return None if window is None else max(1, window * len(self) // self.planned)
+
+    @property
+    def _tables(self) -> list[BatchTable]:
+        return [stream.table for stream in self.mixed.streams]  # type: ignore[misc]
+
+    @property
+    def _batches(self) -> MixedEpoch:
+        """The batches of this table's epoch; those of epoch 0, if it belongs to none."""
+        return self.for_epoch(self.mixed.stage.epoch, 1)._batches if self.epoch_batches is None else self.epoch_batches  # noqa: SLF001
+
+
+class LengthCutter:
+    """Divides the samples of a window into batches of neighbours in length.
+
+    Args:
+        table: The budget and the lengths.
+    """
+
+    def __init__(self, table: MixedBatchTable) -> None:
+        self._table, self._options = table, table.options
+        self._offsets = np.array([stream.offset for stream in table.mixed.streams])
+
+    def can_divide(self, epoch: MixedEpoch, positions: Integers) -> Integers:
+        """Those of these batches that are within the budget: int64 `[n]`."""
+        if not self._table.sorted_lengths.overlong_alone or not len(positions):
+            return positions
+        sizes = self._table.measure_batches(*epoch.samples_of(positions))
+        return positions[self._table.budget_use(sizes) <= 1]
+
+    def divide(self, epoch: MixedEpoch, positions: Integers, key: int) -> MixedEpoch | None:
+        """As many batches with the samples of these, widest first; None if more are needed."""
+        samples, _ = epoch.samples_of(positions)
+        widths = padded_widths(self._table.sorted_lengths.sample_lengths(samples), self._options.allowed_widths)[:, 0]
+        order = order_equals(widths, key)
+        distinct, owner = np.unique(widths[order], return_inverse=True)
+        most = np.array([self._options.budget.max_rows(max(1, width)) for width in distinct.tolist()])
+        rows = cut_evenly_into(np.minimum(most, len(samples))[owner], len(positions))
+        if rows is None:
+            return None
+        chosen = samples[order]
+        if self._options.allowed_widths is not None:
+            chosen = self._table._sort_batches(chosen, rows).astype(np.int64)  # noqa: SLF001
+        empty = np.empty(0, np.int64)
+        return MixedEpoch.lay(epoch.sources[positions], epoch.passes[positions], chosen, rows, empty, empty)
+
+    def units_by_source(self, batches: MixedEpoch) -> Integers:
+        """Units of each source in each of these batches: int64 `[n, sources]`."""
+        units = self._table.units_of(batches.samples, batches, np.arange(len(batches.sizes)))
+        owners = np.searchsorted(self._offsets, batches.samples, side="right") - 1
+        return batches.sum_by(owners, units, len(self._offsets))
+
+
+def make_bucket_mixture(mixture: Mixture, options: Options, num_replicas: int) -> MixedBatchTable:
+    """The batches of a mixture, under one budget.
+
+    Args:
+        mixture: The sources and their shares.
+        options: The planner's; each source is planned with a seed of its own.
+        num_replicas: W, for a mixture that stops after a number of steps.
+
+    Raises:
+        TypeError: Lengths or indices are not integers; the message names the source.
+        LengthError: A length is negative, above every allowed width, or over the budget with `overlong="error"`.
+        ValueError: A source has no batch left to plan, or needs more passes than it may have.
+    """
+    streams: list[SourceStream] = []
+    for source in options_of_sources(mixture, options):
+        with named_errors(source.name):
+            table = _choose_table(source.lengths, source.options, mixture)
+        streams.append(BucketStream(source.name, table, mixture.unit, source.offset))
+    if mixture.within == "sample":
+        _check_divisible(streams[0].table, options)
+    plan = make_plan(mixture, streams, num_replicas)
+    return MixedBatchTable(_join(mixture, streams, options), (), options, mixed=plan)
+
+
+def _check_divisible(table: EpochTable, options: Options) -> None:
+    """Check that the batches of a window can be divided again, and are then not too many.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    fields = table.sorted_lengths.fields if isinstance(table, BatchTable) else 1
+    if fields > 1 or options.count_tokens != "padded":
+        raise ValueError(
+            f"within='sample' must have samples of one field and a budget of padded tokens, got {fields} fields and "
+            f"count_tokens={options.count_tokens!r}: use within='batch'"
+        )
+
+
+def _choose_table(lengths: Lengths, options: Options, mixture: Mixture) -> BatchTable:
+    """The batches of a source: of a small one whose samples are divided again, as few as possible."""
+    if mixture.within == "sample" and options.shuffle:
+        sorted_lengths = sort_lengths(lengths, options)
+        if estimate_batches(sorted_lengths, options) < MANY_BATCHES:
+            buckets = sort_buckets(cut_buckets(sorted_lengths, options, 1), options)
+            return BatchTable(sorted_lengths, tuple(buckets), options)
+    return choose_table(lengths, options)
+
+
+def _join(mixture: Mixture, streams: list[SourceStream], options: Options) -> SortedLengths:
+    """The samples of all sources, source after source, each longest first."""
+    lengths = np.concatenate([as_length_array(each) for each in mixture.sources.values()])
+    parts = [(stream.table.sorted_lengths, stream.offset) for stream in streams if isinstance(stream, BucketStream)]
+    return SortedLengths(
+        lengths,
+        np.concatenate([part.order.astype(np.int64) + offset for part, offset in parts]),
+        options.max_length,
+        overlong_alone=sum(part.overlong_alone for part, _ in parts),
+        too_short=sum(part.too_short for part, _ in parts),
+        overlong_dropped=sum(part.overlong_dropped for part, _ in parts),
+    )

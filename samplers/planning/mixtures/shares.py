@@ -1,0 +1,143 @@
+"""Exact shares: in which order sources take turns, and how much of each comes before a given batch of the training.
+
+The order is that of worst-case fair weighted fair queueing (WF2Q; Bennett and Zhang, 1996). A source may take its next
+turn once the others have had their share of what it took so far, and of the sources that may, the one goes first whose
+turn must end soonest. Then no prefix gives a source a turn more, or a turn less, than its share, however many sources
+there are and whatever sizes their turns have.
+
+Two sources, shares 3 to 1, turns of 10 tokens:
+
+>>> turns = [np.full(6, 10), np.full(2, 10)]
+>>> take_turns(np.array([0.75, 0.25]), np.zeros(2), turns).tolist()
+[0, 1, 0, 0, 0, 1, 0, 0]
+"""
+
+from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
+from typing import Final, Protocol
+
+import numpy as np
+
+from samplers.planning.budget import Floats, Integers
+
+
+def take_turns(shares: Floats, taken: Floats, turns: Sequence[Integers]) -> Integers:
+    """The source of each turn, until all turns are taken: int64 `[sum of turns]`.
+
+    Args:
+        shares: Share of each source, float64 `[sources]`, above 0; their sum is 1.
+        taken: Units that each source took before, float64 `[sources]`.
+        turns: The units of the turns of each source, int64 `[turns of the source]` each.
+    """
+    order: list[int] = []
+    sizes = [each.tolist() for each in turns]
+    share, done = shares.tolist(), taken.tolist()
+    total = float(sum(done))
+    # By the total at which the turn may begin; then, once it may, by the total at which it should have ended.
+    waiting = [(done[source] / share[source], source) for source, own in enumerate(sizes) if own]
+    heapify(waiting)
+    ready: list[tuple[float, int]] = []
+    next_turn = [0] * len(sizes)
+    while waiting or ready:
+        while waiting and (waiting[0][0] <= total or not ready):
+            source = heappop(waiting)[1]
+            heappush(ready, ((done[source] + sizes[source][next_turn[source]]) / share[source], source))
+        source = heappop(ready)[1]
+        order.append(source)
+        units = sizes[source][next_turn[source]]
+        total += units
+        done[source] += units
+        next_turn[source] += 1
+        if next_turn[source] < len(sizes[source]):
+            heappush(waiting, (done[source] / share[source], source))
+    return np.array(order, np.int64)
+
+
+# A count is exchanged by a batch or two: a source of as many batches in an epoch still has more at its end.
+FEWEST_TO_MOVE: Final = 6
+
+
+class BatchStream(Protocol):
+    """The endless batches of a source, as far as their units are known without any sample."""
+
+    def units_before(self, batches: int) -> float:
+        """Units of the first batches of the stream."""
+        ...
+
+    def batches_within(self, units: float) -> int:
+        """Batches of the stream of which at least a half lies within its first units."""
+        ...
+
+
+def count_batches_of(
+    streams: Sequence[BatchStream], shares: Floats, batches: int, *, units_per_batch: float, per_epoch: Floats
+) -> Integers:
+    """How many of the first `batches` batches of the training come from each source: int64 `[sources]`.
+
+    All sources advance together; each count is rounded to the nearest batch, and then some are exchanged, so that no
+    source is off by much more than half a batch of the real total. Sources of a few batches in an epoch take no part in
+    exchanges: at the end of an epoch, none may have fewer batches than at its beginning.
+
+    Args:
+        streams: Of the sources.
+        shares: Share of each in units, float64 `[sources]`, above 0; their sum is 1.
+        batches: How many batches of all sources together.
+        units_per_batch: About as many units as a batch has.
+        per_epoch: About as many batches as each source has in an epoch, float64 `[sources]`.
+    """
+    counts = _count_within(streams, shares, _find_total(streams, shares, batches, units_per_batch), batches)
+    may_move = per_epoch >= FEWEST_TO_MOVE
+    for _ in range(2 * int(may_move.sum())):
+        behind = _measure_lag(streams, shares, counts)
+        latest = int(np.where(may_move, behind, -np.inf).argmax())
+        earliest = int(np.where(may_move & (counts > 0), behind, np.inf).argmin())
+        exchanged = counts.copy()
+        exchanged[latest] += 1
+        exchanged[earliest] -= 1
+        if latest == earliest or _worst(_measure_lag(streams, shares, exchanged)) >= _worst(behind):
+            break
+        counts = exchanged
+    return counts
+
+
+def _worst(behind: Floats) -> float:
+    return float(np.abs(behind).max())
+
+
+def _measure_lag(streams: Sequence[BatchStream], shares: Floats, counts: Integers) -> Floats:
+    """Units that each source lacks of its share of what all have taken, float64 `[sources]`."""
+    taken = np.array([stream.units_before(count) for stream, count in zip(streams, counts.tolist(), strict=True)])
+    lag: Floats = shares * float(taken.sum()) - taken
+    return lag
+
+
+def _find_total(streams: Sequence[BatchStream], shares: Floats, batches: int, units_per_batch: float) -> float:
+    """The smallest total at which there are enough batches, to a millionth of a batch."""
+
+    def count(total: float) -> int:
+        return sum(stream.batches_within(total * share) for stream, share in zip(streams, shares.tolist(), strict=True))
+
+    low, high = 0.0, max(1.0, batches * units_per_batch)
+    while count(high) < batches:
+        low, high = high, high + (len(streams) + 1) * units_per_batch
+    near = high - (len(streams) + 1) * units_per_batch
+    low = near if near > low and count(near) < batches else low
+    while high - low > units_per_batch * 1e-6:
+        middle = (low + high) / 2
+        low, high = (low, middle) if count(middle) >= batches else (middle, high)
+    return high
+
+
+def _count_within(streams: Sequence[BatchStream], shares: Floats, total: float, batches: int) -> Integers:
+    """Batches of each source within a total, less those that are too many where several come at once."""
+    counts = np.array(
+        [stream.batches_within(total * share) for stream, share in zip(streams, shares.tolist(), strict=True)]
+    )
+    while counts.sum() > batches:
+        # Those that came last have come at the same time.
+        middles = [
+            (stream.units_before(count - 1) + stream.units_before(count)) / share if count else 0.0
+            for stream, count, share in zip(streams, counts.tolist(), shares.tolist(), strict=True)
+        ]
+        counts[int(np.argmax(middles))] -= 1
+    return counts
