@@ -245,6 +245,34 @@ def test_killed_readers_leave_nothing_that_is_read(server: Faulty, tmp_path: Pat
     assert not any(path.name.endswith(".tmp") for path in cache.iterdir())
 
 
+def test_an_interrupt_does_not_wait_for_a_server_without_answer(tmp_path: Path) -> None:
+    """Red when shards were fetched by a pool that waits for its threads: here for ever."""
+    program = """
+import _thread, sys, threading
+import numpy as np
+from samplers import LengthIndex, ShardDataset, ShardWriter
+from samplers.shards.opening.open_shards import OpenShards
+
+def wait(*_):
+    _thread.interrupt_main()
+    threading.Event().wait()
+
+with ShardWriter("memory://corpus", max_samples=2) as writer:
+    for number in range(6):
+        writer.write({"__key__": str(number), "x": np.arange(number)})
+dataset = ShardDataset("memory://corpus/shard.ltx", cache=sys.argv[1])
+OpenShards.fetch = wait
+try:
+    dataset.__getitems__(range(6))[0]
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
+
+
 def test_wrong_options_of_a_cache_are_refused(server: Faulty, tmp_path: Path) -> None:
     url = server.url("plain.ltx")
     with pytest.raises(ValueError, match="cache_bytes must be at least 1, got 0"):
