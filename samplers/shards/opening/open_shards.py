@@ -2,12 +2,11 @@
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from errno import EMFILE, ENFILE
 from functools import lru_cache, partial
 from importlib import import_module
 from itertools import pairwise
-from operator import itemgetter
 from threading import Lock
 from time import perf_counter_ns
 from typing import Any, Final, TypeAlias, cast
@@ -107,11 +106,12 @@ class OpenShards:
         if not self._is_local and self._cache is not None:
             # Shards that are not in the cache are fetched side by side.
             begin = perf_counter_ns()
-            files = [file for _, file in sorted(run_in_threads(self._try_open, shards), key=itemgetter(0))]
+            # The first that cannot be opened ends it, and is not tried again: it has had as long as a read may take.
+            with closing(run_in_threads(self._open_in_background, shards)) as opened:
+                files = dict(opened)
             if not HERE.in_background:
                 self._counts.add("waited", perf_counter_ns() - begin)
-            pairs = zip(shards, files, pairwise(borders), strict=True)
-            return [(file or self.open(shard), slice(*part)) for shard, file, part in pairs]
+            return [(files[place], slice(*part)) for place, part in enumerate(pairwise(borders))]
         if not self._is_local:
             self._find_sizes([self._tables.shards[shard].path for shard in shards])
         return [(self.open(shard), slice(*part)) for shard, part in zip(shards, pairwise(borders), strict=True)]
@@ -151,12 +151,10 @@ class OpenShards:
         """A whole remote shard in memory. The errors are those of `open`."""
         return FetchedFile(cast(RemoteFile, self._open_checked(shard)))
 
-    def _try_open(self, shard: int) -> RandomAccess | None:
-        """An open shard, None if it cannot be opened: the error is raised where its samples are read."""
+    def _open_in_background(self, shard: int) -> RandomAccess:
+        """An open shard, for a thread that keeps nobody waiting. The errors are those of `open`."""
         HERE.in_background = True
-        with suppress(OSError, ValueError):
-            return self.open(shard)
-        return None
+        return self.open(shard)
 
     def _open_checked(self, shard: int) -> RandomAccess:
         """An open shard that is not in the cache. The errors are those of `open`.
@@ -184,13 +182,17 @@ class OpenShards:
         """Free the memory of shards that were fetched whole. Here there is none."""
 
     def _find_sizes(self, paths: list[str]) -> None:
-        """Ask for the sizes of remote shards together."""
+        """Ask for the sizes of remote shards together.
+
+        Raises:
+            OSError: A server does not answer, or refuses.
+        """
         # Several threads that read ahead would ask for the same ones.
         with self._lock:
             unknown = [path for path in paths if path not in self._infos and is_remote(path)]
             if len(unknown) > 1:
-                # An error is raised where its shard is opened, so that a handler can skip that one alone.
-                with suppress(OSError, ValueError):
+                # What is wrong with one shard is raised where it is opened.
+                with suppress(FileNotFoundError, ValueError):
                     self._infos.update(zip(unknown, find_infos(unknown, self._transport, self._counts), strict=True))
 
     def _open(self, path: str) -> RandomAccess:

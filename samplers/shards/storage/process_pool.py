@@ -120,9 +120,9 @@ def run_in_threads(
         Thread(target=_call_each, args=(function, jobs, done), name="side by side", daemon=True)
         for _ in range(min(_THREADS, len(items)))
     ]
-    for thread in threads:
-        thread.start()
     try:
+        for thread in threads:
+            thread.start()
         with tqdm(total=len(items), unit=unit, disable=not progress) as bar:
             for _ in items:
                 index, result, error = _wait_for(done)
