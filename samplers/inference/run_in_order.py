@@ -100,6 +100,8 @@ def run_in_order(
     """
     check_flag("resume", resume)
     check_budget(budget)
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a text, got {name!r}: str(...) makes one of a path or a number")
     if not flush_seconds >= 0:
         raise ValueError(f"flush_seconds must be at least 0, got {flush_seconds}: 0 writes after each batch")
     num_replicas, rank = _find_processes()

@@ -83,7 +83,10 @@ class SavedResult:
         if self.path.suffix == ".arrow":
             arrow_type(schema)
         if self.path.suffix == ".npy" and schema.kind != "fixed":
-            raise ValueError(f"{self.path} must have outputs of one shape, got {schema}: give a file .arrow as out")
+            raise ValueError(
+                f"{self.path} must have outputs of one shape, got {schema}: give a file .arrow as out, or return one "
+                "tensor [B, *F] instead of a list, if all rows have one shape"
+            )
 
     def write(self, parts: list[Path]) -> None:
         """Write the file from parts that have each sample once, then its record."""

@@ -108,6 +108,8 @@ def test_wrong_lengths_begin_no_file_and_equal_ones_are_one_run(tmp_path: Path) 
             run(totals, rows, lengths=wrong, max_tokens=7, out=out)
     with pytest.raises(ValueError, match="a budget must be given"):
         run(totals, rows, out=out)
+    with pytest.raises(TypeError, match="name must be a text"):
+        run(totals, rows, max_tokens=7, out=out, name=tmp_path)
     assert list(tmp_path.iterdir()) == []
     found = run(totals, rows, lengths=[5, 4, 3, 5], max_tokens=7, out=out)
     for same in (np.array([5, 4, 3, 5], np.int32), torch.tensor([5, 4, 3, 5])):

@@ -138,7 +138,9 @@ def run_in_threads(
             while True:
                 jobs.get_nowait()
         for thread in threads:
-            thread.join()
+            # The system may have refused to start it.
+            if thread.ident is not None:
+                thread.join()
 
 
 def _call_each(
