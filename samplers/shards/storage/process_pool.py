@@ -9,11 +9,12 @@ import pickle
 import signal
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor
 from contextlib import suppress
 from itertools import islice
 from multiprocessing import Pipe, Process, parent_process
 from multiprocessing.connection import Connection, wait
+from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, Final, Generic, TypeVar
 
@@ -105,16 +106,62 @@ def run_in_threads(
 
     Yields:
         Index of an item and its result, in the order of completion.
+
+    Raises:
+        KeyboardInterrupt: The program was interrupted; calls that wait for a network are left behind.
     """
-    pool = ThreadPoolExecutor(_THREADS)
+    jobs: SimpleQueue[tuple[int, ItemT]] = SimpleQueue()
+    done: SimpleQueue[tuple[int, Any, BaseException | None]] = SimpleQueue()
+    for job in enumerate(items):
+        jobs.put(job)
+    # The threads of `concurrent.futures` are waited for when the program ends, and after an interrupt: a server that
+    # does not answer would hold it.
+    threads = [
+        Thread(target=_call_each, args=(function, jobs, done), name="side by side", daemon=True)
+        for _ in range(min(_THREADS, len(items)))
+    ]
+    for thread in threads:
+        thread.start()
     try:
-        futures = {pool.submit(function, item): index for index, item in enumerate(items)}
         with tqdm(total=len(items), unit=unit, disable=not progress) as bar:
-            for future in as_completed(futures):
+            for _ in items:
+                index, result, error = _wait_for(done)
+                if error is not None:
+                    raise error
                 bar.update()
-                yield futures[future], future.result()
+                yield index, result
+    except KeyboardInterrupt:
+        threads = []
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        with suppress(Empty):
+            while True:
+                jobs.get_nowait()
+        for thread in threads:
+            thread.join()
+
+
+def _call_each(
+    function: Callable[[ItemT], ResultT],
+    jobs: "SimpleQueue[tuple[int, ItemT]]",
+    done: "SimpleQueue[tuple[int, Any, BaseException | None]]",
+) -> None:
+    """What a thread does, until no item is left."""
+    with suppress(Empty):
+        while True:
+            index, item = jobs.get_nowait()
+            try:
+                done.put((index, function(item), None))
+            except BaseException as error:  # noqa: BLE001 - the caller raises it
+                done.put((index, None, error))
+
+
+def _wait_for(done: "SimpleQueue[Any]") -> Any:
+    """The next result."""
+    while True:
+        with suppress(Empty):
+            # Not for ever: Windows would not hear an interrupt.
+            return done.get(timeout=1)
 
 
 def shorten(value: object) -> str:
