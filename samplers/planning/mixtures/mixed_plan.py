@@ -145,10 +145,11 @@ class MixedPlan:
         """Batches of every epoch."""
         return self.stage.batches
 
-    @property
+    @cached_property
     def samples_per_epoch(self) -> int:
         """Samples in an epoch, as far as all epochs have equally many."""
-        counts = self.counts_after(1) if 1 in self._boundaries else self._mean_counts
+        # Of the first epoch, whichever epochs are asked for: windows are made from this number.
+        counts = self.counts_after(1)
         rows = [stream.table.planned / stream.batches_per_pass for stream in self.streams]
         return max(1, round(float(counts @ np.array(rows))))
 
