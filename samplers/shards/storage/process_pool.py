@@ -93,7 +93,9 @@ def run_in_processes(
 def run_in_threads(
     function: Callable[[ItemT], ResultT], items: Sequence[ItemT], *, unit: str = "item", progress: bool = False
 ) -> Generator[tuple[int, ResultT], None, None]:
-    """Call a function that waits for a network on every item, eight at a time. An error ends it, of several the first item's.
+    """Call a function that waits for a network on every item, eight at a time.
+
+    An error ends it: of several, that of the first item.
 
     >>> sorted(run_in_threads(abs, [-3, 5]))
     [(0, 3), (1, 5)]
@@ -149,7 +151,11 @@ def _end(jobs: "SimpleQueue[Any]", threads: list[Thread]) -> None:
 
 
 def _errors(done: "SimpleQueue[Any]") -> Iterator[tuple[int, BaseException]]:
-    """The errors among the results that are there, with their items' indices."""
+    """The errors among the results that are there.
+
+    Yields:
+        The index of an item, and its error.
+    """
     with suppress(Empty):
         while True:
             index, _, error = done.get_nowait()
