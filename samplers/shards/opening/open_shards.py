@@ -18,6 +18,7 @@ from samplers.shards.format.npy import AnyArray
 from samplers.shards.indexing.index_file import REBUILD
 from samplers.shards.indexing.tables import Tables
 from samplers.shards.storage.network.counts import HERE, UNCOUNTED, Counts
+from samplers.shards.storage.network.failures import shown
 from samplers.shards.storage.network.fetched import FetchedFile
 from samplers.shards.storage.network.remote import RemoteFile, find_infos
 from samplers.shards.storage.network.transport import DEFAULT, Transport
@@ -131,6 +132,9 @@ class OpenShards:
             self._counts.add("cache_hits")
         else:
             version = f"{indexed.digest} {indexed.fingerprint}"
+            if self._tables.crcs is None:
+                # No checksum would tell the shards /get?file=a and /get?file=b from each other.
+                version += indexed.path.partition("?")[2]
             opened = self._cache.open(indexed.path, version, indexed.size, partial(self.fetch, shard))
             if not isinstance(opened, CachedFile):
                 return opened
@@ -166,7 +170,7 @@ class OpenShards:
             file = self._open(indexed.path)
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"no shard {indexed.path}, which the index lists: put it back, give shards= their new paths, or "
+                f"no shard {shown(indexed.path)}, which the index lists: put it back, give shards= their new paths, or "
                 f"{REBUILD}"
             ) from None
         if file.size != indexed.size:
