@@ -111,7 +111,7 @@ class Stage(NamedTuple):
                     for name, (first, *cuts) in starts.items()
                 },
             )
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"a position's mixture must be the text that position() gave, got {text!r}") from error
 
 

@@ -90,3 +90,13 @@ def test_numbers_that_are_no_indices_or_floats_are_named() -> None:
         Mixture({"a": [1, 2]}).locate([1.7])  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"weights\['a'\] must be a finite number"):
         Mixture({"a": [1, 2]}, weights={"a": 10**400})
+    sampler = LengthBucketBatchSampler(Mixture({"a": [1, 2]}), max_tokens=9)
+    with pytest.raises(ValueError, match="a position's mixture must be the text that position"):
+        sampler.seek(sampler.next_position | {"mixture": "[0,Infinity,{}]"})
+
+
+def test_a_source_that_drop_last_empties_is_named_within_samples() -> None:
+    """It was red: an error of NumPy's, without the name."""
+    mixture = Mixture({"a": [5] * 20, "b": [3, 4]}, within="sample")
+    with pytest.raises(ValueError, match="source 'b': no batch is left to plan: drop_last drops all 2 samples"):
+        LengthBucketBatchSampler(mixture, batch_size=3, drop_last=True)
