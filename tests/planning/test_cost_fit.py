@@ -176,6 +176,28 @@ def test_a_cost_is_copied_printed_and_refuses_the_other_kind() -> None:
         ([(1, 2, 3.0)], {"packed": True}, TypeError, r"observation 0 must be \(lengths, milliseconds\)"),
         ([(1, 2, 3.0), (1, (2, 3), 3.0)], {}, ValueError, "widths of one number of fields"),
         ([(*shape, time_of([1, 1, 1, 1], *shape)) for shape in GRID], {"limit": 0}, ValueError, "limit must be"),
+        # These were red: numbers that overflow were an error of the solver, and a falling time a plan without a limit.
+        ([(*shape, time_of([1, 1, 1, 1], *shape)) for shape in GRID], {"limit": "x"}, TypeError, "limit must be a num"),
+        (
+            [(*shape, time_of([1, 1, 1, 1], *shape)) for shape in GRID],
+            {"limit": True},
+            TypeError,
+            "limit must be a num",
+        ),
+        (
+            [(*shape, time_of([1, 1, 1, 1], *shape)) for shape in GRID],
+            {"limit": 10**400},
+            ValueError,
+            "limit must be m",
+        ),
+        ([(1e150, 2e150, 3.0)], {}, ValueError, "observation 0 must have numbers between 1e-50 and 1e"),
+        ([(1, 2, 1e-310)], {}, ValueError, "observation 0 must have numbers between 1e-50 and 1e"),
+        (
+            [(rows, width, 1000 - rows - width) for rows in (4, 8, 16) for width in (20, 50, 90)],
+            {},
+            ValueError,
+            "the time of a step must grow with its shape, got a fit of 942 ms for all",
+        ),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(observations: Any, options: Any, kind: Any, message: str) -> None:

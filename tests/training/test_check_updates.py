@@ -104,3 +104,22 @@ def test_what_cannot_be_tried_is_said() -> None:
         check_step(right, samples=SAMPLES, collate=PadCollator(), micro_batches=1)
     with pytest.raises(TypeError, match="micro_batches needs samples="):
         check_step(right, PadCollator()(SAMPLES), micro_batches=2)
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda batches: any(len(batch["x"]) == 1 for batch in batches),
+        lambda batches: len(batches) == 1 and len(batches[0]["x"]) == 1,
+    ],
+)
+def test_a_step_that_refuses_one_sample_is_found_on_others(refused: Any) -> None:
+    """It was red: even divisions were not tried, or the step's own error came out of the check."""
+
+    def step(batches: list[Any]) -> Tensor:
+        if refused(batches):
+            raise ValueError("two samples at least")
+        return mean_of_means(batches)
+
+    report = check_step(step, samples=SAMPLES, collate=COLLATORS[0], micro_batches=3)
+    assert "micro-batches" in [finding.probe for finding in report.findings]

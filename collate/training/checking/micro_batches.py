@@ -42,17 +42,20 @@ class MicroBatches:
         self.runner.begin([self.samples])
         if self.runner.is_random:
             return "micro-batches: the step draws random numbers, and other batches get other ones"
+        raised = None
         for parts in self._divisions():
             try:
                 terms = self.runner.run(parts)
             except RAISED as error:
-                return f"micro-batches: the step raises {type(error).__name__} on several: {error}"
+                # A step may refuse a batch of one sample only.
+                raised = f"micro-batches: the step raises {type(error).__name__} on several: {error}"
+                continue
             drift = self.runner.drift(terms)
             if drift.size > tolerance:
                 sizes = ", ".join(str(len(part)) for part in parts)
                 what = f"dividing the {len(self.samples)} samples among micro-batches of {sizes} moves {drift}"
                 return Finding("micro-batches", what, drift.size, self._likely(parts, terms, tolerance))
-        return None
+        return raised
 
     def _divisions(self) -> list[list[Samples]]:
         """One sample apart from the others, from either end; and as even as can be."""
@@ -65,7 +68,10 @@ class MicroBatches:
 
     def _likely(self, parts: list[Samples], found: Terms, tolerance: float) -> tuple[str, ...]:
         """The mistakes with this symptom; the one that gives just this result comes first."""
-        alone = [self.runner.run([part]) for part in parts]
+        try:
+            alone = [self.runner.run([part]) for part in parts]
+        except RAISED:
+            return LIKELY["micro-batches"]
         mean_of_means, sum_of_means, *others = LIKELY["micro-batches"]
         for mistake, share in ((mean_of_means, 1 / len(parts)), (sum_of_means, 1.0)):
             shares = [share] * len(parts)

@@ -24,6 +24,8 @@ FOLDS: Final = 5
 ITERATIONS: Final = 40
 # A relative error below this has no greater weight.
 SMALLEST_ERROR: Final = 1e-4
+# Numbers of an observation: their squares and quotients must stay within floats.
+SMALLEST, LARGEST = 1e-50, 1e50
 PADDED_TERMS: Final = ("constant", "row", "width", "padded_token", "token", "square")
 PACKED_TERMS: Final = ("constant", "row", "token", "square")
 
@@ -154,9 +156,10 @@ def fit_cost(observations: Iterable[Sequence[Any]], *, packed: bool = False, lim
         The cost, with its error: each fifth of the shapes is predicted by a fit to the others.
 
     Raises:
-        TypeError: An observation has the wrong form.
+        TypeError: An observation has the wrong form, or the limit is not a number.
         ValueError: A number is not positive or not finite, fewer than 8 shapes were timed, all have the same width or
-            number of rows, or one time for all predicts shapes that were held out as well as the fit does.
+            number of rows, or one time for all predicts shapes that were held out as well as the fit does, or is the
+            best fit.
 
     Example:
         >>> steps = [(rows, width, 2 + 0.01 * rows * width) for rows in (4, 8, 16) for width in (20, 50, 90)]
@@ -184,6 +187,11 @@ def fit_cost(observations: Iterable[Sequence[Any]], *, packed: bool = False, lim
             "clock, leave out the first steps, and time shapes of more different sizes"
         )
     factors = dict(zip(names, _fit(timed.terms, timed.milliseconds).tolist(), strict=True))
+    if not any(factors[name] for name in names if name != "constant"):
+        raise ValueError(
+            f"the time of a step must grow with its shape, got a fit of {factors['constant']:.3g} ms for all: time "
+            "shapes of more different sizes"
+        )
     limit = float(typical.max()) if limit is None else _check_limit(limit)
     return FittedCost(factors, error, error_of_constant, count, limit, packed)
 
@@ -235,6 +243,10 @@ def _parts(observation: Sequence[Any], number: int, *, packed: bool) -> tuple[Fl
     for part in parts:
         if not part.size or not np.isfinite(part).all() or (part <= 0).any():
             raise ValueError(f"observation {number} must have positive numbers, got {observation!r}")
+    if min(part.min() for part in parts) < SMALLEST or max(part.max() for part in parts) > LARGEST:
+        raise ValueError(
+            f"observation {number} must have numbers between {SMALLEST:g} and {LARGEST:g}, got {observation!r}"
+        )
     width = parts[1] if is_triple else parts[0].max(keepdims=True)
     if parts[0].ndim and parts[0].max() > width.sum():
         raise ValueError(f"observation {number} must not have lengths above its width, got {observation!r}")
@@ -275,10 +287,22 @@ def _check_variety(timed: _Timed, names: tuple[str, ...]) -> None:
             )
 
 
-def _check_limit(limit: float) -> float:
-    if not 0 < limit < float("inf"):
+def _check_limit(limit: Any) -> float:
+    """A limit as a float.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is not above 0, or not finite.
+    """
+    if isinstance(limit, (bool, str)) or np.ndim(limit):
+        raise TypeError(f"limit must be a number of milliseconds, got {limit!r}")
+    try:
+        value = float(limit)
+    except OverflowError:
+        value = float("inf")
+    if not 0 < value < float("inf"):
         raise ValueError(f"limit must be milliseconds above 0, got {limit}")
-    return float(limit)
+    return value
 
 
 def _held_out_errors(timed: _Timed, typical: Floats) -> tuple[float, float]:

@@ -359,7 +359,10 @@ def _choose_table(lengths: Lengths, options: Options, mixture: Mixture) -> Batch
         sorted_lengths = sort_lengths(lengths, options)
         if estimate_batches(sorted_lengths, options) < MANY_BATCHES:
             buckets = sort_buckets(cut_buckets(sorted_lengths, options, 1), options)
-            return BatchTable(sorted_lengths, tuple(buckets), options)
+            table = BatchTable(sorted_lengths, tuple(buckets), options)
+            # Without a batch, the usual choice says why.
+            if buckets and len(table):
+                return table
     return choose_table(lengths, options)
 
 

@@ -23,6 +23,8 @@ OptionsT = TypeVar("OptionsT", bound=EpochOptions)
 
 # Purpose of a key: the seed of a source.
 SOURCES: Final = 63
+# Batches of an epoch at most: a position has no larger number.
+_MOST_BATCHES: Final = 2**31 - 1
 # Boundaries of epochs that are kept: an epoch needs two.
 _KEPT_BOUNDARIES: Final = 4
 
@@ -109,7 +111,7 @@ class Stage(NamedTuple):
                     for name, (first, *cuts) in starts.items()
                 },
             )
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"a position's mixture must be the text that position() gave, got {text!r}") from error
 
 
@@ -145,10 +147,11 @@ class MixedPlan:
         """Batches of every epoch."""
         return self.stage.batches
 
-    @property
+    @cached_property
     def samples_per_epoch(self) -> int:
         """Samples in an epoch, as far as all epochs have equally many."""
-        counts = self.counts_after(1) if 1 in self._boundaries else self._mean_counts
+        # Of the first epoch, whichever epochs are asked for: windows are made from this number.
+        counts = self.counts_after(1)
         rows = [stream.table.planned / stream.batches_per_pass for stream in self.streams]
         return max(1, round(float(counts @ np.array(rows))))
 
@@ -243,12 +246,12 @@ class MixedPlan:
             self.streams,
             self.shares,
             batches,
-            units_per_batch=self._units_per_batch,
+            units_per_batch=self.units_per_batch,
             per_epoch=self._mean_counts,
         )
 
     @property
-    def _units_per_batch(self) -> float:
+    def units_per_batch(self) -> float:
         """About as many units as a batch has."""
         return float(1 / (self.shares / self._units_per_batch_of).sum())
 
@@ -267,13 +270,18 @@ def make_plan(mixture: Mixture, streams: Sequence[SourceStream], num_replicas: i
         num_replicas: W, for a mixture that stops after a number of steps.
 
     Raises:
-        ValueError: A source needs more passes than it may have.
+        ValueError: A source needs more passes than it may have, or has no tokens; or an epoch is too long.
     """
+    _check_tokens(mixture, streams)
     units = dict(zip((stream.name for stream in streams), (stream.units_per_pass for stream in streams), strict=True))
     all_shares = mixture.shares_of([int(units.get(name, 0)) for name in mixture.names])
     shares = all_shares[[name in units for name in mixture.names]]
     plan = MixedPlan(mixture, tuple(streams), shares / shares.sum())
-    batches = mixture.stop * num_replicas if isinstance(mixture.stop, int) else _count_epoch(plan, num_replicas)
+    if isinstance(mixture.stop, int):
+        batches = mixture.stop * num_replicas
+        _check_batches(mixture, batches)
+    else:
+        batches = _count_epoch(plan, num_replicas)
     stage = Stage(0, batches)
     plan = replace(plan, first_stage=stage, stage=stage, _boundaries={})
     _check_passes(plan)
@@ -284,7 +292,7 @@ def _count_epoch(plan: MixedPlan, num_replicas: int) -> int:
     """Batches of an epoch that ends as the mixture says: whole steps of this many replicas.
 
     Raises:
-        ValueError: There is no whole step.
+        ValueError: There is no whole step, or there are too many.
     """
     passes = [plan.mixture.passes.get(stream.name, 1.0) for stream in plan.streams]
     units = np.array([stream.units_per_pass for stream in plan.streams])
@@ -292,6 +300,7 @@ def _count_epoch(plan: MixedPlan, num_replicas: int) -> int:
         total, step = float((units / plan.shares).max()), 1
     else:
         total, step = float((units * np.array(passes) / plan.shares).min()), -1
+    _check_batches(plan.mixture, total / plan.units_per_batch)
     bounds = [
         int(np.floor(stream.batches_per_pass * (most if step < 0 else 1)))
         for stream, most in zip(plan.streams, passes, strict=True)
@@ -312,6 +321,33 @@ def _count_epoch(plan: MixedPlan, num_replicas: int) -> int:
             "source is through: use fewer replicas, smaller batches, more passes, or another stop"
         )
     return -(-batches // num_replicas) * num_replicas if step > 0 else batches // num_replicas * num_replicas
+
+
+def _check_tokens(mixture: Mixture, streams: Sequence[SourceStream]) -> None:
+    """Check that each source has some of what shares count: otherwise it would be read again and again.
+
+    Raises:
+        ValueError: One has only samples without tokens.
+    """
+    for stream in streams:
+        if mixture.unit == "tokens" and not stream.estimate(0).sum():
+            raise ValueError(
+                f"source {stream.name!r} must have tokens to have a share of them, got samples of length 0 only: leave "
+                "it out, or count unit='samples'"
+            )
+
+
+def _check_batches(mixture: Mixture, batches: float) -> None:
+    """Check that an epoch has an end that can be counted.
+
+    Raises:
+        ValueError: It has too many batches.
+    """
+    if batches > _MOST_BATCHES:
+        raise ValueError(
+            f"an epoch must have at most {_MOST_BATCHES} batches, got about {batches:.3g} with stop={mixture.stop!r}: "
+            "give sources of little weight more, or end the epoch after a number of steps"
+        )
 
 
 def _check_passes(plan: MixedPlan) -> None:

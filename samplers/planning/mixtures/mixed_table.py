@@ -65,9 +65,11 @@ class MixedTable:
             taken: Batches of that epoch that were taken.
 
         Raises:
-            ValueError: A source has other lengths than it had, or batches of several sources were begun.
+            ValueError: A source has other lengths than it had, `within` changes where small sources depend on it, or
+                batches of several sources were begun.
         """
         _check_same_sources(before.mixed.mixture, self.mixed.mixture)
+        _check_same_batches(before.mixed, self.mixed)
         batches = before.batches_of(epoch, num_replicas)
         batches.check_whole(taken)
         counts = np.bincount(batches.sources[:taken], minlength=len(before.mixed.streams))
@@ -144,6 +146,24 @@ def _check_same_sources(before: Mixture, after: Mixture) -> None:
                 f"source {name!r} must have the lengths that it had before the change, got others: give another corpus "
                 "another name"
             )
+
+
+def _check_same_batches(before: MixedPlan, after: MixedPlan) -> None:
+    """Check that each source has the batches in which it was begun: those of small ones depend on `within`.
+
+    Raises:
+        ValueError: One has others, or had them before it left.
+    """
+    old = {stream.name: stream.table.digest for stream in before.streams}
+    new = {stream.name: stream.table.digest for stream in after.streams}
+    changed = [name for name in old.keys() & new.keys() if old[name] != new[name]]
+    if before.mixture.within != after.mixture.within:
+        changed += before.stage.starts.keys() - old.keys()
+    if changed:
+        raise ValueError(
+            f"within must stay {before.mixture.within!r} when a mixture changes, got {after.mixture.within!r}: source "
+            f"{min(changed)!r} has other batches with it, so that its samples would be lost or repeated"
+        )
 
 
 def _fingerprint(lengths: Any) -> str:

@@ -122,9 +122,13 @@ class Mixture:
         """The source of each sample, and its index there.
 
         Raises:
+            TypeError: An index is not an int, or there is no list of them.
             IndexError: An index is out of range.
         """
-        indices = np.asarray(sample_indices, np.int64)
+        indices = np.asarray(sample_indices)
+        if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
+            raise TypeError(f"sample indices must be a list of ints, got {sample_indices!r}")
+        indices = indices.astype(np.int64)
         outside = (indices < 0) | (indices >= self.size)
         if outside.any():
             raise IndexError(f"sample indices must be in range({self.size}), got {indices[outside][0]}")
@@ -158,12 +162,14 @@ class Mixture:
     def shares_of(self, units: Sequence[int]) -> Floats:
         """The share of each source, where they have these many units: float64 `[sources]`; the sum is 1."""
         values = list(map(float, units)) if self.weights is None else [self.weights[name] for name in self.names]
+        # Of the largest, so that neither their sum nor a power of them is above what a float holds.
+        largest, is_read = max(values), np.array(values) > 0
+        values = [value / largest for value in values]
         if self.temperature is not None:
-            largest = max(values)
-            values = [(value / largest) ** (1 / self.temperature) if value else 0.0 for value in values]
+            values = [value ** (1 / self.temperature) if value else 0.0 for value in values]
         parts = np.array([round(value / math.fsum(values) * SHARE_PARTS) for value in values], np.float64)
         # A weight is never rounded to none.
-        parts[(parts == 0) & (np.array(values) > 0)] = 1
+        parts[(parts == 0) & is_read] = 1
         shares: Floats = parts / parts.sum()
         return shares
 
@@ -281,9 +287,10 @@ def _check_temperature(temperature: float | None) -> float | None:
     """
     if temperature is None:
         return None
-    if not _check_number("temperature", temperature) > 0:
+    checked = _check_number("temperature", temperature)
+    if not checked > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}: 1 leaves the weights as they are")
-    return float(temperature)
+    return checked
 
 
 def _check_number(name: str, value: object) -> float:
@@ -294,7 +301,10 @@ def _check_number(name: str, value: object) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, (Real, np.number)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:

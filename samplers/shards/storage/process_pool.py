@@ -93,7 +93,9 @@ def run_in_processes(
 def run_in_threads(
     function: Callable[[ItemT], ResultT], items: Sequence[ItemT], *, unit: str = "item", progress: bool = False
 ) -> Generator[tuple[int, ResultT], None, None]:
-    """Call a function that waits for a network on every item, eight at a time. The first error ends it.
+    """Call a function that waits for a network on every item, eight at a time.
+
+    An error ends it: of several, that of the first item.
 
     >>> sorted(run_in_threads(abs, [-3, 5]))
     [(0, 3), (1, 5)]
@@ -127,20 +129,40 @@ def run_in_threads(
             for _ in items:
                 index, result, error = _wait_for(done)
                 if error is not None:
-                    raise error
+                    # Calls that run are waited for in any case: of several errors, the first item's is the one to tell.
+                    _end(jobs, threads)
+                    raise min([(index, error), *_errors(done)], key=lambda each: each[0])[1]
                 bar.update()
                 yield index, result
     except KeyboardInterrupt:
         threads = []
         raise
     finally:
-        with suppress(Empty):
-            while True:
-                jobs.get_nowait()
-        for thread in threads:
-            # The system may have refused to start it.
-            if thread.ident is not None:
-                thread.join()
+        _end(jobs, threads)
+
+
+def _end(jobs: "SimpleQueue[Any]", threads: list[Thread]) -> None:
+    """Let threads end with the calls that they run now."""
+    with suppress(Empty):
+        while True:
+            jobs.get_nowait()
+    for thread in threads:
+        # The system may have refused to start it.
+        if thread.ident is not None:
+            thread.join()
+
+
+def _errors(done: "SimpleQueue[Any]") -> Iterator[tuple[int, BaseException]]:
+    """The errors among the results that are there.
+
+    Yields:
+        The index of an item, and its error.
+    """
+    with suppress(Empty):
+        while True:
+            index, _, error = done.get_nowait()
+            if error is not None:
+                yield index, error
 
 
 def _call_each(

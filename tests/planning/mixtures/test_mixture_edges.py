@@ -1,0 +1,102 @@
+"""Mixtures at their edges: copies in late epochs, sources without tokens, weights at the ends of floats."""
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+
+from samplers import LengthBucketBatchSampler, Mixture
+
+
+def test_a_late_epoch_is_the_same_in_every_process() -> None:
+    """It was red: a window of samples was rounded by counts that depended on the epochs that were asked for before."""
+    rng = np.random.default_rng(1)
+    sources = {"a": rng.integers(1, 40, 600), "b": rng.integers(5, 60, 700), "c": rng.integers(1, 30, 90)}
+    mixture = Mixture(sources, weights={"a": 3, "b": 5, "c": 1}, within="sample", passes={"c": 3})
+    first = LengthBucketBatchSampler(mixture, max_tokens=120, window=62)
+    others = [pickle.loads(pickle.dumps(first)), LengthBucketBatchSampler(mixture, max_tokens=120, window=62)]
+    for _ in range(7):
+        list(first)
+    for other in others:
+        other.seek(first.next_position)
+    expected = list(first)
+    assert [list(other) for other in others] == [expected, expected]
+
+
+def test_within_may_not_change_the_batches_of_a_begun_source() -> None:
+    """It was red: small sources have other batches within samples, and lost and repeated samples after the change."""
+    sources = {"a": list(range(1, 31)), "b": list(range(1, 21))}
+    sampler = LengthBucketBatchSampler(Mixture(sources, within="sample"), max_tokens=40)
+    list(sampler)
+    position = sampler.next_position
+    with pytest.raises(ValueError, match="within must stay 'sample' when a mixture changes, got 'batch': source 'a'"):
+        sampler.seek(position, mixture=Mixture(sources))
+    # A source that left may come back later, with the batches in which it was begun.
+    sampler.seek(position, mixture=Mixture({"b": sources["b"]}, within="sample"))
+    with pytest.raises(ValueError, match="within must stay 'sample'"):
+        sampler.seek(sampler.next_position, mixture=Mixture({"c": [3] * 20}))
+
+
+@pytest.mark.parametrize(
+    ("mixture", "options", "says"),
+    [
+        (
+            {"sources": {"a": [0] * 10, "b": [5] * 99}, "weights": {"a": 1, "b": 1}},
+            {"drop_last": True},
+            "source 'a' must",
+        ),
+        ({"sources": {"a": [0] * 10, "b": [5] * 99}, "stop": "longest"}, {}, "source 'a' must have tokens"),
+        (
+            {"sources": {"a": [3] * 10, "b": [5] * 99}, "weights": {"a": 1e-12, "b": 1}, "stop": "longest"},
+            {},
+            "an epoch must have at most 2147483647 batches",
+        ),
+        (
+            {"sources": {"a": [3] * 10}, "passes": {"a": 1e12}, "unit": "padded"},
+            {},
+            "an epoch must have at most 2147483647 batches",
+        ),
+        ({"sources": {"a": [3] * 10}, "stop": 10**12}, {}, "an epoch must have at most 2147483647 batches"),
+    ],
+)
+def test_an_epoch_that_would_not_end_is_refused(mixture: Any, options: Any, says: str) -> None:
+    """All were red: they counted passes without end, or made an epoch as large as memory."""
+    with pytest.raises(ValueError, match=says):
+        LengthBucketBatchSampler(Mixture(**mixture), batch_size=3, **options)
+
+
+@pytest.mark.parametrize(
+    ("weights", "temperature", "expected"),
+    [
+        ({"a": 1e308, "b": 1e308}, None, [0.5, 0.5]),
+        ({"a": 1, "b": 2}, 1e-5, [0.0, 1.0]),
+        ({"a": 1, "b": 2}, 10**400, [0.5, 0.5]),
+    ],
+)
+def test_weights_at_the_ends_of_floats_have_a_share(weights: Any, temperature: Any, expected: list[float]) -> None:
+    """All were red: the sum or the number overflowed, or the power was rounded to a share of none."""
+    mixture = Mixture({"a": [3] * 50, "b": [5] * 100}, weights=weights, temperature=temperature)
+    shares = mixture.shares_of([1, 1])
+    assert shares.tolist() == pytest.approx(expected)
+    assert (shares > 0).all()
+    sampler = LengthBucketBatchSampler(mixture, max_tokens=50)
+    assert len(list(sampler)) == len(sampler)
+
+
+def test_numbers_that_are_no_indices_or_floats_are_named() -> None:
+    """It was red: a fraction was cut to an index, and a large int was an error of Python's."""
+    with pytest.raises(TypeError, match=r"sample indices must be a list of ints, got \[1.7\]"):
+        Mixture({"a": [1, 2]}).locate([1.7])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"weights\['a'\] must be a finite number"):
+        Mixture({"a": [1, 2]}, weights={"a": 10**400})
+    sampler = LengthBucketBatchSampler(Mixture({"a": [1, 2]}), max_tokens=9)
+    with pytest.raises(ValueError, match="a position's mixture must be the text that position"):
+        sampler.seek(sampler.next_position | {"mixture": "[0,Infinity,{}]"})
+
+
+def test_a_source_that_drop_last_empties_is_named_within_samples() -> None:
+    """It was red: an error of NumPy's, without the name."""
+    mixture = Mixture({"a": [5] * 20, "b": [3, 4]}, within="sample")
+    with pytest.raises(ValueError, match="source 'b': no batch is left to plan: drop_last drops all 2 samples"):
+        LengthBucketBatchSampler(mixture, batch_size=3, drop_last=True)
