@@ -21,7 +21,7 @@ from samplers.shards.storage.network.failures import shown
 from samplers.shards.storage.network.fetched import FetchedFile
 from samplers.shards.storage.network.remote import RemoteFile, find_infos
 from samplers.shards.storage.network.transport import DEFAULT, Transport
-from samplers.shards.storage.process_pool import run_in_threads
+from samplers.shards.storage.process_pool import call_in_threads
 from samplers.shards.storage.reading import RandomAccess, is_remote, open_file
 from samplers.shards.storage.shard_cache import CachedFile, ShardCache
 
@@ -107,7 +107,7 @@ class OpenShards:
             # Shards that are not in the cache are fetched side by side.
             begin = perf_counter_ns()
             # The first that cannot be opened ends it, and is not tried again: it has had as long as a read may take.
-            with closing(run_in_threads(self._open_in_background, shards)) as opened:
+            with closing(call_in_threads(self._open_in_background, shards)) as opened:
                 files = dict(opened)
             if not HERE.in_background:
                 self._counts.add("waited", perf_counter_ns() - begin)

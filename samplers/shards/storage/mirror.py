@@ -21,7 +21,7 @@ from samplers.shards.storage.network.fetched import FetchedFile
 from samplers.shards.storage.network.remote import RemoteFile, file_system, is_async, is_http
 from samplers.shards.storage.network.requests import Request, gate_of, send_all
 from samplers.shards.storage.network.transport import DEFAULT, Transport
-from samplers.shards.storage.process_pool import run_in_threads
+from samplers.shards.storage.process_pool import call_in_threads
 
 # A client does not tell how far it is. It may take a second for each MiB.
 _SLOWEST: Final = 1 << 20
@@ -74,7 +74,7 @@ class Mirror:
                 self._make_hole(self.folder / name, size)
             else:
                 whole.append((name, size))
-        for _ in run_in_threads(self._download, whole):
+        for _ in call_in_threads(self._download, whole):
             pass
 
     def push(self, paths: Iterable[Path]) -> None:

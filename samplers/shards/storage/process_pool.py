@@ -10,7 +10,7 @@ import signal
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import islice
 from multiprocessing import Pipe, Process, parent_process
 from multiprocessing.connection import Connection, wait
@@ -93,18 +93,40 @@ def run_in_processes(
 def run_in_threads(
     function: Callable[[ItemT], ResultT], items: Sequence[ItemT], *, unit: str = "item", progress: bool = False
 ) -> Generator[tuple[int, ResultT], None, None]:
-    """Call a function that waits for a network on every item, eight at a time.
-
-    An error ends it: of several, that of the first item.
-
-    >>> sorted(run_in_threads(abs, [-3, 5]))
-    [(0, 3), (1, 5)]
+    """The same as `call_in_threads`, with a progress bar.
 
     Args:
         function: Safe to be called by several threads.
         items: Its arguments.
         unit: Name of an item, for the progress bar.
         progress: Whether to show a progress bar.
+
+    Yields:
+        Index of an item and its result, in the order of completion.
+    """
+    with (
+        tqdm(total=len(items), unit=unit, disable=not progress) as bar,
+        closing(call_in_threads(function, items)) as results,
+    ):
+        for index, result in results:
+            bar.update()
+            yield index, result
+
+
+def call_in_threads(
+    function: Callable[[ItemT], ResultT], items: Sequence[ItemT]
+) -> Generator[tuple[int, ResultT], None, None]:
+    """Call a function that waits for a network on every item, eight at a time.
+
+    An error ends it: of several, that of the first item. It takes no lock of other libraries, such as that of progress
+    bars, which a thread could hold while a process is forked.
+
+    >>> sorted(call_in_threads(abs, [-3, 5]))
+    [(0, 3), (1, 5)]
+
+    Args:
+        function: Safe to be called by several threads.
+        items: Its arguments.
 
     Yields:
         Index of an item and its result, in the order of completion.
@@ -125,15 +147,13 @@ def run_in_threads(
     try:
         for thread in threads:
             thread.start()
-        with tqdm(total=len(items), unit=unit, disable=not progress) as bar:
-            for _ in items:
-                index, result, error = _wait_for(done)
-                if error is not None:
-                    # Calls that run are waited for in any case: of several errors, the first item's is the one to tell.
-                    _end(jobs, threads)
-                    raise min([(index, error), *_errors(done)], key=lambda each: each[0])[1]
-                bar.update()
-                yield index, result
+        for _ in items:
+            index, result, error = _wait_for(done)
+            if error is not None:
+                # Calls that run are waited for in any case: of several errors, the first item's is the one to tell.
+                _end(jobs, threads)
+                raise min([(index, error), *_errors(done)], key=lambda each: each[0])[1]
+            yield index, result
     except KeyboardInterrupt:
         threads = []
         raise
