@@ -33,7 +33,7 @@ _LOOK_SECONDS: Final = 0.02
 _LOCK_SECONDS: Final = 10.0
 _READ_AT_ONCE: Final = 1 << 24
 # Folders in which shards could not be kept, and why: what was logged.
-_WARNED: Final[set[tuple[Path, int | None]]] = set()
+_WARNED: Final[dict[tuple[str, int | None], object]] = {}
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,9 @@ class ShardCache:
 
     def _warn(self, url: str, error: OSError) -> None:
         """Log once for each cause that shards are not kept."""
-        cause = (self.folder, error.errno)
-        if cause not in _WARNED:
-            _WARNED.add(cause)
+        # Several threads may fail at the same time.
+        first = object()
+        if _WARNED.setdefault((str(self.folder), error.errno), first) is first:
             _logger.warning(
                 "%s: %s: not kept in the cache %s, and so are others: make room, lower cache_bytes, or give a folder "
                 "that may be written",
