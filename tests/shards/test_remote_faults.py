@@ -296,6 +296,19 @@ def test_a_deadline_ends_a_read_that_gets_no_answer(server: Faulty) -> None:
 # --- what is wrong is never taken
 
 
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_a_read_that_has_failed_is_not_begun_again(server: Faulty, tmp_path: Path, *, is_cached: bool) -> None:
+    """Red when a shard that could not be opened with others was opened again alone: a batch had two deadlines."""
+    transport = Transport(timeout=100, retries=2, backoff=0, patience=0)
+    dataset = open_dataset(server, transport=transport, cache=tmp_path if is_cached else None)
+    server.behave(every={"503": (1, 0)})
+    server.log()
+    with pytest.raises(OSError, match="3 tries"):
+        dataset.__getitems__(range(COUNT))[0]
+    tried = Counter(entry["name"] for entry in server.log())
+    assert max(tried.values()) <= 6
+
+
 @layouts
 def test_a_damaged_body_is_read_once_more(server: Faulty, layout: str) -> None:
     dataset = open_dataset(server, layout, transport=PATIENT)
