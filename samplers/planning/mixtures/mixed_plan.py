@@ -156,10 +156,14 @@ class MixedPlan:
         return max(1, round(float(counts @ np.array(rows))))
 
     @property
+    def batch_shares(self) -> Floats:
+        """The part of all batches that are of each stream, in the long run: float64 `[streams]`; the sum is 1."""
+        parts: Floats = self.shares / self._units_per_batch_of
+        return parts / parts.sum()
+
+    @property
     def _mean_counts(self) -> Floats:
-        counts: Floats = self.shares / self._units_per_batch_of
-        counts *= self.batches / counts.sum()
-        return counts
+        return self.batches * self.batch_shares
 
     @cached_property
     def lengths_digest(self) -> str:
@@ -309,6 +313,10 @@ def _count_epoch(plan: MixedPlan, num_replicas: int) -> int:
         stream.batches_within(share * total) for stream, share in zip(plan.streams, plan.shares.tolist(), strict=True)
     ]
     batches = max(1, sum(within))
+    if step < 0:
+        # Also in the mean of all epochs no source has more than its passes. A whole number may be off by rounding.
+        most_batches = np.array([stream.batches_per_pass for stream in plan.streams]) * passes
+        batches = min(batches, int((most_batches / plan.batch_shares).min() + 1e-6))
     # Rounding may give a source a batch more than its passes, or a batch less.
     while batches > 1 or step > 0:
         counts = replace(plan, stage=Stage(0, batches), _boundaries={}).counts_after(1)
@@ -356,11 +364,11 @@ def _check_passes(plan: MixedPlan) -> None:
     Raises:
         ValueError: One does.
     """
-    counts = plan.counts_after(1)
-    for stream, count, share in zip(plan.streams, counts.tolist(), plan.shares.tolist(), strict=True):
+    first, mean = plan.counts_after(1).tolist(), (plan.batches * plan.batch_shares).tolist()
+    for stream, count, usual, share in zip(plan.streams, first, mean, plan.shares.tolist(), strict=True):
         most = plan.mixture.passes.get(stream.name)
-        needed = count / stream.batches_per_pass
-        if most is not None and needed > most and count > 1:
+        needed = max(count if count > 1 else 0, usual - 1e-6) / stream.batches_per_pass
+        if most is not None and needed > most:
             raise ValueError(
                 f"passes[{stream.name!r}] must be at least {needed:.3g}, got {most:g}: an epoch of {plan.batches} "
                 f"batches gives the source a share of {share:.4g} of the {plan.mixture.unit}, and one pass of it has "

@@ -100,3 +100,23 @@ def test_a_source_that_drop_last_empties_is_named_within_samples() -> None:
     mixture = Mixture({"a": [5] * 20, "b": [3, 4]}, within="sample")
     with pytest.raises(ValueError, match="source 'b': no batch is left to plan: drop_last drops all 2 samples"):
         LengthBucketBatchSampler(mixture, batch_size=3, drop_last=True)
+
+
+@pytest.mark.parametrize(("size", "others", "share"), [(2, 4, 0.5), (3, 4, 0.6), (4, 7, 0.5), (5, 2, 0.3)])
+def test_many_epochs_have_no_more_passes_than_allowed(size: int, others: int, share: float) -> None:
+    """Three were red: only the first epoch was bounded, and twelve had up to eighteen passes."""
+    sources = {"a": [5] * size} | {f"b{number}": [5] * 200 for number in range(others)}
+    weights = {name: share if name == "a" else (1 - share) / others for name in sources}
+    sampler = LengthBucketBatchSampler(Mixture(sources, weights=weights), batch_size=1)
+    times = 0
+    for epoch in range(1, 13):
+        times += sum(sample < size for [sample] in sampler)
+        assert times <= size * epoch + 1
+
+
+def test_a_bound_of_passes_holds_in_the_mean_of_epochs() -> None:
+    """It was red: the first epoch had five of 5.4 batches in the mean."""
+    sources = {"a": [5] * 5, "b": [5] * 5}
+    mixture = Mixture(sources, weights={"a": 54, "b": 46}, passes={"a": 1}, stop=10)
+    with pytest.raises(ValueError, match=r"passes\['a'\] must be at least 1.08, got 1"):
+        LengthBucketBatchSampler(mixture, batch_size=1)
