@@ -13,7 +13,7 @@ from samplers.planning.budget import Floats, Integers
 from samplers.planning.keyed_shuffle import derive_key
 from samplers.planning.mixtures.mixture import Mixture
 from samplers.planning.mixtures.sequence import MixedEpoch, lay_out
-from samplers.planning.mixtures.shares import count_batches_of
+from samplers.planning.mixtures.shares import count_batches_of, spread_phases
 from samplers.planning.mixtures.streams import Cut, SourceStream, StreamStart
 from samplers.planning.options import EpochOptions, check_indices
 from samplers.planning.sorting import IndexedLengths, Lengths, digest_lengths
@@ -280,6 +280,9 @@ def make_plan(mixture: Mixture, streams: Sequence[SourceStream], num_replicas: i
     units = dict(zip((stream.name for stream in streams), (stream.units_per_pass for stream in streams), strict=True))
     all_shares = mixture.shares_of([int(units.get(name, 0)) for name in mixture.names])
     shares = all_shares[[name in units for name in mixture.names]]
+    per_batch = np.array([stream.units_per_pass / stream.batches_per_pass for stream in streams])
+    phases = spread_phases(per_batch / shares)
+    streams = [replace(stream, phase=phase) for stream, phase in zip(streams, phases, strict=True)]
     plan = MixedPlan(mixture, tuple(streams), shares / shares.sum())
     if isinstance(mixture.stop, int):
         batches = mixture.stop * num_replicas
@@ -314,9 +317,10 @@ def _count_epoch(plan: MixedPlan, num_replicas: int) -> int:
     ]
     batches = max(1, sum(within))
     if step < 0:
-        # Also in the mean of all epochs no source has more than its passes. A whole number may be off by rounding.
+        # Also in the mean of all epochs no source has more than its passes, unless an epoch is a single step. A whole
+        # number may be off by rounding.
         most_batches = np.array([stream.batches_per_pass for stream in plan.streams]) * passes
-        batches = min(batches, int((most_batches / plan.batch_shares).min() + 1e-6))
+        batches = min(batches, max(num_replicas, int((most_batches / plan.batch_shares).min() + 1e-6)))
     # Rounding may give a source a batch more than its passes, or a batch less.
     while batches > 1 or step > 0:
         counts = replace(plan, stage=Stage(0, batches), _boundaries={}).counts_after(1)

@@ -120,3 +120,17 @@ def test_a_bound_of_passes_holds_in_the_mean_of_epochs() -> None:
     mixture = Mixture(sources, weights={"a": 54, "b": 46}, passes={"a": 1}, stop=10)
     with pytest.raises(ValueError, match=r"passes\['a'\] must be at least 1.08, got 1"):
         LengthBucketBatchSampler(mixture, batch_size=1)
+
+
+@pytest.mark.parametrize(("others", "share", "steps"), [(7, 0.5, 8), (30, 0.5, 40), (100, 0.5, 50)])
+def test_many_equal_sources_keep_shares_over_short_epochs(others: int, share: float, steps: int) -> None:
+    """It was red: sources of one share had their batches all at once, and another was off by up to 25 batches."""
+    sources = {"a": [5] * 400} | {f"b{number}": [5] * 200 for number in range(others)}
+    shares = np.array([share] + [(1 - share) / others] * others)
+    mixture = Mixture(sources, weights=dict(zip(sources, shares.tolist(), strict=True)), stop=steps)
+    sampler = LengthBucketBatchSampler(mixture, batch_size=1)
+    taken = np.zeros(len(shares))
+    for _ in range(12):
+        for [sample] in sampler:
+            taken[np.searchsorted(mixture.starts, sample, side="right") - 1] += 1
+            assert np.abs(taken - taken.sum() * shares).max() <= 1.01
