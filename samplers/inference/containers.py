@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol, TypeAlias
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -136,6 +138,16 @@ class MemoryContainer:
             )
 
 
+@dataclass
+class _Waiting:
+    """Outputs that wait for a flush, and the name of the part that they will be."""
+
+    pieces: list[OutputArrays] = field(default_factory=list)
+    bytes: int = 0
+    # Any process may write, whenever it started: a random name is no one's yet.
+    part: str = field(default_factory=lambda: uuid4().hex)
+
+
 class FileContainer:
     """Parts next to a file, which they become at the end.
 
@@ -159,8 +171,7 @@ class FileContainer:
         self._result, self._folder = result, folder
         self._flush_seconds = flush_seconds
         self._meet, self._is_first = meet, is_first
-        self._waiting: list[OutputArrays] = []
-        self._bytes = 0
+        self._waiting = _Waiting()
         self._last_flush = time.monotonic()
         self._schema: OutputSchema | None = None
         self.done = np.zeros(folder.record.samples, np.bool_)
@@ -207,17 +218,19 @@ class FileContainer:
         self._result.check_storable(arrays.schema)
         self._schema = self._schema or arrays.schema
         check_same_schema(arrays.schema, self._schema, f"for sample {outputs.samples[0]}")
-        self._waiting.append(arrays)
-        self._bytes += arrays.values.nbytes
+        self._waiting.pieces.append(arrays)
+        self._waiting.bytes += arrays.values.nbytes
         is_due = time.monotonic() - self._last_flush >= self._flush_seconds
-        if is_due or self._bytes >= _LARGEST_BUFFER:
+        if is_due or self._waiting.bytes >= _LARGEST_BUFFER:
             self.flush()
 
     def flush(self) -> None:
         """Write a part."""
-        if self._waiting:
-            self._folder.write(join_arrays(self._waiting))
-        self._waiting, self._bytes = [], 0
+        # Interrupted behind the write, it is written again under the same name: a second part with these samples would
+        # be refused for ever.
+        if self._waiting.pieces:
+            self._folder.write(self._waiting.part, join_arrays(self._waiting.pieces))
+        self._waiting = _Waiting()
         self._last_flush = time.monotonic()
 
     def finish(self) -> Any:

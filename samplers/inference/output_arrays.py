@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from samplers.inference.outputs import Outputs
@@ -93,12 +92,13 @@ def to_numpy(value: object) -> AnyArray:
         TypeError: There is no such type in NumPy, as for bfloat16, or it is an object.
     """
     if isinstance(value, Tensor):
-        if value.dtype == torch.bfloat16 or value.layout != torch.strided:
+        try:
+            return value.numpy()
+        except TypeError as error:
             raise TypeError(
                 f"outputs must have a dtype and layout that NumPy has, got {value.dtype} {value.layout}: return "
                 'output.float(), or keep tensors in memory with container="torch"'
-            )
-        return value.numpy()
+            ) from error
     array = np.asarray(value)
     if array.dtype.kind not in "biufc":
         raise TypeError(

@@ -10,7 +10,7 @@ Of six samples two are done; the others come longest first, in batches of at mos
 
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any, TypedDict, cast
+from typing import Any, Final, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,11 @@ from collate.widths import Widths
 from samplers.planning.budget import Cost, Count, Integers
 from samplers.planning.options import PlanOptions, make_options
 from samplers.planning.plan import BatchPlan
-from samplers.planning.sorting import IndexedLengths, Lengths
+from samplers.planning.sorting import IndexedLengths, Lengths, as_length_array, refuse_negative
 from samplers.planning.tables.pool_table import choose_table
 from samplers.sources.lengths_of import lengths_of
+
+_FIXED: Final[PlanOptions] = {"shuffle": False, "overlong": "alone"}
 
 
 class InferenceBudget(TypedDict, total=False):
@@ -37,14 +39,16 @@ class InferenceBudget(TypedDict, total=False):
 
 
 def check_budget(budget: InferenceBudget) -> None:
-    """Check the names of a budget's options: those of training, such as `shuffle`, mean nothing here.
+    """Check a budget's options: those of training, such as `shuffle`, mean nothing here.
 
     Raises:
-        TypeError: An option is unknown.
+        TypeError: An option is unknown or has the wrong type.
+        ValueError: There is no budget, or an option is out of its range.
     """
     unknown = sorted(budget.keys() - InferenceBudget.__annotations__.keys())
     if unknown:
         raise TypeError(f"options must be among {', '.join(InferenceBudget.__annotations__)}, got {', '.join(unknown)}")
+    make_options(cast("PlanOptions", {**budget, **_FIXED}))
 
 
 def find_lengths(dataset: Any, lengths: Lengths | None) -> tuple[Lengths, Integers]:
@@ -55,7 +59,9 @@ def find_lengths(dataset: Any, lengths: Lengths | None) -> tuple[Lengths, Intege
         lengths: None takes those of its index, or of its only column of lists.
 
     Raises:
-        ValueError: They cannot be found, or are not as many as the samples.
+        LengthError: One is negative.
+        TypeError: They are not integers.
+        ValueError: They cannot be found, are not as many as the samples, or have another shape.
     """
     if lengths is None:
         index = getattr(dataset, "index", None)
@@ -63,6 +69,9 @@ def find_lengths(dataset: Any, lengths: Lengths | None) -> tuple[Lengths, Intege
     array = np.asarray(lengths.lengths if isinstance(lengths, IndexedLengths) else lengths)
     if len(array) != len(dataset):
         raise ValueError(f"lengths must be those of the dataset's {len(dataset)} samples, got {len(array)}")
+    if len(array):
+        # Now: what is wrong must not have begun a file, which belongs to these lengths from then on.
+        refuse_negative(array := as_length_array(lengths), None)
     return lengths, array
 
 
@@ -100,8 +109,7 @@ class RemainingBatches:
     ) -> None:
         remaining = None if not done.any() else np.flatnonzero(~done)
         self._rank, self._num_replicas = rank, num_replicas
-        fixed: PlanOptions = {"shuffle": False, "overlong": "alone", "indices": remaining}
-        options = make_options(cast("PlanOptions", {**budget, **fixed}))
+        options = make_options(cast("PlanOptions", {**budget, **_FIXED, "indices": remaining}))
         self._plan = None if done.all() else BatchPlan(choose_table(lengths, options), 0, 1)
 
     def __len__(self) -> int:

@@ -4,7 +4,6 @@ import os
 import shutil
 from pathlib import Path
 from typing import Any, BinaryIO, Final
-from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -77,14 +76,13 @@ class RunFolder:
             done[samples] = True
         return done
 
-    def write(self, arrays: OutputArrays) -> None:
-        """Add a part.
+    def write(self, name: str, arrays: OutputArrays) -> None:
+        """Write a part; one of that name is replaced.
 
         Raises:
             OSError: It cannot be written; the error names the file.
         """
-        # Any process may write, whenever it started: a random name is no one's yet.
-        write_part(self.path / f"{uuid4().hex}{PART_SUFFIX}", arrays)
+        write_part(self.path / f"{name}{PART_SUFFIX}", arrays)
 
     def list_parts(self) -> list[Path]:
         """All parts; in a fixed order, so that messages are the same each time."""

@@ -35,7 +35,8 @@ class RunRecord:
         """The record of a run over these lengths, int64 `[N]` or `[N, K]` as an array."""
         if isinstance(lengths, IndexedLengths):
             return cls(name, len(array), lengths.fingerprint)
-        return cls(name, len(array), blake2b(np.ascontiguousarray(array).data, digest_size=8).hexdigest())
+        # The same lengths in a list, an array of int32 or a tensor are one run.
+        return cls(name, len(array), blake2b(np.ascontiguousarray(array, np.int64).data, digest_size=8).hexdigest())
 
     def check(self, fields: dict[str, Any], path: Path) -> None:
         """Check that a file is of this run.

@@ -236,8 +236,9 @@ class SampleReader:
         try:
             check_block(file, self.tables, block, self.columns)
         except ValueError:
-            if not (isinstance(file, CachedFile) and file.drop()):
+            if not isinstance(file, CachedFile):
                 raise
+            file.drop()
             check_block(file, self.tables, block, self.columns)
         self._checked[block] = True
 

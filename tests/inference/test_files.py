@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ordered_runs import LENGTHS, run, running, sequences, texts, total_of, totals, unfinished
@@ -16,6 +17,7 @@ from torch import Tensor
 from collate import LengthTrackedBatch, PadCollator
 from samplers import run_in_order
 from samplers.inference.parts import read_part, read_part_samples
+from samplers.shards.storage import atomic
 
 
 @settings(max_examples=15)
@@ -70,6 +72,46 @@ def test_what_was_written_is_not_computed_again(
     # A finished run is opened, not run.
     again = run(partial(step, left=[]), rows, max_tokens=second, **options)
     assert again.tolist() == found.tolist()
+
+
+def test_an_interrupt_behind_a_write_leaves_no_sample_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red when the part was written again under another name: its samples were in two parts, which is refused."""
+    rows, out = sequences([5, 4, 3, 5, 2, 1]), tmp_path / "a.npy"
+    sync, parts = atomic._sync_folder, []
+
+    def interrupt(folder: Path) -> None:
+        sync(folder)
+        parts.append(folder)
+        # The first is the record.
+        if len(parts) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(atomic, "_sync_folder", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(totals, rows, max_tokens=7, out=out, flush_seconds=0)
+    computed: list[int] = []
+
+    def step(batch: LengthTrackedBatch) -> Tensor:
+        computed.append(len(batch))
+        return totals(batch)
+
+    found = run(step, rows, max_tokens=7, out=out, flush_seconds=0)
+    assert found.tolist() == [total_of(row).tolist() for row in rows]
+    assert 0 < sum(computed) < len(rows)
+
+
+def test_wrong_lengths_begin_no_file_and_equal_ones_are_one_run(tmp_path: Path) -> None:
+    """Red when a call with wrong lengths left a run behind, and lengths as int32 were another run than as a list."""
+    rows, out = sequences([5, 4, 3, 5]), tmp_path / "a.npy"
+    for wrong in ([5, 4, 3, -5], np.array([5.0, 4.0, 3.0, 5.0])):
+        with pytest.raises((ValueError, TypeError), match="lengths must be"):
+            run(totals, rows, lengths=wrong, max_tokens=7, out=out)
+    with pytest.raises(ValueError, match="a budget must be given"):
+        run(totals, rows, out=out)
+    assert list(tmp_path.iterdir()) == []
+    found = run(totals, rows, lengths=[5, 4, 3, 5], max_tokens=7, out=out)
+    for same in (np.array([5, 4, 3, 5], np.int32), torch.tensor([5, 4, 3, 5])):
+        assert run(lambda _: 1 / 0, rows, lengths=same, max_tokens=7, out=out).tolist() == found.tolist()
 
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [

@@ -223,7 +223,7 @@ def test_a_step_may_write_its_results_to_the_same_memory(kind: Callable[[Any], A
     buffer = np.empty((3, 1))
 
     def step(batch: LengthTrackedBatch) -> Any:
-        buffer[: len(batch), 0] = batch.lengths
+        buffer[: len(batch), 0] = batch.lengths.numpy()
         return kind(buffer[: len(batch)])
 
     found = run(step, sequences([3, 1, 4, 1, 5, 9]), batch_size=3, container=container)

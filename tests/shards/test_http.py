@@ -16,6 +16,7 @@ from served import Served, serving
 from torch.utils.data import DataLoader
 
 from samplers import LengthBucketBatchSampler, LengthIndex, ShardDataset, ShardStream, ShardWriter
+from samplers.shards.indexing.index import _names_of
 from samplers.shards.storage.reading import open_file
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -185,6 +186,24 @@ def test_redirects_and_queries_are_followed(folder: Path, server: Any) -> None:
     assert_same(ShardDataset(signed, built)[41], ShardDataset(index)[41])
 
 
+def test_an_index_without_signatures_reads_signed_urls(folder: Path, server: Any, tmp_path: Path) -> None:
+    """Red when a signature was part of a shard's name, and a missing shard was a wildcard that matches nothing."""
+    index = LengthIndex.open(folder / "blocks.ltx")
+    signed = [server.url(f"blocks-00000{shard}.tar?token=1&key=secret", "signed") for shard in range(3)]
+    assert_same(ShardDataset(signed, index, cache=tmp_path)[41], ShardDataset(folder / "blocks.ltx")[41])
+    stale = [url.replace("token=1", "token=2") for url in signed]
+    gone = [url.replace("/signed/", "/signed/gone/") for url in signed]
+    for urls, error in ((stale, PermissionError), (gone, FileNotFoundError)):
+        with pytest.raises(error, match=r"blocks-000001.tar\?\.\.\.") as caught:
+            ShardDataset(urls, index)[25]
+        assert "secret" not in str(caught.value)
+    with pytest.raises(ValueError, match="give the same shards in the same order") as swapped:
+        index.moved_to(signed[::-1])
+    assert "secret" not in str(swapped.value)
+    # Where the query is the name, it counts.
+    assert _names_of([f"http://host/get?file={letter}.tar" for letter in "ab"]) == ["get?file=a.tar", "get?file=b.tar"]
+
+
 @layouts
 def test_a_server_without_ranges_is_refused_by_place_and_does_for_a_stream(
     folder: Path, server: Any, layout: str
@@ -232,7 +251,7 @@ def test_a_shard_that_cannot_be_had_is_named_with_the_reason(
         dataset[50]
     with pytest.raises(OSError, match=f"/{manner}/lost-00000[01].tar"):
         list(ShardStream(shards, index, collate_fn=list, max_tokens=100_000))
-    with pytest.raises(OSError, match=f"/{manner}/lost-000000.tar"):
+    with pytest.raises(OSError, match=f"/{manner}/lost-00000[01].tar"):
         LengthIndex.build(shards)
 
 

@@ -7,6 +7,7 @@ be sent together.
 import copy
 import pickle
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -214,6 +215,25 @@ def test_workers_read_along_the_plan_over_epochs_and_jumps(server: Faulty, folde
         assert list(loader) == [[names[row] for row in batch] for batch in sampler.plan(epoch).batches]
     sampler.seek(sampler.position(5))
     assert list(loader) == [[names[row] for row in batch] for batch in list(sampler.plan(2).batches)[5:]]
+
+
+def test_a_step_of_another_epoch_is_not_taken_from_this_one(server: Faulty) -> None:
+    """Red when what was read ahead went by its step alone: step 5 of the next epoch gave step 5 of this one."""
+    dataset = ShardDataset(server.url("plain.ltx"), transport=PATIENT)
+    sampler = LengthBucketBatchSampler(dataset.index, batch_size=8)
+    dataset.follow(sampler)
+    dataset.__getitems__(next(iter(sampler)))
+    # A resumed loop of another library takes batches from the sampler, and skips the first ones.
+    skipped = list(sampler)[5]
+    assert keys(list(dataset.__getitems__(skipped))) == [f"k{row}" for row in skipped]
+    # Two epochs side by side, and two in different threads.
+    epochs = [list(sampler.plan(epoch).batches) for epoch in (1, 2)]
+    for pair in zip(*epochs, strict=True):
+        for batch in pair:
+            assert keys(list(dataset.__getitems__(batch))) == [f"k{row}" for row in batch]
+    with ThreadPoolExecutor(4) as pool:
+        read = list(pool.map(lambda batch: keys(list(dataset.__getitems__(batch))), epochs[0] + epochs[1]))
+    assert read == [[f"k{row}" for row in batch] for batch in epochs[0] + epochs[1]]
 
 
 def test_a_dataset_reads_what_the_plan_does_not_have(server: Faulty) -> None:

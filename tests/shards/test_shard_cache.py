@@ -1,5 +1,6 @@
 """A folder in which the processes of a machine keep remote shards: what is read is what was written."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from samplers import LengthBucketBatchSampler, ShardDataset, ShardStream, Transport
 from samplers.shards.storage import shard_cache
+from samplers.shards.storage.atomic import AtomicFile
 from samplers.shards.storage.locks import lock
 
 SHARDS, EACH = 8, 6
@@ -243,6 +245,87 @@ def test_killed_readers_leave_nothing_that_is_read(server: Faulty, tmp_path: Pat
     assert_all_once(list(dataset.__getitems__(range(COUNT))))
     assert len(shard_files(cache)) == SHARDS
     assert not any(path.name.endswith(".tmp") for path in cache.iterdir())
+
+
+def test_threads_that_find_one_damaged_file_all_read_the_shard(server: Faulty, tmp_path: Path) -> None:
+    """Red when only the thread that found the damage first read again: the others raised."""
+    dataset = ShardDataset(server.url("blocks.ltx"), transport=PATIENT, cache=tmp_path)
+    dataset.__getitems__(range(COUNT))[0]
+    for path in shard_files(tmp_path):
+        path.write_bytes(bytes(255 - byte for byte in path.read_bytes()))
+    server.behave(latency=0.05)
+    dataset = ShardDataset(server.url("blocks.ltx"), transport=PATIENT, cache=tmp_path)
+    sampler = LengthBucketBatchSampler(dataset.index, batch_size=4)
+    assert_all_once(epoch(DataLoader(dataset.follow(sampler), batch_sampler=sampler, collate_fn=list)))
+
+
+def test_a_cache_that_cannot_be_written_is_read_and_no_more(
+    server: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Red when shards in a read-only cache, and those of another user, were an error."""
+    dataset = ShardDataset(server.url("blocks.ltx"), transport=PATIENT, cache=tmp_path / "cache")
+    dataset.__getitems__(range(EACH))[0]
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    server.log()
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_cache, "AtomicFile", refuse)
+        patch.setattr(shard_cache.os, "utime", refuse)
+        dataset = ShardDataset(server.url("blocks.ltx"), transport=PATIENT, cache=tmp_path / "cache")
+        assert len(list(dataset.__getitems__(range(EACH)))) == EACH
+        assert {entry["name"] for entry in server.log()} == {"blocks.ltx"}
+        assert_all_once(list(dataset.__getitems__(range(COUNT))))
+    assert len(shard_files(tmp_path / "cache")) == 1
+    # A limit of the size of files (RLIMIT_FSIZE).
+    with monkeypatch.context() as patch:
+        patch.setattr(AtomicFile, "rename", lambda _: refuse())
+        dataset = ShardDataset(server.url("blocks.ltx"), transport=PATIENT, cache=tmp_path / "limited")
+        assert_all_once(list(dataset.__getitems__(range(COUNT))))
+    assert [path.name for path in (tmp_path / "limited").iterdir()] == ["lock"]
+    # Once for each folder, and not for each shard and batch.
+    assert sum("not kept in the cache" in message for message in caplog.messages) == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux")
+def test_a_process_that_was_forked_does_not_hold_the_lock(tmp_path: Path) -> None:
+    """Red when the lock went with the open file: each shard then waited ten seconds for a worker to end."""
+    with shard_cache._locked(tmp_path / "lock"):
+        [held] = [int(each.name) for each in Path("/proc/self/fd").iterdir() if each.resolve() == tmp_path / "lock"]
+        # As a forked process has it.
+        inherited = os.dup(held)
+    with (tmp_path / "lock").open("ab") as stream:
+        assert lock(stream) is True
+    os.close(inherited)
+
+
+def test_an_interrupt_does_not_wait_for_a_server_without_answer(tmp_path: Path) -> None:
+    """Red when shards were fetched by a pool that waits for its threads: here for ever."""
+    program = """
+import _thread, sys, threading
+import numpy as np
+from samplers import LengthIndex, ShardDataset, ShardWriter
+from samplers.shards.opening.open_shards import OpenShards
+
+def wait(*_):
+    _thread.interrupt_main()
+    threading.Event().wait()
+
+with ShardWriter("memory://corpus", max_samples=2) as writer:
+    for number in range(6):
+        writer.write({"__key__": str(number), "x": np.arange(number)})
+dataset = ShardDataset("memory://corpus/shard.ltx", cache=sys.argv[1])
+OpenShards.fetch = wait
+try:
+    dataset.__getitems__(range(6))[0]
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
 
 
 def test_wrong_options_of_a_cache_are_refused(server: Faulty, tmp_path: Path) -> None:

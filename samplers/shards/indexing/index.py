@@ -331,7 +331,7 @@ class LengthIndex:
         """
         paths = expand_shards(shards, self._transport)
         # File names must agree: shards in another order would give wrong samples without an error.
-        names = [[PurePosixPath(path).name for path in paths_] for paths_ in (self.shards, paths)]
+        names = [_names_of(self.shards), _names_of(paths)]
         if names[0] != names[1]:
             raise ValueError(
                 f"the index is of {len(names[0])} shards, {names[0][:3]}..., given are {len(names[1])}, {names[1][:3]}"
@@ -346,6 +346,14 @@ class LengthIndex:
         if self._path is None:
             return _restore, (self._tables, self._transport)
         return _reopen, (self._path, self.fingerprint, self.shards if self._moved else None, self._transport)
+
+
+def _names_of(paths: Sequence[str]) -> list[str]:
+    """The file names of shards: of URLs without their queries, which may be signatures."""
+    whole = [PurePosixPath(path).name for path in paths]
+    plain = [PurePosixPath(path.partition("?")[0] if "://" in path else path).name for path in paths]
+    # Of /get?file=a and /get?file=b the queries are the names.
+    return plain if len(set(plain)) == len(set(whole)) else whole
 
 
 def tables_of(index: LengthIndex) -> Tables:

@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from errno import EMFILE, ENFILE
 from functools import lru_cache, partial
 from importlib import import_module
 from itertools import pairwise
+from operator import itemgetter
 from threading import Lock
 from time import perf_counter_ns
 from typing import Any, Final, TypeAlias, cast
@@ -18,9 +18,11 @@ from samplers.shards.format.npy import AnyArray
 from samplers.shards.indexing.index_file import REBUILD
 from samplers.shards.indexing.tables import Tables
 from samplers.shards.storage.network.counts import HERE, UNCOUNTED, Counts
+from samplers.shards.storage.network.failures import shown
 from samplers.shards.storage.network.fetched import FetchedFile
 from samplers.shards.storage.network.remote import RemoteFile, find_infos
 from samplers.shards.storage.network.transport import DEFAULT, Transport
+from samplers.shards.storage.process_pool import run_in_threads
 from samplers.shards.storage.reading import RandomAccess, is_remote, open_file
 from samplers.shards.storage.shard_cache import CachedFile, ShardCache
 
@@ -28,8 +30,6 @@ from samplers.shards.storage.shard_cache import CachedFile, ShardCache
 # other files too.
 HANDLES: Final = 128
 _SHARE: Final = 8
-# Shards that are fetched for the cache at a time.
-_FETCHES: Final = 8
 
 # Open shards, and the part of a batch that is read from each.
 Files: TypeAlias = list[tuple[RandomAccess, slice]]
@@ -107,8 +107,7 @@ class OpenShards:
         if not self._is_local and self._cache is not None:
             # Shards that are not in the cache are fetched side by side.
             begin = perf_counter_ns()
-            with ThreadPoolExecutor(min(_FETCHES, len(shards))) as pool:
-                files = list(pool.map(self._try_open, shards))
+            files = [file for _, file in sorted(run_in_threads(self._try_open, shards), key=itemgetter(0))]
             if not HERE.in_background:
                 self._counts.add("waited", perf_counter_ns() - begin)
             pairs = zip(shards, files, pairwise(borders), strict=True)
@@ -133,6 +132,9 @@ class OpenShards:
             self._counts.add("cache_hits")
         else:
             version = f"{indexed.digest} {indexed.fingerprint}"
+            if self._tables.crcs is None:
+                # No checksum would tell the shards /get?file=a and /get?file=b from each other.
+                version += indexed.path.partition("?")[2]
             opened = self._cache.open(indexed.path, version, indexed.size, partial(self.fetch, shard))
             if not isinstance(opened, CachedFile):
                 return opened
@@ -168,7 +170,7 @@ class OpenShards:
             file = self._open(indexed.path)
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"no shard {indexed.path}, which the index lists: put it back, give shards= their new paths, or "
+                f"no shard {shown(indexed.path)}, which the index lists: put it back, give shards= their new paths, or "
                 f"{REBUILD}"
             ) from None
         if file.size != indexed.size:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from queue import SimpleQueue
-from threading import Thread
+from threading import Lock, Thread
 from time import perf_counter_ns
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 from weakref import finalize
@@ -22,7 +22,7 @@ _THREADS: Final = 8
 
 
 class ReadAhead(Generic[Result]):
-    """Results of calls that were made in advance. It belongs to the thread and the process that made it.
+    """Results of calls that were made in advance. It belongs to the process that made it.
 
     Args:
         limit: Bytes of results that are ready or being made. One call is always made, however large its result.
@@ -33,6 +33,7 @@ class ReadAhead(Generic[Result]):
         self._limit, self._counts = limit, counts
         self._results: dict[Hashable, tuple[Future[Result], int]] = {}
         self._bytes = 0
+        self._lock = Lock()
         self._queue: _Queue = SimpleQueue()
         self._threads = 0
         finalize(self, _stop, self._queue)
@@ -60,21 +61,23 @@ class ReadAhead(Generic[Result]):
         Returns:
             False if there is no room for its result: try again after the next `take`.
         """
-        if self._results and self._bytes + size > self._limit:
-            return False
-        future: Future[Result] = Future()
-        self._results[key] = future, size
-        self._bytes += size
-        if self._threads < min(_THREADS, len(self._results)):
-            self._threads += 1
-            Thread(target=_call_all, args=(self._queue,), name="read ahead", daemon=True).start()
+        with self._lock:
+            if self._results and self._bytes + size > self._limit:
+                return False
+            future: Future[Result] = Future()
+            self._results[key] = future, size
+            self._bytes += size
+            if self._threads < min(_THREADS, len(self._results)):
+                self._threads += 1
+                Thread(target=_call_all, args=(self._queue,), name="read ahead", daemon=True).start()
         self._queue.put((call, future))
         return True
 
     def take(self, key: Hashable, call: Callable[[], Result]) -> Result:
         """The result of a call, which is forgotten; or its error. If it was not started, `call` is called here."""
-        future, size = self._results.pop(key, (None, 0))
-        self._bytes -= size
+        with self._lock:
+            future, size = self._results.pop(key, (None, 0))
+            self._bytes -= size
         if future is None:
             return call()
         begin = perf_counter_ns()
@@ -91,10 +94,11 @@ class ReadAhead(Generic[Result]):
 
     def forget(self) -> None:
         """Forget all results. Calls that have not begun are not made."""
-        for future, _ in self._results.values():
-            future.cancel()
-        self._results.clear()
-        self._bytes = 0
+        with self._lock:
+            for future, _ in self._results.values():
+                future.cancel()
+            self._results.clear()
+            self._bytes = 0
 
 
 def check_read_ahead(size: int) -> int:

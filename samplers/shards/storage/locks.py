@@ -1,6 +1,7 @@
 """Locks on files. The system releases a lock when its process ends, even by a kill."""
 
 import os
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, BinaryIO, Final
 
@@ -30,6 +31,16 @@ def lock(stream: BinaryIO) -> bool | None:
     if _FCNTL is not None:
         return _lock_file(stream)
     return None if _MSVCRT is None else _lock_byte(stream)
+
+
+def unlock(stream: BinaryIO) -> None:
+    """Give up a lock before the file is closed.
+
+    A process that was forked meanwhile has the file open too, and the lock with it, for as long as it lives.
+    """
+    if _FCNTL is not None:
+        with suppress(OSError):
+            _FCNTL.flock(stream.fileno(), _FCNTL.LOCK_UN)
 
 
 def _lock_file(stream: BinaryIO) -> bool | None:

@@ -9,7 +9,6 @@ import asyncio
 import os
 import shutil
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -22,10 +21,10 @@ from samplers.shards.storage.network.fetched import FetchedFile
 from samplers.shards.storage.network.remote import RemoteFile, file_system, is_async, is_http
 from samplers.shards.storage.network.requests import Request, gate_of, send_all
 from samplers.shards.storage.network.transport import DEFAULT, Transport
+from samplers.shards.storage.process_pool import run_in_threads
 
 # A client does not tell how far it is. It may take a second for each MiB.
 _SLOWEST: Final = 1 << 20
-_DOWNLOADS: Final = 16
 _SHARD: Final = ".tar"
 _INDEX: Final = ".ltx"
 
@@ -75,8 +74,8 @@ class Mirror:
                 self._make_hole(self.folder / name, size)
             else:
                 whole.append((name, size))
-        with ThreadPoolExecutor(_DOWNLOADS) as pool:
-            list(pool.map(self._download, whole))
+        for _ in run_in_threads(self._download, whole):
+            pass
 
     def push(self, paths: Iterable[Path]) -> None:
         """Send files: first the shards, in their order, then all others side by side.

@@ -7,6 +7,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Final
 
+from samplers.shards.storage.network.failures import shown
 from samplers.shards.storage.network.remote import find_matches
 from samplers.shards.storage.network.transport import DEFAULT, Transport
 from samplers.shards.storage.reading import Shards
@@ -95,7 +96,9 @@ def _look_up(pattern: str, transport: Transport) -> list[str]:
         FileNotFoundError: A wildcard matches nothing.
     """
     if "://" in pattern:
-        if not _WILD.search(pattern):
+        # Over HTTP a question mark begins a query, such as a signature.
+        plain = pattern.partition("?")[0] if pattern.lower().startswith(("http://", "https://")) else pattern
+        if not _WILD.search(plain):
             return [pattern]
         paths = find_matches(pattern, transport)
     elif Path(pattern).exists():
@@ -105,7 +108,7 @@ def _look_up(pattern: str, transport: Transport) -> list[str]:
     else:
         paths = _glob(Path(pattern))
     if not paths:
-        raise FileNotFoundError(f"no file matches {pattern}")
+        raise FileNotFoundError(f"no file matches {shown(pattern)}")
     return sorted(paths)
 
 

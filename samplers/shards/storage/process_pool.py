@@ -9,11 +9,12 @@ import pickle
 import signal
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor
 from contextlib import suppress
 from itertools import islice
 from multiprocessing import Pipe, Process, parent_process
 from multiprocessing.connection import Connection, wait
+from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, Final, Generic, TypeVar
 
@@ -92,7 +93,9 @@ def run_in_processes(
 def run_in_threads(
     function: Callable[[ItemT], ResultT], items: Sequence[ItemT], *, unit: str = "item", progress: bool = False
 ) -> Generator[tuple[int, ResultT], None, None]:
-    """Call a function that waits for a network on every item, eight at a time. The first error ends it.
+    """Call a function that waits for a network on every item, eight at a time.
+
+    An error ends it: of several, that of the first item.
 
     >>> sorted(run_in_threads(abs, [-3, 5]))
     [(0, 3), (1, 5)]
@@ -105,16 +108,82 @@ def run_in_threads(
 
     Yields:
         Index of an item and its result, in the order of completion.
+
+    Raises:
+        KeyboardInterrupt: The program was interrupted; calls that wait for a network are left behind.
     """
-    pool = ThreadPoolExecutor(_THREADS)
+    jobs: SimpleQueue[tuple[int, ItemT]] = SimpleQueue()
+    done: SimpleQueue[tuple[int, Any, BaseException | None]] = SimpleQueue()
+    for job in enumerate(items):
+        jobs.put(job)
+    # The threads of `concurrent.futures` are waited for when the program ends, and after an interrupt: a server that
+    # does not answer would hold it.
+    threads = [
+        Thread(target=_call_each, args=(function, jobs, done), name="side by side", daemon=True)
+        for _ in range(min(_THREADS, len(items)))
+    ]
+    for thread in threads:
+        thread.start()
     try:
-        futures = {pool.submit(function, item): index for index, item in enumerate(items)}
         with tqdm(total=len(items), unit=unit, disable=not progress) as bar:
-            for future in as_completed(futures):
+            for _ in items:
+                index, result, error = _wait_for(done)
+                if error is not None:
+                    # Calls that run are waited for in any case: of several errors, the first item's is the one to tell.
+                    _end(jobs, threads)
+                    raise min([(index, error), *_errors(done)], key=lambda each: each[0])[1]
                 bar.update()
-                yield futures[future], future.result()
+                yield index, result
+    except KeyboardInterrupt:
+        threads = []
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        _end(jobs, threads)
+
+
+def _end(jobs: "SimpleQueue[Any]", threads: list[Thread]) -> None:
+    """Let threads end with the calls that they run now."""
+    with suppress(Empty):
+        while True:
+            jobs.get_nowait()
+    for thread in threads:
+        thread.join()
+
+
+def _errors(done: "SimpleQueue[Any]") -> Iterator[tuple[int, BaseException]]:
+    """The errors among the results that are there.
+
+    Yields:
+        The index of an item, and its error.
+    """
+    with suppress(Empty):
+        while True:
+            index, _, error = done.get_nowait()
+            if error is not None:
+                yield index, error
+
+
+def _call_each(
+    function: Callable[[ItemT], ResultT],
+    jobs: "SimpleQueue[tuple[int, ItemT]]",
+    done: "SimpleQueue[tuple[int, Any, BaseException | None]]",
+) -> None:
+    """What a thread does, until no item is left."""
+    with suppress(Empty):
+        while True:
+            index, item = jobs.get_nowait()
+            try:
+                done.put((index, function(item), None))
+            except BaseException as error:  # noqa: BLE001 - the caller raises it
+                done.put((index, None, error))
+
+
+def _wait_for(done: "SimpleQueue[Any]") -> Any:
+    """The next result."""
+    while True:
+        with suppress(Empty):
+            # Not for ever: Windows would not hear an interrupt.
+            return done.get(timeout=1)
 
 
 def shorten(value: object) -> str:

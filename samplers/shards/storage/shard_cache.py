@@ -11,15 +11,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from errno import EDQUOT, ENOSPC
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
+from threading import Lock
 from typing import Any, Final
 
 from collate.widths import check_count
 from samplers.shards.storage.atomic import TEMPORARY, AtomicFile, local_path, remove_leftover
-from samplers.shards.storage.locks import lock
+from samplers.shards.storage.locks import lock, unlock
 from samplers.shards.storage.network.counts import Counts
+from samplers.shards.storage.network.failures import shown
 from samplers.shards.storage.reading import RandomAccess, open_file
 
 _logger = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ _LOOK_SECONDS: Final = 0.02
 # How long it waits for another one that makes room.
 _LOCK_SECONDS: Final = 10.0
 _READ_AT_ONCE: Final = 1 << 24
+# Folders in which shards could not be kept, and why: what was logged.
+_WARNED: Final[set[tuple[Path, int | None]]] = set()
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,7 @@ class ShardCache:
     def _use(self, path: Path, url: str, fetch: Callable[[], RandomAccess]) -> RandomAccess:
         """Open a cached shard, and note that it was used."""
         try:
-            # The time of change tells which file was not used for longest.
-            os.utime(path)
+            _note_use(path)
             return CachedFile(open_file(str(path)), path, url, fetch)
         except FileNotFoundError:
             # Another process has removed it in this moment, to make room.
@@ -95,9 +97,17 @@ class ShardCache:
         Raises:
             FileExistsError: Another process is doing it, or has done it.
         """
-        # Somebody may have removed the folder to make room.
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = AtomicFile(path, replace=False)
+        try:
+            # Somebody may have removed the folder to make room.
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = AtomicFile(path, replace=False)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            # It may be read only. A run needs no cache.
+            self._warn(url, error)
+            self.counts.add("cache_misses")
+            return fetch()
         fetched = None
         try:
             self.counts.add("cache_misses")
@@ -114,12 +124,23 @@ class ShardCache:
             file.rename()
         except BaseException as error:
             file.discard()
-            if fetched is None or getattr(error, "errno", None) not in {ENOSPC, EDQUOT}:
+            if fetched is None or not isinstance(error, OSError):
                 raise
-            # A full disk does not end a run that needs no cache.
-            _logger.warning("%s: %s: not kept in the cache: make room, or lower cache_bytes", url, error)
+            # The disk is full, or a file may not be so large.
+            self._warn(url, error)
             return fetched
         return self._use(path, url, fetch)
+
+    def _warn(self, url: str, error: OSError) -> None:
+        """Log once for each cause that shards are not kept."""
+        cause = (self.folder, error.errno)
+        if cause not in _WARNED:
+            _WARNED.add(cause)
+            _logger.warning(
+                "%s: %s: not kept in the cache %s, and so are others: make room, lower cache_bytes, or give a folder "
+                "that may be written",
+                *(shown(url), error, self.folder),
+            )
 
     def _make_room(self, size: int, temporary: Path) -> bool:
         """Remove files until there is room for another one. False if the others are all being written."""
@@ -162,6 +183,7 @@ class CachedFile:
         self.path, self.size = url, file.size
         self._file, self._cached, self._fetch = file, path, fetch
         self._is_dropped = False
+        self._lock = Lock()
 
     def read(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes from `offset` on, fewer only at the end of the file."""
@@ -179,20 +201,20 @@ class CachedFile:
     def touch(self) -> bool:
         """Note that it is used. False if it is no longer in the cache, and should be closed to free the disk."""
         try:
-            os.utime(self._cached)
+            _note_use(self._cached)
         except FileNotFoundError:
             return False
         return True
 
-    def drop(self) -> bool:
-        """Remove a damaged file from the cache, and read the remote one from now on. False if it was done before."""
-        if self._is_dropped:
-            return False
-        self._is_dropped = True
-        with suppress(OSError):
-            self._cached.unlink(missing_ok=True)
-        self._file = self._fetch()
-        return True
+    def drop(self) -> None:
+        """Remove a damaged file from the cache, and read the remote one from now on."""
+        # Of several threads that find the damage, one fetches the shard, and all read it.
+        with self._lock:
+            if not self._is_dropped:
+                with suppress(OSError):
+                    self._cached.unlink(missing_ok=True)
+                self._file = self._fetch()
+                self._is_dropped = True
 
 
 def make_cache(folder: str | os.PathLike[str] | None, limit: int, patience: float, counts: Counts) -> ShardCache | None:
@@ -226,8 +248,24 @@ def _has_size(path: Path, size: int) -> bool:
     except FileNotFoundError:
         return False
     if not has_size:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
     return has_size
+
+
+def _note_use(path: Path) -> None:
+    """Note that a file was used: its time of change tells which one was not used for longest.
+
+    Raises:
+        FileNotFoundError: It is no longer there.
+    """
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        # It may be read only, or of another user.
+        return
 
 
 @contextmanager
@@ -241,4 +279,7 @@ def _locked(path: Path) -> Iterator[None]:
         give_up = time.monotonic() + _LOCK_SECONDS
         while lock(stream) is False and time.monotonic() < give_up:
             time.sleep(_LOOK_SECONDS)
-        yield
+        try:
+            yield
+        finally:
+            unlock(stream)
