@@ -186,3 +186,12 @@ def test_batches_and_numbers_that_are_not_there_are_refused() -> None:
     with pytest.raises(ValueError, match="values must be finite, got nan for sample 3"):
         updates.present.total([1.0] * 3 + [float("nan")] * 497)
     assert repr(updates).startswith("LoopUpdates(of Updates(")
+
+
+def test_labels_of_split_samples_are_those_of_their_pieces() -> None:
+    """It was red: the error spoke of more samples than there are, and not of pieces."""
+    sampler = PackingBatchSampler([50, 10], capacity=20, overlong="split")
+    with pytest.raises(ValueError, match=r"each of 5 samples, with the 3 pieces of split ones after them, got \[2\]"):
+        sampler.updates(accumulate=1, labels=[49, 9])
+    tokens = sampler.updates(accumulate=1, labels=[0, 9, 19, 19, 9]).present.tokens
+    assert tokens.sum() == sampler.updates(accumulate=1, labels=lambda lengths: lengths - 1).present.tokens.sum() == 56

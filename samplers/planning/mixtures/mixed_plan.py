@@ -13,7 +13,7 @@ from samplers.planning.budget import Floats, Integers
 from samplers.planning.keyed_shuffle import derive_key
 from samplers.planning.mixtures.mixture import Mixture
 from samplers.planning.mixtures.sequence import MixedEpoch, lay_out
-from samplers.planning.mixtures.shares import count_batches_of
+from samplers.planning.mixtures.shares import count_batches_of, spread_phases
 from samplers.planning.mixtures.streams import Cut, SourceStream, StreamStart
 from samplers.planning.options import EpochOptions, check_indices
 from samplers.planning.sorting import IndexedLengths, Lengths, digest_lengths
@@ -156,10 +156,14 @@ class MixedPlan:
         return max(1, round(float(counts @ np.array(rows))))
 
     @property
+    def batch_shares(self) -> Floats:
+        """The part of all batches that are of each stream, in the long run: float64 `[streams]`; the sum is 1."""
+        parts: Floats = self.shares / self._units_per_batch_of
+        return parts / parts.sum()
+
+    @property
     def _mean_counts(self) -> Floats:
-        counts: Floats = self.shares / self._units_per_batch_of
-        counts *= self.batches / counts.sum()
-        return counts
+        return self.batches * self.batch_shares
 
     @cached_property
     def lengths_digest(self) -> str:
@@ -276,6 +280,9 @@ def make_plan(mixture: Mixture, streams: Sequence[SourceStream], num_replicas: i
     units = dict(zip((stream.name for stream in streams), (stream.units_per_pass for stream in streams), strict=True))
     all_shares = mixture.shares_of([int(units.get(name, 0)) for name in mixture.names])
     shares = all_shares[[name in units for name in mixture.names]]
+    per_batch = np.array([stream.units_per_pass / stream.batches_per_pass for stream in streams])
+    phases = spread_phases(per_batch / shares)
+    streams = [replace(stream, phase=phase) for stream, phase in zip(streams, phases, strict=True)]
     plan = MixedPlan(mixture, tuple(streams), shares / shares.sum())
     if isinstance(mixture.stop, int):
         batches = mixture.stop * num_replicas
@@ -309,6 +316,11 @@ def _count_epoch(plan: MixedPlan, num_replicas: int) -> int:
         stream.batches_within(share * total) for stream, share in zip(plan.streams, plan.shares.tolist(), strict=True)
     ]
     batches = max(1, sum(within))
+    if step < 0:
+        # Also in the mean of all epochs no source has more than its passes, unless an epoch is a single step. A whole
+        # number may be off by rounding.
+        most_batches = np.array([stream.batches_per_pass for stream in plan.streams]) * passes
+        batches = min(batches, max(num_replicas, int((most_batches / plan.batch_shares).min() + 1e-6)))
     # Rounding may give a source a batch more than its passes, or a batch less.
     while batches > 1 or step > 0:
         counts = replace(plan, stage=Stage(0, batches), _boundaries={}).counts_after(1)
@@ -356,11 +368,11 @@ def _check_passes(plan: MixedPlan) -> None:
     Raises:
         ValueError: One does.
     """
-    counts = plan.counts_after(1)
-    for stream, count, share in zip(plan.streams, counts.tolist(), plan.shares.tolist(), strict=True):
+    first, mean = plan.counts_after(1).tolist(), (plan.batches * plan.batch_shares).tolist()
+    for stream, count, usual, share in zip(plan.streams, first, mean, plan.shares.tolist(), strict=True):
         most = plan.mixture.passes.get(stream.name)
-        needed = count / stream.batches_per_pass
-        if most is not None and needed > most and count > 1:
+        needed = max(count if count > 1 else 0, usual - 1e-6) / stream.batches_per_pass
+        if most is not None and needed > most:
             raise ValueError(
                 f"passes[{stream.name!r}] must be at least {needed:.3g}, got {most:g}: an epoch of {plan.batches} "
                 f"batches gives the source a share of {share:.4g} of the {plan.mixture.unit}, and one pass of it has "

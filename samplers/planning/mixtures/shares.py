@@ -60,12 +60,17 @@ FEWEST_TO_MOVE: Final = 6
 class BatchStream(Protocol):
     """The endless batches of a source, as far as their units are known without any sample."""
 
+    @property
+    def phase(self) -> float:
+        """The part of a batch that must lie within the first units, so that it counts."""
+        ...
+
     def units_before(self, batches: int) -> float:
         """Units of the first batches of the stream."""
         ...
 
     def batches_within(self, units: float) -> int:
-        """Batches of the stream of which at least a half lies within its first units."""
+        """Batches of the stream of which at least `phase` lies within its first units."""
         ...
 
 
@@ -135,9 +140,35 @@ def _count_within(streams: Sequence[BatchStream], shares: Floats, total: float, 
     )
     while counts.sum() > batches:
         # Those that came last have come at the same time.
-        middles = [
-            (stream.units_before(count - 1) + stream.units_before(count)) / share if count else 0.0
+        counted_at = [
+            _interpolate(stream, count) / share if count else 0.0
             for stream, count, share in zip(streams, counts.tolist(), shares.tolist(), strict=True)
         ]
-        counts[int(np.argmax(middles))] -= 1
+        counts[int(np.argmax(counted_at))] -= 1
     return counts
+
+
+def _interpolate(stream: BatchStream, count: int) -> float:
+    """Units of a stream with which its batch number `count`, from 1, counts."""
+    before = stream.units_before(count - 1)
+    return before + stream.phase * (stream.units_before(count) - before)
+
+
+def spread_phases(periods: Floats) -> list[float]:
+    """Phases of sources, so that those that take turns equally often do not all do so at once.
+
+    Four sources, of which three have a batch in about as many units of all:
+
+    >>> spread_phases(np.array([10.0, 40.0, 40.0, 40.5]))
+    [0.5, 0.16666666666666666, 0.5, 0.8333333333333334]
+
+    Args:
+        periods: Units of all sources in which each has a batch, float64 `[sources]`.
+    """
+    groups = np.round(np.log(periods) * 8)
+    phases = np.empty(len(periods))
+    for group in np.unique(groups).tolist():
+        members = np.flatnonzero(groups == group)
+        phases[members] = (np.arange(len(members)) + 0.5) / len(members)
+    found: list[float] = phases.tolist()
+    return found

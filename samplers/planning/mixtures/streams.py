@@ -96,6 +96,7 @@ class SourceStream(ABC):
         offset: Sample index of its first sample in the mixture.
         pieces_offset: What is added to the indices of pieces of split samples.
         start: Where the stream begins.
+        phase: A batch counts as taken once this part of it lies within the units of its source, 0 to 1.
     """
 
     name: str
@@ -104,6 +105,7 @@ class SourceStream(ABC):
     offset: int = 0
     pieces_offset: int = 0
     start: StreamStart = FIRST_START
+    phase: float = 0.5
     _orders: dict[int, Integers] = field(default_factory=dict, repr=False)
     _sums: dict[int, Floats] = field(default_factory=dict, repr=False)
     _constants: dict[str, float] = field(default_factory=dict, repr=False)
@@ -160,15 +162,15 @@ class SourceStream(ABC):
         return whole + (float(self._sums_of(pass_number)[first]) if first else 0.0)
 
     def batches_within(self, units: float) -> int:
-        """Batches of the stream of which at least a half lies within its first units."""
+        """Batches of the stream of which at least `phase` lies within its first units."""
         begun = self._units_before_pass(self.start.first_pass + 1)
         pass_number = self.start.first_pass
         if units >= begun:
             pass_number += 1 + int((units - begun) // self.units_per_pass)
             pass_number = self._find_pass(units, pass_number)
         sums = self._sums_of(pass_number)
-        middles = (sums[1:] + sums[:-1]) / 2
-        within = int(np.searchsorted(middles, units - self._units_before_pass(pass_number), side="right"))
+        counted_at = sums[:-1] + self.phase * np.diff(sums)
+        within = int(np.searchsorted(counted_at, units - self._units_before_pass(pass_number), side="right"))
         return self._batches_before_pass(pass_number) + within
 
     def passes_before(self, batches: int) -> float:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from collate.widths import check_count
 from samplers.planning.budget import Floats, Integers
 from samplers.planning.schedules.schedule import Schedule
+from samplers.planning.tables.epoch_table import EpochTable
 
 # Labels of samples: of all of them `[N]`, or from the lengths of some, `[n]` or `[n, K]` -> `[n]`.
 Labels: TypeAlias = npt.ArrayLike | Callable[[Integers], npt.ArrayLike]
@@ -118,7 +119,7 @@ class Updates:
         Raises:
             ValueError: There is not one for each sample.
         """
-        return self._sum(_sum_steps(self._schedule, _PerSample(values, self._schedule.table.dataset_size)))
+        return self._sum(_sum_steps(self._schedule, _PerSample(values, self._schedule.table)))
 
     def at(self, batch: int, before: int = 0) -> Update:
         """The update to which a batch belongs.
@@ -221,13 +222,16 @@ def ends_near(tokens: Integers, target: int) -> Integers:
 class _PerSample:
     """Numbers of samples, by sample index."""
 
-    def __init__(self, values: npt.ArrayLike | None, size: int, name: str = "values") -> None:
+    def __init__(self, values: npt.ArrayLike | None, table: EpochTable, name: str = "values") -> None:
         self._values = None if values is None else np.asarray(values)
         if self._values is None:
             return
-        if self._values.shape != (size,):
-            shape = list(self._values.shape)
-            raise ValueError(f"{name} must be one number for each of {size} samples, got {shape}")
+        if self._values.shape != (table.dataset_size,):
+            shape, pieces = list(self._values.shape), getattr(table, "pieces", None)
+            counted = "" if pieces is None else f", with the {len(pieces.samples)} pieces of split ones after them"
+            raise ValueError(
+                f"{name} must be one number for each of {table.dataset_size} samples{counted}, got {shape}"
+            )
         if not (np.issubdtype(self._values.dtype, np.integer) or np.isfinite(self._values).all()):
             sample = int((~np.isfinite(self._values)).argmax())
             raise ValueError(f"{name} must be finite, got {self._values[sample]} for sample {sample}")
@@ -250,7 +254,7 @@ def _labels_of(schedule: Schedule, labels: Labels | None) -> Callable[[Any], Any
     if not callable(labels):
         given = np.asarray(labels)
         _check_labels(given, None)
-        return _PerSample(given, schedule.table.dataset_size, "labels")
+        return _PerSample(given, schedule.table, "labels")
 
     def count(samples: Any) -> Integers:
         lengths = lengths_of(samples)

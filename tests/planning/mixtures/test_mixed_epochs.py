@@ -115,7 +115,8 @@ def test_a_change_of_weights_neither_loses_nor_repeats_a_sample(
         try:
             sampler.seek(position, mixture=current.mixture())
         except ValueError as error:
-            assume("last step" not in str(error))
+            # Both are documented: neither rows nor batches for every replica.
+            assume("last step" not in str(error) and "a batch for each" not in str(error))
             raise
         assert sampler.epoch == start
         assert sampler.remaining == len(sampler)

@@ -100,3 +100,37 @@ def test_a_source_that_drop_last_empties_is_named_within_samples() -> None:
     mixture = Mixture({"a": [5] * 20, "b": [3, 4]}, within="sample")
     with pytest.raises(ValueError, match="source 'b': no batch is left to plan: drop_last drops all 2 samples"):
         LengthBucketBatchSampler(mixture, batch_size=3, drop_last=True)
+
+
+@pytest.mark.parametrize(("size", "others", "share"), [(2, 4, 0.5), (3, 4, 0.6), (4, 7, 0.5), (5, 2, 0.3)])
+def test_many_epochs_have_no_more_passes_than_allowed(size: int, others: int, share: float) -> None:
+    """Three were red: only the first epoch was bounded, and twelve had up to eighteen passes."""
+    sources = {"a": [5] * size} | {f"b{number}": [5] * 200 for number in range(others)}
+    weights = {name: share if name == "a" else (1 - share) / others for name in sources}
+    sampler = LengthBucketBatchSampler(Mixture(sources, weights=weights), batch_size=1)
+    times = 0
+    for epoch in range(1, 13):
+        times += sum(sample < size for [sample] in sampler)
+        assert times <= size * epoch + 1
+
+
+def test_a_bound_of_passes_holds_in_the_mean_of_epochs() -> None:
+    """It was red: the first epoch had five of 5.4 batches in the mean."""
+    sources = {"a": [5] * 5, "b": [5] * 5}
+    mixture = Mixture(sources, weights={"a": 54, "b": 46}, passes={"a": 1}, stop=10)
+    with pytest.raises(ValueError, match=r"passes\['a'\] must be at least 1.08, got 1"):
+        LengthBucketBatchSampler(mixture, batch_size=1)
+
+
+@pytest.mark.parametrize(("others", "share", "steps"), [(7, 0.5, 8), (30, 0.5, 40), (100, 0.5, 50)])
+def test_many_equal_sources_keep_shares_over_short_epochs(others: int, share: float, steps: int) -> None:
+    """It was red: sources of one share had their batches all at once, and another was off by up to 25 batches."""
+    sources = {"a": [5] * 400} | {f"b{number}": [5] * 200 for number in range(others)}
+    shares = np.array([share] + [(1 - share) / others] * others)
+    mixture = Mixture(sources, weights=dict(zip(sources, shares.tolist(), strict=True)), stop=steps)
+    sampler = LengthBucketBatchSampler(mixture, batch_size=1)
+    taken = np.zeros(len(shares))
+    for _ in range(12):
+        for [sample] in sampler:
+            taken[np.searchsorted(mixture.starts, sample, side="right") - 1] += 1
+            assert np.abs(taken - taken.sum() * shares).max() <= 1.01

@@ -12,6 +12,8 @@ EXAMPLES = max(10, settings().max_examples // 3)
 class Passes:
     """An endless stream of shuffled passes, counted batch by batch."""
 
+    phase = 0.5
+
     def __init__(self, rng: np.random.Generator, largest: int) -> None:
         self.sizes = rng.integers(max(1, largest - 20), largest + 1, int(rng.integers(1, 40)))
         self.rng, self.units = rng, [0.0]
