@@ -159,7 +159,8 @@ class MixedPlan:
     def batch_shares(self) -> Floats:
         """The part of all batches that are of each stream, in the long run: float64 `[streams]`; the sum is 1."""
         parts: Floats = self.shares / self._units_per_batch_of
-        return parts / parts.sum()
+        parts /= parts.sum()
+        return parts
 
     @property
     def _mean_counts(self) -> Floats:
