@@ -10,13 +10,12 @@ terms, each least-squares problem is solved for every subset of them, so that th
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any, Final, Self, TypeAlias
+from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
 
-Floats: TypeAlias = npt.NDArray[np.float64]
-Integers: TypeAlias = npt.NDArray[np.int64]
+from samplers.planning.budget import Floats, Integers
 
 # Shapes that must be known: more than there are terms, so that some can be held out.
 LEAST_SHAPES: Final = 8

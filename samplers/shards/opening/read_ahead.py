@@ -11,7 +11,7 @@ from weakref import finalize
 from collate.widths import check_count
 from samplers.shards.storage.network.counts import HERE, Counts
 
-Result = TypeVar("Result")
+ReadResult = TypeVar("ReadResult")
 # A thread ends at None.
 _Queue: TypeAlias = "SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]"
 
@@ -21,7 +21,7 @@ READ_AHEAD_BYTES: Final = 1 << 26
 _THREADS: Final = 8
 
 
-class ReadAhead(Generic[Result]):
+class ReadAhead(Generic[ReadResult]):
     """Results of calls that were made in advance. It belongs to the process that made it.
 
     Args:
@@ -31,7 +31,7 @@ class ReadAhead(Generic[Result]):
 
     def __init__(self, limit: int, counts: Counts) -> None:
         self._limit, self._counts = limit, counts
-        self._results: dict[Hashable, tuple[Future[Result], int]] = {}
+        self._results: dict[Hashable, tuple[Future[ReadResult], int]] = {}
         self._bytes = 0
         self._lock = Lock()
         self._queue: _Queue = SimpleQueue()
@@ -50,7 +50,7 @@ class ReadAhead(Generic[Result]):
         """Room for further results."""
         return self._limit - self._bytes
 
-    def start(self, key: Hashable, size: int, call: Callable[[], Result]) -> bool:
+    def start(self, key: Hashable, size: int, call: Callable[[], ReadResult]) -> bool:
         """Let a thread make a call.
 
         Args:
@@ -64,7 +64,7 @@ class ReadAhead(Generic[Result]):
         with self._lock:
             if self._results and self._bytes + size > self._limit:
                 return False
-            future: Future[Result] = Future()
+            future: Future[ReadResult] = Future()
             self._results[key] = future, size
             self._bytes += size
             if self._threads < min(_THREADS, len(self._results)):
@@ -73,7 +73,7 @@ class ReadAhead(Generic[Result]):
         self._queue.put((call, future))
         return True
 
-    def take(self, key: Hashable, call: Callable[[], Result]) -> Result:
+    def take(self, key: Hashable, call: Callable[[], ReadResult]) -> ReadResult:
         """The result of a call, which is forgotten; or its error. If it was not started, `call` is called here."""
         with self._lock:
             future, size = self._results.pop(key, (None, 0))
