@@ -118,7 +118,7 @@ def test_what_a_stream_reads_ahead_is_bounded(server: Faulty, folder: Path) -> N
 
 
 @pytest.mark.parametrize(("workers", "limit"), [(0, 2000), (2, 1 << 26)])
-def test_a_stream_that_reads_ahead_loses_nothing_where_it_stops_and_resumes(
+def test_a_stream_that_reads_ahead_resumes_where_it_stopped(
     server: Faulty, folder: Path, workers: int, limit: int
 ) -> None:
     stream = open_stream(server.url("plain.ltx"), read_ahead_bytes=limit, interleave=2)

@@ -188,7 +188,7 @@ def test_two_who_want_the_same_shard_fetch_it_once(server: Faulty, tmp_path: Pat
     assert [entry["method"] for entry in server.log()] == ["HEAD", "GET"]
 
 
-def test_the_file_of_a_killed_process_is_replaced_and_that_of_a_live_one_waited_for(
+def test_a_killed_process_s_file_is_replaced_and_a_live_one_s_awaited(
     server: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
