@@ -37,6 +37,7 @@ REPORTED = {
     "greatest_use": "max_budget_use",
     "shapes_of_4": "shapes_in_4_epochs",
 }
+LATER: dict[str, Any] = {"step_milliseconds": None, "waiting": None}
 REPORT = "samplers.measure.PlanReport"
 PLANNED = ("samplers.LengthBucketBatchSampler", "samplers.ShardStream", "samplers.plan_epoch")
 RENAMED: dict[str, str] = {
@@ -287,8 +288,8 @@ def test_what_was_saved_loads_as_it_was(release: str, entry: dict[str, Any], fol
 
 
 def renamed_report(result: dict[str, Any]) -> dict[str, Any]:
-    """What is told of a report, by the present names of its figures."""
-    values = {REPORTED.get(name, name): value for name, value in result["values"].items()}
+    """What is told of a report, by the present names of its figures; those that came later are None."""
+    values = LATER | {REPORTED.get(name, name): value for name, value in result["values"].items()}
     lines = [
         f"{REPORTED.get(label.replace(' ', '_'), label).replace('_', ' '):<20}{figure}"
         for label, figure in ((line[:20].strip(), line[20:]) for line in result["text"].splitlines())
