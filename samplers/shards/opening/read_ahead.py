@@ -69,7 +69,7 @@ class ReadAhead(Generic[ReadResult]):
             self._bytes += size
             if self._threads < min(_THREADS, len(self._results)):
                 self._threads += 1
-                Thread(target=_call_all, args=(self._queue,), name="read ahead", daemon=True).start()
+                Thread(target=_call_all, args=(self._queue,), name="shards ahead", daemon=True).start()
         self._queue.put((call, future))
         return True
 
