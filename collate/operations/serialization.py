@@ -23,7 +23,7 @@ from collate.tensors.steps import PaddingValue
 THROUGH_PIPE: Final = 1 << 19
 
 
-# Classes of batches.
+# Classes of batches, which a trial asks for their plain parts: sending would lend a slab to nobody.
 _SENT: Final[set[type]] = set()
 
 _PACKAGE: Final = __name__.split(".")[0]

@@ -30,10 +30,7 @@ class LoopUpdates:
     @property
     def present(self) -> Updates:
         """All updates of the present iteration: the last one that has taken a batch, or the next if none has."""
-        start, _, table = self._find_start()
-        if self._last is None or self._last[0] != start or self._last[1] is not table:
-            self._last = start, table, self._make(start)
-        return self._last[2]
+        return self._find()[0]
 
     def at(self, batch: int) -> Update:
         """The update to which a batch of the present iteration belongs.
@@ -46,4 +43,12 @@ class LoopUpdates:
             TypeError: It is not an int.
             ValueError: The iteration has fewer batches.
         """
-        return self.present.at(batch, self._find_start()[1])
+        updates, before = self._find()
+        return updates.at(batch, before)
+
+    def _find(self) -> tuple[Updates, int]:
+        """The updates of the present iteration, and steps that were taken before it."""
+        start, before, table = self._find_start()
+        if self._last is None or self._last[0] != start or self._last[1] is not table:
+            self._last = start, table, self._make(start)
+        return self._last[2], before

@@ -157,6 +157,14 @@ def test_a_cost_is_copied_printed_and_refuses_the_other_kind() -> None:
         packed_cost().milliseconds([5], [6])
 
 
+def test_a_limit_of_packed_steps_is_the_sampler_s() -> None:
+    """Red before: it was taken, and nothing asked for it."""
+    with pytest.raises(TypeError, match="has no limit: give PackingBatchSampler"):
+        packed_cost(limit=5)
+    with pytest.raises(TypeError, match="has no limit: give PackingBatchSampler"):
+        packed_cost().within(5)
+
+
 @pytest.mark.parametrize(
     ("observations", "options", "kind", "message"),
     [

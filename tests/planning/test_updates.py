@@ -26,7 +26,6 @@ def test_each_update_ends_at_the_nearest_step(tokens: list[int], target: int) ->
         assert sums[end] <= max(max(tokens) / 2, tokens[first] - target)
         first = end
     assert ends[-1] == len(tokens)
-    # The last update is one that has not reached the target, or ends nearest to it.
     assert first < len(tokens)
 
 
@@ -112,7 +111,7 @@ def test_a_loop_asks_for_each_batch_in_every_epoch_and_on_every_rank(kind: str) 
 
 @pytest.mark.parametrize("then", [1, 2, 5])
 def test_a_resumed_loop_has_the_remaining_updates(then: int) -> None:
-    """On the same ranks they are those of the whole pass; on others their tokens are counted anew."""
+    """On the same ranks they are those of the whole pass; on others their tokens are counted again."""
 
     def make(replicas: int) -> Any:
         return LengthBucketBatchSampler(LENGTHS, max_tokens=200, num_replicas=replicas, rank=0)

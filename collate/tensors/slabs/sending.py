@@ -1,4 +1,4 @@
-"""A worker's side of slabs: memory for values, and what is sent in their place.
+"""A worker's side of slabs: memory for values, and what is sent instead of them.
 
 In a worker of a loader, large values are made in a slab that nothing uses. A slab that is used, by the worker, by a
 message or by the receiver, is passed over; if there is no other, a new one is made. Outside of workers, where the

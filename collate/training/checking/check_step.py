@@ -111,7 +111,8 @@ def check_step(
             check_fields(variants)
             return _report_of_batch(Runner(step, seed, buffers), variants, tolerance)
         if micro_batches is not None:
-            return _report_of_update(Runner(step, seed, buffers), samples, collate, tolerance, micro_batches)
+            runner = Runner(step, seed, buffers)
+            return _report_of_update(runner, samples, collate, tolerance=tolerance, count=micro_batches)
         return _report_of_samples(Runner(step, seed, buffers), samples, collate, tolerance)
 
 
@@ -182,9 +183,14 @@ def _report_of_samples(inner: Runner, samples: Sequence[Any], collate: Collate, 
 
 
 def _report_of_update(
-    inner: Runner, samples: Sequence[Any], collate: Collate, tolerance: float, count: int
+    inner: Runner, samples: Sequence[Any], collate: Collate, *, tolerance: float, count: int
 ) -> StepReport:
-    """All probes of samples in a single batch, and that of several batches."""
+    """All probes of samples in a single batch, and that of several batches.
+
+    Raises:
+        TypeError: The count is not an int.
+        ValueError: It is below 2, or there are fewer samples.
+    """
     of_one = Runner(lambda batch: inner.step([batch]), inner.seed, inner.buffers)
     divided = MicroBatches(inner, samples, collate, count)
     report = _report_of_samples(of_one, samples, collate, tolerance)

@@ -38,7 +38,14 @@ class MicroBatches:
         )
 
     def probe(self, tolerance: float) -> Finding | str | None:
-        """Run the update with several divisions of its samples: a finding, why there is none to make, or None."""
+        """Run the update with several divisions of its samples.
+
+        Args:
+            tolerance: Relative change of a loss or of gradients that counts as a difference.
+
+        Returns:
+            A finding; or a text that says what was not tried, and why; or None.
+        """
         self.runner.begin([self.samples])
         if self.runner.is_random:
             return "micro-batches: the step draws random numbers, and other batches get other ones"

@@ -2,7 +2,7 @@
 
 The time of a step is taken as a sum of terms that grow with its shape, each with a factor of zero or more: so a larger
 batch never seems cheaper. The factors are those with the least sum of absolute relative errors, which steps that
-something else slowed down hardly move. This sum is reached by least squares with weights that are made anew from the
+something else slowed down hardly move. This sum is reached by least squares with weights that are made again from the
 errors (P. Green, "Iteratively Reweighted Least Squares for Maximum Likelihood Estimation", 1984); as there are few
 terms, each least-squares problem is solved for every subset of them, so that the result is exact.
 """
@@ -24,8 +24,10 @@ ITERATIONS: Final = 40
 # A relative error below this has no greater weight.
 SMALLEST_ERROR: Final = 1e-4
 # Numbers of an observation: their squares and quotients must stay within floats.
-SMALLEST, LARGEST = 1e-50, 1e50
+_SMALLEST: Final = 1e-50
+_LARGEST: Final = 1e50
 PADDED_TERMS: Final = ("constant", "row", "width", "padded_token", "token", "square")
+_NO_LIMIT: Final = "a cost of packed batches has no limit: give PackingBatchSampler(max_cost=) milliseconds of a row"
 PACKED_TERMS: Final = ("constant", "row", "token", "square")
 
 
@@ -44,7 +46,8 @@ class FittedCost:
         error: Median relative error on shapes that were held out: 0.05 is 5 %.
         error_of_constant: The same of one time for all shapes: the mean, or the best one, whichever predicts better.
         shapes: Number of different shapes that were timed.
-        limit: Milliseconds that are a cost of 1; the slowest shape that was timed, where none is given.
+        limit: Milliseconds that are a cost of 1; the slowest shape that was timed, where none is given. For packed
+            batches only the latter: the sampler's `max_cost` is their limit.
         is_packed: Whether batches hold documents without padding.
     """
 
@@ -102,8 +105,11 @@ class FittedCost:
         """The same cost, with another limit in milliseconds.
 
         Raises:
+            TypeError: The limit is not a number, or the cost is of packed batches.
             ValueError: The limit is not above 0.
         """
+        if self.is_packed:
+            raise TypeError(_NO_LIMIT)
         return replace(self, limit=_check_limit(limit))
 
     def __repr__(self) -> str:
@@ -149,13 +155,13 @@ def fit_cost(observations: Iterable[Sequence[Any]], *, packed: bool = False, lim
             `(lengths, width, milliseconds)`.
         packed: Steps are of packed rows: `(lengths, milliseconds)` has the lengths of all documents in the step, and
             padding costs nothing.
-        limit: Milliseconds that a batch may take; None takes the slowest shape that was timed.
+        limit: Milliseconds that a padded batch may take; None takes the slowest shape that was timed.
 
     Returns:
         The cost, with its error: each fifth of the shapes is predicted by a fit to the others.
 
     Raises:
-        TypeError: An observation has the wrong form, or the limit is not a number.
+        TypeError: An observation has the wrong form, or the limit is not a number, or given for packed steps.
         ValueError: A number is not positive or not finite, fewer than 8 shapes were timed, all have the same width or
             number of rows, or one time for all predicts shapes that were held out as well as the fit does, or is the
             best fit.
@@ -171,6 +177,8 @@ def fit_cost(observations: Iterable[Sequence[Any]], *, packed: bool = False, lim
         >>> plan_epoch([60] * 100, cost=cost).batch_shapes
         [(13, (60,)), (11, (60,))]
     """
+    if packed and limit is not None:
+        raise TypeError(_NO_LIMIT)
     timed = _read(list(observations), packed=packed)
     names = PACKED_TERMS if packed else PADDED_TERMS
     count = int(timed.shapes.max()) + 1
@@ -242,9 +250,9 @@ def _parts(observation: Sequence[Any], number: int, *, packed: bool) -> tuple[Fl
     for part in parts:
         if not part.size or not np.isfinite(part).all() or (part <= 0).any():
             raise ValueError(f"observation {number} must have positive numbers, got {observation!r}")
-    if min(part.min() for part in parts) < SMALLEST or max(part.max() for part in parts) > LARGEST:
+    if min(part.min() for part in parts) < _SMALLEST or max(part.max() for part in parts) > _LARGEST:
         raise ValueError(
-            f"observation {number} must have numbers between {SMALLEST:g} and {LARGEST:g}, got {observation!r}"
+            f"observation {number} must have numbers between {_SMALLEST:g} and {_LARGEST:g}, got {observation!r}"
         )
     width = parts[1] if is_triple else parts[0].max(keepdims=True)
     if parts[0].ndim and parts[0].max() > width.sum():
@@ -331,7 +339,12 @@ def _held_out_errors(timed: _Timed, typical: Floats) -> tuple[float, float]:
 
 
 def _fit(terms: Floats, milliseconds: Floats) -> Floats:
-    """Factors `[terms]` of zero or more, with the least sum of absolute relative errors."""
+    """Factors `[terms]` of zero or more, with the least sum of absolute relative errors.
+
+    Args:
+        terms: Of each observation, `[n, terms]`.
+        milliseconds: Its time, `[n]`.
+    """
     # Every observation in units of its own time, and every term in units of its largest value.
     relative = terms / milliseconds[:, None]
     scale = np.abs(relative).max(0)
@@ -352,6 +365,13 @@ def _non_negative(relative: Floats, weights: Floats) -> Floats:
 
     The best factors that are not zero are the plain solution of least squares for their own terms, so that one subset
     of the terms gives them. Of subsets that are equally good, the smallest is taken.
+
+    Args:
+        relative: Terms of each observation over its time, `[n, terms]`.
+        weights: Of each observation, `[n]`.
+
+    Returns:
+        `[terms]`.
     """
     gram = relative.T @ (relative * weights[:, None])
     aim = relative.T @ weights

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from collate.widths import check_count
-from samplers.planning.budget import Floats, Integers
+from samplers.planning.budget import Integers
 from samplers.planning.schedules.schedule import Schedule
 from samplers.planning.tables.epoch_table import EpochTable
 
@@ -72,11 +72,17 @@ class Updates:
     Attributes:
         ends: Batches of each replica after which an update is complete, int64 `[U]`.
         num_replicas: W.
+
+    Args:
+        schedule: The batches.
+        ends: As above.
+        step_sums: Labelled tokens and documents of each step over all replicas, int64 `[steps, 2]`.
+        rows_of: Rows of each step; None where each sample is a row.
     """
 
-    def __init__(self, schedule: Schedule, ends: Integers, step_tokens: Integers, rows_of: "RowsOf | None") -> None:
+    def __init__(self, schedule: Schedule, ends: Integers, step_sums: Integers, rows_of: "RowsOf | None") -> None:
         self.ends, self.num_replicas = ends, schedule.num_replicas
-        self._schedule, self._step_tokens, self._rows_of = schedule, step_tokens, rows_of
+        self._schedule, self._step_sums, self._rows_of = schedule, step_sums, rows_of
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -85,7 +91,7 @@ class Updates:
         batches = int(self.ends[-1]) if len(self) else 0
         return f"Updates({len(self)} updates of {batches} batches, num_replicas={self.num_replicas})"
 
-    @property
+    @cached_property
     def batches(self) -> Integers:
         """Batches of each replica in each update, int64 `[U]`."""
         return np.diff(self.ends, prepend=0)
@@ -93,13 +99,13 @@ class Updates:
     @cached_property
     def tokens(self) -> Integers:
         """Tokens with labels in each update, over all replicas: int64 `[U]`."""
-        tokens: Integers = self._sum(self._step_tokens)
+        tokens: Integers = self._sum(self._step_sums[:, 0])
         return tokens
 
     @cached_property
     def documents(self) -> Integers:
         """Samples or documents in each update, over all replicas: int64 `[U]`."""
-        documents: Integers = self.total(None)
+        documents: Integers = self._sum(self._step_sums[:, 1])
         return documents
 
     @cached_property
@@ -107,19 +113,21 @@ class Updates:
         """Rows in each update, over all replicas: int64 `[U]`."""
         return self.documents if self._rows_of is None else self._sum(self._rows_of(self._schedule))
 
-    def total(self, values: npt.ArrayLike | None) -> Any:
+    def total(self, values: npt.ArrayLike) -> Any:
         """Sums of a number of each sample, such as its weight, in each update.
 
         Args:
-            values: One for each sample of the dataset, `[N]`; None counts the samples.
+            values: One for each sample of the dataset, `[N]`, and for each piece of split ones after them.
 
         Returns:
             `[U]`, int64 for integers or float64.
 
         Raises:
-            ValueError: There is not one for each sample.
+            ValueError: There is not one for each sample, or one is not finite.
         """
-        return self._sum(_sum_steps(self._schedule, _PerSample(values, self._schedule.table)))
+        array = _per_sample(values, self._schedule.table, "values")
+        zeros = np.zeros(self._schedule.steps, array.dtype)
+        return self._sum(_sum_steps(self._schedule, array.__getitem__, zeros))
 
     def at(self, batch: int, before: int = 0) -> Update:
         """The update to which a batch belongs.
@@ -185,13 +193,18 @@ def make_updates(
     if (accumulate is None) == (step_tokens is None):
         got = "neither" if accumulate is None else "both"
         raise ValueError(f"accumulate or step_tokens must be given, got {got}: {_NO_UPDATE}")
-    tokens = _sum_steps(schedule, _labels_of(schedule, labels))
+    tokens_of = _labels_of(schedule, labels)
+    sums = _sum_steps(
+        schedule,
+        lambda samples: np.stack([tokens_of(samples), np.ones(len(samples), np.int64)], axis=1),
+        np.zeros((schedule.steps, 2), np.int64),
+    )
     if accumulate is not None:
         each = check_count("accumulate", accumulate, least=1, hint=_NO_UPDATE)
         ends = np.append(np.arange(each, schedule.steps, each), schedule.steps)
     else:
-        ends = ends_near(tokens, check_count("step_tokens", step_tokens, least=1, hint=_NO_UPDATE))
-    return Updates(schedule, ends[: schedule.steps].astype(np.int64), tokens, rows_of)
+        ends = ends_near(sums[:, 0], check_count("step_tokens", step_tokens, least=1, hint=_NO_UPDATE))
+    return Updates(schedule, ends[: schedule.steps].astype(np.int64), sums, rows_of)
 
 
 def ends_near(tokens: Integers, target: int) -> Integers:
@@ -219,27 +232,29 @@ def ends_near(tokens: Integers, target: int) -> Integers:
     return np.array(ends, np.int64)
 
 
-class _PerSample:
-    """Numbers of samples, by sample index."""
+def _per_sample(values: npt.ArrayLike, table: EpochTable, name: str) -> Any:
+    """Numbers of all samples, checked: `[N]`, int64 or float64.
 
-    def __init__(self, values: npt.ArrayLike | None, table: EpochTable, name: str = "values") -> None:
-        self._values = None if values is None else np.asarray(values)
-        if self._values is None:
-            return
-        if self._values.shape != (table.dataset_size,):
-            shape, pieces = list(self._values.shape), getattr(table, "pieces", None)
-            counted = "" if pieces is None else f", with the {len(pieces.samples)} pieces of split ones after them"
-            raise ValueError(
-                f"{name} must be one number for each of {table.dataset_size} samples{counted}, got {shape}"
-            )
-        if not (np.issubdtype(self._values.dtype, np.integer) or np.isfinite(self._values).all()):
-            sample = int((~np.isfinite(self._values)).argmax())
-            raise ValueError(f"{name} must be finite, got {self._values[sample]} for sample {sample}")
+    Args:
+        values: Of all samples, `[N]`.
+        table: Knows how many there are.
+        name: Of the values, for messages.
 
-    def __call__(self, samples: Any) -> Any:
-        if self._values is None:
-            return np.ones(len(samples), np.int64)
-        return self._values[samples].astype(np.int64 if self._values.dtype.kind in "iub" else np.float64)
+    Raises:
+        ValueError: There is not one for each sample, or one is not finite.
+    """
+    array = np.asarray(values)
+    if array.shape != (table.dataset_size,):
+        pieces = getattr(table, "pieces", None)
+        counted = "" if pieces is None else f", with the {len(pieces.samples)} pieces of split ones after them"
+        raise ValueError(
+            f"{name} must be one number for each of {table.dataset_size} samples{counted}, got {list(array.shape)}"
+        )
+    array = array.astype(np.int64 if array.dtype.kind in "iub" else np.float64)
+    if not np.isfinite(array).all():
+        sample = int((~np.isfinite(array)).argmax())
+        raise ValueError(f"{name} must be finite, got {array[sample]} for sample {sample}")
+    return array
 
 
 def _labels_of(schedule: Schedule, labels: Labels | None) -> Callable[[Any], Any]:
@@ -254,7 +269,8 @@ def _labels_of(schedule: Schedule, labels: Labels | None) -> Callable[[Any], Any
     if not callable(labels):
         given = np.asarray(labels)
         _check_labels(given, None)
-        return _PerSample(given, schedule.table, "labels")
+        array = _per_sample(given, schedule.table, "labels")
+        return lambda samples: array[samples]
 
     def count(samples: Any) -> Integers:
         lengths = lengths_of(samples)
@@ -282,12 +298,17 @@ def _check_labels(labels: npt.NDArray[Any], lengths: Integers | None) -> None:
         raise ValueError(f"labels must be 0 or more, got {labels[entry]} for {of}")
 
 
-def _sum_steps(schedule: Schedule, values_of: Callable[[Any], Any]) -> Any:
-    """Sums of numbers of samples over each step: `[steps]`."""
-    total: Integers | Floats | None = None
+def _sum_steps(schedule: Schedule, values_of: Callable[[Any], Any], total: Any) -> Any:
+    """Add numbers of each sample to the sums of its step.
+
+    Args:
+        schedule: The batches.
+        values_of: Sample indices `[n]` -> `[n]` or `[n, k]`.
+        total: Zeros, `[steps]` or `[steps, k]`.
+
+    Returns:
+        `total`.
+    """
     for slots, samples in schedule.sample_slots():
-        values = values_of(samples)
-        if total is None:
-            total = np.zeros(schedule.steps, values.dtype)
-        np.add.at(total, slots // schedule.num_replicas, values)
-    return np.zeros(0, np.int64) if total is None else total
+        np.add.at(total, slots // schedule.num_replicas, values_of(samples))
+    return total
