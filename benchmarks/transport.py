@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from harness import Row, compare, save
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 
-from collate import LengthTrackedBatch
+from collate import LengthTrackedBatch, PadCollator
 
 BATCHES = 100
 
@@ -57,10 +58,36 @@ def measure(rows: int, steps: int, dtype: torch.dtype) -> Row:
     return compare(case, "LengthTrackedBatch", calls, rounds=31, bar=bar)
 
 
+def measure_collated(rows: int, steps: int) -> Row:
+    """Time batches that a worker collates and sends, float32 `[rows, steps]`: large ones, in memory that is used again.
+
+    The others are padded by `pad_sequence`, and come in a new file of shared memory each.
+    """
+    lengths = np.random.default_rng(0).integers(steps // 2, steps + 1, rows)
+    samples = [torch.ones(int(n)) for n in lengths]
+    collate = PadCollator()
+    whole = collate(samples)
+
+    def by_hand() -> dict[str, Tensor]:
+        others = {name: getattr(whole, name).clone() for name in ("lengths", "mask", "permutation")}
+        return {"padded": pad_sequence(samples, batch_first=True), **others}
+
+    calls = {
+        "LengthTrackedBatch": take_from(lambda: collate(samples)),
+        "bare padded tensor": take_from(lambda: pad_sequence(samples, batch_first=True)),
+        "dict of four tensors": take_from(by_hand),
+    }
+    megabytes = rows * steps * 4 / 1e6
+    case = f"{BATCHES} collated batches {rows} x {steps} float32, {megabytes:.1f} MB"
+    return compare(case, "LengthTrackedBatch", calls, rounds=15, bar="not slower than either")
+
+
 def main() -> None:
-    """Print and save both shapes."""
+    """Print and save small batches as they are, and large ones with their collation."""
     torch.set_num_threads(1)
-    save("transport", [asdict(measure(64, 512, torch.float32)), asdict(measure(256, 30, torch.int64))])
+    small = [measure(64, 512, torch.float32), measure(256, 30, torch.int64)]
+    large = [measure_collated(64, steps) for steps in (4_096, 16_384, 65_536)]
+    save("transport", [asdict(row) for row in [*small, *large]])
 
 
 if __name__ == "__main__":

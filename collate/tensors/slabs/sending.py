@@ -44,7 +44,7 @@ def values_in_slab(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
 
 
 def lend(values: Tensor) -> Loan | None:
-    """What is sent in place of values, in one message; None if they are not alone in a slab that can be lent."""
+    """What is sent instead of values, in one message; None if they are not alone in a slab that can be lent."""
     is_plain = type(values) is Tensor and values.is_cpu and values.layout == torch.strided and values.is_contiguous()
     slab = _pool.slab_of.get(values.data_ptr()) if is_plain and _pool.slab_of else None
     if slab is None or slab.size != values.nbytes or values.is_conj() or values.is_neg():

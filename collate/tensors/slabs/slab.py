@@ -150,7 +150,7 @@ class Slab:
 
 
 class Loan(NamedTuple):
-    """What is sent in place of a tensor's values.
+    """What is sent instead of a tensor's values.
 
     Attributes:
         token: Names the slab.
