@@ -21,6 +21,7 @@ import torch.multiprocessing as torch_multiprocessing
 from corpora import write
 from hypothesis import given
 from hypothesis import strategies as st
+from killed_workers import kills_workers
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -311,14 +312,19 @@ def test_a_batch_that_dies_in_a_forked_process_is_the_parents_still() -> None:
     assert torch.equal(first.padded, expected(0))
 
 
+def kill_and_go_on(batches: Any) -> None:
+    for worker in batches._workers:
+        os.kill(worker.pid, signal.SIGKILL)
+    list(batches)
+
+
+@kills_workers
 def test_a_batch_survives_its_workers_and_its_loader() -> None:
     loader = loader_of(Numbers(800))
     batches = iter(loader)
     kept = [next(batches) for _ in range(3)]
-    for worker in batches._workers:  # type: ignore[attr-defined]
-        os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(RuntimeError, match="exited unexpectedly|killed"):
-        list(batches)
+        kill_and_go_on(batches)
     del batches, loader
     gc.collect()
     for number, batch in enumerate(kept):

@@ -41,6 +41,7 @@ from faults import (
     take_apart,
     tar_of,
 )
+from killed_workers import kills_workers
 from torch.utils.data import DataLoader
 from webdataset import autodecode
 
@@ -809,6 +810,7 @@ def take_and_kill(loader: DataLoader, taken: list[Any]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+@kills_workers
 @pytest.mark.parametrize("make", [by_place, in_turn])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_after_a_killed_worker_the_rest_of_the_epoch_comes_once(
