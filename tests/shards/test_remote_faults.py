@@ -4,6 +4,7 @@ The server's faults follow a fixed schedule, and no test looks at the clock.
 """
 
 import pickle
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -95,6 +96,18 @@ def test_an_index_is_built_on_a_bad_network(server: Faulty, folder: Path, layout
     built = LengthIndex.build(shards, checksums=True, transport=QUICK)
     assert built.fingerprint == LengthIndex.open(folder / f"{layout}.ltx").fingerprint
     built.verify(checksums=True)
+
+
+def test_a_build_over_http_is_refused_before_its_scan(server: Faulty, folder: Path, tmp_path: Path) -> None:
+    """Red when a shard over HTTP without an index was read whole, and then the index could not be written."""
+    shards = "plain-{000000..000001}.tar"
+    assert len(LengthIndex.build(server.url(shards), resume=True, checksums=True, transport=PATIENT)) == 2 * EACH
+    with faulty(tmp_path) as other:
+        for name in ("plain-000000.tar", "plain-000000.tar.ltx", "plain-000001.tar"):
+            shutil.copy2(folder / name, tmp_path)
+        with pytest.raises(ValueError, match=r"plain-000001.tar.ltx: this shard has no such index.*resume= a local"):
+            LengthIndex.build(other.url(shards), resume=True, transport=PATIENT)
+        assert [each for each in other.log() if each["method"] == "GET" and each["name"].endswith(".tar")] == []
 
 
 @layouts

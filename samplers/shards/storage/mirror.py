@@ -17,6 +17,7 @@ from typing import Any, Final
 from weakref import finalize
 
 from samplers.shards.storage.atomic import TEMPORARY, is_url, local_path
+from samplers.shards.storage.network.failures import shown
 from samplers.shards.storage.network.fetched import FetchedFile
 from samplers.shards.storage.network.remote import RemoteFile, file_system, is_async, is_http
 from samplers.shards.storage.network.requests import Request, gate_of, send_all
@@ -165,7 +166,7 @@ def check_writable(url: str) -> None:
     """
     if "::" in url or is_http(file_system(url)[0]):
         raise ValueError(
-            f"{url}: over HTTP and through caches files are read, and not written: give a local folder, or one in an "
+            f"{shown(url)}: over HTTP and through caches files are read, and not written: give a local folder, or one in an "
             "object store, such as s3://BUCKET/FOLDER"
         )
 
