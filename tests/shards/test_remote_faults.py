@@ -3,6 +3,7 @@
 The server's faults follow a fixed schedule, and no test looks at the clock.
 """
 
+import copy
 import pickle
 import shutil
 import threading
@@ -421,11 +422,17 @@ def test_threads_read_while_workers_are_forked(server: Faulty) -> None:
     assert failed == []
 
 
-def test_a_copy_keeps_its_options(server: Faulty) -> None:
+def test_a_copy_keeps_its_options_and_has_its_counts(server: Faulty) -> None:
     dataset = pickle.loads(pickle.dumps(open_dataset(server)))
     server.behave(faults={"0": "drop", "2": "503", "3": "503"})
     assert_same(dataset[7], samples()[7])
     assert dataset._transport == dataset.index._transport == QUICK
+    # A shallow copy has the same counts, a deep one its own.
+    requests = dataset.transfers["requests"]
+    assert requests > 0
+    assert copy.deepcopy(dataset).transfers["requests"] == 0
+    assert copy.copy(dataset)[20 * 11]["label"] == 20 * 11
+    assert dataset.transfers["requests"] > requests
 
 
 def test_wrong_options_are_refused_by_name() -> None:
