@@ -8,7 +8,6 @@ import pickle
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 from command import run
-from corpora import LAYOUTS, assert_same, write
+from corpora import LAYOUTS, assert_same
 from faulty import Faulty, faulty
+from remote_corpus import ONCE, PATIENT, assert_each_once, numbered, running, server, write_layouts
 from torch.utils.data import DataLoader, Dataset
 
 from samplers import LengthBucketBatchSampler, LengthIndex, ShardDataset, ShardStream, Transport
@@ -25,48 +25,25 @@ from samplers.shards.storage.network.fetched import FetchedFile
 from samplers.shards.storage.network.remote import fetch_into
 from samplers.shards.storage.reading import open_file
 
+# Fixtures.
+__all__ = ["running", "server"]
+
 SHARDS, EACH = 20, 12
 COUNT = SHARDS * EACH
 # Stalls are given up soon, and waits are short. Enough tries that no schedule below can use them up.
 QUICK = Transport(timeout=1.0, retries=12, backoff=0.01)
-# Where requests are counted: a slow machine must not make one more.
-PATIENT = Transport(timeout=100, retries=12, backoff=0.01, patience=0)
-# Where they must come together.
-ONCE = Transport(timeout=100, retries=0, patience=0)
 # One of 50 requests each is dropped or refused, and one in 200 stalls, as often as a bad network does it.
 BAD_NETWORK = {"drop": (50, 3), "503": (50, 20), "stall": (200, 60), "break": (97, 11)}
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-def samples() -> list[dict[str, object]]:
-    rng = np.random.default_rng(0)
-    return [
-        {"__key__": f"k{number}", "tokens": rng.integers(0, 1000, number % 40), "label": number}
-        for number in range(COUNT)
-    ]
+def samples() -> list[dict[str, Any]]:
+    return numbered(COUNT, shortest=0)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("faulty")
-    for layout in LAYOUTS:
-        write(folder, samples(), layout=layout, prefix=layout, max_samples=EACH, block_size=4)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def running(folder: Path) -> Iterator[Faulty]:
-    with faulty(folder) as server:
-        yield server
-
-
-@pytest.fixture
-def server(running: Faulty) -> Iterator[Faulty]:
-    """The server, without faults until a test wants them."""
-    running.behave()
-    running.log()
-    yield running
-    running.behave()
+    return write_layouts(tmp_path_factory.mktemp("faulty"), samples(), max_samples=EACH, block_size=4)
 
 
 def open_dataset(server: Faulty, layout: str = "blocks", **options: Any) -> ShardDataset:
@@ -74,10 +51,7 @@ def open_dataset(server: Faulty, layout: str = "blocks", **options: Any) -> Shar
 
 
 def assert_all_once(read: list[Any]) -> None:
-    by_key = {sample["__key__"]: sample for sample in read}
-    assert len(read) == len(by_key) == COUNT
-    for sample in samples():
-        assert_same(by_key[str(sample["__key__"])], sample)
+    assert_each_once(read, samples())
 
 
 # --- every job ends on a bad network

@@ -17,7 +17,7 @@ class Transfers(Counts):
     """Counts of all processes that share this memory, each in a row of its own.
 
     A copy or a pickle of these counts starts from zero, so those of `copy.deepcopy(dataset)` do. A shallow copy of a
-    dataset (`copy.copy`, `with_pieces`) has the same counts as the dataset. And `torch.multiprocessing` shares the memory
+    dataset (`copy.copy`, `with_pieces`) has the same counts as the dataset. `torch.multiprocessing` shares the memory
     with the process to which it sends them.
 
     Args:

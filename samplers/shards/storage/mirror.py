@@ -166,8 +166,8 @@ def check_writable(url: str) -> None:
     """
     if "::" in url or is_http(file_system(url)[0]):
         raise ValueError(
-            f"{shown(url)}: over HTTP and through caches files are read, and not written: give a local folder, or one in an "
-            "object store, such as s3://BUCKET/FOLDER"
+            f"{shown(url)}: over HTTP and through caches files are read, and not written: give a local folder, or one "
+            "in an object store, such as s3://BUCKET/FOLDER"
         )
 
 
