@@ -83,7 +83,7 @@ def test_a_writer_writes_the_same_bytes_to_a_store_and_to_a_folder(store: Object
     for path in tmp_path.iterdir():
         assert content(store, f"written/{path.name}") == path.read_bytes()
     assert writer.shards == [store.url(f"written/shard-{number:06}.tar") for number in range(6)]
-    # Each shard is there before its index, and all before the corpus file.
+    # Each shard is sent before its index, and all before the corpus file.
     put = [entry["path"].rpartition("/")[2] for entry in store.log() if entry["method"] == "PUT"]
     assert all(put.index(f"shard-{number:06}.tar") < put.index(f"shard-{number:06}.tar.ltx") for number in range(6))
     assert put[-1] == "shard.ltx"

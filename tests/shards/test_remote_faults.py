@@ -167,7 +167,7 @@ def test_a_shard_is_asked_for_its_size_once(server: Faulty, monkeypatch: pytest.
     dataset = open_dataset(server, transport=PATIENT)
     for _ in range(2):
         assert_all_once(list(dataset.__getitems__(range(COUNT))))
-    # Beside the index.
+    # Next to that of the index.
     assert Counter(entry["method"] for entry in server.log())["HEAD"] == SHARDS + 1
 
 

@@ -137,7 +137,7 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(server: Faulty, tmp_path: 
     assert {entry["name"] for entry in server.log()} == {f"{layout}.ltx"}
 
 
-def test_a_shard_that_was_written_anew_is_not_taken_from_the_cache(tmp_path: Path) -> None:
+def test_a_shard_that_was_written_again_is_not_taken_from_the_cache(tmp_path: Path) -> None:
     source, cache = tmp_path / "source", tmp_path / "cache"
     source.mkdir()
     with faulty(source) as server:
