@@ -110,7 +110,7 @@ def write_corpus(folder: Path) -> None:
 
 
 def timed(run: Callable[[], int], expected: int = SHARDS * EACH) -> float:
-    """Seconds of a job that reads so many samples."""
+    """Seconds of a job that reads `expected` samples."""
     begin = time.perf_counter()
     found = run()
     seconds = time.perf_counter() - begin

@@ -12,7 +12,7 @@ from samplers.planning.schedules.schedule import Schedule
 from samplers.planning.sorting import IndexArray
 from samplers.progress.position import Position
 
-# Steps that are searched for a batch, from each place where an epoch may have been begun.
+# Steps that are searched for a batch, from each position where an epoch may have begun.
 _SEARCHED: Final = 512
 # Steps that are planned together.
 _TOGETHER: Final = 64
@@ -61,7 +61,7 @@ class PlanFollower:
 
         Args:
             batch: Sample indices, int64 `[B]`.
-            every: The loader's workers: this one is asked for every so many-th batch.
+            every: The loader's workers: this one is asked for each `every`-th batch.
         """
         if self._schedule is not None and self._is_at(self._step + every, batch, every):
             self._step += every
@@ -96,7 +96,7 @@ class PlanFollower:
         return dict(zip(steps.tolist(), np.split(samples, np.cumsum(rows)[:-1]), strict=True))
 
     def _search(self, batch: IndexArray) -> bool:
-        """Search where an epoch may have been begun: the next one, the sampler's next and its present one."""
+        """Search where an epoch may have begun: the next one, the sampler's next and its present one."""
         present, starts = self._start, list(self._sampler.possible_starts)
         if present is not None:
             starts = [present, Position(present.epoch + 1, self._sampler.num_replicas), *starts]

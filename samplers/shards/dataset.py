@@ -132,7 +132,8 @@ class ShardDataset(Dataset[Sample]):
         """What was transferred of remote shards so far, by all workers, and how long readers stood still.
 
         `requests`, with all tries; `retries`; `second_requests`, sent because the first took long; `bytes` received;
-        `cache_hits` and `cache_misses`, shards; and `waited_seconds`, in which a reader stood still.
+        `cache_hits` and `cache_misses`, shards; and `waited_seconds`, in which a reader stood still. A shallow copy and
+        `with_pieces` count together with this dataset; a deep copy and a pickle start from zero.
         """
         return self._counts.as_dict()
 

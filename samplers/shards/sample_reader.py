@@ -169,14 +169,14 @@ class SampleReader:
         expected = self._crcs[rows, column].tolist()
         found = list(map(crc32, buffers))
         if found != expected:
-            for place, (crc, wanted) in enumerate(zip(found, expected, strict=True)):
-                if crc != wanted and not self._read_rightly(files, buffers[place], (place, int(rows[place])), column):
-                    self._refuse_damage(int(rows[place]), column)
+            for file, part in files:
+                for position in range(*part.indices(len(rows))):
+                    row, is_same = int(rows[position]), found[position] == expected[position]
+                    if not is_same and not self._reread(file, buffers[position], row, column):
+                        self._refuse_damage(row, column)
 
-    def _read_rightly(self, files: Files, buffer: Any, place_and_row: tuple[int, int], column: int) -> bool:
+    def _reread(self, file: RandomAccess, buffer: Any, row: int, column: int) -> bool:
         """Read a sample of a remote shard once more, since a network may damage it. False if it is still damaged."""
-        place, row = place_and_row
-        [file] = [file for file, part in files if part.start <= place < part.stop]
         if self._crcs is None or (row, column) in self._read_again:
             return False
         again = fill_again(file, buffer, int(self._offsets[row, column]))
@@ -244,7 +244,7 @@ class SampleReader:
 
     def _find_headers(self, blocks: list[int]) -> list[tuple[int, int]]:
         """Offsets and sizes of what `check_block` reads."""
-        return [place for block in blocks for place in find_headers(self.tables, block, self.columns)]
+        return [span for block in blocks for span in find_headers(self.tables, block, self.columns)]
 
     def _context(self, row: int, field: Field) -> str:
         return f"{self.shards.path_of(row)}: sample {decode_key(self.tables.keys[row])!r}, field {field.name!r}"

@@ -58,11 +58,11 @@ def shard_of(folder: Path, number: int) -> Path:
 def flip(folder: Path, *indices: Any) -> None:
     """Another bit in the payload of samples."""
     index = ShardDataset(folder).index
-    for place in indices:
-        number = int(np.searchsorted(index.starts, place, side="right")) - 1
+    for sample_index in indices:
+        number = int(np.searchsorted(index.starts, sample_index, side="right")) - 1
         with shard_of(folder, number).open("r+b") as file:
             # Behind the array's own header, in the plain layout.
-            offset = int(index._tables.offsets[place, 0]) + (128 if index._tables.layout == "plain" else 0)
+            offset = int(index._tables.offsets[sample_index, 0]) + (128 if index._tables.layout == "plain" else 0)
             file.seek(offset)
             byte = file.read(1)[0]
             file.seek(offset)
@@ -90,7 +90,7 @@ DAMAGES = {
     "missing": (remove, SECOND, "missing"),
     "flipped": (lambda folder: flip(folder, *FLIPPED), FLIPPED, "damaged"),
 }
-# Processes that are started anew take their time: one kind of damage is enough for them.
+# Processes that are started again take their time: one kind of damage is enough for them.
 processes = pytest.mark.parametrize(
     ("damage", "context"),
     [*((damage, context) for damage in DAMAGES for context in (None, "fork")), ("flipped", "spawn")],
@@ -123,7 +123,7 @@ def without(batches: list[list[str]], lost: set[Any]) -> list[list[str]]:
     return [[key for key in batch if key not in lost] for batch in batches]
 
 
-# --- by place
+# --- by index
 
 
 @processes

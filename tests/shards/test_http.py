@@ -63,15 +63,15 @@ def shards_of(server: Served, layout: str, manner: str = "ranges") -> str:
 @given(
     layout=st.sampled_from(LAYOUTS),
     named=st.booleans(),
-    places=st.lists(st.integers(-COUNT, COUNT - 1), max_size=9),
+    indices=st.lists(st.integers(-COUNT, COUNT - 1), max_size=9),
 )
-def test_samples_by_place_are_those_of_the_local_shards(
-    folder: Path, server: Any, layout: str, named: Any, places: Any
+def test_samples_by_index_are_those_of_the_local_shards(
+    folder: Path, server: Any, layout: str, named: Any, indices: Any
 ) -> None:
     there = server.url(f"{layout}.ltx") if named else shards_of(server, layout)
     index = None if named else folder / f"{layout}.ltx"
     remote, local = ShardDataset(there, index), ShardDataset(folder / f"{layout}.ltx")
-    for read, expected in zip(remote.__getitems__(places), local.__getitems__(places), strict=True):
+    for read, expected in zip(remote.__getitems__(indices), local.__getitems__(indices), strict=True):
         assert_same(read, expected)
 
 
@@ -94,7 +94,7 @@ def test_a_few_samples_are_fetched_by_ranges_alone(folder: Path, server: Any, la
     read = list(dataset.__getitems__([3, 50, 27, 4]))
     log = server.log()
     assert log["GET 200"] == 0
-    # Beside the samples, what two headers of each of four blocks say, read at least 64 KiB at once.
+    # Apart from the samples, what two headers of each of four blocks say, read at least 64 KiB at once.
     assert log["bytes"] <= sum(sample["tokens"].nbytes for sample in read) + 9 * (1 << 16) + 4096
     assert log["bytes"] < shard_bytes(folder, layout) / 4
     list(dataset.__getitems__([3, 50, 27, 4]))
@@ -133,7 +133,7 @@ def test_an_index_with_checksums_is_built_and_verified_over_http(server: Any) ->
     assert index.fingerprint == LengthIndex.open(server.url("plain.ltx")).fingerprint
 
 
-def epoch_by_place(corpus: str | Path, workers: int, **options: object) -> list[list[dict[str, object]]]:
+def epoch_by_index(corpus: str | Path, workers: int, **options: object) -> list[list[dict[str, object]]]:
     """The batches of an epoch."""
     dataset = ShardDataset(corpus)
     # The parent has read as well: what it has open must not travel.
@@ -150,9 +150,9 @@ def assert_same_batches(read: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize(("layout", "start"), [("blocks", "fork"), ("plain", "fork"), ("blocks", "spawn")])
-def test_workers_read_by_place_over_http(folder: Path, server: Any, layout: str, start: str) -> None:
-    read = epoch_by_place(server.url(f"{layout}.ltx"), 2, multiprocessing_context=start)
-    assert_same_batches(read, epoch_by_place(folder / f"{layout}.ltx", 0))
+def test_workers_read_by_index_over_http(folder: Path, server: Any, layout: str, start: str) -> None:
+    read = epoch_by_index(server.url(f"{layout}.ltx"), 2, multiprocessing_context=start)
+    assert_same_batches(read, epoch_by_index(folder / f"{layout}.ltx", 0))
 
 
 @layouts
@@ -205,7 +205,7 @@ def test_an_index_without_signatures_reads_signed_urls(folder: Path, server: Any
 
 
 @layouts
-def test_a_server_without_ranges_is_refused_by_place_and_does_for_a_stream(
+def test_a_server_without_ranges_is_refused_by_index_and_does_for_a_stream(
     folder: Path, server: Any, layout: str
 ) -> None:
     index, shards = folder / f"{layout}.ltx", shards_of(server, layout, "whole")
@@ -296,9 +296,9 @@ def test_the_example_serves_a_corpus_and_reads_it_both_ways() -> None:
         assert samples == "3,000"
         assert float(padding) < 10
         assert 1 < number(sent) / number(written) < 1.2
-    (_, _, by_place, _), (_, _, stream, _) = told
+    (_, _, by_index, _), (_, _, stream, _) = told
     # Neighbours of a batch are one request.
-    assert number(stream) < 30 < 2000 < number(by_place)
+    assert number(stream) < 30 < 2000 < number(by_index)
     assert len(path.read_text().splitlines()) < 80
 
 

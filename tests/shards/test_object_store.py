@@ -12,7 +12,6 @@ from time import sleep
 from typing import Any
 
 import fsspec
-import numpy as np
 import pytest
 
 # Not among the oldest versions.
@@ -20,20 +19,18 @@ pytest.importorskip("s3fs")
 pytest.importorskip("moto")
 
 from command import run
-from corpora import assert_same, write
+from corpora import write
 from object_store import ObjectStore, object_store
+from remote_corpus import PATIENT, assert_each_once, numbered
 from torch.utils.data import DataLoader
 
 from samplers import LengthBucketBatchSampler, LengthIndex, ShardDataset, ShardStream, ShardWriter, Transport
 
 COUNT, EACH = 24, 4
-# Where requests are counted: a slow machine must not send one more.
-PATIENT = Transport(timeout=100, retries=12, backoff=0.01, patience=0)
 
 
 def samples(count: int = COUNT) -> list[dict[str, Any]]:
-    rng = np.random.default_rng(0)
-    return [{"__key__": f"k{n}", "tokens": rng.integers(0, 1000, 1 + n % 40), "label": n} for n in range(count)]
+    return numbered(count)
 
 
 def part(number: int) -> list[dict[str, Any]]:
@@ -71,10 +68,7 @@ def content(store: ObjectStore, name: str) -> bytes:
 
 
 def assert_all_once(read: list[Any], count: int = COUNT) -> None:
-    by_key = {sample["__key__"]: sample for sample in read}
-    assert len(read) == len(by_key) == count
-    for sample in samples(count):
-        assert_same(by_key[sample["__key__"]], sample)
+    assert_each_once(read, samples(count))
 
 
 def read_all(url: str, **options: Any) -> list[Any]:
@@ -89,7 +83,7 @@ def test_a_writer_writes_the_same_bytes_to_a_store_and_to_a_folder(store: Object
     for path in tmp_path.iterdir():
         assert content(store, f"written/{path.name}") == path.read_bytes()
     assert writer.shards == [store.url(f"written/shard-{number:06}.tar") for number in range(6)]
-    # Each shard is there before its index, and all before the corpus file.
+    # Each shard is sent before its index, and all before the corpus file.
     put = [entry["path"].rpartition("/")[2] for entry in store.log() if entry["method"] == "PUT"]
     assert all(put.index(f"shard-{number:06}.tar") < put.index(f"shard-{number:06}.tar.ltx") for number in range(6))
     assert put[-1] == "shard.ltx"

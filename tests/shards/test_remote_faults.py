@@ -3,10 +3,11 @@
 The server's faults follow a fixed schedule, and no test looks at the clock.
 """
 
+import copy
 import pickle
+import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 from command import run
-from corpora import LAYOUTS, assert_same, write
+from corpora import LAYOUTS, assert_same
 from faulty import Faulty, faulty
+from remote_corpus import ONCE, PATIENT, assert_each_once, numbered, running, server, write_layouts
 from torch.utils.data import DataLoader, Dataset
 
 from samplers import LengthBucketBatchSampler, LengthIndex, ShardDataset, ShardStream, Transport
@@ -23,48 +25,25 @@ from samplers.shards.storage.network.fetched import FetchedFile
 from samplers.shards.storage.network.remote import fetch_into
 from samplers.shards.storage.reading import open_file
 
+# Fixtures.
+__all__ = ["running", "server"]
+
 SHARDS, EACH = 20, 12
 COUNT = SHARDS * EACH
 # Stalls are given up soon, and waits are short. Enough tries that no schedule below can use them up.
 QUICK = Transport(timeout=1.0, retries=12, backoff=0.01)
-# Where requests are counted: a slow machine must not make one more.
-PATIENT = Transport(timeout=100, retries=12, backoff=0.01, patience=0)
-# Where they must come together.
-ONCE = Transport(timeout=100, retries=0, patience=0)
 # One of 50 requests each is dropped or refused, and one in 200 stalls, as often as a bad network does it.
 BAD_NETWORK = {"drop": (50, 3), "503": (50, 20), "stall": (200, 60), "break": (97, 11)}
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-def samples() -> list[dict[str, object]]:
-    rng = np.random.default_rng(0)
-    return [
-        {"__key__": f"k{number}", "tokens": rng.integers(0, 1000, number % 40), "label": number}
-        for number in range(COUNT)
-    ]
+def samples() -> list[dict[str, Any]]:
+    return numbered(COUNT, shortest=0)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("faulty")
-    for layout in LAYOUTS:
-        write(folder, samples(), layout=layout, prefix=layout, max_samples=EACH, block_size=4)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def running(folder: Path) -> Iterator[Faulty]:
-    with faulty(folder) as server:
-        yield server
-
-
-@pytest.fixture
-def server(running: Faulty) -> Iterator[Faulty]:
-    """The server, without faults until a test wants them."""
-    running.behave()
-    running.log()
-    yield running
-    running.behave()
+    return write_layouts(tmp_path_factory.mktemp("faulty"), samples(), max_samples=EACH, block_size=4)
 
 
 def open_dataset(server: Faulty, layout: str = "blocks", **options: Any) -> ShardDataset:
@@ -72,10 +51,7 @@ def open_dataset(server: Faulty, layout: str = "blocks", **options: Any) -> Shar
 
 
 def assert_all_once(read: list[Any]) -> None:
-    by_key = {sample["__key__"]: sample for sample in read}
-    assert len(read) == len(by_key) == COUNT
-    for sample in samples():
-        assert_same(by_key[str(sample["__key__"])], sample)
+    assert_each_once(read, samples())
 
 
 # --- every job ends on a bad network
@@ -95,6 +71,18 @@ def test_an_index_is_built_on_a_bad_network(server: Faulty, folder: Path, layout
     built = LengthIndex.build(shards, checksums=True, transport=QUICK)
     assert built.fingerprint == LengthIndex.open(folder / f"{layout}.ltx").fingerprint
     built.verify(checksums=True)
+
+
+def test_a_build_over_http_is_refused_before_its_scan(server: Faulty, folder: Path, tmp_path: Path) -> None:
+    """Red when a shard over HTTP without an index was read whole, and then the index could not be written."""
+    shards = "plain-{000000..000001}.tar"
+    assert len(LengthIndex.build(server.url(shards), resume=True, checksums=True, transport=PATIENT)) == 2 * EACH
+    with faulty(tmp_path) as other:
+        for name in ("plain-000000.tar", "plain-000000.tar.ltx", "plain-000001.tar"):
+            shutil.copy2(folder / name, tmp_path)
+        with pytest.raises(ValueError, match=r"plain-000001.tar.ltx: this shard has no such index.*resume= a local"):
+            LengthIndex.build(other.url(shards), resume=True, transport=PATIENT)
+        assert [each for each in other.log() if each["method"] == "GET" and each["name"].endswith(".tar")] == []
 
 
 @layouts
@@ -179,7 +167,7 @@ def test_a_shard_is_asked_for_its_size_once(server: Faulty, monkeypatch: pytest.
     dataset = open_dataset(server, transport=PATIENT)
     for _ in range(2):
         assert_all_once(list(dataset.__getitems__(range(COUNT))))
-    # Beside the index.
+    # Next to that of the index.
     assert Counter(entry["method"] for entry in server.log())["HEAD"] == SHARDS + 1
 
 
@@ -408,11 +396,17 @@ def test_threads_read_while_workers_are_forked(server: Faulty) -> None:
     assert failed == []
 
 
-def test_a_copy_keeps_its_options(server: Faulty) -> None:
+def test_a_copy_keeps_its_options_and_has_its_counts(server: Faulty) -> None:
     dataset = pickle.loads(pickle.dumps(open_dataset(server)))
     server.behave(faults={"0": "drop", "2": "503", "3": "503"})
     assert_same(dataset[7], samples()[7])
     assert dataset._transport == dataset.index._transport == QUICK
+    # A shallow copy has the same counts, a deep one its own.
+    requests = dataset.transfers["requests"]
+    assert requests > 0
+    assert copy.deepcopy(dataset).transfers["requests"] == 0
+    assert copy.copy(dataset)[20 * 11]["label"] == 20 * 11
+    assert dataset.transfers["requests"] > requests
 
 
 def test_wrong_options_are_refused_by_name() -> None:

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from corpora import LAYOUTS, assert_same, write
 from faulty import Faulty, faulty
+from remote_corpus import ONCE, PATIENT, assert_each_once, numbered, running, server, write_layouts
 from torch.utils.data import DataLoader
 
 from samplers import LengthBucketBatchSampler, ShardDataset, ShardStream, Transport
@@ -21,46 +21,24 @@ from samplers.shards.storage import shard_cache
 from samplers.shards.storage.atomic import AtomicFile
 from samplers.shards.storage.locks import lock
 
+# Fixtures.
+__all__ = ["running", "server"]
+
 SHARDS, EACH = 8, 6
 COUNT = SHARDS * EACH
-# Where requests are counted: a slow machine must not send one more.
-PATIENT = Transport(timeout=100, retries=12, backoff=0.01, patience=0)
 
 
-def samples() -> list[dict[str, object]]:
-    rng = np.random.default_rng(0)
-    return [
-        {"__key__": f"k{number}", "tokens": rng.integers(0, 1000, 1 + number % 40), "label": number}
-        for number in range(COUNT)
-    ]
+def samples() -> list[dict[str, Any]]:
+    return numbered(COUNT)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cached")
-    for layout in LAYOUTS:
-        write(folder, samples(), layout=layout, prefix=layout, max_samples=EACH, block_size=3)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def running(folder: Path) -> Iterator[Faulty]:
-    with faulty(folder) as server:
-        yield server
-
-
-@pytest.fixture
-def server(running: Faulty) -> Faulty:
-    running.behave()
-    running.log()
-    return running
+    return write_layouts(tmp_path_factory.mktemp("cached"), samples(), max_samples=EACH, block_size=3)
 
 
 def assert_all_once(read: list[Any]) -> None:
-    by_key = {sample["__key__"]: sample for sample in read}
-    assert len(read) == len(by_key) == COUNT
-    for sample in samples():
-        assert_same(by_key[str(sample["__key__"])], sample)
+    assert_each_once(read, samples())
 
 
 def open_stream(server: Faulty, cache: Path, layout: str = "blocks", **options: Any) -> ShardStream:
@@ -101,8 +79,7 @@ def test_the_second_epoch_needs_no_request(server: Faulty, tmp_path: Path, layou
 
 
 def test_a_dataset_fetches_the_shards_of_a_batch_together(server: Faulty, tmp_path: Path) -> None:
-    once = Transport(timeout=100, retries=0, patience=0)
-    dataset = ShardDataset(server.url("plain.ltx"), transport=once, cache=tmp_path / "cache")
+    dataset = ShardDataset(server.url("plain.ltx"), transport=ONCE, cache=tmp_path / "cache")
     sampler = LengthBucketBatchSampler(dataset.index, batch_size=4)
     server.gather(SHARDS)
     rows = list(range(0, COUNT, EACH))
@@ -160,7 +137,7 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(server: Faulty, tmp_path: 
     assert {entry["name"] for entry in server.log()} == {f"{layout}.ltx"}
 
 
-def test_a_shard_that_was_written_anew_is_not_taken_from_the_cache(tmp_path: Path) -> None:
+def test_a_shard_that_was_written_again_is_not_taken_from_the_cache(tmp_path: Path) -> None:
     source, cache = tmp_path / "source", tmp_path / "cache"
     source.mkdir()
     with faulty(source) as server:

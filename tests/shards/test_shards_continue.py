@@ -25,8 +25,8 @@ import numpy as np
 from samplers.shards.writing.writer import ShardWriter
 
 def samples(count=120):
-    for place in range(count):
-        yield {"__key__": f"k{place}", "x": np.arange(place % 17), "v": np.full(3, place), "n": place}
+    for number in range(count):
+        yield {"__key__": f"k{number}", "x": np.arange(number % 17), "v": np.full(3, number), "n": number}
 
 def write(folder, layout, **options):
     with ShardWriter(folder, layout=layout, max_samples=50, block_size=7, stack=["v"], **options) as writer:
@@ -125,7 +125,7 @@ def test_a_finished_writer_is_gone_on_with_twice(tmp_path: Path) -> None:
     write(tmp_path, tokens([3, 1, 2]), max_samples=2)
     for first in (3, 5):
         with ShardWriter(tmp_path, append=True) as writer:
-            assert list(writer.keys) == [f"k{place}" for place in range(first)]
+            assert list(writer.keys) == [f"k{number}" for number in range(first)]
             for sample in tokens([7, 8], first):
                 writer.write(sample)
     assert ShardDataset(tmp_path).index.lengths.tolist() == [3, 1, 2, 7, 8, 7, 8]

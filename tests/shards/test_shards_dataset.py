@@ -1,4 +1,4 @@
-"""ShardDataset: any places in any order, through loaders of every kind, and every disagreement named."""
+"""ShardDataset: any indices in any order, through loaders of every kind, and every disagreement named."""
 
 import io
 import os
@@ -35,7 +35,7 @@ def test_samples_come_in_the_order_and_with_the_fields_asked_for(
     rng = np.random.default_rng(seed)
     names = [name for name in samples[0] if name != "__key__" and rng.random() < 0.5]
     dataset = ShardDataset(folder, fields=names)
-    # Repeats and places from the end are among them.
+    # Repeats and indices from the end are among them.
     indices = rng.integers(-len(samples), len(samples), size).tolist()
     for index, read in zip(indices, dataset.__getitems__(indices), strict=True):
         assert_same(read, {name: samples[index][name] for name in ["__key__", *names]})
@@ -241,7 +241,7 @@ def test_other_encodings_stay_bytes_or_are_decoded_and_checked(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("places", "error", "message"),
+    ("indices", "error", "message"),
     [
         ([3], IndexError, "index 3 is not among the 3 samples"),
         ([0, -4], IndexError, "index -4 is not"),
@@ -251,11 +251,11 @@ def test_other_encodings_stay_bytes_or_are_decoded_and_checked(tmp_path: Path) -
     ],
 )
 def test_indices_out_of_range_are_refused(
-    tmp_path: Path, places: list[bool | float | list[int]], error: type[Exception], message: str
+    tmp_path: Path, indices: list[bool | float | list[int]], error: type[Exception], message: str
 ) -> None:
     dataset = ShardDataset(write(tmp_path, tokens([1, 2, 3])))
     with pytest.raises(error, match=message):
-        dataset.__getitems__(places)
+        dataset.__getitems__(indices)
     assert dataset.__getitems__([]) == []
     assert len(dataset[np.int64(2)]["tokens"]) == len(dataset[torch.tensor(2)]["tokens"]) == 3
     with pytest.raises(TypeError):

@@ -6,7 +6,6 @@ be sent together.
 
 import copy
 import pickle
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import sleep
@@ -14,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from corpora import LAYOUTS, assert_same, write
-from faulty import Faulty, faulty
+from corpora import LAYOUTS, assert_same
+from faulty import Faulty
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from remote_corpus import ONCE, PATIENT, numbered, running, server, write_layouts
 from torch.utils.data import DataLoader
 
 from collate import PadCollator
@@ -26,41 +26,20 @@ from samplers.shards.opening.read_ahead import ReadAhead
 from samplers.shards.storage.network import fetched, remote
 from samplers.shards.storage.network.counts import Counts
 
+# Fixtures.
+__all__ = ["running", "server"]
+
 SHARDS, EACH = 16, 6
 COUNT = SHARDS * EACH
-# Where requests are counted: a slow machine must not send one more.
-PATIENT = Transport(timeout=100, retries=12, backoff=0.01, patience=0)
-# Where they must come together: the server answers with an error after 20 seconds, which is not tried again.
-ONCE = Transport(timeout=100, retries=0, patience=0)
 
 
-def samples() -> list[dict[str, object]]:
-    rng = np.random.default_rng(0)
-    return [
-        {"__key__": f"k{number}", "tokens": rng.integers(0, 1000, 1 + number % 40), "label": number}
-        for number in range(COUNT)
-    ]
+def samples() -> list[dict[str, Any]]:
+    return numbered(COUNT)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ahead")
-    for layout in LAYOUTS:
-        write(folder, samples(), layout=layout, prefix=layout, max_samples=EACH, block_size=3)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def running(folder: Path) -> Iterator[Faulty]:
-    with faulty(folder) as server:
-        yield server
-
-
-@pytest.fixture
-def server(running: Faulty) -> Faulty:
-    running.behave()
-    running.log()
-    return running
+    return write_layouts(tmp_path_factory.mktemp("ahead"), samples(), max_samples=EACH, block_size=3)
 
 
 def keys(batch: list[Any]) -> list[str]:

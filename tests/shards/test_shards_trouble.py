@@ -115,8 +115,8 @@ def test_a_batch_of_many_shards_lives_with_few_descriptors(tmp_path: Path) -> No
     data = ShardDataset(sys.argv[1])
     order = list(range(199, -1, -1))
     batch = data.__getitems__(order)
-    assert [sample["__key__"] for sample in batch] == [f"k{place}" for place in order]
-    assert [len(sample["x"]) for sample in batch] == [place % 5 for place in order]
+    assert [sample["__key__"] for sample in batch] == [f"k{number}" for number in order]
+    assert [len(sample["x"]) for sample in batch] == [number % 5 for number in order]
     # Others of the program's files leave room for two.
     held = []
     try:

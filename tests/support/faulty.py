@@ -59,38 +59,49 @@ class Manner:
         return self.faults.get(str(number))
 
 
-class Faulty:
-    """The server's process, as a test sees it."""
+class ServerProcess:
+    """A process with a server that answers in some manner, as a test sees it.
 
-    def __init__(self, folder: Path, manner: Manner | None = None) -> None:
-        command = [sys.executable, __file__, str(folder), json.dumps(asdict(manner or Manner()))]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    Args:
+        program: The file that it runs. It prints its port, and has the routes of `Answering`.
+        *arguments: Its arguments.
+    """
+
+    def __init__(self, program: str, *arguments: str) -> None:
+        self.process = subprocess.Popen([sys.executable, program, *arguments], stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.root = f"http://127.0.0.1:{int(self.process.stdout.readline())}"
 
-    def url(self, name: str) -> str:
-        return f"{self.root}/files/{name}"
-
-    def log(self) -> list[dict[str, Any]]:
-        """The requests since this was last asked: method, name, range (first and last byte, or None) and answer."""
-        return list(self._ask("log"))
+    def log(self) -> Any:
+        """What it has noted since this was last asked: a dict for each request, unless a server does otherwise."""
+        return self._ask("log")
 
     def behave(self, **options: Any) -> None:
         """Answer in another manner from now on, and count requests from 0 again."""
         self._ask("manner", json.dumps(asdict(Manner(**options))))
-
-    def gather(self, count: int) -> None:
-        """Answer no range until this many have been asked for; after 20 seconds each is answered with 500."""
-        self._ask(f"gather/{count}")
 
     def stop(self) -> None:
         self.process.kill()
         self.process.communicate(timeout=30)
 
     def _ask(self, path: str, data: str | None = None) -> Any:
-        request = urllib.request.Request(f"{self.root}/{path}", None if data is None else data.encode())
+        request = urllib.request.Request(f"{self.root}/-/{path}", None if data is None else data.encode())
         with urllib.request.urlopen(request) as response:
             return json.load(response)
+
+
+class Faulty(ServerProcess):
+    """The web server's process. Its log has method, name, range (first and last byte, or None) and status."""
+
+    def __init__(self, folder: Path, manner: Manner | None = None) -> None:
+        super().__init__(__file__, str(folder), json.dumps(asdict(manner or Manner())))
+
+    def url(self, name: str) -> str:
+        return f"{self.root}/files/{name}"
+
+    def gather(self, count: int) -> None:
+        """Answer no range until this many have been asked for; after 20 seconds each is answered with 500."""
+        self._ask(f"gather/{count}")
 
 
 @contextmanager
@@ -103,21 +114,17 @@ def faulty(folder: Path, **options: Any) -> Iterator[Faulty]:
         server.stop()
 
 
-class Application:
-    """The server."""
+class Answering:
+    """What a server does in its process: it answers in its manner, and tells its requests."""
 
-    def __init__(self, folder: Path, manner: Manner) -> None:
-        self.folder, self.manner = folder, manner
+    def __init__(self, manner: Manner) -> None:
+        self.manner, self.number = manner, 0
         self.requests: list[dict[str, Any]] = []
-        self.number = 0
-        self.awaited, self.all_there = 0, asyncio.Event()
 
     def routes(self) -> web.Application:
-        app = web.Application()
-        app.router.add_get("/log", self.tell)
-        app.router.add_post("/manner", self.change)
-        app.router.add_get("/gather/{count}", self.gather)
-        app.router.add_get("/files/{name}", self.answer)
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_get("/-/log", self.tell)
+        app.router.add_post("/-/manner", self.change)
         return app
 
     async def tell(self, _: web.Request) -> web.Response:
@@ -127,6 +134,37 @@ class Application:
     async def change(self, request: web.Request) -> web.Response:
         self.manner, self.number = Manner(**await request.json()), 0
         return web.json_response(None)
+
+    async def send_body(
+        self, request: web.Request, response: web.StreamResponse, data: bytes | bytearray, fault: str | None
+    ) -> web.StreamResponse:
+        """Send a body, or the part of it that comes before a fault, at the rate of the manner."""
+        for start in range(0, len(data), _PIECE):
+            piece = data[start : start + _PIECE]
+            await response.write(piece)
+            if self.manner.rate:
+                await asyncio.sleep(len(piece) / self.manner.rate)
+        if fault == "hang":
+            await asyncio.sleep(3600)
+        if fault == "break":
+            return cut(request)
+        await response.write_eof()
+        return response
+
+
+class Application(Answering):
+    """The web server."""
+
+    def __init__(self, folder: Path, manner: Manner) -> None:
+        super().__init__(manner)
+        self.folder = folder
+        self.awaited, self.all_there = 0, asyncio.Event()
+
+    def routes(self) -> web.Application:
+        app = super().routes()
+        app.router.add_get("/-/gather/{count}", self.gather)
+        app.router.add_get("/files/{name}", self.answer)
+        return app
 
     async def gather(self, request: web.Request) -> web.Response:
         self.awaited, self.all_there = int(request.match_info["count"]), asyncio.Event()
@@ -157,7 +195,7 @@ class Application:
         if fault == "stall":
             await asyncio.sleep(3600)
         if fault == "drop" or request.transport is None:
-            return _cut(request)
+            return cut(request)
         first, last = span or (0, size - 1)
         entry["status"] = 200 if span is None else 206
         return await self._send(request, path, (first, last + 1, size), fault)
@@ -191,42 +229,17 @@ class Application:
         half = first + (end - first) // 2
         response.content_length = half - first if fault == "short" and request.method == "GET" else end - first
         await response.prepare(request)
-        return (
-            response
-            if request.method == "HEAD"
-            else await self._write(request, response, path, (first, end, half), fault)
-        )
-
-    async def _write(
-        self,
-        request: web.Request,
-        response: web.StreamResponse,
-        path: Path,
-        places: tuple[int, int, int],
-        fault: str | None,
-    ) -> web.StreamResponse:
-        """Send the bytes between two places, or half of them."""
-        first, end, half = places
-        sent = half if fault in {"break", "short", "hang"} else end
+        if request.method == "HEAD":
+            return response
         with path.open("rb") as file:
             file.seek(first)
-            data = bytearray(file.read(sent - first))
+            data = bytearray(file.read((half if fault in {"break", "short", "hang"} else end) - first))
         if fault == "flip" and data:
             data[0] ^= 1
-        for start in range(0, len(data), _PIECE):
-            piece = data[start : start + _PIECE]
-            await response.write(piece)
-            if self.manner.rate:
-                await asyncio.sleep(len(piece) / self.manner.rate)
-        if fault == "hang":
-            await asyncio.sleep(3600)
-        if fault == "break":
-            return _cut(request)
-        await response.write_eof()
-        return response
+        return await self.send_body(request, response, data, fault)
 
 
-def _cut(request: web.Request) -> web.Response:
+def cut(request: web.Request) -> web.Response:
     """Close the connection."""
     if request.transport is not None:
         request.transport.close()

@@ -16,9 +16,9 @@ from torch import Tensor
 from collate import LengthTrackedBatch, PadCollator
 from samplers import run_in_order
 
-LENGTHS = [1 + 37 * place % 23 for place in range(200)]
-ROWS = [torch.arange(length, dtype=torch.float64) + place for place, length in enumerate(LENGTHS)]
-EXPECTED = np.array([[float(row.sum()), place] for place, row in enumerate(ROWS)])
+LENGTHS = [1 + 37 * number % 23 for number in range(200)]
+ROWS = [torch.arange(length, dtype=torch.float64) + number for number, length in enumerate(LENGTHS)]
+EXPECTED = np.array([[float(row.sum()), number] for number, row in enumerate(ROWS)])
 
 
 def totals(batch: dict[str, Any]) -> Tensor:
@@ -29,7 +29,7 @@ def totals(batch: dict[str, Any]) -> Tensor:
 
 def infer(out: Path, step: Any = totals, **options: Any) -> Any:
     """Run over all rows; every batch is a part."""
-    samples = [{"x": row, "id": place} for place, row in enumerate(ROWS)]
+    samples = [{"x": row, "id": number} for number, row in enumerate(ROWS)]
     options = {"lengths": LENGTHS, "max_tokens": 90, "flush_seconds": 0, "progress": False, **options}
     return run_in_order(step, samples, collate_fn=PadCollator(), out=out, **options)
 

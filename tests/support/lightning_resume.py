@@ -16,7 +16,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from samplers import LengthBucketBatchSampler
 from samplers.integrations.lightning import PlannedDataModule
 
-LENGTHS = [1 + 37 * place % 61 for place in range(200)]
+LENGTHS = [1 + 37 * number % 61 for number in range(200)]
 STEPS = len(LengthBucketBatchSampler(LENGTHS, max_tokens=600))
 # In the middle of the second epoch.
 MIDDLE = STEPS + 5

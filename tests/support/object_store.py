@@ -5,40 +5,30 @@ a fixed schedule: `Manner` of `faulty` says which. `log` tells the requests in t
 """
 
 import asyncio
-import json
 import logging
 import os
 import socket
-import subprocess
 import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Final
 
 import fsspec
 from aiohttp import ClientSession, DummyCookieJar, web
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from faulty import Manner
+from faulty import Answering, Manner, ServerProcess, cut
 
 BUCKET: Final = "corpus"
-_PIECE: Final = 1 << 16
 # Of one connection, not of the message.
 _HOPS: Final = {"connection", "keep-alive", "transfer-encoding", "content-length", "date", "server"}
 
 
-class ObjectStore:
-    """The process, as a test sees it. `environment` is what a client needs to find it."""
+class ObjectStore(ServerProcess):
+    """The proxy's process. Its log has method, path, range and status. `environment` is what a client needs."""
 
     def __init__(self) -> None:
-        self.process = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        self.root = f"http://127.0.0.1:{int(self.process.stdout.readline())}"
+        super().__init__(__file__)
         self.environment = {
             "AWS_ENDPOINT_URL": self.root,
             "AWS_ACCESS_KEY_ID": "any",
@@ -49,23 +39,6 @@ class ObjectStore:
 
     def url(self, name: str = "") -> str:
         return f"s3://{BUCKET}/{name}"
-
-    def log(self) -> list[dict[str, Any]]:
-        """The requests since this was last asked: method, path, range and status."""
-        return list(self._ask("log"))
-
-    def behave(self, **options: Any) -> None:
-        """Answer in another manner from now on, and count requests from 0 again."""
-        self._ask("manner", json.dumps(asdict(Manner(**options))))
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.communicate(timeout=30)
-
-    def _ask(self, path: str, data: str | None = None) -> Any:
-        request = urllib.request.Request(f"{self.root}/-/{path}", None if data is None else data.encode())
-        with urllib.request.urlopen(request) as response:
-            return json.load(response)
 
 
 @contextmanager
@@ -93,28 +66,18 @@ def _forget_clients() -> None:
     s3("s3").clear_instance_cache()
 
 
-class Proxy:
+class Proxy(Answering):
     """Hands requests on to a server."""
 
     def __init__(self, server: str) -> None:
-        self.server, self.manner, self.number = server, Manner(), 0
-        self.requests: list[dict[str, Any]] = []
+        super().__init__(Manner())
+        self.server = server
         self.session: ClientSession | None = None
 
     def routes(self) -> web.Application:
-        app = web.Application(client_max_size=1 << 30)
-        app.router.add_get("/-/log", self.tell)
-        app.router.add_post("/-/manner", self.change)
+        app = super().routes()
         app.router.add_route("*", "/{path:.*}", self.answer)
         return app
-
-    async def tell(self, _: web.Request) -> web.Response:
-        told, self.requests = self.requests, []
-        return web.json_response(told)
-
-    async def change(self, request: web.Request) -> web.Response:
-        self.manner, self.number = Manner(**await request.json()), 0
-        return web.json_response(None)
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         manner, number = self.manner, self.number
@@ -132,7 +95,7 @@ class Proxy:
         if fault == "stall":
             await asyncio.sleep(3600)
         if fault == "drop" or request.transport is None:
-            return _cut(request)
+            return cut(request)
         return await self._hand_on(request, body, fault, entry)
 
     async def _hand_on(
@@ -156,24 +119,7 @@ class Proxy:
         if request.method == "HEAD":
             return response
         sent = data[: len(data) // 2] if fault in {"break", "hang"} else data
-        for start in range(0, len(sent), _PIECE):
-            piece = sent[start : start + _PIECE]
-            await response.write(piece)
-            if self.manner.rate:
-                await asyncio.sleep(len(piece) / self.manner.rate)
-        if fault == "hang":
-            await asyncio.sleep(3600)
-        if fault == "break":
-            return _cut(request)
-        await response.write_eof()
-        return response
-
-
-def _cut(request: web.Request) -> web.Response:
-    """Close the connection."""
-    if request.transport is not None:
-        request.transport.close()
-    return web.Response()
+        return await self.send_body(request, response, sent, fault)
 
 
 def _serve_objects() -> str:

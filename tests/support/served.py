@@ -4,11 +4,8 @@
 says that it takes no ranges; `/moved/NAME` redirects; `/busy/NAME` is always 503; `/signed/NAME` wants `?token=1`.
 """
 
-import json
 import socket
-import subprocess
 import sys
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,16 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+from faulty import ServerProcess
 
 
-class Served:
+class Served(ServerProcess):
     """The server's process, as a test sees it."""
 
     def __init__(self, folder: Path) -> None:
-        command = [sys.executable, __file__, str(folder)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        self.root = f"http://127.0.0.1:{int(self.process.stdout.readline())}"
+        super().__init__(__file__, str(folder))
 
     def url(self, name: str, manner: str = "ranges") -> str:
         return f"{self.root}/{manner}/{name}"
@@ -33,12 +28,7 @@ class Served:
     def log(self) -> dict[str, int]:
         """Requests by status and by name, and bytes sent, since it was last asked."""
         # A response is counted before its first byte is sent, so all that was received is in it.
-        with urllib.request.urlopen(f"{self.root}/log") as response:
-            return Counter(json.load(response))
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.communicate(timeout=30)
+        return Counter(self._ask("log"))
 
 
 @contextmanager
@@ -56,7 +46,7 @@ def application(folder: Path) -> web.Application:
     counts: Counter[str] = Counter()
 
     async def count(request: web.Request, response: web.StreamResponse) -> None:
-        if request.path != "/log":
+        if request.path != "/-/log":
             sent = 0 if request.method == "HEAD" else response.content_length or 0
             counts.update({"requests": 1, "bytes": sent, f"{request.method} {response.status}": 1, request.path: 1})
 
@@ -70,7 +60,7 @@ def application(folder: Path) -> web.Application:
 
     app = web.Application()
     app.on_response_prepare.append(count)
-    app.router.add_get("/log", log)
+    app.router.add_get("/-/log", log)
     app.router.add_get("/{manner}/{name}", answer)
     return app
 

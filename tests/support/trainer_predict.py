@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from collate import PadCollator
 from samplers.integrations.huggingface import PlannedTrainer
 
-DATA = [{"input_ids": [place] * (1 + place * 7 % 5)} for place in range(24)]
+DATA = [{"input_ids": [number] * (1 + number * 7 % 5)} for number in range(24)]
 
 
 class Total(nn.Module):
@@ -62,7 +62,7 @@ def predict_planned(folder: str) -> dict[str, Any]:
 
     ours: dict[str, Any] = {"plan": {"capacity": 16}, "eval_collator": collate, "compute_metrics": metrics}
     trainer = PlannedTrainer(Total(), arguments(folder), train_dataset=DATA, **ours)
-    found = trainer.predict([{**row, "labels": place} for place, row in enumerate(DATA)])
+    found = trainer.predict([{**row, "labels": number} for number, row in enumerate(DATA)])
     trainer.get_train_dataloader()
     per_update = trainer.get_total_train_batch_size(trainer.args)
     facts = {"predictions": found.predictions[:, 0].tolist(), "seen": found.metrics["test_seen"]}

@@ -18,6 +18,8 @@ from samplers.shards.indexing.measuring import LengthOf, Measure
 from samplers.shards.indexing.scan import scan_shard
 from samplers.shards.indexing.tables import Tables
 from samplers.shards.storage.atomic import TEMPORARY, is_url, remove_leftover
+from samplers.shards.storage.mirror import check_writable
+from samplers.shards.storage.network.failures import shown
 from samplers.shards.storage.network.remote import find_infos
 from samplers.shards.storage.network.transport import DEFAULT, Transport
 
@@ -51,14 +53,15 @@ class IndexCache:
         Raises:
             FileExistsError: Another process is writing the index.
             ValueError: The cached index is of other fields or by another function, the function has no name although
-                its lengths are to be cached, the shard cannot be scanned, or no field needs the length in another
-                member.
+                its lengths are to be cached, the index is missing and cannot be written, the shard cannot be scanned,
+                or no field needs the length in another member.
         """
         cached = self.load(shard)
         if cached is not None:
             self._check_fields(cached, shard)
             self._check_length_id(cached, shard)
             return cached if self.checksums else replace(cached, crcs=None)
+        self._check_store(shard)
         # Scans of a whole shard are lost at a kill, so each index is written at once.
         measure = Measure(header=self.header) if self.length is None else Measure(self.length)
         tables = scan_shard(shard, self.fields, measure, checksums=self.checksums, transport=self.transport)
@@ -164,6 +167,22 @@ class IndexCache:
                 f"{cached.length_id!r}, length= is now {self._wanted_id!r}: delete it to measure again, give resume= "
                 f"another folder, or length_id={cached.length_id!r} if both give the same lengths"
             )
+
+    def _check_store(self, shard: str) -> None:
+        """Refuse, before its scan, a shard whose index cannot be written.
+
+        Raises:
+            ValueError: Its index is missing or does not fit, and would be written over HTTP.
+        """
+        if self.cache_dir is False or not is_url(path := self.path_of(shard)):
+            return
+        try:
+            check_writable(path)
+        except ValueError:
+            raise ValueError(
+                f"{shown(path)}: this shard has no such index, or it does not fit, and over HTTP and through caches "
+                "files are read, and not written: give resume= a local folder, or one in an object store"
+            ) from None
 
     def _check_has_id(self, tables: Tables, shard: str) -> None:
         """Refuse to cache lengths by a function without a name.

@@ -117,7 +117,7 @@ class LengthIndex:
             ValueError: A shard comes twice, is damaged or empty or has a pickle, or samples differ in their fields; an
                 existing index of a shard is of other fields or by another function, or a function has no name;
                 a sound file has no length in its header; `length_field` names no field or comes with `length`;
-                `resume=True` with a shard over HTTP; or `workers` is negative.
+                `resume=True` with a shard over HTTP that has no index; or `workers` is negative.
         """
         if isinstance(length_fields, str):
             raise TypeError(f"length_fields must be a list of names, got the string {length_fields!r}")

@@ -151,7 +151,7 @@ def find_headers(tables: Tables, block: int, columns: ReadColumns) -> Iterator[t
 
 
 def _read_array(file: RandomAccess, offset: int, size: int, context: str) -> tuple[bytes, NpyHeader]:
-    """The header of an array, and at least so many bytes behind it, if the file has them.
+    """The header of an array, and at least `size` bytes behind it, if the file has them.
 
     Raises:
         ValueError: It is no array of plain numbers.

@@ -61,9 +61,9 @@ class OpenShards:
         self._lock = Lock()
         # What is known of remote shards stays when they are closed, so that each is asked for its size once.
         self._infos: dict[str, Any] = {}
-        self._is_local = not any("://" in shard.path for shard in tables.shards)
+        self._has_urls = any("://" in shard.path for shard in tables.shards)
         open_one = partial(open_file, memory_map=memory_map)
-        if not self._is_local:
+        if self._has_urls:
             open_one = partial(_open_known, self._infos, partial(open_one, transport=transport, counts=counts))
         # By number, the one that was not used for longest first.
         self._cached_files: dict[int, CachedFile] = {}
@@ -103,7 +103,7 @@ class OpenShards:
 
     def open_all(self, shards: list[int], borders: list[int]) -> Files:
         """Open shards, with the part of the rows that lies in each. The errors are those of `open`."""
-        if not self._is_local and self._cache is not None:
+        if self._has_urls and self._cache is not None:
             # Shards that are not in the cache are fetched side by side.
             begin = perf_counter_ns()
             # The first that cannot be opened ends it, and is not tried again: it has had as long as a read may take.
@@ -111,8 +111,8 @@ class OpenShards:
                 files = dict(opened)
             if not HERE.in_background:
                 self._counts.add("waited", perf_counter_ns() - begin)
-            return [(files[place], slice(*part)) for place, part in enumerate(pairwise(borders))]
-        if not self._is_local:
+            return [(files[position], slice(*part)) for position, part in enumerate(pairwise(borders))]
+        if self._has_urls:
             self._find_sizes([self._tables.shards[shard].path for shard in shards])
         return [(self.open(shard), slice(*part)) for shard, part in zip(shards, pairwise(borders), strict=True)]
 

@@ -1,4 +1,4 @@
-"""Calls that threads make in advance, in order, as long as their results fit into so many bytes."""
+"""Calls that threads make in advance, in order, as long as their results fit into a number of bytes."""
 
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
@@ -10,6 +10,7 @@ from weakref import finalize
 
 from collate.widths import check_count
 from samplers.shards.storage.network.counts import HERE, Counts
+from samplers.shards.storage.network.requests import wait_for
 
 ReadResult = TypeVar("ReadResult")
 # A thread ends at None.
@@ -82,13 +83,7 @@ class ReadAhead(Generic[ReadResult]):
             return call()
         begin = perf_counter_ns()
         try:
-            while True:
-                try:
-                    # Not for ever: Windows would not hear an interrupt.
-                    return future.result(1)
-                except TimeoutError:
-                    if future.done():
-                        return future.result()
+            return wait_for(future)
         finally:
             self._counts.add("waited", perf_counter_ns() - begin)
 

@@ -16,8 +16,9 @@ from samplers.shards.storage.network.counts import NAMES, Counts
 class Transfers(Counts):
     """Counts of all processes that share this memory, each in a row of its own.
 
-    A copy or a pickle starts from zero. But `torch.multiprocessing` shares the memory with the process to which it
-    sends one.
+    A copy or a pickle of these counts starts from zero, so those of `copy.deepcopy(dataset)` do. A shallow copy of a
+    dataset (`copy.copy`, `with_pieces`) has the same counts as the dataset. `torch.multiprocessing` shares the memory
+    with the process to which it sends them.
 
     Args:
         cells: Shared memory, int64 `[MAX_PROCESSES, 1 + len(NAMES)]`: the process of a row, and its counts. None for

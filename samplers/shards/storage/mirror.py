@@ -17,14 +17,13 @@ from typing import Any, Final
 from weakref import finalize
 
 from samplers.shards.storage.atomic import TEMPORARY, is_url, local_path
+from samplers.shards.storage.network.failures import shown
 from samplers.shards.storage.network.fetched import FetchedFile
 from samplers.shards.storage.network.remote import RemoteFile, file_system, is_async, is_http
 from samplers.shards.storage.network.requests import Request, gate_of, send_all
-from samplers.shards.storage.network.transport import DEFAULT, Transport
+from samplers.shards.storage.network.transport import DEFAULT, Transport, timeout_of
 from samplers.shards.storage.process_pool import call_in_threads
 
-# A client does not tell how far it is. It may take a second for each MiB.
-_SLOWEST: Final = 1 << 20
 _SHARD: Final = ".tar"
 _INDEX: Final = ".ltx"
 
@@ -88,7 +87,7 @@ class Mirror:
         """
         paths = list(paths)
         shards = [path for path in paths if path.name.endswith(_SHARD)]
-        # One after the other: if this process is killed, no shard may be missing before one that is there, because the
+        # One after the other: if this process is killed, no shard may be missing before an existing one, because the
         # samples that are written must be the first ones.
         for path in shards:
             send_all([self._upload(path)], self._transport)
@@ -165,8 +164,8 @@ def check_writable(url: str) -> None:
     """
     if "::" in url or is_http(file_system(url)[0]):
         raise ValueError(
-            f"{url}: over HTTP and through caches files are read, and not written: give a local folder, or one in an "
-            "object store, such as s3://BUCKET/FOLDER"
+            f"{shown(url)}: over HTTP and through caches files are read, and not written: give a local folder, or one "
+            "in an object store, such as s3://BUCKET/FOLDER"
         )
 
 
@@ -201,7 +200,7 @@ def _sending(url: str, path: Path, transport: Transport) -> Callable[[], Awaitab
         if is_async(system):
             # Objects appear when they are complete. A client that sends parts puts them together at the end.
             sending = system._put_file(str(path), name)  # noqa: SLF001
-            await asyncio.wait_for(sending, transport.timeout + path.stat().st_size / _SLOWEST)
+            await asyncio.wait_for(sending, timeout_of(transport, path.stat().st_size))
         else:
             async with gate_of(id(system), 1):
                 await asyncio.to_thread(_put, system, path, name)

@@ -9,7 +9,7 @@ from itertools import pairwise, repeat
 from mmap import ACCESS_READ, mmap
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeAlias, cast
+from typing import Any, Final, Protocol, TypeAlias, cast, runtime_checkable
 
 import fsspec.implementations.local
 import numpy as np
@@ -55,6 +55,15 @@ class RandomAccess(Protocol):
         Raises:
             ValueError: The file ends before a buffer is full.
         """
+        ...
+
+
+@runtime_checkable
+class Refetchable(Protocol):
+    """A file whose bytes may be damaged on their way from a server, or in a cache."""
+
+    def fill_again(self, buffers: Sequence[Buffer], offsets: Sequence[int]) -> None:
+        """Overwrite each buffer, as `RandomAccess.fill` does, with bytes that are asked for again."""
         ...
 
 
@@ -239,12 +248,9 @@ def fill_again(file: RandomAccess, buffer: Any, offset: int) -> bool:
         OSError: The file cannot be read.
         ValueError: It ends before the buffer is full, or its server gives no ranges.
     """
-    if isinstance(file, RemoteFile):
-        file.fill([buffer], [offset])
-    elif hasattr(file, "fill_again"):
-        file.fill_again([buffer], [offset])
-    else:
+    if not isinstance(file, Refetchable):
         return False
+    file.fill_again([buffer], [offset])
     return True
 
 

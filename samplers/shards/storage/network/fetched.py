@@ -65,7 +65,7 @@ class FetchedFile:
             offset += len(piece)
 
     def fill_again(self, buffers: Sequence[Any], offsets: Sequence[int]) -> None:
-        """Overwrite each buffer with bytes that are asked for again. The errors are those of `RemoteFile.fill`."""
+        """Overwrite each buffer with bytes that are asked for again. The errors are those of `RemoteFile`."""
         self._file.fill(buffers, offsets)
 
 

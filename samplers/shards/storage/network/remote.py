@@ -17,7 +17,7 @@ from samplers.shards.storage.network.counts import UNCOUNTED, Counts
 from samplers.shards.storage.network.failures import ShortBodyError, shown
 from samplers.shards.storage.network.http_body import HttpBody
 from samplers.shards.storage.network.requests import Request, gate_of, send_all
-from samplers.shards.storage.network.transport import DEFAULT, Transport
+from samplers.shards.storage.network.transport import DEFAULT, Transport, timeout_of
 
 # fsspec has no type hints for it.
 _url_to_fs: Callable[[str], tuple[Any, str]] = fsspec.core.url_to_fs
@@ -38,8 +38,6 @@ _NEAR: Final = 1 << 19
 _MERGED_GAP: Final = 1 << 14
 # Merged ranges end at this size (4 MiB), so that several connections share a long run.
 _MOST_MERGED: Final = 1 << 22
-# A client that does not tell of single bytes may take a second for each MiB.
-_SLOWEST: Final = 1 << 20
 # Folders whose server has answered a range.
 _GIVE_RANGES: Final[set[str]] = set()
 
@@ -120,6 +118,10 @@ class RemoteFile:
             ValueError: The file ends before a buffer is full, or its server gives no ranges.
         """
         fetch_into([(self, buffers, offsets)])
+
+    def fill_again(self, buffers: Sequence[Any], offsets: Sequence[int]) -> None:
+        """Overwrite each buffer with bytes that are asked for again. The errors are those of `fill`."""
+        self.fill(buffers, offsets)
 
     def hold(self, pieces: list[tuple[int, bytes]]) -> None:
         """Keep pieces (offset and bytes) for the reads of this thread that come next. None forgets them."""
@@ -254,7 +256,7 @@ def attempts(file: RemoteFile, span: tuple[int, int], *, whole: bool) -> Callabl
     async def fetch() -> bytearray:
         start = first + len(received)
         if is_async(file.system):
-            patience = transport.timeout + (end - start) / _SLOWEST
+            patience = timeout_of(transport, end - start)
             data = await asyncio.wait_for(file.system._cat_file(file.name, start=start, end=end), patience)  # noqa: SLF001
         else:
             # Most of these may not be used by two threads at a time.

@@ -10,6 +10,7 @@ All requests run on fsspec's own thread. A forked process has a new one.
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Hashable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from time import perf_counter_ns
 from typing import Any, Final, Generic, TypeVar
@@ -67,31 +68,31 @@ def send_all(requests: Sequence[Request[Answer]], transport: Transport) -> list[
     if not requests:
         return []
     begin = perf_counter_ns()
+    # On fsspec's thread.
+    future = asyncio.run_coroutine_threadsafe(_gather(requests, transport), _get_loop())
     try:
-        return _wait_for(requests, transport)
+        return wait_for(future)
     finally:
+        # An interrupted read must not continue in the background.
+        future.cancel()
         if not HERE.in_background:
             requests[0].counts.add("waited", perf_counter_ns() - begin)
 
 
-def _wait_for(requests: Sequence[Request[Answer]], transport: Transport) -> list[Answer]:
-    """Send requests on fsspec's thread, and wait for all answers."""
-    future = asyncio.run_coroutine_threadsafe(_gather(requests, transport), _get_loop())
-    try:
-        while True:
-            try:
-                # Not for ever: Windows would not hear an interrupt.
-                return future.result(1)
-            except TimeoutError:
-                if future.done():
-                    return future.result()
-    finally:
-        # An interrupted read must not go on behind the program's back.
-        future.cancel()
+def wait_for(future: "Future[Answer]") -> Answer:
+    """The result of a future, or its error. An interrupt ends the wait on every system."""
+    while True:
+        try:
+            # Without a limit, Windows would not deliver an interrupt.
+            return future.result(1)
+        except TimeoutError:
+            # It may also be the error of the future.
+            if future.done():
+                return future.result()
 
 
 def gate_of(shared: Hashable, count: int) -> asyncio.Semaphore:
-    """What lets so many coroutines of this loop through at a time. To be called on the loop.
+    """The semaphore that lets `count` coroutines of this loop through at a time. To be called on the loop.
 
     Args:
         shared: What they share, such as a file system.

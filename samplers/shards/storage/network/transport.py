@@ -54,6 +54,21 @@ class Transport:
 
 
 DEFAULT: Final = Transport()
+# Bytes for which a client that does not tell of single bytes may take a second: 1 MiB.
+_SLOWEST: Final = 1 << 20
+
+
+def timeout_of(transport: Transport, size: int) -> float:
+    """Seconds for a request of a client that does not tell of single bytes.
+
+    Args:
+        transport: Its `timeout` is for the first byte.
+        size: Bytes of the request.
+
+    >>> timeout_of(Transport(timeout=30), 2 << 20)
+    32.0
+    """
+    return transport.timeout + size / _SLOWEST
 
 
 def check_transport(transport: Transport | None) -> Transport:
