@@ -333,7 +333,7 @@ def _check_tokens(mixture: Mixture, streams: Sequence[SourceStream]) -> None:
         ValueError: One has only samples without tokens.
     """
     for stream in streams:
-        if mixture.unit == "tokens" and not stream.estimate(0).sum():
+        if mixture.unit == "tokens" and not stream.units_of_first_pass:
             raise ValueError(
                 f"source {stream.name!r} must have tokens to have a share of them, got samples of length 0 only: leave "
                 "it out, or count unit='samples'"

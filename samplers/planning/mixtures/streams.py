@@ -138,9 +138,14 @@ class SourceStream(ABC):
 
     @property
     def units_per_pass(self) -> float:
-        """Units of every pass; where passes differ a little, those of the first."""
+        """Units of every pass, at least 1; where passes differ a little, those of the first."""
+        return max(1.0, self.units_of_first_pass)
+
+    @property
+    def units_of_first_pass(self) -> float:
+        """Units of the first pass: 0 where no sample has a token."""
         if "units" not in self._constants:
-            self._constants["units"] = max(1.0, float(self.estimate(0).sum()))
+            self._constants["units"] = float(self.estimate(0).sum())
         return self._constants["units"]
 
     @property
