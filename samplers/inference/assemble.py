@@ -28,8 +28,7 @@ def write_npy(path: Path, parts: list[Path], total: int) -> None:
         parts: Hold each of the samples once.
         total: N.
     """
-    file = AtomicFile(path)
-    try:
+    with AtomicFile(path) as file:
         schema = read_part_samples(parts[0], total)[0].schema
         shape = (total, *schema.shape)
         header = {"descr": schema.dtype, "fortran_order": False, "shape": shape}
@@ -37,10 +36,6 @@ def write_npy(path: Path, parts: list[Path], total: int) -> None:
         file.stream.flush()
         offset = file.stream.tell()
         _scatter(parts, _map_values(file.temporary, schema, shape, offset), total)
-        file.commit()
-    except BaseException:
-        file.discard()
-        raise
 
 
 def write_arrow(path: Path, parts: list[Path], total: int) -> None:
@@ -59,21 +54,17 @@ def write_arrow(path: Path, parts: list[Path], total: int) -> None:
     pyarrow = load_extra("pyarrow", "convert")
     # First in the order of the dataset, in a file that is mapped: the outputs may not fit in memory.
     scratch = parts[0].with_name("values.scratch")
-    file = AtomicFile(path)
     try:
-        schema, offsets = _measure(parts, total)
-        values = _map_values(scratch, schema, (int(offsets[-1]), *schema.shape), 0)
-        _scatter(parts, values, total, offsets)
-        columns = pyarrow.schema([(COLUMN, arrow_type(schema))])
-        with pyarrow.ipc.new_file(file.stream, columns) as writer:
-            for first in range(0, total, _ROWS):
-                rows = offsets[first : first + _ROWS + 1]
-                column = _arrow_column(pyarrow, schema, rows - rows[0], values[rows[0] : rows[-1]])
-                writer.write_batch(pyarrow.record_batch([column], schema=columns))
-        file.commit()
-    except BaseException:
-        file.discard()
-        raise
+        with AtomicFile(path) as file:
+            schema, offsets = _measure(parts, total)
+            values = _map_values(scratch, schema, (int(offsets[-1]), *schema.shape), 0)
+            _scatter(parts, values, total, offsets)
+            columns = pyarrow.schema([(COLUMN, arrow_type(schema))])
+            with pyarrow.ipc.new_file(file.stream, columns) as writer:
+                for first in range(0, total, _ROWS):
+                    rows = offsets[first : first + _ROWS + 1]
+                    column = _arrow_column(pyarrow, schema, rows - rows[0], values[rows[0] : rows[-1]])
+                    writer.write_batch(pyarrow.record_batch([column], schema=columns))
     finally:
         # Windows keeps a mapped file until it is collected; the folder of the parts is removed later.
         with suppress(OSError):
@@ -108,7 +99,7 @@ def _map_values(path: Path, schema: OutputSchema, shape: tuple[int, ...], offset
 
 
 def _scatter(parts: list[Path], values: AnyArray, total: int, offsets: Integers | None = None) -> None:
-    """Copy the outputs of all parts to their samples' places."""
+    """Copy the outputs of all parts to the indices of their samples."""
     for arrays in _read_parts(parts, total):
         if arrays.lengths is None or offsets is None:
             values[arrays.samples] = arrays.values

@@ -27,7 +27,6 @@ class PartHeader:
     """The first line of a part.
 
     Attributes:
-        path: The file.
         schema: Of the outputs.
         samples: Number of outputs.
         steps: Entries of the values' first axis.
@@ -35,7 +34,6 @@ class PartHeader:
         offset: Where the sample indices begin.
     """
 
-    path: Path
     schema: OutputSchema
     samples: int
     steps: int
@@ -59,14 +57,9 @@ def write_part(path: Path, arrays: OutputArrays) -> None:
         "steps": len(arrays.values),
         "crcs": [crc32(samples), crc32(body)],
     }
-    file = AtomicFile(path)
-    try:
+    with AtomicFile(path) as file:
         for piece in (json.dumps(header).encode() + b"\n", samples, body):
             file.stream.write(piece)
-        file.commit()
-    except BaseException:
-        file.discard()
-        raise
 
 
 def read_part_samples(path: Path, total: int) -> tuple[PartHeader, Integers]:
@@ -120,7 +113,7 @@ def _read_header(path: Path) -> PartHeader:
         fields: dict[str, Any] = json.loads(line)
         schema = OutputSchema(fields["kind"], np.dtype(fields["dtype"]).str, tuple(map(int, fields["shape"])))
         first, second = map(int, fields["crcs"])
-        header = PartHeader(path, schema, int(fields["samples"]), int(fields["steps"]), (first, second), len(line))
+        header = PartHeader(schema, int(fields["samples"]), int(fields["steps"]), (first, second), len(line))
         version = fields["version"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: its header is damaged: {_REMEDY}") from error

@@ -1,9 +1,8 @@
 """The folder of an unfinished run: its record, its parts, and a lock, so that only one run writes there."""
 
-import os
 import shutil
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import BinaryIO, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +10,7 @@ import numpy.typing as npt
 from samplers.inference.output_arrays import OutputArrays, OutputSchema, check_same_schema
 from samplers.inference.parts import PART_SUFFIX, read_part_samples, write_part
 from samplers.inference.run_record import RunRecord, read_record, write_record
+from samplers.shards.storage.atomic import is_still_at
 from samplers.shards.storage.locks import lock
 
 _RECORD: Final = "run.json"
@@ -46,13 +46,14 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         stream = (self.path / _LOCK).open("ab")
-        if lock(stream) is False or not _is_linked(stream, self.path / _LOCK):
+        # The run that had the lock may have removed the folder.
+        if lock(stream) is False or not is_still_at(stream, self.path / _LOCK):
             stream.close()
             raise FileExistsError(f"{self.path} is being written by another run: wait for it, or give another out")
         self._lock = stream
         # Parts without a record are what a kill has left of a finished run, whichever it was.
         if not resume or not self.exists:
-            for part in self._parts():
+            for part in self.list_parts():
                 part.unlink()
             (self.path / _RECORD).unlink(missing_ok=True)
         if self.exists:
@@ -67,7 +68,7 @@ class RunFolder:
             ValueError: A part is damaged, or parts have outputs of different shapes or of the same sample.
         """
         done = np.zeros(self.record.samples, np.bool_)
-        for path in self._parts():
+        for path in self.list_parts():
             header, samples = read_part_samples(path, self.record.samples)
             self.schema = self.schema or header.schema
             check_same_schema(header.schema, self.schema, f"in {path}")
@@ -86,7 +87,7 @@ class RunFolder:
 
     def list_parts(self) -> list[Path]:
         """All parts; in a fixed order, so that messages are the same each time."""
-        return self._parts()
+        return sorted(self.path.glob(f"*{PART_SUFFIX}"))
 
     def remove(self) -> None:
         """Remove the folder, once its outputs are elsewhere."""
@@ -98,14 +99,3 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-
-    def _parts(self) -> list[Path]:
-        return sorted(self.path.glob(f"*{PART_SUFFIX}"))
-
-
-def _is_linked(stream: Any, path: Path) -> bool:
-    """Whether an open file still has its name: the run that had the lock may have removed the folder."""
-    try:
-        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
-    except FileNotFoundError:
-        return False

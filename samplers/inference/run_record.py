@@ -55,13 +55,8 @@ class RunRecord:
 
 def write_record(path: Path, record: RunRecord, **more: int) -> None:
     """Write a record, and more about the file next to it, atomically."""
-    file = AtomicFile(path)
-    try:
+    with AtomicFile(path) as file:
         file.stream.write(json.dumps({"version": _VERSION, **asdict(record), **more}, indent=1).encode())
-        file.commit()
-    except BaseException:
-        file.discard()
-        raise
 
 
 def read_record(path: Path, *more: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ batches. A source that ends a pass within a window keeps its own batches there, 
 second time before its pass is through.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from math import isqrt
 from typing import Final, NamedTuple, Protocol
@@ -43,13 +44,16 @@ class Cutter(Protocol):
         """
         ...
 
-    def units_by_source(self, batches: MixedEpoch) -> Integers:
-        """Units of each source in each of these batches: int64 `[n, sources]`."""
-        ...
-
 
 def blend(
-    epoch: MixedEpoch, cutter: Cutter, shares: Floats, *, num_replicas: int, window: int | None, key: int
+    epoch: MixedEpoch,
+    cutter: Cutter,
+    shares: Floats,
+    *,
+    units_by_source: Callable[[MixedEpoch], Integers],
+    num_replicas: int,
+    window: int | None,
+    key: int,
 ) -> MixedEpoch:
     """The batches of an epoch with samples of several sources in each, where their lengths are alike.
 
@@ -57,7 +61,8 @@ def blend(
         epoch: The batches of an epoch, each of one source, as one replica would take them.
         cutter: Divides samples into batches.
         shares: Share of each source, float64 `[sources]`.
-        num_replicas: W: so many neighbours of the result are a step.
+        units_by_source: Gives the units of each source in each of these batches, int64 `[n, sources]`.
+        num_replicas: W: each run of W batches of the result is a step.
         window: Batches of a window; None chooses from their number.
         key: Random key of the epoch.
     """
@@ -67,7 +72,7 @@ def blend(
     for number, (first, end) in enumerate(pairwise(edges)):
         divided, kept = _divide_window(epoch, np.arange(first, end), cutter, derive_key(key, number))
         both = MixedEpoch.join([divided, kept])
-        units = cutter.units_by_source(both).astype(np.float64)
+        units = units_by_source(both).astype(np.float64)
         blocks = _make_blocks(len(divided.sizes), len(kept.sizes), num_replicas)
         order = _order_blocks(blocks, units, shares, taken, key=derive_key(key, number, TURNS))
         parts.append(both.take(order))
@@ -245,7 +250,7 @@ def _split(sizes: list[int], batches: int) -> Integers:
         halved = halved[rows[halved] > 1]
         parts = np.ones(len(rows), np.int64)
         parts[halved] = 2
-        first = np.repeat(np.cumsum(parts) - parts, 1)
+        first = np.cumsum(parts) - parts
         grown = np.repeat(rows, parts)
         grown[first[halved]] = -(-rows[halved] // 2)
         grown[first[halved] + 1] = rows[halved] // 2

@@ -1,17 +1,15 @@
 """Mixtures of batches of similar lengths."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Final, Self
+from typing import Final
 
 import numpy as np
 
 from collate.widths import padded_widths
 from samplers.planning.budget import Floats, Integers
-from samplers.planning.keyed_shuffle import derive_key
-from samplers.planning.mixtures.blending import blend, cut_evenly_into, order_equals
-from samplers.planning.mixtures.mixed_plan import MixedPlan, PositionOrder, make_plan, options_of_sources
+from samplers.planning.mixtures.blending import cut_evenly_into, order_equals
+from samplers.planning.mixtures.mixed_plan import MixedPlan, make_plan, options_of_sources
 from samplers.planning.mixtures.mixed_table import MixedTable
 from samplers.planning.mixtures.mixture import Mixture, named_errors
 from samplers.planning.mixtures.sequence import MixedEpoch
@@ -21,15 +19,11 @@ from samplers.planning.schedules.schedule import SAMPLES_AT_ONCE
 from samplers.planning.sorting import IndexArray, Lengths, SortedLengths, as_length_array, sort_lengths
 from samplers.planning.tables.batch_table import BatchSizes, BatchTable
 from samplers.planning.tables.buckets import MANY_BATCHES, cut_buckets, estimate_batches, sort_buckets
-from samplers.planning.tables.epoch_order import SAMPLES, EpochOrder
+from samplers.planning.tables.epoch_order import SAMPLES
 from samplers.planning.tables.epoch_table import EpochTable, Shape
 from samplers.planning.tables.last_step import split_batches
 from samplers.planning.tables.pool_table import PoolTable, choose_table
 
-# Positions of two epochs may be asked for in turn, at the end of one.
-_KEPT_EPOCHS: Final = 2
-# Purpose of a key: batches of several sources.
-BLENDS: Final = 64
 _EMPTY: Final = np.empty(0, np.int64)
 
 
@@ -126,15 +120,6 @@ class MixedBatchTable(MixedTable, BatchTable):
     mixed: MixedPlan = field(kw_only=True)
     epoch_batches: MixedEpoch | None = field(default=None, kw_only=True)
 
-    def __len__(self) -> int:
-        """Batches of every epoch."""
-        return self.mixed.batches
-
-    @property
-    def planned(self) -> int:
-        """Samples in an epoch, as far as all epochs have equally many."""
-        return self.mixed.samples_per_epoch
-
     @property
     def dataset_size(self) -> int:
         """Samples of all sources, with those that are not planned."""
@@ -144,44 +129,6 @@ class MixedBatchTable(MixedTable, BatchTable):
     def parts(self) -> list[SortedLengths]:
         """The samples of each source that is read."""
         return [table.sorted_lengths for table in self._tables]
-
-    @property
-    def trial_epochs(self) -> Iterable[int]:
-        """Epochs that show whether replicas can share the last step of every epoch."""
-        return (self.mixed.stage.epoch,)
-
-    def for_epoch(self, epoch: int, num_replicas: int) -> Self:
-        """The table of an epoch that this many replicas begin; the last two are kept."""
-        table = self._epochs.get((epoch, num_replicas))
-        if table is None:
-            batches = self.mixed.epoch(epoch, num_replicas)
-            if self.mixed.mixture.within == "sample":
-                batches = blend(
-                    batches,
-                    LengthCutter(self),
-                    self.mixed.shares,
-                    num_replicas=num_replicas,
-                    window=self._window_batches,
-                    key=derive_key(self.options.seed, epoch, BLENDS),
-                )
-            table = replace(self, epoch_batches=batches)
-            while len(self._epochs) >= _KEPT_EPOCHS:
-                del self._epochs[next(iter(self._epochs))]
-            self._epochs[epoch, num_replicas] = table
-        return table
-
-    @cached_property
-    def _epochs(self) -> dict[tuple[int, int], Self]:
-        return {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "epoch_batches"} | {
-            "epoch_batches": None
-        }
-
-    def order(self, epoch: int, num_replicas: int) -> EpochOrder:
-        """The order of this table's batches, which is that of their ids."""
-        return PositionOrder(len(self), self.options, epoch, num_replicas)
 
     @property
     def shapes(self) -> list[Shape]:
@@ -200,31 +147,10 @@ class MixedBatchTable(MixedTable, BatchTable):
         shapes: list[Shape] = [(rows, (width,)) for rows, width in zip(most, widths.tolist(), strict=True)]
         return shapes[::-1]
 
-    def batches_of(self, epoch: int, num_replicas: int) -> MixedEpoch:
-        """The batches of an epoch that this many replicas begin."""
-        return self.for_epoch(epoch, num_replicas)._batches  # noqa: SLF001
-
-    def tokens_of(self, samples: Integers) -> Integers:
-        """Real time steps of each of these samples, over all fields: int64 `[n]`."""
-        tokens: Integers = self.sorted_lengths.sample_lengths(samples).sum(1)
-        return tokens
-
-    def units_of(self, samples: Integers, batches: MixedEpoch, positions: Integers) -> Integers:
-        """What each of the samples of these batches adds to the units of its source: int64 `[n]`."""
-        if self.mixed.mixture.unit != "padded" or not len(samples):
-            return np.ones_like(samples) if self.mixed.mixture.unit == "samples" else self.tokens_of(samples)
+    def _padded_units(self, samples: Integers, batches: MixedEpoch, positions: Integers) -> Integers:
+        """The padded time steps that each of the samples of these batches takes: int64 `[n]`."""
         rows = batches.sizes[positions]
         return np.repeat(self.measure_batches(samples, rows).widths.sum(1), rows)
-
-    @property
-    def lengths_digest(self) -> str:
-        """Sixteen hexadecimal digits that change when a length or a name of a source changes."""
-        return self.mixed.lengths_digest
-
-    @cached_property
-    def digest(self) -> str:
-        """Sixteen hexadecimal digits that change when the sources' batches or the shares change."""
-        return self.mixed.digest
 
     def batch_rows(self, batch_ids: Integers) -> Integers:
         """Rows of these batches: int64 `[n]`."""
@@ -254,9 +180,9 @@ class MixedBatchTable(MixedTable, BatchTable):
         most = np.array([np.where((shapes[:, :-1] >= width).all(1), shapes[:, -1], 0).max() for width in sizes.widths])
         return np.where(most > 0, sizes.rows / np.maximum(most, 1), np.inf)
 
-    def count_dropped(self, sequences: int) -> int:
-        """Samples of an epoch that `drop_last` leaves out, if it gives this many."""
-        return len(self._batches.samples) - sequences
+    @property
+    def _cutter(self) -> "LengthCutter":
+        return LengthCutter(self)
 
     @property
     def _window_batches(self) -> int | None:
@@ -268,11 +194,6 @@ class MixedBatchTable(MixedTable, BatchTable):
     def _tables(self) -> list[BatchTable]:
         return [stream.table for stream in self.mixed.streams]  # type: ignore[misc]
 
-    @property
-    def _batches(self) -> MixedEpoch:
-        """The batches of this table's epoch; those of epoch 0, if it belongs to none."""
-        return self.for_epoch(self.mixed.stage.epoch, 1)._batches if self.epoch_batches is None else self.epoch_batches  # noqa: SLF001
-
 
 class LengthCutter:
     """Divides the samples of a window into batches of neighbours in length.
@@ -283,7 +204,6 @@ class LengthCutter:
 
     def __init__(self, table: MixedBatchTable) -> None:
         self._table, self._options = table, table.options
-        self._offsets = np.array([stream.offset for stream in table.mixed.streams])
 
     def can_divide(self, epoch: MixedEpoch, positions: Integers) -> Integers:
         """Those of these batches that are within the budget: int64 `[n]`."""
@@ -305,14 +225,7 @@ class LengthCutter:
         chosen = samples[order]
         if self._options.allowed_widths is not None:
             chosen = self._table._sort_batches(chosen, rows).astype(np.int64)  # noqa: SLF001
-        empty = np.empty(0, np.int64)
-        return MixedEpoch.lay(epoch.sources[positions], epoch.passes[positions], chosen, rows, empty, empty)
-
-    def units_by_source(self, batches: MixedEpoch) -> Integers:
-        """Units of each source in each of these batches: int64 `[n, sources]`."""
-        units = self._table.units_of(batches.samples, batches, np.arange(len(batches.sizes)))
-        owners = np.searchsorted(self._offsets, batches.samples, side="right") - 1
-        return batches.sum_by(owners, units, len(self._offsets))
+        return MixedEpoch.lay(epoch.sources[positions], epoch.passes[positions], chosen, rows, _EMPTY, _EMPTY)
 
 
 def make_bucket_mixture(mixture: Mixture, options: Options, num_replicas: int) -> MixedBatchTable:

@@ -17,7 +17,7 @@ from samplers.planning.mixtures.shares import count_batches_of, spread_phases
 from samplers.planning.mixtures.streams import Cut, SourceStream, StreamStart
 from samplers.planning.options import EpochOptions, check_indices
 from samplers.planning.sorting import IndexedLengths, Lengths, digest_lengths
-from samplers.planning.tables.epoch_order import EpochOrder
+from samplers.planning.tables.epoch_table import keep
 
 OptionsT = TypeVar("OptionsT", bound=EpochOptions)
 
@@ -27,14 +27,6 @@ SOURCES: Final = 63
 _MOST_BATCHES: Final = 2**31 - 1
 # Boundaries of epochs that are kept: an epoch needs two.
 _KEPT_BOUNDARIES: Final = 4
-
-
-class PositionOrder(EpochOrder):
-    """The order of a table whose batches are numbered as an epoch takes them."""
-
-    def batch_at_position(self, positions: Integers) -> Integers:
-        """The batch ids at these positions of the epoch: the positions."""
-        return positions
 
 
 class PlannedSource(NamedTuple):
@@ -188,9 +180,7 @@ class MixedPlan:
         if epochs == 0:
             return np.zeros(len(self.streams), np.int64)
         if epochs not in self._boundaries:
-            while len(self._boundaries) >= _KEPT_BOUNDARIES:
-                del self._boundaries[next(iter(self._boundaries))]
-            self._boundaries[epochs] = self._count(epochs * self.batches)
+            keep(self._boundaries, epochs, self._count(epochs * self.batches), most=_KEPT_BOUNDARIES)
         return self._boundaries[epochs]
 
     def epoch(self, epoch: int, num_replicas: int) -> MixedEpoch:
@@ -343,7 +333,7 @@ def _check_tokens(mixture: Mixture, streams: Sequence[SourceStream]) -> None:
         ValueError: One has only samples without tokens.
     """
     for stream in streams:
-        if mixture.unit == "tokens" and not stream.estimate(0).sum():
+        if mixture.unit == "tokens" and not stream.units_of_first_pass:
             raise ValueError(
                 f"source {stream.name!r} must have tokens to have a share of them, got samples of length 0 only: leave "
                 "it out, or count unit='samples'"

@@ -1,39 +1,108 @@
 """MixedTable: what the tables of mixtures have in common, whatever their batches are."""
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import numpy as np
 
 from samplers.planning.budget import Integers
+from samplers.planning.keyed_shuffle import derive_key
+from samplers.planning.mixtures.blending import Cutter, blend
 from samplers.planning.mixtures.mixed_plan import MixedPlan, Stage
 from samplers.planning.mixtures.mixture import Mixture
 from samplers.planning.mixtures.report import MixtureReport, SourceTotals
 from samplers.planning.mixtures.sequence import MixedEpoch
 from samplers.planning.sorting import digest_lengths
+from samplers.planning.tables.epoch_order import EpochOrder, PositionOrder
+from samplers.planning.tables.epoch_table import KeptEpochs
+
+# Purpose of a key: batches of several sources.
+BLENDS: Final = 64
 
 
-class MixedTable:
-    """The batches of a mixture: stages, changes and reports.
+class MixedTable(KeptEpochs):
+    """The batches of a mixture: epochs, stages, changes and reports. Batch ids are positions in the epoch's order.
 
     Attributes:
         mixed: The sources, and what each epoch takes of them.
+        epoch_batches: The batches of the epoch to which this table belongs; None before an epoch is chosen.
     """
 
     mixed: MixedPlan
+    epoch_batches: MixedEpoch | None
 
     @abstractmethod
+    def _padded_units(self, samples: Integers, batches: MixedEpoch, positions: Integers) -> Integers:
+        """The padded time steps that each of the samples of these batches adds to its source: int64 `[n]`, n > 0."""
+
+    @property
+    @abstractmethod
+    def _cutter(self) -> Cutter:
+        """What divides the samples of a window again, with `within="sample"`."""
+
+    @property
+    @abstractmethod
+    def _window_batches(self) -> int | None:
+        """Batches of such a window; None chooses from their number."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: Any = super().__getstate__()
+        return {name: value for name, value in state.items() if name != "_epochs"} | {"epoch_batches": None}
+
+    def __len__(self) -> int:
+        """Batches of every epoch."""
+        return self.mixed.batches
+
+    @property
+    def planned(self) -> int:
+        """Samples in an epoch, as far as all epochs have equally many."""
+        return self.mixed.samples_per_epoch
+
+    @property
+    def lengths_digest(self) -> str:
+        """Sixteen hexadecimal digits that change when a length or a name of a source changes."""
+        return self.mixed.lengths_digest
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits that change when the sources' batches or the shares change."""
+        return self.mixed.digest
+
+    @property
+    def trial_epochs(self) -> Iterable[int]:
+        """Epochs that show whether replicas can share the last step of every epoch."""
+        return (self.mixed.stage.epoch,)
+
+    def order(self, epoch: int, num_replicas: int) -> EpochOrder:
+        """The order of this table's batches, which is that of their ids."""
+        return PositionOrder(len(self), self.options, epoch, num_replicas)
+
+    def count_dropped(self, sequences: int) -> int:
+        """Samples of an epoch that `drop_last` leaves out, if it gives this many."""
+        return len(self._batches.samples) - sequences
+
     def batches_of(self, epoch: int, num_replicas: int) -> MixedEpoch:
         """The batches of an epoch that this many replicas begin."""
+        return self.for_epoch(epoch, num_replicas)._batches  # noqa: SLF001
 
-    @abstractmethod
-    def units_of(self, samples: Integers, batches: MixedEpoch, positions: Integers) -> Integers:
-        """What each of the samples of these batches adds to the units of its source: int64 `[n]`."""
-
-    @abstractmethod
     def tokens_of(self, samples: Integers) -> Integers:
         """Real time steps of each of these samples, over all fields: int64 `[n]`."""
+        return self.sample_lengths(samples).sum(1) if len(samples) else samples
+
+    def units_of(self, samples: Integers, batches: MixedEpoch, positions: Integers) -> Integers:
+        """What each of the samples of these batches adds to the units of its source: int64 `[n]`."""
+        if self.mixed.mixture.unit == "samples":
+            return np.ones_like(samples)
+        if self.mixed.mixture.unit == "tokens" or not len(samples):
+            return self.tokens_of(samples)
+        return self._padded_units(samples, batches, positions)
+
+    def units_by_source(self, batches: MixedEpoch) -> Integers:
+        """Units of each source in each of these batches, which lie in their order: int64 `[n, sources]`."""
+        units = self.units_of(batches.samples, batches, np.arange(len(batches.sizes)))
+        return batches.sum_by(self._owners_of(batches.samples), units, len(self.mixed.streams))
 
     @property
     def stage_text(self) -> str:
@@ -52,8 +121,7 @@ class MixedTable:
 
     def with_stage(self, stage: Stage) -> Self:
         """The table of a stage."""
-        changed: Any = replace(self, mixed=self.mixed.with_stage(stage), epoch_batches=None)  # type: ignore[type-var]
-        return changed  # type: ignore[no-any-return]
+        return self._with(mixed=self.mixed.with_stage(stage), epoch_batches=None)
 
     def follow(self, before: "MixedTable", epoch: int, num_replicas: int, taken: int) -> Self:
         """This mixture, where it takes over from another.
@@ -103,10 +171,9 @@ class MixedTable:
 
     def _count(self, samples: Integers, units: Integers) -> list[SourceTotals]:
         """Samples, tokens and units of each stream."""
-        offsets = np.array([stream.offset for stream in self.mixed.streams])
-        owners = np.searchsorted(offsets, self.whole_samples(samples), side="right") - 1
+        owners = self._owners_of(samples)
         columns = [
-            np.bincount(owners, values.astype(np.float64), minlength=len(offsets))
+            np.bincount(owners, values.astype(np.float64), minlength=len(self.mixed.streams))
             for values in (np.ones(len(samples)), self.tokens_of(samples), units)
         ]
         return [SourceTotals(*map(round, row)) for row in zip(*(column.tolist() for column in columns), strict=True)]
@@ -114,6 +181,35 @@ class MixedTable:
     def whole_samples(self, samples: Integers) -> Integers:
         """The sample of each index, which may be of a piece: int64 `[n]`."""
         return samples
+
+    def _owners_of(self, samples: Integers) -> Integers:
+        """The number of the stream of each sample, int64 `[n]`."""
+        offsets = [stream.offset for stream in self.mixed.streams]
+        return np.searchsorted(offsets, self.whole_samples(samples), side="right") - 1
+
+    def _make_epoch(self, epoch: int, num_replicas: int) -> Self:
+        """The table of an epoch that this many replicas begin."""
+        batches = self.mixed.epoch(epoch, num_replicas)
+        if self.mixed.mixture.within == "sample":
+            batches = blend(
+                batches,
+                self._cutter,
+                self.mixed.shares,
+                units_by_source=self.units_by_source,
+                num_replicas=num_replicas,
+                window=self._window_batches,
+                key=derive_key(self.options.seed, epoch, BLENDS),
+            )
+        return self._with(epoch_batches=batches)
+
+    @property
+    def _batches(self) -> MixedEpoch:
+        """The batches of this table's epoch; those of the stage's first epoch, if it belongs to none."""
+        return self.batches_of(self.mixed.stage.epoch, 1) if self.epoch_batches is None else self.epoch_batches
+
+    def _with(self, **changes: Any) -> Self:
+        changed: Any = replace(self, **changes)  # type: ignore[type-var]
+        return changed  # type: ignore[no-any-return]
 
     def _count_before(self, stream: Any) -> SourceTotals:
         """What a stream has given before it begins: whole passes, and what the present one lacks."""

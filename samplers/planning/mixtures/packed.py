@@ -1,17 +1,15 @@
 """Mixtures of full rows."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Final, Self
+from typing import Final
 
 import numpy as np
 
 from samplers.planning.budget import Integers
 from samplers.planning.keyed_shuffle import derive_key, permute
-from samplers.planning.mixtures.blending import blend
-from samplers.planning.mixtures.mixed_plan import MixedPlan, PositionOrder, make_plan, options_of_sources
+from samplers.planning.mixtures.mixed_plan import MixedPlan, make_plan, options_of_sources
 from samplers.planning.mixtures.mixed_table import MixedTable
 from samplers.planning.mixtures.mixture import Mixture, named_errors
 from samplers.planning.mixtures.sequence import MixedEpoch
@@ -22,13 +20,12 @@ from samplers.planning.pack_batches.table import PackBatches, pack_batches
 from samplers.planning.packs.documents import Pieces
 from samplers.planning.packs.one_list import pack_rows
 from samplers.planning.sorting import as_length_array
-from samplers.planning.tables.epoch_order import EpochOrder
 from samplers.planning.tables.last_step import split_largest
 
 # Batches of a window of packs, whose rows are full however many there are.
 WINDOW_BATCHES: Final = 128
-# Purposes of keys: rows of several sources, and their order.
-BLENDS, ROWS = 64, 67
+# Purpose of a key: the order of rows of several sources.
+ROWS: Final = 67
 _EMPTY: Final = np.empty(0, np.int64)
 
 
@@ -111,18 +108,6 @@ class MixedPackTable(MixedTable, PackedTable):
     joined_pieces: Pieces | None = field(default=None, kw_only=True)
     epoch_batches: MixedEpoch | None = field(default=None, kw_only=True)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_epochs"} | {"epoch_batches": None}
-
-    def __len__(self) -> int:
-        """Batches of every epoch."""
-        return self.mixed.batches
-
-    @property
-    def planned(self) -> int:
-        """Documents in an epoch, as far as all epochs have equally many."""
-        return self.mixed.samples_per_epoch
-
     @property
     def pieces(self) -> Pieces | None:
         """The pieces of the split samples of all sources, or None."""
@@ -133,41 +118,8 @@ class MixedPackTable(MixedTable, PackedTable):
         """Samples that `overlong="drop"` leaves out."""
         return sum(stream.table.dropped for stream in self.mixed.streams if isinstance(stream, PackStream))
 
-    @property
-    def trial_epochs(self) -> Iterable[int]:
-        """Epochs that show whether replicas can share their last rows."""
-        return (self.mixed.stage.epoch,)
-
-    def _make_epoch(self, epoch: int, num_replicas: int) -> Self:
-        """The table of an epoch that this many replicas begin."""
-        batches = self.mixed.epoch(epoch, num_replicas)
-        if self.mixed.mixture.within == "sample":
-            key = derive_key(self.options.seed, epoch, BLENDS)
-            cutter = RowCutter(self)
-            batches = blend(
-                batches, cutter, self.mixed.shares, num_replicas=num_replicas, window=WINDOW_BATCHES, key=key
-            )
-        return replace(self, epoch_batches=batches)
-
-    def order(self, epoch: int, num_replicas: int) -> EpochOrder:
-        """The order of this table's batches, which is that of their ids."""
-        return PositionOrder(len(self), self.options, epoch, num_replicas)
-
-    def batches_of(self, epoch: int, num_replicas: int) -> MixedEpoch:
-        """The batches of an epoch that this many replicas begin."""
-        return self.for_epoch(epoch, num_replicas)._batches  # noqa: SLF001
-
-    def tokens_of(self, samples: Integers) -> Integers:
-        """Real time steps of each of these documents, over all fields: int64 `[n]`."""
-        if not len(samples):
-            return samples
-        tokens: Integers = self.sample_lengths(samples).sum(1)
-        return tokens
-
-    def units_of(self, samples: Integers, batches: MixedEpoch, positions: Integers) -> Integers:
-        """What each of the documents of these batches adds to the units of its source: int64 `[n]`."""
-        if self.mixed.mixture.unit != "padded":
-            return np.ones_like(samples) if self.mixed.mixture.unit == "samples" else self.tokens_of(samples)
+    def _padded_units(self, samples: Integers, batches: MixedEpoch, positions: Integers) -> Integers:
+        """The steps of rows that each of the documents of these batches stands for: int64 `[n]`."""
         # The first document of a batch stands for its rows.
         units, sizes = np.zeros_like(samples), batches.sizes[positions]
         units[np.cumsum(sizes) - sizes] = batches.rows[positions] * sum(self.packs.limits.capacity)
@@ -180,16 +132,6 @@ class MixedPackTable(MixedTable, PackedTable):
         is_piece, whole = samples >= len(self.lengths), samples.copy()
         whole[is_piece] = self.pieces.samples[samples[is_piece] - len(self.lengths)]
         return whole
-
-    @property
-    def lengths_digest(self) -> str:
-        """Sixteen hexadecimal digits that change when a length or a name of a source changes."""
-        return self.mixed.lengths_digest
-
-    @cached_property
-    def digest(self) -> str:
-        """Sixteen hexadecimal digits that change when the sources' rows or the shares change."""
-        return self.mixed.digest
 
     def rows_of_batches(self, batch_ids: Integers) -> BatchRows:
         """The rows of these batches, int64 `[n]`, at least one, in the order in which a collator cuts them."""
@@ -212,14 +154,13 @@ class MixedPackTable(MixedTable, PackedTable):
             for share in shares
         ]
 
-    def count_dropped(self, documents: int) -> int:
-        """Documents of an epoch that `drop_last` leaves out, if it gives this many."""
-        return len(self._batches.samples) - documents
+    @property
+    def _window_batches(self) -> int:
+        return WINDOW_BATCHES
 
     @property
-    def _batches(self) -> MixedEpoch:
-        """The batches of this table's epoch; those of epoch 0, if it belongs to none."""
-        return self.for_epoch(self.mixed.stage.epoch, 1)._batches if self.epoch_batches is None else self.epoch_batches  # noqa: SLF001
+    def _cutter(self) -> "RowCutter":
+        return RowCutter(self)
 
 
 class RowCutter:
@@ -231,7 +172,6 @@ class RowCutter:
 
     def __init__(self, table: MixedPackTable) -> None:
         self._table, self._limits = table, table.packs.limits
-        self._offsets = np.array([stream.offset for stream in table.mixed.streams])
 
     def can_divide(self, epoch: MixedEpoch, positions: Integers) -> Integers:
         """All of these batches: int64 `[n]`."""
@@ -273,12 +213,6 @@ class RowCutter:
             last = np.argsort(-sizes[order], kind="stable")[: self._table.options.rows]
             order = np.concatenate([np.delete(order, last), order[last]])
         return [rows[number] for number in order.tolist()]
-
-    def units_by_source(self, batches: MixedEpoch) -> Integers:
-        """Units of each source in each of these batches: int64 `[n, sources]`."""
-        units = self._table.units_of(batches.samples, batches, np.arange(len(batches.sizes)))
-        owners = np.searchsorted(self._offsets, self._table.whole_samples(batches.samples), side="right") - 1
-        return batches.sum_by(owners, units, len(self._offsets))
 
 
 def _split_rows(rows: list[Integers], count: int) -> list[Integers]:

@@ -13,6 +13,7 @@ import numpy as np
 from samplers.planning.budget import Floats, Integers
 from samplers.planning.mixtures.shares import take_turns
 from samplers.planning.mixtures.streams import LoadedBatches, SourceStream
+from samplers.planning.tables.pool_table import concatenate_ranges
 
 
 class MixedEpoch(NamedTuple):
@@ -61,13 +62,6 @@ class MixedEpoch(NamedTuple):
         samples, sizes = self.samples_of(positions)
         documents, rows = self.documents_of(positions) if len(self.rows) else (self.documents, self.rows)
         return MixedEpoch.lay(self.sources[positions], self.passes[positions], samples, sizes, documents, rows)
-
-    def put(self, positions: Integers, batches: "MixedEpoch") -> "MixedEpoch":
-        """All batches, those at these positions replaced by others, in the order of `batches`."""
-        both = MixedEpoch.join([self, batches])
-        order = np.arange(len(self.sizes))
-        order[positions] = len(self.sizes) + np.arange(len(positions))
-        return both.take(order)
 
     def sum_by(self, owners: Integers, values: Integers, count: int) -> Integers:
         """Sums of values `[n]` of samples by their owner, for each of batches as `lay` leaves them: int64 `[B, count]`.
@@ -212,9 +206,3 @@ def _order_rest(rest: Integers, sizes: Integers, sources: Integers) -> Integers:
         places = np.flatnonzero(sources[by_rows] == source)
         by_rows[places] = np.sort(by_rows[places])
     return by_rows
-
-
-def concatenate_ranges(starts: Integers, counts: Integers) -> Integers:
-    """The integers from each start on, as many as its count: int64 `[sum(counts)]`."""
-    within: Integers = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-    return np.repeat(starts, counts) + within

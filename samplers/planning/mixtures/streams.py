@@ -13,7 +13,7 @@ import numpy as np
 from samplers.planning.budget import Floats, Integers
 from samplers.planning.keyed_shuffle import derive_key, draw, permute
 from samplers.planning.mixtures.mixture import Unit
-from samplers.planning.tables.epoch_table import EpochTable
+from samplers.planning.tables.epoch_table import EpochTable, keep
 
 # Purposes of keys: batches in a pass, groups of W batches in a part of a pass, replicas in a group.
 PASSES, GROUPS, ROTATIONS = range(60, 63)
@@ -138,9 +138,14 @@ class SourceStream(ABC):
 
     @property
     def units_per_pass(self) -> float:
-        """Units of every pass; where passes differ a little, those of the first."""
+        """Units of every pass, at least 1; where passes differ a little, those of the first."""
+        return max(1.0, self.units_of_first_pass)
+
+    @property
+    def units_of_first_pass(self) -> float:
+        """Units of the first pass: 0 where no sample has a token."""
         if "units" not in self._constants:
-            self._constants["units"] = max(1.0, float(self.estimate(0).sum()))
+            self._constants["units"] = float(self.estimate(0).sum())
         return self._constants["units"]
 
     @property
@@ -151,8 +156,7 @@ class SourceStream(ABC):
     def order_of(self, pass_number: int) -> Integers:
         """The batch ids of what the stream has of a pass, in the order of the stream: int64 `[n]`."""
         if pass_number not in self._orders:
-            _make_room(self._orders)
-            self._orders[pass_number] = self._find_order(pass_number)
+            keep(self._orders, pass_number, self._find_order(pass_number), most=_KEPT_PASSES)
         return self._orders[pass_number]
 
     def units_before(self, batches: int) -> float:
@@ -172,12 +176,6 @@ class SourceStream(ABC):
         counted_at = sums[:-1] + self.phase * np.diff(sums)
         within = int(np.searchsorted(counted_at, units - self._units_before_pass(pass_number), side="right"))
         return self._batches_before_pass(pass_number) + within
-
-    def passes_before(self, batches: int) -> float:
-        """Passes of the source, from the first of the training on, that end with the first batches of the stream."""
-        pass_number, first = self._locate(batches)
-        missing = self.batches_per_pass - len(self.order_of(pass_number))
-        return pass_number + (missing + first) / self.batches_per_pass
 
     def segments(self, first: int, end: int, *, epoch: int, num_replicas: int) -> list[Segment]:
         """The batches from `first` to before `end` of the stream, as replicas take them in an epoch: one for each pass.
@@ -259,9 +257,8 @@ class SourceStream(ABC):
     def _sums_of(self, pass_number: int) -> Floats:
         """Units before each batch of what the stream has of a pass, and all of them: float64 `[n + 1]`."""
         if pass_number not in self._sums:
-            _make_room(self._sums)
-            units = self.estimate(pass_number)
-            self._sums[pass_number] = np.concatenate([[0.0], np.cumsum(units[self.order_of(pass_number)])])
+            units = self.estimate(pass_number)[self.order_of(pass_number)]
+            keep(self._sums, pass_number, np.concatenate([[0.0], np.cumsum(units)]), most=_KEPT_PASSES)
         return self._sums[pass_number]
 
     def _locate(self, batches: int) -> tuple[int, int]:
@@ -307,8 +304,3 @@ class SourceStream(ABC):
         """Sample indices of the mixture for those of the source, which has this many samples and then pieces."""
         indices: Integers = samples.astype(np.int64)
         return indices + np.where(indices < size, self.offset, self.pieces_offset)
-
-
-def _make_room(kept: dict[int, Any]) -> None:
-    while len(kept) >= _KEPT_PASSES:
-        del kept[next(iter(kept))]

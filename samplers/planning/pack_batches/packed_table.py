@@ -4,7 +4,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any, ClassVar, Final, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +17,7 @@ from samplers.planning.packs.documents import Pieces, longest_units, to_units
 from samplers.planning.packs.pack_table import PackTable
 from samplers.planning.packs.row_order import share_rows
 from samplers.planning.sorting import IndexArray, digest_lengths
-from samplers.planning.tables.epoch_table import EpochTable, Shape
-
-# Positions of two epochs may be asked for in turn, at the end of one.
-_KEPT_EPOCHS: Final = 2
+from samplers.planning.tables.epoch_table import KeptEpochs, Shape
 
 
 class BatchRows(NamedTuple):
@@ -37,7 +34,7 @@ class BatchRows(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class PackedTable(EpochTable):
+class PackedTable(KeptEpochs):
     """Batches of rows of packs.
 
     Attributes:
@@ -53,25 +50,6 @@ class PackedTable(EpochTable):
     too_short: int = 0
 
     item: ClassVar[str] = "document"
-
-    def for_epoch(self, epoch: int, num_replicas: int) -> Self:
-        """The table of an epoch that this many replicas begin; the last two are kept."""
-        table = self._epochs.get((epoch, num_replicas))
-        if table is None:
-            table = self._make_epoch(epoch, num_replicas)
-            while len(self._epochs) >= _KEPT_EPOCHS:
-                del self._epochs[next(iter(self._epochs))]
-            self._epochs[epoch, num_replicas] = table
-        return table
-
-    @abstractmethod
-    def _make_epoch(self, epoch: int, num_replicas: int) -> Self:
-        """The table of an epoch that this many replicas begin."""
-
-    @cached_property
-    def _epochs(self) -> dict[tuple[int, int], Self]:
-        """Tables of some epochs, by epoch and replicas."""
-        return {}
 
     @abstractmethod
     def rows_of_batches(self, batch_ids: Integers) -> BatchRows:

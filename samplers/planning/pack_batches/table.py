@@ -24,15 +24,7 @@ from samplers.planning.pack_batches.packed_table import BatchRows, PackedTable, 
 from samplers.planning.packs.pack_table import SPARE_EPOCH
 from samplers.planning.packs.row_order import RowOrder
 from samplers.planning.sorting import Lengths, as_length_array, refuse_negative
-from samplers.planning.tables.epoch_order import EpochOrder
-
-
-class TableOrder(EpochOrder):
-    """The order of a table whose batches are numbered as an epoch takes them."""
-
-    def batch_at_position(self, positions: Integers) -> Integers:
-        """The batch ids at these positions of the epoch: the positions."""
-        return positions
+from samplers.planning.tables.epoch_order import EpochOrder, PositionOrder
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +61,7 @@ class PackBatches(PackedTable):
 
     def order(self, epoch: int, num_replicas: int) -> EpochOrder:
         """The order of this table's batches, which is that of their ids."""
-        return TableOrder(len(self), self.options, epoch, num_replicas)
+        return PositionOrder(len(self), self.options, epoch, num_replicas)
 
     def rows_of_batches(self, batch_ids: Integers) -> BatchRows:
         """The rows of these batches, int64 `[n]`, at least one, in the order in which a collator cuts them."""

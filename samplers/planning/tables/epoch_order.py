@@ -83,6 +83,14 @@ class EpochOrder:
         return move_hole_last(batch_ids, hole, whole=steps * self.num_replicas, partial=partial)
 
 
+class PositionOrder(EpochOrder):
+    """The order of a table whose batches are numbered as an epoch takes them."""
+
+    def batch_at_position(self, positions: Integers) -> Integers:
+        """The batch ids at these positions of the epoch: the positions."""
+        return positions
+
+
 def move_hole_last(batch_ids: Integers, hole: int, *, whole: int, partial: int) -> Integers:
     """Batch ids in an order whose last ones, which are dropped, are those from `hole` on.
 

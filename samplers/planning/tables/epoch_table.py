@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar, Self, TypeAlias
+from functools import cached_property
+from typing import ClassVar, Final, Self, TypeAlias, TypeVar
 
 from samplers.planning.budget import Integers
 from samplers.planning.options import EpochOptions
@@ -11,6 +12,10 @@ from samplers.planning.tables.epoch_order import EpochOrder
 
 # Rows, and the padded width of each field.
 Shape: TypeAlias = tuple[int, tuple[int, ...]]
+KeyT = TypeVar("KeyT")
+ValueT = TypeVar("ValueT")
+# Positions of two epochs may be asked for in turn, at the end of one.
+_KEPT_EPOCHS: Final = 2
 
 
 class EpochTable(ABC):
@@ -127,3 +132,36 @@ class EpochTable(ABC):
             key: Random key of the epoch.
             num_replicas: How many pieces there must be.
         """
+
+
+class KeptEpochs(EpochTable):
+    """A table that makes another one for each epoch, and keeps the last two."""
+
+    def for_epoch(self, epoch: int, num_replicas: int) -> Self:
+        """The table of an epoch that this many replicas begin; the last two are kept."""
+        key = epoch, num_replicas
+        if key not in self._epochs:
+            keep(self._epochs, key, self._make_epoch(epoch, num_replicas), most=_KEPT_EPOCHS)
+        return self._epochs[key]
+
+    @abstractmethod
+    def _make_epoch(self, epoch: int, num_replicas: int) -> Self:
+        """The table of an epoch that this many replicas begin."""
+
+    @cached_property
+    def _epochs(self) -> dict[tuple[int, int], Self]:
+        """Tables of some epochs, by epoch and replicas."""
+        return {}
+
+
+def keep(values: dict[KeyT, ValueT], key: KeyT, value: ValueT, *, most: int) -> None:
+    """Keep a new value; where `most` are kept already, the first of them is forgotten.
+
+    >>> squares = {1: 1, 2: 4}
+    >>> keep(squares, 3, 9, most=2)
+    >>> squares
+    {2: 4, 3: 9}
+    """
+    while len(values) >= most:
+        del values[next(iter(values))]
+    values[key] = value

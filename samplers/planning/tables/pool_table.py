@@ -41,7 +41,7 @@ from samplers.planning.tables.buckets import (
     estimate_batches,
     sort_buckets,
 )
-from samplers.planning.tables.epoch_table import Shape
+from samplers.planning.tables.epoch_table import KeptEpochs, Shape
 from samplers.planning.tables.last_step import split_largest
 
 # An epoch is sorted when its first batch is taken: some milliseconds.
@@ -79,7 +79,7 @@ class Pools(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class PoolTable(BatchTable):
+class PoolTable(KeptEpochs, BatchTable):
     """The batches of a small corpus; ids of batches of one shape are adjacent; each epoch draws its batches.
 
     Attributes:
@@ -96,28 +96,22 @@ class PoolTable(BatchTable):
         """Batches in an epoch, before any is split among replicas."""
         return self.batches
 
-    def for_epoch(self, epoch: int, num_replicas: int) -> Self:
-        """The table of an epoch that this many replicas begin; the last two are kept.
+    def _make_epoch(self, epoch: int, num_replicas: int) -> Self:
+        """The table of an epoch that this many replicas begin.
 
         Its batches are the first draw that has few enough batches, and whose last step the replicas can share.
         """
-        table = self._epochs.get((epoch, num_replicas))
-        if table is None:
-            # With batches that are too small for this many replicas, no draw can be shared.
-            most = self.options.budget.max_rows(int(self._widths[-1]))
-            hopeless = not self.can_share_last_step(np.full(self.batches, most), num_replicas)
-            drawn = draw_until(
-                partial(self._draw, epoch, num_replicas),
-                lambda batches: hopeless or self.can_share_last_step(batches.rows, num_replicas),
-                patient=epoch not in self.trial_epochs,
-            )
-            if drawn is None:
-                drawn = self._finish(min(self._sample_draws(), key=self._count), num_replicas)
-            table = replace(self, drawn=drawn)
-            self._epochs[epoch, num_replicas] = table
-            while len(self._epochs) > 2:
-                del self._epochs[next(iter(self._epochs))]
-        return table
+        # With batches that are too small for this many replicas, no draw can be shared.
+        most = self.options.budget.max_rows(int(self._widths[-1]))
+        hopeless = not self.can_share_last_step(np.full(self.batches, most), num_replicas)
+        drawn = draw_until(
+            partial(self._draw, epoch, num_replicas),
+            lambda batches: hopeless or self.can_share_last_step(batches.rows, num_replicas),
+            patient=epoch not in self.trial_epochs,
+        )
+        if drawn is None:
+            drawn = self._finish(min(self._sample_draws(), key=self._count), num_replicas)
+        return replace(self, drawn=drawn)
 
     @property
     def shapes(self) -> list[Shape]:
@@ -159,7 +153,7 @@ class PoolTable(BatchTable):
         del key
         samples, all_rows = self._epoch_batches
         rows = all_rows[batch_ids]
-        return samples[_concatenate_ranges((all_rows.cumsum() - all_rows)[batch_ids], rows)], rows
+        return samples[concatenate_ranges((all_rows.cumsum() - all_rows)[batch_ids], rows)], rows
 
     def shape_fill(self, sizes: BatchSizes) -> Floats:
         """Rows divided by the most rows of a shape that is wide enough, float64 `[n]`: above 1 if no shape holds it."""
@@ -173,14 +167,15 @@ class PoolTable(BatchTable):
         return cast(EpochBatches, self.for_epoch(0, 1).drawn if self.drawn is None else self.drawn)
 
     @cached_property
-    def _epochs(self) -> dict[tuple[int, int], Self]:
-        return {}
-
-    @cached_property
     def _sort_keys(self) -> Integers:
         """What samples are sorted by, longest first, without those that exceed the budget alone: int64 `[n]`."""
         lengths = self.sorted_lengths.lengths_between(self.sorted_lengths.overlong_alone, len(self.sorted_lengths))
         return self._exchange_widths(lengths)[:, 0]
+
+    @cached_property
+    def _sort_ranks(self) -> Integers:
+        """The rank of each sample among the different sort keys, the longest first: int64 `[n]`, each below n."""
+        return np.unique(-self._sort_keys, return_inverse=True)[1].reshape(-1)
 
     @cached_property
     def _widths(self) -> Integers:
@@ -227,8 +222,13 @@ class PoolTable(BatchTable):
         else:
             ends = samples * np.arange(1, self.pools + 1) // self.pools
         ends = np.minimum(ends, planned)
-        # Of equal samples, those come first that the shuffle has put first.
-        members = np.lexsort([shuffled, -self._sort_keys, np.searchsorted(ends, shuffled, side="right")])[:planned]
+        # Pool, length and shuffled index as the digits of one number: sorting numbers is faster than a lexsort.
+        pools = np.searchsorted(ends, shuffled, side="right")
+        keys = (pools * samples + self._sort_ranks) * samples + shuffled
+        keys.sort()
+        sample_at = np.empty_like(shuffled)
+        sample_at[shuffled] = np.arange(samples)
+        members = sample_at[keys[:planned] % samples]
         widths, borders = self._widths[members], [0]
         for end in ends.tolist():
             borders += self._cut(widths, borders[-1], end, SHARE_UNITS)
@@ -302,7 +302,7 @@ class PoolTable(BatchTable):
         by_rows = np.lexsort([-self._widths[pools.members[starts]], rows])
         starts, rows = starts[by_rows], rows[by_rows]
         overlong = self.sorted_lengths.overlong_alone
-        samples: IndexArray = self.sorted_lengths.order[overlong + pools.members[_concatenate_ranges(starts, rows)]]
+        samples: IndexArray = self.sorted_lengths.order[overlong + pools.members[concatenate_ranges(starts, rows)]]
         if self._exchanges_lengths:
             samples = self._sort_batches(samples, rows)
         return EpochBatches(
@@ -311,7 +311,7 @@ class PoolTable(BatchTable):
         )
 
 
-def _concatenate_ranges(starts: Integers, counts: Integers) -> Integers:
+def concatenate_ranges(starts: Integers, counts: Integers) -> Integers:
     """The integers from each start on, as many as its count: int64 `[sum(counts)]`."""
     within: Integers = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
     return np.repeat(starts, counts) + within

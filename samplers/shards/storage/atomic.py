@@ -3,10 +3,9 @@
 >>> from pathlib import Path
 >>> from tempfile import TemporaryDirectory
 >>> with TemporaryDirectory() as folder:
-...     file = AtomicFile(Path(folder, "a.tar"))
-...     _ = file.stream.write(b"abc")
-...     before = [path.name for path in Path(folder).iterdir()]
-...     file.commit()
+...     with AtomicFile(Path(folder, "a.tar")) as file:
+...         _ = file.stream.write(b"abc")
+...         before = [path.name for path in Path(folder).iterdir()]
 ...     before, [path.name for path in Path(folder).iterdir()]
 (['a.tar.tmp'], ['a.tar'])
 """
@@ -19,7 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, Self
 
 from samplers.shards.storage.locks import lock
 
@@ -68,7 +67,7 @@ class AtomicFile:
     """A file that is written under a temporary name and gets its final name when it is complete.
 
     It is locked while it is written. So the leftover of a killed process (no lock) differs from a file that another
-    process is writing (a lock).
+    process is writing (a lock). As a context it is committed at the end, or discarded if there was an error.
 
     Attributes:
         path: The final name.
@@ -96,6 +95,16 @@ class AtomicFile:
         if not replace and path.exists():
             self.discard()
             raise FileExistsError(f"{path} exists: another writer is at work in this folder: write to another one")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        try:
+            if error is None:
+                self.commit()
+        finally:
+            self.discard()
 
     def commit(self) -> None:
         """Flush everything to the disk, then give the file its final name.
@@ -199,7 +208,7 @@ def _create(temporary: Path) -> "_NamedFile":
                 continue
             break
         # Between creation and lock another process may have locked and removed the file as a leftover.
-        if lock(file) is not False and _is_still(file, temporary):
+        if lock(file) is not False and is_still_at(file, temporary):
             return file
         file.close()
         time.sleep(_RETRY_SECONDS)
@@ -217,7 +226,7 @@ def _remove(temporary: Path, *, without_lock: bool) -> bool:
     with stream:
         locked = lock(stream)
         # Since it was opened, its writer may have finished or removed it, and another may have created a new one.
-        if locked is False or (locked is None and not without_lock) or not _is_still(stream, temporary):
+        if locked is False or (locked is None and not without_lock) or not is_still_at(stream, temporary):
             return False
         if os.name != "nt":
             temporary.unlink(missing_ok=True)
@@ -230,8 +239,8 @@ def _remove(temporary: Path, *, without_lock: bool) -> bool:
     return True
 
 
-def _is_still(stream: "BinaryIO | io.FileIO", path: Path) -> bool:
-    """Whether the open file is still the one of that name."""
+def is_still_at(stream: "BinaryIO | io.FileIO", path: Path) -> bool:
+    """Whether the open file is still the one of that name: another process may have removed or replaced it."""
     try:
         return os.path.samestat(os.fstat(stream.fileno()), path.stat())
     except FileNotFoundError:
