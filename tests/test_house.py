@@ -137,9 +137,9 @@ LAYERS = {
     ],
     "samplers.shards.storage": [
         ["mirror", "paths", "shard_cache"],
-        ["reading"],
+        ["reading", "process_pool"],
         ["network"],
-        ["atomic", "checksum", "process_pool"],
+        ["atomic", "checksum"],
         ["locks"],
     ],
     "samplers.shards.storage.network": [

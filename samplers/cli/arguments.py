@@ -5,6 +5,7 @@ Completion reads all options at each TAB, so nothing that takes long to import i
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -147,6 +148,23 @@ def transport_option(command: Command) -> Command:
         metavar="NAME=NUMBER[,...]",
         help="Reads over a network: connections=, timeout= (s), retries=, deadline= (s), backoff= (s).",
     )(command)
+
+
+def transfers_option(command: Command) -> Command:
+    """Add the option that prints at the end, also after an error, what was transferred over a network."""
+    return click.option(
+        "--transfers",
+        is_flag=True,
+        expose_value=False,
+        callback=_print_transfers_at_end,
+        help="Print requests, retries, bytes and waiting over a network on stderr.",
+    )(command)
+
+
+def _print_transfers_at_end(ctx: click.Context, _: click.Parameter, value: object) -> None:
+    # Not for completion: the import takes long.
+    if value and not ctx.resilient_parsing:
+        ctx.call_on_close(import_module("samplers.cli.printing").count_transfers())
 
 
 def source_options(command: Command) -> Command:

@@ -16,6 +16,7 @@ from samplers.cli.arguments import (
     parse_windows,
     plan_options,
     source_options,
+    transfers_option,
     transport_option,
 )
 
@@ -67,6 +68,7 @@ def main(*, traceback: bool) -> None:
 @click.option("--checksums/--no-checksums", default=None, help="Read every payload too, and store its checksum.")
 @click.option("--workers", type=click.IntRange(0), help="Number of processes; by default up to one for each CPU.")
 @transport_option
+@transfers_option
 def index(**options: Any) -> None:
     """Build or refresh the index of SHARDS.
 
@@ -91,6 +93,7 @@ def index(**options: Any) -> None:
 @click.option("--errors", type=click.IntRange(1), default=5, help="Number of errors to print.")
 @click.option("--workers", type=click.IntRange(0), help="Number of processes; by default up to one for each CPU.")
 @transport_option
+@transfers_option
 def verify(**options: Any) -> None:
     """Check an index against its shards, and lengths against payloads.
 
@@ -133,6 +136,7 @@ def verify(**options: Any) -> None:
 @click.option(
     "--plot", type=WrittenPath(dir_okay=False), help="Draw a figure, .png, .svg or .pdf; needs lengthtrack[plots]."
 )
+@transfers_option
 def report(**options: Any) -> None:
     """Report what an epoch would cost, by budget and window, or by the capacity of rows.
 
@@ -185,6 +189,7 @@ def report(**options: Any) -> None:
 @click.option("--prefix", default="shard", help="Of the shards' names.")
 @click.option("--split", help="Of a Hugging Face dataset that has several.")
 @click.option("--resume", is_flag=True, help="Complete a conversion that was interrupted.")
+@transfers_option
 def convert(**options: Any) -> None:
     """Write the samples of INPUT to shards in FOLDER, with their index.
 
@@ -208,6 +213,7 @@ def convert(**options: Any) -> None:
 @click.option("--step", type=click.IntRange(0), default=0, help="Step of the epoch.")
 @click.option("--rank", type=click.IntRange(0), default=0, help="Rank whose batch is shown.")
 @click.option("--rows", type=click.IntRange(0), default=20, help="Number of rows to print.")
+@transfers_option
 def show(**options: Any) -> None:
     """Print a batch: fields, padding and rows."""
     _run("show", options)

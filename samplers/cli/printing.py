@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from samplers.planning.tables.batch_table import BatchTable
 from samplers.shards.format.samples import Sample
 from samplers.shards.indexing.index import LengthIndex, tables_of
 from samplers.shards.indexing.tables import Field
+from samplers.shards.storage.network.counts import PROCESS, TransferBar, describe_transfers
 from samplers.shards.storage.process_pool import ItemT
 
 # Lines in a pipe are not wrapped.
@@ -143,6 +144,26 @@ def print_rows(corpus: LengthIndex, batch: Sequence[int], samples: Sequence[Samp
 
 
 def show_progress(items: Iterable[ItemT], total: int | None, unit: str) -> Iterable[ItemT]:
-    """The items, with a progress bar on a terminal."""
-    bar: Iterable[ItemT] = tqdm(items, total=total, unit=unit, disable=not sys.stderr.isatty(), leave=False)
-    return bar
+    """The items, with a progress bar on a terminal, and behind it what was transferred over a network.
+
+    Yields:
+        The items.
+    """
+    with tqdm(items, total=total, unit=unit, disable=not sys.stderr.isatty(), leave=False) as bar:
+        transfers = TransferBar(bar)
+        for item in bar:
+            yield item
+            transfers.show()
+        transfers.show(is_end=True)
+
+
+def count_transfers() -> Callable[[], None]:
+    """What prints on stderr, when it is called, what this process and its workers have transferred since now."""
+    before = PROCESS.as_dict()
+
+    def print_transfers() -> None:
+        counts = {name: number - before[name] for name, number in PROCESS.as_dict().items()}
+        told = describe_transfers(counts) if counts["requests"] else "none: nothing was read or written over a network"
+        click.echo(f"transfers: {told}", err=True)
+
+    return print_transfers

@@ -1,7 +1,7 @@
 """`run_in_order`: a step over every sample of a dataset once, longest first; outputs in the order of the dataset."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Unpack
 
 import torch
@@ -25,6 +25,7 @@ from samplers.planning.options import check_flag
 from samplers.planning.sorting import Lengths
 from samplers.progress.replica import find_replica
 from samplers.shards.storage.atomic import local_path
+from samplers.shards.storage.network.counts import TransferBar
 
 
 def run_in_order(
@@ -71,7 +72,8 @@ def run_in_order(
         num_workers: Worker processes that read and collate.
         pin_memory: As of a `DataLoader`.
         flush_seconds: A kill loses at most the outputs of this many seconds.
-        progress: Whether to show a bar in real tokens; None shows it on a terminal.
+        progress: Whether to show a bar in real tokens, with the counts of requests, retries and bytes of a remote
+            dataset; None shows it on a terminal.
         **budget: `max_tokens`, `batch_size`, `cost`, `count_tokens`, `widths` and `max_length`, as of
             `LengthBucketBatchSampler`. A sample that exceeds the budget alone is a batch of its own.
 
@@ -123,7 +125,7 @@ def run_in_order(
         loader = make_loader(samples, batches, num_workers=num_workers, pin_memory=pin_memory)
         # tqdm shows no bar with True, and with None only on a terminal.
         disable = None if rank == 0 and progress is None else not progress
-        with _Progress(array, batches, kept, disable=disable) as bar:
+        with _Progress(array, batches, kept, transfers=_transfers_of(dataset), disable=disable) as bar:
             _run(loader, halving, kept, bar)
         return kept.finish()
     finally:
@@ -149,27 +151,47 @@ class _Progress:
         lengths: int64 `[N]` or `[N, K]`.
         batches: Those of this process.
         kept: Knows what was done before.
+        transfers: Gives what the dataset has transferred over a network. None if only the process knows.
         disable: None shows the bar on a terminal only.
     """
 
-    def __init__(self, lengths: Integers, batches: RemainingBatches, kept: Container, *, disable: bool | None) -> None:
+    def __init__(
+        self,
+        lengths: Integers,
+        batches: RemainingBatches,
+        kept: Container,
+        *,
+        transfers: Callable[[], Mapping[str, Any]] | None,
+        disable: bool | None,
+    ) -> None:
         self._tokens = lengths if lengths.ndim == 1 else lengths.sum(1)
         before = int(self._tokens[kept.done].sum())
         total = before + sum(map(self._count, batches))
         self._bar = tqdm(total=total, initial=before, unit="tok", unit_scale=True, disable=disable)
+        self._transfers = TransferBar(self._bar, transfers)
 
     def __enter__(self) -> "_Progress":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._transfers.show(is_end=True)
         self._bar.close()
 
     def add(self, samples: list[int]) -> None:
         """Count the tokens of samples that are done."""
+        self._transfers.show()
         self._bar.update(self._count(samples))
 
     def _count(self, samples: list[int]) -> int:
         return int(self._tokens[samples].sum())
+
+
+def _transfers_of(dataset: Any) -> Callable[[], Mapping[str, Any]] | None:
+    """What reads the counts of a dataset, over all workers. None if it has none, as most datasets."""
+    counts = getattr(dataset, "transfers", None)
+    if isinstance(counts, Mapping) and {"requests", "retries", "bytes", "waited_seconds"} <= counts.keys():
+        return lambda: dict(dataset.transfers)
+    return None
 
 
 def _find_processes() -> tuple[int, int]:

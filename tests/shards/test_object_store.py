@@ -230,7 +230,8 @@ def test_the_command_converts_to_a_store_and_resumes_there(
     assert "shard-000002.tar: cannot be written" in failed.stderr
     store.behave()
     assert "--resume" in run("convert", "rows.jsonl", folder, "--max-samples", 5, status=1).stderr
-    told = run("convert", "rows.jsonl", folder, "--max-samples", 5, "--resume")
+    told = run("convert", "rows.jsonl", folder, "--max-samples", 5, "--resume", "--transfers")
+    assert re.search(r"transfers: \d+ requests, 0 retries, .*B sent, waited", told.stderr)
     assert f"{folder}/shard.ltx: 20 samples in 4 shards" in told.output
     assert len(LengthIndex.open(f"{folder}/shard.ltx")) == 20
     assert not any("unfinished" in name for name in names(store, "converted"))

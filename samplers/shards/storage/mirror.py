@@ -145,6 +145,7 @@ class Mirror:
             f"{size} bytes",
             partial(_sending, self.url_of(path), path, self._transport),
             verb="written",
+            sent=size,
         )
 
     @staticmethod

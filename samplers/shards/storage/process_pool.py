@@ -21,6 +21,7 @@ from typing import Any, Final, Generic, TypeVar
 from tqdm import tqdm
 
 from collate.widths import check_count
+from samplers.shards.storage.network.counts import PROCESS, TransferBar
 
 
 class ProcessKilledError(BrokenExecutor):
@@ -82,9 +83,12 @@ def run_in_processes(
         results = _deal(crew, items) if workers else ((index, function(item)) for index, item in enumerate(items))
         # tqdm starts a thread, and forking a process that has threads is unsafe. So the bar comes after the workers.
         with tqdm(total=len(items), unit=unit, disable=not progress) as bar:
+            transfers = TransferBar(bar)
             for result in results:
+                transfers.show()
                 bar.update()
                 yield result
+            transfers.show(is_end=True)
     finally:
         for worker in crew:
             worker.stop()
@@ -108,9 +112,12 @@ def run_in_threads(
         tqdm(total=len(items), unit=unit, disable=not progress) as bar,
         closing(call_in_threads(function, items)) as results,
     ):
+        transfers = TransferBar(bar)
         for index, result in results:
+            transfers.show()
             bar.update()
             yield index, result
+        transfers.show(is_end=True)
 
 
 def call_in_threads(
@@ -250,7 +257,7 @@ class _Worker(Generic[ItemT, ResultT]):
             ProcessKilledError: The process was killed.
         """
         try:
-            value, error = self.connection.recv()
+            value, error, transferred = self.connection.recv()
         except (EOFError, OSError):
             self._process.join()
             raise ProcessKilledError(
@@ -258,6 +265,7 @@ class _Worker(Generic[ItemT, ResultT]):
                 "out: give fewer workers"
             ) from None
         index, self.index = self.index, None
+        PROCESS.add_all(transferred)
         if error is not None:
             raise error
         return index, value
@@ -302,7 +310,7 @@ def _work(function: Callable[[ItemT], ResultT], connection: Connection) -> None:
                 answer = (function(*message), None)
             except Exception as error:  # noqa: BLE001 (the parent raises it)
                 answer = (None, _portable(error))
-            connection.send(answer)
+            connection.send((*answer, PROCESS.take()))
 
 
 def _portable(error: Exception) -> Exception:

@@ -47,6 +47,7 @@ class Request(Generic[Answer]):
         size: Bytes asked for. None if the answer has no bytes of the file; such a request is never sent twice at once.
         counts: Where it is counted.
         verb: What cannot be done if it fails, for messages.
+        sent: Bytes that it sends.
     """
 
     url: str
@@ -55,6 +56,7 @@ class Request(Generic[Answer]):
     size: int | None = None
     counts: Counts = UNCOUNTED
     verb: str = "read"
+    sent: int = 0
 
 
 def send_all(requests: Sequence[Request[Answer]], transport: Transport) -> list[Answer]:
@@ -142,7 +144,9 @@ async def _persist(request: Request[Answer], transport: Transport, gate: asyncio
             # Clients raise the errors of any library. `failure` makes one of them that names the file.
             cause: Exception = error
         else:
-            request.counts.add("bytes", request.size or 0)
+            for name, size in {"bytes": request.size, "bytes_sent": request.sent}.items():
+                if size:
+                    request.counts.add(name, size)
             return answer
         wait = max(_draw_wait(tries, cause, transport), retry_after(cause))
         is_late = loop.time() + wait >= end
