@@ -185,6 +185,23 @@ def test_an_index_is_built_and_kept_in_the_store(store: ObjectStore, tmp_path: P
     assert_all_once(read_all(store.url("raw/corpus.ltx")))
 
 
+def test_files_that_another_machine_has_written_since_a_list_are_found(store: ObjectStore, tmp_path: Path) -> None:
+    write_to(ShardWriter(store.url("listed"), max_samples=EACH))
+    shards = store.url("listed/*.tar")
+    index = LengthIndex.build(shards)
+    assert len(ShardDataset(shards, index)) == COUNT
+    # A client of its own, as on another machine: this one has listed the folder.
+    other: Any = fsspec.filesystem("s3", skip_instance_cache=True)
+    for count in (2, 6):
+        LengthIndex.concat([LengthIndex.open(f"{shard}.ltx") for shard in index.shards[:count]]).save(
+            tmp_path / "corpus.ltx"
+        )
+        other.put_file(str(tmp_path / "corpus.ltx"), store.url("listed/corpus.ltx"))
+        # Red when the list was believed: no index; and then its former size, a damaged one.
+        assert len(LengthIndex.open(store.url("listed/corpus.ltx"))) == count * EACH
+        fsspec.filesystem("s3").ls(store.url("listed"))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_job_ends_on_a_bad_network(store: ObjectStore, tmp_path: Path, workers: int) -> None:
     folder = f"bad-{workers}"

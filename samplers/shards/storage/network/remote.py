@@ -211,6 +211,9 @@ def find_infos(urls: Sequence[str], transport: Transport, counts: Counts = UNCOU
 
     async def find(url: str) -> Any:
         system, name = file_system(url)
+        # Clients remember the lists of folders: a file that another machine has written since would be missing, and one
+        # that it has replaced would have its former size.
+        system.invalidate_cache(name.rpartition("/")[0])
         if is_async(system):
             return await asyncio.wait_for(system._info(name), transport.timeout)  # noqa: SLF001
         return await asyncio.to_thread(system.info, name)
