@@ -55,8 +55,8 @@ class LengthBucketBatchSampler(BucketLoader, PlannedBatchSampler):
         widths: Padded widths, as the collator's: a multiple, or the allowed widths; None (default) pads to the longest
             row. The collator must have the same, as one from `PadCollator.for_sampler(sampler)` has.
         indices: Plan these samples only; None (default) plans all.
-        num_replicas: W; None takes the initialised process group's size, or 1.
-        rank: Rank of this process; None takes the process group's, or 0. `"all"` gives the batches of all replicas,
+        num_replicas: W; None takes the initialised process group's size, the number of SLURM's tasks, or 1.
+        rank: Rank of this process; None takes the group's or task's, or 0. `"all"` gives the batches of all replicas,
             step by step, to a loader that deals them itself, as accelerate's `prepare` does: batch i goes to replica
             i % W.
 
@@ -142,8 +142,8 @@ class PackingBatchSampler(PlannedBatchSampler):
         drop_last: Drop the rows that do not fill a step, others in each epoch, instead of sharing their documents among
             the replicas. Default False.
         indices: Plan these samples only; None (default) plans all.
-        num_replicas: W; None takes the initialised process group's size, or 1.
-        rank: Rank of this process; None takes the process group's, or 0. `"all"` gives the batches of all replicas,
+        num_replicas: W; None takes the initialised process group's size, the number of SLURM's tasks, or 1.
+        rank: Rank of this process; None takes the group's or task's, or 0. `"all"` gives the batches of all replicas,
             step by step, to a loader that deals them itself, as accelerate's `prepare` does: batch i goes to replica
             i % W.
 

@@ -104,8 +104,8 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         cache: Folder in which remote shards are kept, and bytes that it may have (`cache_bytes`), as in `ShardDataset`.
         interleave: Windows that a replica reads side by side, batch by batch in turn. If shards are remote, give the
             number of workers, so that each fetches windows of its own; local shards do not need this.
-        num_replicas: W; None takes the initialised process group's size, or 1.
-        rank: Rank of this process; None takes the process group's, or 0.
+        num_replicas: W; None takes the initialised process group's size, the number of SLURM's tasks, or 1.
+        rank: Rank of this process; None takes that of the group or task, or 0.
 
     Attributes:
         data: The samples by index, as a `ShardDataset`.

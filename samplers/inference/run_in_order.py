@@ -23,7 +23,7 @@ from samplers.inference.run_record import RunRecord
 from samplers.planning.budget import Integers
 from samplers.planning.options import check_flag
 from samplers.planning.sorting import Lengths
-from samplers.progress.replica import find_replica
+from samplers.progress.replica import find_replica, require_group
 from samplers.shards.storage.atomic import local_path
 from samplers.shards.storage.network.counts import TransferBar
 
@@ -203,7 +203,8 @@ def _find_processes() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         # Given, because accelerate's loaders, which would split batches again, are not used here.
         return find_replica(dist.get_world_size(), dist.get_rank())
-    return find_replica(None, None)
+    require_group()
+    return 1, 0
 
 
 def _meet(text: str) -> None:

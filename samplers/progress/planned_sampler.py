@@ -27,7 +27,7 @@ class PlannedBatchSampler(PlannedLoader, Sampler[list[int]]):
     Args:
         lengths: What is planned, with the fingerprint that an index has; or a mixture.
         num_replicas: W; None takes the initialised process group's size, or 1.
-        rank: Rank of this process; None takes the process group's, or 0. `"all"` gives the batches of all replicas,
+        rank: Rank of this process; None takes the group's or task's, or 0. `"all"` gives the batches of all replicas,
             step by step.
 
     Raises:
