@@ -143,6 +143,7 @@ LAYERS = {
         ["locks"],
     ],
     "samplers.shards.storage.network": [
+        ["upload"],
         ["fetched"],
         ["remote"],
         ["requests"],

@@ -32,7 +32,8 @@ class Manner:
         faults: What happens to a request, by its number: `drop` closes the connection without an answer, `break` after
             half of the body, `short` sends half of the body as if it were all, `stall` never answers, `hang` stops
             after half of the body, `flip` changes the first byte, `shift` sends the range after the one asked for,
-            `gzip` says that the body is compressed, a number is the status of an answer without content.
+            `gzip` says that the body is compressed, `lost` (of a store) does what is asked for and closes the
+            connection, a number is the status of an answer without content.
         every: Schedule that repeats instead: kind to (n, first): each n-th request from `first` on.
         retry_after: Value of that header in answers 429 and 503.
         together: Range requests that must be in flight before one of them is answered. 0 for any. Counted from the

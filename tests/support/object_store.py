@@ -109,6 +109,8 @@ class Proxy(Answering):
             request.method, self.server + request.raw_path, data=body, headers=headers, allow_redirects=False
         ) as answer:
             data = await answer.read()
+            if fault == "lost":
+                return cut(request)
             entry["status"] = answer.status
             response = web.StreamResponse(status=answer.status, reason=answer.reason)
             response.headers.update(

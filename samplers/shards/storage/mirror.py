@@ -1,14 +1,14 @@
 """A folder of an object store that is written through a local folder.
 
 Objects appear whole or not at all, and cannot be appended to or locked. So a file is written in the local folder,
-checked there, and then sent with one call, in parts if it is large. What has been sent takes no room here: of
-`shard-000000.tar` of 3 MB a file without content remains that has this size, which tells that the shard exists.
+checked there, and then sent (`upload`). What has been sent takes no room here: of `shard-000000.tar` of 3 MB a file
+without content remains that has this size, which tells that the shard exists.
 """
 
 import asyncio
 import os
 import shutil
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,10 @@ from weakref import finalize
 from samplers.shards.storage.atomic import TEMPORARY, is_url, local_path
 from samplers.shards.storage.network.failures import shown
 from samplers.shards.storage.network.fetched import FetchedFile
-from samplers.shards.storage.network.remote import RemoteFile, file_system, is_async, is_http
-from samplers.shards.storage.network.requests import Request, gate_of, send_all
-from samplers.shards.storage.network.transport import DEFAULT, Transport, timeout_of
+from samplers.shards.storage.network.remote import RemoteFile, file_system, is_http
+from samplers.shards.storage.network.requests import Request, send_all
+from samplers.shards.storage.network.transport import DEFAULT, Transport
+from samplers.shards.storage.network.upload import send_file
 from samplers.shards.storage.process_pool import call_in_threads
 
 _SHARD: Final = ".tar"
@@ -83,6 +84,7 @@ class Mirror:
             paths: Files of the local folder.
 
         Raises:
+            FileExistsError: The store has another shard of that name: another writer is at work.
             OSError: A file could not be sent. The message has its URL, the number of tries and the last cause.
         """
         paths = list(paths)
@@ -139,11 +141,11 @@ class Mirror:
         (self.folder / name).write_bytes(file.read(0, size))
 
     def _upload(self, path: Path) -> Request[None]:
-        size = path.stat().st_size
+        url, size = self.url_of(path), path.stat().st_size
         return Request(
-            self.url_of(path),
+            url,
             f"{size} bytes",
-            partial(_sending, self.url_of(path), path, self._transport),
+            partial(partial, send_file, url, path, self._transport, is_new=path.name.endswith(_SHARD)),
             verb="written",
             sent=size,
         )
@@ -191,30 +193,6 @@ def open_target(
     mirror = Mirror(os.fspath(folder), transport)
     mirror.pull(prefix)
     return mirror.folder, mirror
-
-
-def _sending(url: str, path: Path, transport: Transport) -> Callable[[], Awaitable[None]]:
-    """What sends a file once."""
-
-    async def send() -> None:
-        system, name = file_system(url)
-        if is_async(system):
-            # Objects appear when they are complete. A client that sends parts puts them together at the end.
-            sending = system._put_file(str(path), name)  # noqa: SLF001
-            await asyncio.wait_for(sending, timeout_of(transport, path.stat().st_size))
-        else:
-            async with gate_of(id(system), 1):
-                await asyncio.to_thread(_put, system, path, name)
-
-    return send
-
-
-def _put(system: Any, path: Path, name: str) -> None:
-    """Send a file with a client that may need the folder, and may show half of a file."""
-    system.makedirs(name.rpartition("/")[0], exist_ok=True)
-    half = f"{name}{TEMPORARY}"
-    system.put_file(str(path), half)
-    system.mv(half, name)
 
 
 def _remove(folder: Path, process: int) -> None:

@@ -16,7 +16,7 @@ _PASSING: Final = frozenset([408, 425, 429])
 # Server errors that another try does not change: not implemented, and an unknown version of HTTP.
 _LASTING: Final = frozenset([501, 505])
 _PERMANENT: Final = (
-    *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError),
+    *(FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError),
     *(ValueError, TypeError, AttributeError, NotImplementedError, ImportError, LookupError),
 )
 # Libraries whose errors without a status are those of a connection.
@@ -95,8 +95,8 @@ def failure(
         too_late: The deadline in seconds, if it has passed.
     """
     cause, status = root_of(error), status_of(error)
-    if isinstance(cause, ValueError) and status is None:
-        # What the server sent is no good; the message says so.
+    if isinstance(cause, (ValueError, FileExistsError)) and status is None:
+        # What the server sent is no good, or another writer is at work; the message says so.
         return cause
     verb, asked = what
     details = f"{asked}, {tries} {'try' if tries == 1 else 'tries'}"
