@@ -235,6 +235,24 @@ def test_the_second_epoch_from_a_store_needs_no_request(store: ObjectStore, tmp_
     assert store.log() == []
 
 
+@pytest.mark.parametrize("change", [-512, 512])
+def test_a_shard_of_another_size_in_a_store_is_named(store: ObjectStore, change: int) -> None:
+    folder = f"changed{change}"
+    write_to(ShardWriter(store.url(folder), max_samples=EACH))
+    name = f"{folder}/shard-000003.tar"
+    before = content(store, name)
+    other: Any = fsspec.filesystem("s3", skip_instance_cache=True)
+    other.pipe_file(store.url(name), before[:change] if change < 0 else before + bytes(change))
+    store.log()
+    with pytest.raises(ValueError, match=rf"{len(before) + change} bytes, the index says {len(before)}: changed since"):
+        read_all(store.url(f"{folder}/shard.ltx"), transport=PATIENT)
+    # Only that of this shard was asked for.
+    assert {entry["path"].rpartition("/")[2] for entry in store.log() if entry["method"] == "HEAD"} <= {
+        "shard.ltx",
+        "shard-000003.tar",
+    }
+
+
 def test_the_command_converts_to_a_store_and_resumes_there(
     store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

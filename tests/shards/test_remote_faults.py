@@ -248,6 +248,21 @@ def test_a_request_that_stalls_is_sent_a_second_time(server: Faulty) -> None:
         assert dataset[row]["tokens"].tolist() == samples()[row]["tokens"].tolist()  # type: ignore[attr-defined]
 
 
+def test_a_request_that_stalls_where_all_connections_are_taken_begins_again(server: Faulty) -> None:
+    # One connection, and no timeout that the test could wait for.
+    one = Transport(connections=1, timeout=500, retries=0, patience=4)
+    dataset = open_dataset(server, transport=one, fields=["tokens"])
+    for _ in range(30):
+        list(dataset.__getitems__(range(0, COUNT, 50)))
+    for fault in ("stall", "hang"):
+        server.behave(faults={"1": fault})
+        before = dataset.transfers["second_requests"]
+        # Red when the second request waited for a connection: for ever.
+        for row in range(0, COUNT, 50):
+            assert dataset[row]["tokens"].tolist() == samples()[row]["tokens"].tolist()  # type: ignore[attr-defined]
+        assert dataset.transfers["second_requests"] > before
+
+
 @pytest.mark.parametrize("status", ["429", "500", "503"])
 def test_a_busy_server_is_asked_again_until_the_retries_end(server: Faulty, status: str) -> None:
     patient = Transport(retries=3, backoff=0.001)

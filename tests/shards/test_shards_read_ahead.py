@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from corpora import LAYOUTS, assert_same
-from faulty import Faulty
+from faulty import Faulty, faulty
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from remote_corpus import ONCE, PATIENT, numbered, running, server, write_layouts
@@ -68,14 +68,32 @@ def test_a_stream_fetches_the_shards_of_its_next_windows_together(server: Faulty
         for sample, written in zip(batch, expected, strict=True):
             assert_same(sample, written)
     log = server.log()
-    # The size and the bytes of each shard.
+    # The bytes of each shard: their number tells its size. Red when it was asked for first.
     shards = [entry for entry in log if entry["name"].endswith(".tar")]
-    assert len(shards) == 2 * SHARDS
+    assert len(shards) == SHARDS
     transfers = stream.transfers
     assert transfers["requests"] == len(shards)
     assert transfers["bytes"] == sum((folder / f"{layout}-{number:06}.tar").stat().st_size for number in range(SHARDS))
     assert transfers["waited_seconds"] > 0
     assert [keys(batch) for batch in stream] == [keys(batch) for batch in local]
+
+
+@pytest.mark.parametrize("change", [-512, 512, None])
+def test_a_shard_that_is_another_one_now_is_named(tmp_path: Path, change: int | None) -> None:
+    """Its size is not asked for before it is fetched."""
+    folder = write_layouts(tmp_path, numbered(12), max_samples=6)
+    shard = folder / "plain-000001.tar"
+    content = shard.read_bytes()
+    if change is None:
+        shard.unlink()
+    else:
+        shard.write_bytes(content[:change] if change < 0 else content + bytes(change))
+    with faulty(folder) as server, pytest.raises((ValueError, FileNotFoundError)) as failed:
+        list(open_stream(server.url("plain.ltx")))
+    size = len(content)
+    expected = "no shard" if change is None else f"{size + change} bytes, the index says {size}: changed since it was"
+    assert f"{expected}" in str(failed.value)
+    assert "plain-000001.tar" in str(failed.value)
 
 
 def test_what_a_stream_reads_ahead_is_bounded(server: Faulty, folder: Path) -> None:

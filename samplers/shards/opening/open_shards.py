@@ -18,7 +18,7 @@ from samplers.shards.indexing.index_file import REBUILD
 from samplers.shards.indexing.tables import Tables
 from samplers.shards.storage.network.counts import HERE, UNCOUNTED, Counts
 from samplers.shards.storage.network.failures import shown
-from samplers.shards.storage.network.fetched import FetchedFile
+from samplers.shards.storage.network.fetched import PART, FetchedFile
 from samplers.shards.storage.network.remote import RemoteFile, find_infos
 from samplers.shards.storage.network.transport import DEFAULT, Transport
 from samplers.shards.storage.process_pool import call_in_threads
@@ -148,7 +148,26 @@ class OpenShards:
         return file
 
     def fetch(self, shard: int) -> RandomAccess:
-        """A whole remote shard in memory. The errors are those of `open`."""
+        """A whole remote shard in memory. The errors are those of `open`.
+
+        A shard that is one request is not asked for its size before, which would take as long again.
+
+        Raises:
+            FileNotFoundError: It is absent.
+        """
+        indexed = self._tables.shards[shard]
+        if indexed.path not in self._infos and 0 < indexed.size <= PART:
+            assumed = {"size": indexed.size, "assumed": True}
+            try:
+                fetched = FetchedFile(RemoteFile(indexed.path, self._transport, assumed, self._counts))
+            except FileNotFoundError:
+                raise FileNotFoundError(_absent(indexed.path)) from None
+            except ValueError:
+                # It may be another file now: its size tells.
+                pass
+            else:
+                self._infos[indexed.path] = {"size": indexed.size}
+                return fetched
         return FetchedFile(cast(RemoteFile, self._open_checked(shard)))
 
     def _open_in_background(self, shard: int) -> RandomAccess:
@@ -167,10 +186,7 @@ class OpenShards:
         try:
             file = self._open(indexed.path)
         except FileNotFoundError:
-            raise FileNotFoundError(
-                f"no shard {shown(indexed.path)}, which the index lists: put it back, give shards= their new paths, or "
-                f"{REBUILD}"
-            ) from None
+            raise FileNotFoundError(_absent(indexed.path)) from None
         if file.size != indexed.size:
             raise ValueError(
                 f"{indexed.path}: {file.size} bytes, the index says {indexed.size}: changed since it was indexed; "
@@ -209,6 +225,10 @@ class OpenShards:
             # The rest of the program has more files open than expected. Close the shards that are not in use.
             self._files.cache_clear()
             return self._files(path)
+
+
+def _absent(path: str) -> str:
+    return f"no shard {shown(path)}, which the index lists: put it back, give shards= their new paths, or {REBUILD}"
 
 
 def _open_known(infos: dict[str, Any], open_one: Callable[..., RandomAccess], path: str) -> RandomAccess:

@@ -16,10 +16,21 @@ class HttpBody:
         span: First byte and end.
         size: Size of the file in bytes.
         whole: Ask for the whole file without a range, which servers without ranges answer too.
+        is_assumed: The server was not asked for the size: another one is an error at once.
     """
 
-    def __init__(self, system: Any, url: str, span: tuple[int, int], size: int, *, whole: bool = False) -> None:
+    def __init__(
+        self,
+        system: Any,
+        url: str,
+        span: tuple[int, int],
+        size: int,
+        *,
+        whole: bool = False,
+        is_assumed: bool = False,
+    ) -> None:
         self._system, self._url, self._size, self._whole = system, url, size, whole
+        self._is_assumed = is_assumed
         self._first, self._end = span
         self._version: str | None = None
         self.data = bytearray()
@@ -82,6 +93,8 @@ class HttpBody:
             self._begin_again(response.content_length, start)
         elif ranged:
             self._check_range(response.headers.get("Content-Range", ""), start)
+        elif self._is_assumed and response.content_length not in {None, self._size}:
+            raise ValueError(self._changed(f"has {response.content_length} bytes"))
 
     def _begin_again(self, length: int | None, start: int) -> None:
         """A server without ranges sends the whole file.

@@ -68,7 +68,8 @@ class RemoteFile:
     Args:
         url: URL of the file.
         transport: How it is read.
-        info: What `find_infos` found, to open many files with one round of requests. None asks for it.
+        info: What `find_infos` found, to open many files with one round of requests. None asks for it. With `assumed`
+            nobody has asked for the size: another one is found out when the whole file is read.
         counts: Where its requests are counted.
     """
 
@@ -90,6 +91,7 @@ class RemoteFile:
             )
         self.system, self.name = file_system(url)
         self.size = int(info["size"])
+        self.size_is_assumed = bool(info.get("assumed", False))
         # Offset and bytes of the last read, and the size of the read-ahead.
         self._window, self._ahead = (0, b""), _LEAST_AHEAD
         self._held: dict[int, list[tuple[int, bytes]]] = {}
@@ -247,7 +249,7 @@ def attempts(file: RemoteFile, span: tuple[int, int], *, whole: bool) -> Callabl
     """The tries for a range of a file. Bytes that were received stay for the next one."""
     transport, (first, end) = file.transport, span
     if is_http(file.system):
-        body = HttpBody(file.system, file.name, span, file.size, whole=whole)
+        body = HttpBody(file.system, file.name, span, file.size, whole=whole, is_assumed=file.size_is_assumed)
 
         async def receive() -> bytearray:
             await body.receive(transport.timeout)
@@ -260,7 +262,11 @@ def attempts(file: RemoteFile, span: tuple[int, int], *, whole: bool) -> Callabl
         start = first + len(received)
         if is_async(file.system):
             patience = timeout_of(transport, end - start)
-            data = await asyncio.wait_for(file.system._cat_file(file.name, start=start, end=end), patience)  # noqa: SLF001
+            # One byte more shows that the file is longer than was assumed.
+            asked = end + 1 if file.size_is_assumed else end
+            data = await asyncio.wait_for(file.system._cat_file(file.name, start=start, end=asked), patience)  # noqa: SLF001
+            if file.size_is_assumed and len(data) < end - start:
+                raise ValueError(truncated(file.path, start + len(data), first, end - first))
         else:
             # Most of these may not be used by two threads at a time.
             async with gate_of(id(file.system), 1):

@@ -186,10 +186,15 @@ async def _race(
     try:
         await asyncio.wait(tasks, timeout=limit)
         usual = _USUAL[urlsplit(request.url).netloc]
-        # A second request never waits for a connection: those that have one may all wait for such an answer.
-        if tasks[0].done() or gate.locked() or not usual.take():
+        if tasks[0].done() or not usual.take():
             return await tasks[0]
         request.counts.add("second_requests")
+        if gate.locked():
+            # It never waits for a connection, because those that have one may all wait for such an answer. It takes
+            # that of the first, and continues what has come.
+            tasks[0].cancel()
+            await asyncio.wait(tasks)
+            return await attempt()
         async with gate:
             tasks.append(asyncio.ensure_future(request.begin()()))
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
