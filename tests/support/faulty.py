@@ -40,6 +40,7 @@ class Manner:
             first request after `/together/N` was asked for.
         head: Whether HEAD is allowed.
         ranges: Whether ranges are answered.
+        keep: Whether the proxy of a store answers for files that it has seen from memory: moto takes 5 ms for each.
         refused: Name of a file for which the answer is 403, or the fault `refused`.
     """
 
@@ -50,6 +51,7 @@ class Manner:
     retry_after: str = ""
     head: bool = True
     ranges: bool = True
+    keep: bool = False
     refused: str = ""
 
     def fault(self, number: int) -> str | None:
@@ -176,7 +178,7 @@ class Application(Answering):
         self.number += 1
         path = self.folder / name
         size = path.stat().st_size if path.exists() else 0
-        span = _span(request.headers.get("Range"), size) if manner.ranges else None
+        span = span_of(request.headers.get("Range"), size) if manner.ranges else None
         entry = {"method": request.method, "name": name, "range": span, "status": 0}
         self.requests.append(entry)
         await asyncio.sleep(manner.latency)
@@ -247,7 +249,7 @@ def cut(request: web.Request) -> web.Response:
     return web.Response()
 
 
-def _span(header: str | None, size: int) -> tuple[int, int] | None:
+def span_of(header: str | None, size: int) -> tuple[int, int] | None:
     """First and last byte of a range."""
     if not header:
         return None

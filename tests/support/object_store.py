@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import fsspec
 from aiohttp import ClientSession, DummyCookieJar, web
-from faulty import Answering, Manner, ServerProcess, cut
+from faulty import Answering, Manner, ServerProcess, cut, span_of
 
 BUCKET: Final = "corpus"
 # Of one connection, not of the message.
@@ -73,6 +73,8 @@ class Proxy(Answering):
         super().__init__(Manner())
         self.server = server
         self.session: ClientSession | None = None
+        # Objects, if the manner says so: their bytes and headers, by path.
+        self.kept: dict[str, tuple[bytes, dict[str, str]]] = {}
 
     def routes(self) -> web.Application:
         app = super().routes()
@@ -104,6 +106,10 @@ class Proxy(Answering):
         """Ask the server, and send its answer, or half of it."""
         if self.session is None:
             self.session = ClientSession(auto_decompress=False, cookie_jar=DummyCookieJar())
+        if request.method in {"PUT", "POST", "DELETE"}:
+            self.kept.pop(request.path, None)
+        elif self.manner.keep and request.method == "GET" and not request.query_string:
+            return await self._answer_kept(request, entry)
         headers = {name: value for name, value in request.headers.items() if name.lower() not in _HOPS}
         async with self.session.request(
             request.method, self.server + request.raw_path, data=body, headers=headers, allow_redirects=False
@@ -122,6 +128,32 @@ class Proxy(Answering):
             return response
         sent = data[: len(data) // 2] if fault in {"break", "hang"} else data
         return await self.send_body(request, response, sent, fault)
+
+    async def _answer_kept(self, request: web.Request, entry: dict[str, Any]) -> web.StreamResponse:
+        """Answer from memory. An object that is not there comes from the server."""
+        if request.path not in self.kept:
+            headers = {name: value for name, value in request.headers.items() if name.lower() not in {*_HOPS, "range"}}
+            assert self.session is not None
+            async with self.session.get(self.server + request.raw_path, headers=headers) as answer:
+                data = await answer.read()
+                if answer.status != 200:
+                    entry["status"] = answer.status
+                    return web.Response(status=answer.status, body=data)
+                # A checksum would be that of the whole.
+                wanted = {"etag", "last-modified", "content-type", "accept-ranges"}
+                kept = {name: value for name, value in answer.headers.items() if name.lower() in wanted}
+                self.kept[request.path] = data, kept
+        data, headers = self.kept[request.path]
+        span = span_of(request.headers.get("Range"), len(data))
+        first, last = span or (0, len(data) - 1)
+        entry["status"] = 200 if span is None else 206
+        response = web.StreamResponse(status=entry["status"])
+        response.headers.update(headers)
+        if span is not None:
+            response.headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+        response.content_length = last + 1 - first
+        await response.prepare(request)
+        return await self.send_body(request, response, data[first : last + 1], None)
 
 
 def _serve_objects() -> str:
