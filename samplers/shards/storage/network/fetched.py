@@ -31,6 +31,8 @@ class FetchedFile:
             begin = partial(attempts, file, (0, file.size), whole=True)
             request = Request(file.path, f"all {file.size} bytes", begin, file.size, file.counts)
             self._parts = [memoryview(data) for data in send_all([request], file.transport)]
+        # Most shards are one part.
+        self._whole = np.frombuffer(self._parts[0], np.uint8) if len(self._parts) == 1 else None
 
     def read(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes from `offset` on, fewer only at the end of the file."""
@@ -43,9 +45,14 @@ class FetchedFile:
             ValueError: The file ends before a buffer is full.
         """
         for buffer, offset in zip(buffers, offsets, strict=True):
-            if offset < 0 or offset + buffer.nbytes > self.size:
+            end = offset + buffer.nbytes
+            if offset < 0 or end > self.size:
                 raise ValueError(truncated(self.path, self.size, offset, buffer.nbytes))
             target, done = as_bytes(buffer), 0
+            if self._whole is not None:
+                # Half of the time of a small sample is saved.
+                target[:] = self._whole[offset:end]
+                continue
             for piece in self._pieces(offset, buffer.nbytes):
                 target[done : done + len(piece)] = np.frombuffer(piece, np.uint8)
                 done += len(piece)
