@@ -248,7 +248,7 @@ def test_a_request_that_stalls_is_sent_a_second_time(server: Faulty) -> None:
         assert dataset[row]["tokens"].tolist() == samples()[row]["tokens"].tolist()  # type: ignore[attr-defined]
 
 
-def test_a_request_that_stalls_where_all_connections_are_taken_begins_again(server: Faulty) -> None:
+def test_a_request_that_stalls_begins_again_where_no_connection_is_free(server: Faulty) -> None:
     # One connection, and no timeout that the test could wait for.
     one = Transport(connections=1, timeout=500, retries=0, patience=4)
     dataset = open_dataset(server, transport=one, fields=["tokens"])
