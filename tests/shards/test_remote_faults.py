@@ -3,6 +3,7 @@
 The server's faults follow a fixed schedule, and no test looks at the clock.
 """
 
+import asyncio
 import copy
 import pickle
 import shutil
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from samplers import LengthBucketBatchSampler, LengthIndex, ShardDataset, ShardStream, Transport
 from samplers.shards.storage.network.fetched import FetchedFile
+from samplers.shards.storage.network.http_body import HttpBody
 from samplers.shards.storage.network.remote import fetch_into
 from samplers.shards.storage.reading import open_file
 
@@ -246,6 +248,14 @@ def test_a_request_that_stalls_is_sent_a_second_time(server: Faulty) -> None:
     server.behave(faults={"1": "hang"})
     for row in range(0, COUNT, 50):
         assert dataset[row]["tokens"].tolist() == samples()[row]["tokens"].tolist()  # type: ignore[attr-defined]
+
+
+def test_a_body_that_is_complete_is_not_asked_for_again() -> None:
+    """Red when a second request continued it: a range without bytes."""
+    body = HttpBody(None, "http://absent/a.tar", (2, 5), 9)
+    body.data += b"abc"
+    asyncio.run(body.receive(1.0))
+    assert body.data == b"abc"
 
 
 def test_a_request_that_stalls_begins_again_where_no_connection_is_free(server: Faulty) -> None:

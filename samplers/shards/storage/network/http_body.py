@@ -51,6 +51,9 @@ class HttpBody:
         import aiohttp  # noqa: PLC0415
 
         start = self._first + len(self.data)
+        if start >= self._end:
+            # The try before was given up in the moment in which the last byte came.
+            return
         options = dict(self._system.kwargs)
         # A compressed body would have other offsets.
         headers = {**options.pop("headers", {}), "Accept-Encoding": "identity"}

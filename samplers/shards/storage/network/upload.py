@@ -74,9 +74,13 @@ def _options_of(system: Any, size: int, *, is_new: bool) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if "chunksize" in known and size <= PART * _MOST_PARTS:
         options["chunksize"] = PART
-    if is_new and id(system) not in _WITHOUT_CONDITIONS:
-        # Of s3fs and gcsfs, and of adlfs.
-        options |= {"mode": "create"} if "mode" in known else {"overwrite": False} if "overwrite" in known else {}
+    is_new = is_new and id(system) not in _WITHOUT_CONDITIONS
+    if "overwrite" in known:
+        # Of adlfs.
+        options["overwrite"] = not is_new
+    elif "mode" in known:
+        # Of s3fs and gcsfs.
+        options["mode"] = "create" if is_new else "overwrite"
     return options
 
 
