@@ -3,6 +3,7 @@
 It starts an S3 server (moto[server], and s3fs) and three nodes here: python examples/frameworks/ray_data.py
 """
 
+import logging
 import os
 import tempfile
 from typing import Any
@@ -71,13 +72,12 @@ def main(shards: ray.data.Dataset, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    (server := ThreadedMotoServer("127.0.0.1", port=0, verbose=False)).start()
     # The processes of all nodes inherit these, as on machines that are set up for a store.
     os.environ |= {"AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port())}
     os.environ |= {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "us-east-1"}
-    store = fsspec.filesystem("s3")
-    store.mkdir("s3://ray")
+    (store := fsspec.filesystem("s3")).mkdir("s3://ray")
     with tempfile.TemporaryDirectory() as disk:
         write_shards(disk)
         store.put(f"{disk}/*.tar", "s3://ray/parity/")

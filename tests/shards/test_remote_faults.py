@@ -22,9 +22,11 @@ from remote_corpus import ONCE, PATIENT, assert_each_once, numbered, running, se
 from torch.utils.data import DataLoader, Dataset
 
 from samplers import LengthBucketBatchSampler, LengthIndex, ShardDataset, ShardStream, Transport
+from samplers.shards.storage.network import requests
 from samplers.shards.storage.network.fetched import FetchedFile
 from samplers.shards.storage.network.http_body import HttpBody
 from samplers.shards.storage.network.remote import fetch_into
+from samplers.shards.storage.network.usual_times import UsualTimes
 from samplers.shards.storage.reading import open_file
 
 # Fixtures.
@@ -256,6 +258,33 @@ def test_a_body_that_is_complete_is_not_asked_for_again() -> None:
     body.data += b"abc"
     asyncio.run(body.receive(1.0))
     assert body.data == b"abc"
+
+
+def test_an_answer_that_comes_while_it_is_given_up_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red when a client's answer to the first request was lost, and the rest of a whole range asked for."""
+    usual = UsualTimes()
+    for _ in range(20):
+        usual.note(9, 0.001)
+    monkeypatch.setitem(requests._USUAL, "absent", usual)
+    calls: list[int] = []
+
+    async def attempt() -> bytes:
+        calls.append(1)
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            # As `wait_for` of Python 3.11 does.
+            return b"answer"
+        return b""
+
+    async def race() -> bytes:
+        gate = asyncio.Semaphore(1)
+        async with gate:
+            request = requests.Request("http://absent/a.tar", "all", lambda: attempt, 9)
+            return await requests._race(request, attempt, 0.001, gate)
+
+    assert asyncio.run(race()) == b"answer"
+    assert calls == [1]
 
 
 def test_a_request_that_stalls_begins_again_where_no_connection_is_free(server: Faulty) -> None:

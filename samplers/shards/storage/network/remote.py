@@ -260,6 +260,8 @@ def attempts(file: RemoteFile, span: tuple[int, int], *, whole: bool) -> Callabl
 
     async def fetch() -> bytearray:
         start = first + len(received)
+        if received and start >= end:
+            return received
         if is_async(file.system):
             patience = timeout_of(transport, end - start)
             # One byte more shows that the file is longer than was assumed.

@@ -194,7 +194,9 @@ async def _race(
             # that of the first, and continues what has come.
             tasks[0].cancel()
             await asyncio.wait(tasks)
-            return await attempt()
+            # The answer may come in this moment: `wait_for` of Python 3.11 then hands it on.
+            is_there = not tasks[0].cancelled() and tasks[0].exception() is None
+            return tasks[0].result() if is_there else await attempt()
         async with gate:
             tasks.append(asyncio.ensure_future(request.begin()()))
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
