@@ -64,7 +64,7 @@ class LengthTrackedBatch(PaddedSequences):
         ValueError: `padded` has fewer than two axes, no row or no time step; or the permutation is not one; or the
             dtype cannot hold the padding value; or `first_step` is negative.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from collate import LengthTrackedBatch
         >>> batch = LengthTrackedBatch.from_sequences([torch.tensor([1, 2]), torch.tensor([3, 4, 5])])

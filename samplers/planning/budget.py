@@ -36,7 +36,7 @@ class Budget:
         TypeError: A limit is not an int, or `cost` is not callable.
         ValueError: A limit is below one, no limit is given, or `count_tokens` is unknown or has no `max_tokens`.
 
-    Example:
+    Examples:
         A budget of 20 padded tokens holds 2 rows of width 9, and 5 rows of width 4:
 
         >>> budget = Budget(max_tokens=20)

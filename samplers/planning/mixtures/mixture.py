@@ -61,7 +61,7 @@ class Mixture:
         ValueError: There is no source, a weight is negative, NaN or infinite, names a source that is not there or is
             missing, all weights are 0, or an option is out of its range.
 
-    Example:
+    Examples:
         >>> mixture = Mixture({"web": [5, 3, 4, 4], "books": [9, 8]}, weights={"web": 3, "books": 1})
         >>> mixture
         Mixture(web=4 samples, books=2 samples, weights={'web': 3.0, 'books': 1.0})
