@@ -7,7 +7,6 @@ Markdown it was made from. Pages of the reference are made from docstrings; of t
 """
 
 import re
-from collections.abc import Iterator
 from html import escape, unescape
 from pathlib import Path
 from typing import Any, Final
@@ -21,10 +20,10 @@ REFERENCE: Final = "api/"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """A page whose sessions of Python are marked as `pycon`.
+    r"""A page whose sessions of Python are marked as `pycon`.
 
-    >>> on_page_markdown("```python\\n>>> 1 + 1\\n2\\n\\n```")
-    '```pycon\\n>>> 1 + 1\\n2\\n\\n```'
+    >>> on_page_markdown("```python\n>>> 1 + 1\n2\n\n```")
+    '```pycon\n>>> 1 + 1\n2\n\n```'
     """
     return SESSION.sub(r"\1```pycon\n", markdown)
 
@@ -95,9 +94,9 @@ def contents(page: str, docs: Path) -> str:
 
 
 def first_sentence(page: str) -> str:
-    """The first sentence of a page's prose.
+    r"""The first sentence of a page's prose.
 
-    >>> first_sentence("# A page\\n\\nIt says [this](that.md), e.g. in\\ntwo lines. More.")
+    >>> first_sentence("# A page\n\nIt says [this](that.md), e.g. in\ntwo lines. More.")
     'It says this, e.g. in two lines.'
     """
     return re.split(r"(?<=[.:!?]) (?=[A-Z`])", first_paragraph(page), maxsplit=1)[0].rstrip(":")
@@ -110,11 +109,7 @@ def first_paragraph(page: str) -> str:
     return re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", " ".join(prose.split()))
 
 
-def pages_of(nav: list[Any]) -> Iterator[str]:
+def pages_of(nav: list[Any]) -> list[str]:
     """The files of all pages of a navigation."""
-    for entry in nav:
-        for inside in entry.values():
-            if isinstance(inside, str):
-                yield inside
-            else:
-                yield from pages_of(inside)
+    entries = [inside for entry in nav for inside in entry.values()]
+    return [page for inside in entries for page in ([inside] if isinstance(inside, str) else pages_of(inside))]

@@ -17,6 +17,7 @@ from samplers.planning.packs.recipes import Recipes
 from samplers.planning.packs.row_count import choose_rows
 
 RowList: TypeAlias = list[list[int]]
+"""The indices of the documents of each row."""
 
 
 @overload
