@@ -28,8 +28,7 @@ def main() -> None:
         kind: {"padding": padding, "batches": [sorted(lengths[batch].tolist(), reverse=True) for batch in batches]}
         for kind, (padding, batches) in kinds.items()
     }
-    caption = f"{SHOWN} batches of {MAX_TOKENS:,} tokens; {len(lengths):,} functions of Python's library"
-    save("padding", results | {"caption": caption})
+    save("padding", results)
     for kind, one in results.items():
         print(f"{kind}: {one['padding']:.1%} padding, batches of {[len(batch) for batch in one['batches']]} rows")
 

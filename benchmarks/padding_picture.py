@@ -6,9 +6,9 @@ from typing import Any, Final
 from svg import WIDTH, bar, picture, text
 
 EDGE: Final = 12
-HEAD: Final = 50
+HEAD: Final = 58
 BODY: Final = 250
-FOOT: Final = 34
+FOOT: Final = 36
 GAP: Final = 9
 # Rows of at least this height have a line between them.
 APART: Final = 3
@@ -23,11 +23,10 @@ def padding_picture(results: Any) -> str:
     parts = [
         *panel(EDGE, "random batches", kinds[0]),
         *panel(2 * EDGE + PANEL, "batches planned by length", kinds[1]),
-        bar(EDGE, height - 20, 12, 10, REAL),
-        text(EDGE + 18, height - 11, "real time steps", size=13),
-        bar(150, height - 20, 12, 10, PADDING),
-        text(168, height - 11, "padding", size=13),
-        text(WIDTH - EDGE, height - 11, results["caption"], kind="soft", anchor="end", size=12),
+        bar(EDGE, height - 22, 14, 14, REAL),
+        text(EDGE + 20, height - 9, "real time steps", size=18),
+        bar(190, height - 22, 14, 14, PADDING),
+        text(210, height - 9, "padding", size=18),
     ]
     return picture(parts, height, size=14)
 
@@ -36,8 +35,8 @@ def panel(left: float, title: str, kind: Any) -> Iterator[str]:
     """Some batches, each a block of one size, whatever the number and the steps of its rows."""
     batches = kind["batches"]
     block = (BODY - GAP * (len(batches) - 1)) / len(batches)
-    yield text(left, 20, title, kind="bold", size=16)
-    yield text(left, 39, f"{kind['padding']:.1%} padding", size=16)
+    yield text(left, 22, title, kind="bold", size=20)
+    yield text(left, 46, f"{kind['padding']:.1%} padding", size=20)
     for number, batch in enumerate(batches):
         top, row = HEAD + number * (block + GAP), block / len(batch)
         yield bar(left, top, PANEL, block, PADDING)

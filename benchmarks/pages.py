@@ -1,7 +1,7 @@
 """Write tables and pictures of the documentation from the JSON files in `benchmarks/results`. Run it after a benchmark.
 
-A table is between `<!-- table NAME -->` and `<!-- end -->` on a page; `chart-NAME` is a picture. A test compares pages and
-pictures with the results.
+A table is between `<!-- table NAME -->` and `<!-- end -->` on a page; its name is `chart-NAME` for a picture.
+A test compares all of them with the results.
 """
 
 import json
