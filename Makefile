@@ -15,13 +15,15 @@ PEERS := .venv-peers
 LOADING ?=
 # Processes that run the tests.
 JOBS ?= 2
+# Name of the site's version: the first two numbers of the package's.
+VERSION ?= $(shell sed -n 's/^version = "\([0-9]*\.[0-9]*\).*/\1/p' pyproject.toml)
 # Options of the tests of frameworks: CI, which has run the others with `make test`, adds those of Ray.
 FRAMEWORKS ?=
 
 # The other files of the folder are shared by these, or are for GPUs (gpu) or peers (loading).
 BENCHMARKS := collation packing transport rnn language_model planning scale shards bucketing packing_plans varlen packed_training block_masks inference
 
-.PHONY: help demo test check format lint types coverage frameworks oldest oldest-quick fuzz storm bench bench-peers gpu docs clean
+.PHONY: help demo test check format lint types coverage frameworks oldest oldest-quick fuzz storm bench bench-peers gpu docs docs-version clean
 
 help:
 	@echo "make demo        create the environment, then train the main job: a byte-level language model on Python's library"
@@ -36,6 +38,7 @@ help:
 	@echo "make bench-peers install other libraries in environments of their own, and measure loading next to them"
 	@echo "make gpu         all tests and measurements that need a GPU, in a few minutes"
 	@echo "make docs        build the documentation and the reference as a site: site/index.html"
+	@echo "make docs-version   put the site as VERSION (that of the package) on the branch gh-pages, without pushing it"
 	@echo "make clean       remove the environment and all files that runs have made"
 
 $(READY): pyproject.toml constraints.txt
@@ -105,6 +108,11 @@ gpu: $(READY)
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/mkdocs build --strict
+
+# A version of the site on the branch gh-pages, next to those that are there. Nothing is pushed; look at it with `mike serve`.
+docs-version: docs
+	$(BIN)/mike deploy --update-aliases $(VERSION) latest
+	$(BIN)/mike set-default latest
 
 clean:
 	rm -rf .venv .venv-oldest $(PEERS) runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
