@@ -108,6 +108,7 @@ gpu: $(READY)
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/mkdocs build --strict
+	$(BIN)/python -m pytest -q tests/docs/test_site.py
 
 # A version of the site on the branch gh-pages, next to those that are there. Nothing is pushed; look at it with `mike serve`.
 docs-version: docs
