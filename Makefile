@@ -15,15 +15,13 @@ PEERS := .venv-peers
 LOADING ?=
 # Processes that run the tests.
 JOBS ?= 2
-# Name of the site's version: the first two numbers of the package's.
-VERSION ?= $(shell sed -n 's/^version = "\([0-9]*\.[0-9]*\).*/\1/p' pyproject.toml)
 # Options of the tests of frameworks: CI, which has run the others with `make test`, adds those of Ray.
 FRAMEWORKS ?=
 
 # The other files of the folder are shared by these, or are for GPUs (gpu) or peers (loading).
 BENCHMARKS := collation packing transport rnn language_model planning scale shards bucketing packing_plans varlen packed_training block_masks inference
 
-.PHONY: help demo test check format lint types coverage frameworks oldest oldest-quick fuzz storm bench bench-peers gpu docs docs-version clean
+.PHONY: help demo test check format lint types coverage frameworks oldest oldest-quick fuzz storm bench bench-peers gpu docs docs-deploy clean
 
 help:
 	@echo "make demo        create the environment, then train the main job: a byte-level language model on Python's library"
@@ -38,7 +36,7 @@ help:
 	@echo "make bench-peers install other libraries in environments of their own, and measure loading next to them"
 	@echo "make gpu         all tests and measurements that need a GPU, in a few minutes"
 	@echo "make docs        build the documentation and the reference as a site: site/index.html"
-	@echo "make docs-version   put the site as VERSION (that of the package) on the branch gh-pages, without pushing it"
+	@echo "make docs-deploy VERSION=0.2.0  add the site of a version to the branch gh-pages (PUSH=--push: and push it)"
 	@echo "make clean       remove the environment and all files that runs have made"
 
 $(READY): pyproject.toml constraints.txt
@@ -110,10 +108,11 @@ docs: $(READY)
 	$(BIN)/mkdocs build --strict
 	$(BIN)/python -m pytest -q tests/docs/test_site.py
 
-# A version of the site on the branch gh-pages, next to those that are there. Nothing is pushed; look at it with `mike serve`.
-docs-version: docs
-	$(BIN)/mike deploy --update-aliases $(VERSION) latest
-	$(BIN)/mike set-default latest
+# A site for each minor version: v0.2.1 replaces 0.2, and is the latest, to which the root of the site leads.
+docs-deploy: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/mike deploy --update-aliases $(PUSH) $(basename $(VERSION:v%=%)) latest
+	$(BIN)/mike set-default $(PUSH) latest
 
 clean:
 	rm -rf .venv .venv-oldest $(PEERS) runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
