@@ -346,22 +346,23 @@ def cached(bench: Bench) -> Figures:
 
 
 def stall(bench: Bench) -> Figures:
-    """How long a loop waits for batches next to training steps of 50 ms."""
+    """How long a loop waits for batches next to training steps of 50 ms, after the first ten, and in all of them."""
     url = bench.url("shard.ltx", "long")
     for name, loader in (
         ("stream in a thread", ReadAheadLoader(open_stream(url), batch_size=None)),
         ("stream, one worker", DataLoader(open_stream(url), batch_size=None, num_workers=1)),
         ("by index in a thread", follow(bench)),
     ):
-        iterator, waited, steps = iter(loader), 0.0, 100
+        iterator, waits = iter(loader), []
         next(iterator)
-        for _ in range(steps):
+        for _ in range(110):
             time.sleep(0.05)
             begin = time.perf_counter()
             next(iterator)
-            waited += time.perf_counter() - begin
-        share = waited / (steps * 0.05)
-        yield f"waiting next to steps of 50 ms, {name}", "2 %", f"{share:.2%}", share <= 0.02
+            waits.append(time.perf_counter() - begin)
+        share, whole = sum(waits[10:]) / (100 * 0.05), sum(waits) / (110 * 0.05)
+        told = f"{share:.2%} ({whole:.2%} with the first ten)"
+        yield f"waiting next to steps of 50 ms, {name}", "2 %", told, share <= 0.02
 
 
 def follow(bench: Bench) -> Iterable[Any]:
