@@ -137,7 +137,7 @@ LAYERS = {
     ],
     "samplers.shards.storage": [
         ["mirror", "paths", "shard_cache"],
-        ["reading"],
+        ["reading", "untrusted"],
         ["network"],
         ["atomic", "checksum", "process_pool"],
         ["locks"],

@@ -31,6 +31,7 @@ from samplers.shards.indexing.tables import Tables, join_tables
 from samplers.shards.indexing.verify import check_request, check_shard, complete_measure
 from samplers.shards.storage.atomic import is_url, local_path
 from samplers.shards.storage.mirror import check_writable
+from samplers.shards.storage.network.failures import shown
 from samplers.shards.storage.network.transport import DEFAULT, Transport, check_transport
 from samplers.shards.storage.paths import expand_shards, refuse_twice
 from samplers.shards.storage.process_pool import run_in_processes, run_in_threads
@@ -397,5 +398,5 @@ def _reopen(path: str, fingerprint: str, shards: list[str] | None, transport: Tr
     """
     index = LengthIndex.open(path, transport=transport)
     if index.fingerprint != fingerprint:
-        raise ValueError(f"{path}: the index was replaced while it was in use: start again")
+        raise ValueError(f"{shown(path)}: the index was replaced while it was in use: start again")
     return index if shards is None else index.moved_to(shards)
