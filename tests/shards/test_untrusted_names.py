@@ -1,6 +1,7 @@
-"""What an index, a shard or a server names: it chooses no program, no other file and no sequence for a terminal."""
+"""What an index, a shard or a server says: it chooses no program, no file, no memory and no sequence for a terminal."""
 
 import json
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 
 from samplers import LengthIndex, ShardDataset, ShardStream, ShardWriter, Transport
 from samplers.cli.commands import main
+from samplers.shards.storage.network.fetched import FetchedFile
+from samplers.shards.storage.network.remote import RemoteFile
 from samplers.shards.storage.untrusted import file_name_of
 
 SECRETS = ("hunter2", "signed-by-me")
@@ -157,6 +160,19 @@ def refuse(use: Callable[[], Any], message: str) -> None:
     text = f"{refusal.value} {getattr(refusal.value, '__notes__', '')}"
     assert not [secret for secret in SECRETS if secret in text], text
     assert "@127.0.0.1" in text
+
+
+def test_a_size_that_a_server_invents_is_not_prepared_for(tmp_path: Path, server: Faulty) -> None:
+    # All requests for parts of 16 MiB were made first: 67 million for a claim of one petabyte.
+    write(tmp_path / "corpus")
+    file = RemoteFile(server.url("shard-000000.tar"), HASTY, {"size": 1 << 42})
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="shard-000000.tar: "):
+            FetchedFile(file)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 23
+    finally:
+        tracemalloc.stop()
 
 
 # --- what a terminal obeys
