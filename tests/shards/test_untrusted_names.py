@@ -166,6 +166,7 @@ def test_a_size_that_a_server_invents_is_not_prepared_for(tmp_path: Path, server
     # All requests for parts of 16 MiB were made first: 67 million for a claim of one petabyte.
     write(tmp_path / "corpus")
     file = RemoteFile(server.url("shard-000000.tar"), HASTY, {"size": 1 << 42})
+    file.note_ranges()
     tracemalloc.start()
     try:
         with pytest.raises((ValueError, OSError), match="shard-000000.tar: "):
