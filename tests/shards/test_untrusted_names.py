@@ -3,7 +3,10 @@
 import json
 import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from samplers import LengthIndex, ShardDataset, ShardStream, ShardWriter, Transp
 from samplers.cli.commands import main
 from samplers.shards.storage.network.fetched import FetchedFile
 from samplers.shards.storage.network.remote import RemoteFile
+from samplers.shards.storage.reading import open_file
 from samplers.shards.storage.untrusted import file_name_of
 
 SECRETS = ("hunter2", "signed-by-me")
@@ -174,6 +178,44 @@ def test_a_size_that_a_server_invents_is_not_prepared_for(tmp_path: Path, server
         assert tracemalloc.get_traced_memory()[1] < 1 << 23
     finally:
         tracemalloc.stop()
+
+
+class Endless(BaseHTTPRequestHandler):
+    """Answers a range with a body that does not end."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.send_response(206)
+        self.send_header("Content-Range", "bytes 0-999/1000")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        with suppress(OSError):
+            for _ in range(4096):
+                self.wfile.write(bytes(1 << 20))
+            self.server.sent_all = True  # type: ignore[attr-defined]
+
+    def log_message(self, *args: Any) -> None:
+        """Print nothing."""
+
+
+def test_a_body_that_does_not_end_is_refused_at_its_first_bytes_too_many() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as endless:
+        Thread(target=endless.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{endless.server_port}/a.tar"
+        try:
+            for read in (lambda: open_file(url, transport=HASTY).read(0, 1000), lambda: LengthIndex.open(url)):
+                with pytest.raises(ValueError, match="a.tar: sends more than 1000 bytes, it had 1000"):
+                    read()
+        finally:
+            endless.shutdown()
+        assert not hasattr(endless, "sent_all")
 
 
 # --- what a terminal obeys
