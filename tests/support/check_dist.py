@@ -18,7 +18,15 @@ PACKAGES = ("collate", "lengthtrack", "samplers")
 # Files that the source archive needs to run `make check`, to build the pages, and to be built again.
 NEEDED = (
     *("Makefile", "pyproject.toml", "constraints.txt", "constraints-oldest.txt", "mkdocs.yml", "README.md", "LICENSE"),
-    *("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "tests/test_house.py", "docs/index.md", "benchmarks/pages.py"),
+    *(
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "RELEASING.md",
+        "SECURITY.md",
+        "tests/test_house.py",
+        "docs/index.md",
+        "benchmarks/pages.py",
+    ),
     *("examples/five_minutes.py", ".github/workflows/tests.yml"),
 )
 # What runs leave behind.
@@ -44,7 +52,9 @@ def check_wheel(path: Path, stem: str) -> list[str]:
     problems += [f"{package}/py.typed is missing" for package in PACKAGES if f"{package}/py.typed" not in files]
     sources = {path.relative_to(ROOT).as_posix(): path for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
     problems += [f"{name} is missing" for name in sources.keys() - files.keys()]
-    problems += [f"{name} differs" for name in sources.keys() & files.keys() if files[name] != sources[name].read_bytes()]
+    problems += [
+        f"{name} differs" for name in sources.keys() & files.keys() if files[name] != sources[name].read_bytes()
+    ]
     text = files[f"{stem}.dist-info/METADATA"].decode()
     problems += [f"the metadata lack {line!r}" for line in ("License-Expression: BSD-3-Clause",) if line not in text]
     return problems + strays(files)
@@ -91,7 +101,9 @@ def smoke() -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """Print the problems, and return 1 if there are any."""
-    check: Callable[[], list[str]] = smoke if arguments == ["--installed"] else lambda: check_archives(Path(arguments[0]))
+    check: Callable[[], list[str]] = (
+        smoke if arguments == ["--installed"] else lambda: check_archives(Path(arguments[0]))
+    )
     problems = check()
     sys.stdout.write("".join(f"{problem}\n" for problem in problems) or "all is as it should be\n")
     return bool(problems)

@@ -18,12 +18,14 @@ def find_problems(root: Path, tag: str = "") -> list[str]:
     problems = [] if tag in {"", f"v{version}"} else [f"the tag is {tag}, the version {version}: expected v{version}"]
     if not re.fullmatch(r"\d+\.\d+\.\d+", version):
         problems.append(f"{version} in pyproject.toml is no version that can be released")
-    sections = dict(re.findall(r"^## \[([^\]]+)\][^\n]*\n(.*?)(?=^## |\Z)", text(root / "CHANGELOG.md"), re.M | re.S))
-    if re.search(r"^- ", sections.get("Unreleased", ""), re.M):
+    sections = dict(
+        re.findall(r"^## \[([^\]]+)\][^\n]*\n(.*?)(?=^## |\Z)", text(root / "CHANGELOG.md"), re.MULTILINE | re.DOTALL)
+    )
+    if re.search(r"^- ", sections.get("Unreleased", ""), re.MULTILINE):
         problems.append("CHANGELOG.md has entries under Unreleased: move them to the section of the version")
-    if not re.search(r"^- ", sections.get(version, ""), re.M):
+    if not re.search(r"^- ", sections.get(version, ""), re.MULTILINE):
         problems.append(f"CHANGELOG.md has no entries for {version}")
-    if not re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", text(root / "CHANGELOG.md"), re.M):
+    if not re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", text(root / "CHANGELOG.md"), re.MULTILINE):
         problems.append(f"CHANGELOG.md has no date for {version}")
     minor = version.rpartition(".")[0]
     if f" to {minor}" not in text(root / "docs" / "upgrade.md"):

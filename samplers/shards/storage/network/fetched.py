@@ -11,7 +11,7 @@ from samplers.shards.storage.network.requests import Request, send_all
 
 # Larger files are fetched in parts of this size (16 MiB), side by side: a request takes as long as 1 MiB.
 PART: Final = 1 << 24
-# Parts that are asked for together, 1 GiB: a server that claims a size far beyond what it sends fails at the first ones.
+# Parts that are asked for together, 1 GiB: a server that claims far more than it sends fails at the first ones.
 _PARTS_AT_ONCE: Final = 64
 
 
