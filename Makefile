@@ -29,7 +29,7 @@ FRAMEWORKS ?=
 # The other files of the folder are shared by these, or are for GPUs (gpu) or peers (loading).
 BENCHMARKS := collation packing transport rnn language_model planning scale shards bucketing packing_plans varlen packed_training block_masks inference
 
-.PHONY: help demo test check format lint types coverage frameworks oldest oldest-quick fuzz storm bench bench-peers gpu docs dist smoke github release-check clean
+.PHONY: help demo test check format lint types coverage frameworks oldest oldest-quick fuzz storm bench bench-peers gpu docs docs-deploy dist smoke github release-check clean
 
 help:
 	@echo "make demo        create the environment, then train the main job: a byte-level language model on Python's library"
@@ -44,6 +44,7 @@ help:
 	@echo "make bench-peers install other libraries in environments of their own, and measure loading next to them"
 	@echo "make gpu         all tests and measurements that need a GPU, in a few minutes"
 	@echo "make docs        build the documentation and the reference as a site: site/index.html"
+	@echo "make docs-deploy VERSION=0.2.0  add the site of a version to the branch gh-pages (PUSH=--push: and push it)"
 	@echo "make dist        build the wheel and the source archive in dist/, and check what is in them"
 	@echo "make smoke       install that wheel into an empty environment, and use it outside the checkout"
 	@echo "make github      check workflows and issue forms by their schemas"
@@ -117,6 +118,11 @@ gpu: $(READY)
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/mkdocs build --strict
+
+# A site for each minor version: v0.2.1 replaces 0.2, and is the latest.
+docs-deploy: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]' mike
+	$(BIN)/mike deploy --update-aliases $(PUSH) $(basename $(VERSION:v%=%)) latest
 
 $(RELEASE_READY): constraints.txt
 	$(PYTHON) -m venv .venv-release

@@ -25,7 +25,7 @@ def find_problems(root: Path, tag: str = "") -> list[str]:
         problems.append("CHANGELOG.md has entries under Unreleased: move them to the section of the version")
     if not re.search(r"^- ", sections.get(version, ""), re.MULTILINE):
         problems.append(f"CHANGELOG.md has no entries for {version}")
-    if not re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", text(root / "CHANGELOG.md"), re.MULTILINE):
+    if not re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", changes, re.MULTILINE):
         problems.append(f"CHANGELOG.md has no date for {version}")
     minor = version.rpartition(".")[0]
     if f" to {minor}" not in text(root / "docs" / "upgrade.md"):
