@@ -18,9 +18,8 @@ def find_problems(root: Path, tag: str = "") -> list[str]:
     problems = [] if tag in {"", f"v{version}"} else [f"the tag is {tag}, the version {version}: expected v{version}"]
     if not re.fullmatch(r"\d+\.\d+\.\d+", version):
         problems.append(f"{version} in pyproject.toml is no version that can be released")
-    sections = dict(
-        re.findall(r"^## \[([^\]]+)\][^\n]*\n(.*?)(?=^## |\Z)", text(root / "CHANGELOG.md"), re.MULTILINE | re.DOTALL)
-    )
+    changes = text(root / "CHANGELOG.md")
+    sections = dict(re.findall(r"^## \[([^\]]+)\][^\n]*\n(.*?)(?=^## |\Z)", changes, re.MULTILINE | re.DOTALL))
     if re.search(r"^- ", sections.get("Unreleased", ""), re.MULTILINE):
         problems.append("CHANGELOG.md has entries under Unreleased: move them to the section of the version")
     if not re.search(r"^- ", sections.get(version, ""), re.MULTILINE):
