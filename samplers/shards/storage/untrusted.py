@@ -37,7 +37,7 @@ def refuse_file_system(path: str, index: str) -> None:
     >>> refuse_file_system("https://host/a.tar", "corpus.ltx")
     >>> refuse_file_system("reference://a::https://host/list.json", "corpus.ltx")
     Traceback (most recent call last):
-    ValueError: an index may not name files of 'reference://', got reference://a::https://host/list.json
+    ValueError: an index may not name files of 'reference://', got reference://a::https://host/list.json: copy the ...
     """
     if "://" not in path:
         return
@@ -46,7 +46,9 @@ def refuse_file_system(path: str, index: str) -> None:
     for protocol in (part.partition("://")[0] for part in path.split("::")):
         is_of_fsspec = _KNOWN.get(protocol, {}).get("class", "").startswith("fsspec.")
         if is_of_fsspec and protocol not in _FETCHING and protocol not in allowed:
-            raise ValueError(f"an index may not name files of '{protocol}://', got {shown(path)}")
+            raise ValueError(
+                f"an index may not name files of '{protocol}://', got {shown(path)}: copy the shards to a folder or a store"
+            )
 
 
 def file_name_of(url: str) -> str:
