@@ -47,7 +47,8 @@ def refuse_file_system(path: str, index: str) -> None:
         is_of_fsspec = _KNOWN.get(protocol, {}).get("class", "").startswith("fsspec.")
         if is_of_fsspec and protocol not in _FETCHING and protocol not in allowed:
             raise ValueError(
-                f"an index may not name files of '{protocol}://', got {shown(path)}: copy the shards to a folder or a store"
+                f"an index may not name files of '{protocol}://', got {shown(path)}: copy the shards to a folder or "
+                "a store"
             )
 
 
