@@ -118,11 +118,13 @@ gpu: $(READY)
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/mkdocs build --strict
+	$(BIN)/python -m pytest -q tests/docs/test_site.py
 
-# A site for each minor version: v0.2.1 replaces 0.2, and is the latest.
+# A site for each minor version: v0.2.1 replaces 0.2, and is the latest, to which the root of the site leads.
 docs-deploy: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]' mike
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/mike deploy --update-aliases $(PUSH) $(basename $(VERSION:v%=%)) latest
+	$(BIN)/mike set-default $(PUSH) latest
 
 $(RELEASE_READY): constraints.txt
 	$(PYTHON) -m venv .venv-release

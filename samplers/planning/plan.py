@@ -52,7 +52,7 @@ def plan_epoch(
         ValueError: An option is out of its range, no budget is given, no batch is left to plan, or the last step has
             fewer rows than replicas.
 
-    Example:
+    Examples:
         >>> plan = plan_epoch([3, 9, 4, 8, 3], max_tokens=20, shuffle=False)
         >>> list(plan.batches), plan.widths.tolist()
         ([[1, 3], [2, 0, 4]], [9, 4])
@@ -114,7 +114,7 @@ class EpochPlan(Generic[TableT]):
             ValueError: Neither or both of the first two are given, one is below 1, or labels are not one number from 0
                 on for each sample.
 
-        Example:
+        Examples:
             >>> updates = plan_epoch([5, 4, 4, 3, 2, 2], batch_size=1, shuffle=False).updates(step_tokens=8)
             >>> updates.batches.tolist(), updates.tokens.tolist()
             ([2, 2, 2], [9, 7, 4])

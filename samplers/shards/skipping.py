@@ -25,6 +25,7 @@ from samplers.shards.skip_counts import Tally
 from samplers.shards.storage.network.failures import shown
 
 Handler: TypeAlias = Callable[[Exception], Any]
+"""Called with an error: returns True to skip the sample, False to raise."""
 RowIndices: TypeAlias = npt.NDArray[Any]
 
 # This many failures in a row are not an accident.

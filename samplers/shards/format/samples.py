@@ -50,6 +50,7 @@ from samplers.shards.format.npy import check_npy_size, decode_npy, read_npy_head
 from samplers.shards.storage.network.failures import shown
 
 Sample: TypeAlias = dict[str, Any]
+"""The fields of a sample by name, with `__key__`."""
 
 NO_SAMPLES: Final = "holds no samples: members must be named KEY.SUFFIX"
 
