@@ -47,7 +47,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def signatures(site: Path) -> Iterator[str]:
     """The signatures of the reference, as one reads them."""
     for page in sorted((site / "api").glob("*.html")):
-        for block in re.findall(r'<div class="[^"]*doc-signature.*?</pre>', page.read_text(encoding="utf-8"), re.DOTALL):
+        for block in re.findall(
+            r'<div class="[^"]*doc-signature.*?</pre>', page.read_text(encoding="utf-8"), re.DOTALL
+        ):
             yield unescape(re.sub(r"<[^>]+>", "", block))
 
 

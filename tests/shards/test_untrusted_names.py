@@ -1,6 +1,7 @@
 """What an index, a shard or a server says: it chooses no program, no file, no memory and no sequence for a terminal."""
 
 import json
+import pickle
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -80,6 +81,18 @@ def test_a_file_of_another_kind_that_an_index_names_is_not_served(tmp_path: Path
         with pytest.raises(ValueError, match="private.txt: ") as refusal:
             ShardDataset(index)[0]
         assert "kept to myself" not in str(refusal.value)
+
+
+def test_a_name_in_an_index_is_no_pattern(tmp_path: Path) -> None:
+    # `show` spelt out the braces of its names until the memory was full.
+    index = write(tmp_path / "corpus")
+    for path in ("/none/{0..99999999999}.tar", "/none/" + "{a,b}" * 40 + ".tar", "/none/*.tar", "/none/{.tar"):
+        name_shards(index, path)
+        opened = LengthIndex.open(index)
+        for use in (lambda each: ShardDataset(each.shards, each), lambda each: pickle.loads(pickle.dumps(each))):
+            assert len(use(opened)) == 6
+        result = CliRunner().invoke(main, ["show", str(index), "--max-tokens", "2", "--overlong", "drop"])
+        assert f"no shard {path}, which the index lists" in result.output
 
 
 # --- names of files

@@ -330,6 +330,10 @@ class LengthIndex:
         Raises:
             ValueError: The number of shards or their file names differ.
         """
+        shards = [shards] if isinstance(shards, (str, os.PathLike)) else list(shards)
+        if list(map(os.fspath, shards)) == self.shards:
+            # Names in an index are no patterns: `{0..99999999}` in one of a stranger would take all memory.
+            return self
         paths = expand_shards(shards, self._transport)
         # File names must agree: shards in another order would give wrong samples without an error.
         names = [_names_of(self.shards), _names_of(paths)]
