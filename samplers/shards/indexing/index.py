@@ -331,7 +331,7 @@ class LengthIndex:
             ValueError: The number of shards or their file names differ.
         """
         shards = [shards] if isinstance(shards, (str, os.PathLike)) else list(shards)
-        if list(map(os.fspath, shards)) == self.shards:
+        if [os.fspath(shard) for shard in shards] == self.shards:
             # Names in an index are no patterns: `{0..99999999}` in one of a stranger would take all memory.
             return self
         paths = expand_shards(shards, self._transport)
