@@ -82,6 +82,12 @@ def test_each_target_is_in_the_help_of_make() -> None:
     assert set(phony.split()) == set(re.findall(r"^([\w-]+):", MAKEFILE, re.MULTILINE))
 
 
+def test_each_tried_version_is_one_line_and_listed_once() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    names = [re.fullmatch(r"([\w.-]+)==[\w.]+", line)[1].lower() for line in lines]  # type: ignore[index]
+    assert len(names) == len(set(names))
+
+
 def test_the_page_on_security_names_tests_that_exist() -> None:
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     named = re.findall(r"`(test_\w+)`", (ROOT / "SECURITY.md").read_text())
