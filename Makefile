@@ -121,9 +121,10 @@ docs: $(READY)
 	$(BIN)/python -m pytest -q tests/docs/test_site.py
 
 # A site for each minor version: v0.2.1 replaces 0.2, and is the latest, to which the root of the site leads.
+# mike calls mkdocs by its name.
 docs-deploy: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
-	$(BIN)/mike deploy --update-aliases $(PUSH) $(basename $(VERSION:v%=%)) latest
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mike deploy --update-aliases $(PUSH) $(basename $(VERSION:v%=%)) latest
 	$(BIN)/mike set-default $(PUSH) latest
 
 $(RELEASE_READY): constraints.txt

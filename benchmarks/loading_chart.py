@@ -50,7 +50,7 @@ def chart(works: Mapping[str, Any]) -> str:
 
 def panel(title: str, loaders: Mapping[str, Any], top: int) -> Iterator[str]:
     """The bars of one work, the fastest loader first."""
-    rates = [rate for one in loaders.values() for spread in one["spread"].values() for rate in spread]
+    rates = [rate for one in loaders.values() for spread in one["spread"].values() for rate in spread if rate]
     low = math.floor(math.log10(min(rates)))
     scale = (WIDTH - LEFT - RIGHT) / (math.log10(max(rates)) - low)
     bottom = top + HEAD + ROW * len(loaders)
@@ -65,7 +65,9 @@ def panel(title: str, loaders: Mapping[str, Any], top: int) -> Iterator[str]:
         yield text(LEFT - 6, y + 11, name, kind="bold" if one["source"] == "ours" else "", anchor="end")
         for number, cores in enumerate(CORES):
             if cores in one["spread"]:
-                least, middle, most = (LEFT + (math.log10(rate) - low) * scale for rate in one["spread"][cores])
+                least, middle, most = (
+                    LEFT + (math.log10(max(rate, 10**low)) - low) * scale for rate in one["spread"][cores]
+                )
                 level = y + number * (BAR + 1)
                 yield bar(
                     LEFT,

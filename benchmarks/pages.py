@@ -15,6 +15,8 @@ from page_rows import TABLES, Cells, ratio_rows
 
 ROOT: Final = Path(__file__).parents[1]
 PICTURES: Final = ROOT / "docs" / "pictures"
+# A figure and its unit, which a narrow column would part.
+UNIT: Final = re.compile(r"^([\d.,+-]+) (%|ms|us|s|MB)$")
 TABLE: Final = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -132,7 +134,8 @@ def as_markdown(rows: Sequence[Cells]) -> str:
     if not rows:
         return "Not measured."
     names = list(rows[0])
-    lines = [names, ["---", *["--:"] * (len(names) - 1)], *([row[name] for name in names] for row in rows)]
+    cells = [[UNIT.sub(r"\1&nbsp;\2", row[name]) for name in names] for row in rows]
+    lines = [names, ["---", *["--:"] * (len(names) - 1)], *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

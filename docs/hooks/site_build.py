@@ -13,8 +13,9 @@ from typing import Any, Final
 
 # Sessions of Python are marked as such, which tells code from output; GitHub and doctest read the pages as they are.
 SESSION: Final = re.compile(r"^( *)```python\n(?=\1>>> )", re.MULTILINE)
-BLOCK: Final = re.compile(r'<div class="language-(?:pycon|console) highlight"><pre>.*?</pre></div>', re.DOTALL)
-PROMPT: Final = re.compile(r"^(?:>>>|\.\.\.|\$)(?: |$)")
+BLOCK: Final = re.compile(r'<div class="language-(?:pycon|console) highlight">.*?</pre></div>', re.DOTALL)
+PROMPT: Final = re.compile(r"^(?:>>>|\$)(?: |$)")
+CONTINUED: Final = re.compile(r"^\.\.\.(?: |$)")
 GENERATED: Final = re.compile(r"(\]\((?:\.\./)*api/\w+)\.md")
 REFERENCE: Final = "api/"
 
@@ -42,11 +43,25 @@ def with_copy(block: re.Match[str]) -> str:
 def typed(session: str) -> str:
     r"""The lines of a session that one types, without their prompts.
 
-    >>> typed(">>> for each in range(1):\n...     each\n0\n>>> 2\n2\n")
-    'for each in range(1):\n    each\n2'
+    Dots are a prompt only after a line of Python that was typed; in output they are what they are:
+
+    >>> typed(">>> for each in range(1):\n...     each\n0\n>>> print(text)\n...\n$ lengthtrack show\n... and 2 more")
+    'for each in range(1):\n    each\nprint(text)\n\nlengthtrack show'
+    >>> typed("$ lengthtrack index \\\n    shards\nshards: built")
+    'lengthtrack index \\\n    shards'
     """
-    lines = session.splitlines()
-    return "\n".join(line[match.end() :] for line in lines if (match := PROMPT.match(line)))
+    lines: list[str] = []
+    allowed: list[re.Pattern[str]] = [PROMPT]
+    for line in session.splitlines():
+        found = next((match for prompt in allowed if (match := prompt.match(line))), None)
+        if found:
+            lines.append(line[found.end() :])
+            allowed = [PROMPT] if line.startswith("$") else [PROMPT, CONTINUED]
+        elif allowed == [PROMPT] and lines and lines[-1].endswith("\\"):
+            lines.append(line)
+        else:
+            allowed = [PROMPT]
+    return "\n".join(lines)
 
 
 def on_post_build(config: Any, **_: Any) -> None:
@@ -56,7 +71,7 @@ def on_post_build(config: Any, **_: Any) -> None:
         FileNotFoundError: The list names a file that the site lacks.
     """
     docs, site = Path(config["docs_dir"]), Path(config["site_dir"])
-    for page in pages_of(config["nav"]):
+    for _title, page in pages_of(config["nav"]):
         if not page.startswith(REFERENCE):
             text = GENERATED.sub(r"\1.html", (docs / page).read_text(encoding="utf-8"))
             (site / page).write_text(text, encoding="utf-8")
@@ -70,12 +85,11 @@ def on_post_build(config: Any, **_: Any) -> None:
 def llms_text(name: str, description: str, nav: list[Any], docs: Path) -> str:
     """The list of all pages: a title, a summary, and a section for each section of the navigation."""
     parts = [f"# {name}", f"> {description}", first_paragraph((docs / "index.md").read_text(encoding="utf-8"))]
-    loose = [entry for entry in nav if isinstance(next(iter(entry.values())), str)]
-    sections = {"Start": loose} | {
-        title: inside for entry in nav for title, inside in entry.items() if not isinstance(inside, str)
-    }
-    for title, entries in sections.items():
-        links = [link(label, page, docs) for entry in entries for label, page in entry.items()]
+    named = [(title, inside) for entry in nav for title, inside in entry.items()]
+    loose = [{title: inside} for title, inside in named if isinstance(inside, str)]
+    sections = [("Start", loose), *((title, inside) for title, inside in named if not isinstance(inside, str))]
+    for title, entries in sections:
+        links = [link(label, page, docs) for label, page in pages_of(entries)]
         parts.append("\n".join([f"## {title}", "", *links]))
     return "\n\n".join(parts) + "\n"
 
@@ -105,11 +119,13 @@ def first_sentence(page: str) -> str:
 def first_paragraph(page: str) -> str:
     """The first paragraph of a page's prose as one line, without links."""
     paragraphs = page.split("\n\n")
-    prose = next(each for each in paragraphs if re.match(r"[A-Za-z`*]", each))
+    prose = next((each for each in paragraphs if re.match(r"[A-Za-z`*]", each)), "")
     return re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", " ".join(prose.split()))
 
 
-def pages_of(nav: list[Any]) -> list[str]:
-    """The files of all pages of a navigation."""
-    entries = [inside for entry in nav for inside in entry.values()]
-    return [page for inside in entries for page in ([inside] if isinstance(inside, str) else pages_of(inside))]
+def pages_of(nav: list[Any]) -> list[tuple[str, str]]:
+    """The names and files of all pages of a navigation."""
+    found: list[tuple[str, str]] = []
+    for title, inside in ((title, inside) for entry in nav for title, inside in entry.items()):
+        found += [(title, inside)] if isinstance(inside, str) else pages_of(inside)
+    return found

@@ -47,9 +47,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def signatures(site: Path) -> Iterator[str]:
     """The signatures of the reference, as one reads them."""
     for page in sorted((site / "api").glob("*.html")):
-        for block in re.findall(
-            r'<div class="[^"]*doc-signature.*?</pre>', page.read_text(encoding="utf-8"), re.DOTALL
-        ):
+        html = page.read_text(encoding="utf-8")
+        for block in re.findall(r'<div class="[^"]*doc-signature.*?</pre>', html, re.DOTALL):
             yield unescape(re.sub(r"<[^>]+>", "", block))
 
 
@@ -94,6 +93,9 @@ def test_the_reference_shows_no_internals_and_links_its_types(site: Path) -> Non
     assert len(shown) > 150
     assert [text for text in shown if re.search(r"(?<![\w.])_[A-Za-z]", text)] == []
     pages = "".join(page.read_text(encoding="utf-8") for page in sorted((site / "api").glob("*.html")))
+    # An option of `**options: Unpack[...]` has its default, and no second, empty description.
+    assert any("window: int | None = None" in text for text in shown)
+    assert not re.search(r'<div class="doc-md-description">\s*</div>', pages)
     assert not re.search(r'id="[\w.]+\.(from_rows|trusted\w*|record_stream|host_lengths)"', pages)
     for name in ("Lengths", "Widths", "Cost", "Count", "Overlong", "Shards", "PaddingValue", "IntegersLike"):
         assert re.search(rf'<a [^>]*href="types\.html#[\w.]+\.{name}"[^>]*>{name}</a>', pages), name
