@@ -1,18 +1,30 @@
-"""Options that a function takes by `**options: Unpack[...]`, in its signature with their defaults.
+"""Defaults in the signatures of the reference: as values, where the code has names or a mapping of options.
 
-griffe's own extension spells them out, but with `...` for each default, and with an empty description of each.
+griffe's own extension spells out `**options: Unpack[...]`, but with `...` for each default, and with an empty
+description of each.
 """
 
-from typing import Any
+import re
+from typing import Any, Final
 
-from griffe import Class, DocstringSectionKind, Function, Module, UnpackTypedDictExtension
+from griffe import Class, DocstringSectionKind, ExprName, Function, Module, UnpackTypedDictExtension
+
+CONSTANT: Final = re.compile(r"[A-Z][A-Z_]+")
+# A marker of a class of our own stands for the value that it has.
+MARKER: Final = re.compile(r"_\w+\((.+)\)")
 
 
 class OptionsWithDefaults(UnpackTypedDictExtension):
-    """Spells options out: defaults from the class next to them, descriptions from the docstring."""
+    """Spells options out: defaults from the class next to them, descriptions from the docstring.
+
+    A default that is a constant is replaced by its value.
+    """
 
     def on_function(self, *, func: Function, **kwargs: Any) -> None:
         """Change a function that takes such options."""
+        for parameter in func.parameters:
+            if isinstance(parameter.default, ExprName) and CONSTANT.fullmatch(parameter.default.name):
+                parameter.default = value_of(func, parameter.default)
         described = parameters_of(func)
         items = [list(section.value) for section in described]
         unpacked = next((each for each in func.parameters if "Unpack[" in str(each.annotation)), None)
@@ -28,6 +40,16 @@ class OptionsWithDefaults(UnpackTypedDictExtension):
         for parameter in func.parameters:
             if parameter.default == "...":
                 parameter.default = default_in(module, parameter.name)
+
+
+def value_of(func: Function, constant: ExprName) -> Any:
+    """The value of a constant as text; the constant itself where it is of another project."""
+    try:
+        value = str(func.modules_collection[constant.canonical_path].value)
+    except (KeyError, AttributeError):
+        return constant
+    marked = MARKER.fullmatch(value)
+    return marked[1] if marked else value
 
 
 def parameters_of(func: Function) -> list[Any]:

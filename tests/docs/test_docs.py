@@ -36,6 +36,13 @@ def test_a_picture_is_that_of_the_results(name: str) -> None:
     assert ElementTree.fromstring(picture).tag.endswith("svg")
 
 
+def test_targets_stand_in_benchmarks_and_in_no_page_of_the_site() -> None:
+    named = {page: re.findall(r"<!-- table ([\w-]+-targets) -->", page.read_text()) for page in PAGES["pages"]()}
+    results = ROOT / "benchmarks" / "results" / "README.md"
+    assert sorted(named.pop(results)) == sorted(name for name in PAGES["TABLES"] if name.endswith("-targets"))
+    assert [page.name for page, tables in named.items() if tables] == []
+
+
 @pages
 def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
     # Code has brackets before parentheses too.

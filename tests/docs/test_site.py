@@ -95,6 +95,7 @@ def test_the_reference_shows_no_internals_and_links_its_types(site: Path) -> Non
     pages = "".join(page.read_text(encoding="utf-8") for page in sorted((site / "api").glob("*.html")))
     # An option of `**options: Unpack[...]` has its default, and no second, empty description.
     assert any("window: int | None = None" in text for text in shown)
+    assert not any("UNCHOSEN" in text or "CACHE_BYTES" in text for text in shown)
     assert not re.search(r'<div class="doc-md-description">\s*</div>', pages)
     assert not re.search(r'id="[\w.]+\.(from_rows|trusted\w*|record_stream|host_lengths)"', pages)
     for name in ("Lengths", "Widths", "Cost", "Count", "Overlong", "Shards", "PaddingValue", "IntegersLike"):
