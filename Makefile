@@ -1,10 +1,12 @@
 # Everything runs in .venv, which needs only Python 3.11 and the package index. All targets can be run again.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-BIN := .venv/bin
+# Environments of Windows have their programs in another folder.
+SCRIPTS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+BIN := .venv/$(SCRIPTS)
 # The environment is made again when one of these files changes.
 READY := .venv/ready
 # The same for the oldest versions that are allowed, in an environment of their own.
-OLDEST := .venv-oldest/bin
+OLDEST := .venv-oldest/$(SCRIPTS)
 OLDEST_READY := .venv-oldest/ready
 # What the oldest versions could break, and needs no extra. `make oldest OLDEST_TESTS=...` runs other tests.
 OLDEST_TESTS ?= tests/batches tests/varlen tests/shards tests/loading/test_sampler.py tests/loading/test_shard_stream.py tests/dynamic tests/planning tests/training tests/test_imports.py tests/test_facade.py
@@ -15,13 +17,19 @@ PEERS := .venv-peers
 LOADING ?=
 # Processes that run the tests.
 JOBS ?= 2
+# What a release needs: programs that build and check it, and an environment that has only the wheel.
+RELEASE := .venv-release/$(SCRIPTS)
+RELEASE_READY := .venv-release/ready
+SMOKE := .venv-smoke
+# The tag of a release, which `make release-check` compares with the version.
+export TAG ?=
 # Options of the tests of frameworks: CI, which has run the others with `make test`, adds those of Ray.
 FRAMEWORKS ?=
 
 # The other files of the folder are shared by these, or are for GPUs (gpu) or peers (loading).
 BENCHMARKS := collation packing transport rnn language_model planning scale shards bucketing packing_plans varlen packed_training block_masks inference
 
-.PHONY: help demo test check format lint types coverage frameworks oldest oldest-quick fuzz storm bench bench-peers gpu docs docs-deploy clean
+.PHONY: help demo test check format lint types coverage frameworks oldest oldest-quick fuzz storm bench bench-peers gpu docs docs-deploy dist smoke github release-check clean
 
 help:
 	@echo "make demo        create the environment, then train the main job: a byte-level language model on Python's library"
@@ -37,6 +45,10 @@ help:
 	@echo "make gpu         all tests and measurements that need a GPU, in a few minutes"
 	@echo "make docs        build the documentation and the reference as a site: site/index.html"
 	@echo "make docs-deploy VERSION=0.2.0  add the site of a version to the branch gh-pages (PUSH=--push: and push it)"
+	@echo "make dist        build the wheel and the source archive in dist/, and check what is in them"
+	@echo "make smoke       install that wheel into an empty environment, and use it outside the checkout"
+	@echo "make github      check workflows and issue forms by their schemas"
+	@echo "make release-check  version, changelog, upgrade page and saved files fit each other (TAG=v0.2.0: and the tag)"
 	@echo "make clean       remove the environment and all files that runs have made"
 
 $(READY): pyproject.toml constraints.txt
@@ -109,10 +121,40 @@ docs: $(READY)
 	$(BIN)/python -m pytest -q tests/docs/test_site.py
 
 # A site for each minor version: v0.2.1 replaces 0.2, and is the latest, to which the root of the site leads.
+# mike calls mkdocs by its name.
 docs-deploy: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
-	$(BIN)/mike deploy --update-aliases $(PUSH) $(basename $(VERSION:v%=%)) latest
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mike deploy --update-aliases $(PUSH) $(basename $(VERSION:v%=%)) latest
 	$(BIN)/mike set-default $(PUSH) latest
 
+$(RELEASE_READY): constraints.txt
+	$(PYTHON) -m venv .venv-release
+	$(RELEASE)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt build twine check-jsonschema
+	@touch $(RELEASE_READY)
+
+dist: $(RELEASE_READY)
+	rm -rf dist
+	$(RELEASE)/python -m build --outdir dist
+	$(RELEASE)/python -m twine check --strict dist/*
+	$(RELEASE)/python tests/support/check_dist.py dist
+
+# -I: no file of the checkout can be imported. The constraints are the versions that were tried.
+smoke:
+	rm -rf $(SMOKE)
+	$(PYTHON) -m venv $(SMOKE)
+	$(SMOKE)/$(SCRIPTS)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl
+	mkdir $(SMOKE)/outside
+	cd $(SMOKE)/outside && ../$(SCRIPTS)/python -I ../../tests/support/check_dist.py --installed
+	rm -rf $(SMOKE)
+
+github: $(RELEASE_READY)
+	$(RELEASE)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(RELEASE)/check-jsonschema --builtin-schema custom.github-workflows-require-timeout .github/workflows/*.yml
+	$(RELEASE)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(RELEASE)/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+
+release-check:
+	$(PYTHON) tests/support/check_release.py "$$TAG"
+
 clean:
-	rm -rf .venv .venv-oldest $(PEERS) runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
+	rm -rf .venv .venv-oldest .venv-release $(SMOKE) dist $(PEERS) runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*

@@ -110,7 +110,7 @@ LAYOUTS = [(release, layout) for release in WITH_CORPORA for layout in ("blocks"
 
 
 def test_no_fixtures_are_missing() -> None:
-    assert {"0.1.0", "0.2.0.dev0"} <= set(RELEASES)
+    assert {"0.1.0", "0.2.0.dev0", "0.2.0"} <= set(RELEASES)
     for release in RELEASES[1:]:
         files = {"corpora", "corpora.json", "plans.json", "public.json", "saved.json", "states.json"}
         assert {path.name for path in (FOLDER / release).iterdir()} == files

@@ -137,7 +137,7 @@ LAYERS = {
     ],
     "samplers.shards.storage": [
         ["mirror", "paths", "shard_cache"],
-        ["reading", "process_pool"],
+        ["reading", "process_pool", "untrusted"],
         ["network"],
         ["atomic", "checksum"],
         ["locks"],

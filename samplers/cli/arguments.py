@@ -275,10 +275,19 @@ def examples(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
+def printable(text: str) -> str:
+    r"""A text from a shard or an index, such as a key, without characters that a terminal would obey.
+
+    >>> print(printable("\x1b[2Ja"))
+    \x1b[2Ja
+    """
+    return text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
 def _one_line(error: BaseException) -> str:
     """The message of an error, on one line."""
     # Some messages, as of NumPy, have line breaks.
-    text = " ".join(str(error).split())
+    text = printable(" ".join(str(error).split()))
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename or 'a file'}: {error.strerror}"
     return text or type(error).__name__

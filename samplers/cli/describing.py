@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Final
 
+from samplers.cli.arguments import printable
 from samplers.shards.format.header_lengths import header_length_of
 from samplers.shards.indexing.index import LengthIndex, tables_of
 
@@ -15,7 +16,7 @@ def describe_index(corpus: LengthIndex, fields: Sequence[str] | None = None) -> 
     shards = count(len(corpus.shards), "shard")
     names = corpus.fields if fields is None else fields
     how = _describe_measure(corpus) if set(names) & set(tables_of(corpus).measured) else ""
-    return f"{count(len(corpus), 'sample')} in {shards}, lengths of {', '.join(names)}{how}"
+    return printable(f"{count(len(corpus), 'sample')} in {shards}, lengths of {', '.join(names)}{how}")
 
 
 def _describe_measure(corpus: LengthIndex) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import click
 
-from samplers.cli.arguments import flatten, split_pack_options
+from samplers.cli.arguments import flatten, printable, split_pack_options
 from samplers.cli.compare import compare_packs, compare_plans, pack_column, trace_windows
 from samplers.cli.describing import describe_index
 from samplers.cli.folder_index import expand_existing, index_of_folder, open_earlier, refresh_measure, unlisted_shards
@@ -95,7 +95,7 @@ def verify(
     results = find_errors(tables, checksums=checksums, measure=measure, workers=count, transport=patience)
     problems = [*filter(None, show_progress(results, len(shards), "shard")), *unlisted_shards(sources, shards)]
     for problem in problems[:errors]:
-        click.echo(f"{click.style('FAILED', fg='red')} {problem}")
+        click.echo(f"{click.style('FAILED', fg='red')} {printable(problem)}")
     if len(problems) > errors:
         click.echo(f"... and {len(problems) - errors:,} more: --errors {len(problems)} prints them all")
     reading = describe_reading(corpus, missing, quick=quick)

@@ -11,6 +11,7 @@ import click
 import numpy as np
 from tqdm import tqdm
 
+from samplers.cli.arguments import printable
 from samplers.cli.compare import PlanSummary, describe_lengths, plan_column, tabulate
 from samplers.cli.describing import count, describe_seconds
 from samplers.cli.reported import ReportedLengths
@@ -111,7 +112,7 @@ def print_batch(corpus: LengthIndex, table: BatchTable, batch: list[int], sample
     for field in tables_of(corpus).fields:
         if field.name in samples[0]:
             shape = _describe_field(field, samples[0][field.name], len(batch), widths.get(field.name))
-            click.echo(f"{field.name:<16}{shape}")
+            click.echo(f"{printable(field.name):<16}{shape}")
     click.echo("")
 
 
@@ -132,13 +133,14 @@ def print_rows(corpus: LengthIndex, batch: Sequence[int], samples: Sequence[Samp
     lengths = {name: columns[:, column].tolist() for column, name in enumerate(corpus.fields)}
     width = max(1, *lengths[first])
     # `max` of 1 row, in case no row is printed.
-    key = max(len(sample["__key__"]) for sample in samples[: max(1, rows)])
-    headings = "".join(f"{name:>{max(8, len(name) + 2)}}" for name in corpus.fields)
-    click.secho(f"{'index':>10}  {'key':<{key}}{headings}  {first}, real # and padding .", bold=True)
-    for row, (index, sample) in enumerate(zip(batch[:rows], samples, strict=False)):
-        counts = "".join(f"{lengths[name][row]:>{max(8, len(name) + 2)},}" for name in corpus.fields)
+    keys = [printable(sample["__key__"]) for sample in samples[: max(1, rows)]]
+    key = max(map(len, keys))
+    headings = "".join(f"{printable(name):>{max(8, len(name) + 2)}}" for name in corpus.fields)
+    click.secho(f"{'index':>10}  {'key':<{key}}{headings}  {printable(first)}, real # and padding .", bold=True)
+    for row, (index, name) in enumerate(zip(batch[:rows], keys, strict=False)):
+        counts = "".join(f"{lengths[field][row]:>{max(8, len(field) + 2)},}" for field in corpus.fields)
         real = round(BAR * lengths[first][row] / width)
-        click.echo(f"{index:>10}  {sample['__key__']:<{key}}{counts}  {'#' * real}{'.' * (BAR - real)}")
+        click.echo(f"{index:>10}  {name:<{key}}{counts}  {'#' * real}{'.' * (BAR - real)}")
     if len(batch) > rows:
         click.echo(f"... and {len(batch) - rows:,} more rows: --rows {len(batch)} prints them all")
 

@@ -9,7 +9,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from samplers.cli.arguments import check_exists
+from samplers.cli.arguments import check_exists, printable
 from samplers.cli.describing import count, describe_index
 from samplers.cli.opening import open_sources
 from samplers.planning.sorting import Lengths
@@ -45,7 +45,7 @@ class ReportedLengths:
 
     def name_of(self, sample_index: int) -> str:
         """The key or number of a sample."""
-        return f"sample {sample_index}" if self.index is None else self.index.keys[sample_index]
+        return f"sample {sample_index}" if self.index is None else printable(self.index.keys[sample_index])
 
 
 @dataclass(frozen=True)

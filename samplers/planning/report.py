@@ -104,7 +104,8 @@ class PlanReport:
         return "\n".join(f"{name.replace('_', ' '):<20}{self._format(name):>16}" for name in known)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A frozen dataclass has no setter; its pickles hold its `__dict__`.
+        # A frozen dataclass has no setter; its pickles hold its `__dict__`. Release 0.1 had fewer figures.
+        self.__dict__.update(dict.fromkeys(field.name for field in fields(self)))
         self.__dict__.update({FORMER_NAMES.get(name, name): value for name, value in state.items()})
 
     def _format(self, name: str) -> str:

@@ -17,6 +17,7 @@ from samplers.shards.indexing.tables import Field, Tables
 from samplers.shards.indexing.verify import ReadColumns, check_block, find_headers
 from samplers.shards.opening.open_shards import Files, OpenShards
 from samplers.shards.storage.checksum import crc32
+from samplers.shards.storage.network.failures import shown
 from samplers.shards.storage.network.remote import RemoteFile, prefetch
 from samplers.shards.storage.reading import RandomAccess, Ranges, fill_again, fill_all, read_ranges
 from samplers.shards.storage.shard_cache import CachedFile
@@ -142,7 +143,8 @@ class SampleReader:
             for file, part in files:
                 starts, counts = self._offsets[rows[part], column], sizes[rows[part], column]
                 if ((starts < 0) | (counts < 0) | (starts > file.size - counts)).any():
-                    raise ValueError(f"{file.path}: the index says that a member is not within the shard: {REBUILD}")
+                    outside = "the index says that a member is not within the shard"
+                    raise ValueError(f"{shown(file.path)}: {outside}: {REBUILD}")
             columns.append([np.empty(size, np.uint8) for size in sizes[rows, column].tolist()])
         self._fill(files, columns, rows)
         for (column, field, length_column), arrays in zip(self.columns, columns, strict=True):
@@ -247,7 +249,7 @@ class SampleReader:
         return [span for block in blocks for span in find_headers(self.tables, block, self.columns)]
 
     def _context(self, row: int, field: Field) -> str:
-        return f"{self.shards.path_of(row)}: sample {decode_key(self.tables.keys[row])!r}, field {field.name!r}"
+        return f"{shown(self.shards.path_of(row))}: sample {decode_key(self.tables.keys[row])!r}, field {field.name!r}"
 
 
 def select_columns(fields: Sequence[Field], chosen: Collection[str] | None, decode: Collection[str]) -> ReadColumns:

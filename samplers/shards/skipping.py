@@ -22,6 +22,7 @@ from torch.utils.data import get_worker_info
 
 from collate.errors import LengthError
 from samplers.shards.skip_counts import Tally
+from samplers.shards.storage.network.failures import shown
 
 Handler: TypeAlias = Callable[[Exception], Any]
 """Called with an error: returns True to skip the sample, False to raise."""
@@ -61,7 +62,7 @@ class Failed(NamedTuple):
     def __str__(self) -> str:
         text = f"{type(self.error).__name__}: {self.error}"
         text = text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}..."
-        return f"sample {self.key!r} of {self.shard or 'an unknown shard'}: {text}"
+        return f"sample {self.key!r} of {shown(self.shard) or 'an unknown shard'}: {text}"
 
 
 class Skipping:
@@ -198,7 +199,8 @@ class Skipping:
         """The counts by shard, and the last failures, as lines."""
         counts = self.counts
         lines = [
-            f"{shard or 'an unknown shard'}: " + ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+            f"{shown(shard) or 'an unknown shard'}: "
+            + ", ".join(f"{count} {reason}" for reason, count in reasons.items())
             for shard, reasons in counts.items()
         ]
         more = [f"and {len(lines) - _SHOWN_SHARDS} shards more"] if len(lines) > _SHOWN_SHARDS else []

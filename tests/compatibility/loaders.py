@@ -12,7 +12,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from collate import DevicePrefetcher, PadCollator
 from compatibility.plain import tell_keys
 from compatibility.surface import resolve
-from samplers import LengthBucketBatchSampler, LengthBucketNode, ShardStream
+from samplers import LengthBucketBatchSampler, LengthBucketNode, Mixture, PackingBatchSampler, ShardStream
 
 BUFFER = {"buffer_size": 8}
 BUDGET = {"max_tokens": 120}
@@ -68,6 +68,35 @@ def _make_stream(recipe: dict[str, Any], corpora: Path) -> ShardStream:
     )
 
 
+def _make_packing(recipe: dict[str, Any], corpora: Path) -> PackingBatchSampler:
+    del corpora
+    return PackingBatchSampler(
+        lengths_of(**recipe["lengths"]), num_replicas=recipe["replicas"], rank=recipe["rank"], **recipe["options"]
+    )
+
+
+def _make_mixture(recipe: dict[str, Any], corpora: Path) -> LengthBucketBatchSampler:
+    del corpora
+    sources = {name: lengths_of(count) for name, count in recipe["sources"].items()}
+    mixture = Mixture(sources, weights=recipe["weights"], passes=recipe["passes"])
+    return LengthBucketBatchSampler(mixture, num_replicas=recipe["replicas"], rank=recipe["rank"], **recipe["options"])
+
+
+def _make_packed_stream(recipe: dict[str, Any], corpora: Path) -> ShardStream:
+    return ShardStream(
+        corpora / recipe["corpus"],
+        collate_fn=_keys_of,
+        fields=["tokens"],
+        num_replicas=recipe["replicas"],
+        rank=recipe["rank"],
+        **recipe["options"],
+    )
+
+
+def _keys_of(samples: list[dict[str, Any]]) -> dict[str, list[str]]:
+    return {"__key__": [sample["__key__"] for sample in samples]}
+
+
 def _make_node(recipe: dict[str, Any], corpora: Path) -> LengthBucketNode[list[int]]:
     del recipe, corpora
     samples = [[number, length] for number, length in enumerate(lengths_of(60))]
@@ -86,6 +115,9 @@ def _make_loader(recipe: dict[str, Any], corpora: Path) -> Any:
 _MAKERS = {
     "sampler": _make_sampler,
     "stream": _make_stream,
+    "packing": _make_packing,
+    "mixture": _make_mixture,
+    "packed stream": _make_packed_stream,
     "node": _make_node,
     "buffer": lambda recipe, corpora: new_bucketer(),
     "loader": _make_loader,

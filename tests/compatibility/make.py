@@ -5,7 +5,7 @@ stay as they are for ever: what they hold cannot be made again, and a later rele
 Paths of files in pickles begin with `CORPORA`, in whose place a test puts a folder.
 
 `0.1.0` was written by that release, of which only positions and a few batches are kept. `0.2.0.dev0` was written by the
-code that came after it, before its modules got other names.
+code that came after it, before its modules got other names. `0.2.0` is the first with packed rows and mixtures.
 """
 
 import json
@@ -25,7 +25,16 @@ from torch.utils import _pytree as pytree
 
 import samplers
 from compatibility import corpora, loaders, objects, pickles, plain, surface
-from compatibility.recipes import PLANS, sampler_recipe, stream_recipe, take
+from compatibility.recipes import (
+    PACKS,
+    PLANS,
+    mixture_recipe,
+    pack_recipe,
+    packed_stream_recipe,
+    sampler_recipe,
+    stream_recipe,
+    take,
+)
 
 ROOT = Path(__file__).parents[2]
 # Batches of an epoch that are kept.
@@ -77,9 +86,10 @@ def told_corpora(shards: Path) -> dict[str, Any]:
 
 def told_plans() -> Iterator[dict[str, Any]]:
     """Fingerprint and first batches of samplers."""
-    for name, (lengths, options) in PLANS.items():
+    sources = {name: sampler_recipe(name) for name in PLANS} | {name: pack_recipe(name) for name in PACKS}
+    for name, source in (sources | {"mixed": mixture_recipe()}).items():
         for replicas, numbers in {1: (0, 1, 6), 3: (1,)}.items():
-            recipe = {"kind": "sampler", "lengths": lengths, "options": options, "replicas": replicas, "rank": 0}
+            recipe = source | {"replicas": replicas, "rank": 0}
             sampler = loaders.make(recipe, Path())
             epochs = {str(epoch): list(sampler.plan(epoch).batches[:PLANNED]) for epoch in numbers}
             fingerprint = sampler.position(0)["fingerprint"]
@@ -101,6 +111,10 @@ def _sampler_states(shards: Path) -> Iterator[dict[str, Any]]:
         "many": sampler_recipe("many"),
         "stream of blocks": stream_recipe("blocks"),
         "stream of plain shards": stream_recipe("plain"),
+        "rows": pack_recipe("packed"),
+        "pairs of rows": pack_recipe("packed, two rows"),
+        "mixture": mixture_recipe(),
+        "stream of rows": packed_stream_recipe("blocks"),
     }
     for name, source in sources.items():
         for replicas, rank in ((1, 0), (2, 0), (2, 1)):

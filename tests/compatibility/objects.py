@@ -49,11 +49,30 @@ def collators() -> dict[str, collate.PadCollator]:
     }
 
 
+def varlen_batches() -> dict[str, Any]:
+    """Batches of several sequences in a row: since 0.2."""
+    rows = [torch.arange(3), torch.arange(5) + 10, torch.arange(2)]
+    one = collate.VarlenBatch.from_sequences(rows, capacity=8)
+    return {
+        "a varlen batch": one,
+        "a varlen batch of floats": one.map(lambda values: values.float().unsqueeze(-1) / 4),
+        "a part of a varlen batch": one.split_rows(1)[0],
+        "a chunk of a varlen batch": list(one.split_steps(4))[1],
+        "a collated varlen batch": collate.VarlenCollator(capacity=8, padding_value={"tokens": 0, "tags": -100})(
+            plain.SAMPLES[:1]
+        ),
+    }
+
+
 def objects(shards: Path) -> Iterator[tuple[str, str, str, Any]]:
     """Form, kind, description and object of all that is saved."""
     for name, batch in batches().items():
         yield "torch.save", "batch", name, batch
         yield "pickle", "batch", name, batch
+    for name, varlen in varlen_batches().items():
+        yield "torch.save", "batch", name, varlen
+        yield "pickle", "batch", name, varlen
+    yield "pickle", "varlen collator", "a varlen collator", collate.VarlenCollator(capacity=8)
     for name, collator in collators().items():
         yield "pickle", "collator", name, collator
     yield from (("pickle", *found) for found in _planned(shards))

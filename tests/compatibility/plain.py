@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from collate import LengthTrackedBatch
+from collate import LengthTrackedBatch, VarlenBatch
 
 
 def tell(kind: str, value: Any) -> Any:
@@ -32,6 +32,12 @@ def tell_batch(batch: Any) -> Any:
             "permutation": batch.permutation.tolist(),
             "padding_value": batch.padding_value,
             "first_step": batch.first_step,
+        }
+    if isinstance(batch, VarlenBatch):
+        batch.verify()
+        documents = [document.tolist() for document in batch.unsort()]
+        return {"class": type(batch).__name__, "text": repr(batch), "values": tell_batch(batch.values)} | {
+            "documents": documents
         }
     if isinstance(batch, torch.Tensor):
         return {"dtype": str(batch.dtype), "requires_grad": batch.requires_grad, "values": batch.tolist()}
@@ -127,6 +133,9 @@ TOLD: dict[str, Callable[[Any], Any]] = {
     "batch": tell_batch,
     "checkpoint": dict,
     "collator": _tell_collator,
+    "varlen collator": lambda collator: tell_batch(
+        collator([{"tokens": torch.arange(3)}, {"tokens": torch.arange(4)}])
+    ),
     "sampler": _tell_sampler,
     "facts of a sampler": _tell_facts,
     "stream": _tell_sampler,

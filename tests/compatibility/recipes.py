@@ -24,6 +24,25 @@ PLANS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+# Samplers of full rows, and of several corpora: since 0.2.
+PACKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "packed": (FEW, {"capacity": 128}),
+    "packed, two rows": (FEW, {"capacity": 60, "rows": 2, "multiple": 4, "overlong": "split", "seed": 3}),
+}
+MIXED = {"sources": {"web": 60, "books": 20}, "weights": {"web": 3, "books": 2}, "passes": {"books": 3}}
+
+
+def pack_recipe(name: str) -> dict[str, Any]:
+    """A packing sampler of `PACKS`."""
+    lengths, options = PACKS[name]
+    return {"kind": "packing", "lengths": lengths, "options": options}
+
+
+def mixture_recipe() -> dict[str, Any]:
+    """A sampler of several corpora."""
+    return {"kind": "mixture", "options": BUDGET} | MIXED
+
+
 def sampler_recipe(name: str) -> dict[str, Any]:
     """A sampler of `PLANS`."""
     lengths, options = PLANS[name]
@@ -33,6 +52,11 @@ def sampler_recipe(name: str) -> dict[str, Any]:
 def stream_recipe(corpus: str) -> dict[str, Any]:
     """A stream of one of the written corpora."""
     return {"kind": "stream", "corpus": corpus, "options": {"max_tokens": 10, "window": 5}}
+
+
+def packed_stream_recipe(corpus: str) -> dict[str, Any]:
+    """A stream of full rows of one of the written corpora."""
+    return {"kind": "packed stream", "corpus": corpus, "options": {"capacity": [20, 20], "window": 5}}
 
 
 def take(iterator: Any, count: int) -> None:

@@ -49,8 +49,8 @@ def describe(name: str) -> dict[str, Any]:
 def _signature(value: Any) -> dict[str, Any]:
     try:
         signature = inspect.signature(value)
-    except ValueError:
-        # An error takes what every error takes.
+    except (TypeError, ValueError):
+        # An error takes what every error takes, and a name for types takes nothing.
         return {"signature": None, "parameters": []}
     bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
     parameters = [_parameter(parameter) for parameter in _expanded(signature.parameters.values())]

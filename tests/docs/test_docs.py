@@ -18,7 +18,7 @@ DOCS = ROOT / "docs"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 PAGES = runpy.run_path(str(ROOT / "benchmarks" / "pages.py"))
 sys.path.remove(str(ROOT / "benchmarks"))
-PROSE = [*PAGES["pages"](), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PROSE = [*PAGES["pages"](), *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "CHANGELOG", "RELEASING", "SECURITY"))]
 # Words that the rule of plain English replaces: again, mid-epoch, next to, largest, resume, checked against, that many.
 FOREIGN = re.compile(r"\b(?:anew|amid|beside|greatest|whoever|so many|go(?:es)? on|held against)\b", re.IGNORECASE)
 pages = pytest.mark.parametrize("page", PAGES["pages"](), ids=lambda page: page.name)

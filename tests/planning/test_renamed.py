@@ -16,7 +16,7 @@ from collate import PadCollator
 from samplers import LengthBucketBatchSampler, ShardStream, ShardWriter, plan_epoch
 from samplers.planning.options import Options
 from samplers.planning.plan import random_padding
-from samplers.planning.report import FORMER_NAMES
+from samplers.planning.report import FORMER_NAMES, PlanReport
 from samplers.planning.tables.pool_table import choose_table
 
 LENGTHS = (np.arange(600) * 37 % 61 + 1).tolist()
@@ -34,6 +34,26 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loaders(shards: Path, **options: Any) -> list[LengthBucketBatchSampler | ShardStream]:
     options = {"max_tokens": 400, "num_replicas": 1, "rank": 0} | options
     return [LengthBucketBatchSampler(LENGTHS, **options), ShardStream(shards, collate_fn=len, **options)]
+
+
+def test_a_report_of_release_0_1_is_printed_without_later_figures() -> None:
+    # It loaded, and to print or read it was an AttributeError.
+    state = vars(plan_epoch(LENGTHS, max_tokens=400, num_replicas=1).report())
+    later = {
+        "repeated_pairs_in_2",
+        "repeated_pairs_in_5",
+        "shapes",
+        "shapes_in_4_epochs",
+        "step_milliseconds",
+        "waiting",
+    }
+    names = {present: former for former, present in FORMER_NAMES.items()}
+    report = PlanReport.__new__(PlanReport)
+    report.__setstate__({names.get(name, name): value for name, value in state.items() if name not in later})
+    assert {name for name, value in vars(report).items() if value is None} == later
+    assert "repeated pairs  " in str(report)
+    assert "in 2" not in str(report)
+    assert "PlanReport" in repr(report)
 
 
 @pytest.mark.parametrize(("former", "present"), FORMER_NAMES.items())

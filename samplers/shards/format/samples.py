@@ -47,6 +47,7 @@ from collate.errors import LengthError
 from samplers.shards.format.block_keys import KEYS, read_block_keys
 from samplers.shards.format.keys import decode_all, decode_key
 from samplers.shards.format.npy import check_npy_size, decode_npy, read_npy_header
+from samplers.shards.storage.network.failures import shown
 
 Sample: TypeAlias = dict[str, Any]
 """The fields of a sample by name, with `__key__`."""
@@ -115,7 +116,7 @@ def decode_groups(source: Iterable[Mapping[str, Any]], fields: Collection[str] |
     """
     for group in source:
         # webdataset adds `__key__` and `__url__`. Names with two underscores are never fields.
-        context = f"{group.get('__url__', 'shard')}: group {group.get('__key__')!r}"
+        context = f"{shown(str(group.get('__url__', 'shard')))}: group {group.get('__key__')!r}"
         members = {suffix: data for suffix, data in group.items() if not suffix.startswith("__")}
         if KEYS in members:
             yield from _decode_block(members, fields, context)

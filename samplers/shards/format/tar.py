@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 from zlib import adler32
 
 from samplers.shards.format.keys import decode_key
+from samplers.shards.storage.network.failures import shown
 from samplers.shards.storage.reading import RandomAccess
 
 RECORD: Final = 512
@@ -271,4 +272,4 @@ def _read_records(data: bytes) -> Iterator[tuple[str, str]]:
 
 def _damage(file: RandomAccess, offset: int, reason: str) -> str:
     """A message with the file and the offset."""
-    return f"{file.path}: at offset {offset}: {reason}"
+    return f"{shown(file.path)}: at offset {offset}: {reason}"

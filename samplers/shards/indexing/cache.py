@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from hashlib import blake2b
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from samplers.shards.format.header_lengths import DeclaredLength, HeaderLength, SoundHeaders
@@ -22,6 +22,7 @@ from samplers.shards.storage.mirror import check_writable
 from samplers.shards.storage.network.failures import shown
 from samplers.shards.storage.network.remote import find_infos
 from samplers.shards.storage.network.transport import DEFAULT, Transport
+from samplers.shards.storage.untrusted import file_name_of
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class IndexCache:
             tables = replace(tables, length_id=self._recorded_id)
         elif isinstance(self.header, DeclaredLength):
             raise ValueError(
-                f"{shard}: {self.header.path} would be the length of no field, arrays have their own: name a field "
-                "that is not an array (length_fields=, --fields)"
+                f"{shown(shard)}: {self.header.path} would be the length of no field, arrays have their own: name a "
+                "field that is not an array (length_fields=, --fields)"
             )
         if self.cache_dir is not False:
             self._check_has_id(tables, shard)
@@ -93,7 +94,7 @@ class IndexCache:
         name = shard if "://" in shard else str(Path(shard).absolute())
         # Shards in several folders may share a file name.
         digest = blake2b(name.encode(), digest_size=4).hexdigest()
-        file = f"{digest}-{PurePosixPath(shard).name}{SUFFIX}"
+        file = f"{digest}-{file_name_of(shard)}{SUFFIX}"
         return (
             str(self.cache_dir / file) if isinstance(self.cache_dir, Path) else f"{self.cache_dir.rstrip('/')}/{file}"
         )
@@ -137,8 +138,8 @@ class IndexCache:
         fields = _tracked_fields(cached)
         if self.fields is not None and set(self.fields) != set(fields):
             raise ValueError(
-                f"{self.path_of(shard)} has the lengths of {fields}, asked for are {sorted(self.fields)}: ask for the "
-                "same fields, delete it, or give resume= another folder"
+                f"{shown(self.path_of(shard))} has the lengths of {fields}, asked for are {sorted(self.fields)}: ask "
+                "for the same fields, delete it, or give resume= another folder"
             )
 
     @property
@@ -163,7 +164,7 @@ class IndexCache:
         """
         if cached.measured and self._measures and cached.length_id != self._wanted_id:
             raise ValueError(
-                f"{self.path_of(shard)}: its lengths of {', '.join(cached.measured)} were measured by "
+                f"{shown(self.path_of(shard))}: its lengths of {', '.join(cached.measured)} were measured by "
                 f"{cached.length_id!r}, length= is now {self._wanted_id!r}: delete it to measure again, give resume= "
                 f"another folder, or length_id={cached.length_id!r} if both give the same lengths"
             )
@@ -192,7 +193,7 @@ class IndexCache:
         """
         if tables.measured and self._recorded_id is None:
             raise ValueError(
-                f"{shard}: a cached index must name the function that measured the lengths of "
+                f"{shown(shard)}: a cached index must name the function that measured the lengths of "
                 f"{', '.join(tables.measured)}, but no name can be made for {self.length!r}, which holds objects: give "
                 "it a name with length_id="
             )

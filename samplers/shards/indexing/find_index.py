@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 from samplers.shards.indexing.index_file import SUFFIX
+from samplers.shards.storage.network.failures import shown
 from samplers.shards.storage.network.transport import DEFAULT, Transport
 from samplers.shards.storage.paths import expand_shards
 from samplers.shards.storage.reading import Shards
@@ -72,5 +73,5 @@ def _index_next_to(shard: str) -> str:
     """
     index = f"{shard}{SUFFIX}"
     if "://" not in shard and not Path(shard).exists() and not Path(index).exists():
-        raise FileNotFoundError(f"no file or folder {shard}")
+        raise FileNotFoundError(f"no file or folder {shown(shard)}")
     return index

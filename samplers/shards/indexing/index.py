@@ -31,6 +31,7 @@ from samplers.shards.indexing.tables import Tables, join_tables
 from samplers.shards.indexing.verify import check_request, check_shard, complete_measure
 from samplers.shards.storage.atomic import is_url, local_path
 from samplers.shards.storage.mirror import check_writable
+from samplers.shards.storage.network.failures import shown
 from samplers.shards.storage.network.transport import DEFAULT, Transport, check_transport
 from samplers.shards.storage.paths import expand_shards, refuse_twice
 from samplers.shards.storage.process_pool import run_in_processes, run_in_threads
@@ -329,6 +330,10 @@ class LengthIndex:
         Raises:
             ValueError: The number of shards or their file names differ.
         """
+        shards = [shards] if isinstance(shards, (str, os.PathLike)) else list(shards)
+        if [os.fspath(shard) for shard in shards] == self.shards:
+            # Names in an index are no patterns: `{0..99999999}` in one of a stranger would take all memory.
+            return self
         paths = expand_shards(shards, self._transport)
         # File names must agree: shards in another order would give wrong samples without an error.
         names = [_names_of(self.shards), _names_of(paths)]
@@ -397,5 +402,5 @@ def _reopen(path: str, fingerprint: str, shards: list[str] | None, transport: Tr
     """
     index = LengthIndex.open(path, transport=transport)
     if index.fingerprint != fingerprint:
-        raise ValueError(f"{path}: the index was replaced while it was in use: start again")
+        raise ValueError(f"{shown(path)}: the index was replaced while it was in use: start again")
     return index if shards is None else index.moved_to(shards)

@@ -77,6 +77,7 @@ from samplers.shards.indexing.tables import Field, Layout, Rates, Shard, Tables,
 from samplers.shards.storage.atomic import AtomicFile
 from samplers.shards.storage.checksum import crc32
 from samplers.shards.storage.mirror import Mirror
+from samplers.shards.storage.network.failures import shown
 from samplers.shards.storage.network.remote import RemoteFile
 from samplers.shards.storage.network.transport import DEFAULT, Transport
 from samplers.shards.storage.reading import is_remote, open_file
@@ -205,7 +206,7 @@ def _parse_index(content: AnyArray, path: str, checked_up_to: int | None) -> tup
         if checked:
             check_values(tables, order)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path}: its header is not valid ({error!r}); {REBUILD}") from None
+        raise ValueError(f"{shown(path)}: its header is not valid ({error!r}); {REBUILD}") from None
     return tables, order
 
 
@@ -366,7 +367,7 @@ def _load_content(path: str, *, mapped: bool = True, transport: Transport = DEFA
         file = open_file(path, transport=transport)
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"no index {path}: build it with `lengthtrack index`, or LengthIndex.build(shards).save(path)"
+            f"no index {shown(path)}: build it with `lengthtrack index`, or LengthIndex.build(shards).save(path)"
         ) from None
     if not mapped or file.size < _MAPPED_FROM or isinstance(file, RemoteFile):
         return np.frombuffer(file.read(0, file.size), np.uint8)
@@ -375,4 +376,4 @@ def _load_content(path: str, *, mapped: bool = True, transport: Transport = DEFA
 
 def _check(path: str, reason: str, *, holds: bool) -> None:
     if not holds:
-        raise ValueError(f"{path}: {reason}; {REBUILD}")
+        raise ValueError(f"{shown(path)}: {reason}; {REBUILD}")

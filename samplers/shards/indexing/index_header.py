@@ -11,6 +11,7 @@ from samplers.shards.format.npy import DTYPES, MAX_ARRAY_BYTES, AnyArray
 from samplers.shards.format.samples import field_of
 from samplers.shards.indexing.index_arrays import read_arrays, read_packed_arrays, round_up
 from samplers.shards.indexing.tables import Field, Rates, Shard, Tables, TablesLike, join_rates
+from samplers.shards.storage.untrusted import refuse_file_system
 
 # Bytes before the header: magic, version, sizes and checksums.
 PREFIX_BYTES: Final = 24
@@ -66,7 +67,7 @@ def build_tables(
     """
     arrays, fields = read_columns(header, content, start, version), _read_fields(header)
     folder = _folder_of(path)
-    shards = tuple(_read_shard(entry, folder) for entry in header["shards"])
+    shards = tuple(_read_shard(entry, folder, path) for entry in header["shards"])
     if len({field.name for field in fields}) < len(fields) or not any(field.tracked for field in fields):
         raise ValueError(f"fields {[field.name for field in fields]}: they must differ, and one be tracked")
     samples, variable = sum(shard.samples for shard in shards), sum(field.variable for field in fields)
@@ -122,13 +123,14 @@ def _read_field(entry: dict[str, Any], layout: str) -> Field:
     return field
 
 
-def _read_shard(entry: dict[str, Any], folder: str) -> Shard:
+def _read_shard(entry: dict[str, Any], folder: str, index: str) -> Shard:
     """A shard from the header.
 
     Raises:
         ValueError: No writer writes such an entry.
     """
     shard = Shard(**entry | {"path": _resolve(entry["path"], folder)})
+    refuse_file_system(shard.path, index)
     texts = all(isinstance(text, str) for text in (shard.digest, shard.fingerprint))
     counts = all(type(count) is int and count >= 0 for count in (shard.size, shard.samples))
     if not texts or not counts or "\0" in os.fsdecode(os.fsencode(shard.path)):

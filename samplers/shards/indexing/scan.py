@@ -12,6 +12,7 @@ from samplers.shards.indexing.layouts.scan_plain import PlainScan
 from samplers.shards.indexing.measuring import Measure
 from samplers.shards.indexing.shard_groups import ShardGroups
 from samplers.shards.indexing.tables import Tables
+from samplers.shards.storage.network.failures import shown
 from samplers.shards.storage.network.transport import DEFAULT, Transport
 from samplers.shards.storage.reading import open_file
 
@@ -43,7 +44,7 @@ def scan_shard(
     pairs = iter(groups)
     first = next(pairs, None)
     if first is None:
-        raise ValueError(f"{path}: {NO_SAMPLES}")
+        raise ValueError(f"{shown(path)}: {NO_SAMPLES}")
     if KEYS in first[1]:
         return scan_blocks(groups, chain([first], pairs), fields)
     scan = PlainScan(groups, fields, measure or Measure(header=SoundHeaders()))

@@ -10,6 +10,7 @@ from collate.errors import LengthError
 from samplers.shards.format.npy import LONGEST_HEADER, AnyArray, NpyHeader, check_npy_size, read_npy_header
 from samplers.shards.format.tar import Member, read_members, split_name
 from samplers.shards.indexing.tables import Shard
+from samplers.shards.storage.network.failures import shown
 from samplers.shards.storage.reading import RandomAccess
 
 # Members of one group, by suffix.
@@ -61,7 +62,7 @@ class ShardGroups:
 
     def context(self, key: str) -> str:
         """Shard and group, for messages."""
-        return f"{self.file.path}: group {key!r}"
+        return f"{shown(self.file.path)}: group {key!r}"
 
     def npy_header(self, member: Member, context: str) -> NpyHeader:
         """The header of an array, checked against the size of the member.
@@ -102,7 +103,7 @@ class ShardGroups:
         """
         width = max(sizes)
         if not keys_fit(width, count, self.file.size):
-            raise ValueError(f"{self.file.path}: a key of {width} bytes among {count} samples: shorten the key")
+            raise ValueError(f"{shown(self.file.path)}: a key of {width} bytes among {count} samples: shorten the key")
 
     def shard(self, lengths: AnyArray, keys: AnyArray) -> Shard:
         """The entry of this shard in the tables, once all of its groups were read."""

@@ -33,6 +33,7 @@ import numpy as np
 from samplers.shards.format.npy import AnyArray
 from samplers.shards.format.packed_keys import PackedKeys
 from samplers.shards.format.packed_offsets import PackedOffsets
+from samplers.shards.storage.network.failures import shown
 
 # Steps in a second, by field: ascending, more than one if samples differ.
 Rates: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
@@ -250,7 +251,7 @@ def check_alike(parts: Sequence[TablesLike]) -> str | None:
         raise ValueError("indexes must be at least one, got none")
     first = parts[0]
     for part in parts:
-        paths = f"{part.shards[0].path} and {first.shards[0].path}"
+        paths = f"{shown(part.shards[0].path)} and {shown(first.shards[0].path)}"
         # Field by field: dtype and feature shape decide how bytes are cut into samples.
         if (part.layout, part.fields) != (first.layout, first.fields):
             raise ValueError(f"{paths} cannot be one corpus: {_describe_tables(part)}, and {_describe_tables(first)}")
@@ -259,7 +260,7 @@ def check_alike(parts: Sequence[TablesLike]) -> str | None:
     by_id = {part.length_id: part for part in parts}
     names = [name for name in by_id if name is not None]
     if len(names) > 1:
-        paths = " and ".join(by_id[name].shards[0].path for name in names[:2])
+        paths = " and ".join(shown(by_id[name].shards[0].path) for name in names[:2])
         raise ValueError(
             f"the lengths of {paths} were measured by two functions, {names[0]!r} and {names[1]!r}: build both indexes "
             "with one, or with one length_id= if both measure the same"

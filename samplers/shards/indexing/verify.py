@@ -18,6 +18,7 @@ from samplers.shards.indexing.index_file import REBUILD
 from samplers.shards.indexing.measuring import Measure
 from samplers.shards.indexing.scan import scan_shard
 from samplers.shards.indexing.tables import Field, Tables
+from samplers.shards.storage.network.failures import shown
 from samplers.shards.storage.network.transport import DEFAULT, Transport
 from samplers.shards.storage.process_pool import run_in_processes
 from samplers.shards.storage.reading import RandomAccess, is_remote, open_file
@@ -65,7 +66,7 @@ def _check_shard(tables: Tables, measure: Measure, *, checksums: bool, transport
     """
     [shard] = tables.shards
     size = open_file(shard.path, transport=transport).size
-    changed = f"{shard.path}: changed since it was indexed"
+    changed = f"{shown(shard.path)}: changed since it was indexed"
     if size != shard.size:
         raise ValueError(f"{changed}: {size} bytes, the index says {shard.size}; {REBUILD}")
     fields = [field.name for field in tables.variable if field.tracked]
@@ -93,8 +94,8 @@ def refuse_wrong_length(path: str, keys: AnyArray, field: Field, *, indexed: Any
     if len(rows):
         row = rows[0]
         raise LengthError(
-            f"{path}: sample {decode_key(keys[row])!r}, field {field.name!r}: the index says {indexed[row]} steps, the "
-            f"shard {stored[row]}; {REBUILD}"
+            f"{shown(path)}: sample {decode_key(keys[row])!r}, field {field.name!r}: the index says {indexed[row]} "
+            f"steps, the shard {stored[row]}; {REBUILD}"
         )
 
 
@@ -114,14 +115,14 @@ def check_block(file: RandomAccess, tables: Tables, block: int, columns: ReadCol
     rows, members = _block_entry(tables, block)
     # A damaged index must not cause a read far behind the end.
     if max(members) > file.size:
-        raise ValueError(f"{file.path}: the index says that a member is not within the shard: {REBUILD}")
+        raise ValueError(f"{shown(file.path)}: the index says that a member is not within the shard: {REBUILD}")
     for column, field, length_column in columns:
         steps = np.ones(rows.stop - rows.start, np.int64)
         if field.variable:
             steps = tables.lengths[rows, length_column].astype(np.int64)
             offset = members[len(tables.fields) + length_column]
             _check_block_lengths(file, offset, steps=steps, keys=tables.keys[rows], field=field)
-        context = f"{file.path}: block of sample {decode_key(tables.keys[rows.start])!r}, field {field.name!r}"
+        context = f"{shown(file.path)}: block of sample {decode_key(tables.keys[rows.start])!r}, field {field.name!r}"
         _, header = _read_array(file, members[column], 0, context)
         starts = members[column] + header.size + (np.cumsum(steps) - steps) * field.row_bytes
         moved = " at another offset" if (starts != tables.offsets[rows, column]).any() else ""
@@ -184,7 +185,7 @@ def _check_block_lengths(file: RandomAccess, offset: int, *, steps: AnyArray, ke
     Raises:
         ValueError: They are not integers, one for each sample.
     """
-    context = f"{file.path}: block of sample {decode_key(keys[0])!r}, field {field.name!r}"
+    context = f"{shown(file.path)}: block of sample {decode_key(keys[0])!r}, field {field.name!r}"
     content, header = _read_array(file, offset, steps.nbytes, context)
     if header.shape != steps.shape or header.dtype.kind not in "iu" or len(content) < header.size + header.nbytes:
         raise ValueError(f"{context}: the index says {len(steps)} samples, the block has lengths {header}: {REBUILD}")
@@ -279,7 +280,7 @@ class _ShardCheck:
         try:
             check_shard(tables, self.measure, checksums=self.checksums, transport=self.transport)
         except FileNotFoundError:
-            return f"{tables.shards[0].path}: the index lists this shard, but there is no such file"
+            return f"{shown(tables.shards[0].path)}: the index lists this shard, but there is no such file"
         except (ValueError, OSError, RuntimeError) as error:
             # A decoder's error does not name the sample. The note that `measure` has added does.
             return ": ".join([*getattr(error, "__notes__", ()), str(error)])
@@ -296,7 +297,7 @@ def _compare_crcs(scanned: Tables, crcs: AnyArray) -> None:
     if len(differing):
         row, column = differing[0].tolist()
         raise ValueError(
-            f"{scanned.shards[0].path}: sample {decode_key(scanned.keys[row])!r}, field "
+            f"{shown(scanned.shards[0].path)}: sample {decode_key(scanned.keys[row])!r}, field "
             f"{scanned.fields[column].name!r}, at offset {scanned.offsets[row, column]}: the bytes do not have the "
             "checksum in the index: damaged or changed"
         )

@@ -189,8 +189,8 @@ class OpenShards:
             raise FileNotFoundError(_absent(indexed.path)) from None
         if file.size != indexed.size:
             raise ValueError(
-                f"{indexed.path}: {file.size} bytes, the index says {indexed.size}: changed since it was indexed; "
-                f"{REBUILD}"
+                f"{shown(indexed.path)}: {file.size} bytes, the index says {indexed.size}: changed since it was "
+                f"indexed; {REBUILD}"
             )
         return file
 

@@ -62,8 +62,10 @@ def refuse_twice(named: Iterable[tuple[str, str]]) -> None:
     for path, source in named:
         name = path if "://" in path else os.path.normcase(os.path.normpath(Path(path).absolute()))
         if name in sources:
-            by = f"by {source!r}" if source == sources[name] else f"by {sources[name]!r} and by {source!r}"
-            raise ValueError(f"{path} is named twice, {by}, and its samples would come twice: name each shard once")
+            by = " and by ".join(repr(shown(each)) for each in dict.fromkeys([sources[name], source]))
+            raise ValueError(
+                f"{shown(path)} is named twice, by {by}, and its samples would come twice: name each shard once"
+            )
         sources[name] = source
 
 
@@ -187,7 +189,7 @@ def _find_braces(text: str, pattern: str) -> tuple[int, int, list[int]] | None:
             commas.append(mark.start())
     if depth:
         raise ValueError(
-            f"{pattern!r}: braces do not match: close each, or put a backslash before one that is no brace"
+            f"{shown(pattern)!r}: braces do not match: close each, or put a backslash before one that is no brace"
         )
     return None
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from threading import Lock
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from samplers.shards.storage.locks import lock, unlock
 from samplers.shards.storage.network.counts import Counts
 from samplers.shards.storage.network.failures import shown
 from samplers.shards.storage.reading import RandomAccess, open_file
+from samplers.shards.storage.untrusted import file_name_of
 
 _logger = logging.getLogger(__name__)
 # Bytes of a cache, if nothing else is asked for: 10 GiB.
@@ -238,7 +239,7 @@ def _name(url: str, version: str, size: int) -> str:
     # Without the query, which may be a signature that is another one next time.
     plain = url.partition("?")[0]
     digest = blake2b(f"{plain}\n{version}\n{size}".encode(), digest_size=12).hexdigest()
-    return f"{digest}-{PurePosixPath(plain).name[-100:]}"
+    return f"{digest}-{file_name_of(plain)[-100:]}"
 
 
 def _has_size(path: Path, size: int) -> bool:

@@ -18,6 +18,7 @@ from samplers.shards.indexing.index_file import SUFFIX
 from samplers.shards.indexing.measuring import Decoder
 from samplers.shards.indexing.scan import read_groups
 from samplers.shards.indexing.tables import Tables
+from samplers.shards.storage.network.failures import shown
 from samplers.shards.storage.paths import expand_shards
 from samplers.shards.storage.reading import Shards
 
@@ -68,7 +69,7 @@ class ShardSource:
             for name, value in sample.items():
                 if name != "__key__" and not isinstance(value, (np.ndarray, np.generic, int, float)):
                     raise TypeError(
-                        f"{shard_slice.shard}: sample {sample['__key__']!r}, field {name!r}: is "
+                        f"{shown(shard_slice.shard)}: sample {sample['__key__']!r}, field {name!r}: is "
                         f"{type(value).__name__}: give decode={{{name!r}: a function from bytes to an array}}, or "
                         "leave it out with fields="
                     )
@@ -97,7 +98,7 @@ class ShardSource:
         groups = read_groups(shard)
         first = next(groups, None)
         if first is None:
-            raise ValueError(f"{shard}: {NO_SAMPLES}")
+            raise ValueError(f"{shown(shard)}: {NO_SAMPLES}")
         for group in chain([first], groups):
             if KEYS in group:
                 yield from decode_groups([group], self.fields)

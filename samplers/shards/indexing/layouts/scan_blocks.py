@@ -22,6 +22,7 @@ from samplers.shards.format.samples import check_block_lengths, split_block
 from samplers.shards.indexing.shard_groups import Members, ShardGroups, check_stored_length
 from samplers.shards.indexing.tables import Field, Tables
 from samplers.shards.storage.checksum import crc32
+from samplers.shards.storage.network.failures import shown
 
 
 @dataclass
@@ -188,7 +189,7 @@ def _slice_crcs(data: bytes, starts: AnyArray, ends: AnyArray) -> list[int]:
 def _refuse_duplicates(keys: AnyArray, path: str) -> None:
     values, counts = np.unique(keys, return_counts=True)
     if counts.max() > 1:
-        raise ValueError(f"{path}: the key {decode_key(values[counts.argmax()])!r} comes {counts.max()} times")
+        raise ValueError(f"{shown(path)}: the key {decode_key(values[counts.argmax()])!r} comes {counts.max()} times")
 
 
 def _describe_block(block: _Block) -> str:

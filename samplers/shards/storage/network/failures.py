@@ -26,6 +26,8 @@ _CREDENTIALS: Final = re.compile("Credential|Authenti|TokenRetrieval|ProfileNotF
 _NAMES: Final = re.compile("InvalidURL|InvalidUrl|Certificate|NoRegion|ParamValidation|InvalidRegion")
 _QUERY: Final = re.compile(r"(\w+://[^\s'\"?]*)\?[^\s'\")\]]*")
 _USER: Final = re.compile(r"(\w+://)[^\s/@'\"]*@")
+# All but line breaks and tabs, which messages have.
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class ShortBodyError(OSError):
@@ -117,12 +119,16 @@ def describe(error: BaseException) -> str:
 
 
 def shown(url: str) -> str:
-    """A URL, or a text with URLs, for messages: a query may be a signature.
+    r"""A path or URL, or a text with URLs, for messages: a query may be a signature, and an index may name any path.
 
     >>> shown("https://me:secret@host/a.tar?signature=1")
     'https://...@host/a.tar?...'
+    >>> print(shown("\x1b[2Ja.tar"))
+    \x1b[2Ja.tar
     """
-    return _USER.sub(r"\1...@", _QUERY.sub(r"\1?...", url))
+    # What a terminal would obey.
+    text = url if url.isprintable() else _CONTROL.sub(lambda found: repr(found[0])[1:-1], url)
+    return _USER.sub(r"\1...@", _QUERY.sub(r"\1?...", text)) if "://" in text else text
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -11,6 +11,8 @@ from samplers.shards.storage.network.requests import Request, send_all
 
 # Larger files are fetched in parts of this size (16 MiB), side by side: a request takes as long as 1 MiB.
 PART: Final = 1 << 24
+# Parts that are asked for together, 1 GiB: a server that claims far more than it sends fails at the first ones.
+_PARTS_AT_ONCE: Final = 64
 
 
 class FetchedFile:
@@ -25,8 +27,11 @@ class FetchedFile:
         self._starts, self._parts = range(0, file.size, max(1, file.size)), [memoryview(b"")]
         if file.size > PART and _is_divisible(file):
             self._starts = range(0, file.size, PART)
-            requests = [file.request(start, min(start + PART, file.size)) for start in self._starts]
-            self._parts = [memoryview(data) for data in send_all(requests, file.transport)]
+            self._parts = []
+            for first in range(0, len(self._starts), _PARTS_AT_ONCE):
+                starts = self._starts[first : first + _PARTS_AT_ONCE]
+                requests = [file.request(start, min(start + PART, file.size)) for start in starts]
+                self._parts += map(memoryview, send_all(requests, file.transport))
         elif file.size:
             begin = partial(attempts, file, (0, file.size), whole=True)
             request = Request(file.path, f"all {file.size} bytes", begin, file.size, file.counts)

@@ -330,4 +330,4 @@ def _folder_of(url: str) -> str:
 
 def truncated(path: str, size: int, offset: int, missing: int) -> str:
     """The message for a file that ends too early."""
-    return f"{path}: ends at byte {size}, {missing} bytes wanted at offset {offset}: the file is truncated"
+    return f"{shown(path)}: ends at byte {size}, {missing} bytes wanted at offset {offset}: the file is truncated"
