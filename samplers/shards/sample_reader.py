@@ -10,6 +10,7 @@ import numpy as np
 from samplers.shards.field_value import check_length, decode_field
 from samplers.shards.format.keys import decode_key
 from samplers.shards.format.npy import AnyArray
+from samplers.shards.format.packed_offsets import PackedOffsets
 from samplers.shards.format.samples import Sample
 from samplers.shards.indexing.index_file import REBUILD
 from samplers.shards.indexing.measuring import Decoder
@@ -96,7 +97,7 @@ class SampleReader:
         order = np.argsort(rows, kind="stable")
         done = 0
         for part, shards, borders in self.shards.split(rows[order]):
-            within = order[done : done + len(part)]
+            within = order if len(part) == len(rows) else order[done : done + len(part)]
             cut = {name: (memory, starts[within]) for name, (memory, starts) in targets.items()}
             self._read_part_into(self.shards.open_all(shards, borders), part, steps[within], cut)
             done += len(part)
@@ -110,10 +111,17 @@ class SampleReader:
         for column, field, length_column in columns:
             memory, starts = targets[field.name]
             counts = steps[:, length_column] if field.variable else np.ones(len(rows), np.int64)
-            fields.append(Ranges(memory, starts, self._offsets[rows, column], counts * field.row_bytes))
+            fields.append(Ranges(memory, starts, self._offsets_of(rows, column), counts * field.row_bytes))
         read_ranges(files, fields)
         for (column, _, _), ranges in zip(columns, fields, strict=True):
             self._check_crcs(files, ranges.views, rows, column)
+
+    def _offsets_of(self, rows: AnyArray, column: int) -> AnyArray:
+        """The offsets of a field of each row, int64 `[n]`."""
+        if isinstance(self._offsets, PackedOffsets):
+            return self._offsets.at(rows, column)
+        offsets: AnyArray = self._offsets[rows, column]
+        return offsets
 
     def _read_blocks(self, files: Files, rows: AnyArray, samples: list[Sample]) -> None:
         """Read the fields of samples in blocks: slices of flat arrays."""
