@@ -139,7 +139,7 @@ LAYERS = {
         ["mirror", "paths", "shard_cache"],
         ["reading"],
         ["network"],
-        ["atomic", "checksum", "process_pool"],
+        ["atomic", "checksum", "memory", "process_pool"],
         ["locks"],
     ],
     "samplers.shards.storage.network": [
