@@ -139,7 +139,7 @@ LAYERS = {
         ["mirror", "paths", "shard_cache"],
         ["reading", "process_pool", "untrusted"],
         ["network"],
-        ["atomic", "checksum"],
+        ["atomic", "checksum", "memory"],
         ["locks"],
     ],
     "samplers.shards.storage.network": [

@@ -90,6 +90,7 @@ LOADERS: Final = {
 # Older checkouts do not have these.
 if "ReadAheadLoader" in samplers.__all__:
     LOADERS["ReadAheadLoader"] = Loader(write, read_ahead, blocks, CHECKS, "shards", workers=(0,))
-if "memory_map" in inspect.signature(ShardDataset.__init__).parameters:
-    mapped = partial(by_index, memory_map=True)
-    LOADERS["ShardDataset, memory_map=True"] = Loader(write, mapped, blocks, CHECKS, "shards", workers=(0, 1, 2))
+for option in ("memory_map", "in_memory"):
+    if option in inspect.signature(ShardDataset.__init__).parameters:
+        chosen = partial(by_index, **{option: True})
+        LOADERS[f"ShardDataset, {option}=True"] = Loader(write, chosen, blocks, CHECKS, "shards", workers=(0, 1, 2))

@@ -24,6 +24,7 @@ from samplers.shards.sample_reader import SampleReader, select_columns
 from samplers.shards.skipping import Failed, Handler, is_damage, make_skipping, read_apart
 from samplers.shards.split_dataset import PieceCutter, PieceTable, check_range
 from samplers.shards.storage.atomic import local_path
+from samplers.shards.storage.memory import ShardMemory
 from samplers.shards.storage.network.counts import UNCOUNTED, Counts
 from samplers.shards.storage.network.transport import DEFAULT, Transport, check_transport
 from samplers.shards.storage.reading import Shards
@@ -31,7 +32,9 @@ from samplers.shards.storage.shard_cache import CACHE_BYTES, ShardCache, make_ca
 from samplers.shards.unread import UnreadSamples
 
 # Attributes that are not pickled. Those of release 0.1 are among them.
-_OF_A_PROCESS: Final = frozenset(["_tables", "_reader", "_followed", "is_local", "_files", "_checked", "_process"])
+_OF_A_PROCESS: Final = frozenset(
+    ["_tables", "_reader", "_followed", "is_local", "_files", "_checked", "_process", "_memory"]
+)
 
 
 class ShardDataset(Dataset[Sample]):
@@ -46,7 +49,7 @@ class ShardDataset(Dataset[Sample]):
 
     # Of the class, since former pickles have none.
     _pieces: PieceCutter | None = None
-    _memory_map = False
+    _memory_map = _in_memory = False
     _transport = DEFAULT
     _read_ahead_bytes = 0
     _counts: Counts = UNCOUNTED
@@ -64,6 +67,7 @@ class ShardDataset(Dataset[Sample]):
         decode: Mapping[str, Decoder] | None = None,
         checksums: bool = True,
         memory_map: bool = False,
+        in_memory: bool = False,
         handler: Handler | None = None,
         max_failed: float | None = None,
         transport: Transport | None = None,
@@ -83,6 +87,8 @@ class ShardDataset(Dataset[Sample]):
             memory_map: Copy whole batches from memory maps of local shards, without a system call for each sample. Then
                 nobody may write to the shards: one that is cut while it is copied from ends the process by a signal.
                 The pages that were read count as memory of the process, although the system can take them back.
+            in_memory: Copy whole batches from memory, into which each local shard is read when one of its samples is
+                first needed. It needs memory for all shards. Forked workers share it; others have their own.
             handler: Called with the error of a sample of a batch that cannot be read. It returns True to skip the
                 sample, or False to raise, as `webdataset.warn_and_continue` does. None raises.
             max_failed: Fraction of samples that may be skipped, 0 to 1. None is a tenth, but at least 99 samples.
@@ -98,15 +104,20 @@ class ShardDataset(Dataset[Sample]):
             OSError: The index cannot be read, if it is remote after all retries.
             TypeError: `fields` is a single string, `decode` a function, `handler` not a function, `max_failed` not a
                 number, or `transport` not a `Transport`.
-            ValueError: The index is damaged or of other shards, a field does not exist, or `max_failed` is not
-                between 0 and 1.
+            ValueError: The index is damaged or of other shards, a field does not exist, `max_failed` is not between 0
+                and 1, or `in_memory` is given for remote shards, or together with `memory_map`.
         """
         if isinstance(fields, str):
             raise TypeError(f"fields must be a list of names, got the string {fields!r}")
         self._transport = check_transport(transport)
         self.index = _open_index(shards, index, self._transport)
         self._tables = tables_of(self.index)
-        self._memory_map = memory_map
+        self._memory_map, self._in_memory = memory_map, in_memory
+        if in_memory and (memory_map or not self.is_local):
+            raise ValueError(
+                "in_memory must be False with memory_map=True, and for remote shards: give cache=FOLDER for these"
+            )
+        self._memory = self._make_memory()
         self._read_ahead_bytes = check_read_ahead(read_ahead_bytes)
         if not self.is_local:
             self._counts = Transfers()
@@ -266,12 +277,21 @@ class ShardDataset(Dataset[Sample]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._tables = tables_of(self.index)
+        self._memory = self._make_memory()
         self._forget()
+
+    def _make_memory(self) -> ShardMemory | None:
+        return ShardMemory([shard.size for shard in self._tables.shards]) if self._in_memory else None
 
     def _forget(self) -> None:
         """Start without the state of another process: open files, and the blocks that were checked."""
         self._reader = SampleReader(
-            self._tables, self._columns, self._decode, checksums=self._check_crcs, shards=self._open_shards()
+            self._tables,
+            self._columns,
+            self._decode,
+            checksums=self._check_crcs,
+            shards=self._open_shards(),
+            memory=self._memory,
         )
         self._followed: FollowedBatches | None = None
         if self._sampler is not None and self._read_ahead_bytes and not self.is_local:

@@ -10,6 +10,7 @@ import numpy as np
 from samplers.shards.field_value import check_length, decode_field
 from samplers.shards.format.keys import decode_key
 from samplers.shards.format.npy import AnyArray
+from samplers.shards.format.packed_offsets import PackedOffsets
 from samplers.shards.format.samples import Sample
 from samplers.shards.indexing.index_file import REBUILD
 from samplers.shards.indexing.measuring import Decoder
@@ -17,6 +18,7 @@ from samplers.shards.indexing.tables import Field, Tables
 from samplers.shards.indexing.verify import ReadColumns, check_block, find_headers
 from samplers.shards.opening.open_shards import Files, OpenShards
 from samplers.shards.storage.checksum import crc32
+from samplers.shards.storage.memory import ShardMemory
 from samplers.shards.storage.network.failures import shown
 from samplers.shards.storage.network.remote import RemoteFile, prefetch
 from samplers.shards.storage.reading import RandomAccess, Ranges, fill_again, fill_all, read_ranges
@@ -35,6 +37,7 @@ class SampleReader:
         decode: Functions from bytes, for fields in encodings of the user.
         checksums: Compare what is read with the checksums of the index, if it has any.
         shards: Opens shards.
+        memory: Where whole shards are kept, from which batches are copied. None reads them for each batch.
     """
 
     def __init__(
@@ -45,8 +48,9 @@ class SampleReader:
         *,
         checksums: bool,
         shards: OpenShards,
+        memory: ShardMemory | None = None,
     ) -> None:
-        self.shards = shards
+        self.shards, self._memory = shards, memory
         self.tables, self.columns, self._decode = tables, columns, decode
         # Plain arrays: to index a memory map takes twice as long.
         self.lengths = np.asarray(tables.lengths)
@@ -54,6 +58,8 @@ class SampleReader:
         self._crcs = None if tables.crcs is None or not checksums else np.asarray(tables.crcs)
         self._checked = np.zeros(0 if tables.blocks is None else len(tables.blocks), np.bool_)
         self._all_are_checked = False
+        # Samples in memory do not change. So each is compared with its checksum once.
+        self._compared = None if memory is None or self._crcs is None else np.zeros(self._crcs.shape, np.bool_)
         # Row and column of what was read a second time. A damaged sample is read again only once, not for each search.
         self._read_again: set[tuple[int, int]] = set()
 
@@ -90,6 +96,9 @@ class SampleReader:
             steps: Their lengths in the index, int64 `[B, K]`.
             targets: For each field, where its samples go.
         """
+        if self._memory is not None:
+            self._copy_into(self._memory, rows, steps, targets)
+            return
         if (shard := self.shards.find_one(rows)) is not None:
             # One file is read in any order.
             self._read_part_into([(self.shards.open(shard), slice(0, len(rows)))], rows, steps, targets)
@@ -97,7 +106,7 @@ class SampleReader:
         order = np.argsort(rows, kind="stable")
         done = 0
         for part, shards, borders in self.shards.split(rows[order]):
-            within = order[done : done + len(part)]
+            within = order if len(part) == len(rows) else order[done : done + len(part)]
             cut = {name: (memory, starts[within]) for name, (memory, starts) in targets.items()}
             self._read_part_into(self.shards.open_all(shards, borders), part, steps[within], cut)
             done += len(part)
@@ -106,15 +115,57 @@ class SampleReader:
         """Read rows whose shards are open."""
         if self.tables.blocks is not None:
             self._check_blocks(files, rows, self.tables.blocks)
-        columns = [column for column in self.columns if column[1].name in targets]
-        fields = []
-        for column, field, length_column in columns:
-            memory, starts = targets[field.name]
-            counts = steps[:, length_column] if field.variable else np.ones(len(rows), np.int64)
-            fields.append(Ranges(memory, starts, self._offsets[rows, column], counts * field.row_bytes))
-        read_ranges(files, fields)
-        for (column, _, _), ranges in zip(columns, fields, strict=True):
+        fields = self._ranges_of(rows, steps, targets)
+        read_ranges(files, [ranges for _, ranges in fields])
+        for column, ranges in fields:
             self._check_crcs(files, ranges.views, rows, column)
+
+    def _copy_into(self, memory: ShardMemory, rows: AnyArray, steps: AnyArray, targets: Mapping[str, Target]) -> None:
+        """Copy rows from memory, into which their shards are read first.
+
+        Raises:
+            ValueError: The index says that a sample is not within its shard, or a checksum differs.
+        """
+        shards = self.shards.shards_of(rows)
+        for shard in memory.missing(shards):
+            self._keep(memory, shard)
+        for column, ranges in self._ranges_of(rows, steps, targets):
+            ranges.check()
+            if (ranges.offsets < 0).any() or (ranges.offsets + ranges.sizes > memory.sizes[shards]).any():
+                raise ValueError(f"the index says that a sample is not within its shard: {REBUILD}")
+            starts = ranges.offsets + memory.starts[shards]
+            for view, start, end in zip(ranges.views, starts.tolist(), (starts + ranges.sizes).tolist(), strict=True):
+                view[:] = memory.bytes[start:end]
+            if self._compared is not None and not self._compared[rows, column].all():
+                for position in self._find_damaged(ranges.views, rows, column):
+                    self._refuse_damage(int(rows[position]), column)
+                self._compared[rows, column] = True
+
+    def _keep(self, memory: ShardMemory, shard: int) -> None:
+        """Read a whole shard, and compare its blocks with the index. The errors are those of other reads."""
+        file, within = self.shards.open(shard), np.arange(*self.tables.starts[shard : shard + 2])
+        if self.tables.blocks is not None:
+            self._check_blocks([(file, slice(None))], within, self.tables.blocks)
+        file.fill([memory.part(shard)], [0])
+        memory.note_read(shard)
+
+    def _ranges_of(self, rows: AnyArray, steps: AnyArray, targets: Mapping[str, Target]) -> list[tuple[int, Ranges]]:
+        """For each field to read: its column, where its values lie in the shards, and where they go."""
+        fields = []
+        for column, field, length_column in self.columns:
+            if field.name in targets:
+                memory, starts = targets[field.name]
+                counts = steps[:, length_column] if field.variable else np.ones(len(rows), np.int64)
+                offsets = self._offsets_of(rows, column)
+                fields.append((column, Ranges(memory, starts, offsets, counts * field.row_bytes)))
+        return fields
+
+    def _offsets_of(self, rows: AnyArray, column: int) -> AnyArray:
+        """The offsets of a field of each row, int64 `[n]`."""
+        if isinstance(self._offsets, PackedOffsets):
+            return self._offsets.at(rows, column)
+        offsets: AnyArray = self._offsets[rows, column]
+        return offsets
 
     def _read_blocks(self, files: Files, rows: AnyArray, samples: list[Sample]) -> None:
         """Read the fields of samples in blocks: slices of flat arrays."""
@@ -166,16 +217,22 @@ class SampleReader:
         Raises:
             ValueError: One differs. The message names the first sample.
         """
+        damaged = self._find_damaged(buffers, rows, column)
+        for file, part in files if damaged else ():
+            for position in range(*part.indices(len(rows))):
+                row = int(rows[position])
+                if position in damaged and not self._reread(file, buffers[position], row, column):
+                    self._refuse_damage(row, column)
+
+    def _find_damaged(self, buffers: Sequence[Any], rows: AnyArray, column: int) -> list[int]:
+        """Positions of the buffers that do not have the checksum in the index."""
         if self._crcs is None:
-            return
+            return []
         expected = self._crcs[rows, column].tolist()
         found = list(map(crc32, buffers))
-        if found != expected:
-            for file, part in files:
-                for position in range(*part.indices(len(rows))):
-                    row, is_same = int(rows[position]), found[position] == expected[position]
-                    if not is_same and not self._reread(file, buffers[position], row, column):
-                        self._refuse_damage(row, column)
+        if found == expected:
+            return []
+        return [position for position, checksum in enumerate(found) if checksum != expected[position]]
 
     def _reread(self, file: RandomAccess, buffer: Any, row: int, column: int) -> bool:
         """Read a sample of a remote shard once more, since a network may damage it. False if it is still damaged."""

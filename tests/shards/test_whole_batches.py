@@ -27,7 +27,9 @@ from samplers.shards.storage.reading import Ranges, read_ranges
 from samplers.shards.unread import UnreadSamples
 
 PAD = PadCollator(padding_value=0)
-MAPS = pytest.mark.parametrize("memory_map", [False, pytest.param(True, marks=pytest.mark.unix)])
+WAYS = pytest.mark.parametrize(
+    "way", [{}, pytest.param({"memory_map": True}, marks=pytest.mark.unix), {"in_memory": True}], ids=str
+)
 
 
 def assert_same_batch(batch: Any, expected: Any) -> None:
@@ -55,14 +57,14 @@ def one_by_one(data: ShardDataset, indices: list[int]) -> list[Any]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@MAPS
+@WAYS
 @given(corpus=corpora(), data=st.data())
 def test_a_batch_is_bit_for_bit_that_of_its_samples(
-    tmp_path_factory: pytest.TempPathFactory, layout: str, memory_map: bool, corpus: Any, data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory, layout: str, way: dict[str, bool], corpus: Any, data: st.DataObject
 ) -> None:
     samples, stack = corpus
     folder = write(tmp_path_factory.mktemp("c"), samples, layout=layout, block_size=2, max_samples=3, stack=stack)
-    dataset = ShardDataset(folder, memory_map=memory_map)
+    dataset = ShardDataset(folder, **way)
     indices = data.draw(st.lists(st.integers(0, len(samples) - 1), min_size=1, max_size=9))
     collate: Any = data.draw(
         st.sampled_from(
@@ -84,16 +86,16 @@ def test_a_batch_is_bit_for_bit_that_of_its_samples(
         assert_same_batch(collate(dataset.__getitems__(indices)), expected)
 
 
-@MAPS
+@WAYS
 @pytest.mark.parametrize("width", [3, 5000])
 @pytest.mark.parametrize(
     "collate", [PAD, PadCollator(padding_value=-7), VarlenCollator(-7), VarlenCollator(3, capacity=40_000)]
 )
 def test_large_and_small_batches_have_their_padding(
-    tmp_path: Path, memory_map: bool, width: int, collate: Callable[[Any], Any]
+    tmp_path: Path, way: dict[str, bool], width: int, collate: Callable[[Any], Any]
 ) -> None:
     lengths = np.random.default_rng(0).integers(0, width, 60).tolist()
-    data = ShardDataset(write(tmp_path, tokens(lengths), max_samples=17), memory_map=memory_map)
+    data = ShardDataset(write(tmp_path, tokens(lengths), max_samples=17), **way)
     for indices in ([5], [59, 3, 3, 20], list(range(40))):
         assert_same_batch(collate(data.__getitems__(indices)), collate(one_by_one(data, indices)))
 
@@ -241,7 +243,7 @@ def _identity(samples: Any) -> Any:
     return samples
 
 
-@MAPS
+@pytest.mark.parametrize("memory_map", [False, pytest.param(True, marks=pytest.mark.unix)])
 @pytest.mark.parametrize("checksums", [True, False])
 @pytest.mark.parametrize("left", [0, 1024, 7000, -4096, -700])
 def test_a_shard_that_is_cut_under_its_reader_is_an_error(
@@ -295,9 +297,9 @@ def test_a_shard_may_be_cut_and_restored_while_threads_read(tmp_path: Path) -> N
     assert outcomes
 
 
-@MAPS
-def test_damage_is_named_when_the_batch_is_collated(tmp_path: Path, memory_map: bool) -> None:
-    data = ShardDataset(write(tmp_path, tokens([30, 40, 50])), memory_map=memory_map)
+@WAYS
+def test_damage_is_named_when_the_batch_is_collated(tmp_path: Path, way: dict[str, bool]) -> None:
+    data = ShardDataset(write(tmp_path, tokens([30, 40, 50])), **way)
     offset = int(data._tables.offsets_of(np.array([1]), 0)[0])
     [shard] = tmp_path.glob("*.tar")
     with shard.open("r+b") as file:
@@ -317,12 +319,12 @@ def test_a_missing_shard_is_named_when_the_batch_is_collated(tmp_path: Path) -> 
         PAD(data.__getitems__([0, 2]))
 
 
-@MAPS
+@WAYS
 def test_a_batch_may_come_from_more_shards_than_may_be_open(
-    tmp_path: Path, memory_map: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, way: dict[str, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(open_shards, "HANDLES", 3)
-    data = ShardDataset(write(tmp_path, tokens(list(range(1, 41))), max_samples=2), memory_map=memory_map)
+    data = ShardDataset(write(tmp_path, tokens(list(range(1, 41))), max_samples=2), **way)
     asked = np.random.default_rng(0).permutation(40).tolist()
     assert_same_batch(PAD(data.__getitems__(asked)), PAD(one_by_one(data, asked)))
 
@@ -355,7 +357,7 @@ def test_a_stream_reads_no_more_than_the_batch_that_is_due(tmp_path: Path, monke
         assert rows == [8]
 
 
-@MAPS
+@pytest.mark.parametrize("memory_map", [False, pytest.param(True, marks=pytest.mark.unix)])
 def test_a_stream_gives_the_batches_of_its_plan(tmp_path: Path, memory_map: bool) -> None:
     lengths = np.random.default_rng(0).integers(0, 90, 300).tolist()
     data = ShardDataset(write(tmp_path, tokens(lengths), max_samples=50))
@@ -379,9 +381,9 @@ def test_workers_of_every_start_method_read_the_same_batches(tmp_path: Path, met
         assert_same_batch(batch, expected)
 
 
-@MAPS
-def test_an_index_that_points_outside_its_shard_is_refused(tmp_path: Path, memory_map: bool) -> None:
-    data = ShardDataset(write(tmp_path, tokens([3, 4])), memory_map=memory_map, checksums=False)
+@WAYS
+def test_an_index_that_points_outside_its_shard_is_refused(tmp_path: Path, way: dict[str, bool]) -> None:
+    data = ShardDataset(write(tmp_path, tokens([3, 4])), **way, checksums=False)
     PAD(data.__getitems__([0, 1]))
     # As if the file of the index had been written to since.
     reader = data._reader

@@ -70,7 +70,7 @@ class Field:
         """Whether its members are `.npy` files."""
         return self.suffix.endswith(".npy") or self.suffix == "npy"
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of a step. Bytes of a sample, if the size is fixed."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize

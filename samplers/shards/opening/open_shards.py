@@ -92,7 +92,7 @@ class OpenShards:
             and 2 are one part with the shards [0, 2] and the borders [0, 2, 3].
         """
         shards = self.shards_of(rows)
-        borders = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(rows)]
+        borders = [0, *((shards[1:] != shards[:-1]).nonzero()[0] + 1).tolist(), len(rows)]
         parts = []
         # A batch of short samples may come from a thousand shards.
         for first in range(0, len(borders) - 1, self.most):
@@ -124,9 +124,9 @@ class OpenShards:
             OSError: It cannot be opened.
             ValueError: Its size differs from the index.
         """
-        indexed = self._tables.shards[shard]
-        if self._cache is None or not is_remote(indexed.path):
+        if self._cache is None or not is_remote(self._tables.shards[shard].path):
             return self._open_checked(shard)
+        indexed = self._tables.shards[shard]
         file = self._cached_files.pop(shard, None)
         if file is not None and file.touch():
             self._counts.add("cache_hits")

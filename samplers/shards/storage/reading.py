@@ -97,48 +97,44 @@ class Ranges:
         Raises:
             ValueError: There is one.
         """
-        if self.starts.min() < 0 or self.sizes.min() < 0 or (self.starts + self.sizes).max() > self.memory.size:
+        if (self.starts | self.sizes).min() < 0 or (self.starts + self.sizes).max() > self.memory.size:
             raise ValueError(f"ranges must lie in the memory of {self.memory.size} bytes, got {self.starts.tolist()}")
 
 
 class LocalFile:
-    """A local file, read with `pread`, which has no file position: safe to share with threads and forked processes."""
+    """A local file, read with `pread`, which has no file position: safe to share with threads and forked processes.
+
+    Attributes:
+        path: Its path.
+        size: Its size in bytes when it was opened.
+        descriptor: Its file descriptor.
+        mapping: Its bytes, mapped. None if it is not mapped.
+    """
 
     def __init__(self, path: str, *, memory_map: bool = False) -> None:
         self.path = path
         # Opening a named pipe would wait for its writer.
         if not Path(path).is_file() and Path(path).exists():
             raise ValueError(f"{path}: not a regular file")
-        self._descriptor = os.open(path, os.O_RDONLY)
-        self.size = os.fstat(self._descriptor).st_size
-        self._mapping = _map(self._descriptor, self.size) if memory_map else None
+        self.descriptor = os.open(path, os.O_RDONLY)
+        self.size = self.find_size()
+        self.mapping = _map(self.descriptor, self.size) if memory_map else None
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         # The last reader closes the file. If the cache closed it, a thread could read from a descriptor that the
         # system has already given to another file. `close` is a default: when the program ends, `os` may be gone.
-        if hasattr(self, "_descriptor"):
-            close(self._descriptor)
+        if hasattr(self, "descriptor"):
+            close(self.descriptor)
 
-    def copy(self, ranges: Ranges, part: slice) -> bool:
-        """Copy ranges from the file's mapping. False if it has none, or the file no longer has all of them.
-
-        A program that cuts the file during the copy ends this process by a signal (SIGBUS).
-        """
-        offsets, sizes = ranges.offsets[part], ranges.sizes[part]
-        if self._mapping is None or not len(sizes):
-            return False
-        if offsets.min() < 0 or (offsets + sizes).max() > os.fstat(self._descriptor).st_size:
-            return False
-        ends = (offsets + sizes).tolist()
-        for view, start, end in zip(ranges.views[part], offsets.tolist(), ends, strict=True):
-            view[:] = self._mapping[start:end]
-        return True
+    def find_size(self) -> int:
+        """The size that the file has now."""
+        return os.fstat(self.descriptor).st_size
 
     def read(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes from `offset` on."""
         data = b""
         while (missing := min(size - len(data), _MOST_AT_ONCE)) > 0:
-            more = os.pread(self._descriptor, missing, offset + len(data))
+            more = os.pread(self.descriptor, missing, offset + len(data))
             if not more:
                 break
             data += more
@@ -150,19 +146,13 @@ class LocalFile:
         Raises:
             ValueError: The file ends before a buffer is full.
         """
-        # One call costs as much as reading 2 KiB. So dense arrays are read in runs, with the gaps between them.
-        dense = len(buffers) > 1 and 0 <= offsets[-1] - offsets[0] <= len(buffers) * _READ_THROUGH
-        for first, last in _read_runs(buffers, offsets) if dense else ():
-            self._fill_run(buffers[first:last], offsets[first:last])
-        if not dense:
-            # A call never reads more than its buffer holds. So if the sum is right, every buffer is full.
-            size = 0
-            # A buffer over 2 GiB is an error on macOS. A disk that fails gives its error again below.
-            with suppress(OSError):
-                size = sum(map(os.preadv, repeat(self._descriptor), zip(buffers, strict=True), offsets))
-            if size != sum(map(attrgetter("nbytes"), buffers)):
-                for buffer, offset in zip(buffers, offsets, strict=True):
-                    self._fill_slowly(buffer, offset)
+        # Dense arrays are read in runs, with the gaps between them.
+        if _are_dense(offsets, 0, len(offsets)):
+            for first, last in _read_runs(buffers, offsets):
+                self._fill_run(buffers[first:last], offsets[first:last])
+        elif not _fill_each(repeat(self.descriptor), buffers, offsets, sum(map(attrgetter("nbytes"), buffers))):
+            for buffer, offset in zip(buffers, offsets, strict=True):
+                self._fill_slowly(buffer, offset)
 
     def _fill_run(self, arrays: Sequence[Any], offsets: Sequence[int]) -> None:
         """Fill arrays with one call. The bytes between them are read into a buffer that is discarded."""
@@ -175,7 +165,7 @@ class LocalFile:
             end = offset + array.nbytes
         size = 0
         with suppress(OSError):
-            size = os.preadv(self._descriptor, buffers, offsets[0])
+            size = os.preadv(self.descriptor, buffers, offsets[0])
         if size != end - offsets[0]:
             for array, offset in zip(arrays, offsets, strict=True):
                 self._fill_slowly(array, offset)
@@ -188,7 +178,7 @@ class LocalFile:
         """
         remainder: Any = as_bytes(buffer)
         while len(remainder):
-            size = os.preadv(self._descriptor, (remainder[:_MOST_AT_ONCE],), offset)
+            size = os.preadv(self.descriptor, (remainder[:_MOST_AT_ONCE],), offset)
             if not size:
                 raise ValueError(truncated(self.path, self.size, offset, len(remainder)))
             remainder, offset = remainder[size:], offset + size
@@ -207,15 +197,76 @@ def read_ranges(files: Sequence[tuple[RandomAccess, slice]], fields: Sequence[Ra
     """
     for ranges in fields:
         ranges.check()
+    if _copy_mapped(files, fields) or _read_apart(files, fields):
+        return
     remote: list[Wanted] = []
     for file, part in files:
         for ranges in fields:
             if isinstance(file, RemoteFile):
                 remote.append((file, ranges.views[part], ranges.offsets[part].tolist()))
-            elif not (isinstance(file, LocalFile) and file.copy(ranges, part)):
+            else:
                 file.fill(ranges.views[part], ranges.offsets[part].tolist())
     if remote:
         fetch_into(remote)
+
+
+def _copy_mapped(files: Sequence[tuple[RandomAccess, slice]], fields: Sequence[Ranges]) -> bool:
+    """Copy ranges from the files' mappings. A program that cuts a file during the copy ends this process by a signal.
+
+    Returns:
+        False if it was not done: a file has no mapping, or no longer has all of its ranges.
+    """
+    mappings: list[memoryview] = []
+    sizes = []
+    for file, part in files:
+        if not isinstance(file, LocalFile) or file.mapping is None:
+            return False
+        mappings += [file.mapping] * (part.stop - part.start)
+        sizes.append(file.find_size())
+    for ranges in fields:
+        starts, ends = ranges.offsets.tolist(), (ranges.offsets + ranges.sizes).tolist()
+        if min(starts) < 0 or any(max(ends[part]) > size for (_, part), size in zip(files, sizes, strict=True)):
+            return False
+        for view, mapping, start, end in zip(ranges.views, mappings, starts, ends, strict=True):
+            view[:] = mapping[start:end]
+    return True
+
+
+def _read_apart(files: Sequence[tuple[RandomAccess, slice]], fields: Sequence[Ranges]) -> bool:
+    """Read ranges of local files that are no neighbours, those of all files in one pass.
+
+    Returns:
+        False if it was not done: a file is not local, ranges are neighbours, or a read has failed.
+    """
+    descriptors: list[int] = []
+    for file, part in files:
+        if not isinstance(file, LocalFile):
+            return False
+        descriptors += [file.descriptor] * (part.stop - part.start)
+    for ranges in fields:
+        offsets = ranges.offsets.tolist()
+        if any(_are_dense(offsets, part.start, part.stop) for _, part in files):
+            return False
+        if not _fill_each(descriptors, ranges.views, offsets, int(ranges.sizes.sum())):
+            return False
+    return True
+
+
+def _are_dense(offsets: Sequence[int], first: int, last: int) -> bool:
+    """Whether so many of the ranges from `first` to `last` lie near each other that they are read in runs.
+
+    One call costs as much as reading 2 KiB.
+    """
+    return last - first > 1 and 0 <= offsets[last - 1] - offsets[first] <= (last - first) * _READ_THROUGH
+
+
+def _fill_each(descriptors: Iterable[int], buffers: Sequence[Any], offsets: Iterable[int], size: int) -> bool:
+    """Fill each buffer with a call of its own. False if they do not have `size` bytes together afterwards."""
+    # A buffer over 2 GiB is an error on macOS. A disk that fails gives its error again where each is read slowly.
+    with suppress(OSError):
+        # A call never reads more than its buffer holds. So if the sum is right, every buffer is full.
+        return sum(map(os.preadv, descriptors, zip(buffers, strict=True), offsets)) == size
+    return False
 
 
 def fill_all(
