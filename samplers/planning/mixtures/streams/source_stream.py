@@ -127,6 +127,16 @@ class SourceStream(ABC):
         """Numbers by which neighbours are alike in width or cost, the most rows last: int64 `[n]`."""
 
     @property
+    def reads_windows(self) -> bool:
+        """Whether the samples of a pass are read window after window."""
+        return False
+
+    def windows_of(self, pass_number: int, batch_ids: Integers) -> Integers:
+        """The window of each of these batches of a pass: int64 `[n]`."""
+        del pass_number
+        return np.zeros(len(batch_ids), np.int64)
+
+    @property
     def has_equal_passes(self) -> bool:
         """Whether all passes have as many units; otherwise each is counted, up to the one that is asked for."""
         return True
@@ -242,10 +252,7 @@ class SourceStream(ABC):
         return StreamStart(segment.pass_number + 1) if gone == self.batches_per_pass else start
 
     def _find_order(self, pass_number: int) -> Integers:
-        size, options = self.batches_per_pass, self.table.options
-        order: Integers = np.arange(size)
-        if options.shuffle:
-            order = permute(order, size, derive_key(options.seed, pass_number, PASSES))
+        order = self._order_pass(pass_number)
         if pass_number > self.start.first_pass:
             return order
         for cut in self.start.cuts:
@@ -253,6 +260,12 @@ class SourceStream(ABC):
             arranged = self.arrange(pass_number, part, epoch=cut.epoch, num_replicas=cut.num_replicas, lead=cut.lead)
             order = np.concatenate([arranged[cut.taken :], order[cut.end :]])
         return order
+
+    def _order_pass(self, pass_number: int) -> Integers:
+        """The batch ids of a whole pass, in its order: int64 `[n]`."""
+        size, options = self.batches_per_pass, self.table.options
+        order: Integers = np.arange(size)
+        return permute(order, size, derive_key(options.seed, pass_number, PASSES)) if options.shuffle else order
 
     def _sums_of(self, pass_number: int) -> Floats:
         """Units before each batch of what the stream has of a pass, and all of them: float64 `[n + 1]`."""
