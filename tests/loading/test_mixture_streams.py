@@ -1,0 +1,207 @@
+"""Streams of mixtures: the plan of a batch sampler's laws, read from shards in windows, on any replicas and workers."""
+
+import copy
+import json
+import pickle
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from mixture_oracles import Case, check_passes, measure_errors
+from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from collate import PadCollator, VarlenCollator
+from samplers import LengthIndex, Mixture, ShardDataset, ShardStream, ShardWriter, lengths_of
+
+RNG = np.random.default_rng(5)
+SIZES = {"web": (240, 40), "books": (90, 60), "code": (160, 9)}
+LENGTHS = {name: RNG.integers(1, longest, size).tolist() for name, (size, longest) in SIZES.items()}
+STARTS = dict(zip(LENGTHS, np.cumsum([0, 240, 90]).tolist(), strict=True))
+# An example plans and reads several epochs.
+EXAMPLES = max(4, settings().max_examples // 20)
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LengthIndex]:
+    """Indexes of three corpora, in which a sample holds its index in the mixture, once for each step."""
+    indexes = {}
+    for name, lengths in LENGTHS.items():
+        folder = tmp_path_factory.mktemp(name)
+        with ShardWriter(folder, max_samples=20, block_size=8) as writer:
+            for number, length in enumerate(lengths):
+                writer.write({"__key__": f"{name}{number}", "x": np.full(length, STARTS[name] + number, np.int32)})
+        indexes[name] = ShardDataset(folder).index
+    return indexes
+
+
+def ids(samples: Any) -> list[int]:
+    """The sample indices of a batch, which is all that most tests look at."""
+    return [int(sample["x"][0]) for sample in samples]
+
+
+class StreamCase(Case):
+    """A mixture of shards and the options of a stream."""
+
+    def stream(self, corpora: Any, num_replicas: int = 1, rank: int = 0, **weights: float) -> Any:
+        mixture = Mixture(corpora, weights={**self.weights, **weights}, **self.mixture_options)
+        return ShardStream(mixture, collate_fn=ids, num_replicas=num_replicas, rank=rank, **self.options)
+
+    def ranks(self, corpora: Any, num_replicas: int) -> list[Any]:
+        try:
+            return [self.stream(corpora, num_replicas, rank) for rank in range(num_replicas)]
+        except ValueError as error:
+            # Few rows in all, and many replicas.
+            assume("last step" not in str(error) and "a batch for each" not in str(error))
+            raise
+
+
+@st.composite
+def stream_cases(draw: st.DrawFn) -> StreamCase:
+    packs = draw(st.booleans())
+    bucketed = [{"max_tokens": 160}, {"batch_size": 5}, {"max_tokens": 200, "widths": 8}]
+    packing = [{"capacity": 80}, {"capacity": 80, "rows": 2}]
+    mixture_options = {
+        "unit": draw(st.sampled_from(["tokens", "samples"])),
+        "stop": draw(st.sampled_from(["shortest", "longest", 30])),
+        "within": draw(st.sampled_from(["batch", "sample"])),
+    }
+    options = draw(st.sampled_from(packing if packs else bucketed))
+    options = options | {"seed": draw(st.integers(0, 9)), "window": draw(st.sampled_from([30, 60, 1000]))}
+    weights = {name: float(draw(st.integers(1, 4))) for name in LENGTHS}
+    return StreamCase(LENGTHS, weights, mixture_options, packs, options)
+
+
+def dealt(ranks: list[Any], steps: int | None = None) -> list[list[int]]:
+    """The batches of all ranks, step by step: all, or some."""
+    limit = range(ranks[0].remaining if steps is None else steps)
+    lists = [[batch for _, batch in zip(limit, rank, strict=False)] for rank in ranks]
+    assert {len(each) for each in lists} == {len(limit)}
+    return [batch for step in zip(*lists, strict=True) for batch in step]
+
+
+@settings(max_examples=EXAMPLES)
+@given(stream_cases(), st.integers(1, 3))
+def test_a_stream_of_a_mixture_has_its_shares_in_every_prefix(
+    corpora: Any, case: StreamCase, num_replicas: int
+) -> None:
+    # Red before: a stream took shards of one corpus only.
+    ranks = case.ranks(corpora, num_replicas)
+    seen: Counter[int] = Counter()
+    whole: list[list[int]] = []
+    for epoch in range(3):
+        batches = dealt(ranks)
+        assert len(batches) == len(ranks[0]) * num_replicas
+        assert [sorted(batch) for batch in ranks[0].plan(epoch).batches] == [sorted(batch) for batch in batches]
+        check_passes(case, batches, seen)
+        whole += batches
+    total = sum(case.weights.values())
+    errors, largest = measure_errors(case, whole, [weight / total for weight in case.weights.values()])
+    within = case.mixture_options["within"]
+    assert np.abs(errors).max() <= {"batch": 1, "sample": 2}[within] * num_replicas * largest + 1e-6
+    if within == "batch":
+        assert all(len({case.source_of(index) for index in batch}) == 1 for batch in whole)
+
+
+@settings(max_examples=EXAMPLES)
+@given(stream_cases(), st.lists(st.integers(1, 3), min_size=2, max_size=3), st.data())
+def test_a_stream_resumes_and_changes_its_mixture_anywhere(
+    corpora: Any, case: StreamCase, chain: list[int], data: st.DataObject
+) -> None:
+    case.mixture_options["within"] = "batch"
+    ranks, taken = case.ranks(corpora, chain[0]), list[list[int]]()
+    for _ in range(data.draw(st.integers(0, 1))):
+        taken += dealt(ranks)
+    for num_replicas in chain[1:]:
+        steps = data.draw(st.integers(0, len(ranks[0])))
+        taken += dealt(ranks, steps)
+        position = json.loads(json.dumps(ranks[0].position(steps)))
+        case = case._replace(weights={name: float(data.draw(st.integers(1, 9))) for name in LENGTHS})
+        mixture = Mixture(corpora, weights=case.weights, **case.mixture_options)
+        before, ranks = ranks, case.ranks(corpora, num_replicas)
+        try:
+            # The stream of the mixture before takes the new one; a new process has that alone.
+            for rank in before:
+                rank.seek(position, mixture=mixture)
+            changed = json.loads(json.dumps(before[0].next_position))
+            for rank in ranks:
+                rank.seek(changed)
+        except ValueError as error:
+            assume("last step" not in str(error) and "a batch for each" not in str(error))
+            raise
+        assert ranks[0].mixture_report() == before[0].mixture_report()
+        assert ranks[0].next_position == changed
+    check_passes(case, taken + dealt(ranks))
+
+
+def make(corpora: Any, **options: Any) -> Any:
+    mixture = Mixture(corpora, weights={"web": 2, "books": 3, "code": 1}, stop=40)
+    return ShardStream(mixture, **({"collate_fn": ids, "max_tokens": 200, "window": 60} | options))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_workers_and_saved_states_give_the_same_batches(corpora: Any, packed: bool) -> None:
+    options = {"capacity": 80, "max_tokens": None} if packed else {}
+    options = {name: value for name, value in options.items() if value is not None}
+
+    def fresh() -> Any:
+        base = {"collate_fn": ids, "window": 60} | ({"capacity": 80} if packed else {"max_tokens": 200})
+        mixture = Mixture(corpora, weights={"web": 2, "books": 3, "code": 1}, stop=40)
+        return ShardStream(mixture, **base)
+
+    expected = [list(stream) for stream in [fresh()] for _ in range(2)]
+    for workers in (0, 2):
+        stream = fresh()
+        loader = DataLoader(stream, batch_size=None, num_workers=workers)
+        assert [list(loader) for _ in range(2)] == expected
+        first = StatefulDataLoader(fresh(), batch_size=None, num_workers=workers)
+        batches = iter(first)
+        taken = [next(batches) for _ in range(7)]
+        state = pickle.loads(pickle.dumps(first.state_dict()))
+        second = StatefulDataLoader(fresh(), batch_size=None, num_workers=workers)
+        second.load_state_dict(state)
+        assert taken + list(second) == expected[0]
+        assert list(second) == expected[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_changed_mixture_reaches_workers_and_saved_states(corpora: Any, workers: int) -> None:
+    later = Mixture(corpora, weights={"web": 1, "books": 1, "code": 6}, stop=30)
+    plain = make(corpora)
+    begun = [batch for _, batch in zip(range(9), plain, strict=False)]
+    plain.seek(plain.position(9), mixture=later)
+    expected = [list(plain), list(plain)]
+
+    stream = make(corpora)
+    loader = StatefulDataLoader(stream, batch_size=None, num_workers=workers)
+    assert [batch for _, batch in zip(range(9), loader, strict=False)] == begun
+    stream.seek(stream.position(9), mixture=later)
+    running = iter(loader)
+    head = [next(running) for _ in range(5)]
+    assert head == expected[0][:5]
+    saved = pickle.loads(pickle.dumps(loader.state_dict()))
+    # Red where only the worker that loaded the state knew what had been taken before: the next epoch was another one.
+    resumed = StatefulDataLoader(
+        ShardStream(later, collate_fn=ids, max_tokens=200, window=60), batch_size=None, num_workers=workers
+    )
+    resumed.load_state_dict(saved)
+    assert [list(resumed), list(resumed)] == [expected[0][5:], expected[1]]
+    assert resumed.dataset.next_position["mixture"] == plain.next_position["mixture"]
+
+
+def test_living_workers_refuse_a_mixture_that_they_do_not_have(corpora: Any) -> None:
+    stream = make(corpora)
+    loader = DataLoader(stream, batch_size=None, num_workers=1, persistent_workers=True)
+    list(loader)
+    position = stream.position(3)
+    # A position of the same mixture reaches them.
+    stream.seek(position)
+    assert len(list(loader)) == len(stream) - 3
+    stream.seek(position, mixture=Mixture(corpora, weights={"web": 1, "books": 1, "code": 1}, stop=40))
+    with pytest.raises(RuntimeError, match="another mixture took over while this worker lived"):
+        list(loader)
+    assert len(list(DataLoader(stream, batch_size=None, num_workers=1))) == len(stream)
