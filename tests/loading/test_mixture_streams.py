@@ -12,11 +12,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mixture_oracles import Case, check_passes, measure_errors
+from served import serving
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from collate import PadCollator, VarlenCollator
-from samplers import LengthIndex, Mixture, ShardDataset, ShardStream, ShardWriter, lengths_of
+from samplers import LengthIndex, Mixture, ShardDataset, ShardStream, ShardWriter
 
 RNG = np.random.default_rng(5)
 SIZES = {"web": (240, 40), "books": (90, 60), "code": (160, 9)}
@@ -205,3 +206,144 @@ def test_living_workers_refuse_a_mixture_that_they_do_not_have(corpora: Any) -> 
     with pytest.raises(RuntimeError, match="another mixture took over while this worker lived"):
         list(loader)
     assert len(list(DataLoader(stream, batch_size=None, num_workers=1))) == len(stream)
+
+
+def test_each_source_is_read_window_after_window_by_every_replica(corpora: Any) -> None:
+    # Red where the batches of a pass were in random order, as in a batch sampler: most turns changed the window.
+    for num_replicas in (1, 2):
+        for rank in range(num_replicas):
+            stream = make(corpora, num_replicas=num_replicas, rank=rank, max_tokens=100)
+            shards: dict[int, list[tuple[int, ...]]] = {number: [] for number in range(3)}
+            for batch in stream:
+                number = sum(batch[0] >= start for start in STARTS.values()) - 1
+                source = list(stream.data.sources.values())[number]
+                local = np.array(batch) - list(STARTS.values())[number]
+                owners = np.searchsorted(source.index.starts, local, side="right") - 1
+                shards[number].append(tuple(np.unique(owners).tolist()))
+            # Windows of 60 samples are runs of three or four shards of 20: two neighbours in a window share one often.
+            for number, batches in shards.items():
+                spans = [{*first, *second} for first, second in zip(batches, batches[1:], strict=False)]
+                switches = sum(len(span) > 4 for span in spans)
+                assert switches <= 5, (number, switches, len(batches))
+
+
+def test_few_files_are_open_however_many_sources_there_are(
+    tmp_path: Path, corpora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Red where each source kept as many shards open as a corpus may.
+    folders = Path("/proc/self/fd")
+    if not folders.exists():
+        pytest.skip("counts open files in /proc")
+    monkeypatch.setattr("samplers.progress.mixtures.mixed_shards.count_handles", lambda: 16)
+    stream = make(corpora)
+    assert not [path for path in open_files(folders) if path.endswith(".tar")]
+    most = 0
+    for _ in stream:
+        most = max(most, sum(path.endswith(".tar") for path in open_files(folders)))
+    assert 0 < most <= 16
+
+
+def open_files(folder: Path) -> list[str]:
+    found = []
+    for entry in folder.iterdir():
+        try:
+            found.append(str(entry.readlink()))
+        except OSError:
+            continue
+    return found
+
+
+def test_remote_shards_of_several_corpora_are_fetched_a_window_at_a_time(tmp_path: Path, corpora: Any) -> None:
+    # Red where read groups were those of one corpus: a window was fetched again for each of its turns.
+    for name, index in corpora.items():
+        for path in map(Path, index.shards):
+            (tmp_path / f"{name}-{path.name}").write_bytes(path.read_bytes())
+        built = LengthIndex.build(str(tmp_path / f"{name}-*.tar"))
+        built.save(tmp_path / f"{name}.ltx")
+    with serving(tmp_path) as server:
+        indexes = {name: LengthIndex.open(server.url(f"{name}.ltx")) for name in corpora}
+        stream = make(indexes)
+        server.log()
+        read = [batch for _, batch in zip(range(40), stream, strict=False)]
+        log = server.log()
+    local = {name: LengthIndex.open(tmp_path / f"{name}.ltx") for name in corpora}
+    assert read == list(make(local))
+    counts = {name: count for name, count in log.items() if name.endswith(".tar")}
+    # Whole, and a second time where an epoch reads two passes, or a window that lies across a border.
+    assert counts
+    assert sum(counts.values()) <= 2.5 * len(counts)
+
+
+def test_damaged_samples_of_several_sources_are_skipped_and_counted_together(tmp_path: Path, corpora: Any) -> None:
+    indexes = dict(corpora)
+    damaged = [Path(path) for path in corpora["code"].shards]
+    for path in damaged:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    indexes["code"] = corpora["code"].moved_to(tmp_path / "*.tar")
+    # The payload of a block's values, and not its headers.
+    target = tmp_path / damaged[2].name
+    target.write_bytes(target.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="changed since it was indexed"):
+        list(make(indexes))
+    stream = make(indexes, handler=lambda _: True, max_failed=1)
+    mixed = make(indexes, handler=lambda _: True, max_failed=1)
+    whole = [index for batch in make(corpora) for index in batch]
+    try:
+        read = [index for batch in stream for index in batch]
+    except RuntimeError as error:
+        # A batch of that shard alone.
+        assert "none of a batch" in str(error)  # noqa: PT017
+        return
+    lost = Counter(whole) - Counter(read)
+    assert set(lost) <= set(range(STARTS["code"] + 40, STARTS["code"] + 60))
+    assert sum(stream.skipped[str(target)].values()) == sum(lost.values()) > 0
+    assert mixed.skipped == {}
+
+
+def test_pieces_of_split_samples_are_read_from_their_sources(corpora: Any) -> None:
+    mixture = Mixture(corpora, weights={"web": 2, "books": 3, "code": 1}, within="sample")
+    collate = VarlenCollator(capacity=30, arrange="given", rows=2)
+    stream = ShardStream(mixture, collate_fn=collate, capacity=30, rows=2, overlong="split", window=60)
+    pieces = stream._table.pieces
+    sizes = np.concatenate([mixture.sizes * 0 + mixture.sizes.sum(), [0]])
+    assert pieces is not None and len(stream.data) == sizes[0] + len(pieces.samples)
+    plan = stream.plan(0)
+    for batch, rows in zip(stream, plan.rows, strict=True):
+        documents = [index for row in rows for index in row]
+        expected = [index if index < 490 else int(pieces.samples[index - 490]) for index in documents]
+        values = batch["x"]
+        assert [int(each[0]) for each in values.sequences()] == expected
+
+
+def test_a_mixture_of_shards_is_copied_and_sent_to_a_spawned_worker(corpora: Any) -> None:
+    stream = make(corpora)
+    later = Mixture(corpora, weights={"web": 1, "books": 1, "code": 6}, stop=30)
+    stream.seek(stream.position(4), mixture=later)
+    expected = list(stream)
+    stream.set_epoch(0)
+    twin, sent = copy.copy(stream), pickle.loads(pickle.dumps(stream))
+    assert list(twin) == list(sent) == expected
+    twin.seek(stream.position(0), mixture=make(corpora)._lengths)
+    # The copy moves alone.
+    assert stream.next_position["mixture"] != twin.next_position["mixture"]
+    stream.set_epoch(0)
+    assert list(DataLoader(stream, batch_size=None, num_workers=1, multiprocessing_context="spawn")) == expected
+
+
+def test_what_a_stream_cannot_mix_names_the_way_out(corpora: Any) -> None:
+    for wrong, options, message in (
+        (
+            {"web": [3, 4], "books": [5, 1]},
+            {},
+            "source 'web' of a stream must be a LengthIndex of shards.*mixture.concat",
+        ),
+        (corpora, {"index": corpora["web"]}, "index must be None with a mixture"),
+        (corpora, {"interleave": 2}, "interleave must be 1 with a mixture.*cache"),
+        (corpora, {"collate_fn": PadCollator(widths=8)}, "widths must be the stream's"),
+        (corpora, {"fields": ["y"]}, "y"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            ShardStream(Mixture(wrong), **({"collate_fn": ids, "max_tokens": 200} | options))
+    with pytest.raises(TypeError, match="mixture must be a Mixture where one is planned"):
+        one = ShardStream(corpora["web"].shards, corpora["web"], collate_fn=ids, max_tokens=200)
+        one.seek(one.position(0), mixture=Mixture(corpora))

@@ -17,6 +17,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from samplers.planning.budget import Integers
 from samplers.planning.keyed_shuffle import derive_key, stream_keys
@@ -68,9 +69,8 @@ class WindowStream(SourceStream):
             mixed = np.empty_like(body)
             mixed[slots] = body[ranked]
             body = mixed
-        dealt = body[order]
-        rows = self._rows_of(pass_number, dealt)
-        longest = len(rows) - 1 - int(rows[::-1].argmax())
+        dealt, windows = body[order], windows[order]
+        longest = find_longest(self._rows_of(pass_number, dealt), windows == windows[-1])
         dealt[[longest, -1]] = dealt[[-1, longest]]
         return np.concatenate([head, dealt])
 
@@ -112,6 +112,24 @@ class WindowPackStream(WindowStream, PackStream):
     def _documents(self) -> IndexArray:
         documents = self.table.groupings.documents
         return np.arange(len(documents.class_of)) if documents.samples is None else documents.samples
+
+
+def find_longest(rows: Integers, is_last: npt.NDArray[np.bool_]) -> int:
+    """The batch that shall be last, because other replicas may have to share it: the last one of most rows.
+
+    It is of the window that is read last, so that no window is read for a batch of it alone; unless one of another
+    window has more than twice the rows, as where little of that window is in the epoch.
+
+    >>> find_longest(np.array([9, 5, 3, 5, 4]), np.array([False, False, True, True, True]))
+    3
+
+    Args:
+        rows: Rows of each batch, int64 `[n]`.
+        is_last: Whether it is of the window that is read last, bool `[n]`.
+    """
+    of_last = np.where(is_last, rows, 0)
+    chosen = of_last if 2 * of_last.max() >= rows.max() else rows
+    return len(rows) - 1 - int(chosen[::-1].argmax())
 
 
 def deal_lanes(windows: Integers, num_replicas: int) -> Integers:
