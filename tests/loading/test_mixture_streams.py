@@ -146,11 +146,8 @@ def make(corpora: Any, **options: Any) -> Any:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_workers_and_saved_states_give_the_same_batches(corpora: Any, packed: bool) -> None:
-    options = {"capacity": 80, "max_tokens": None} if packed else {}
-    options = {name: value for name, value in options.items() if value is not None}
-
     def fresh() -> Any:
-        base = {"collate_fn": ids, "window": 60} | ({"capacity": 80} if packed else {"max_tokens": 200})
+        base: Any = {"collate_fn": ids, "window": 60} | ({"capacity": 80} if packed else {"max_tokens": 200})
         mixture = Mixture(corpora, weights={"web": 2, "books": 3, "code": 1}, stop=40)
         return ShardStream(mixture, **base)
 
@@ -209,22 +206,31 @@ def test_living_workers_refuse_a_mixture_that_they_do_not_have(corpora: Any) -> 
 
 
 def test_each_source_is_read_window_after_window_by_every_replica(corpora: Any) -> None:
-    # Red where the batches of a pass were in random order, as in a batch sampler: most turns changed the window.
+    # Red where the batches of a pass were in random order, as in a batch sampler: all shards were needed at all times;
+    # and where replicas took neighbours in turn: each read all shards.
     for num_replicas in (1, 2):
         for rank in range(num_replicas):
-            stream = make(corpora, num_replicas=num_replicas, rank=rank, max_tokens=100)
-            shards: dict[int, list[tuple[int, ...]]] = {number: [] for number in range(3)}
-            for batch in stream:
-                number = sum(batch[0] >= start for start in STARTS.values()) - 1
-                source = list(stream.data.sources.values())[number]
-                local = np.array(batch) - list(STARTS.values())[number]
-                owners = np.searchsorted(source.index.starts, local, side="right") - 1
-                shards[number].append(tuple(np.unique(owners).tolist()))
-            # Windows of 60 samples are runs of three or four shards of 20: two neighbours in a window share one often.
-            for number, batches in shards.items():
-                spans = [{*first, *second} for first, second in zip(batches, batches[1:], strict=False)]
-                switches = sum(len(span) > 4 for span in spans)
-                assert switches <= 5, (number, switches, len(batches))
+            mixture = Mixture(corpora)
+            stream = ShardStream(
+                mixture, collate_fn=ids, max_tokens=60, window=60, num_replicas=num_replicas, rank=rank
+            )
+            local = [np.array(batch) for batch in stream if max(batch) < SIZES["web"][0]]
+            shards = [np.unique(batch // 20) for batch in local]
+            # Of the 12 shards of a pass, in windows of three: from the first batch to the last that needs it.
+            firsts, lasts = {}, {}
+            for number, each in enumerate(shards):
+                for shard in each.tolist():
+                    firsts.setdefault(shard, number)
+                    lasts[shard] = number
+            needed = [sum(firsts[shard] <= number <= lasts[shard] for shard in firsts) for number in range(len(shards))]
+            assert len(needed) > 40 // num_replicas
+            assert max(needed) <= 6
+            assert len(firsts) <= 12 // num_replicas + 3
+    short = ShardStream(Mixture(corpora, stop=24), collate_fn=ids, max_tokens=60, window=60)
+    # A third of a pass needs a third of the shards.
+    batches = [np.array(batch) for batch in short if max(batch) < SIZES["web"][0]]
+    assert len(batches) > 8
+    assert len(np.unique(np.concatenate(batches) // 20)) <= 6
 
 
 def test_few_files_are_open_however_many_sources_there_are(
@@ -253,8 +259,12 @@ def open_files(folder: Path) -> list[str]:
     return found
 
 
+def tars(log: dict[str, int]) -> dict[str, int]:
+    return {name: count for name, count in log.items() if name.endswith(".tar")}
+
+
 def test_remote_shards_of_several_corpora_are_fetched_a_window_at_a_time(tmp_path: Path, corpora: Any) -> None:
-    # Red where read groups were those of one corpus: a window was fetched again for each of its turns.
+    # Red where all batches were one read group: the first batch waited for the shards of the whole epoch.
     for name, index in corpora.items():
         for path in map(Path, index.shards):
             (tmp_path / f"{name}-{path.name}").write_bytes(path.read_bytes())
@@ -262,42 +272,42 @@ def test_remote_shards_of_several_corpora_are_fetched_a_window_at_a_time(tmp_pat
         built.save(tmp_path / f"{name}.ltx")
     with serving(tmp_path) as server:
         indexes = {name: LengthIndex.open(server.url(f"{name}.ltx")) for name in corpora}
-        stream = make(indexes)
+        # Without anything ahead, the first batch needs one window, of three shards or four.
         server.log()
-        read = [batch for _, batch in zip(range(40), stream, strict=False)]
-        log = server.log()
+        next(iter(make(indexes, read_ahead_bytes=0)))
+        assert len(tars(server.log())) <= 4
+        read = list(make(indexes))
+        counts = tars(server.log())
     local = {name: LengthIndex.open(tmp_path / f"{name}.ltx") for name in corpora}
     assert read == list(make(local))
-    counts = {name: count for name, count in log.items() if name.endswith(".tar")}
     # Whole, and a second time where an epoch reads two passes, or a window that lies across a border.
     assert counts
     assert sum(counts.values()) <= 2.5 * len(counts)
 
 
-def test_damaged_samples_of_several_sources_are_skipped_and_counted_together(tmp_path: Path, corpora: Any) -> None:
-    indexes = dict(corpora)
-    damaged = [Path(path) for path in corpora["code"].shards]
-    for path in damaged:
+@pytest.mark.parametrize("within", ["batch", "sample"])
+def test_damaged_samples_are_skipped_and_counted_over_all_sources(tmp_path: Path, corpora: Any, within: str) -> None:
+    # Red where each source counted alone: a batch lost all samples that it had of one of its sources.
+    for path in map(Path, corpora["web"].shards):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    indexes["code"] = corpora["code"].moved_to(tmp_path / "*.tar")
-    # The payload of a block's values, and not its headers.
-    target = tmp_path / damaged[2].name
-    target.write_bytes(target.read_bytes()[:2000])
-    with pytest.raises(ValueError, match="changed since it was indexed"):
-        list(make(indexes))
-    stream = make(indexes, handler=lambda _: True, max_failed=1)
-    mixed = make(indexes, handler=lambda _: True, max_failed=1)
-    whole = [index for batch in make(corpora) for index in batch]
-    try:
-        read = [index for batch in stream for index in batch]
-    except RuntimeError as error:
-        # A batch of that shard alone.
-        assert "none of a batch" in str(error)  # noqa: PT017
-        return
-    lost = Counter(whole) - Counter(read)
-    assert set(lost) <= set(range(STARTS["code"] + 40, STARTS["code"] + 60))
-    assert sum(stream.skipped[str(target)].values()) == sum(lost.values()) > 0
-    assert mixed.skipped == {}
+    target = sorted(tmp_path.iterdir())[3]
+    whole = bytearray(target.read_bytes())
+    # Values of the second block, whose checksum is then another.
+    values = np.flatnonzero(np.frombuffer(whole, np.int32, len(whole) // 4) == 3 * 20 + 9)
+    assert len(values) == LENGTHS["web"][69]
+    whole[4 * int(values[0])] ^= 1
+    target.write_bytes(whole)
+    indexes = {**corpora, "web": corpora["web"].moved_to(str(tmp_path / "*.tar"))}
+    options: Any = {"collate_fn": ids, "max_tokens": 400, "window": 60}
+    mixtures: Any = [Mixture(each, stop="longest", within=within) for each in (corpora, indexes)]  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="web69.*do not have the checksum"):
+        list(ShardStream(mixtures[1], **options))
+    stream = ShardStream(mixtures[1], handler=lambda _: True, **options)
+    whole_batches = list(ShardStream(mixtures[0], **options))
+    expected = [[each for each in batch if each != 69] for batch in whole_batches]
+    assert list(DataLoader(stream, batch_size=None, num_workers=2)) == expected
+    times = sum(batch.count(69) for batch in whole_batches)
+    assert stream.skipped == {str(target): {"damaged": times}}
 
 
 def test_pieces_of_split_samples_are_read_from_their_sources(corpora: Any) -> None:
@@ -305,8 +315,7 @@ def test_pieces_of_split_samples_are_read_from_their_sources(corpora: Any) -> No
     collate = VarlenCollator(capacity=30, arrange="given", rows=2)
     stream = ShardStream(mixture, collate_fn=collate, capacity=30, rows=2, overlong="split", window=60)
     pieces = stream._table.pieces
-    sizes = np.concatenate([mixture.sizes * 0 + mixture.sizes.sum(), [0]])
-    assert pieces is not None and len(stream.data) == sizes[0] + len(pieces.samples)
+    assert len(stream.data) == 490 + len(pieces.samples)
     plan = stream.plan(0)
     for batch, rows in zip(stream, plan.rows, strict=True):
         documents = [index for row in rows for index in row]
@@ -344,6 +353,6 @@ def test_what_a_stream_cannot_mix_names_the_way_out(corpora: Any) -> None:
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             ShardStream(Mixture(wrong), **({"collate_fn": ids, "max_tokens": 200} | options))
+    one = ShardStream(corpora["web"].shards, corpora["web"], collate_fn=ids, max_tokens=200)
     with pytest.raises(TypeError, match="mixture must be a Mixture where one is planned"):
-        one = ShardStream(corpora["web"].shards, corpora["web"], collate_fn=ids, max_tokens=200)
         one.seek(one.position(0), mixture=Mixture(corpora))
