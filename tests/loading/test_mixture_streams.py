@@ -353,6 +353,10 @@ def test_what_a_stream_cannot_mix_names_the_way_out(corpora: Any) -> None:
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             ShardStream(Mixture(wrong), **({"collate_fn": ids, "max_tokens": 200} | options))
+    # Red where only the first source was asked for its longest document.
+    collate = VarlenCollator(capacity=80, max_length=50)
+    with pytest.raises(ValueError, match="longest document of field 'x' is planned with 58"):
+        ShardStream(Mixture(corpora), collate_fn=collate, capacity=80)
     one = ShardStream(corpora["web"].shards, corpora["web"], collate_fn=ids, max_tokens=200)
     with pytest.raises(TypeError, match="mixture must be a Mixture where one is planned"):
         one.seek(one.position(0), mixture=Mixture(corpora))

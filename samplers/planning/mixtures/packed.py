@@ -50,9 +50,19 @@ class MixedPackTable(MixedTable, PackedTable):
         return self.joined_pieces
 
     @property
+    def longest_units(self) -> Integers:
+        """The longest document of all sources in each field, in units of `multiple`: int64 `[K]`."""
+        longest: Integers = np.max([stream.table.longest_units for stream in self._pack_streams], 0)
+        return longest
+
+    @property
     def dropped(self) -> int:
         """Samples that `overlong="drop"` leaves out."""
-        return sum(stream.table.dropped for stream in self.mixed.streams if isinstance(stream, PackStream))
+        return sum(stream.table.dropped for stream in self._pack_streams)
+
+    @property
+    def _pack_streams(self) -> list[PackStream]:
+        return [stream for stream in self.mixed.streams if isinstance(stream, PackStream)]
 
     def _padded_units(self, samples: Integers, batches: MixedEpoch, positions: Integers) -> Integers:
         """The steps of rows that each of the documents of these batches stands for: int64 `[n]`."""

@@ -75,6 +75,12 @@ class PackedTable(KeptEpochs):
         return self.packs.dropped
 
     @property
+    def longest_units(self) -> Integers:
+        """The longest document in each field, in units of `multiple`: int64 `[K]`."""
+        longest: Integers = self.packs.classes.units.max(0)
+        return longest
+
+    @property
     def pieces(self) -> Pieces | None:
         """Pieces of split samples, or None."""
         return self.packs.pieces
