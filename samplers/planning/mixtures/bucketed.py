@@ -207,7 +207,7 @@ def _choose_table(lengths: Lengths, options: Options, mixture: Mixture) -> Batch
             # Without a batch, the usual choice says why.
             if buckets and len(table):
                 return table
-    return choose_table(lengths, options)
+    return choose_table(lengths, options, predicts=True)
 
 
 def _join(mixture: Mixture, streams: list[SourceStream], options: Options) -> SortedLengths:

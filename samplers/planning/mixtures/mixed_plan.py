@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -15,11 +15,10 @@ from samplers.planning.mixtures.mixture import Mixture
 from samplers.planning.mixtures.sequence import MixedEpoch, lay_out
 from samplers.planning.mixtures.shares import count_batches_of, spread_phases
 from samplers.planning.mixtures.streams.source_stream import Cut, SourceStream, StreamStart
-from samplers.planning.options import EpochOptions, check_indices
+from samplers.planning.options import Options, check_indices
+from samplers.planning.pack_batches.options import PackOptions
 from samplers.planning.sorting import IndexedLengths, Lengths, digest_lengths
 from samplers.planning.tables.epoch_table import EpochTable, keep
-
-OptionsT = TypeVar("OptionsT", bound=EpochOptions)
 
 # Purpose of a key: the seed of a source.
 SOURCES: Final = 63
@@ -38,7 +37,7 @@ class PlannedSource(NamedTuple):
     offset: int
 
 
-def options_of_sources(mixture: Mixture, options: OptionsT) -> Iterator[PlannedSource]:
+def options_of_sources(mixture: Mixture, options: Options | PackOptions) -> Iterator[PlannedSource]:
     """The sources that are read, each with options of its own: its seed, and its part of `indices`.
 
     The seed depends on the name: the same lengths under two names have different shuffles, and a source keeps its own
@@ -65,7 +64,7 @@ def options_of_sources(mixture: Mixture, options: OptionsT) -> Iterator[PlannedS
                     f"source {name!r} must have a sample to plan, got none of its {size} in indices: give it the "
                     "weight 0, or leave it out"
                 )
-        yield PlannedSource(name, lengths, replace(options, **changed), offset)  # type: ignore[type-var]
+        yield PlannedSource(name, lengths, options.for_source(**changed), offset)
 
 
 class Stage(NamedTuple):

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from samplers import LengthBucketBatchSampler, LengthError, Mixture, PackingBatchSampler, plan_epoch
+from samplers import LengthBucketBatchSampler, LengthError, Mixture, PackingBatchSampler
+from samplers.planning.sorting import as_length_array
 
 SOURCES = {"web": [5, 3, 4, 4, 2, 6], "books": [9, 8, 7, 9]}
 
@@ -73,8 +74,8 @@ def test_a_source_that_cannot_be_planned_is_named() -> None:
         )
     with pytest.raises(ValueError, match="a batch for each of 9 replicas"):
         LengthBucketBatchSampler(Mixture(SOURCES), max_tokens=20, num_replicas=9, rank=0)
-    with pytest.raises(TypeError, match="give it to a batch sampler"):
-        plan_epoch(Mixture(SOURCES), max_tokens=20)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="batch samplers, ShardStream and plan_epoch take one"):
+        as_length_array(Mixture(SOURCES))  # type: ignore[arg-type]
 
 
 def test_samples_of_several_fields_stay_in_batches_of_their_own() -> None:
