@@ -115,6 +115,13 @@ class Budget:
             self._cached_rows[width] = self._find_rows(width)
         return self._cached_rows[width]
 
+    def rows_at(self, widths: Integers) -> Integers:
+        """`max_rows` of each of these widths of one field: int64 `[n]`."""
+        if self.cost is not None:
+            return np.array([self.max_rows(width) for width in widths.tolist()], np.int64)
+        most = np.full(len(widths), MANY_ROWS if self.batch_size is None else self.batch_size)
+        return most if self.max_tokens is None else np.minimum(most, self.max_tokens // np.maximum(widths, 1))
+
     @cached_property
     def _cached_rows(self) -> dict[int | tuple[int, ...], int]:
         """The results of `max_rows` so far, by width."""

@@ -169,12 +169,18 @@ def _cut_partial(
     return [even_bucket(first, batches, rows, sizer.width(first, first + batches * rows))]
 
 
-def count_windows(sorted_lengths: SortedLengths, options: Options) -> int:
-    """How many windows the corpus is split into: the batches of a bucket, and the samples of a stratum."""
+def count_windows(sorted_lengths: SortedLengths, options: Options, batches: int | None = None) -> int:
+    """How many windows the corpus is split into: the batches of a bucket, and the samples of a stratum.
+
+    Args:
+        sorted_lengths: The samples.
+        options: The budget and the window.
+        batches: What `estimate_batches` gave; None to estimate.
+    """
     if not options.shuffle:
         return 1
     if options.window is None:
-        batches = estimate_batches(sorted_lengths, options)
+        batches = estimate_batches(sorted_lengths, options) if batches is None else batches
         # The root of batches / 32, rounded to the nearest integer: 3,200 batches have 10 windows.
         wanted = (isqrt(4 * batches // BATCHES_PER_SQUARED_WINDOW) + 1) // 2
     else:
@@ -192,10 +198,12 @@ def estimate_batches(sorted_lengths: SortedLengths, options: Options) -> int:
     widths = padded_widths(lengths, options.allowed_widths)
     # NumPy takes several times as long for unique rows as for unique numbers.
     distinct, counts = np.unique(widths[:, 0] if widths.shape[1] == 1 else widths, axis=0, return_counts=True)
-    shares = 0
-    for width, count in zip(distinct.tolist(), counts.tolist(), strict=True):
-        rows = options.budget.max_rows(tuple(width) if sorted_lengths.fields > 1 else width)
-        shares += count * ((1 << 32) // max(1, rows))
+    if sorted_lengths.fields > 1:
+        rows = np.array([options.budget.max_rows(tuple(width)) for width in distinct.tolist()])
+    else:
+        rows = options.budget.rows_at(distinct)
+    # At most 1,024 shares of up to 2**32.
+    shares = int((counts * ((1 << 32) // np.maximum(rows, 1))).sum())
     return len(sorted_lengths) * shares // (len(probes) << 32)
 
 

@@ -331,8 +331,11 @@ class PoolTable(KeptEpochs, BatchTable):
             pools = self._even(pools)
         sizes = np.diff(pools.borders)
         parts = split_largest(sizes.tolist(), self.batches - self._count(pools))
-        pieces = [np.array_split(np.arange(size), part) for size, part in zip(sizes.tolist(), parts, strict=True)]
-        rows: Integers = np.array([len(piece) for batch in pieces for piece in batch])
+        # A batch of 8 rows in 3 parts: 3, 3 and 2.
+        counts = np.array(parts)
+        piece = concatenate_ranges(np.zeros_like(counts), counts)
+        whole, part = np.repeat(sizes, counts), np.repeat(counts, counts)
+        rows: Integers = whole // part + (piece < whole % part)
         starts = rows.cumsum() - rows
         by_rows = np.lexsort([-self._widths[pools.members[starts]], rows])
         starts, rows = starts[by_rows], rows[by_rows]
@@ -386,7 +389,8 @@ def make_pool_table(sorted_lengths: SortedLengths, options: Options, *, predicts
         return None
     if not 0 < len(sorted_lengths) - sorted_lengths.overlong_alone <= MANY_SAMPLES:
         return None
-    windows, batches = count_windows(sorted_lengths, options), estimate_batches(sorted_lengths, options)
+    batches = estimate_batches(sorted_lengths, options)
+    windows = count_windows(sorted_lengths, options, batches)
     table = PoolTable(sorted_lengths, (), options, pools=windows)
     # Batches of a fixed size are dealt whole, and each pool needs one. By default there are two pools. They pad less
     # than buckets, however few batches there are: 100 samples in three budgets of tokens 32 %, where buckets pad 42 %.

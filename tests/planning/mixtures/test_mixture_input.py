@@ -93,10 +93,10 @@ def test_samples_of_several_fields_stay_in_batches_of_their_own() -> None:
 def test_only_a_sampler_of_a_mixture_takes_another() -> None:
     plain = LengthBucketBatchSampler([3, 4, 5], max_tokens=9)
     with pytest.raises(
-        TypeError, match="mixture must be a Mixture for a sampler of one, got Mixture for a sampler of list"
+        TypeError, match="mixture must be a Mixture where one is planned, got Mixture for a plan of list"
     ):
         plain.seek(plain.next_position, mixture=Mixture(SOURCES))
-    with pytest.raises(TypeError, match="must be of a sampler of one, got list"):
+    with pytest.raises(TypeError, match="must be of a plan of one, got list"):
         plain.mixture_report()
     mixed = LengthBucketBatchSampler(Mixture(SOURCES), max_tokens=20)
     with pytest.raises(ValueError, match="must be the text that position"):
