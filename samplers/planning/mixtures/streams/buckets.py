@@ -9,7 +9,7 @@ from samplers.planning.budget import Integers
 from samplers.planning.mixtures.streams.source_stream import LoadedBatches, SourceStream
 from samplers.planning.schedules.schedule import SAMPLES_AT_ONCE
 from samplers.planning.sorting import IndexArray
-from samplers.planning.tables.batch_table import BatchSizes, BatchTable
+from samplers.planning.tables.batch_table import BatchTable
 from samplers.planning.tables.epoch_order import SAMPLES
 from samplers.planning.tables.pool_table import PoolTable
 
@@ -63,14 +63,14 @@ class BucketStream(SourceStream):
 
     def _count(self, table: BatchTable, samples: IndexArray, rows: Integers) -> Integers:
         """The units of batches: int64 `[n]`."""
-        return count_units(table.measure_batches(samples, rows), self.unit)
-
-
-def count_units(sizes: BatchSizes, unit: str) -> Integers:
-    """The units of batches of these sizes: int64 `[n]`."""
-    if unit == "samples":
-        return sizes.rows
-    return sizes.tokens if unit == "tokens" else sizes.rows * sizes.widths.sum(1)
+        if self.unit == "samples":
+            return rows
+        if self.unit == "tokens":
+            tokens: Integers = np.add.reduceat(table.sample_lengths(samples).sum(1), np.cumsum(rows) - rows)
+            return tokens
+        sizes = table.measure_batches(samples, rows)
+        padded: Integers = sizes.rows * sizes.widths.sum(1)
+        return padded
 
 
 def _is_stratified(table: BatchTable) -> bool:
