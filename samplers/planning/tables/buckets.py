@@ -231,6 +231,10 @@ class BucketSizer:
     def __init__(self, sorted_lengths: SortedLengths, options: Options) -> None:
         self.sorted_lengths = sorted_lengths
         self.options = options
+        # Read for every bucket.
+        self._fields = sorted_lengths.fields
+        # The width of one field depends on the first sample alone; rows and width of a bucket are asked for in turn.
+        self._last: tuple[int, tuple[int, ...]] = -1, ()
 
     def rows_from(self, first: int) -> int:
         """Rows of the batches of a bucket that starts at this sorted index."""
@@ -242,11 +246,13 @@ class BucketSizer:
 
     def width(self, first: int, last: int) -> tuple[int, ...]:
         """Padded width of each field that holds every sample of this run."""
-        if self.sorted_lengths.fields > 1:
+        if self._fields > 1:
             return self._round_up(self.sorted_lengths.lengths_between(first, last))
-        longest = int(self.sorted_lengths.lengths[self.sorted_lengths.order[first]])
-        cut = longest if self.options.max_length is None else min(longest, self.options.max_length)
-        return (padded_width(cut, self.options.allowed_widths),)
+        if self._last[0] != first:
+            longest = int(self.sorted_lengths.lengths[self.sorted_lengths.order[first]])
+            cut = longest if self.options.max_length is None else min(longest, self.options.max_length)
+            self._last = first, (padded_width(cut, self.options.allowed_widths),)
+        return self._last[1]
 
     def _round_up(self, lengths: Integers) -> tuple[int, ...]:
         """The padded width of the longest of these lengths `[n, K]`."""
