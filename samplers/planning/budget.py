@@ -59,6 +59,11 @@ class Budget:
                 object.__setattr__(self, name, check_count(name, value, least=1, hint=hint))
         if self.cost is not None and not callable(self.cost):
             raise TypeError(f"cost must be a function of (rows, width), got {self.cost!r}")
+        if self.max_tokens is None and self.batch_size is None and not getattr(self.cost, "grows_with_rows", True):
+            raise ValueError(
+                f"cost must grow with the rows of a batch where nothing else limits them, got {self.cost!r}: the whole "
+                "corpus would be one batch; give batch_size or max_tokens too, or fit the cost to steps of more rows"
+            )
         if self.count_tokens not in {"padded", "real"}:
             raise ValueError(f"count_tokens must be 'padded' or 'real', got {self.count_tokens!r}")
         if self.count_tokens == "real" and self.max_tokens is None:
