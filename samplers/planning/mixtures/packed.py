@@ -222,7 +222,7 @@ def make_pack_mixture(
 def _make_table(source: PlannedSource, windows: WindowOptions | None) -> tuple[type[PackStream], PackedTable]:
     """The rows of a source, and what makes a stream of them."""
     if windows is None:
-        return PackStream, pack_batches(source.lengths, source.options)
+        return PackStream, pack_batches(source.lengths, source.options, is_brief=True)
     index: Any = source.lengths
     return WindowPackStream, make_window_packs(index, index.starts, source.options, window=windows.samples)
 

@@ -195,8 +195,10 @@ def choose_samples(lengths: npt.NDArray[Any], options: PackOptions) -> tuple[Int
     return samples, too_short
 
 
-def build_packs(lengths: npt.NDArray[Any], options: PackOptions, indices: Integers | None) -> PackTable:
-    """The rows of these samples; the errors are those of `PackTable.build`."""
+def build_packs(
+    lengths: npt.NDArray[Any], options: PackOptions, indices: Integers | None, *, is_brief: bool = False
+) -> PackTable:
+    """The rows of these samples; the arguments and errors are those of `PackTable.build`."""
     return PackTable.build(
         lengths,
         capacity=options.capacity,
@@ -208,4 +210,5 @@ def build_packs(lengths: npt.NDArray[Any], options: PackOptions, indices: Intege
         seed=options.seed,
         shuffle=options.shuffle,
         indices=indices,
+        is_brief=is_brief,
     )
