@@ -93,8 +93,8 @@ def choose_rows(task: PackTask, best_fit: tuple[int, int] | None, *, is_brief: b
         task: What to place.
         best_fit: Rows of best-fit decreasing by the first limit alone, for the true lengths and for the slots; None
             where it is not known, with several fields.
-        is_brief: Where there is one limit, look for a rung that succeeds once, and not for the lowest that does so twice:
-            fewer attempts, for hundreds of small corpora.
+        is_brief: Where there is one limit, look for a rung that succeeds once, and not for the lowest that does so
+            twice: fewer attempts, for hundreds of small corpora.
 
     Raises:
         RuntimeError: Best-fit decreasing does not fill the rows that it takes: a fault of this module.
