@@ -1,6 +1,7 @@
 """All kinds of objects with state, and what each is held to: a new one needs some lines here."""
 
 import atexit
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -95,12 +96,13 @@ class Keys:
 
 @cache
 def _shards() -> str:
-    folder = tempfile.TemporaryDirectory()
-    atexit.register(folder.cleanup)
-    with ShardWriter(folder.name, max_samples=25, block_size=10) as writer:
+    # From Python 3.13 on a forked worker drops what is registered: a TemporaryDirectory would be collected and removed.
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with ShardWriter(folder, max_samples=25, block_size=10) as writer:
         for number, length in enumerate(LENGTHS.tolist()):
             writer.write({"__key__": f"{number}", "x": np.zeros(length, np.uint8)})
-    return folder.name
+    return folder
 
 
 def make_stream(replicas: int, rank: int, broken: int | None = None) -> ShardStream:
