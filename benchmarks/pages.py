@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from mixture_rows import MIXTURES
 from page_rows import TABLES, Cells, ratio_rows
 
 ROOT: Final = Path(__file__).parents[1]
@@ -35,7 +36,7 @@ def table(name: str) -> str:
     """A table in Markdown, with a line that names the command, the machine and the versions."""
     if name == "highlights":
         return highlights()
-    file, rows = TABLES.get(name, (name, ratio_rows))
+    file, rows = (TABLES | MIXTURES).get(name, (name, ratio_rows))
     facts = facts_of(file)
     versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
     origin = f"`{facts['command']}`, {facts['date']}, {facts['machine']}, Python {facts['python']}, {versions}"
