@@ -24,7 +24,7 @@ SIZES = {"web": (240, 40), "books": (90, 60), "code": (160, 9)}
 LENGTHS = {name: RNG.integers(1, longest, size).tolist() for name, (size, longest) in SIZES.items()}
 STARTS = dict(zip(LENGTHS, np.cumsum([0, 240, 90]).tolist(), strict=True))
 # An example plans and reads several epochs.
-EXAMPLES = max(4, settings().max_examples // 20)
+EXAMPLES = max(4, settings().max_examples // 30)
 
 
 @pytest.fixture(scope="module")
