@@ -21,7 +21,7 @@ FRAMEWORKS ?=
 # The other files of the folder are shared by these, or are for GPUs (gpu) or peers (loading).
 BENCHMARKS := collation packing transport rnn language_model planning scale shards bucketing packing_plans varlen packed_training block_masks inference
 
-.PHONY: help demo test check format lint types coverage frameworks oldest oldest-quick fuzz storm bench bench-peers gpu docs clean
+.PHONY: help demo test check format lint types coverage frameworks oldest oldest-quick fuzz storm bench bench-peers gpu docs docs-deploy clean
 
 help:
 	@echo "make demo        create the environment, then train the main job: a byte-level language model on Python's library"
@@ -36,6 +36,7 @@ help:
 	@echo "make bench-peers install other libraries in environments of their own, and measure loading next to them"
 	@echo "make gpu         all tests and measurements that need a GPU, in a few minutes"
 	@echo "make docs        build the documentation and the reference as a site: site/index.html"
+	@echo "make docs-deploy VERSION=0.2.0  add the site of a version to the branch gh-pages (PUSH=--push: and push it)"
 	@echo "make clean       remove the environment and all files that runs have made"
 
 $(READY): pyproject.toml constraints.txt
@@ -105,6 +106,13 @@ gpu: $(READY)
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/mkdocs build --strict
+	$(BIN)/python -m pytest -q tests/docs/test_site.py
+
+# A site for each minor version: v0.2.1 replaces 0.2, and is the latest, to which the root of the site leads.
+docs-deploy: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/mike deploy --update-aliases $(PUSH) $(basename $(VERSION:v%=%)) latest
+	$(BIN)/mike set-default $(PUSH) latest
 
 clean:
 	rm -rf .venv .venv-oldest $(PEERS) runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*

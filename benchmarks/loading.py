@@ -24,7 +24,6 @@ from typing import Any, Final
 from harness import save, show, show_bars
 from loaders.works import ROWS, SAMPLES, Work, make_work
 from loading_bars import by_loader, find_bars, spread
-from loading_chart import draw_loading
 from loading_process import MissingError, Process
 
 ROOT: Final = Path(__file__).resolve().parents[1]
@@ -115,7 +114,6 @@ def main() -> None:
         print(f"missing: {name}: {reason}")
     if not options.quick:
         save("loading", results)
-        draw_loading(results["works"])
 
 
 def read_options() -> argparse.Namespace:

@@ -62,9 +62,10 @@ def by_loader(contenders: Contenders) -> dict[str, dict[str, Any]]:
     for key, one in contenders.items():
         cores = "two cores" if one["workers"] or key in TWO_CORES else "one process"
         name = f"before: {one['loader']}" if one["source"] == "before" else one["loader"]
-        empty = {"one process": None, "two cores": None, "ours is": {}}
+        empty = {"one process": None, "two cores": None, "ours is": {}, "spread": {}}
         row = found.setdefault(name, {each: one[each] for each in ("source", "padding", "size", "checks")} | empty)
         row[cores] = round(median_rate(one))
+        row["spread"][cores] = [min(one["rates"]), median_rate(one), max(one["rates"])]
         row["ours is"][cores] = [round(ratio, 3) for ratio in spread(contenders[best[cores]]["rates"], one["rates"])]
     return found
 

@@ -1,6 +1,7 @@
-"""Write the tables of the documentation from the JSON files in `benchmarks/results`. Run it after a benchmark.
+"""Write tables and pictures of the documentation from the JSON files in `benchmarks/results`. Run it after a benchmark.
 
-A table is between `<!-- table NAME -->` and `<!-- end -->` on a page. A test compares every page with the results.
+A table is between `<!-- table NAME -->` and `<!-- end -->` on a page; its name is `chart-NAME` for a picture.
+A test compares all of them with the results.
 """
 
 import json
@@ -10,14 +11,20 @@ from pathlib import Path
 from typing import Any, Final
 
 from mixture_rows import MIXTURES
+from page_charts import CHARTS
 from page_rows import TABLES, Cells, ratio_rows
 
 ROOT: Final = Path(__file__).parents[1]
+PICTURES: Final = ROOT / "docs" / "pictures"
+# A figure and its unit, which a narrow column would part.
+UNIT: Final = re.compile(r"^([\d.,+-]+) (%|ms|us|s|MB)$")
 TABLE: Final = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
-    """Rewrite the tables of all pages."""
+    """Draw all pictures again, and rewrite the tables of all pages."""
+    for name in CHARTS:
+        (PICTURES / f"{name}.svg").write_text(drawn(name), encoding="utf-8")
     for page in pages():
         page.write_text(renewed(page.read_text()))
 
@@ -33,14 +40,28 @@ def renewed(text: str) -> str:
 
 
 def table(name: str) -> str:
-    """A table in Markdown, with a line that names the command, the machine and the versions."""
+    """A table or a picture in Markdown, with a line that names the command, the machine and the versions."""
     if name == "highlights":
         return highlights()
+    if name.startswith("chart-"):
+        picture = name.removeprefix("chart-")
+        file, words, _ = CHARTS[picture]
+        return f"![{words}](pictures/{picture}.svg)\n\n{origin(facts_of(file))}"
     file, rows = (TABLES | MIXTURES).get(name, (name, ratio_rows))
     facts = facts_of(file)
+    return f"{as_markdown(rows(facts['results']))}\n\n{origin(facts)}"
+
+
+def origin(facts: dict[str, Any]) -> str:
+    """The line below a table or picture: the command, the machine and the versions."""
     versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
-    origin = f"`{facts['command']}`, {facts['date']}, {facts['machine']}, Python {facts['python']}, {versions}"
-    return f"{as_markdown(rows(facts['results']))}\n\n{origin}"
+    return f"`{facts['command']}`, {facts['date']}, {facts['machine']}, Python {facts['python']}, {versions}"
+
+
+def drawn(name: str) -> str:
+    """A picture made from the present results."""
+    file, _, draw = CHARTS[name]
+    return draw(facts_of(file)["results"])
 
 
 def facts_of(file: str) -> dict[str, Any]:
@@ -114,7 +135,8 @@ def as_markdown(rows: Sequence[Cells]) -> str:
     if not rows:
         return "Not measured."
     names = list(rows[0])
-    lines = [names, ["---", *["--:"] * (len(names) - 1)], *([row[name] for name in names] for row in rows)]
+    cells = [[UNIT.sub(r"\1&nbsp;\2", row[name]) for name in names] for row in rows]
+    lines = [names, ["---", *["--:"] * (len(names) - 1)], *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -35,9 +35,6 @@ from collate.tensors.masks import device_mask
 from collate.tensors.steps import PaddingValue, gather_steps
 from collate.widths import Widths, check_widths, padded_width
 
-# The value of a derived field before it is derived; the annotation says what it is afterwards.
-_DERIVED_LATER = cast(Tensor, None)
-
 
 @travels
 @dataclass(frozen=True, eq=False, repr=False)
@@ -64,7 +61,7 @@ class LengthTrackedBatch(PaddedSequences):
         ValueError: `padded` has fewer than two axes, no row or no time step; or the permutation is not one; or the
             dtype cannot hold the padding value; or `first_step` is negative.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from collate import LengthTrackedBatch
         >>> batch = LengthTrackedBatch.from_sequences([torch.tensor([1, 2]), torch.tensor([3, 4, 5])])
@@ -80,8 +77,9 @@ class LengthTrackedBatch(PaddedSequences):
 
     padded: Tensor
     lengths: Tensor
-    mask: Tensor = _DERIVED_LATER
-    permutation: Tensor = _DERIVED_LATER
+    # None is what they are before they are derived; the annotations say what they are afterwards.
+    mask: Tensor = None  # type: ignore[assignment]
+    permutation: Tensor = None  # type: ignore[assignment]
     padding_value: PaddingValue | None = None
     first_step: int = 0
 

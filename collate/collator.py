@@ -86,7 +86,7 @@ class PadCollator:
         TypeError: An option has the wrong type.
         ValueError: An option has an impossible value.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from collate import PadCollator
         >>> collate = PadCollator(padding_value={"tokens": 0, "tags": -100})
@@ -153,7 +153,7 @@ class PadCollator:
             TypeError: The sampler lacks one of the two, or an option has the wrong type.
             ValueError: `max_length` or `widths` is given again, and differs; or an option has an impossible value.
 
-        Example:
+        Examples:
             >>> from types import SimpleNamespace
             >>> sampler = SimpleNamespace(max_length=4, widths=8)
             >>> PadCollator.for_sampler(sampler)([[1] * 9, [2]]).padded.shape, sampler.max_length

@@ -18,10 +18,11 @@ import numpy.typing as npt
 from collate.errors import LengthError
 
 Widths: TypeAlias = int | Sequence[int] | None
+"""Padded widths: None (the longest row decides), an int (a multiple of it), or the allowed widths."""
 # What `check_widths` makes of them: ascending, Python ints.
 AllowedWidths: TypeAlias = int | tuple[int, ...] | None
-# Rows and width of a batch; with several fields a width for each.
 PaddedShape: TypeAlias = tuple[int, int | tuple[int, ...]]
+"""Rows and width of a batch; with several fields a width for each."""
 
 _WIDEST: Final = 1 << 62
 _HINT: Final = "give a multiple (an int), the allowed widths (ints), or None to pad to the longest row"

@@ -68,7 +68,7 @@ class LengthBucketBatchSampler(BucketLoader, PlannedBatchSampler):
         RuntimeError: A launcher started several processes, and their process group is not initialised; or accelerate
             may split the batches a second time.
 
-    Example:
+    Examples:
         >>> sampler = LengthBucketBatchSampler([3, 9, 4, 8, 3], max_tokens=20, shuffle=False)
         >>> list(sampler), sampler.epoch
         ([[1, 3], [2, 0, 4]], 1)
@@ -155,7 +155,7 @@ class PackingBatchSampler(PlannedBatchSampler):
         RuntimeError: A launcher started several processes, and their process group is not initialised; or accelerate
             may split the batches a second time.
 
-    Example:
+    Examples:
         >>> sampler = PackingBatchSampler([3, 9, 4, 8, 3, 2], capacity=10, shuffle=False)
         >>> list(sampler), sampler.epoch
         ([[1], [2, 0, 4], [3, 5]], 1)

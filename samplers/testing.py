@@ -40,7 +40,7 @@ def check_node(make: Make, *, every: int = 1) -> int:
         AssertionError: The contract is broken; the message says how, and after which item.
         ValueError: `every` is below one.
 
-    Example:
+    Examples:
         >>> from torchdata.nodes import Batcher, IterableWrapper
         >>> check_node(lambda: Batcher(IterableWrapper(range(10)), batch_size=3, drop_last=False))
         4

@@ -40,7 +40,7 @@ def renamed_arguments(**renamed: str) -> Callable[[Callable[CallParams, CallResu
     Args:
         renamed: Former name to present name. The signature that users see has the present names only.
 
-    Example:
+    Examples:
         >>> @renamed_arguments(steps="batches")
         ... def double(batches: int) -> int:
         ...     return 2 * batches

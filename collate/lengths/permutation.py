@@ -21,6 +21,7 @@ from collate.tensors.numpy_view import Int64Array, to_array
 from collate.tensors.to_device import to_device
 
 Order: TypeAlias = Literal["longest", "given"] | IntegersLike
+"""Order of rows: `"longest"` first, `"given"`, or a permutation `[B]`, whose row i is sample `order[i]`."""
 
 
 def row_order(lengths: Int64Array, order: Order) -> Int64Array:

@@ -18,6 +18,7 @@ from collate.tensors.steps import PaddingValue
 from collate.widths import check_count
 
 IntegersLike: TypeAlias = Tensor | HostArray | Sequence[int]
+"""Integers, as lengths are given: a tensor, a NumPy array or a list."""
 
 
 def check_batch_lengths(lengths: IntegersLike, rows: int, width: int) -> Tensor:

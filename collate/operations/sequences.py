@@ -123,7 +123,7 @@ class PaddedSequences:
             LengthError: The lengths or the mask were written to.
             ValueError: A key names something else.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from collate import LengthTrackedBatch
             >>> batch = LengthTrackedBatch.from_sequences([torch.tensor([5, 6, 7]), torch.tensor([8])])

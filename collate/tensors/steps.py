@@ -28,6 +28,7 @@ from collate.tensors.numpy_view import CARRIERS, Int64Array, shares_memory
 from collate.tensors.to_device import to_device
 
 PaddingValue: TypeAlias = int | float | bool
+"""What padding time steps hold: a number, or a bool for bool tensors."""
 
 # From this many bytes on, time steps are copied as records on the host.
 MANY_BYTES: Final = 1 << 17

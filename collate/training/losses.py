@@ -16,7 +16,9 @@ from collate.training.sequences import SequenceBatch, count_labelled_steps, labe
 from collate.widths import check_count
 
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""From outputs `[M, *G]` and targets `[M, ...]` to losses `[M]`: a loss with `reduction="none"`."""
 Reduction: TypeAlias = Literal["token", "sequence", "sum"]
+"""What a loss is the mean of: real steps, or sequences; or the sum over real steps."""
 
 
 def sequence_loss(

@@ -23,8 +23,8 @@ except ImportError:
     # Windows has no such module: there `peak_resident` raises an error that says so.
     resource = None
 
-# A call of the user's function: rows, and the width as the shapes give it (a tuple for several fields).
 SizedStep: TypeAlias = Callable[[int, Any], object]
+"""Runs a training step: called with rows and a width (several fields: a tuple of widths)."""
 # Inside, a width is always a tuple, with one entry for each field.
 FieldWidths: TypeAlias = tuple[int, ...]
 

@@ -9,6 +9,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils.rnn import PackedSequence
 
 RnnState: TypeAlias = Tensor | tuple[Tensor, ...]
+"""State of a recurrent module: `[layers, B, H]`; of an LSTM two of them."""
 
 # What a call of these modules runs, unless it was replaced.
 _FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (nn.RNN, nn.GRU, nn.LSTM)}

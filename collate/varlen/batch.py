@@ -69,7 +69,7 @@ class VarlenBatch(KernelViews):
         ValueError: The values have fewer than two axes, no row or no step; the permutation is not one; the dtype
             cannot hold the padding value; or C is no multiple of `align`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from collate import VarlenBatch
         >>> samples = [torch.tensor([1, 2]), torch.tensor([3, 4, 5]), torch.tensor([6])]

@@ -57,7 +57,7 @@ class VarlenCollator:
         TypeError: An option has the wrong type.
         ValueError: An option has an impossible value.
 
-    Example:
+    Examples:
         >>> from collate import VarlenCollator
         >>> collate = VarlenCollator({"tokens": 0, "tags": -100}, capacity=4)
         >>> one = {"tokens": [7], "tags": [1], "id": "a"}
@@ -116,7 +116,7 @@ class VarlenCollator:
             ValueError: An option of the sampler is given again, and differs; it is missing for a field; the sampler has
                 `max_cost` and several rows in a batch; or an option has an impossible value.
 
-        Example:
+        Examples:
             >>> from types import SimpleNamespace
             >>> VarlenCollator.for_sampler(SimpleNamespace(capacity=8, max_documents=3, multiple=2))
             VarlenCollator(capacity=8, align=2, max_documents=3, arrange='given', PadCollator(padding_value=0, \

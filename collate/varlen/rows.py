@@ -12,6 +12,7 @@ from collate.varlen.best_fit import cut_fields, cut_in_order, pack_best_fit, pac
 from collate.widths import check_count
 
 Arrange: TypeAlias = Literal["best-fit", "given"]
+"""How documents are arranged in rows: `"best-fit"` packs the list into few rows, `"given"` keeps its order."""
 # The documents in row order, int64 `[N]`, and the number of documents of each row, int64 `[R]`.
 DocumentOrder: TypeAlias = tuple[Int64Array, Int64Array]
 

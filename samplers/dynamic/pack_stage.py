@@ -55,7 +55,7 @@ def pack_by_length(
         TypeError: An option has the wrong type.
         ValueError: An option is out of its range, or `capacity` is not a multiple of `multiple`.
 
-    Example:
+    Examples:
         >>> stage = pack_by_length(len, capacity=4, buffer_size=4)
         >>> list(stage(["a", "bbb", "cc", "dd", "e"]))
         [['a', 'bbb'], ['cc', 'dd'], ['e']]

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 from samplers.shards.skipping import MissingFieldError
 
 Length: TypeAlias = Callable[[Any], int] | str | int
+"""Length of a sample: a function, or the field that holds the sequence or its length."""
 
 
 def length_of(sample: Any, length: Length) -> int:

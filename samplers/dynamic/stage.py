@@ -68,7 +68,7 @@ def bucket_by_length(
         TypeError: An option has the wrong type.
         ValueError: No budget is given, or an option is out of its range.
 
-    Example:
+    Examples:
         >>> stage = bucket_by_length(len, max_tokens=6, buffer_size=4)
         >>> list(stage(["a", "bbb", "cc", "ddd", "e"]))
         [['a', 'cc'], ['bbb', 'ddd'], ['e']]

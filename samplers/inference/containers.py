@@ -25,6 +25,7 @@ from samplers.inference.run_record import RunRecord
 from samplers.inference.saved_result import SavedResult
 
 ContainerKind: TypeAlias = Literal["list", "numpy", "torch"]
+"""What the outputs come back in, where they are not written to a file."""
 # Outputs that wait for a flush take at most this many bytes, however long it is until then.
 _LARGEST_BUFFER: Final = 1 << 28
 

@@ -91,7 +91,7 @@ def run_in_order(
         ValueError: There is no budget, or an option is out of its range; lengths are not those of the dataset; `out` is
             of another run or damaged; or outputs are not one for each row, or differ in dtype or shape.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from collate import PadCollator, masked_mean
         >>> texts = [torch.tensor([4.0, 2.0]), torch.tensor([1.0]), torch.tensor([3.0, 3.0, 9.0])]

@@ -7,8 +7,8 @@ from samplers.batch_sampler import LengthBucketBatchSampler, PackingBatchSampler
 from samplers.planning.sorting import IndexedLengths
 from samplers.sources.lengths_of import lengths_of
 
-# The column whose lengths count, the lengths themselves, or a function from a dataset to them.
 LengthsOf: TypeAlias = str | Callable[[Any], Any] | Any
+"""The column whose lengths count, the lengths themselves, or a function from a dataset to them."""
 
 
 def resolve_lengths(dataset: Any, lengths: LengthsOf) -> Any:

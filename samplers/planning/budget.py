@@ -11,9 +11,13 @@ import numpy.typing as npt
 from collate.widths import check_count
 
 Integers: TypeAlias = npt.NDArray[np.int64]
+"""An int64 array."""
 Floats: TypeAlias = npt.NDArray[np.float64]
+"""A float64 array."""
 Count: TypeAlias = Literal["padded", "real"]
+"""What a budget counts: padded time steps (rows x width), or real ones (the sum of lengths)."""
 Cost: TypeAlias = Callable[[Integers, Integers], Any]
+"""From rows int64 `[n]` and widths int64 `[n]` (K fields: `[n, K]`) to costs `[n]`; 1 is a full batch."""
 
 # More rows than any corpus holds, and few enough that rows x width stays within int64.
 MANY_ROWS: Final = 1 << 40
@@ -36,7 +40,7 @@ class Budget:
         TypeError: A limit is not an int, or `cost` is not callable.
         ValueError: A limit is below one, no limit is given, or `count_tokens` is unknown or has no `max_tokens`.
 
-    Example:
+    Examples:
         A budget of 20 padded tokens holds 2 rows of width 9, and 5 rows of width 4:
 
         >>> budget = Budget(max_tokens=20)

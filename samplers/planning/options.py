@@ -14,7 +14,9 @@ from samplers.planning.budget import Budget, Cost, Count
 from samplers.sources.masked import refuse_masked
 
 Overlong: TypeAlias = Literal["error", "drop", "alone"]
+"""What happens to a sample that alone exceeds the budget: an error, left out, or a batch of one row."""
 Indices: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
+"""Indices of samples."""
 
 LARGEST_SEED: Final = (1 << 64) - 1
 

@@ -99,7 +99,7 @@ class EpochPlan(Generic[TableT]):
             ValueError: Neither or both of the first two are given, one is below 1, or labels are not one number from 0
                 on for each sample.
 
-        Example:
+        Examples:
             >>> updates = plan_epoch([5, 4, 4, 3, 2, 2], batch_size=1, shuffle=False).updates(step_tokens=8)
             >>> updates.batches.tolist(), updates.tokens.tolist()
             ([2, 2, 2], [9, 7, 4])

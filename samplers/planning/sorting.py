@@ -61,6 +61,7 @@ class RankedLengths(IndexedLengths, Protocol):
 
 
 Lengths: TypeAlias = npt.ArrayLike | IndexedLengths
+"""Lengths of samples in time steps: integers `[N]` or `[N, K]` for K fields, or an index that holds them."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -143,7 +143,7 @@ class PlannedLoader:
             ValueError: Neither or both of the first two are given, one is below 1, or labels are not one number from 0
                 on for each sample.
 
-        Example:
+        Examples:
             >>> from samplers import LengthBucketBatchSampler
             >>> sampler = LengthBucketBatchSampler([5, 4, 4, 3, 2, 2], batch_size=1, shuffle=False)
             >>> updates = sampler.updates(step_tokens=8)

@@ -11,6 +11,7 @@ from samplers.planning.sorting import IndexedLengths, Lengths
 from samplers.planning.tables.epoch_table import EpochTable
 
 PositionDict: TypeAlias = dict[str, int | str]
+"""A place in an epoch, as JSON holds it."""
 
 POSITION_VERSION: Final = 2
 # The version of the first release, which had other plans.

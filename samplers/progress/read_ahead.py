@@ -34,7 +34,7 @@ class ReadAheadLoader(DataLoader[Any]):
         TypeError: `prefetch_batches` is not an int.
         ValueError: It is less than 1, or workers are asked for.
 
-    Example:
+    Examples:
         >>> from collate import PadCollator
         >>> from samplers import LengthBucketBatchSampler, ReadAheadLoader
         >>> data = [[1, 2, 3], [4], [5, 6]]

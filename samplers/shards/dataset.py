@@ -152,7 +152,7 @@ class ShardDataset(Dataset[Sample]):
             TypeError: It is something else.
             ValueError: The sampler gives the batches of all ranks.
 
-        Example:
+        Examples:
             >>> sampler = LengthBucketBatchSampler(dataset.index, max_tokens=8000)  # doctest: +SKIP
             >>> loader = DataLoader(dataset.follow(sampler), batch_sampler=sampler)  # doctest: +SKIP
         """

@@ -24,6 +24,7 @@ from collate.errors import LengthError
 from samplers.shards.skip_counts import Tally
 
 Handler: TypeAlias = Callable[[Exception], Any]
+"""Called with an error: returns True to skip the sample, False to raise."""
 RowIndices: TypeAlias = npt.NDArray[Any]
 
 # This many failures in a row are not an accident.

@@ -16,6 +16,7 @@ from samplers.sources.extras import load_extra
 # What counts in a text.
 TextUnit: TypeAlias = Literal["bytes", "characters"]
 LengthArray: TypeAlias = npt.NDArray[np.int64]
+"""Lengths in time steps: int64 `[N]`."""
 
 _EXTRA: Final = "convert"
 

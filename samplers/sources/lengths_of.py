@@ -51,7 +51,7 @@ def lengths_of(
         ValueError: There is no such column, it has no lengths or is text without `text`, or a row is null. The message
             has the row.
 
-    Example:
+    Examples:
         >>> rows = [{"tokens": [7, 8, 9]}, {"tokens": []}, {"tokens": [4]}]
         >>> lengths_of(rows, "tokens")
         array([3, 0, 1])

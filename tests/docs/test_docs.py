@@ -5,6 +5,7 @@ import runpy
 import sys
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
 
@@ -26,6 +27,20 @@ pages = pytest.mark.parametrize("page", PAGES["pages"](), ids=lambda page: page.
 @pages
 def test_the_tables_of_a_page_are_those_of_the_results(page: Path) -> None:
     assert PAGES["renewed"](page.read_text()) == page.read_text(), "run benchmarks/pages.py"
+
+
+@pytest.mark.parametrize("name", PAGES["CHARTS"])
+def test_a_picture_is_that_of_the_results(name: str) -> None:
+    picture = (PAGES["PICTURES"] / f"{name}.svg").read_text(encoding="utf-8")
+    assert picture == PAGES["drawn"](name), "run benchmarks/pages.py"
+    assert ElementTree.fromstring(picture).tag.endswith("svg")
+
+
+def test_targets_stand_in_benchmarks_and_in_no_page_of_the_site() -> None:
+    named = {page: re.findall(r"<!-- table ([\w-]+-targets) -->", page.read_text()) for page in PAGES["pages"]()}
+    results = ROOT / "benchmarks" / "results" / "README.md"
+    assert sorted(named.pop(results)) == sorted(name for name in PAGES["TABLES"] if name.endswith("-targets"))
+    assert [page.name for page, tables in named.items() if tables] == []
 
 
 @pages

@@ -24,6 +24,7 @@ from collate.training.restore import restored_random_state
 from collate.varlen.batch import VarlenBatch
 
 LossStep: TypeAlias = Callable[[Any], Tensor | Mapping[str, Tensor]]
+"""From a batch to a loss, or to several losses by name."""
 
 # What a step or a module may raise on a batch that it was not written for.
 RAISED = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError)

@@ -13,6 +13,7 @@ from collate.tensors.nested import columns_of, map_parts
 from collate.training.checking.variants import counts_of, drawn, holds_one_number, parts_of
 
 Collate: TypeAlias = Callable[[list[Any]], Any]
+"""From a list of samples to a batch: a `collate_fn`."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ Kernel: TypeAlias = Literal[
     "transformers_flash",
     "varlen_attn",
 ]
+"""Kernels whose arguments `VarlenBatch.kwargs_for` makes."""
 
 
 class KernelBatch(Protocol):

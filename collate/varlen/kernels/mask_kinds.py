@@ -21,6 +21,7 @@ from collate.tensors.numpy_view import Int64Array
 from collate.widths import check_count
 
 MaskKind: TypeAlias = Literal["causal", "bidirectional", "sliding", "prefix"]
+"""Which steps of its own document a step attends to."""
 
 # From row, head, query step and key step to whether the pair is allowed.
 MaskFunction: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -171,7 +171,7 @@ def fit_cost(observations: Iterable[Sequence[Any]], *, packed: bool = False, lim
             number of rows, or one time for all predicts shapes that were held out as well as the fit does, or is the
             best fit.
 
-    Example:
+    Examples:
         >>> steps = [(rows, width, 2 + 0.01 * rows * width) for rows in (4, 8, 16) for width in (20, 50, 90)]
         >>> cost = fit_cost(steps, limit=10)
         >>> cost

@@ -39,7 +39,7 @@ def optimal_widths(lengths: npt.ArrayLike, k: int) -> list[int]:
         TypeError: Lengths or `k` are not integers.
         ValueError: There are no lengths, a length is negative, they are not `[N]`, or `k` is below one.
 
-    Example:
+    Examples:
         >>> optimal_widths([3, 4, 4, 9, 10, 30], 3)
         [4, 10, 30]
     """

@@ -32,7 +32,7 @@ def plan_epoch(
         ValueError: An option is out of its range, no budget is given, no batch is left to plan, the last step has
             fewer rows than replicas, or a source needs more passes than it may have.
 
-    Example:
+    Examples:
         >>> plan = plan_epoch([3, 9, 4, 8, 3], max_tokens=20, shuffle=False)
         >>> list(plan.batches), plan.widths.tolist()
         ([[1, 3], [2, 0, 4]], [9, 4])

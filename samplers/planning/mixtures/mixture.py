@@ -15,8 +15,11 @@ from samplers.planning.mixtures.dataset import JoinedDataset
 from samplers.planning.sorting import Lengths, as_length_array
 
 Unit: TypeAlias = Literal["tokens", "samples", "padded"]
+"""What the shares of a mixture count: real time steps, samples, or padded time steps."""
 Within: TypeAlias = Literal["batch", "sample"]
+"""Whether a batch has samples of one source, or samples of several."""
 Stop: TypeAlias = Literal["shortest", "longest"] | int
+"""When an epoch ends: after the first source, after the last one, or after this many steps."""
 
 # Shares are rounded to this many parts, so that they are the same on every machine.
 SHARE_PARTS: Final = 1 << 40
@@ -61,7 +64,7 @@ class Mixture:
         ValueError: There is no source, a weight is negative, NaN or infinite, names a source that is not there or is
             missing, all weights are 0, or an option is out of its range.
 
-    Example:
+    Examples:
         >>> mixture = Mixture({"web": [5, 3, 4, 4], "books": [9, 8]}, weights={"web": 3, "books": 1})
         >>> mixture
         Mixture(web=4 samples, books=2 samples, weights={'web': 3.0, 'books': 1.0})

@@ -11,8 +11,9 @@ from collate.errors import LengthError
 from samplers.planning.budget import Integers
 
 OverlongDocuments: TypeAlias = Literal["error", "drop", "cut", "split"]
-# From lengths in steps, int64 [n] (or [n, K]), to costs [n].
+"""What happens to a document that fits in no row: an error, left out, cut by the collator, or split into pieces."""
 DocumentCost: TypeAlias = Callable[[Integers], Any]
+"""Cost of documents: from lengths int64 `[n]` (K fields: `[n, K]`) to `[n]`."""
 
 # Products of two capacities, and of a length with 30 bits of noise, stay within 63 bits.
 LARGEST_CAPACITY: Final = 1 << 31

@@ -17,6 +17,7 @@ from samplers.planning.packs.recipes import Recipes
 from samplers.planning.packs.row_count import choose_rows
 
 RowList: TypeAlias = list[list[int]]
+"""The indices of the documents of each row."""
 
 
 @overload
@@ -83,7 +84,7 @@ def pack(
         TypeError: A limit is not an int, lengths are not integers, or `cost` is not a function.
         ValueError: A limit is below 1, there are no samples, or too few for each rank to have a document in each row.
 
-    Example:
+    Examples:
         >>> pack([5, 3, 3, 3, 2], 8)
         [[0, 1], [2, 3, 4]]
         >>> pack([5, 3, 3, 3, 2], 8, ranks=2)

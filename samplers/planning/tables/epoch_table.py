@@ -10,8 +10,8 @@ from samplers.planning.options import EpochOptions
 from samplers.planning.sorting import IndexArray
 from samplers.planning.tables.epoch_order import EpochOrder
 
-# Rows, and the padded width of each field.
 Shape: TypeAlias = tuple[int, tuple[int, ...]]
+"""Rows, and the padded width of each field."""
 KeyT = TypeVar("KeyT")
 ValueT = TypeVar("ValueT")
 # Positions of two epochs may be asked for in turn, at the end of one.

@@ -49,6 +49,7 @@ from samplers.shards.format.keys import decode_all, decode_key
 from samplers.shards.format.npy import check_npy_size, decode_npy, read_npy_header
 
 Sample: TypeAlias = dict[str, Any]
+"""The fields of a sample by name, with `__key__`."""
 
 NO_SAMPLES: Final = "holds no samples: members must be named KEY.SUFFIX"
 

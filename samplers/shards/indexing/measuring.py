@@ -28,10 +28,10 @@ from typing import Any, TypeAlias
 from samplers.shards.format.header_lengths import HeaderLength
 from samplers.sources.masked import refuse_masked
 
-# (field, bytes) -> steps.
 LengthOf: TypeAlias = Callable[[str, bytes], int]
-# Bytes of a member to a value.
+"""From a field and the bytes of its member to the length in time steps."""
 Decoder: TypeAlias = Callable[[bytes], Any]
+"""From the bytes of a member to a value."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from samplers.shards.format.packed_offsets import PackedOffsets
 Rates: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
 
 Layout: TypeAlias = Literal["plain", "blocks"]
+"""How shards are written: a member for each sample and field, or blocks of many samples."""
 
 # Arrays of `Tables` and their dtypes, little-endian.
 ARRAYS: Final = {"lengths": "<i4", "keys": "S", "offsets": "<i8", "sizes": "<i8", "crcs": "<u4", "blocks": "<i8"}

@@ -20,6 +20,7 @@ from samplers.shards.storage.network.remote import RemoteFile, Wanted, as_bytes,
 from samplers.shards.storage.network.transport import DEFAULT, Transport
 
 Shards: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+"""A folder, an index file, or shards: paths, brace patterns, wildcards or URLs; one or several."""
 
 # Gaps up to this size (bytes) are read and discarded; a second read call costs more.
 _READ_THROUGH: Final = 2048

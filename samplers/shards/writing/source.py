@@ -21,8 +21,8 @@ from samplers.shards.indexing.tables import Tables
 from samplers.shards.storage.paths import expand_shards
 from samplers.shards.storage.reading import Shards
 
-# (shard, key) -> key.
 Rename: TypeAlias = Callable[[str, str], str]
+"""From a shard and a key to a new key."""
 
 # Samples of up to 32 MiB are read together, each with 4 KiB for its Python objects. A larger sample is read alone.
 _BYTES_AT_ONCE: Final = 1 << 25
