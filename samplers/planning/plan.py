@@ -31,7 +31,7 @@ T = TypeVar("T")
 TableT = TypeVar("TableT", bound=EpochTable)
 
 
-def plan_epoch(
+def plan_corpus(
     lengths: Lengths, *, epoch: int = 0, num_replicas: int = 1, **options: Unpack[PlanOptions]
 ) -> "BatchPlan":
     """An epoch of one corpus; `samplers.plan_epoch` documents the arguments, and takes mixtures too.
@@ -100,7 +100,7 @@ class EpochPlan(Generic[TableT]):
                 on for each sample.
 
         Examples:
-            >>> updates = plan_epoch([5, 4, 4, 3, 2, 2], batch_size=1, shuffle=False).updates(step_tokens=8)
+            >>> updates = plan_corpus([5, 4, 4, 3, 2, 2], batch_size=1, shuffle=False).updates(step_tokens=8)
             >>> updates.batches.tolist(), updates.tokens.tolist()
             ([2, 2, 2], [9, 7, 4])
         """

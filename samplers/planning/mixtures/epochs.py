@@ -6,8 +6,7 @@ from collate.widths import check_count
 from samplers.planning.mixtures.bucketed import make_bucket_mixture
 from samplers.planning.mixtures.mixture import Mixture
 from samplers.planning.options import PlanOptions, make_options
-from samplers.planning.plan import BatchPlan
-from samplers.planning.plan import plan_epoch as plan_corpus
+from samplers.planning.plan import BatchPlan, plan_corpus
 from samplers.planning.sorting import Lengths
 
 
