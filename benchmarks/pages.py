@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from mixture_rows import MIXTURES
 from page_charts import CHARTS
 from page_rows import TABLES, Cells, ratio_rows
 
@@ -46,7 +47,7 @@ def table(name: str) -> str:
         picture = name.removeprefix("chart-")
         file, words, _ = CHARTS[picture]
         return f"![{words}](pictures/{picture}.svg)\n\n{origin(facts_of(file))}"
-    file, rows = TABLES.get(name, (name, ratio_rows))
+    file, rows = (TABLES | MIXTURES).get(name, (name, ratio_rows))
     facts = facts_of(file)
     return f"{as_markdown(rows(facts['results']))}\n\n{origin(facts)}"
 

@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from samplers.inference.run_in_order import run_in_order
     from samplers.planning.fitting.cost_fit import fit_cost
     from samplers.planning.fitting.optimal_widths import optimal_widths
+    from samplers.planning.mixtures.epochs import plan_epoch
     from samplers.planning.mixtures.mixture import Mixture
     from samplers.planning.packs.one_list import pack
-    from samplers.planning.plan import BatchPlan, plan_epoch
+    from samplers.planning.plan import BatchPlan
     from samplers.progress.read_ahead import ReadAheadLoader
     from samplers.shard_stream import ShardStream
     from samplers.shards.dataset import ShardDataset
@@ -60,7 +61,7 @@ else:
             "optimal_widths": "samplers.planning.fitting.optimal_widths",
             "pack": "samplers.planning.packs.one_list",
             "pack_by_length": "samplers.dynamic.pack_stage",
-            "plan_epoch": "samplers.planning.plan",
+            "plan_epoch": "samplers.planning.mixtures.epochs",
             "run_in_order": "samplers.inference.run_in_order",
         },
     )

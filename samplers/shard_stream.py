@@ -1,18 +1,22 @@
 """ShardStream: collated batches of a sharded corpus, planned from its index and read window by window."""
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, TypedDict, Unpack, cast
 
 import numpy as np
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
 from collate.widths import Widths, check_count
 from samplers.planning.budget import Cost, Count
+from samplers.planning.mixtures.bucketed import make_bucket_mixture
+from samplers.planning.mixtures.mixture import Mixture
+from samplers.planning.mixtures.packed import WindowOptions, make_pack_mixture
 from samplers.planning.options import Indices, Options, Overlong, PlanOptions, make_options
 from samplers.planning.pack_batches.agreement import check_packing
 from samplers.planning.pack_batches.options import PackingOptions, PackOptions, make_pack_options
+from samplers.planning.pack_batches.packed_table import PackedTable
 from samplers.planning.pack_batches.plan import PackPlan, rows_of_steps
 from samplers.planning.pack_batches.window_packs import WindowPacks, make_window_packs
 from samplers.planning.packs.documents import DocumentCost, OverlongDocuments
@@ -20,13 +24,16 @@ from samplers.planning.plan import BatchPlan
 from samplers.planning.schedules.schedule import count_steps
 from samplers.planning.schedules.updates import RowsOf
 from samplers.planning.sorting import as_length_array
+from samplers.planning.tables.batch_table import BatchTable
 from samplers.planning.tables.clipping import check_collator
-from samplers.planning.tables.window_table import WindowTable, make_window_table
-from samplers.progress.loader import PlannedLoader
-from samplers.progress.position import check_epoch, warn_of_drop
+from samplers.planning.tables.epoch_table import EpochTable
+from samplers.planning.tables.window_table import make_window_table
+from samplers.progress.mixtures.mixed_shards import MixedShards
+from samplers.progress.position import check_epoch
 from samplers.progress.replica import find_replica
-from samplers.progress.shared_cursor import WORKERS, SharedEpochCursor, WorkerIteration
-from samplers.progress.window_reader import ShardsInOrder, StepReader
+from samplers.progress.shared_cursor import SharedEpochCursor
+from samplers.progress.stream_iterator import ReadingLoader, StreamIterator
+from samplers.progress.window_reader import ShardsInOrder
 from samplers.shards.indexing.index import LengthIndex
 from samplers.shards.indexing.measuring import Decoder
 from samplers.shards.opening.read_ahead import READ_AHEAD_BYTES
@@ -36,7 +43,7 @@ from samplers.shards.storage.reading import Shards
 from samplers.shards.storage.shard_cache import CACHE_BYTES
 
 # Not pickled: as large as the corpus has samples, and computed again from the index.
-_NOT_PICKLED: Final = "_table"
+_NOT_PICKLED: Final = "_planned"
 
 
 class StreamOptions(TypedDict, total=False):
@@ -62,8 +69,8 @@ class StreamOptions(TypedDict, total=False):
     max_cost: float | None
 
 
-class ShardStream(PlannedLoader, IterableDataset[Any]):
-    """Batches of a sharded corpus, planned from its index, and collated where they are read.
+class ShardStream(ReadingLoader, IterableDataset[Any]):
+    """Batches of a sharded corpus, or of a mixture of them, planned from indexes, and collated where they are read.
 
     A window is a run of shuffled shards. It is planned as `LengthBucketBatchSampler` plans a corpus. Samples of local
     shards are read when their batch is due; a remote shard is fetched whole, with one request. The seed and the
@@ -84,8 +91,12 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
     `PackingBatchSampler`: the stream packs, and reads pieces of split samples itself. The last batch of a window of
     packs may have fewer rows. With several fields, packs have the same windows in each epoch.
 
+    Of a `Mixture` each source is read as a corpus of its own, in windows of its own, and batches are in the order in
+    which a sampler of the mixture has them: shares are as exact, and `seek` takes another mixture. A worker keeps the
+    plan of an epoch, 8 bytes for each sample, and of remote shards its part of a window of each source.
+
     Args:
-        shards: As in `ShardDataset`.
+        shards: As in `ShardDataset`; or a `Mixture` whose sources are indexes (`LengthIndex`), of the same fields.
         index: The index of these shards, in their order, or its file; None for the files next to them.
         collate_fn: Makes a batch from a list of samples; it runs in the worker. A `PadCollator` must have the stream's
             `max_length` and `widths`, and no `widths` if the stream has none. For a function that has no attribute
@@ -108,7 +119,7 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         rank: Rank of this process; None takes that of the group or task, or 0.
 
     Attributes:
-        data: The samples by index, as a `ShardDataset`.
+        data: The samples by index, as a `ShardDataset`; of a mixture as `MixedShards`, by the plan's sample indices.
 
     Raises:
         FileNotFoundError: There is no index.
@@ -116,17 +127,17 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         LengthError: A length is negative, above every allowed width, or over the budget with `overlong="error"`.
         ValueError: An option is out of its range, no budget is given, no batch is left to plan, the last step has
             fewer rows than replicas, or `collate_fn` cuts, pads or packs samples otherwise than they are
-            planned.
+            planned; or for a mixture an index is given, or several windows to `interleave`.
         RuntimeError: A launcher started several processes, and their process group is not initialised.
     """
 
     options: Options | PackOptions
     _cursor: SharedEpochCursor
-    _table: WindowTable | WindowPacks
+    _planned: BatchTable | PackedTable
 
     def __init__(
         self,
-        shards: Shards,
+        shards: Shards | Mixture,
         index: LengthIndex | str | os.PathLike[str] | None = None,
         *,
         collate_fn: Callable[[list[Any]], Any],
@@ -157,40 +168,39 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
             self.options = make_options(cast(PlanOptions, options))
         self.interleave = check_count("interleave", interleave, least=1, hint="1 reads one window after the other")
         self.num_replicas, self.rank = find_replica(num_replicas, rank)
-        self.data = ShardsInOrder(
-            shards,
-            index,
-            fields,
-            decode=decode,
-            memory_map=memory_map,
-            handler=handler,
-            max_failed=max_failed,
-            transport=transport,
-            read_ahead_bytes=read_ahead_bytes,
-            cache=cache,
-            cache_bytes=cache_bytes,
-        )
-        self._lengths = self.data.index
-        self._table = self._make_table()
-        if isinstance(self._table, WindowPacks):
-            check_packing(collate_fn, self._table, self.data.index.fields)
-            self.data = self.data.with_pieces(self._table.pieces)
+        self._reading: dict[str, Any] = {
+            "fields": fields,
+            "decode": decode,
+            "memory_map": memory_map,
+            "handler": handler,
+            "max_failed": max_failed,
+            "transport": transport,
+            "read_ahead_bytes": read_ahead_bytes,
+            "cache": cache,
+            "cache_bytes": cache_bytes,
+        }
+        data: ShardsInOrder | MixedShards
+        if isinstance(shards, Mixture):
+            _check_mixture(index, interleave)
+            data, self._lengths = MixedShards(shards, **self._reading), shards
         else:
-            check_collator(collate_fn, self._table.sorted_lengths, self._table.options, self.data.index.fields)
+            data = ShardsInOrder(shards, index, **self._reading)
+            self._lengths = data.index
+        self._begin_with(data, self._make_table(self._lengths))
         self._cursor = SharedEpochCursor(self.num_replicas)
-        # Refuses now what could not be shared in a later epoch.
-        self._steps = count_steps(self._table, self.num_replicas)
+        self._begin_sharing()
 
     def __repr__(self) -> str:
-        data = f"{len(self.data)} samples, {len(self.data.index.shards)} shards"
+        data = f"{len(self.data)} samples, {len(self.data.shards)} shards"
         who = f"num_replicas={self.num_replicas}, rank={self.rank}"
         return f"{type(self).__name__}({data}, {self.options.describe()}, {who}, batches={len(self)})"
 
     def __len__(self) -> int:
         """Batches of this replica in a whole epoch: the same in each epoch, and on every replica."""
+        _ = self._table
         return self._steps
 
-    def __iter__(self) -> "StreamIterator":
+    def __iter__(self) -> StreamIterator:
         """An iterator over this worker's part of an epoch; it decides which epoch when it takes its first batch."""
         return StreamIterator(self, self._cursor)
 
@@ -205,9 +215,10 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
         self.__dict__.update(state)
         # A worker reads the index, which may be a memory map, instead of receiving the table.
         if _NOT_PICKLED in state:
-            self._table = replace(cast(WindowPacks, self._table), lengths=as_length_array(self.data.index))
+            self._planned = replace(cast(WindowPacks, self._planned), lengths=as_length_array(self._lengths))
         else:
-            self._table = self._make_table()
+            # Of the stage in which a training begins; the shared text tells the present one.
+            self._planned, self._seen = self._make_table(self._lengths), b""
 
     @property
     def skipped(self) -> dict[str, dict[str, int]]:
@@ -225,10 +236,11 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
 
         With several fields of packs, one number for each.
         """
-        if isinstance(self._table, WindowPacks):
+        if isinstance(self._table, PackedTable):
             cut = self._table.max_length
             return cut[0] if cut is not None and len(cut) == 1 else cut
-        return self._table.options.max_length
+        limit: int | None = self._table.options.max_length
+        return limit
 
     @property
     def widths(self) -> Widths:
@@ -248,95 +260,56 @@ class ShardStream(PlannedLoader, IterableDataset[Any]):
             TypeError: The epoch is not an int.
             ValueError: The epoch is negative.
         """
-        if isinstance(self._table, WindowPacks):
+        if isinstance(self._table, PackedTable):
             return PackPlan(self._table, check_epoch(epoch), self.num_replicas)
         return BatchPlan(self._table, check_epoch(epoch), self.num_replicas)
 
     def _rows_of(self) -> RowsOf | None:
-        return rows_of_steps if isinstance(self._table, WindowPacks) else None
+        return rows_of_steps if isinstance(self._table, PackedTable) else None
 
-    def _make_table(self) -> WindowTable | WindowPacks:
-        index = self.data.index
-        if isinstance(self.options, PackOptions):
-            return make_window_packs(index, index.starts, self.options, window=self._window, interleave=self.interleave)
-        return make_window_table(index, index.starts, self.options, self.interleave)
+    def _make_table(self, lengths: Any) -> BatchTable | PackedTable:
+        options, windows = self.options, self._window
+        if isinstance(options, PackOptions):
+            if isinstance(lengths, Mixture):
+                return make_pack_mixture(lengths, options, self.num_replicas, windows=WindowOptions(windows))
+            return make_window_packs(lengths, lengths.starts, options, window=windows, interleave=self.interleave)
+        if isinstance(lengths, Mixture):
+            return make_bucket_mixture(lengths, options, self.num_replicas, in_windows=True)
+        return make_window_table(lengths, lengths.starts, options, self.interleave)
+
+    def _begin_with(self, data: ShardsInOrder | MixedShards, table: BatchTable | PackedTable) -> None:
+        """Take these samples and batches, if the collator makes what is planned."""
+        if isinstance(table, PackedTable):
+            check_packing(self.collate_fn, table, data.fields)
+            data = data.with_pieces(table.pieces)
+        else:
+            check_collator(self.collate_fn, table.sorted_lengths, table.options, data.fields)
+        # Refuses now what could not be shared in a later epoch.
+        self._steps = count_steps(table, self.num_replicas)
+        self.data, self._planned = data, table
+
+    def _take_mixture(self, mixture: Mixture, table: EpochTable) -> None:
+        """Let another mixture take over."""
+        data = MixedShards(mixture, **self._reading)
+        data.count_on(cast(MixedShards, self.data))
+        self._begin_with(data, cast(BatchTable, table))
+        self._lengths = mixture
+        self.__dict__.pop("fingerprint", None)
+        self._share_stage()
 
 
-class StreamIterator(Iterator[Any]):
-    """One worker's part of an iteration over an epoch, or over the remainder of one.
-
-    Args:
-        stream: The stream whose batches it gives.
-        cursor: The stream's, shared with its other iterators.
+def _check_mixture(index: Any, interleave: int) -> None:
+    """Check the options that a mixture cannot have.
 
     Raises:
-        ValueError: The loader has more than 1024 workers.
+        ValueError: One is given.
     """
-
-    def __init__(self, stream: ShardStream, cursor: SharedEpochCursor) -> None:
-        info = get_worker_info()
-        self._stream, self._cursor = stream, cursor
-        self._worker, self._workers = (info.id, info.num_workers) if info else (0, 1)
-        if self._workers > WORKERS:
-            raise ValueError(f"a loader must have at most {WORKERS} workers, got {self._workers}: use fewer")
-        self._iteration: WorkerIteration | None = None
-        self._reader: StepReader | None = None
-        # Of this worker, from the start of the iteration on.
-        self._steps = 0
-
-    def __next__(self) -> Any:
-        if self._iteration is None or self._reader is None:
-            # Only now: a loader makes iterators that it never uses, and they must not take an epoch.
-            self._iteration = self._cursor.begin(self._iteration)
-            self._warn_of_drop(self._iteration)
-            self._reader = self._open(self._iteration)
-            self._steps = self._iteration.taken + len(self._reader)
-        if len(self._reader) == 0:
-            raise StopIteration
-        batch = self._stream.collate_fn(self._reader.take())
-        # After the collator, which reads local samples: a batch that failed must not be missing after a resume.
-        self._cursor.note_taken(self._iteration, self._steps - len(self._reader))
-        return batch
-
-    def state_dict(self) -> dict[str, int | str]:
-        """Where the epoch stands for this worker, in fresh primitive values, under 1 kB."""
-        iteration = self._iteration
-        start, taken = (self._cursor.peek(), 0) if iteration is None else (iteration.record.start, iteration.taken)
-        return start.as_dict(self._stream.fingerprint) | self._worker_numbers | {"taken": taken}
-
-    @property
-    def _worker_numbers(self) -> dict[str, int]:
-        """The numbers on which a state depends, by name."""
-        return {"worker": self._worker, "workers": self._workers, "num_replicas": self._stream.num_replicas}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from a state of the same worker, of as many workers and replicas; the next epoch comes after it.
-
-        Raises:
-            TypeError: The state is not a mapping, or one of its values has the wrong type.
-            ValueError: It is of other lengths, options, seed, version, workers or replicas.
-        """
-        start = self._stream.read_position(state)
-        # `taken` counts this worker's batches; with other numbers of workers or replicas they would be different
-        # batches.
-        saved = {name: state.get(name) for name in self._worker_numbers}
-        if saved != self._worker_numbers:
-            raise ValueError(
-                f"a state must be of the same worker, and of as many workers and replicas, got {saved}, this is "
-                f"{self._worker_numbers}: keep these numbers, or use position and seek, which take any"
-            )
-        taken = check_count("taken", state.get("taken"), least=0, hint="it is part of every state")
-        self._iteration, self._reader = self._cursor.load(start, taken), None
-
-    def _open(self, iteration: WorkerIteration) -> StepReader:
-        """A reader of this worker's remaining steps: worker w of n takes steps w, w + n, w + 2 n, ..."""
-        schedule = self._stream.schedule_from(iteration.record.start)
-        steps = np.arange(self._worker + iteration.taken * self._workers, schedule.steps, self._workers)
-        return StepReader(self._stream.data, schedule, self._stream.rank, steps)
-
-    def _warn_of_drop(self, iteration: WorkerIteration) -> None:
-        """Log that the previous iteration resumed from a position and was dropped; one worker logs it for all."""
-        dropped = self._cursor.dropped_before(iteration) if self._worker == 0 else None
-        if dropped is not None:
-            start, before, taken = dropped
-            warn_of_drop(start.epoch, taken, self._stream.schedule_from(start).steps - before)
+    if index is not None:
+        raise ValueError(
+            f"index must be None with a mixture, whose sources are indexes, got {index!r}: give it as a source"
+        )
+    if interleave != 1:
+        raise ValueError(
+            f"interleave must be 1 with a mixture, got {interleave}: sources take turns, so that no worker has a "
+            "window of its own; for remote shards and several workers give a cache, from which all of them read"
+        )

@@ -49,6 +49,7 @@ LAYERS = {
         ["buckets", "epoch_order", "equal_lengths", "last_step", "clipping"],
     ],
     "samplers.planning.mixtures": [
+        ["epochs"],
         ["bucketed", "packed"],
         ["mixed_table"],
         ["mixed_plan", "blending", "report"],
@@ -57,6 +58,7 @@ LAYERS = {
         ["mixture"],
         ["dataset"],
     ],
+    "samplers.planning.mixtures.streams": [["windows"], ["buckets", "packs"], ["source_stream"]],
     "samplers.planning.packs": [
         ["row_order", "one_list"],
         ["pack_table"],
@@ -74,6 +76,8 @@ LAYERS = {
         ["options", "cut_rows"],
     ],
     "samplers.progress": [
+        ["stream_iterator"],
+        ["mixtures"],
         ["planned_sampler", "read_ahead", "window_reader"],
         ["plan_follower"],
         ["loader"],
@@ -81,6 +85,7 @@ LAYERS = {
         ["epoch_cursor", "shared_cursor"],
         ["position", "replica"],
     ],
+    "samplers.progress.mixtures": [["mixed_shards", "staged"], ["shared_text"]],
     "samplers.shards": [
         ["writing"],
         ["dataset"],

@@ -11,12 +11,13 @@ import numpy as np
 
 from samplers.cli.arguments import parse_numbers
 from samplers.planning.budget import Floats, Integers
+from samplers.planning.mixtures.epochs import plan_epoch
 from samplers.planning.options import Options, PlanOptions
 from samplers.planning.pack_batches.options import PackOptions
 from samplers.planning.pack_batches.plan import PackPlan
 from samplers.planning.pack_batches.report import PackReport
 from samplers.planning.pack_batches.table import PackBatches, pack_batches
-from samplers.planning.plan import BatchPlan, plan_epoch
+from samplers.planning.plan import BatchPlan
 from samplers.planning.report import PlanReport
 from samplers.planning.schedules.schedule import make_schedule
 from samplers.planning.sorting import Lengths, as_length_array

@@ -63,6 +63,11 @@ class Budget:
                 object.__setattr__(self, name, check_count(name, value, least=1, hint=hint))
         if self.cost is not None and not callable(self.cost):
             raise TypeError(f"cost must be a function of (rows, width), got {self.cost!r}")
+        if self.max_tokens is None and self.batch_size is None and not getattr(self.cost, "grows_with_rows", True):
+            raise ValueError(
+                f"cost must grow with the rows of a batch where nothing else limits them, got {self.cost!r}: the whole "
+                "corpus would be one batch; give batch_size or max_tokens too, or fit the cost to steps of more rows"
+            )
         if self.count_tokens not in {"padded", "real"}:
             raise ValueError(f"count_tokens must be 'padded' or 'real', got {self.count_tokens!r}")
         if self.count_tokens == "real" and self.max_tokens is None:
@@ -118,6 +123,13 @@ class Budget:
         if width not in self._cached_rows:
             self._cached_rows[width] = self._find_rows(width)
         return self._cached_rows[width]
+
+    def rows_at(self, widths: Integers) -> Integers:
+        """`max_rows` of each of these widths of one field: int64 `[n]`."""
+        if self.cost is not None:
+            return np.array([self.max_rows(width) for width in widths.tolist()], np.int64)
+        most = np.full(len(widths), MANY_ROWS if self.batch_size is None else self.batch_size)
+        return most if self.max_tokens is None else np.minimum(most, self.max_tokens // np.maximum(widths, 1))
 
     @cached_property
     def _cached_rows(self) -> dict[int | tuple[int, ...], int]:

@@ -1,7 +1,7 @@
 """The planner's options: checked once, on creation, and then passed as one value."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Final, Literal, Protocol, TypeAlias, TypedDict
 
@@ -126,6 +126,15 @@ class Options:
             cost=self.cost,
             count_tokens=self.count_tokens,
         )
+
+    def for_source(self, **changed: Any) -> "Options":
+        """These options with others in place of some that are not of the budget, which both share.
+
+        It keeps the rows of each width, which hundreds of sources ask for.
+        """
+        new = replace(self, **changed)
+        new.__dict__["budget"] = self.budget
+        return new
 
     @cached_property
     def allowed_widths(self) -> AllowedWidths:

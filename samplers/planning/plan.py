@@ -31,31 +31,16 @@ T = TypeVar("T")
 TableT = TypeVar("TableT", bound=EpochTable)
 
 
-def plan_epoch(
+def plan_corpus(
     lengths: Lengths, *, epoch: int = 0, num_replicas: int = 1, **options: Unpack[PlanOptions]
 ) -> "BatchPlan":
-    """Plan an epoch: the same lengths and options give the same plan on every rank, machine and version.
-
-    Args:
-        lengths: Lengths of all samples, in time steps: integers `[N]`, or `[N, K]` for samples of K fields; a list, an
-            array or a memory map, or an index that holds them.
-        epoch: Number of the epoch.
-        num_replicas: W, how many replicas share each step.
-        options: Those of `LengthBucketBatchSampler`.
-
-    Returns:
-        The plan; its batches are computed when they are asked for.
+    """An epoch of one corpus; `samplers.plan_epoch` documents the arguments, and takes mixtures too.
 
     Raises:
         TypeError: Lengths or an option have the wrong type.
         LengthError: A length is negative, above every allowed width, or over the budget with `overlong="error"`.
         ValueError: An option is out of its range, no budget is given, no batch is left to plan, or the last step has
             fewer rows than replicas.
-
-    Examples:
-        >>> plan = plan_epoch([3, 9, 4, 8, 3], max_tokens=20, shuffle=False)
-        >>> list(plan.batches), plan.widths.tolist()
-        ([[1, 3], [2, 0, 4]], [9, 4])
     """
     epoch = check_count("epoch", epoch, least=0, hint="count epochs from 0")
     num_replicas = check_count("num_replicas", num_replicas, least=1, hint="one process is 1")
@@ -115,7 +100,7 @@ class EpochPlan(Generic[TableT]):
                 on for each sample.
 
         Examples:
-            >>> updates = plan_epoch([5, 4, 4, 3, 2, 2], batch_size=1, shuffle=False).updates(step_tokens=8)
+            >>> updates = plan_corpus([5, 4, 4, 3, 2, 2], batch_size=1, shuffle=False).updates(step_tokens=8)
             >>> updates.batches.tolist(), updates.tokens.tolist()
             ([2, 2, 2], [9, 7, 4])
         """

@@ -200,7 +200,7 @@ def _refuse_dataset(lengths: object) -> None:
     kind = type(lengths).__name__
     if hasattr(lengths, "shares_of"):
         raise TypeError(
-            "lengths must be of one corpus, got a Mixture: give it to a batch sampler, which has plan(epoch)"
+            "lengths must be of one corpus, got a Mixture: batch samplers, ShardStream and plan_epoch take one"
         )
     if hasattr(getattr(lengths, "index", None), "lengths"):
         raise TypeError(f"lengths must be integers, got a {kind}: give its index, .index, which holds them")

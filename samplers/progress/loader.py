@@ -7,9 +7,12 @@ from typing import Any, Self
 
 from collate.deprecated.names import renamed_arguments
 from collate.widths import Widths, check_count
+from samplers.planning.mixtures.mixed_table import MixedTable
+from samplers.planning.mixtures.mixture import Mixture
+from samplers.planning.mixtures.report import MixtureReport
 from samplers.planning.options import EpochOptions, Options
 from samplers.planning.plan import BatchPlan
-from samplers.planning.schedules.schedule import Schedule, make_schedule
+from samplers.planning.schedules.schedule import Schedule, count_steps, make_schedule
 from samplers.planning.schedules.updates import Labels, RowsOf, Updates, make_updates
 from samplers.planning.tables.batch_table import BatchTable
 from samplers.planning.tables.epoch_table import EpochTable, Shape
@@ -33,6 +36,8 @@ class PlannedLoader:
     options: EpochOptions
     _cursor: EpochCursor | SharedEpochCursor
     _table: EpochTable
+    # Batches of each replica in a whole epoch.
+    _steps: int
     # What was planned, with the fingerprint that an index has; or a mixture.
     _lengths: Any
     # Batches that one iterator gives in each step.
@@ -65,7 +70,7 @@ class PlannedLoader:
     @property
     def next_position(self) -> PositionDict:
         """Where the next iteration begins, as `position` tells it for the present iteration."""
-        return self._as_dict(self._cursor.next_start)
+        return self.state_of(self._cursor.next_start)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -111,7 +116,7 @@ class PlannedLoader:
     def position_after(self, start: Position, steps: int) -> PositionDict:
         """Where the epoch stands after this many steps from a position on."""
         taken = self.schedule_from(start).taken_after(steps)
-        return self._as_dict(Position(start.epoch, start.replicas, taken))
+        return self.state_of(Position(start.epoch, start.replicas, taken))
 
     def updates(
         self, *, accumulate: int | None = None, step_tokens: int | None = None, labels: Labels | None = None
@@ -162,24 +167,67 @@ class PlannedLoader:
         _ = updates.present
         return updates
 
-    def seek(self, position: Mapping[str, Any]) -> None:
+    def seek(self, position: Mapping[str, Any], *, mixture: Mixture | None = None) -> None:
         """Let the next iteration that takes a batch resume from a position, once; the next epoch comes after it.
 
         `set_epoch` to the position's epoch keeps the position, to another one forgets it.
 
+        Args:
+            position: From `position`, of the same lengths, options and seed.
+            mixture: The mixture that takes over at this position, where one is planned: other weights, other sources,
+                or another end. What was taken before stays taken: sources of the same name go on where they stand. An
+                epoch of the new mixture begins here, of the position's number; later positions say so, and a new
+                sampler or stream of the new mixture resumes from them.
+
         Raises:
-            TypeError: The position is not a mapping, or one of its values has the wrong type.
-            ValueError: It is of other lengths, options, seed or version, or this number of replicas cannot share the
-                remaining batches of its epoch.
+            TypeError: The position is not a mapping, one of its values has the wrong type, or no mixture is planned.
+            ValueError: It is of other lengths, options, seed or version, this number of replicas cannot share the
+                remaining batches of its epoch, or a source has other lengths than before.
+            LengthError: A length of a new source is not allowed.
         """
         refuse_iterator_state(position)
-        self._cursor.seek(self.read_position(position))
+        if mixture is None:
+            self._cursor.seek(self.read_position(position))
+            return
+        if not isinstance(self._table, MixedTable) or not isinstance(mixture, Mixture):
+            raise TypeError(
+                f"mixture must be a Mixture where one is planned, got {type(mixture).__name__} for a plan of "
+                f"{type(self._lengths).__name__}"
+            )
+        before, start = self._find_position(position)
+        table = self._make_table(mixture).follow(before, start.epoch, start.replicas, start.batches)
+        self._take_mixture(mixture, table)
+        self._cursor.seek(Position(start.epoch, self.num_replicas))
+
+    def mixture_report(self, position: Mapping[str, Any] | None = None) -> MixtureReport:
+        """What each source of a mixture has given at a position, and what its share wants.
+
+        Args:
+            position: From `position`; None for where the next iteration begins.
+
+        Raises:
+            TypeError: No mixture is planned, or the position is not a mapping of the right types.
+            ValueError: The position is of other lengths, options, seed or version.
+        """
+        if not isinstance(self._table, MixedTable):
+            raise TypeError(f"a report of a mixture must be of a plan of one, got {type(self._lengths).__name__}")
+        table, start = self._find_position(self.next_position if position is None else position)
+        return table.report_at(start.epoch, start.replicas, start.batches)  # type: ignore[attr-defined, no-any-return]
 
     def read_position(self, state: Mapping[str, Any]) -> Position:
         """The position in a state, checked; the errors are those of `seek`."""
         table, position = self._find_position(state)
         self._use_table(table)
         return position
+
+    def _make_table(self, lengths: Any) -> Any:
+        """The batches of any epoch of these lengths, or of a mixture, with the options given."""
+        raise NotImplementedError
+
+    def _take_mixture(self, mixture: Mixture, table: EpochTable) -> None:
+        """Let another mixture take over."""
+        self._use_table(table)
+        self._lengths = mixture
 
     def _rows_of(self) -> RowsOf | None:
         """What counts the rows of each step, where they hold several samples."""
@@ -194,14 +242,15 @@ class PlannedLoader:
         make_schedule(table, position.epoch, self.num_replicas, laid_for=position.replicas, taken=position.batches)
         return table, position
 
-    def _as_dict(self, position: Position) -> PositionDict:
+    def state_of(self, position: Position) -> PositionDict:
         """A position as users save it."""
         text = self._table.stage_text
         return position.as_dict(self.fingerprint) | ({"mixture": text} if text else {})
 
     def _use_table(self, table: EpochTable) -> None:
-        """Take the batches of this table from now on, one of the same lengths and options."""
+        """Take the batches of this table from now on; `len` may be another."""
         if table is not self._table:
+            self._steps = count_steps(table, self.num_replicas)
             self._table = table
             self.__dict__.pop("fingerprint", None)
 

@@ -8,12 +8,9 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from collate.widths import check_count
-from samplers.planning.mixtures.mixed_table import MixedTable
 from samplers.planning.mixtures.mixture import Mixture
-from samplers.planning.mixtures.report import MixtureReport
 from samplers.planning.schedules.schedule import batches_at_once, count_steps
 from samplers.planning.sorting import Lengths
-from samplers.planning.tables.epoch_table import EpochTable
 from samplers.progress.epoch_cursor import EpochCursor, Iteration
 from samplers.progress.loader import PlannedLoader
 from samplers.progress.plan_follower import PlanFollower
@@ -62,66 +59,9 @@ class PlannedBatchSampler(PlannedLoader, Sampler[list[int]]):
         """An iterator over one epoch's batches; it decides which epoch when it takes its first batch."""
         return BatchIterator(self, self._cursor)
 
-    def seek(self, position: Mapping[str, Any], *, mixture: Mixture | None = None) -> None:
-        """Let the next iteration that takes a batch resume from a position, once; the next epoch comes after it.
-
-        `set_epoch` to the position's epoch keeps the position, to another one forgets it.
-
-        Args:
-            position: From `position`, of a sampler of the same lengths, options and seed.
-            mixture: The mixture that takes over at this position, in a sampler of a mixture: other weights, other
-                sources, or another end. What was taken before stays taken: sources of the same name go on where they
-                stand. An epoch of the new mixture begins here, of the position's number; later positions say so, and a
-                new sampler of the new mixture resumes from them.
-
-        Raises:
-            TypeError: The position is not a mapping, one of its values has the wrong type, or this is not a sampler of
-                a mixture.
-            ValueError: It is of other lengths, options, seed or version, this number of replicas cannot share the
-                remaining batches of its epoch, or a source has other lengths than before.
-            LengthError: A length of a new source is not allowed, as when a sampler is made.
-        """
-        if mixture is None:
-            super().seek(position)
-            return
-        if not isinstance(self._table, MixedTable) or not isinstance(mixture, Mixture):
-            raise TypeError(
-                f"mixture must be a Mixture for a sampler of one, got {type(mixture).__name__} for a sampler of "
-                f"{type(self._lengths).__name__}"
-            )
-        refuse_iterator_state(position)
-        before, start = self._find_position(position)
-        after = self._make_table(mixture)
-        table = after.follow(before, start.epoch, start.replicas, start.batches)
-        self._use_table(table)
-        self._lengths = mixture
-        self._cursor.seek(Position(start.epoch, self.num_replicas))
-
-    def mixture_report(self, position: Mapping[str, Any] | None = None) -> MixtureReport:
-        """What each source of a mixture has given at a position, and what its share wants.
-
-        Args:
-            position: From `position`; None for where the next iteration begins.
-
-        Raises:
-            TypeError: This is not a sampler of a mixture, or the position is not a mapping of the right types.
-            ValueError: The position is of other lengths, options, seed or version.
-        """
-        if not isinstance(self._table, MixedTable):
-            raise TypeError(f"a report of a mixture must be of a sampler of one, got {type(self._lengths).__name__}")
-        state = self.next_position if position is None else position
-        table, start = self._find_position(state)
-        return table.report_at(start.epoch, start.replicas, start.batches)  # type: ignore[attr-defined, no-any-return]
-
     @abstractmethod
     def _make_table(self, lengths: Lengths | Mixture) -> Any:
         """The batches of any epoch of these lengths, with this sampler's options."""
-
-    def _use_table(self, table: EpochTable) -> None:
-        """Take the batches of this table from now on; `len` may be another."""
-        if table is not self._table:
-            self._steps = count_steps(table, self.num_replicas)
-        super()._use_table(table)
 
     @property
     def possible_starts(self) -> tuple[Position, ...]:

@@ -4,7 +4,7 @@ from collections import deque
 from functools import partial
 from itertools import pairwise
 from threading import Lock
-from typing import Any, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from samplers.shards.format.samples import Sample
 from samplers.shards.indexing.tables import Tables
 from samplers.shards.opening.open_shards import OpenShards
 from samplers.shards.opening.read_ahead import ReadAhead
-from samplers.shards.skipping import Failed
+from samplers.shards.skipping import Failed, Skipping
 from samplers.shards.storage.reading import RandomAccess, is_remote
 
 # Steps, the sample indices of all, and for each step the end of its samples in them.
@@ -36,7 +36,7 @@ class StepReader:
         steps: Steps to read, ascending: int64 `[n]`.
     """
 
-    def __init__(self, data: "ShardsInOrder", schedule: Schedule, rank: int, steps: Integers) -> None:
+    def __init__(self, data: "SamplesInOrder", schedule: Schedule, rank: int, steps: Integers) -> None:
         self._data, self._schedule = data, schedule
         self._slots = steps * schedule.num_replicas + rank
         self._read_groups = schedule.read_groups(self._slots)
@@ -104,8 +104,60 @@ class StepReader:
             self._data.read_soon(plan[1])
 
 
+class SamplesInOrder(Protocol):
+    """Samples by index, which a reader of steps takes: of one corpus, or of several."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether no shard is remote."""
+        ...
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether shards are fetched before they are read."""
+        ...
+
+    @property
+    def has_room_ahead(self) -> bool:
+        """Whether more shards can be announced now."""
+        ...
+
+    def __getitems__(self, indices: Any) -> list[Sample]:
+        """These samples, in this order."""
+        ...
+
+    def sift(self, read: list[Any]) -> list[Sample]:
+        """The samples of a batch without those that could not be read."""
+        ...
+
+    def read_in_order(self, sample_indices: IndexArray) -> list[Any]:
+        """These samples, read shard after shard."""
+        ...
+
+    def read_soon(self, sample_indices: IndexArray) -> None:
+        """Fetch the shards of these samples in the background."""
+        ...
+
+    def forget_ahead(self) -> None:
+        """Forget what was announced."""
+        ...
+
+
 class ShardsInOrder(ShardDataset):
     """Samples by index, and of remote shards also one shard after the other, each fetched whole."""
+
+    # Shards that are open at a time; None for as many as a process keeps open.
+    _most_open: int | None = None
+
+    @property
+    def shards(self) -> list[str]:
+        """The paths of the shards."""
+        return self.index.shards
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of variable length."""
+        return self.index.fields
 
     @property
     def reads_ahead(self) -> bool:
@@ -165,10 +217,28 @@ class ShardsInOrder(ShardDataset):
             self._here().shards.free()
         return samples
 
+    def join_sources(self, *, skipping: Skipping | None, counts_of: "ShardsInOrder | None", most_open: int) -> None:
+        """Read as one of several sources.
+
+        Args:
+            skipping: What all sources count their skipped samples with.
+            counts_of: The source with which transfers are counted; None to count alone.
+            most_open: Shards that are open at a time.
+        """
+        self._skipping, self._most_open = skipping, most_open
+        if counts_of is not None:
+            self._counts = counts_of._counts  # noqa: SLF001
+        self._forget()
+
+    def close(self) -> None:
+        """Close all shards; they are opened again when they are read."""
+        self._here().shards.close()
+
     def _open_shards(self) -> OpenShards:
         """What opens the shards."""
         return FetchedShards(
             self._tables,
+            most=self._most_open,
             memory_map=self._memory_map,
             transport=self._transport,
             counts=self._counts,

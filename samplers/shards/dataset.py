@@ -357,6 +357,9 @@ def _open_index(
     shards: Shards, index: LengthIndex | str | os.PathLike[str] | None, transport: Transport
 ) -> LengthIndex:
     """The given index for these shards, or the one that lies with them."""
+    if isinstance(shards, LengthIndex):
+        # Of its own shards, for the sources of a mixture.
+        return shards
     if index is not None:
         index = index if isinstance(index, LengthIndex) else LengthIndex.open(index, transport=transport)
         return index.moved_to(shards)

@@ -24,8 +24,8 @@ from command import run
 from corpora import assert_same, tokens, write
 
 from samplers.cli.commands import main
+from samplers.planning.mixtures.epochs import plan_epoch
 from samplers.planning.options import Options
-from samplers.planning.plan import plan_epoch
 from samplers.shards.dataset import ShardDataset
 from samplers.shards.indexing.find_index import find_index_files
 from samplers.shards.indexing.index import LengthIndex

@@ -82,7 +82,8 @@ def test_rows_of_several_sources_are_cut_as_planned() -> None:
         assert values.documents_per_row.tolist() == [len(row) for row in rows]
         owners = {int(each) for each in values.values[values.mask].unique()}
         mixed += len({sum(each >= start for start in STARTS.values()) for each in owners}) > 1
-    assert mixed > len(sampler) // 2
+    # A source that ends its pass keeps rows of its own.
+    assert mixed > len(sampler) // 3
     # Every step of every sample comes as often as its source was read.
     steps = sum(len(row) for rows in plan.rows for row in rows)
     assert steps == plan.report().documents

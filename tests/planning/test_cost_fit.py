@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samplers import LengthBucketBatchSampler, PackingBatchSampler, fit_cost, plan_epoch
+from samplers import LengthBucketBatchSampler, PackingBatchSampler, bucket_by_length, fit_cost, plan_epoch
 from samplers.planning.fitting.cost_fit import _non_negative
 
 GRID = [(rows, width) for rows in (1, 3, 8, 20) for width in (7, 16, 40, 90)]
@@ -211,3 +211,17 @@ def test_a_limit_of_packed_steps_is_the_sampler_s() -> None:
 def test_what_cannot_be_fitted_is_refused(observations: Any, options: Any, kind: Any, message: str) -> None:
     with pytest.raises(kind, match=message):
         fit_cost(observations, **options)
+
+
+def test_a_fitted_cost_without_a_term_for_rows_needs_another_limit() -> None:
+    """It was red: without a limit of rows, the whole corpus was one batch."""
+    steps = [(rows, width, 2 + 0.01 * width) for rows in (4, 8, 16) for width in (20, 50, 90)]
+    cost = fit_cost(steps)
+    for plan in (plan_epoch, LengthBucketBatchSampler):
+        with pytest.raises(ValueError, match="must grow with the rows.*constant 2, width 0.01.*batch_size"):
+            plan([60] * 1000, cost=cost)
+    with pytest.raises(ValueError, match="must grow with the rows"):
+        bucket_by_length("x", cost=cost)
+    assert plan_epoch([60] * 1000, cost=cost, batch_size=8).steps == 125
+    growing = fit_cost([(rows, width, time + 0.01 * rows) for rows, width, time in steps], limit=3)
+    assert plan_epoch([60] * 1000, cost=growing).batch_shapes[0][0] <= 40

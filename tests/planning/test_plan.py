@@ -13,8 +13,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from collate.errors import LengthError
+from samplers.planning.mixtures.epochs import plan_epoch
 from samplers.planning.options import Options
-from samplers.planning.plan import BatchPlan, plan_epoch
+from samplers.planning.plan import BatchPlan
 from samplers.planning.sorting import argsort_longest_first
 from samplers.planning.tables.last_step import split_batches
 

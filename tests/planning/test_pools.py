@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from samplers.planning.mixtures.epochs import plan_epoch
 from samplers.planning.options import Options
-from samplers.planning.plan import plan_epoch
 from samplers.planning.tables.pool_table import PoolTable, choose_table
 
 Array = npt.NDArray[np.int64]

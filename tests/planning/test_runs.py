@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from indexed import Index
 
+from samplers.planning.mixtures.epochs import plan_epoch
 from samplers.planning.options import Options
-from samplers.planning.plan import plan_epoch
 from samplers.planning.tables.equal_lengths import RunFinder
 from samplers.planning.tables.window_table import make_window_table
 from samplers.shards.indexing.index import LengthIndex

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from collate.errors import LengthError
 from collate.widths import check_widths, padded_widths
 from samplers.planning.fitting.optimal_widths import optimal_widths
-from samplers.planning.plan import plan_epoch
+from samplers.planning.mixtures.epochs import plan_epoch
 
 
 def padding(lengths: list[int], widths: list[int]) -> int:

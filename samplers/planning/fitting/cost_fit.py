@@ -101,6 +101,11 @@ class FittedCost:
             raise TypeError("this cost was fitted to packed batches: call it with the lengths of documents")
         return self._sum(_padded_terms(np.asarray(rows, np.float64), _columns(widths), tokens))
 
+    @property
+    def grows_with_rows(self) -> bool:
+        """Whether more rows of a width cost more; if not, a planner needs another limit of rows."""
+        return any(self.factors.get(name) for name in ("row", "token", "padded_token", "square"))
+
     def within(self, limit: float) -> Self:
         """The same cost, with another limit in milliseconds.
 

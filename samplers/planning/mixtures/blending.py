@@ -77,7 +77,10 @@ def blend(
         order = _order_blocks(blocks, units, shares, taken, key=derive_key(key, number, TURNS))
         parts.append(both.take(order))
         taken += units.sum(0)
-    return MixedEpoch.join(parts)._replace(sources=epoch.sources, passes=epoch.passes, borders=np.array(edges))
+    # Samples were exchanged within these windows, so that their shards are read together.
+    groups = None if epoch.groups is None else np.repeat(np.arange(len(edges) - 1), np.diff(edges))
+    blended = MixedEpoch.join(parts)
+    return blended._replace(sources=epoch.sources, passes=epoch.passes, borders=np.array(edges), groups=groups)
 
 
 def _find_edges(epoch: MixedEpoch, num_replicas: int, window: int | None) -> list[int]:

@@ -2,110 +2,30 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from collate.widths import padded_widths
 from samplers.planning.budget import Floats, Integers
 from samplers.planning.mixtures.blending import cut_evenly_into, order_equals
-from samplers.planning.mixtures.mixed_plan import MixedPlan, make_plan, options_of_sources
+from samplers.planning.mixtures.mixed_plan import MixedPlan, PlannedSource, make_plan, options_of_sources
 from samplers.planning.mixtures.mixed_table import MixedTable
 from samplers.planning.mixtures.mixture import Mixture, named_errors
 from samplers.planning.mixtures.sequence import MixedEpoch
-from samplers.planning.mixtures.streams import LoadedBatches, SourceStream
+from samplers.planning.mixtures.streams.buckets import BucketStream
+from samplers.planning.mixtures.streams.source_stream import SourceStream
+from samplers.planning.mixtures.streams.windows import WindowBucketStream
 from samplers.planning.options import Options
-from samplers.planning.schedules.schedule import SAMPLES_AT_ONCE
 from samplers.planning.sorting import IndexArray, Lengths, SortedLengths, as_length_array, sort_lengths
 from samplers.planning.tables.batch_table import BatchSizes, BatchTable
 from samplers.planning.tables.buckets import MANY_BATCHES, cut_buckets, estimate_batches, sort_buckets
-from samplers.planning.tables.epoch_order import SAMPLES
 from samplers.planning.tables.epoch_table import EpochTable, Shape
 from samplers.planning.tables.last_step import split_batches
-from samplers.planning.tables.pool_table import PoolTable, choose_table
+from samplers.planning.tables.pool_table import choose_table
+from samplers.planning.tables.window_table import make_window_table
 
 _EMPTY: Final = np.empty(0, np.int64)
-
-
-@dataclass(frozen=True, eq=False)
-class BucketStream(SourceStream):
-    """The endless batches of a source whose samples share a batch with samples of similar length."""
-
-    table: BatchTable
-
-    @property
-    def has_equal_passes(self) -> bool:
-        """Whether all passes have as many units: padded tokens depend on the shuffle, and what `drop_last` drops."""
-        return self.unit != "padded" and not self.table.options.drop_last
-
-    def estimate(self, pass_number: int) -> Integers:
-        """The units of all batches of a pass by batch id: int64 `[len(table)]`.
-
-        Real tokens of a batch are those of its bucket, divided by the bucket's batches: as a batch takes one sample of
-        every stratum, it is off by less than one sample. Otherwise all batches of the pass are made and counted: padded
-        tokens, small sources whose batches are drawn, and samples that are exchanged with shorter ones.
-        """
-        table = self.table.for_epoch(pass_number, 1)
-        if self.unit == "samples":
-            return table.batch_rows(np.arange(len(table)))
-        if self.unit == "padded" or isinstance(table, PoolTable) or not _is_stratified(table):
-            size = 1 + SAMPLES_AT_ONCE * len(table) // table.planned
-            parts = [
-                self.load(pass_number, np.arange(first, min(first + size, len(table)))).units
-                for first in range(0, len(table), size)
-            ]
-            return np.concatenate(parts)
-        return _bucket_tokens(table)
-
-    def load(self, pass_number: int, batch_ids: Integers) -> LoadedBatches:
-        """The samples of these batches, int64 `[n]`."""
-        table = self.table.for_epoch(pass_number, 1)
-        if not len(batch_ids):
-            return LoadedBatches(_EMPTY, _EMPTY, _EMPTY, _EMPTY, _EMPTY)
-        samples, rows = table.batch_samples(batch_ids, table.order(pass_number, 1).key(SAMPLES))
-        return LoadedBatches(
-            samples.astype(np.int64) + self.offset, rows, self._count(table, samples, rows), _EMPTY, _EMPTY
-        )
-
-    def likeness(self, pass_number: int, batch_ids: Integers) -> Integers:
-        """Batch ids: those of one shape are adjacent, and the last have the most rows."""
-        del pass_number
-        return batch_ids
-
-    def _count(self, table: BatchTable, samples: IndexArray, rows: Integers) -> Integers:
-        """The units of batches: int64 `[n]`."""
-        return count_units(table.measure_batches(samples, rows), self.unit)
-
-
-def count_units(sizes: BatchSizes, unit: str) -> Integers:
-    """The units of batches of these sizes: int64 `[n]`."""
-    if unit == "samples":
-        return sizes.rows
-    return sizes.tokens if unit == "tokens" else sizes.rows * sizes.widths.sum(1)
-
-
-def _is_stratified(table: BatchTable) -> bool:
-    """Whether all samples of a stratum are of almost one length: of one field, and not exchanged within a width."""
-    return table.sorted_lengths.fields == 1 and table.options.allowed_widths is None
-
-
-def _bucket_tokens(table: BatchTable) -> Integers:
-    """Real tokens of the batches of each bucket, as even as integers are: int64 `[batches]`."""
-    bounds = [
-        (bucket.first, bucket.first + bucket.batches * bucket.full + bucket.rest * (bucket.rows - bucket.full))
-        for bucket in table.buckets
-    ]
-    lengths = table.sorted_lengths.lengths_between(0, len(table.sorted_lengths)).sum(1)
-    sums = np.concatenate([[0], np.cumsum(lengths)])
-    first, end = np.array(bounds).T
-    totals = sums[end] - sums[first]
-    batches = np.array([bucket.batches for bucket in table.buckets])
-    planned = batches - np.array([bucket.skipped for bucket in table.buckets])
-    owners = np.repeat(np.arange(len(planned)), planned)
-    numbers = np.arange(len(owners)) - np.repeat(np.cumsum(planned) - planned, planned)
-    tokens: Integers = (totals[owners] * (numbers + 1)) // batches[owners]
-    tokens -= (totals[owners] * numbers) // batches[owners]
-    return tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,13 +148,16 @@ class LengthCutter:
         return MixedEpoch.lay(epoch.sources[positions], epoch.passes[positions], chosen, rows, _EMPTY, _EMPTY)
 
 
-def make_bucket_mixture(mixture: Mixture, options: Options, num_replicas: int) -> MixedBatchTable:
+def make_bucket_mixture(
+    mixture: Mixture, options: Options, num_replicas: int, *, in_windows: bool = False
+) -> MixedBatchTable:
     """The batches of a mixture, under one budget.
 
     Args:
         mixture: The sources and their shares.
         options: The planner's; each source is planned with a seed of its own.
         num_replicas: W, for a mixture that stops after a number of steps.
+        in_windows: Sources are indexes of shards, and are read window after window.
 
     Raises:
         TypeError: Lengths or indices are not integers; the message names the source.
@@ -244,12 +167,20 @@ def make_bucket_mixture(mixture: Mixture, options: Options, num_replicas: int) -
     streams: list[SourceStream] = []
     for source in options_of_sources(mixture, options):
         with named_errors(source.name):
-            table = _choose_table(source.lengths, source.options, mixture)
-        streams.append(BucketStream(source.name, table, mixture.unit, source.offset))
+            streams.append(_make_stream(source, mixture, in_windows=in_windows))
     if mixture.within == "sample":
         _check_divisible(streams[0].table, options)
     plan = make_plan(mixture, streams, num_replicas)
     return MixedBatchTable(_join(mixture, streams, options), (), options, mixed=plan)
+
+
+def _make_stream(source: PlannedSource, mixture: Mixture, *, in_windows: bool) -> SourceStream:
+    """The batches of a source."""
+    name, lengths, options, offset = source
+    if in_windows:
+        index: Any = lengths
+        return WindowBucketStream(name, make_window_table(index, index.starts, options), mixture.unit, offset)
+    return BucketStream(name, _choose_table(lengths, options, mixture), mixture.unit, offset)
 
 
 def _check_divisible(table: EpochTable, options: Options) -> None:
@@ -276,7 +207,7 @@ def _choose_table(lengths: Lengths, options: Options, mixture: Mixture) -> Batch
             # Without a batch, the usual choice says why.
             if buckets and len(table):
                 return table
-    return choose_table(lengths, options)
+    return choose_table(lengths, options, predicts=True)
 
 
 def _join(mixture: Mixture, streams: list[SourceStream], options: Options) -> SortedLengths:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -14,12 +14,11 @@ from samplers.planning.keyed_shuffle import derive_key
 from samplers.planning.mixtures.mixture import Mixture
 from samplers.planning.mixtures.sequence import MixedEpoch, lay_out
 from samplers.planning.mixtures.shares import count_batches_of, spread_phases
-from samplers.planning.mixtures.streams import Cut, SourceStream, StreamStart
-from samplers.planning.options import EpochOptions, check_indices
+from samplers.planning.mixtures.streams.source_stream import Cut, SourceStream, StreamStart
+from samplers.planning.options import Options, check_indices
+from samplers.planning.pack_batches.options import PackOptions
 from samplers.planning.sorting import IndexedLengths, Lengths, digest_lengths
-from samplers.planning.tables.epoch_table import keep
-
-OptionsT = TypeVar("OptionsT", bound=EpochOptions)
+from samplers.planning.tables.epoch_table import EpochTable, keep
 
 # Purpose of a key: the seed of a source.
 SOURCES: Final = 63
@@ -38,7 +37,7 @@ class PlannedSource(NamedTuple):
     offset: int
 
 
-def options_of_sources(mixture: Mixture, options: OptionsT) -> Iterator[PlannedSource]:
+def options_of_sources(mixture: Mixture, options: Options | PackOptions) -> Iterator[PlannedSource]:
     """The sources that are read, each with options of its own: its seed, and its part of `indices`.
 
     The seed depends on the name: the same lengths under two names have different shuffles, and a source keeps its own
@@ -65,7 +64,7 @@ def options_of_sources(mixture: Mixture, options: OptionsT) -> Iterator[PlannedS
                     f"source {name!r} must have a sample to plan, got none of its {size} in indices: give it the "
                     "weight 0, or leave it out"
                 )
-        yield PlannedSource(name, lengths, replace(options, **changed), offset)  # type: ignore[type-var]
+        yield PlannedSource(name, lengths, options.for_source(**changed), offset)
 
 
 class Stage(NamedTuple):
@@ -170,7 +169,7 @@ class MixedPlan:
     @cached_property
     def digest(self) -> str:
         """Sixteen hexadecimal digits that change when batches of a source, shares, or the end of epochs change."""
-        tables = [(stream.name, stream.table.digest) for stream in self.streams]
+        tables = [(stream.name, *_digest_table(stream.table)) for stream in self.streams]
         shares = [share.hex() for share in self.shares.tolist()]
         text = repr((tables, shares, self.mixture.unit, self.mixture.within, self.batches, self.stage.as_text()))
         return blake2b(text.encode(), digest_size=8).hexdigest()
@@ -369,6 +368,11 @@ def _check_passes(plan: MixedPlan) -> None:
                 f"batches gives the source a share of {share:.4g} of the {plan.mixture.unit}, and one pass of it has "
                 f"{stream.units_per_pass:.0f}; allow more passes, lower its weight, or end the epoch sooner with stop"
             )
+
+
+def _digest_table(table: EpochTable) -> tuple[str | int, ...]:
+    """What tells the batches of a source from others."""
+    return (table.digest,) if table.other_windows is None else (table.digest, table.other_windows)
 
 
 def _hash_name(name: str) -> int:

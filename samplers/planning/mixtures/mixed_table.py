@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final, Self
 
 import numpy as np
@@ -20,6 +20,21 @@ from samplers.planning.tables.epoch_table import KeptEpochs
 
 # Purpose of a key: batches of several sources.
 BLENDS: Final = 64
+
+
+@dataclass(frozen=True, eq=False)
+class MixedOrder(PositionOrder):
+    """The order of a mixture's batches, which are numbered as an epoch takes them.
+
+    Attributes:
+        groups: The read group at each position, int64 `[B]`; None where sources are not read in windows.
+    """
+
+    groups: Integers | None = None
+
+    def group_at_position(self, positions: Integers) -> Integers:
+        """The read group at these positions: batches of one group are read together; int64 `[n]`."""
+        return super().group_at_position(positions) if self.groups is None else self.groups[positions]
 
 
 class MixedTable(KeptEpochs):
@@ -77,7 +92,8 @@ class MixedTable(KeptEpochs):
 
     def order(self, epoch: int, num_replicas: int) -> EpochOrder:
         """The order of this table's batches, which is that of their ids."""
-        return PositionOrder(len(self), self.options, epoch, num_replicas)
+        groups = None if self.epoch_batches is None else self.epoch_batches.groups
+        return MixedOrder(len(self), self.options, epoch, num_replicas, groups)
 
     def count_dropped(self, sequences: int) -> int:
         """Samples of an epoch that `drop_last` leaves out, if it gives this many."""
@@ -108,6 +124,11 @@ class MixedTable(KeptEpochs):
     def stage_text(self) -> str:
         """What was taken before the mixture took over from another, or the batches of its epochs; else empty."""
         return self.mixed.stage.as_text()
+
+    @property
+    def mixture_digest(self) -> str:
+        """Sixteen hexadecimal digits that change with the mixture, and not with what was taken before."""
+        return self.mixed.with_stage(self.mixed.first_stage).digest
 
     def with_stage_text(self, text: str) -> Self:
         """The table of the stage to which a position with this text belongs.

@@ -3,20 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from samplers.planning.budget import Integers
 from samplers.planning.keyed_shuffle import derive_key, permute
-from samplers.planning.mixtures.mixed_plan import MixedPlan, make_plan, options_of_sources
+from samplers.planning.mixtures.mixed_plan import MixedPlan, PlannedSource, make_plan, options_of_sources
 from samplers.planning.mixtures.mixed_table import MixedTable
 from samplers.planning.mixtures.mixture import Mixture, named_errors
 from samplers.planning.mixtures.sequence import MixedEpoch
-from samplers.planning.mixtures.streams import LoadedBatches, SourceStream
+from samplers.planning.mixtures.streams.packs import PackStream
+from samplers.planning.mixtures.streams.windows import WindowPackStream
 from samplers.planning.pack_batches.options import PackOptions
 from samplers.planning.pack_batches.packed_table import BatchRows, PackedTable
-from samplers.planning.pack_batches.table import PackBatches, pack_batches
+from samplers.planning.pack_batches.table import pack_batches
+from samplers.planning.pack_batches.window_packs import make_window_packs
 from samplers.planning.packs.documents import Pieces
 from samplers.planning.packs.one_list import pack_rows
 from samplers.planning.sorting import as_length_array
@@ -26,72 +28,6 @@ from samplers.planning.tables.last_step import split_largest
 WINDOW_BATCHES: Final = 128
 # Purpose of a key: the order of rows of several sources.
 ROWS: Final = 67
-_EMPTY: Final = np.empty(0, np.int64)
-
-
-@dataclass(frozen=True, eq=False)
-class PackStream(SourceStream):
-    """The endless batches of a source whose documents share rows."""
-
-    table: PackBatches
-
-    def estimate(self, pass_number: int) -> Integers:
-        """The units of all batches of a pass by batch id: int64 `[len(table)]`.
-
-        Rows are full, but for a percent: real tokens are those of all rows, divided by the rows.
-        """
-        table = self.table
-        rows = self._rows_of(np.arange(len(table)))
-        if self.unit == "padded":
-            return rows * sum(table.packs.limits.capacity)
-        if self.unit == "samples":
-            return table.for_epoch(pass_number, 1).batch_rows(np.arange(len(table)))
-        ends = np.cumsum(rows) * self._tokens // len(table.packs)
-        return np.diff(ends, prepend=0)
-
-    def load(self, pass_number: int, batch_ids: Integers) -> LoadedBatches:
-        """The documents of these batches, int64 `[n]`."""
-        if not len(batch_ids):
-            return LoadedBatches(_EMPTY, _EMPTY, _EMPTY, _EMPTY, _EMPTY)
-        table = self.table.for_epoch(pass_number, 1)
-        batches = table.rows_of_batches(batch_ids)
-        sizes = batches.sizes
-        if self.unit == "samples":
-            units = sizes
-        elif self.unit == "padded":
-            units = batches.rows * sum(table.packs.limits.capacity)
-        else:
-            steps = table.sample_lengths(batches.samples).sum(1)
-            units = np.add.reduceat(steps, np.cumsum(sizes) - sizes)
-        return LoadedBatches(
-            self._indices(batches.samples, len(table.lengths)), sizes, units, batches.documents, batches.rows
-        )
-
-    def likeness(self, pass_number: int, batch_ids: Integers) -> Integers:
-        """Costs of batches, where documents have some; else their order in the stream. A short batch is last."""
-        table = self.table.for_epoch(pass_number, 1)
-        rows, limits = self._rows_of(batch_ids), table.packs.limits
-        likeness: Integers = np.arange(len(batch_ids))
-        if limits.cost is not None and len(batch_ids):
-            batches = table.rows_of_batches(batch_ids)
-            costs = limits.costs(-(-table.sample_lengths(batches.samples) // limits.multiple))
-            sums = np.add.reduceat(costs, np.cumsum(batches.sizes) - batches.sizes)
-            likeness = np.argsort(np.argsort(sums, kind="stable"), kind="stable")
-        return likeness + len(batch_ids) * (rows < self.table.options.rows)
-
-    def _rows_of(self, batch_ids: Integers) -> Integers:
-        """Rows of these batches: the last one of a pass may be short."""
-        rows = self.table.options.rows
-        return np.minimum(rows, len(self.table.packs) - batch_ids * rows)
-
-    @property
-    def _tokens(self) -> int:
-        """Real tokens of all documents."""
-        if "tokens" not in self._constants:
-            packs = self.table.packs
-            documents = packs.classes.order if packs.samples is None else packs.samples[packs.classes.order]
-            self._constants["tokens"] = float(self.table.sample_lengths(documents.astype(np.int64)).sum())
-        return int(self._constants["tokens"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,9 +50,19 @@ class MixedPackTable(MixedTable, PackedTable):
         return self.joined_pieces
 
     @property
+    def longest_units(self) -> Integers:
+        """The longest document of all sources in each field, in units of `multiple`: int64 `[K]`."""
+        longest: Integers = np.max([stream.table.longest_units for stream in self._pack_streams], 0)
+        return longest
+
+    @property
     def dropped(self) -> int:
         """Samples that `overlong="drop"` leaves out."""
-        return sum(stream.table.dropped for stream in self.mixed.streams if isinstance(stream, PackStream))
+        return sum(stream.table.dropped for stream in self._pack_streams)
+
+    @property
+    def _pack_streams(self) -> list[PackStream]:
+        return [stream for stream in self.mixed.streams if isinstance(stream, PackStream)]
 
     def _padded_units(self, samples: Integers, batches: MixedEpoch, positions: Integers) -> Integers:
         """The steps of rows that each of the documents of these batches stands for: int64 `[n]`."""
@@ -161,6 +107,16 @@ class MixedPackTable(MixedTable, PackedTable):
     @property
     def _cutter(self) -> "RowCutter":
         return RowCutter(self)
+
+
+class WindowOptions(NamedTuple):
+    """How sources in shards are read.
+
+    Attributes:
+        samples: Of a window at least; None for the default.
+    """
+
+    samples: int | None = None
 
 
 class RowCutter:
@@ -224,13 +180,16 @@ def _split_rows(rows: list[Integers], count: int) -> list[Integers]:
     return rows
 
 
-def make_pack_mixture(mixture: Mixture, options: PackOptions, num_replicas: int) -> MixedPackTable:
+def make_pack_mixture(
+    mixture: Mixture, options: PackOptions, num_replicas: int, *, windows: WindowOptions | None = None
+) -> MixedPackTable:
     """The rows of a mixture, of one capacity.
 
     Args:
         mixture: The sources and their shares.
         options: The planner's; each source is packed with a seed of its own.
         num_replicas: W, for a mixture that stops after a number of steps.
+        windows: How sources in shards, whose lengths are indexes, are read; None for others.
 
     Raises:
         TypeError: A limit is not an int, lengths or indices are not integers, or `cost` is not a function.
@@ -241,11 +200,10 @@ def make_pack_mixture(mixture: Mixture, options: PackOptions, num_replicas: int)
     pieces = 0
     for source in options_of_sources(mixture, options):
         with named_errors(source.name):
-            table = pack_batches(source.lengths, source.options)
+            kind, table = _make_table(source, windows)
         # Piece j of a source has the index N + j there, and follows those of the sources before in the mixture.
-        streams.append(
-            PackStream(source.name, table, mixture.unit, source.offset, mixture.size + pieces - len(table.lengths))
-        )
+        first_piece = mixture.size + pieces - len(table.lengths)
+        streams.append(kind(source.name, table, mixture.unit, source.offset, first_piece))
         pieces += 0 if table.pieces is None else len(table.pieces.samples)
     fields = len(streams[0].table.packs.limits.capacity)
     if mixture.within == "sample" and fields > 1:
@@ -259,6 +217,14 @@ def make_pack_mixture(mixture: Mixture, options: PackOptions, num_replicas: int)
         mixed=plan,
         joined_pieces=_join_pieces(streams),
     )
+
+
+def _make_table(source: PlannedSource, windows: WindowOptions | None) -> tuple[type[PackStream], PackedTable]:
+    """The rows of a source, and what makes a stream of them."""
+    if windows is None:
+        return PackStream, pack_batches(source.lengths, source.options, is_brief=True)
+    index: Any = source.lengths
+    return WindowPackStream, make_window_packs(index, index.starts, source.options, window=windows.samples)
 
 
 def _join_pieces(streams: Sequence[PackStream]) -> Pieces | None:

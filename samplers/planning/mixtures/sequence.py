@@ -12,7 +12,7 @@ import numpy as np
 
 from samplers.planning.budget import Floats, Integers
 from samplers.planning.mixtures.shares import take_turns
-from samplers.planning.mixtures.streams import LoadedBatches, SourceStream
+from samplers.planning.mixtures.streams.source_stream import LoadedBatches, SourceStream
 from samplers.planning.tables.pool_table import concatenate_ranges
 
 
@@ -31,6 +31,7 @@ class MixedEpoch(NamedTuple):
         documents: Documents of each row, int64 `[sum(rows)]`; or empty.
         borders: Positions at which the batches before hold what the streams have given, where batches hold samples of
             several sources, int64 `[n]`; None where that is so at all positions.
+        groups: The read group of each batch, for sources that are read in windows, int64 `[B]`; else None.
     """
 
     sources: Integers
@@ -42,6 +43,7 @@ class MixedEpoch(NamedTuple):
     rows: Integers
     documents: Integers
     borders: Integers | None = None
+    groups: Integers | None = None
 
     def check_whole(self, taken: int) -> None:
         """Check that the first `taken` batches hold what the streams have given.
@@ -122,13 +124,17 @@ def lay_out(
         epoch: Which epoch.
         num_replicas: W.
     """
-    parts, sources, passes = [], [], []
+    parts, sources, passes, windows = [], [], [], []
+    groups = 0
     for number, stream in enumerate(streams):
         segments = stream.segments(int(first[number]), int(end[number]), epoch=epoch, num_replicas=num_replicas)
         for segment in segments:
             parts.append(stream.load(segment.pass_number, segment.batch_ids))
             sources.append(np.full(len(segment.batch_ids), number))
             passes.append(np.full(len(segment.batch_ids), segment.pass_number))
+            if stream.reads_windows:
+                windows.append(stream.windows_of(segment.pass_number, segment.batch_ids) + groups)
+                groups = int(windows[-1].max(initial=groups)) + 1
     batches = LoadedBatches(*map(np.concatenate, zip(*parts, strict=True)))
     of_source, of_pass = np.concatenate(sources), np.concatenate(passes)
     taken = np.array([stream.units_before(count) for stream, count in zip(streams, first.tolist(), strict=True)])
@@ -145,6 +151,7 @@ def lay_out(
         row_starts[order] if has_rows else row_starts,
         batches.rows[order] if has_rows else batches.rows,
         batches.documents,
+        groups=np.concatenate(windows)[order] if windows else None,
     )
 
 

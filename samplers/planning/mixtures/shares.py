@@ -90,18 +90,22 @@ def count_batches_of(
         units_per_batch: About as many units as a batch has.
         per_epoch: About as many batches as each source has in an epoch, float64 `[sources]`.
     """
-    counts = _count_within(streams, shares, _find_total(streams, shares, batches, units_per_batch), batches)
+    counts = _first_batches(streams, shares, batches, units_per_batch)
+    taken = np.array([stream.units_before(count) for stream, count in zip(streams, counts.tolist(), strict=True)])
     may_move = per_epoch >= FEWEST_TO_MOVE
     for _ in range(2 * int(may_move.sum())):
-        behind = _measure_lag(streams, shares, counts)
+        behind = shares * float(taken.sum()) - taken
         latest = int(np.where(may_move, behind, -np.inf).argmax())
         earliest = int(np.where(may_move & (counts > 0), behind, np.inf).argmin())
         exchanged = counts.copy()
         exchanged[latest] += 1
         exchanged[earliest] -= 1
-        if latest == earliest or _worst(_measure_lag(streams, shares, exchanged)) >= _worst(behind):
+        changed = taken.copy()
+        for number in (latest, earliest):
+            changed[number] = streams[number].units_before(int(exchanged[number]))
+        if latest == earliest or _worst(shares * float(changed.sum()) - changed) >= _worst(behind):
             break
-        counts = exchanged
+        counts, taken = exchanged, changed
     return counts
 
 
@@ -109,43 +113,41 @@ def _worst(behind: Floats) -> float:
     return float(np.abs(behind).max())
 
 
-def _measure_lag(streams: Sequence[BatchStream], shares: Floats, counts: Integers) -> Floats:
-    """Units that each source lacks of its share of what all have taken, float64 `[sources]`."""
-    taken = np.array([stream.units_before(count) for stream, count in zip(streams, counts.tolist(), strict=True)])
-    lag: Floats = shares * float(taken.sum()) - taken
-    return lag
+def _first_batches(streams: Sequence[BatchStream], shares: Floats, batches: int, units_per_batch: float) -> Integers:
+    """How many of the first batches are of each source, if all advance together: int64 `[sources]`.
 
+    Batch number n of a source counts at the total at which its share holds the batches before and `phase` of this one.
+    Of the batches near the total that is about right, those with the smallest totals come first.
+    """
 
-def _find_total(streams: Sequence[BatchStream], shares: Floats, batches: int, units_per_batch: float) -> float:
-    """The smallest total at which there are enough batches, to a millionth of a batch."""
+    def count(total: float) -> Integers:
+        within = [stream.batches_within(total * share) for stream, share in zip(streams, shares.tolist(), strict=True)]
+        return np.array(within)
 
-    def count(total: float) -> int:
-        return sum(stream.batches_within(total * share) for stream, share in zip(streams, shares.tolist(), strict=True))
-
-    low, high = 0.0, max(1.0, batches * units_per_batch)
-    while count(high) < batches:
-        low, high = high, high + (len(streams) + 1) * units_per_batch
-    near = high - (len(streams) + 1) * units_per_batch
-    low = near if near > low and count(near) < batches else low
-    while high - low > units_per_batch * 1e-6:
-        middle = (low + high) / 2
-        low, high = (low, middle) if count(middle) >= batches else (middle, high)
-    return high
-
-
-def _count_within(streams: Sequence[BatchStream], shares: Floats, total: float, batches: int) -> Integers:
-    """Batches of each source within a total, less those that are too many where several come at once."""
-    counts = np.array(
-        [stream.batches_within(total * share) for stream, share in zip(streams, shares.tolist(), strict=True)]
-    )
-    while counts.sum() > batches:
-        # Those that came last have come at the same time.
-        counted_at = [
-            _interpolate(stream, count) / share if count else 0.0
-            for stream, count, share in zip(streams, counts.tolist(), shares.tolist(), strict=True)
-        ]
-        counts[int(np.argmax(counted_at))] -= 1
-    return counts
+    # Few steps, since each looks at every source: the batches in between are sorted.
+    width = (len(streams) + 1) * units_per_batch
+    high = max(1.0, batches * units_per_batch)
+    last = count(high)
+    while last.sum() < batches:
+        high += max(width, (batches - int(last.sum())) * units_per_batch)
+        last = count(high)
+    first = np.zeros_like(last)
+    step = width
+    while (near := high - step) > 0:
+        counts = count(near)
+        if counts.sum() <= batches:
+            first = counts
+            break
+        high, last, step = near, counts, 2 * step
+    totals, owners = [], []
+    for number, (stream, share) in enumerate(zip(streams, shares.tolist(), strict=True)):
+        for batch in range(int(first[number]) + 1, int(last[number]) + 1):
+            totals.append(_interpolate(stream, batch) / share)
+            owners.append(number)
+    # Of equal totals the sources that stand first, each with its batches in their order.
+    chosen = np.array(owners, np.int64)[np.argsort(totals, kind="stable")[: batches - int(first.sum())]]
+    counted: Integers = first + np.bincount(chosen, minlength=len(streams))
+    return counted
 
 
 def _interpolate(stream: BatchStream, count: int) -> float:

@@ -96,8 +96,7 @@ def _check_max_length(collated: Any, table: PackedTable, fields: Sequence[str]) 
 
 def _longest_steps(table: PackedTable) -> list[int]:
     """The largest length of each field, before any cut; of documents that are split or dropped, the capacity: `[K]`."""
-    limits = table.packs.limits
-    longest: list[int] = (table.packs.classes.units.max(0) * limits.multiple).tolist()
+    longest: list[int] = (table.longest_units * table.packs.limits.multiple).tolist()
     if table.options.overlong != "cut":
         return longest
     whole: list[int] = np.asarray(table.lengths.reshape(len(table.lengths), -1).max(0), np.int64).tolist()

@@ -1,7 +1,7 @@
 """The options of a packing sampler: checked once, on creation, and then passed as one value."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypedDict
 
 import numpy as np
@@ -79,6 +79,10 @@ class PackOptions:
         'capacity=100, rows=4'
         """
         return describe_options(self)
+
+    def for_source(self, **changed: Any) -> "PackOptions":
+        """These options with others in place of some."""
+        return replace(self, **changed)
 
     def _check_count(self, name: str, least: int, hint: str) -> None:
         """Check an integer option, and store it as a Python int."""

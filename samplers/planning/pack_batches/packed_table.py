@@ -75,6 +75,12 @@ class PackedTable(KeptEpochs):
         return self.packs.dropped
 
     @property
+    def longest_units(self) -> Integers:
+        """The longest document in each field, in units of `multiple`: int64 `[K]`."""
+        longest: Integers = self.packs.classes.units.max(0)
+        return longest
+
+    @property
     def pieces(self) -> Pieces | None:
         """Pieces of split samples, or None."""
         return self.packs.pieces
@@ -189,8 +195,10 @@ def choose_samples(lengths: npt.NDArray[Any], options: PackOptions) -> tuple[Int
     return samples, too_short
 
 
-def build_packs(lengths: npt.NDArray[Any], options: PackOptions, indices: Integers | None) -> PackTable:
-    """The rows of these samples; the errors are those of `PackTable.build`."""
+def build_packs(
+    lengths: npt.NDArray[Any], options: PackOptions, indices: Integers | None, *, is_brief: bool = False
+) -> PackTable:
+    """The rows of these samples; the arguments and errors are those of `PackTable.build`."""
     return PackTable.build(
         lengths,
         capacity=options.capacity,
@@ -202,4 +210,5 @@ def build_packs(lengths: npt.NDArray[Any], options: PackOptions, indices: Intege
         seed=options.seed,
         shuffle=options.shuffle,
         indices=indices,
+        is_brief=is_brief,
     )

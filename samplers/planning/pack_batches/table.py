@@ -77,12 +77,13 @@ class PackBatches(PackedTable):
         return RowOrder(self.packs, 0, 1, self.options.rows) if self.row_order is None else self.row_order
 
 
-def pack_batches(lengths: Lengths, options: PackOptions) -> PackBatches:
+def pack_batches(lengths: Lengths, options: PackOptions, *, is_brief: bool = False) -> PackBatches:
     """Plan the rows of any epoch.
 
     Args:
         lengths: Integers `[N]` or `[N, K]`, or an index that holds them.
         options: The planner's.
+        is_brief: Whether the plan of the rows is found in fewer attempts, see `choose_rows`.
 
     Raises:
         LengthError: A length is negative or above 2**40, or a document does not fit in a row, with `overlong="error"`.
@@ -92,4 +93,4 @@ def pack_batches(lengths: Lengths, options: PackOptions) -> PackBatches:
     array = as_length_array(lengths)
     refuse_negative(array, None)
     indices, too_short = choose_samples(array, options)
-    return PackBatches(build_packs(array, options, indices), array, options, too_short)
+    return PackBatches(build_packs(array, options, indices, is_brief=is_brief), array, options, too_short)

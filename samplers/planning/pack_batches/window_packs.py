@@ -125,7 +125,7 @@ class WindowPacks(PackedTable):
             self.options,
             epoch,
             num_replicas,
-            window_sizes=self._sizes,
+            window_sizes=self.window_sizes,
             interleave=self.groupings.interleave,
             can_share=partial(self._can_share_batches, num_replicas),
             # The usual windows must find an order in every epoch.
@@ -191,7 +191,7 @@ class WindowPacks(PackedTable):
     def has_rows(self, batch_ids: Integers, count: int) -> bool:
         """Whether these batches have `count` documents; their windows are planned only until that is known."""
         # Each row has a document.
-        known = np.minimum(self.options.rows, self._rows_from(batch_ids))
+        known = self.count_rows(batch_ids)
         documents = int(known.sum())
         for batch, rows in zip(batch_ids.tolist(), known.tolist(), strict=True):
             if documents >= count:
@@ -199,27 +199,26 @@ class WindowPacks(PackedTable):
             documents += int(self.batch_rows(np.array([batch])).sum()) - rows
         return documents >= count
 
-    def _rows_from(self, batch_ids: Integers) -> Integers:
-        """The rows of its window from the first of each of these batches on, int64 `[n]`."""
+    def count_rows(self, batch_ids: Integers) -> Integers:
+        """The rows of each of these batches, int64 `[n]`: the last one of a window may be short."""
         owners, numbers = self._locate(batch_ids)
         rows = np.array([window.rows for window in self.windows])
-        remaining: Integers = rows[owners] - numbers * self.options.rows
-        return remaining
+        return np.minimum(self.options.rows, rows[owners] - numbers * self.options.rows)
 
     def _locate(self, batch_ids: Integers) -> tuple[Integers, Integers]:
         """The window of each of these batches, and its number in that window: int64 `[n]` both."""
         owners = np.searchsorted(self._ends, batch_ids, side="right")
-        return owners, batch_ids - (self._ends - self._sizes)[owners]
+        return owners, batch_ids - (self._ends - self.window_sizes)[owners]
 
     @cached_property
-    def _sizes(self) -> Integers:
+    def window_sizes(self) -> Integers:
         """Batches of each window, int64 `[windows]`."""
         return np.array([-(-window.rows // self.options.rows) for window in self.windows])
 
     @cached_property
     def _ends(self) -> Integers:
         """Where the batches of each window end."""
-        return np.cumsum(self._sizes)
+        return np.cumsum(self.window_sizes)
 
     @cached_property
     def _tables(self) -> dict[int, PackTable]:

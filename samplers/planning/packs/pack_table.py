@@ -106,6 +106,7 @@ class PackTable:
         seed: int = 0,
         shuffle: bool = True,
         indices: Integers | None = None,
+        is_brief: bool = False,
     ) -> Self:
         """Plan rows for samples of these lengths.
 
@@ -121,6 +122,7 @@ class PackTable:
             seed: Seed of the shuffles; the number of rows does not depend on it.
             shuffle: False for the same rows in each epoch.
             indices: The samples that take part, int64 `[n]`; None for all.
+            is_brief: Whether the plan of the rows is found in fewer attempts, see `choose_rows`.
 
         Raises:
             LengthError: A document does not fit in a row, with `overlong="error"`.
@@ -138,7 +140,7 @@ class PackTable:
             max_cost=max_cost,
         )
         documents = plan_documents(array, limits, overlong=overlong, indices=indices)
-        classes, plan = _plan(documents, limits)
+        classes, plan = _plan(documents, limits, is_brief=is_brief)
         return cls(
             classes, documents.samples, limits, plan, seed, shuffle, pieces=documents.pieces, dropped=documents.dropped
         )
@@ -326,7 +328,7 @@ def make_limits(
     )
 
 
-def _plan(documents: Documents, limits: RowLimits) -> tuple[LengthClasses, RowPlan]:
+def _plan(documents: Documents, limits: RowLimits, *, is_brief: bool) -> tuple[LengthClasses, RowPlan]:
     """Classes in the order in which their documents are placed, and the rows."""
     classes = make_classes(documents.units, limits.units, None if limits.max_cost is None else limits.fit_alone)
     # Refuses a wrong cost now, which is needed when an epoch begins.
@@ -343,7 +345,7 @@ def _plan(documents: Documents, limits: RowLimits) -> tuple[LengthClasses, RowPl
             classes.rows,
         )
         task = make_task(classes, limits)
-    return classes, choose_rows(task, classes.rows if task.sizes.shape[1] == 1 else None)
+    return classes, choose_rows(task, classes.rows if task.sizes.shape[1] == 1 else None, is_brief=is_brief)
 
 
 def make_task(classes: LengthClasses, limits: RowLimits) -> PackTask:

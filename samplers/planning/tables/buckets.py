@@ -169,12 +169,18 @@ def _cut_partial(
     return [even_bucket(first, batches, rows, sizer.width(first, first + batches * rows))]
 
 
-def count_windows(sorted_lengths: SortedLengths, options: Options) -> int:
-    """How many windows the corpus is split into: the batches of a bucket, and the samples of a stratum."""
+def count_windows(sorted_lengths: SortedLengths, options: Options, batches: int | None = None) -> int:
+    """How many windows the corpus is split into: the batches of a bucket, and the samples of a stratum.
+
+    Args:
+        sorted_lengths: The samples.
+        options: The budget and the window.
+        batches: What `estimate_batches` gave; None to estimate.
+    """
     if not options.shuffle:
         return 1
     if options.window is None:
-        batches = estimate_batches(sorted_lengths, options)
+        batches = estimate_batches(sorted_lengths, options) if batches is None else batches
         # The root of batches / 32, rounded to the nearest integer: 3,200 batches have 10 windows.
         wanted = (isqrt(4 * batches // BATCHES_PER_SQUARED_WINDOW) + 1) // 2
     else:
@@ -192,10 +198,12 @@ def estimate_batches(sorted_lengths: SortedLengths, options: Options) -> int:
     widths = padded_widths(lengths, options.allowed_widths)
     # NumPy takes several times as long for unique rows as for unique numbers.
     distinct, counts = np.unique(widths[:, 0] if widths.shape[1] == 1 else widths, axis=0, return_counts=True)
-    shares = 0
-    for width, count in zip(distinct.tolist(), counts.tolist(), strict=True):
-        rows = options.budget.max_rows(tuple(width) if sorted_lengths.fields > 1 else width)
-        shares += count * ((1 << 32) // max(1, rows))
+    if sorted_lengths.fields > 1:
+        rows = np.array([options.budget.max_rows(tuple(width)) for width in distinct.tolist()])
+    else:
+        rows = options.budget.rows_at(distinct)
+    # At most 1,024 shares of up to 2**32.
+    shares = int((counts * ((1 << 32) // np.maximum(rows, 1))).sum())
     return len(sorted_lengths) * shares // (len(probes) << 32)
 
 
@@ -223,6 +231,10 @@ class BucketSizer:
     def __init__(self, sorted_lengths: SortedLengths, options: Options) -> None:
         self.sorted_lengths = sorted_lengths
         self.options = options
+        # Read for every bucket.
+        self._fields = sorted_lengths.fields
+        # The width of one field depends on the first sample alone; rows and width of a bucket are asked for in turn.
+        self._last: tuple[int, tuple[int, ...]] = -1, ()
 
     def rows_from(self, first: int) -> int:
         """Rows of the batches of a bucket that starts at this sorted index."""
@@ -234,11 +246,13 @@ class BucketSizer:
 
     def width(self, first: int, last: int) -> tuple[int, ...]:
         """Padded width of each field that holds every sample of this run."""
-        if self.sorted_lengths.fields > 1:
+        if self._fields > 1:
             return self._round_up(self.sorted_lengths.lengths_between(first, last))
-        longest = int(self.sorted_lengths.lengths[self.sorted_lengths.order[first]])
-        cut = longest if self.options.max_length is None else min(longest, self.options.max_length)
-        return (padded_width(cut, self.options.allowed_widths),)
+        if self._last[0] != first:
+            longest = int(self.sorted_lengths.lengths[self.sorted_lengths.order[first]])
+            cut = longest if self.options.max_length is None else min(longest, self.options.max_length)
+            self._last = first, (padded_width(cut, self.options.allowed_widths),)
+        return self._last[1]
 
     def _round_up(self, lengths: Integers) -> tuple[int, ...]:
         """The padded width of the longest of these lengths `[n, K]`."""

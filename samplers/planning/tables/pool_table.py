@@ -86,11 +86,13 @@ class PoolTable(KeptEpochs, BatchTable):
         pools: Number of pools.
         batches: Batches of every epoch.
         drawn: The batches of the epoch to which this table belongs; None before an epoch is chosen.
+        is_predicted: Whether the number of batches is predicted, and not counted in a few draws.
     """
 
     pools: int = 2
     batches: int = 0
     drawn: EpochBatches | None = field(default=None, kw_only=True)
+    is_predicted: bool = field(default=False, kw_only=True)
 
     def __len__(self) -> int:
         """Batches in an epoch, before any is split among replicas."""
@@ -110,7 +112,9 @@ class PoolTable(KeptEpochs, BatchTable):
             patient=epoch not in self.trial_epochs,
         )
         if drawn is None:
-            drawn = self._finish(min(self._sample_draws(), key=self._count), num_replicas)
+            in_turn = self.is_predicted and not self.full_rows
+            usual = self._deal_in_turn() if in_turn else min(self._sample_draws(), key=self._count)
+            drawn = self._finish(usual, num_replicas)
         return replace(self, drawn=drawn)
 
     @property
@@ -207,6 +211,37 @@ class PoolTable(KeptEpochs, BatchTable):
         """How many batches draws have on average, rounded up; the same for every seed."""
         return -(-sum(map(self._count, self._sample_draws())) // SAMPLED_DRAWS)
 
+    def predict_batches(self) -> int:
+        """How many batches most draws have at most, without a draw; the same for every seed.
+
+        Samples that are dealt in turn, in the order of their lengths, need hardly fewer than those of a draw. The last
+        batch of a pool is as full as it happens to be: on average half a batch more is needed. For 96 corpora of 300
+        to 6,000 samples it was the usual number of draws, or one more for a sixth of them; 88 to 100 % of draws had no
+        more.
+        """
+        planned = len(self._widths) - self.last_dropped
+        if self.full_rows:
+            return -(-planned // self.full_rows) + self.sorted_lengths.overlong_alone
+        pools = self._deal_in_turn()
+        widths, needed = self._widths[pools.members], 0
+        # In integers, in 1024ths of a batch, since a float's last bit may differ between machines.
+        for first, end in pairwise(pools.borders):
+            whole = end not in pools.ends
+            limit = max(1, self.options.budget.max_rows(int(widths[first])))
+            needed += SHARE_UNITS if whole else min(SHARE_UNITS, (end - first) * SHARE_UNITS // limit)
+        needed += SHARE_UNITS * self.pools // 2
+        return max(self._count(pools), -(-needed // SHARE_UNITS) + self.sorted_lengths.overlong_alone)
+
+    def _deal_in_turn(self) -> Pools:
+        """Deal the samples to pools in turn, longest first, and cut each pool into batches."""
+        samples, borders = len(self._widths), [0]
+        members = [np.arange(pool, samples, self.pools) for pool in range(self.pools)]
+        ends = np.cumsum([len(each) for each in members]).tolist()
+        widths = self._widths[np.concatenate(members)]
+        for end in ends:
+            borders += self._cut(widths, borders[-1], end, SHARE_UNITS)
+        return Pools(np.concatenate(members), ends, borders)
+
     def _count(self, pools: Pools) -> int:
         """Batches of these pools, and of the samples that exceed the budget alone."""
         return len(pools.borders) - 1 + self.sorted_lengths.overlong_alone
@@ -296,8 +331,11 @@ class PoolTable(KeptEpochs, BatchTable):
             pools = self._even(pools)
         sizes = np.diff(pools.borders)
         parts = split_largest(sizes.tolist(), self.batches - self._count(pools))
-        pieces = [np.array_split(np.arange(size), part) for size, part in zip(sizes.tolist(), parts, strict=True)]
-        rows: Integers = np.array([len(piece) for batch in pieces for piece in batch])
+        # A batch of 8 rows in 3 parts: 3, 3 and 2.
+        counts = np.array(parts)
+        piece = concatenate_ranges(np.zeros_like(counts), counts)
+        whole, part = np.repeat(sizes, counts), np.repeat(counts, counts)
+        rows: Integers = whole // part + (piece < whole % part)
         starts = rows.cumsum() - rows
         by_rows = np.lexsort([-self._widths[pools.members[starts]], rows])
         starts, rows = starts[by_rows], rows[by_rows]
@@ -317,8 +355,13 @@ def concatenate_ranges(starts: Integers, counts: Integers) -> Integers:
     return np.repeat(starts, counts) + within
 
 
-def choose_table(lengths: Lengths, options: Options) -> BatchTable:
+def choose_table(lengths: Lengths, options: Options, *, predicts: bool = False) -> BatchTable:
     """Lengths to the batches of any epoch: a `PoolTable` for a small corpus, else a `BatchTable`.
+
+    Args:
+        lengths: Integers `[N]` or `[N, K]`, or an index that holds them.
+        options: The planner's.
+        predicts: Whether a `PoolTable` predicts its number of batches, in a fraction of the time that draws take.
 
     Raises:
         TypeError: Lengths or indices are not integers.
@@ -326,7 +369,7 @@ def choose_table(lengths: Lengths, options: Options) -> BatchTable:
         ValueError: Lengths have the wrong shape, or no batch is left to plan.
     """
     sorted_lengths = sort_lengths(lengths, options)
-    small = make_pool_table(sorted_lengths, options)
+    small = make_pool_table(sorted_lengths, options, predicts=predicts)
     if small is not None:
         return small
     first, *others = (tuple(sort_buckets(buckets, options)) for buckets in cut_variants(sorted_lengths, options))
@@ -340,13 +383,14 @@ def choose_table(lengths: Lengths, options: Options) -> BatchTable:
     return table
 
 
-def make_pool_table(sorted_lengths: SortedLengths, options: Options) -> PoolTable | None:
+def make_pool_table(sorted_lengths: SortedLengths, options: Options, *, predicts: bool = False) -> PoolTable | None:
     """The table of a small corpus; None if it is large, has several fields, or real tokens count."""
     if not options.shuffle or sorted_lengths.fields > 1 or options.count_tokens == "real":
         return None
     if not 0 < len(sorted_lengths) - sorted_lengths.overlong_alone <= MANY_SAMPLES:
         return None
-    windows, batches = count_windows(sorted_lengths, options), estimate_batches(sorted_lengths, options)
+    batches = estimate_batches(sorted_lengths, options)
+    windows = count_windows(sorted_lengths, options, batches)
     table = PoolTable(sorted_lengths, (), options, pools=windows)
     # Batches of a fixed size are dealt whole, and each pool needs one. By default there are two pools. They pad less
     # than buckets, however few batches there are: 100 samples in three budgets of tokens 32 %, where buckets pad 42 %.
@@ -357,4 +401,6 @@ def make_pool_table(sorted_lengths: SortedLengths, options: Options) -> PoolTabl
     if options.drop_last and options.batch_size is not None and not table.full_rows:
         # The draw would decide which batches `batch_size` leaves short.
         return None
+    if predicts:
+        return replace(table, batches=table.predict_batches(), is_predicted=True)
     return replace(table, batches=table.usual_batches())

@@ -43,6 +43,7 @@ class OpenShards:
         transport: How remote shards are read.
         counts: Where what is transferred is counted.
         cache: Where remote shards are kept whole. None keeps none.
+        most: Shards that are open at a time; None for as many as a process keeps open.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class OpenShards:
         transport: Transport = DEFAULT,
         counts: Counts = UNCOUNTED,
         cache: ShardCache | None = None,
+        most: int | None = None,
     ) -> None:
         self.process = os.getpid()
-        self.most = count_handles()
+        self.most = count_handles() if most is None else most
         self._tables, self._ends = tables, tables.starts[1:]
         self._transport, self._counts, self._cache = transport, counts, cache
         self._lock = Lock()
@@ -196,6 +198,11 @@ class OpenShards:
 
     def free(self) -> None:
         """Free the memory of shards that were fetched whole. Here there is none."""
+
+    def close(self) -> None:
+        """Close all files that are not being read; they are opened again when they are needed."""
+        self._files.cache_clear()
+        self._cached_files.clear()
 
     def _find_sizes(self, paths: list[str]) -> None:
         """Ask for the sizes of remote shards together.

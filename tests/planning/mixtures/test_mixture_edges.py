@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from samplers import LengthBucketBatchSampler, Mixture
+from samplers import LengthBucketBatchSampler, Mixture, plan_epoch
 
 
 def test_a_late_epoch_is_the_same_in_every_process() -> None:
@@ -134,3 +134,16 @@ def test_many_equal_sources_keep_shares_over_short_epochs(others: int, share: fl
         for [sample] in sampler:
             taken[np.searchsorted(mixture.starts, sample, side="right") - 1] += 1
             assert np.abs(taken - taken.sum() * shares).max() <= 1.01
+
+
+@pytest.mark.parametrize("within", ["batch", "sample"])
+def test_a_plan_of_an_epoch_takes_a_mixture_as_a_sampler_does(within: Any) -> None:
+    """It was red: an error about lengths of several axes."""
+    mixture = Mixture({"a": list(range(1, 90)), "b": [7, 3, 9] * 20}, weights={"a": 2, "b": 1}, within=within)
+    sampler = LengthBucketBatchSampler(mixture, max_tokens=200, num_replicas=2, rank="all")
+    for epoch in (0, 3):
+        plan = plan_epoch(mixture, max_tokens=200, num_replicas=2, epoch=epoch)
+        sampler.set_epoch(epoch)
+        assert list(plan.batches) == list(sampler)
+        assert plan.updates(accumulate=2).batches.sum() == plan.steps
+        assert plan.report() == sampler.plan(epoch).report()

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from samplers import LengthBucketBatchSampler, LengthError, Mixture, PackingBatchSampler, plan_epoch
+from samplers import LengthBucketBatchSampler, LengthError, Mixture, PackingBatchSampler
+from samplers.planning.sorting import as_length_array
 
 SOURCES = {"web": [5, 3, 4, 4, 2, 6], "books": [9, 8, 7, 9]}
 
@@ -73,8 +74,8 @@ def test_a_source_that_cannot_be_planned_is_named() -> None:
         )
     with pytest.raises(ValueError, match="a batch for each of 9 replicas"):
         LengthBucketBatchSampler(Mixture(SOURCES), max_tokens=20, num_replicas=9, rank=0)
-    with pytest.raises(TypeError, match="give it to a batch sampler"):
-        plan_epoch(Mixture(SOURCES), max_tokens=20)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="batch samplers, ShardStream and plan_epoch take one"):
+        as_length_array(Mixture(SOURCES))  # type: ignore[arg-type]
 
 
 def test_samples_of_several_fields_stay_in_batches_of_their_own() -> None:
@@ -92,10 +93,10 @@ def test_samples_of_several_fields_stay_in_batches_of_their_own() -> None:
 def test_only_a_sampler_of_a_mixture_takes_another() -> None:
     plain = LengthBucketBatchSampler([3, 4, 5], max_tokens=9)
     with pytest.raises(
-        TypeError, match="mixture must be a Mixture for a sampler of one, got Mixture for a sampler of list"
+        TypeError, match="mixture must be a Mixture where one is planned, got Mixture for a plan of list"
     ):
         plain.seek(plain.next_position, mixture=Mixture(SOURCES))
-    with pytest.raises(TypeError, match="must be of a sampler of one, got list"):
+    with pytest.raises(TypeError, match="must be of a plan of one, got list"):
         plain.mixture_report()
     mixed = LengthBucketBatchSampler(Mixture(SOURCES), max_tokens=20)
     with pytest.raises(ValueError, match="must be the text that position"):

@@ -108,11 +108,18 @@ class SourceStream(ABC):
     phase: float = 0.5
     _orders: dict[int, Integers] = field(default_factory=dict, repr=False)
     _sums: dict[int, Floats] = field(default_factory=dict, repr=False)
+    _estimates: dict[int, Integers] = field(default_factory=dict, repr=False)
     _constants: dict[str, float] = field(default_factory=dict, repr=False)
     _ends: list[float] = field(default_factory=list, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_orders": {}, "_sums": {}, "_constants": {}, "_ends": []}
+        return self.__dict__ | {
+            "_orders": {},
+            "_sums": {},
+            "_estimates": {},
+            "_constants": {},
+            "_ends": [],
+        }
 
     @abstractmethod
     def estimate(self, pass_number: int) -> Integers:
@@ -125,6 +132,16 @@ class SourceStream(ABC):
     @abstractmethod
     def likeness(self, pass_number: int, batch_ids: Integers) -> Integers:
         """Numbers by which neighbours are alike in width or cost, the most rows last: int64 `[n]`."""
+
+    @property
+    def reads_windows(self) -> bool:
+        """Whether the samples of a pass are read window after window."""
+        return False
+
+    def windows_of(self, pass_number: int, batch_ids: Integers) -> Integers:
+        """The window of each of these batches of a pass: int64 `[n]`."""
+        del pass_number
+        return np.zeros(len(batch_ids), np.int64)
 
     @property
     def has_equal_passes(self) -> bool:
@@ -145,7 +162,7 @@ class SourceStream(ABC):
     def units_of_first_pass(self) -> float:
         """Units of the first pass: 0 where no sample has a token."""
         if "units" not in self._constants:
-            self._constants["units"] = float(self.estimate(0).sum())
+            self._constants["units"] = float(self._units_of(0).sum())
         return self._constants["units"]
 
     @property
@@ -242,10 +259,7 @@ class SourceStream(ABC):
         return StreamStart(segment.pass_number + 1) if gone == self.batches_per_pass else start
 
     def _find_order(self, pass_number: int) -> Integers:
-        size, options = self.batches_per_pass, self.table.options
-        order: Integers = np.arange(size)
-        if options.shuffle:
-            order = permute(order, size, derive_key(options.seed, pass_number, PASSES))
+        order = self._order_pass(pass_number)
         if pass_number > self.start.first_pass:
             return order
         for cut in self.start.cuts:
@@ -254,10 +268,22 @@ class SourceStream(ABC):
             order = np.concatenate([arranged[cut.taken :], order[cut.end :]])
         return order
 
+    def _order_pass(self, pass_number: int) -> Integers:
+        """The batch ids of a whole pass, in its order: int64 `[n]`."""
+        size, options = self.batches_per_pass, self.table.options
+        order: Integers = np.arange(size)
+        return permute(order, size, derive_key(options.seed, pass_number, PASSES)) if options.shuffle else order
+
+    def _units_of(self, pass_number: int) -> Integers:
+        """What `estimate` gives, for a few passes: int64 `[len(table)]`."""
+        if pass_number not in self._estimates:
+            keep(self._estimates, pass_number, self.estimate(pass_number), most=_KEPT_PASSES)
+        return self._estimates[pass_number]
+
     def _sums_of(self, pass_number: int) -> Floats:
         """Units before each batch of what the stream has of a pass, and all of them: float64 `[n + 1]`."""
         if pass_number not in self._sums:
-            units = self.estimate(pass_number)[self.order_of(pass_number)]
+            units = self._units_of(pass_number)[self.order_of(pass_number)]
             keep(self._sums, pass_number, np.concatenate([[0.0], np.cumsum(units)]), most=_KEPT_PASSES)
         return self._sums[pass_number]
 
