@@ -88,6 +88,43 @@ def find_permutation(batch: object) -> Integers | None:
     return orders[0] if orders else None
 
 
+def check_order(batch: object, samples: Sequence[int], lengths: Integers) -> None:
+    """Compare the lengths of a collated batch with the plan's, where both are of the same samples.
+
+    A collate function that reorders the samples before it pads them makes a batch whose `permutation` knows nothing of
+    it, and outputs would go to the wrong samples. Lengths in another unit than the plan's say nothing.
+
+    Args:
+        batch: The collated batch.
+        samples: Sample indices in the order in which they should have been collated.
+        lengths: Of all samples: int64 `[N]` or `[N, K]`.
+
+    Raises:
+        ValueError: The batch has the planned lengths in another order.
+    """
+    planned = lengths[np.asarray(samples)].reshape(len(samples), -1)
+    reordered = None
+    for part in _tracked_parts(batch):
+        rows, order = np.asarray(part.lengths), np.asarray(part.permutation)
+        if rows.shape != order.shape or len(order) != len(samples):
+            continue
+        collated = np.empty_like(rows)
+        collated[order] = rows
+        for column in planned.T:
+            differ = column != collated
+            if not differ.any():
+                return
+            if reordered is None and np.array_equal(np.sort(column), np.sort(rows)):
+                first = int(differ.argmax())
+                reordered = samples[first], int(column[first]), int(collated[first])
+    if reordered is not None:
+        raise ValueError(
+            "sample {} has length {} in the plan and {} in the batch, which has the same lengths in another order: "
+            "collate_fn must not reorder samples before it pads them (PadCollator sorts the rows, and knows their "
+            "order)".format(*reordered)
+        )
+
+
 def _is_tracked(value: object) -> bool:
     """Whether this is a padded or varlen batch of lengthtrack, which this package does not import."""
     return hasattr(value, "permutation") and hasattr(value, "lengths")

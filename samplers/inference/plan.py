@@ -51,19 +51,21 @@ def check_budget(budget: InferenceBudget) -> None:
     make_options(cast("PlanOptions", {**budget, **_FIXED}))
 
 
-def find_lengths(dataset: Any, lengths: Lengths | None) -> tuple[Lengths, Integers]:
+def find_lengths(dataset: Any, lengths: Lengths | str | None) -> tuple[Lengths, Integers]:
     """The lengths of a dataset as they were given, and as int64 `[N]` or `[N, K]`.
 
     Args:
         dataset: Map-style.
-        lengths: None takes those of its index, or of its only column of lists.
+        lengths: Or the name of a column. None takes those of its index, or of its only column of lists.
 
     Raises:
         LengthError: One is negative.
         TypeError: They are not integers.
         ValueError: They cannot be found, are not as many as the samples, or have another shape.
     """
-    if lengths is None:
+    if isinstance(lengths, str):
+        lengths = lengths_of(dataset, lengths)
+    elif lengths is None:
         index = getattr(dataset, "index", None)
         lengths = index if isinstance(index, IndexedLengths) else _measure(dataset)
     array = np.asarray(lengths.lengths if isinstance(lengths, IndexedLengths) else lengths)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from samplers.inference.containers import Container, ContainerKind, FileContainer, make_container
 from samplers.inference.halving import HalvingStep
-from samplers.inference.outputs import read_outputs
+from samplers.inference.outputs import check_order, read_outputs
 from samplers.inference.plan import (
     CollatedSamples,
     InferenceBudget,
@@ -33,7 +33,7 @@ def run_in_order(
     dataset: Any,
     *,
     collate_fn: Callable[[Any], Any],
-    lengths: Lengths | None = None,
+    lengths: Lengths | str | None = None,
     out: str | os.PathLike[str] | None = None,
     container: ContainerKind = "list",
     name: str = "",
@@ -63,7 +63,8 @@ def run_in_order(
         collate_fn: Makes a batch from a list of samples. If it sorts the rows, the batch must tell their `permutation`,
             as those of `PadCollator` do.
         lengths: Lengths of all samples, in time steps: integers `[N]`, or `[N, K]` for samples of K fields; or an
-            index. None takes the dataset's index, or measures a list of sequences.
+            index; or the column of the dataset whose lengths count. None takes the dataset's index, or measures a list
+            of sequences.
         out: A file to write: `.npy` for outputs of one shape, or `.arrow` for these, for outputs with their own number
             of steps and for texts. None keeps outputs in memory.
         container: Without `out`: `"list"` (default), `"numpy"` or `"torch"`.
@@ -126,17 +127,18 @@ def run_in_order(
         # tqdm shows no bar with True, and with None only on a terminal.
         disable = None if rank == 0 and progress is None else not progress
         with _Progress(array, batches, kept, transfers=_transfers_of(dataset), disable=disable) as bar:
-            _run(loader, halving, kept, bar)
+            _run(loader, array, halving, kept, bar)
         return kept.finish()
     finally:
         kept.close()
 
 
-def _run(loader: Any, halving: HalvingStep, kept: Container, bar: "_Progress") -> None:
+def _run(loader: Any, lengths: Integers, halving: HalvingStep, kept: Container, bar: "_Progress") -> None:
     """Run the step on all batches; what was computed is kept, also if one fails."""
     try:
         with torch.no_grad():
             for samples, batch in loader:
+                check_order(batch, samples, lengths)
                 for piece, collated, result in halving.run(samples, batch):
                     kept.add(read_outputs(result, collated, piece))
                     bar.add(piece)

@@ -8,7 +8,7 @@ from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from samplers.integrations.longest_first import LongestFirst
-from samplers.integrations.plans import LengthsOf, make_sampler, resolve_lengths
+from samplers.integrations.plans import LengthsOf, make_sampler, mean_samples, resolve_lengths
 
 
 class EpochCallback(TrainerCallback):
@@ -33,7 +33,8 @@ class PlannedTrainer(Trainer):
     Args:
         *args: As of a Trainer, and so are all other options.
         plan: Options of `LengthBucketBatchSampler`, or with `capacity` of `PackingBatchSampler`. A plan without `seed`
-            has the Trainer's.
+            has the Trainer's. `lengths` in it are those of the training alone: a `Mixture`, for the dataset that its
+            `concat` makes.
         lengths: The column whose lengths count (default `"input_ids"`), or a function from a dataset to its lengths;
             None takes a dataset's index.
         eval_collator: Makes a dict of padded tensors for `evaluate` and `predict`, with the rows in the given order
@@ -64,7 +65,7 @@ class PlannedTrainer(Trainer):
         """The planned batches of all processes, which accelerate deals out."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         sampler = make_sampler(self.train_dataset, {"seed": seed, **self.plan}, self.lengths, rank="all")
-        self._samples_per_batch = len(self.train_dataset) / len(sampler)
+        self._samples_per_batch = mean_samples(sampler)
         dataset, collate = self.train_dataset, self.data_collator
         if hasattr(dataset, "column_names"):
             dataset = self._remove_unused_columns(dataset, description="training")

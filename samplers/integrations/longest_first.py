@@ -30,8 +30,17 @@ class LongestFirst(Sampler[int]):
         yield from self.order.tolist()
 
     def restore(self, outputs: Any) -> Any:
-        """Outputs in the order of the dataset: an array with an entry for each sample, or a structure of these."""
+        """Outputs in the order of the dataset: an array with an entry for each sample, or a structure of these.
+
+        Raises:
+            ValueError: There are more or fewer entries than samples.
+        """
         if isinstance(outputs, np.ndarray):
+            if len(outputs) != len(self.order):
+                raise ValueError(
+                    f"{len(outputs)} rows of outputs for {len(self.order)} samples: a collator that packs cannot be "
+                    "used to predict: give eval_collator, which pads"
+                )
             ordered = np.empty_like(outputs)
             ordered[self.order] = outputs
             return ordered

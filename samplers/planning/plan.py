@@ -221,7 +221,7 @@ class BatchPlan(EpochPlan[BatchTable]):
             steps=self.steps,
             padding=1 - real_tokens / int(padded.sum()),
             budget_use=float(use.mean()),
-            max_budget_use=float(use[sizes.rows > 1].max(initial=0)),
+            max_budget_use=float(use[(sizes.rows > 1) | (use <= 1)].max(initial=0)),
             too_short=sorted_lengths.too_short,
             overlong_dropped=sorted_lengths.overlong_dropped,
             last_dropped=table.count_dropped(sequences),

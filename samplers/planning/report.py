@@ -45,7 +45,7 @@ class PlanReport:
         steps: Batches of each replica.
         padding: Share of the padded tokens that are padding, 0 to 1.
         budget_use: Mean share of the budget that a batch uses.
-        max_budget_use: The largest such share of a batch with two rows or more.
+        max_budget_use: The largest such share of a batch, but for those that hold an overlong sample alone.
         too_short: Samples that `min_length` left out.
         overlong_dropped: Samples that `overlong="drop"` left out.
         last_dropped: Samples that `drop_last` left out.

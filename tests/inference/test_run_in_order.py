@@ -49,6 +49,33 @@ def test_outputs_are_those_of_one_sample_at_a_time(
     assert all(size <= max(max_tokens, max(lengths), 1) for size in seen)
 
 
+@pytest.mark.parametrize("fields", [False, True])
+def test_a_collate_function_that_reorders_before_padding_is_refused(fields: bool) -> None:
+    # Red before: outputs went to other samples, without a word.
+    lengths = [3, 9, 4, 8, 3, 7, 2, 5]
+    rows = sequences(lengths)
+    data = [{"x": row, "other": torch.zeros(1)} for row in rows] if fields else rows
+
+    def collate(samples: list[Any]) -> Any:
+        return PadCollator()(samples[::-1])
+
+    def step(batch: Any) -> Tensor:
+        return totals(batch["x"] if fields else batch)
+
+    with pytest.raises(ValueError, match="sample 1 has length 9 in the plan and 7 in the batch.*must not reorder"):
+        run_in_order(step, data, lengths=lengths, collate_fn=collate, max_tokens=27, progress=False)
+    # Lengths of another unit say nothing of the order.
+    frames = [2 * length for length in lengths]
+    found = run_in_order(step, data, lengths=frames, collate_fn=PadCollator(), max_tokens=54, progress=False)
+    assert [each.tolist() for each in found] == [total_of(row).tolist() for row in rows]
+
+
+def test_lengths_may_be_named_by_their_column() -> None:
+    rows = [{"x": torch.arange(n), "y": torch.zeros(1)} for n in (3, 9, 4)]
+    found = run(lambda batch: batch["x"].lengths, rows, lengths="x", max_tokens=9)
+    assert list(map(int, found)) == [3, 9, 4]
+
+
 @settings(max_examples=40)
 @given(LENGTHS, st.integers(1, 30))
 def test_padding_is_removed_from_outputs_of_steps(lengths: list[int], max_tokens: int) -> None:

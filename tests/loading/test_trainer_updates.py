@@ -4,6 +4,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ pytest.importorskip("accelerate")
 from transformers import TrainingArguments
 
 from collate import PadCollator
+from samplers import LengthBucketBatchSampler, Mixture
 from samplers.integrations.huggingface import PlannedTrainer
+from samplers.integrations.longest_first import LongestFirst
 
 LENGTHS = [3, 9, 4, 8, 3, 7, 2, 5, 6, 1, 4, 4, 9, 2, 3, 8, 5]
 EACH = 3
@@ -103,3 +106,41 @@ def test_the_trainer_accumulates_to_the_gradient_of_one_flat_batch(tmp_path: Pat
     assert len(set(expected)) > 2
     for own, other in zip(trainer.model.parameters(), flat.parameters(), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-9)
+
+
+def test_the_trainer_takes_a_mixture_for_training_and_lengths_for_evaluation(tmp_path: Path) -> None:
+    # Red where only one corpus could be planned.
+    half = len(LENGTHS) // 2
+    mixture = Mixture({"a": LENGTHS[:half], "b": LENGTHS[half:]}, weights={"a": 1, "b": 1}, stop="longest")
+    data = [sample(index) for index in range(len(LENGTHS))]
+    seen = []
+
+    def note(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        seen.append(sorted(len(each["values"]) for each in samples))
+        return collate(samples)
+
+    def trainer(plan: Any, lengths: Any, **options: Any) -> PlannedTrainer:
+        arguments = TrainingArguments(
+            str(tmp_path), num_train_epochs=1, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
+            remove_unused_columns=False, seed=5,
+        )  # fmt: skip
+        return PlannedTrainer(
+            Tagger(), arguments, data_collator=note, plan=plan, lengths=lengths, compute_loss_func=token_loss, **options
+        )
+
+    joined = mixture.concat({"a": data[:half], "b": data[half:]})
+    options = {"train_dataset": joined, "eval_dataset": data, "eval_collator": collate}
+    trainer(
+        {"lengths": mixture, "max_tokens": 24}, lambda rows: [len(row["values"]) for row in rows], **options
+    ).train()
+    planned = LengthBucketBatchSampler(mixture, max_tokens=24, seed=5).plan(0).batches
+    assert seen == [sorted(LENGTHS[index] for index in batch) for batch in planned]
+    with pytest.raises(TypeError, match="give it in the plan"):
+        trainer({"max_tokens": 24}, mixture, **options).evaluate()
+    with pytest.raises(ValueError, match="16 samples, got 17"):
+        trainer({"lengths": mixture, "max_tokens": 24}, None, train_dataset=data[1:]).train()
+
+
+def test_outputs_of_packed_rows_are_not_put_into_the_order_of_samples() -> None:
+    with pytest.raises(ValueError, match="2 rows of outputs for 3 samples.*give eval_collator"):
+        LongestFirst([2, 5, 3]).restore(np.zeros((2, 4)))

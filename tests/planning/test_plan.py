@@ -340,6 +340,14 @@ def test_speech_like_lengths_pad_little_and_rarely_meet_again() -> None:
     assert plan.random_padding > 0.4
 
 
+@pytest.mark.parametrize(
+    ("lengths", "overlong", "most"), [([10] * 5, "error", 1.0), ([5, 2], "error", 1.0), ([5, 30], "alone", 0.5)]
+)
+def test_the_largest_use_is_that_of_any_batch_within_the_budget(lengths: list[int], overlong: Any, most: float) -> None:
+    # Red before: batches of one row counted as none.
+    assert plan_epoch(lengths, max_tokens=10, overlong=overlong).report().max_budget_use == most
+
+
 @pytest.mark.parametrize("replicas", [8, 64])
 def test_replicas_wait_little_for_one_another(replicas: int) -> None:
     assert plan_epoch(speech_lengths(), max_tokens=20_000, num_replicas=replicas).report().imbalance <= 1.03
