@@ -7,9 +7,8 @@ from typing import Final
 import click
 
 from samplers.cli.arguments import check_exists
-from samplers.cli.conversion.unfinished import refuse_unfinished
 from samplers.shards.format.header_lengths import DeclaredLength, header_length_of
-from samplers.shards.indexing.find_index import find_corpus
+from samplers.shards.indexing.find_index import find_corpus, refuse_unfinished
 from samplers.shards.indexing.index import LengthIndex, tables_of
 from samplers.shards.indexing.index_file import SUFFIX
 from samplers.shards.storage.network.transport import DEFAULT, Transport

@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 import subprocess
 import sys
 import tarfile
@@ -95,6 +96,35 @@ def test_only_the_header_of_a_long_file_is_read(suffix: str, most: int) -> None:
     file = MemoryFile(data)
     assert read_sound_header(file, Member("a", b"", 0, len(data), data[:256]), "here")[0] == 40 * RATE
     assert file.read_bytes <= most < len(data)
+
+
+@given(frames=st.integers(1, 3000), missing=st.integers(1, 6000))
+@settings(max_examples=20)
+def test_a_wav_that_is_cut_off_is_refused(frames: int, missing: int) -> None:
+    # Red before: libsndfile counts the frames that are there.
+    whole = encode(frames)
+    missing = min(missing, 2 * frames)
+    with pytest.raises(ValueError, match=f"here: the file is cut off: its header says {missing:,} bytes more"):
+        header_of(whole[:-missing])
+    # What was written to a pipe announces the largest size, and has what is there.
+    place = whole.index(b"data") + 4
+    piped = whole[:place] + b"\xff\xff\xff\xff" + whole[place + 4 : len(whole) - 2 * ((missing - 1) // 2)]
+    assert header_of(piped) == (len(decode(piped)), RATE)
+
+
+class InterruptedFile(MemoryFile):
+    """Ctrl-C comes at each read."""
+
+    def read(self, offset: int, size: int) -> bytes:
+        signal.raise_signal(signal.SIGINT)
+        return super().read(offset, size)
+
+
+def test_an_interrupt_while_a_header_is_read_is_no_damage() -> None:
+    # Red before: it was lost within a callback, and a healthy file was blamed or had another length.
+    data = encode(1000, "flac")
+    with pytest.raises(KeyboardInterrupt):
+        read_sound_header(InterruptedFile(data), Member("a", b"", 0, len(data), b""), "here")
 
 
 def test_a_header_without_the_number_of_frames_is_refused() -> None:

@@ -4,18 +4,17 @@ While `convert` writes `PREFIX-000000.tar` and so on, `PREFIX.unfinished.json` s
 
     {"inputs": {"corpus.jsonl": 81920}, "options": {"layout": "blocks", "tokenizer": "bytes_of:5f0c..."}}
 
-It is removed when the last sample is written. `lengthtrack index` refuses a folder that has one, because its shards
+It is removed when the last sample is written. Datasets and commands refuse a folder that has one, because its shards
 hold a part of the samples.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from samplers.shards.indexing.find_index import MARK
 from samplers.shards.storage.paths import expand_shards
-
-MARK: Final = ".unfinished.json"
 
 
 def mark_of(folder: Path, prefix: str) -> Path:
@@ -63,22 +62,6 @@ def begin(mark: Path, conversion: Mapping[str, Any], *, resume: bool) -> bool:
                 "resume with the same inputs and options, or delete the folder to start again"
             )
     return True
-
-
-def refuse_unfinished(shards: Iterable[str]) -> None:
-    """Refuse shards next to the mark of an unfinished conversion.
-
-    Raises:
-        ValueError: One is.
-    """
-    for folder in sorted({Path(shard).parent for shard in shards if "://" not in shard}):
-        for mark in sorted(folder.glob(f"*{MARK}")):
-            prefix = mark.name.removesuffix(MARK)
-            if any(Path(shard).parent == folder and Path(shard).name.startswith(f"{prefix}-") for shard in shards):
-                raise ValueError(
-                    f"{folder} holds an unfinished conversion, whose shards are a part of the samples: complete it "
-                    f"with lengthtrack convert --resume, or delete {mark} to index that part"
-                )
 
 
 def _read(mark: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ Sound files say how many frames they hold, and at which rate. `soundfile` reads 
 
 import io
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -37,6 +38,8 @@ _GIVE: Final = (
 )
 # libsndfile's largest number stands for an unknown number of frames.
 _UNKNOWN_FRAMES: Final = 1 << 62
+# From about here on, the size of a wav's values says that it was unknown when the header was written.
+_UNKNOWN_BYTES: Final = 0x7FFF_0000
 # The tag with the number of frames stands at most this many bytes behind the start of the first frame of an mp3.
 _MP3_TAG: Final = 64
 
@@ -166,20 +169,51 @@ def read_sound_header(file: RandomAccess, member: Member, context: str) -> tuple
 
     Raises:
         ModuleNotFoundError: soundfile is not installed.
-        ValueError: It is not sound, or its header does not say how many frames it holds.
+        ValueError: It is not sound, it is cut off, or its header does not say how many frames it holds.
     """
     soundfile = load_extra("soundfile", "speech")
     stream = _MemberStream(file, member)
-    try:
+
+    def read() -> tuple[int, int, str]:
         with soundfile.SoundFile(stream) as sound:
-            frames, rate, kind = int(sound.frames), int(sound.samplerate), str(sound.format)
+            return int(sound.frames), int(sound.samplerate), str(sound.format)
+
+    try:
+        # Not on the main thread: an interrupt within a callback would be lost, and libsndfile would read nonsense.
+        with ThreadPoolExecutor(1, "lengthtrack-sound") as thread:
+            frames, rate, kind = thread.submit(read).result()
     except soundfile.SoundFileError as error:
         reason = str(getattr(error, "error_string", error)).rstrip(".")
-        raise ValueError(f"{context}: soundfile cannot read this member: {reason}: {_GIVE}") from None
+        raise ValueError(
+            f"{context}: soundfile cannot read this member: {reason}: restore it if it is damaged, or {_GIVE}"
+        ) from None
+    if (missing := _missing_bytes(stream, member.size)) > 0:
+        raise ValueError(
+            f"{context}: the file is cut off: its header says {missing:,} bytes more than there are: restore it, or "
+            f"{_GIVE}"
+        )
     # Without the tag, libsndfile guesses from the bit rate of the first frame.
     if frames >= _UNKNOWN_FRAMES or (kind == "MP3" and not _counts_frames(stream)):
         raise ValueError(f"{context}: the header of this {kind} does not say how many frames it holds: {_GIVE}")
     return frames, rate
+
+
+def _missing_bytes(stream: "_MemberStream", size: int) -> int:
+    """Bytes that a wav lacks of the values that its header announces. libsndfile counts those that are there."""
+    stream.seek(0)
+    head = stream.read(12)
+    if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+        return 0
+    position = 12
+    while len(chunk := stream.read(8)) == 8:
+        announced = int.from_bytes(chunk[4:], "little")
+        position += 8
+        if chunk[:4] == b"data":
+            # A program that writes to a pipe does not know the size, and announces the largest one.
+            return 0 if announced >= _UNKNOWN_BYTES else position + announced - size
+        position += announced + announced % 2
+        stream.seek(position)
+    return 0
 
 
 def _counts_frames(stream: "_MemberStream") -> bool:

@@ -2,13 +2,18 @@
 
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from samplers.shards.indexing.index_file import SUFFIX
 from samplers.shards.storage.network.failures import shown
 from samplers.shards.storage.network.transport import DEFAULT, Transport
 from samplers.shards.storage.paths import expand_shards
 from samplers.shards.storage.reading import Shards
+
+# `lengthtrack convert` has this file next to its shards until the last sample is written.
+MARK: Final = ".unfinished.json"
 
 
 def find_corpora(folder: Path) -> list[Path]:
@@ -37,7 +42,7 @@ def find_index_files(shards: Shards, transport: Transport = DEFAULT) -> list[str
 
     Raises:
         FileNotFoundError: A pattern matches no file, a path does not exist, or a folder of shards has no index.
-        ValueError: A folder has several corpora, or index files and shards are mixed.
+        ValueError: A folder has several corpora, or a part of one, or index files and shards are mixed.
     """
     if isinstance(shards, (str, os.PathLike)):
         corpus = find_corpus(Path(shards))
@@ -49,7 +54,27 @@ def find_index_files(shards: Shards, transport: Transport = DEFAULT) -> list[str
     indexes = [source for source in sources if source.endswith(SUFFIX)]
     if indexes and len(indexes) < len(sources):
         raise ValueError(f"{indexes[0]} is an index and {(set(sources) - set(indexes)).pop()} is not: give one kind")
-    return indexes or [_index_next_to(shard) for shard in expand_shards(sources, transport)]
+    if indexes:
+        return indexes
+    found = expand_shards(sources, transport)
+    refuse_unfinished(found)
+    return [_index_next_to(shard) for shard in found]
+
+
+def refuse_unfinished(shards: Sequence[str]) -> None:
+    """Refuse shards next to the mark of an unfinished conversion.
+
+    Raises:
+        ValueError: One is.
+    """
+    for folder in sorted({Path(shard).parent for shard in shards if "://" not in shard}):
+        for mark in sorted(folder.glob(f"*{MARK}")):
+            prefix = mark.name.removesuffix(MARK)
+            if any(Path(shard).parent == folder and Path(shard).name.startswith(f"{prefix}-") for shard in shards):
+                raise ValueError(
+                    f"{folder} holds an unfinished conversion, whose shards are a part of the samples: complete it "
+                    f"with lengthtrack convert --resume, or delete {mark} to use that part"
+                )
 
 
 def _check_has_index(folder: Path) -> None:

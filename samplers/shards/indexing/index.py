@@ -16,7 +16,7 @@ from samplers.shards.format.header_lengths import DeclaredLength, SoundHeaders, 
 from samplers.shards.format.keys import Keys
 from samplers.shards.format.npy import AnyArray
 from samplers.shards.indexing.cache import IndexCache
-from samplers.shards.indexing.find_index import find_index_files
+from samplers.shards.indexing.find_index import find_index_files, refuse_unfinished
 from samplers.shards.indexing.index_file import (
     FORMAT_VERSION,
     check_version,
@@ -133,6 +133,7 @@ class LengthIndex:
             cache_dir.mkdir(parents=True, exist_ok=True)
         transport = check_transport(transport)
         paths = expand_shards(shards, transport)
+        refuse_unfinished(paths)
         length_id = identify(length) if length_id is None and length is not None else length_id
         header = SoundHeaders() if length_field is None else DeclaredLength(length_field)
         if not isinstance(cache_dir, (bool, Path)):
