@@ -147,3 +147,14 @@ def test_a_plan_of_an_epoch_takes_a_mixture_as_a_sampler_does(within: Any) -> No
         assert list(plan.batches) == list(sampler)
         assert plan.updates(accumulate=2).batches.sum() == plan.steps
         assert plan.report() == sampler.plan(epoch).report()
+
+
+def test_a_plan_of_a_mixture_refuses_epochs_that_a_sampler_does() -> None:
+    """It was red: such an epoch was looked for without an end, because positions above 2**53 have no float."""
+    sources = {"a": [1, 2, 3] * 20, "b": [5] * 30}
+    with pytest.raises(ValueError, match=f"epoch must be at most {2**31 - 1}, got {2**53}"):
+        plan_epoch(Mixture(sources), max_tokens=8, epoch=2**53)
+    assert (
+        plan_epoch(Mixture(sources), max_tokens=8, epoch=2**31 - 1).steps
+        == plan_epoch(Mixture(sources), max_tokens=8).steps
+    )
