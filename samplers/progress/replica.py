@@ -18,6 +18,8 @@ import torch.distributed as dist
 from collate.widths import check_count
 
 _logger = logging.getLogger(__name__)
+# An empty value, as a script of a shell may export it, says as little as none.
+_WORLD: Final = "WORLD_SIZE"
 _TASKS: Final = "SLURM_NTASKS"
 _STEP_TASKS: Final = "SLURM_STEP_NUM_TASKS"
 _TASK: Final = "SLURM_PROCID"
@@ -50,9 +52,9 @@ def find_replica(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
         TypeError: One of them is not an int.
         ValueError: They are out of range, or `num_replicas` is given without a rank, there is no process group, and
             SLURM has not started as many tasks.
-        RuntimeError: torchrun started several processes, and their process group is not initialised; the process group
-            has one process, and SLURM started several; variables of SLURM contradict each other; or accelerate may
-            split the batches a second time.
+        RuntimeError: torchrun started several processes, and their process group is not initialised; WORLD_SIZE is no
+            number; the process group has one process, and SLURM started several; variables of SLURM contradict each
+            other; or accelerate may split the batches a second time.
     """
     grouped = dist.is_available() and dist.is_initialized()
     if num_replicas is None:
@@ -90,7 +92,7 @@ def find_slurm_task() -> SlurmTask | None:
     Raises:
         RuntimeError: Its variables are no numbers, or contradict each other.
     """
-    if "WORLD_SIZE" in os.environ or _TASK not in os.environ:
+    if os.environ.get(_WORLD) or _TASK not in os.environ:
         return None
     # A batch script is a single process, whatever number of tasks its job may start.
     if "SLURM_JOB_ID" in os.environ and not {"SLURM_STEP_ID", "SLURM_STEPID", _STEP_TASKS} & os.environ.keys():
@@ -180,11 +182,15 @@ def _refuse_missing_group() -> None:
     """Refuse a sampler in a process that torchrun started, but that does not know the other processes.
 
     Raises:
-        RuntimeError: There are others.
+        RuntimeError: There are others, or the variable is no number of processes.
     """
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world.isdigit() and int(world) > 1:
+    said = os.environ.get(_WORLD) or "1"
+    world = said.strip()
+    # Of nine digits at most: Python refuses to read thousands.
+    if not (world.isdecimal() and len(world) < 10 and int(world)):
+        raise RuntimeError(f"{_WORLD}={said!r} is no number of processes: unset it, or give num_replicas and rank")
+    if int(world) > 1:
         raise RuntimeError(
-            f"a launcher started {world} processes (WORLD_SIZE), but torch.distributed is not initialised, and every "
+            f"a launcher started {world} processes ({_WORLD}), but torch.distributed is not initialised, and every "
             "process would train on all samples: call init_process_group first, or give num_replicas and rank"
         )

@@ -202,8 +202,9 @@ class ShardDataset(Dataset[Sample]):
         variable = [field.name for _, field, _ in self._columns if field.variable]
         chosen = variable if fields is None else fields
         new.__dict__["_pieces"] = None if pieces is None else PieceCutter(pieces, len(self.index), chosen)
-        if self._sampler is not None:
-            # What is read ahead is cut.
+        new.__dict__["_memory"] = self._memory
+        # Its reader takes samples from the same memory, and what is read ahead is cut.
+        if self._memory is not None or self._sampler is not None:
             new._forget()  # noqa: SLF001
         return new
 

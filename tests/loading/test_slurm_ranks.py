@@ -97,6 +97,8 @@ def test_processes_of_srun_share_an_epoch(tmp_path: Path) -> None:
         ({**JOB, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, (1, 0)),
         # A step of fewer tasks than the job has.
         ({**STEP, "SLURM_NTASKS": "8"}, (3, 2)),
+        # A variable without a value says nothing. Red when it hid the step: each task took all samples.
+        ({**STEP, "WORLD_SIZE": ""}, (3, 2)),
         # What programs set that imitate SLURM.
         ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, (2, 1)),
     ],
@@ -124,6 +126,10 @@ def test_the_log_says_once_that_ranks_come_from_slurm(slurm: Any, caplog: pytest
         ({**STEP, "SLURM_PROCID": "3"}, "SLURM_PROCID=3 of SLURM_STEP_NUM_TASKS=3"),
         ({"SLURM_NTASKS": "many", "SLURM_PROCID": "1"}, "SLURM_PROCID=1 of SLURM_NTASKS=many"),
         ({**STEP, "WORLD_SIZE": "3", "RANK": "1"}, "3 processes .WORLD_SIZE., but torch.distributed"),
+        # Red when these were taken for 1: each process took all samples.
+        ({**STEP, "WORLD_SIZE": " 3"}, "3 processes .WORLD_SIZE., but torch.distributed"),
+        ({**STEP, "WORLD_SIZE": "$SLURM_NTASKS"}, r"WORLD_SIZE='\$SLURM_NTASKS'.* no number of processes"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'.* no number of processes"),
     ],
 )
 def test_variables_that_contradict_are_named(slurm: Any, variables: dict[str, str], message: str) -> None:

@@ -53,6 +53,15 @@ def test_a_damaged_sample_in_memory_is_an_error_each_time(tmp_path: Path) -> Non
             PAD(data.__getitems__([2, 1]))
 
 
+def test_a_dataset_with_pieces_has_the_same_shards_in_memory(tmp_path: Path) -> None:
+    """Red when it had memory of its own, and read them again."""
+    data = ShardDataset(write(tmp_path, tokens(LENGTHS)), in_memory=True)
+    expected = values(PAD(data.__getitems__(range(4))))
+    for shard in tmp_path.glob("*.tar"):
+        shard.unlink()
+    assert torch.equal(values(PAD(data.with_pieces(None).__getitems__(range(4)))), expected)
+
+
 @pytest.mark.unix
 def test_forked_workers_share_the_shards_in_memory(tmp_path: Path) -> None:
     """What a worker has read is there for this process, and the other way round."""
@@ -80,6 +89,10 @@ def test_shards_that_cannot_be_in_memory_are_refused(tmp_path: Path, monkeypatch
     write(tmp_path, tokens(LENGTHS))
     with pytest.raises(ValueError, match="in_memory must be False with memory_map=True"):
         ShardDataset(tmp_path, in_memory=True, memory_map=True)
+    # Sizes of a forged index. Red as an OverflowError, and as memory of no byte for those whose sum wraps around.
+    for sizes in ([1 << 62, 1 << 62], [1 << 62] * 4, [(1 << 63) - 1], [1 << 64]):
+        with pytest.raises(OSError, match=f"in_memory=True needs {sum(sizes)} bytes for the shards"):
+            memory.ShardMemory(sizes)
     index = ShardDataset(tmp_path).index
     with pytest.raises(ValueError, match="in_memory must be False .* for remote shards: give cache=FOLDER"):
         ShardDataset(["http://nowhere.invalid/shard-000000.tar"], index, in_memory=True)

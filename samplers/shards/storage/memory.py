@@ -34,15 +34,16 @@ class ShardMemory:
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
-        self.sizes = np.array(sizes, np.int64)
-        self.starts: npt.NDArray[np.int64] = np.cumsum(self.sizes) - self.sizes
-        total = int(self.sizes.sum())
+        # Before arrays are made of them: sizes that an index invents may not fit into 64 bits.
+        total = sum(sizes)
         try:
             block = memoryview(mmap(-1, total + len(sizes)))
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise OSError(
                 f"in_memory=True needs {total} bytes for the shards, and the system does not give them: {error}"
             ) from None
+        self.sizes = np.array(sizes, np.int64)
+        self.starts: npt.NDArray[np.int64] = np.cumsum(self.sizes) - self.sizes
         self.bytes = block[:total]
         self._is_read = np.frombuffer(block, np.bool_, offset=total)
         self._all_are_read = False
