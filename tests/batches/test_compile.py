@@ -106,7 +106,9 @@ def test_a_model_that_packs_is_compiled_once_for_batches_of_fifty_shapes(
     assert made[-1] <= 6 * (1 if dynamic else 3)
     # What is made for any shape is made within the first few batches.
     assert made[-1] == made[12]
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    # A torch for CUDA says once that it has found none.
+    warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [record.getMessage() for record in warned if record.name != "torch.utils.cpp_extension"] == []
 
 
 @pytest.mark.parametrize("model", ["LSTM", "packs"])

@@ -116,6 +116,9 @@ for name in MODULES:
 for name in FUNCTIONS:
     if hasattr(os, name):
         delattr(os, name)
+if hasattr(os, "process_cpu_count"):
+    # From Python 3.13 on; it asks for the affinity, which Windows does not know.
+    os.process_cpu_count = os.cpu_count
 for name in ("replace", "rename", "remove", "unlink"):
     setattr(os, name, _without_open_files(getattr(os, name)))
 builtins.open = io.open = _without_proc(io.open)
