@@ -60,8 +60,8 @@ def run_in_order(
             `[B, *F]`; a padded or varlen batch, whose padding is removed; or a list of tensors, texts or anything. Do
             not `unsort` it.
         dataset: Map-style, N samples.
-        collate_fn: Makes a batch from a list of samples. If it sorts the rows, the batch must tell their `permutation`,
-            as those of `PadCollator` do.
+        collate_fn: Makes a batch from a list of samples, in their order, or with the `permutation` of the rows, as
+            `PadCollator` does. What it reorders before that, no permutation knows.
         lengths: Lengths of all samples, in time steps: integers `[N]`, or `[N, K]` for samples of K fields; or an
             index; or the column of the dataset whose lengths count. None takes the dataset's index, or measures a list
             of sequences.
@@ -91,8 +91,9 @@ def run_in_order(
         RuntimeError: A launcher started several processes, and their process group is not initialised.
         TypeError: An option is unknown or has the wrong type; or the step returns what has no rows or `out` cannot
             hold.
-        ValueError: There is no budget, or an option is out of its range; lengths are not those of the dataset; `out` is
-            of another run or damaged; or outputs are not one for each row, or differ in dtype or shape.
+        ValueError: There is no budget, or an option is out of its range; lengths are not those of the dataset, or a
+            batch has them in another order; `out` is of another run or damaged; or outputs are not one for each row, or
+            differ in dtype or shape.
 
     Examples:
         >>> import torch
