@@ -108,7 +108,7 @@ def test_the_trainer_accumulates_to_the_gradient_of_one_flat_batch(tmp_path: Pat
         torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-9)
 
 
-def test_the_trainer_takes_a_mixture_for_training_and_lengths_for_evaluation(tmp_path: Path) -> None:
+def test_the_trainer_takes_a_mixture_for_training_alone(tmp_path: Path) -> None:
     # Red where only one corpus could be planned.
     half = len(LENGTHS) // 2
     mixture = Mixture({"a": LENGTHS[:half], "b": LENGTHS[half:]}, weights={"a": 1, "b": 1}, stop="longest")
