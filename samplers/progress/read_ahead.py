@@ -75,7 +75,7 @@ class ReadAheadLoader(DataLoader[Any]):
         return ReadAheadIterator(self)
 
     def __repr__(self) -> str:
-        part = self._planned or self.batch_sampler or self.dataset
+        part = next(part for part in (self._planned, self.batch_sampler, self.dataset) if part is not None)
         return f"{type(self).__name__}({type(part).__name__}, prefetch_batches={self.prefetch_batches})"
 
     def __getstate__(self) -> dict[str, Any]:

@@ -172,7 +172,8 @@ class MixedShards:
 
     def count_on(self, before: "MixedShards") -> None:
         """Count what is skipped and transferred together with the samples of the mixture before."""
-        self._count_with(before.counts_of or self._first, before.skipping)
+        counts = before.counts_of
+        self._count_with(self._first if counts is None else counts, before.skipping)
 
     def _count_with(self, first: ShardsInOrder, skipping: Skipping | None) -> None:
         """Let all sources count together, and share the files that a process may have open."""
