@@ -6,7 +6,7 @@ from typing import Literal, Unpack
 from samplers.planning.mixtures.bucketed import make_bucket_mixture
 from samplers.planning.mixtures.mixture import Mixture
 from samplers.planning.mixtures.packed import make_pack_mixture
-from samplers.planning.options import PlanOptions, make_options
+from samplers.planning.options import PlanOptions, check_epoch, make_options
 from samplers.planning.pack_batches.options import PackingOptions, PackOptions, make_pack_options
 from samplers.planning.pack_batches.packed_table import PackedTable
 from samplers.planning.pack_batches.plan import PackPlan, rows_of_steps
@@ -19,7 +19,6 @@ from samplers.planning.tables.clipping import warn_of_longer
 from samplers.planning.tables.pool_table import choose_table
 from samplers.progress.loader import BucketLoader
 from samplers.progress.planned_sampler import PlannedBatchSampler
-from samplers.progress.position import check_epoch
 
 
 class LengthBucketBatchSampler(BucketLoader, PlannedBatchSampler):

@@ -13,7 +13,7 @@ from samplers.planning.budget import Cost, Count
 from samplers.planning.mixtures.bucketed import make_bucket_mixture
 from samplers.planning.mixtures.mixture import Mixture
 from samplers.planning.mixtures.packed import WindowOptions, make_pack_mixture
-from samplers.planning.options import Indices, Options, Overlong, PlanOptions, make_options
+from samplers.planning.options import Indices, Options, Overlong, PlanOptions, check_epoch, make_options
 from samplers.planning.pack_batches.agreement import check_packing
 from samplers.planning.pack_batches.options import PackingOptions, PackOptions, make_pack_options
 from samplers.planning.pack_batches.packed_table import PackedTable
@@ -29,7 +29,6 @@ from samplers.planning.tables.clipping import check_collator
 from samplers.planning.tables.epoch_table import EpochTable
 from samplers.planning.tables.window_table import make_window_table
 from samplers.progress.mixtures.mixed_shards import MixedShards
-from samplers.progress.position import check_epoch
 from samplers.progress.replica import find_replica
 from samplers.progress.shared_cursor import SharedEpochCursor
 from samplers.progress.stream_iterator import ReadingLoader, StreamIterator

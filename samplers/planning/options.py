@@ -19,6 +19,7 @@ Indices: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
 """Indices of samples."""
 
 LARGEST_SEED: Final = (1 << 64) - 1
+LARGEST_EPOCH: Final = 2**31 - 1
 
 
 class EpochOptions(Protocol):
@@ -185,6 +186,19 @@ def check_flag(name: str, value: object) -> None:
     """
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+
+
+def check_epoch(epoch: int) -> int:
+    """Check the number of an epoch.
+
+    Raises:
+        TypeError: It is not an int.
+        ValueError: It is negative, or above 2**31 - 1.
+    """
+    epoch = check_count("epoch", epoch, least=0, hint="count epochs from 0")
+    if epoch > LARGEST_EPOCH:
+        raise ValueError(f"epoch must be at most {LARGEST_EPOCH}, got {epoch}: count epochs from 0")
+    return epoch
 
 
 def copy_indices(indices: Indices | None) -> Indices | None:

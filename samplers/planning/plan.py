@@ -2,14 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any, Generic, TypeVar, Unpack, overload
+from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 
-from collate.widths import check_count
 from samplers.planning.budget import Floats, Integers
 from samplers.planning.fitting.cost_fit import FittedCost
-from samplers.planning.options import PlanOptions, make_options
 from samplers.planning.report import (
     LAGS,
     PlanReport,
@@ -22,29 +20,11 @@ from samplers.planning.report import (
 )
 from samplers.planning.schedules.schedule import Schedule, check_steps, make_schedule
 from samplers.planning.schedules.updates import Labels, RowsOf, Updates, make_updates
-from samplers.planning.sorting import Lengths
 from samplers.planning.tables.batch_table import BatchSizes, BatchTable
 from samplers.planning.tables.epoch_table import EpochTable, Shape
-from samplers.planning.tables.pool_table import choose_table
 
 T = TypeVar("T")
 TableT = TypeVar("TableT", bound=EpochTable)
-
-
-def plan_corpus(
-    lengths: Lengths, *, epoch: int = 0, num_replicas: int = 1, **options: Unpack[PlanOptions]
-) -> "BatchPlan":
-    """An epoch of one corpus; `samplers.plan_epoch` documents the arguments, and takes mixtures too.
-
-    Raises:
-        TypeError: Lengths or an option have the wrong type.
-        LengthError: A length is negative, above every allowed width, or over the budget with `overlong="error"`.
-        ValueError: An option is out of its range, no budget is given, no batch is left to plan, or the last step has
-            fewer rows than replicas.
-    """
-    epoch = check_count("epoch", epoch, least=0, hint="count epochs from 0")
-    num_replicas = check_count("num_replicas", num_replicas, least=1, hint="one process is 1")
-    return BatchPlan(choose_table(lengths, make_options(options)), epoch, num_replicas)
 
 
 class EpochPlan(Generic[TableT]):
@@ -100,7 +80,8 @@ class EpochPlan(Generic[TableT]):
                 on for each sample.
 
         Examples:
-            >>> updates = plan_corpus([5, 4, 4, 3, 2, 2], batch_size=1, shuffle=False).updates(step_tokens=8)
+            >>> from samplers import plan_epoch
+            >>> updates = plan_epoch([5, 4, 4, 3, 2, 2], batch_size=1, shuffle=False).updates(step_tokens=8)
             >>> updates.batches.tolist(), updates.tokens.tolist()
             ([2, 2, 2], [9, 7, 4])
         """

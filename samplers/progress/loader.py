@@ -10,7 +10,7 @@ from collate.widths import Widths, check_count
 from samplers.planning.mixtures.mixed_table import MixedTable
 from samplers.planning.mixtures.mixture import Mixture
 from samplers.planning.mixtures.report import MixtureReport
-from samplers.planning.options import EpochOptions, Options
+from samplers.planning.options import EpochOptions, Options, check_epoch
 from samplers.planning.plan import BatchPlan
 from samplers.planning.schedules.schedule import Schedule, count_steps, make_schedule
 from samplers.planning.schedules.updates import Labels, RowsOf, Updates, make_updates
@@ -18,7 +18,7 @@ from samplers.planning.tables.batch_table import BatchTable
 from samplers.planning.tables.epoch_table import EpochTable, Shape
 from samplers.progress.epoch_cursor import EpochCursor
 from samplers.progress.loop_updates import LoopUpdates
-from samplers.progress.position import Position, PositionDict, check_epoch, make_fingerprint, refuse_iterator_state
+from samplers.progress.position import Position, PositionDict, make_fingerprint, refuse_iterator_state
 from samplers.progress.shared_cursor import SharedEpochCursor
 
 

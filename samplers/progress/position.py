@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Final, TypeAlias
 
-from collate.widths import check_count
 from samplers.planning.sorting import IndexedLengths, Lengths
 from samplers.planning.tables.epoch_table import EpochTable
 
@@ -99,19 +98,6 @@ def warn_of_drop(epoch: int, taken: int, steps: int) -> None:
             steps,
             epoch + 1,
         )
-
-
-def check_epoch(epoch: int) -> int:
-    """Check the number of an epoch.
-
-    Raises:
-        TypeError: It is not an int.
-        ValueError: It is negative, or above 2**31 - 1.
-    """
-    epoch = check_count("epoch", epoch, least=0, hint="count epochs from 0")
-    if epoch > _LARGEST:
-        raise ValueError(f"epoch must be at most {_LARGEST}, got {epoch}: count epochs from 0")
-    return epoch
 
 
 def refuse_iterator_state(state: Mapping[str, Any]) -> None:

@@ -1,16 +1,14 @@
 """plan_epoch: an epoch of one corpus, or of a mixture of several."""
 
-from typing import Final, Unpack
+from typing import Unpack
 
 from collate.widths import check_count
 from samplers.planning.mixtures.bucketed import make_bucket_mixture
 from samplers.planning.mixtures.mixture import Mixture
-from samplers.planning.options import PlanOptions, make_options
-from samplers.planning.plan import BatchPlan, plan_corpus
+from samplers.planning.options import PlanOptions, check_epoch, make_options
+from samplers.planning.plan import BatchPlan
 from samplers.planning.sorting import Lengths
-
-# As samplers have it; far above, the batches before an epoch are more than a float can count.
-_LARGEST_EPOCH: Final = 2**31 - 1
+from samplers.planning.tables.pool_table import choose_table
 
 
 def plan_epoch(
@@ -21,7 +19,7 @@ def plan_epoch(
     Args:
         lengths: Lengths of all samples, in time steps: integers `[N]`, or `[N, K]` for samples of K fields; a list, an
             array or a memory map, or an index that holds them; or a `Mixture` of several sources.
-        epoch: Number of the epoch; of a mixture at most 2**31 - 1.
+        epoch: Number of the epoch, at most 2**31 - 1.
         num_replicas: W, how many replicas share each step.
         options: Those of `LengthBucketBatchSampler`.
 
@@ -41,11 +39,9 @@ def plan_epoch(
         >>> plan_epoch(Mixture({"web": [3, 4, 4, 3], "code": [8, 9]}), max_tokens=20, shuffle=False).widths.tolist()
         [9, 4]
     """
-    if not isinstance(lengths, Mixture):
-        return plan_corpus(lengths, epoch=epoch, num_replicas=num_replicas, **options)
-    epoch = check_count("epoch", epoch, least=0, hint="count epochs from 0")
-    if epoch > _LARGEST_EPOCH:
-        raise ValueError(f"epoch must be at most {_LARGEST_EPOCH}, got {epoch}: count epochs from 0")
+    epoch = check_epoch(epoch)
     num_replicas = check_count("num_replicas", num_replicas, least=1, hint="one process is 1")
-    table = make_bucket_mixture(lengths, make_options(options), num_replicas)
-    return BatchPlan(table, epoch, num_replicas)
+    checked = make_options(options)
+    if isinstance(lengths, Mixture):
+        return BatchPlan(make_bucket_mixture(lengths, checked, num_replicas), epoch, num_replicas)
+    return BatchPlan(choose_table(lengths, checked), epoch, num_replicas)

@@ -332,7 +332,8 @@ class PoolTable(KeptEpochs, BatchTable):
         sizes = np.diff(pools.borders)
         parts = split_largest(sizes.tolist(), self.batches - self._count(pools))
         # A batch of 8 rows in 3 parts: 3, 3 and 2.
-        counts = np.array(parts)
+        # Of no batch, if all that is planned are over-long samples.
+        counts = np.array(parts, np.int64)
         piece = concatenate_ranges(np.zeros_like(counts), counts)
         whole, part = np.repeat(sizes, counts), np.repeat(counts, counts)
         rows: Integers = whole // part + (piece < whole % part)
