@@ -8,7 +8,7 @@ import click
 
 from samplers.cli.arguments import check_exists
 from samplers.shards.format.header_lengths import DeclaredLength, header_length_of
-from samplers.shards.indexing.find_index import find_corpus, refuse_unfinished
+from samplers.shards.indexing.find_index import find_corpus
 from samplers.shards.indexing.index import LengthIndex, tables_of
 from samplers.shards.indexing.index_file import SUFFIX
 from samplers.shards.storage.network.transport import DEFAULT, Transport
@@ -38,13 +38,10 @@ def expand_existing(shards: Sequence[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: One does not.
-        ValueError: Some are of an unfinished conversion.
     """
     for pattern in shards:
         check_exists(pattern)
-    paths = expand_shards(list(shards))
-    refuse_unfinished(paths)
-    return paths
+    return expand_shards(list(shards))
 
 
 def refresh_measure(before: LengthIndex, target: Path | str) -> str | None:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
-from samplers import ShardDataset
+from samplers import LengthIndex, ShardDataset
 from samplers.cli.commands import main
 from samplers.cli.conversion.rows import count_input_rows
 
@@ -90,6 +90,13 @@ def test_the_shards_of_an_unfinished_conversion_are_no_corpus(work: Path, monkey
     for source in ("out", "out/*.tar"):
         message = run("index", source, "--output", "a.ltx", status=1).stderr
         assert "out holds an unfinished conversion, whose shards are a part of the samples" in message
+    # Red: datasets, reports and checks took the part for the corpus.
+    for command in (["report", "out", "--max-tokens", "99"], ["verify", "out"], ["show", "out", "--max-tokens", "99"]):
+        assert "out holds an unfinished conversion" in run(*command, status=1).stderr
+    for use in (ShardDataset, LengthIndex.build):
+        for source in ("out", "out/*.tar"):
+            with pytest.raises(ValueError, match="out holds an unfinished conversion.*convert --resume"):
+                use(source)
     Path("out/shard.unfinished.json").unlink()
     assert "60 samples" in run("index", "out").output
 
