@@ -107,9 +107,18 @@ def test_a_wav_that_is_cut_off_is_refused(frames: int, missing: int) -> None:
     with pytest.raises(ValueError, match=f"here: the file is cut off: its header says {missing:,} bytes more"):
         header_of(whole[:-missing])
     # What was written to a pipe announces the largest size, and has what is there.
-    place = whole.index(b"data") + 4
-    piped = whole[:place] + b"\xff\xff\xff\xff" + whole[place + 4 : len(whole) - 2 * ((missing - 1) // 2)]
+    size_at = whole.index(b"data") + 4
+    piped = whole[:size_at] + b"\xff\xff\xff\xff" + whole[size_at + 4 : len(whole) - 2 * ((missing - 1) // 2)]
     assert header_of(piped) == (len(decode(piped)), RATE)
+
+
+def test_a_wav_with_endless_chunks_is_refused() -> None:
+    # Red before: each of them was read.
+    whole = encode(100)
+    few, many = (whole[:12] + count * b"junk\0\0\0\0" + whole[12:] for count in (100, 2000))
+    assert header_of(few) == (100, RATE)
+    with pytest.raises(ValueError, match="here: more than 1,000 chunks stand before the values of this wav"):
+        header_of(many)
 
 
 class InterruptedFile(MemoryFile):

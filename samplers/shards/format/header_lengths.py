@@ -40,6 +40,8 @@ _GIVE: Final = (
 _UNKNOWN_FRAMES: Final = 1 << 62
 # From about here on, the size of a wav's values says that it was unknown when the header was written.
 _UNKNOWN_BYTES: Final = 0x7FFF_0000
+# A wav of endless small chunks would be one read for each. Programs write a handful before the values.
+_MOST_CHUNKS: Final = 1000
 # The tag with the number of frames stands at most this many bytes behind the start of the first frame of an mp3.
 _MP3_TAG: Final = 64
 
@@ -187,7 +189,7 @@ def read_sound_header(file: RandomAccess, member: Member, context: str) -> tuple
         raise ValueError(
             f"{context}: soundfile cannot read this member: {reason}: restore it if it is damaged, or {_GIVE}"
         ) from None
-    if (missing := _missing_bytes(stream, member.size)) > 0:
+    if (missing := _missing_bytes(stream, member.size, context)) > 0:
         raise ValueError(
             f"{context}: the file is cut off: its header says {missing:,} bytes more than there are: restore it, or "
             f"{_GIVE}"
@@ -198,14 +200,20 @@ def read_sound_header(file: RandomAccess, member: Member, context: str) -> tuple
     return frames, rate
 
 
-def _missing_bytes(stream: "_MemberStream", size: int) -> int:
-    """Bytes that a wav lacks of the values that its header announces. libsndfile counts those that are there."""
+def _missing_bytes(stream: "_MemberStream", size: int, context: str) -> int:
+    """Bytes that a wav lacks of the values that its header announces. libsndfile counts those that are there.
+
+    Raises:
+        ValueError: It has more chunks before its values than any program writes.
+    """
     stream.seek(0)
     head = stream.read(12)
     if head[:4] != b"RIFF" or head[8:] != b"WAVE":
         return 0
     position = 12
-    while len(chunk := stream.read(8)) == 8:
+    for _ in range(_MOST_CHUNKS):
+        if len(chunk := stream.read(8)) < 8:
+            return 0
         announced = int.from_bytes(chunk[4:], "little")
         position += 8
         if chunk[:4] == b"data":
@@ -213,7 +221,7 @@ def _missing_bytes(stream: "_MemberStream", size: int) -> int:
             return 0 if announced >= _UNKNOWN_BYTES else position + announced - size
         position += announced + announced % 2
         stream.seek(position)
-    return 0
+    raise ValueError(f"{context}: more than {_MOST_CHUNKS:,} chunks stand before the values of this wav: {_GIVE}")
 
 
 def _counts_frames(stream: "_MemberStream") -> bool:
