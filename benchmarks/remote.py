@@ -294,7 +294,8 @@ def peers(bench: Bench) -> Figures:
                 found[name] = run_peer(bench, name, bench.options.peers / environment, workers)
         fastest = min((times[0] for name, times in found.items() if name != "ours"), default=float("inf"))
         for name, times in found.items():
-            rates = " ".join(f"{SHARDS * EACH / seconds:,.0f}" for seconds in times)
+            # A library that fails has taken forever.
+            rates = " ".join(f"{SHARDS * EACH / each:,.0f}" if each < float("inf") else "failed" for each in times)
             is_ours = name == "ours" and len(found) > 1
             meets = found["ours"][0] * 2 <= fastest and found["ours"][1] < found["mosaicml"][1] if is_ours else None
             bar = "2 x, ahead" if is_ours else ""

@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from samplers import LengthBucketBatchSampler, LengthIndex, ShardDataset, ShardStream, Transport
 from samplers.shards.storage.network import requests
+from samplers.shards.storage.network.counts import Counts
 from samplers.shards.storage.network.fetched import FetchedFile
 from samplers.shards.storage.network.http_body import HttpBody
-from samplers.shards.storage.network.remote import fetch_into
+from samplers.shards.storage.network.remote import fetch_into, find_infos
 from samplers.shards.storage.network.usual_times import UsualTimes
 from samplers.shards.storage.reading import open_file
 
@@ -250,6 +251,19 @@ def test_a_request_that_stalls_is_sent_a_second_time(server: Faulty) -> None:
     server.behave(faults={"1": "hang"})
     for row in range(0, COUNT, 50):
         assert dataset[row]["tokens"].tolist() == samples()[row]["tokens"].tolist()  # type: ignore[attr-defined]
+
+
+def test_a_size_that_is_never_told_is_asked_for_a_second_time(server: Faulty) -> None:
+    # Red before: no timeout would end it in the time that the test has. The first read is judged by the sizes.
+    transport, url, counts = Transport(timeout=500, retries=0, patience=4), server.url("blocks-000000.tar"), Counts()
+    sizes = find_infos([url] * 40, transport)
+    server.behave(faults={"0": "stall"})
+    assert find_infos([url], transport, counts) == sizes[:1]
+    assert counts.as_dict()["second_requests"] == 1
+    server.behave(faults={"0": "stall"})
+    file = open_file(url, transport=transport, info=sizes[0], counts=counts)
+    assert len(file.read(0, 1 << 20)) == sizes[0]["size"]
+    assert counts.as_dict()["second_requests"] == 2
 
 
 def test_a_body_that_is_complete_is_not_asked_for_again() -> None:

@@ -221,7 +221,7 @@ def find_infos(urls: Sequence[str], transport: Transport, counts: Counts = UNCOU
         return await asyncio.to_thread(system.info, name)
 
     # A try needs nothing of the one before.
-    requests = [Request(url, "its size", partial(partial, find, url), counts=counts) for url in urls]
+    requests = [Request(url, "its size", partial(partial, find, url), size=0, counts=counts) for url in urls]
     return send_all(requests, transport)
 
 

@@ -21,8 +21,8 @@ class UsualTimes:
     >>> times = UsualTimes()
     >>> for _ in range(20):
     ...     times.note(1000, 0.05)
-    >>> times.limit(900, 4), times.limit(1 << 20, 4)
-    (0.2, None)
+    >>> times.limit(900, 4), times.limit(1 << 16, 4), UsualTimes().limit(900, 4)
+    (0.2, 0.8, None)
     """
 
     def __init__(self) -> None:
@@ -46,10 +46,19 @@ class UsualTimes:
         Returns:
             None if too little is known, or no second request is to be sent.
         """
-        times = self._times.get(_class_of(size), ())
-        if not factor or len(times) < _LEAST or self._allowed < 1:
+        wanted = _class_of(size)
+        known = [each for each, times in self._times.items() if len(times) >= _LEAST]
+        if not factor or not known or self._allowed < 1:
             return None
-        return max(_SHORTEST, factor * sorted(times)[len(times) // 2])
+        if wanted in known:
+            return max(_SHORTEST, factor * self._median(wanted))
+        # The first large answers are judged by small ones: four times the bytes take at most four times as long.
+        bounds = [self._median(each) * 4 ** max(0, wanted - each) for each in known]
+        return max(_SHORTEST, factor * min(bounds))
+
+    def _median(self, size_class: int) -> float:
+        times = sorted(self._times[size_class])
+        return times[len(times) // 2]
 
     def take(self) -> bool:
         """Whether a second request may be sent now; it is counted."""
