@@ -115,6 +115,17 @@ def bar_rows(results: Results) -> list[Cells]:
     ]
 
 
+def remote_rows(results: Results) -> list[Cells]:
+    """The targets of reads over a network, by latency. Rows without a target are left out of the judgement."""
+    judged = {True: "yes", False: "no", None: ""}
+    return [
+        {"latency": latency, "figure": figure, "target": bar, "measured": reached, "met": judged[met]}
+        for latency, figures in results.items()
+        for facts in figures.values()
+        for figure, bar, reached, met in facts["bars"]
+    ]
+
+
 def scale_rows(results: Results) -> list[Cells]:
     """Times and memory of the sampler on memory-mapped lengths."""
     return [
@@ -395,6 +406,7 @@ TABLES: Final[dict[str, tuple[str, Callable[[Results], list[Cells]]]]] = {
     "loading-first": ("loading", first_rows),
     "loading-memory": ("loading", memory_rows),
     "loading-targets": ("loading", bar_rows),
+    "remote-targets": ("remote", remote_rows),
     "inference": ("inference", inference_rows),
     "inference-targets": ("inference", bar_rows),
 }

@@ -1,5 +1,6 @@
 """The examples are programs, and run: small, whole, interrupted, and resumed."""
 
+import os
 import re
 import signal
 import subprocess
@@ -16,7 +17,9 @@ EXAMPLES = ROOT / "examples"
 
 def start(name: str, *arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-W", "error::UserWarning:collate", str(EXAMPLES / name), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Tests run side by side: threads of torch that wait for each other would take the cores from both for minutes.
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=one_thread)
 
 
 def run(name: str, *arguments: object) -> str:
