@@ -27,8 +27,9 @@ class Transport:
         retries: Tries after the first one, for each request.
         deadline: Seconds that a read may take, with all of its tries: of the ranges of a batch, or of a whole shard.
         backoff: Upper bound of the first wait, in seconds.
-        patience: How many times the usual time (the median of the last requests of similar size) a request may take
-            before a second one is sent, at least 0.1 seconds. At most one in twenty is sent twice. 0 sends none twice.
+        patience: How many times the usual time (the median of the last requests of similar size, before there are 16 of
+            them a bound from other sizes) a request may take before a second one is sent, at least 0.1 seconds. At most
+            one in twenty is sent twice. 0 sends none twice.
 
     Raises:
         TypeError: A value is not a number, or a count not an int.

@@ -53,7 +53,7 @@ class UsualTimes:
         if wanted in known:
             return max(_SHORTEST, factor * self._median(wanted))
         # The first large answers are judged by small ones: four times the bytes take at most four times as long.
-        bounds = [self._median(each) * 4 ** max(0, wanted - each) for each in known]
+        bounds = [self._median(each) * float(4 ** max(0, wanted - each)) for each in known]
         return max(_SHORTEST, factor * min(bounds))
 
     def _median(self, size_class: int) -> float:
