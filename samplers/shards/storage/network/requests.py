@@ -44,7 +44,7 @@ class Request(Generic[Answer]):
         url: URL of the file, for messages.
         what: The bytes asked for, for messages.
         begin: Makes what sends it once, each time that it is called. It may keep what it has received.
-        size: Bytes asked for, 0 for those of a header. None: the request is never sent twice at once.
+        size: Bytes asked for, 0 if only for a header. None: the request is never sent twice at once.
         counts: Where it is counted.
         verb: What cannot be done if it fails, for messages.
         sent: Bytes that it sends.

@@ -40,25 +40,26 @@ class UsualTimes:
         """Seconds after which to send a second request.
 
         Args:
-            size: Bytes asked for.
+            size: Bytes asked for, 0 if only for a header.
             factor: How many times the median.
 
         Returns:
             None if too little is known, or no second request is to be sent.
         """
-        wanted = _class_of(size)
-        known = [each for each, times in self._times.items() if len(times) >= _LEAST]
-        if not factor or not known or self._allowed < 1:
+        if not factor or self._allowed < 1:
             return None
-        if wanted in known:
-            return max(_SHORTEST, factor * self._median(wanted))
-        # The first large answers are judged by small ones: four times the bytes take at most four times as long.
-        bounds = [self._median(each) * float(4 ** max(0, wanted - each)) for each in known]
-        return max(_SHORTEST, factor * min(bounds))
+        wanted = _class_of(size)
+        usual = self._median(wanted)
+        if usual is None:
+            # The first large answers are judged by small ones: four times the bytes take at most four times as long.
+            known = {each: median for each in self._times if (median := self._median(each)) is not None}
+            usual = min((median * 4.0 ** max(0, wanted - each) for each, median in known.items()), default=None)
+        return None if usual is None else max(_SHORTEST, factor * usual)
 
-    def _median(self, size_class: int) -> float:
-        times = sorted(self._times[size_class])
-        return times[len(times) // 2]
+    def _median(self, size_class: int) -> float | None:
+        """Seconds that an answer of this class usually takes. None if too few have come."""
+        times = self._times.get(size_class, ())
+        return sorted(times)[len(times) // 2] if len(times) >= _LEAST else None
 
     def take(self) -> bool:
         """Whether a second request may be sent now; it is counted."""
