@@ -277,7 +277,7 @@ class PadCollator:
         check_can_travel(name, values)
         return values
 
-    def _check_names(self, columns: Collection[str], variable: Collection[str]) -> None:
+    def _check_names(self, columns: Collection[str], variable: Mapping[str, object]) -> None:
         """Refuse an option that names a field which the samples do not have: it would have no effect.
 
         Raises:
@@ -285,14 +285,14 @@ class PadCollator:
         """
         if isinstance(self.sort_by, str) and self.sort_by not in variable:
             raise ValueError(f"sort_by names {self.sort_by!r}, the variable-length fields are {sorted(variable)}")
-        if not self.stack <= set(columns):
+        if self.stack and not self.stack <= set(columns):
             raise ValueError(f"stack names {sorted(self.stack - set(columns))}, the fields are {sorted(columns)}")
         for option in ("padding_value", "widths", "max_length"):
             value = getattr(self, option)
             # To ask whether a number is a mapping takes as long as all other checks.
             if value is None or type(value) is int:
                 continue
-            if isinstance(value, Mapping) and set(value) != set(variable):
+            if isinstance(value, Mapping) and value.keys() != variable.keys():
                 raise ValueError(
                     f"{option} is given for {sorted(value)}, the variable-length fields are {sorted(variable)}: "
                     "name each of them"

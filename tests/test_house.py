@@ -156,7 +156,7 @@ LAYERS = {
         ["failures", "usual_times"],
         ["counts", "transport"],
     ],
-    "samplers.shards.opening": [["followed", "open_shards"], ["read_ahead", "transfers"]],
+    "samplers.shards.opening": [["followed", "open_shards"], ["descriptors", "read_ahead", "transfers"]],
     "samplers.dynamic": [
         ["node"],
         ["pack_stage"],

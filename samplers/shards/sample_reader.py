@@ -1,5 +1,6 @@
 """Reads samples of a corpus by row, and checks what it reads: one by one, or a whole batch into given memory."""
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from itertools import repeat
@@ -21,7 +22,7 @@ from samplers.shards.storage.checksum import crc32
 from samplers.shards.storage.memory import ShardMemory
 from samplers.shards.storage.network.failures import shown
 from samplers.shards.storage.network.remote import RemoteFile, prefetch
-from samplers.shards.storage.reading import RandomAccess, Ranges, fill_again, fill_all, read_ranges
+from samplers.shards.storage.reading import RandomAccess, Ranges, fill_again, fill_all, read_ranges, read_scattered
 from samplers.shards.storage.shard_cache import CachedFile
 
 # Memory for a field of a batch, uint8 `[bytes]`, and the first byte of each sample in it, int64 `[B]`.
@@ -38,6 +39,14 @@ class SampleReader:
         checksums: Compare what is read with the checksums of the index, if it has any.
         shards: Opens shards.
         memory: Where whole shards are kept, from which batches are copied. None reads them for each batch.
+
+    Attributes:
+        tables: Tables of the corpus.
+        columns: The fields to read.
+        stored: For each of them the field, its dtype and the column of its lengths, if their values are in the shards
+            as they are in memory. Else None, and samples are read one by one.
+        shards: Opens shards.
+        lengths: Lengths of all samples, `[N, K]`.
     """
 
     def __init__(
@@ -52,6 +61,7 @@ class SampleReader:
     ) -> None:
         self.shards, self._memory = shards, memory
         self.tables, self.columns, self._decode = tables, columns, decode
+        self.stored = _stored_fields(tables, columns)
         # Plain arrays: to index a memory map takes twice as long.
         self.lengths = np.asarray(tables.lengths)
         self._offsets: Any = np.asarray(tables.offsets) if isinstance(tables.offsets, np.ndarray) else tables.offsets
@@ -99,6 +109,8 @@ class SampleReader:
         if self._memory is not None:
             self._copy_into(self._memory, rows, steps, targets)
             return
+        if self._read_open_into(rows, steps, targets):
+            return
         if (shard := self.shards.find_one(rows)) is not None:
             # One file is read in any order.
             self._read_part_into([(self.shards.open(shard), slice(0, len(rows)))], rows, steps, targets)
@@ -110,6 +122,42 @@ class SampleReader:
             cut = {name: (memory, starts[within]) for name, (memory, starts) in targets.items()}
             self._read_part_into(self.shards.open_all(shards, borders), part, steps[within], cut)
             done += len(part)
+
+    def _read_open_into(self, rows: AnyArray, steps: AnyArray, targets: Mapping[str, Target]) -> bool:
+        """Read scattered rows in any order, if their local shards are open and their blocks have been compared.
+
+        This is what almost every batch of a local corpus comes to. So nothing here is done shard by shard.
+
+        Returns:
+            False if it was not done, or a read has failed: the other ways have the errors.
+
+        Raises:
+            ValueError: A checksum differs.
+        """
+        # As long as it is in use here, no other thread closes the files.
+        descriptors = self.shards.descriptors
+        found = descriptors.find(self.shards.shards_of(rows))
+        if found is None or not self._are_compared(rows):
+            return False
+        fields = self._ranges_of(rows, steps, targets)
+        if not all(ranges.are_scattered() for _, ranges in fields):
+            return False
+        for column, ranges in fields:
+            if not read_scattered(found, ranges):
+                return False
+            # Right after the read, while the bytes are in the processor's cache.
+            for position in self._find_damaged(ranges.views, rows, column):
+                self._refuse_damage(int(rows[position]), column)
+        return True
+
+    def _are_compared(self, rows: AnyArray) -> bool:
+        """Whether the blocks of these rows have all been compared with the index."""
+        if self._all_are_checked or self.tables.blocks is None:
+            return True
+        if not self._checked[_blocks_of(rows, self.tables.blocks)].all():
+            return False
+        self._all_are_checked = bool(self._checked.all())
+        return True
 
     def _read_part_into(self, files: Files, rows: AnyArray, steps: AnyArray, targets: Mapping[str, Target]) -> None:
         """Read rows whose shards are open."""
@@ -267,12 +315,9 @@ class SampleReader:
 
     def _check_blocks(self, files: Files, rows: AnyArray, table: AnyArray) -> None:
         """Compare the blocks of these rows with the index, each once in this process."""
-        if self._all_are_checked:
+        if self._are_compared(rows):
             return
-        blocks = np.searchsorted(table[:, 0], rows, side="right") - 1
-        if self._checked[blocks].all():
-            self._all_are_checked = bool(self._checked.all())
-            return
+        blocks = _blocks_of(rows, table)
         unchecked = [
             (file, np.unique(blocks[part][~self._checked[blocks[part]]]).tolist())
             for file, part in files
@@ -307,6 +352,20 @@ class SampleReader:
 
     def _context(self, row: int, field: Field) -> str:
         return f"{shown(self.shards.path_of(row))}: sample {decode_key(self.tables.keys[row])!r}, field {field.name!r}"
+
+
+def _stored_fields(tables: Tables, columns: ReadColumns) -> list[tuple[Field, np.dtype[Any], int]] | None:
+    """What `SampleReader.stored` is: None in the plain layout, whose members must be decoded one by one."""
+    if tables.blocks is None or sys.byteorder != "little":
+        return None
+    fields = [(field, np.dtype(field.dtype), length_column) for _, field, length_column in columns]
+    return fields if all(dtype.isnative for _, dtype, _ in fields) else None
+
+
+def _blocks_of(rows: AnyArray, table: AnyArray) -> AnyArray:
+    """The block of each row, int64 `[n]`."""
+    blocks: AnyArray = np.searchsorted(table[:, 0], rows, side="right") - 1
+    return blocks
 
 
 def select_columns(fields: Sequence[Field], chosen: Collection[str] | None, decode: Collection[str]) -> ReadColumns:

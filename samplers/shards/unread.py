@@ -4,7 +4,6 @@ A collator that knows of it asks for `unread_fields`, makes its batch, and has t
 other use of the list reads the samples first. Then it is an ordinary list.
 """
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, wraps
@@ -138,13 +137,9 @@ UnreadSamples.__radd__ = _concatenated  # type: ignore[attr-defined]
 
 def _fields_of(reader: SampleReader, rows: AnyArray, steps: AnyArray) -> dict[str, UnreadField | list[str]] | None:
     """The fields of rows in blocks; None in the plain layout, whose members must be decoded one by one."""
-    tables = reader.tables
-    if tables.blocks is None or sys.byteorder != "little":
+    if reader.stored is None:
         return None
-    fields: dict[str, UnreadField | list[str]] = {"__key__": decode_all(tables.keys[rows].tolist())}
-    for _, field, length_column in reader.columns:
-        dtype = np.dtype(field.dtype)
-        if not dtype.isnative:
-            return None
+    fields: dict[str, UnreadField | list[str]] = {"__key__": decode_all(reader.tables.keys[rows].tolist())}
+    for field, dtype, length_column in reader.stored:
         fields[field.name] = UnreadField(steps[:, length_column] if field.variable else None, dtype, field.shape)
     return fields

@@ -16,6 +16,7 @@ import numpy as np
 from samplers.shards.format.npy import AnyArray
 from samplers.shards.indexing.index_file import REBUILD
 from samplers.shards.indexing.tables import Tables
+from samplers.shards.opening.descriptors import Descriptors
 from samplers.shards.storage.network.counts import HERE, UNCOUNTED, Counts
 from samplers.shards.storage.network.failures import shown
 from samplers.shards.storage.network.fetched import PART, FetchedFile
@@ -44,6 +45,11 @@ class OpenShards:
         counts: Where what is transferred is counted.
         cache: Where remote shards are kept whole. None keeps none.
         most: Shards that are open at a time; None for as many as a process keeps open.
+
+    Attributes:
+        process: The process that opens them.
+        most: Shards that are open at a time.
+        descriptors: Descriptors of the open ones, where all shards are local and can be open together.
     """
 
     def __init__(
@@ -64,6 +70,7 @@ class OpenShards:
         # What is known of remote shards stays when they are closed, so that each is asked for its size once.
         self._infos: dict[str, Any] = {}
         self._has_urls = any("://" in shard.path for shard in tables.shards)
+        self.descriptors = self._no_descriptors()
         open_one = partial(open_file, memory_map=memory_map)
         if self._has_urls:
             open_one = partial(_open_known, self._infos, partial(open_one, transport=transport, counts=counts))
@@ -194,6 +201,7 @@ class OpenShards:
                 f"{shown(indexed.path)}: {file.size} bytes, the index says {indexed.size}: changed since it was "
                 f"indexed; {REBUILD}"
             )
+        self.descriptors.add(shard, file)
         return file
 
     def free(self) -> None:
@@ -201,8 +209,17 @@ class OpenShards:
 
     def close(self) -> None:
         """Close all files that are not being read; they are opened again when they are needed."""
-        self._files.cache_clear()
+        self._forget_files()
         self._cached_files.clear()
+
+    def _forget_files(self) -> None:
+        """Close the files that nobody reads."""
+        self._files.cache_clear()
+        self.descriptors = self._no_descriptors()
+
+    def _no_descriptors(self) -> Descriptors:
+        """Where open shards are noted, if all shards can be open together: then none is closed for another."""
+        return Descriptors(len(self._ends) if len(self._ends) <= self.most else 0)
 
     def _find_sizes(self, paths: list[str]) -> None:
         """Ask for the sizes of remote shards together.
@@ -230,7 +247,7 @@ class OpenShards:
             if error.errno not in {EMFILE, ENFILE}:
                 raise
             # The rest of the program has more files open than expected. Close the shards that are not in use.
-            self._files.cache_clear()
+            self._forget_files()
             return self._files(path)
 
 

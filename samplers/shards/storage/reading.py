@@ -3,11 +3,9 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise, repeat
 from mmap import ACCESS_READ, mmap
-from operator import attrgetter
+from operator import attrgetter, gt
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeAlias, cast, runtime_checkable
 
@@ -68,28 +66,35 @@ class Refetchable(Protocol):
         ...
 
 
-@dataclass(frozen=True)
 class Ranges:
     """Where n ranges lie in their files, and where their bytes go.
 
-    Attributes:
+    Args:
         memory: Memory of the process, uint8 `[bytes]`, C-contiguous and writable.
         starts: First byte in the memory, int64 `[n]`.
         offsets: First byte in the file, int64 `[n]`.
         sizes: Bytes, int64 `[n]`.
+
+    Attributes:
+        offsets: First byte in the file, int64 `[n]`.
+        sizes: Bytes, int64 `[n]`.
+        views: The memory of each range.
+        nbytes: Bytes of all ranges.
     """
 
-    memory: npt.NDArray[np.uint8]
-    starts: npt.NDArray[np.int64]
-    offsets: npt.NDArray[np.int64]
-    sizes: npt.NDArray[np.int64]
-
-    @cached_property
-    def views(self) -> list[memoryview]:
-        """The memory of each range. To cut a `memoryview` takes less time than an array."""
-        memory = memoryview(cast(Any, self.memory))
-        ends = (self.starts + self.sizes).tolist()
-        return [memory[start:end] for start, end in zip(self.starts.tolist(), ends, strict=True)]
+    def __init__(
+        self,
+        memory: npt.NDArray[np.uint8],
+        starts: npt.NDArray[np.int64],
+        offsets: npt.NDArray[np.int64],
+        sizes: npt.NDArray[np.int64],
+    ) -> None:
+        self.offsets, self.sizes = offsets, sizes
+        self._size, self._starts, self._ends = memory.size, starts.tolist(), (starts + sizes).tolist()
+        # To cut a `memoryview` takes less time than an array.
+        whole = memoryview(cast(Any, memory))
+        self.views = [whole[start:end] for start, end in zip(self._starts, self._ends, strict=True)]
+        self.nbytes = sum(self._ends) - sum(self._starts)
 
     def check(self) -> None:
         """Refuse ranges outside the memory.
@@ -97,8 +102,13 @@ class Ranges:
         Raises:
             ValueError: There is one.
         """
-        if (self.starts | self.sizes).min() < 0 or (self.starts + self.sizes).max() > self.memory.size:
-            raise ValueError(f"ranges must lie in the memory of {self.memory.size} bytes, got {self.starts.tolist()}")
+        if min(self._starts) < 0 or max(self._ends) > self._size or any(map(gt, self._starts, self._ends)):
+            raise ValueError(f"ranges must lie in the memory of {self._size} bytes, got {self._starts}")
+
+    def are_scattered(self) -> bool:
+        """Whether no runs of neighbours are among the ranges, which are better read together, in whatever files."""
+        count = len(self.offsets)
+        return count == 1 or bool(self.offsets.max() - self.offsets.min() > count * _READ_THROUGH)
 
 
 class LocalFile:
@@ -210,6 +220,23 @@ def read_ranges(files: Sequence[tuple[RandomAccess, slice]], fields: Sequence[Ra
         fetch_into(remote)
 
 
+def read_scattered(descriptors: Sequence[int], ranges: Ranges) -> bool:
+    """Read ranges, each with one call.
+
+    Args:
+        descriptors: The descriptor of the local file in which each of the n ranges lies.
+        ranges: The ranges, in any order.
+
+    Returns:
+        False if a read has failed.
+
+    Raises:
+        ValueError: A range is outside the memory.
+    """
+    ranges.check()
+    return _fill_each(descriptors, ranges.views, ranges.offsets.tolist(), ranges.nbytes)
+
+
 def _copy_mapped(files: Sequence[tuple[RandomAccess, slice]], fields: Sequence[Ranges]) -> bool:
     """Copy ranges from the files' mappings. A program that cuts a file during the copy ends this process by a signal.
 
@@ -247,7 +274,7 @@ def _read_apart(files: Sequence[tuple[RandomAccess, slice]], fields: Sequence[Ra
         offsets = ranges.offsets.tolist()
         if any(_are_dense(offsets, part.start, part.stop) for _, part in files):
             return False
-        if not _fill_each(descriptors, ranges.views, offsets, int(ranges.sizes.sum())):
+        if not _fill_each(descriptors, ranges.views, offsets, ranges.nbytes):
             return False
     return True
 
