@@ -151,7 +151,7 @@ LAYERS = {
         ["upload"],
         ["fetched"],
         ["remote"],
-        ["requests"],
+        ["requests", "signed_urls"],
         ["http_body"],
         ["failures", "usual_times"],
         ["counts", "transport"],

@@ -6,6 +6,7 @@ arrival. Faults come by the number of the request, so that a test meets the same
 
 import asyncio
 import json
+import selectors
 import socket
 import subprocess
 import sys
@@ -42,6 +43,7 @@ class Manner:
         ranges: Whether ranges are answered.
         keep: Whether the proxy of a store answers for files that it has seen from memory: moto takes 5 ms for each.
         refused: Name of a file for which the answer is 403, or the fault `refused`.
+        signed: Status of the answer to URLs that are signed, of a store. Empty for the usual answer.
     """
 
     latency: float = 0.0
@@ -53,6 +55,7 @@ class Manner:
     ranges: bool = True
     keep: bool = False
     refused: str = ""
+    signed: str = ""
 
     def fault(self, number: int) -> str | None:
         """What happens to a request."""
@@ -249,6 +252,13 @@ def cut(request: web.Request) -> web.Response:
     return web.Response()
 
 
+def serve(app: web.Application, listening: socket.socket) -> None:
+    """Serve until the process ends."""
+    # Its waits are as long as they should be: the usual loop, of epoll, rounds them up to milliseconds.
+    loop = asyncio.SelectorEventLoop(selectors.SelectSelector())
+    web.run_app(app, sock=listening, print=None, handler_cancellation=True, shutdown_timeout=0.1, loop=loop)
+
+
 def span_of(header: str | None, size: int) -> tuple[int, int] | None:
     """First and last byte of a range."""
     if not header:
@@ -262,4 +272,4 @@ if __name__ == "__main__":
     sys.stdout.write(f"{listening.getsockname()[1]}\n")
     sys.stdout.flush()
     served = Application(Path(sys.argv[1]), Manner(**json.loads(sys.argv[2])))
-    web.run_app(served.routes(), sock=listening, print=None, handler_cancellation=True, shutdown_timeout=0.1)
+    serve(served.routes(), listening)

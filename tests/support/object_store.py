@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import fsspec
 from aiohttp import ClientSession, DummyCookieJar, web
-from faulty import Answering, Manner, ServerProcess, cut, span_of
+from faulty import Answering, Manner, ServerProcess, cut, serve, span_of
 
 BUCKET: Final = "corpus"
 # Of one connection, not of the message.
@@ -25,7 +25,10 @@ _HOPS: Final = {"connection", "keep-alive", "transfer-encoding", "content-length
 
 
 class ObjectStore(ServerProcess):
-    """The proxy's process. Its log has method, path, range and status. `environment` is what a client needs."""
+    """The proxy's process; `environment` is what a client needs.
+
+    Its log has method, path, range and status, and whether the URL was signed.
+    """
 
     def __init__(self) -> None:
         super().__init__(__file__)
@@ -84,13 +87,22 @@ class Proxy(Answering):
     async def answer(self, request: web.Request) -> web.StreamResponse:
         manner, number = self.manner, self.number
         self.number += 1
-        entry = {"method": request.method, "path": request.path, "range": request.headers.get("Range"), "status": 0}
+        is_signed = "X-Amz-Signature" in request.query
+        entry = {
+            "method": request.method,
+            "path": request.path,
+            "range": request.headers.get("Range"),
+            "status": 0,
+            "signed": is_signed,
+        }
         self.requests.append(entry)
         body = await request.read()
         await asyncio.sleep(manner.latency)
         fault = manner.fault(number)
         if manner.refused and request.path.endswith(f"/{manner.refused}"):
             fault = manner.faults.get("refused", "403")
+        if is_signed and manner.signed:
+            fault = manner.signed
         if fault is not None and fault.isdigit():
             entry["status"] = int(fault)
             return web.Response(status=int(fault))
@@ -108,7 +120,7 @@ class Proxy(Answering):
             self.session = ClientSession(auto_decompress=False, cookie_jar=DummyCookieJar())
         if request.method in {"PUT", "POST", "DELETE"}:
             self.kept.pop(request.path, None)
-        elif self.manner.keep and request.method == "GET" and not request.query_string:
+        elif self.manner.keep and request.method == "GET" and all(name.startswith("X-Amz-") for name in request.query):
             return await self._answer_kept(request, entry)
         headers = {name: value for name, value in request.headers.items() if name.lower() not in _HOPS}
         async with self.session.request(
@@ -175,4 +187,4 @@ if __name__ == "__main__":
     proxy = Proxy(_serve_objects())
     sys.stdout.write(f"{listening.getsockname()[1]}\n")
     sys.stdout.flush()
-    web.run_app(proxy.routes(), sock=listening, print=None, handler_cancellation=True, shutdown_timeout=0.1)
+    serve(proxy.routes(), listening)

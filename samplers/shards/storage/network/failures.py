@@ -52,6 +52,18 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(cause, (OSError, EOFError)) or type(cause).__module__.split(".")[0] in _CLIENTS
 
 
+def is_refusal(error: BaseException) -> bool:
+    """Whether a server does not answer a request as it was sent: by its status, or by a certificate that is not known.
+
+    >>> is_refusal(TimeoutError()), is_refusal(FileNotFoundError())
+    (False, False)
+    """
+    status = status_of(error)
+    if status is not None:
+        return status < 500 and status not in _PASSING
+    return "Certificate" in type(error).__name__ or "SSL" in type(error).__name__
+
+
 def root_of(error: BaseException) -> BaseException:
     """The cause of an error."""
     # Over HTTP, fsspec raises FileNotFoundError for every failure.

@@ -12,37 +12,41 @@ class HttpBody:
 
     Args:
         system: fsspec's file system over HTTP, whose session and options are used.
-        url: URL of the file, as the system names it.
+        path: Path or URL of the file, for messages.
         span: First byte and end.
         size: Size of the file in bytes.
         whole: Ask for the whole file without a range, which servers without ranges answer too.
         is_assumed: The server was not asked for the size: another one is an error at once.
+        may_be_encoded: The bytes are wanted as they are stored, whatever the server says of their encoding.
     """
 
     def __init__(
         self,
         system: Any,
-        url: str,
+        path: str,
         span: tuple[int, int],
         size: int,
         *,
         whole: bool = False,
         is_assumed: bool = False,
+        may_be_encoded: bool = False,
     ) -> None:
-        self._system, self._url, self._size, self._whole = system, url, size, whole
-        self._is_assumed = is_assumed
+        self._system, self._path, self._size, self._whole = system, path, size, whole
+        self._is_assumed, self._may_be_encoded = is_assumed, may_be_encoded
         self._first, self._end = span
         self._version: str | None = None
         self.data = bytearray()
 
-    async def receive(self, timeout: float) -> None:
+    async def receive(self, url: Any, timeout: float) -> None:
         """Receive the bytes that are missing.
 
         Args:
+            url: URL of the file, as the system or aiohttp names it.
             timeout: Seconds without a byte after which to give up.
 
         Raises:
             FileNotFoundError: The file does not exist.
+            ClientResponseError: The server refuses, or sends a redirect that leads nowhere.
             OSError: An error of the connection.
             ShortBodyError: The body ended too early. The next call continues it.
             ValueError: The server sends something else than the bytes asked for.
@@ -63,10 +67,15 @@ class HttpBody:
         # No limit on the whole: a large shard may take as long as bytes arrive.
         options["timeout"] = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=timeout, sock_read=timeout)
         session = await self._system.set_session()
-        async with session.get(self._system.encode_url(self._url), headers=headers, **options) as response:
+        async with session.get(self._system.encode_url(url), headers=headers, **options) as response:
             if response.status == 404:
-                raise FileNotFoundError(shown(self._url))
+                raise FileNotFoundError(shown(self._path))
             response.raise_for_status()
+            if response.status >= 300:
+                # A redirect that leads nowhere.
+                raise aiohttp.ClientResponseError(
+                    response.request_info, response.history, status=response.status, message=response.reason or ""
+                )
             self._check(response, start, ranged=ranged)
             async for piece in response.content.iter_any():
                 self.data += piece
@@ -82,9 +91,9 @@ class HttpBody:
             ShortBodyError: The file changed after the first part was received. The next try begins again.
             ValueError: The answer is compressed, or another range.
         """
-        if response.headers.get("Content-Encoding", "").lower() not in _PLAIN:
+        if not self._may_be_encoded and response.headers.get("Content-Encoding", "").lower() not in _PLAIN:
             raise ValueError(
-                f"{shown(self._url)}: its server compresses it ({response.headers['Content-Encoding']}), and then "
+                f"{shown(self._path)}: its server compresses it ({response.headers['Content-Encoding']}), and then "
                 "no range of it can be asked for: store it without Content-Encoding"
             )
         version = response.headers.get("ETag") or response.headers.get("Last-Modified")
@@ -107,7 +116,7 @@ class HttpBody:
         """
         if (self._first, self._end) != (0, self._size):
             raise ValueError(
-                f"{shown(self._url)}: its server sent {self._size if length is None else length} bytes for a range of "
+                f"{shown(self._path)}: its server sent {self._size if length is None else length} bytes for a range of "
                 f"{self._end - start}, and gives none: copy the file, or use ShardStream, which fetches shards whole"
             )
         self.data.clear()
@@ -122,13 +131,12 @@ class HttpBody:
         # A few servers say nothing, or no size.
         if span and span != f"{start}-{self._end - 1}":
             raise ValueError(
-                f"{shown(self._url)}: its server sent the bytes {span} for {start}-{self._end - 1}: it has another "
+                f"{shown(self._path)}: its server sent the bytes {span} for {start}-{self._end - 1}: it has another "
                 "file, or a fault of its own: copy the file"
             )
         if size.isdigit() and int(size) != self._size:
             raise ValueError(self._changed(f"has {size} bytes"))
 
     def _changed(self, now: str) -> str:
-        return (
-            f"{shown(self._url)}: {now}, it had {self._size} when it was opened: changed while it was read, start again"
-        )
+        before = f"it had {self._size} when it was opened"
+        return f"{shown(self._path)}: {now}, {before}: changed while it was read, start again"

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from samplers.shards.storage.network.counts import UNCOUNTED, Counts
-from samplers.shards.storage.network.failures import ShortBodyError, shown
+from samplers.shards.storage.network.failures import ShortBodyError, is_refusal, shown
 from samplers.shards.storage.network.http_body import HttpBody
 from samplers.shards.storage.network.requests import Request, gate_of, send_all
+from samplers.shards.storage.network.signed_urls import SignedUrls, signed_urls
 from samplers.shards.storage.network.transport import DEFAULT, Transport, timeout_of
 
 # fsspec has no type hints for it.
@@ -247,15 +248,57 @@ def _merge(file: RemoteFile, buffers: Sequence[Any], offsets: Sequence[int]) -> 
 
 def attempts(file: RemoteFile, span: tuple[int, int], *, whole: bool) -> Callable[[], Awaitable[bytes | bytearray]]:
     """The tries for a range of a file. Bytes that were received stay for the next one."""
-    transport, (first, end) = file.transport, span
     if is_http(file.system):
         body = HttpBody(file.system, file.name, span, file.size, whole=whole, is_assumed=file.size_is_assumed)
 
         async def receive() -> bytearray:
-            await body.receive(transport.timeout)
+            await body.receive(file.name, file.transport.timeout)
             return body.data
 
         return receive
+    by_client = _client_attempts(file, span)
+    signed = signed_urls(file.system)
+    return by_client if signed is None else _signed_attempts(signed, file, span, by_client, whole=whole)
+
+
+def _signed_attempts(
+    signed: SignedUrls,
+    file: RemoteFile,
+    span: tuple[int, int],
+    by_client: Callable[[], Awaitable[bytearray]],
+    *,
+    whole: bool,
+) -> Callable[[], Awaitable[bytearray]]:
+    """The tries for a range of an object with a signed URL. If it is refused, the client asks, and has the errors."""
+    options = {"whole": whole, "is_assumed": file.size_is_assumed, "may_be_encoded": True}
+    body = HttpBody(signed.http, file.path, span, file.size, **options)
+
+    async def receive() -> bytearray:
+        url = await signed.find(file.name)
+        if url is None:
+            return await by_client()
+        try:
+            await body.receive(url, file.transport.timeout)
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+        else:
+            return body.data
+        file.counts.add("requests")
+        is_readable = False
+        try:
+            received = await by_client()
+            is_readable = True
+        finally:
+            signed.note_refusal(file.name, is_readable=is_readable)
+        return received
+
+    return receive
+
+
+def _client_attempts(file: RemoteFile, span: tuple[int, int]) -> Callable[[], Awaitable[bytearray]]:
+    """The tries for a range of a file by its client."""
+    transport, (first, end) = file.transport, span
     received = bytearray()
 
     async def fetch() -> bytearray:
