@@ -21,13 +21,11 @@ settings.register_profile("quick", max_examples=5, derandomize=True, deadline=No
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Torch on one thread: tiny models spend more time on waking the others than on their numbers."""
-    threads = torch.get_num_threads()
+if "OMP_NUM_THREADS" not in os.environ:
+    # Tests run side by side, and their models are tiny: threads of torch that wait for each other would take the cores
+    # from the other tests. Processes that tests start inherit it.
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

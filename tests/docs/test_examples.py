@@ -1,6 +1,5 @@
 """The examples are programs, and run: small, whole, interrupted, and resumed."""
 
-import os
 import re
 import signal
 import subprocess
@@ -17,9 +16,7 @@ EXAMPLES = ROOT / "examples"
 
 def start(name: str, *arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-W", "error::UserWarning:collate", str(EXAMPLES / name), *map(str, arguments)]
-    # Tests run side by side: threads of torch that wait for each other would take the cores from both for minutes.
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=one_thread)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def run(name: str, *arguments: object) -> str:

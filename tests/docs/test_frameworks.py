@@ -50,7 +50,7 @@ def run(processes: int, name: str, *arguments: object) -> str:
     """Run an example, under torchrun if it takes several processes; what it wrote on its standard output."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     launcher = [sys.executable, *(torchrun if processes > 1 or name == "ddp_torchrun.py" else [])]
-    settings = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
+    settings = {"RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
     command = [*launcher, str(EXAMPLES / name), *map(str, arguments)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **settings}
@@ -121,7 +121,7 @@ def test_the_trainer_takes_packed_rows_and_holds_each_sample_once(processes: int
 def facts_of(program: str, *arguments: object) -> dict:
     """What one of the programs beside this test prints as JSON, in its last line."""
     command = [sys.executable, str(ROOT / "tests" / "support" / program), *map(str, arguments)]
-    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    settings = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, **settings}, timeout=PATIENCE, check=False
     )

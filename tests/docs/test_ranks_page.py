@@ -1,6 +1,5 @@
 """The training loop of `docs/ranks.md`, run as it stands there by two processes, and once more from its checkpoint."""
 
-import os
 import re
 import subprocess
 import sys
@@ -49,7 +48,6 @@ def run(folder: Path) -> list[list[str]]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*command, str(folder / "loop.py"), str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=180,

@@ -63,7 +63,7 @@ def test_processes_of_srun_share_an_epoch(tmp_path: Path) -> None:
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", SCRIPT, corpus],
-            env={**kept, **STEP, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task), "OMP_NUM_THREADS": "1"},
+            env={**kept, **STEP, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

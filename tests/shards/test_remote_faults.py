@@ -274,7 +274,7 @@ def test_a_body_that_is_complete_is_not_asked_for_again() -> None:
     """Red when a second request continued it: a range without bytes."""
     body = HttpBody(None, "http://absent/a.tar", (2, 5), 9)
     body.data += b"abc"
-    asyncio.run(body.receive(1.0))
+    asyncio.run(body.receive("http://absent/a.tar", 1.0))
     assert body.data == b"abc"
 
 

@@ -41,9 +41,8 @@ def start(processes: int, script: str, job: str, folder: Path, *options: object)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--log-dir", str(folder / "logs")]
     script = str(Path(__file__).with_name(script))
     command = [*launcher, "--nproc-per-node", str(processes), script, job, str(folder), *map(str, options)]
-    threads = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=threads
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
 

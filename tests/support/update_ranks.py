@@ -121,7 +121,6 @@ def differences(rank: int, replicas: int) -> dict[str, float]:
 
 def run_rank(rank: int, replicas: int, folder: str) -> None:
     """One process of a gloo group; it writes what it found."""
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=replicas)
     torch.save(differences(rank, replicas), f"{folder}/{rank}.pt")
     dist.destroy_process_group()

@@ -28,8 +28,6 @@ from collate import (
 
 __all__ = ["batch", "net"]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_nothing_is_disturbed_by_a_check(net: Net, batch: dict[str, Any]) -> None:
     net.norm(torch.randn(3, 8))

@@ -12,8 +12,6 @@ from collate import LengthError, check_step
 
 __all__ = ["batch", "net"]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize(
     ("result", "error", "message"),

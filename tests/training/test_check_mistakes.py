@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from collate import LengthError, LengthTrackedBatch, PadCollator, apply_rnn, check_step
 
 KNOWN = known_models.MISTAKES | known_idioms.MISTAKES | transformers_steps.MISTAKES
-pytestmark = pytest.mark.usefixtures("one_thread")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 LAST_COLUMN = "the last column taken for each row's last step"
 

@@ -11,7 +11,6 @@ from transformers import BatchEncoding
 from collate import check_step
 
 KNOWN = known_models.RIGHT | known_idioms.RIGHT | transformers_steps.RIGHT
-pytestmark = pytest.mark.usefixtures("one_thread")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 

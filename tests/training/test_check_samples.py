@@ -14,7 +14,6 @@ from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_s
 
 from collate import LengthError, LengthTrackedBatch, PadCollator, apply_rnn, check_step, sequence_loss
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES = 4
 
 

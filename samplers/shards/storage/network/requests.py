@@ -112,11 +112,12 @@ async def _gather(requests: Sequence[Request[Answer]], transport: Transport) -> 
     tasks = [asyncio.ensure_future(_persist(request, transport, gate, end)) for request in requests]
     try:
         return await asyncio.gather(*tasks)
-    finally:
+    except BaseException:
         for task in tasks:
             task.cancel()
         # Their errors are of no interest any more.
         await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 async def _persist(request: Request[Answer], transport: Transport, gate: asyncio.Semaphore, end: float) -> Answer:
@@ -206,9 +207,11 @@ async def _race(
                 done = next((task for task in tasks if task.exception() is None), tasks[0])
             return await done
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        # Nearly always there is one, and it has answered.
+        if len(tasks) > 1 or not tasks[0].done():
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _draw_wait(tries: int, cause: BaseException, transport: Transport) -> float:

@@ -89,6 +89,7 @@ class SignedUrls:
     async def _sign(self, name: str) -> Any:
         """A new URL. None if it cannot be used."""
         bucket, key, version = self._system.split_path(name)
+        await self._system.set_session()
         client = await self._system.get_s3(bucket)
         if version is not None:
             return None
