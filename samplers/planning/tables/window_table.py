@@ -238,11 +238,11 @@ class Groupings:
             longest = max(windows, key=lambda window: window.buckets[-1].rows if window.buckets else 0)
             windows = [*(window for window in windows if window is not longest), longest]
         first = np.cumsum([0, *(len(window.order) for window in windows)]).tolist()
-        buckets = [
-            Bucket(start + bucket.first, *bucket[1:])
-            for start, window in zip(first, windows, strict=False)
-            for bucket in window.buckets
-        ]
+        buckets: list[Bucket] = []
+        for start, window in zip(first, windows, strict=False):
+            # Column by column, in half of the time: there is a bucket for every second batch.
+            firsts, *others = zip(*window.buckets, strict=True) if window.buckets else ((),)
+            buckets += map(Bucket._make, zip(map(start.__add__, firsts), *others, strict=True))
         return WindowTable(
             replace(self.sorted_lengths, order=np.concatenate([window.order for window in windows])),
             tuple(buckets),
