@@ -292,7 +292,7 @@ class PadCollator:
             # To ask whether a number is a mapping takes as long as all other checks.
             if value is None or type(value) is int:
                 continue
-            if isinstance(value, Mapping) and value.keys() != variable.keys():
+            if isinstance(value, Mapping) and set(value) != variable.keys():
                 raise ValueError(
                     f"{option} is given for {sorted(value)}, the variable-length fields are {sorted(variable)}: "
                     "name each of them"

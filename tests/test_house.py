@@ -141,7 +141,7 @@ LAYERS = {
         ["npy"],
     ],
     "samplers.shards.storage": [
-        ["mirror", "paths", "shard_cache"],
+        ["mirror", "paths", "ranges", "shard_cache"],
         ["reading", "process_pool", "untrusted"],
         ["network"],
         ["atomic", "checksum", "memory"],

@@ -22,7 +22,8 @@ from samplers.shards.storage.checksum import crc32
 from samplers.shards.storage.memory import ShardMemory
 from samplers.shards.storage.network.failures import shown
 from samplers.shards.storage.network.remote import RemoteFile, prefetch
-from samplers.shards.storage.reading import RandomAccess, Ranges, fill_again, fill_all, read_ranges, read_scattered
+from samplers.shards.storage.ranges import Ranges, are_scattered, read_ranges, read_scattered
+from samplers.shards.storage.reading import RandomAccess, fill_again, fill_all
 from samplers.shards.storage.shard_cache import CachedFile
 
 # Memory for a field of a batch, uint8 `[bytes]`, and the first byte of each sample in it, int64 `[B]`.
@@ -109,7 +110,7 @@ class SampleReader:
         if self._memory is not None:
             self._copy_into(self._memory, rows, steps, targets)
             return
-        if self._read_open_into(rows, steps, targets):
+        if not (targets := self._read_open_into(rows, steps, targets)):
             return
         if (shard := self.shards.find_one(rows)) is not None:
             # One file is read in any order.
@@ -123,32 +124,34 @@ class SampleReader:
             self._read_part_into(self.shards.open_all(shards, borders), part, steps[within], cut)
             done += len(part)
 
-    def _read_open_into(self, rows: AnyArray, steps: AnyArray, targets: Mapping[str, Target]) -> bool:
+    def _read_open_into(self, rows: AnyArray, steps: AnyArray, targets: Mapping[str, Target]) -> Mapping[str, Target]:
         """Read scattered rows in any order, if their local shards are open and their blocks have been compared.
 
-        This is what almost every batch of a local corpus comes to. So nothing here is done shard by shard.
+        This is what most batches of a local corpus come to. So nothing here is done shard by shard.
 
         Returns:
-            False if it was not done, or a read has failed: the other ways have the errors.
+            The targets of fields that were not read: they are not scattered, or a read has failed without an error.
 
         Raises:
             ValueError: A checksum differs.
         """
         # As long as it is in use here, no other thread closes the files.
-        descriptors = self.shards.descriptors
-        found = descriptors.find(self.shards.shards_of(rows))
+        descriptors, shards = self.shards.descriptors, self.shards.shards_of(rows)
+        found = descriptors.find(shards)
         if found is None or not self._are_compared(rows):
-            return False
-        fields = self._ranges_of(rows, steps, targets)
-        if not all(ranges.are_scattered() for _, ranges in fields):
-            return False
-        for column, ranges in fields:
-            if not read_scattered(found, ranges):
-                return False
-            # Right after the read, while the bytes are in the processor's cache.
-            for position in self._find_damaged(ranges.views, rows, column):
-                self._refuse_damage(int(rows[position]), column)
-        return True
+            return targets
+        left = dict(targets)
+        for column, field, number in self.columns:
+            offsets = self._offsets_of(rows, column) if field.name in targets else None
+            if offsets is None or not are_scattered(shards, offsets):
+                continue
+            ranges = _make_ranges(targets[field.name], (column, field, number), offsets, steps)
+            if read_scattered(found, ranges):
+                # Right after the read, while the bytes are in the processor's cache.
+                if damaged := self._find_damaged(ranges.views, rows, column):
+                    self._refuse_damage(int(rows[damaged].min()), column)
+                del left[field.name]
+        return left
 
     def _are_compared(self, rows: AnyArray) -> bool:
         """Whether the blocks of these rows have all been compared with the index."""
@@ -199,14 +202,11 @@ class SampleReader:
 
     def _ranges_of(self, rows: AnyArray, steps: AnyArray, targets: Mapping[str, Target]) -> list[tuple[int, Ranges]]:
         """For each field to read: its column, where its values lie in the shards, and where they go."""
-        fields = []
-        for column, field, length_column in self.columns:
-            if field.name in targets:
-                memory, starts = targets[field.name]
-                counts = steps[:, length_column] if field.variable else np.ones(len(rows), np.int64)
-                offsets = self._offsets_of(rows, column)
-                fields.append((column, Ranges(memory, starts, offsets, counts * field.row_bytes)))
-        return fields
+        return [
+            (column, _make_ranges(targets[field.name], (column, field, number), self._offsets_of(rows, column), steps))
+            for column, field, number in self.columns
+            if field.name in targets
+        ]
 
     def _offsets_of(self, rows: AnyArray, column: int) -> AnyArray:
         """The offsets of a field of each row, int64 `[n]`."""
@@ -352,6 +352,20 @@ class SampleReader:
 
     def _context(self, row: int, field: Field) -> str:
         return f"{shown(self.shards.path_of(row))}: sample {decode_key(self.tables.keys[row])!r}, field {field.name!r}"
+
+
+def _make_ranges(target: Target, of: tuple[int, Field, int], offsets: AnyArray, steps: AnyArray) -> Ranges:
+    """Where the values of a field lie, and where they go.
+
+    Args:
+        target: Where they go.
+        of: One of the columns to read.
+        offsets: Where they lie, int64 `[B]`.
+        steps: Lengths of all variable fields, int64 `[B, K]`.
+    """
+    (memory, starts), (_, field, length_column) = target, of
+    counts = steps[:, length_column] if field.variable else np.ones(len(offsets), np.int64)
+    return Ranges(memory, starts, offsets, counts * field.row_bytes)
 
 
 def _stored_fields(tables: Tables, columns: ReadColumns) -> list[tuple[Field, np.dtype[Any], int]] | None:

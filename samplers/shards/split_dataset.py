@@ -195,10 +195,14 @@ def check_range(indices: Sequence[int], total: int) -> npt.NDArray[np.int64]:
     rows = np.asarray(indices) if len(indices) else np.arange(0)
     if rows.dtype.kind not in "iu" or rows.ndim != 1:
         raise TypeError(f"indices must be a list of integers, got {rows.dtype} {list(rows.shape)}")
+    if rows.dtype == np.uint64:
+        # What 63 bits do not hold is not in the range either.
+        rows = np.minimum(rows, np.uint64(np.iinfo(np.int64).max))
+    rows = rows.astype(np.int64, copy=False)
     # Without a sign, negative ones are above all others.
-    if len(rows) and rows.dtype == np.int64 and rows.view(np.uint64).max() < total:
+    if not len(rows) or rows.view(np.uint64).max() < total:
         return rows
-    rows = np.where(rows < 0, rows + total, rows).astype(np.int64)
+    rows = np.where(rows < 0, rows + total, rows)
     outside = np.flatnonzero((rows < 0) | (rows >= total))
     if len(outside):
         raise IndexError(f"index {indices[outside[0]]} is not among the {total} samples of the corpus")

@@ -113,6 +113,8 @@ def slow_cost(rows: list[list[int]], options: dict[str, Any]) -> bool:
 @given(cases(), st.integers(0, 3), st.integers(1, 5))
 # Red where no batch remained but those of over-long samples.
 @example((np.array([21, 40, 5]), {"max_tokens": 20, "batch_size": 2, "overlong": "alone", "drop_last": True}), 0, 1)
+# Red where a pool without samples was cut into batches.
+@example((np.array([34, 33, 39, 26]), {"cost": cubic, "overlong": "alone"}), 0, 2)
 def test_every_sample_comes_once_or_is_counted_as_left_out(
     case: tuple[Array, dict[str, Any]], epoch: int, replicas: int
 ) -> None:

@@ -1,8 +1,11 @@
 """Objects of S3 read with URLs that the client has signed: the same bytes and errors, and no secret in sight."""
 
+import asyncio
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import fsspec
@@ -71,7 +74,7 @@ def test_shards_are_read_by_signed_urls_alone(store: ObjectStore, name: str) -> 
     asked = gets(store)
     assert asked
     assert all(entry["signed"] and entry["status"] in {200, 206} for entry in asked)
-    urls = [str(url) for url, _ in the_signed()._urls.values()]
+    urls = [str(signed.url) for signed in the_signed()._urls.values()]
     # The four shards and the index, each signed once, with the version that all regions take.
     assert len(urls) == COUNT // EACH + 1
     assert all("X-Amz-Algorithm=AWS4-HMAC-SHA256" in each for each in urls)
@@ -90,45 +93,186 @@ def test_workers_sign_for_themselves(store: ObjectStore, workers: int) -> None:
     assert all(entry["signed"] for entry in gets(store))
 
 
-def test_a_store_that_refuses_them_is_read_by_its_client(store: ObjectStore) -> None:
+def test_a_store_that_refuses_them_is_read_by_its_client(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     url = upload(store, "refusing")
     for status in ("403", "400", "301"):
         store.behave(signed=status)
         signed_urls._OF_SYSTEMS.clear()
         data = ShardDataset(url, transport=PATIENT)
         assert_each_once([data[index] for index in range(COUNT)], samples())
-        asked = gets(store, "")
         # Each of the first refusals is answered by the client; then no more are tried.
-        assert [entry["status"] for entry in asked if entry["signed"]] == [int(status)] * 3
-        assert not the_signed()._is_usable
-
-
-def test_a_url_whose_credentials_have_ended_is_signed_again(store: ObjectStore) -> None:
-    data = ShardDataset(upload(store, "ended"), transport=PATIENT)
-    data[0]
-    store.behave(signed="403")
-    before = dict(the_signed()._urls)
-    assert len(data[1]["tokens"]) == 307
-    assert before.keys() - the_signed()._urls.keys() == {"corpus/ended/shard-000000.tar"}
+        assert [entry["status"] for entry in gets(store, "") if entry["signed"]] == [int(status)] * 3
+    # After some time they are tried again.
     store.behave()
-    gets(store)
-    assert len(data[3]["tokens"]) == 321
-    assert [entry["signed"] for entry in gets(store)] == [True]
-    assert the_signed()._is_usable
-
-
-def test_urls_are_signed_again_in_time(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = ShardDataset(upload(store, "time"))
-    data[0]
-    [before] = [end for name, (_, end) in the_signed()._urls.items() if name.endswith("0.tar")]
     now = signed_urls.monotonic()
     monkeypatch.setattr(signed_urls, "monotonic", lambda: now + 601)
+    assert_each_once([data[index] for index in range(COUNT)], samples())
+    assert all(entry["signed"] for entry in gets(store))
+
+
+def test_refusals_between_answers_do_not_add_up(store: ObjectStore) -> None:
+    data = ShardDataset(upload(store, "blips"), transport=PATIENT)
+    for index in range(6):
+        store.behave(signed="403")
+        assert len(data[index]["tokens"]) == 300 + 7 * index
+        store.behave()
+        assert len(data[index]["tokens"]) == 300 + 7 * index
+    asked = [entry for entry in gets(store) if entry["signed"]]
+    assert len(asked) >= 12
+
+
+def test_urls_whose_credentials_have_ended_are_signed_again(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those of a batch, all of which end at once."""
+    data = ShardDataset(upload(store, "ended"), transport=PATIENT)
+    assert_each_once(list(data.__getitems__(range(COUNT))), samples())
+    ended = max(re.findall(r"X-Amz-Date=(\w+)", " ".join(str(one.url) for one in the_signed()._urls.values())))
+    sleep(1.1)
+    now = signed_urls.monotonic()
+    monkeypatch.setattr(signed_urls, "monotonic", lambda: now + 100)
+    store.behave(ended=ended)
+    gets(store)
+    for _ in range(2):
+        assert_each_once(list(data.__getitems__(range(COUNT))), samples())
+    asked = gets(store)
+    assert all(entry["signed"] for entry in asked)
+    assert [entry["status"] for entry in asked].count(403) == COUNT // EACH
+
+
+@pytest.mark.parametrize("clock", ["monotonic", "time"])
+def test_urls_are_signed_again_in_time(store: ObjectStore, monkeypatch: pytest.MonkeyPatch, clock: str) -> None:
+    """By either clock: one of them stands still while a machine sleeps."""
+    data = ShardDataset(upload(store, f"after-{clock}"))
+    data[0]
+    before = dict(the_signed()._urls)
     data[1]
-    [after] = [end for name, (_, end) in the_signed()._urls.items() if name.endswith("0.tar")]
-    assert after > before + 500
+    assert the_signed()._urls == before
+    now = getattr(signed_urls, clock)()
+    monkeypatch.setattr(signed_urls, clock, lambda: now + 601)
+    data[1]
+    [name] = [name for name in before if name.endswith("0.tar")]
+    assert the_signed()._urls[name] is not before[name]
+
+
+def test_the_urls_that_were_used_last_are_kept(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = ShardDataset(upload(store, "kept"))
     monkeypatch.setattr(signed_urls, "_MOST", 2)
+    for index in (0, EACH, 0, 2 * EACH):
+        data[index]
+    assert [name[-5] for name in the_signed()._urls] == ["0", "2"]
     assert_each_once(list(data.__getitems__(range(COUNT))), samples())
     assert len(the_signed()._urls) == 2
+
+
+REGION = {"client_kwargs": {"region_name": "eu-west-1"}}
+
+
+@pytest.mark.parametrize(
+    ("bucket", "options"),
+    [
+        ("corpus", REGION),
+        ("corpus", {"client_kwargs": {"region_name": "us-east-1"}}),
+        ("corpus", REGION | {"anon": True}),
+        ("corpus", REGION | {"config_kwargs": {"s3": {"addressing_style": "path"}}}),
+        ("corpus", REGION | {"config_kwargs": {"s3": {"addressing_style": "virtual"}}}),
+        ("my.dotted.bucket", REGION),
+        ("arn:aws:s3:eu-west-1:123456789012:accesspoint/ap", REGION),
+        ("corpus", REGION | {"endpoint_url": "http://store:9000/prefix"}),
+    ],
+    ids=str,
+)
+def test_the_host_is_that_which_the_client_asks(
+    bucket: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Red where botocore signed for the global host, which a private network may not reach.
+    for name in ("AWS_ENDPOINT_URL", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    given = {} if options.get("anon") else {"key": "k", "secret": "s"}
+    system = fsspec.filesystem("s3", skip_instance_cache=True, **given, **options)
+    asked: list[str] = []
+
+    class SentError(Exception):
+        pass
+
+    def note(request: Any, **_: Any) -> None:
+        asked.append(request.url)
+        raise SentError
+
+    async def ask() -> None:
+        signed = await signed_urls.SignedUrls(system).find(f"{bucket}/a/b.tar")
+        assert signed is not None
+        asked.append(str(signed.url).partition("?")[0])
+        client = await system.get_s3(bucket)
+        client.meta.events.register_first("before-send.s3.GetObject", note)
+        with pytest.raises(SentError):
+            await client.get_object(Bucket=bucket, Key="a/b.tar")
+
+    fsspec.asyn.sync(fsspec.asyn.get_loop(), ask)
+    assert asked[0] == asked[1]
+
+
+def test_the_users_own_urls_are_signed_as_ever(store: ObjectStore) -> None:
+    url, name = upload(store, "own"), store.url("own/shard-000000.tar")
+    system = fsspec.filesystem("s3")
+    before = re.findall(r"[?&]([\w-]+)=", system.url(name))
+    ShardDataset(url)[0]
+    assert the_signed().have_worked
+    assert re.findall(r"[?&]([\w-]+)=", fsspec.filesystem("s3").url(name)) == before
+
+
+def test_what_is_set_for_sites_over_http_is_not_sent_to_a_store(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = upload(store, "private")
+    told = {"headers": {"Authorization": "Bearer TOKEN"}, "params": {"token": "T"}, "proxy": "http://127.0.0.1:1"}
+    monkeypatch.setitem(fsspec.config.conf, "http", told)
+    assert_each_once(list(ShardDataset(url, transport=PATIENT).__getitems__(range(COUNT))), samples())
+    assert the_signed().http.kwargs == {}
+    assert the_signed().have_worked
+
+
+def test_a_host_that_is_out_of_reach_leaves_it_to_the_client(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = upload(store, "reach")
+    sign = signed_urls.SignedUrls._sign
+
+    async def sign_for_another(self: signed_urls.SignedUrls, name: str) -> Any:
+        signed = await sign(self, name)
+        return signed and signed_urls.SignedUrl(signed.url.with_port(1))
+
+    monkeypatch.setattr(signed_urls.SignedUrls, "_sign", sign_for_another)
+    data = ShardDataset(url, transport=Transport(retries=0))
+    assert_each_once([data[index] for index in range(COUNT)], samples())
+    assert not any(entry["signed"] for entry in gets(store))
+
+
+def test_a_signature_that_does_not_come_is_tried_again(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = ShardDataset(upload(store, "slow"), transport=Transport(timeout=0.3, retries=2, backoff=0.01, patience=0))
+    data[0]
+    sign, calls = signed_urls.SignedUrls._sign, []
+
+    async def sign_slowly(self: signed_urls.SignedUrls, name: str) -> Any:
+        calls.append(name)
+        if len(calls) == 1:
+            await asyncio.sleep(60)
+        return await sign(self, name)
+
+    monkeypatch.setattr(signed_urls.SignedUrls, "_sign", sign_slowly)
+    assert len(data[COUNT - 1]["tokens"]) == 300 + 7 * (COUNT - 1)
+    assert len(calls) >= 2
+
+
+@pytest.mark.parametrize("address", ["https://store:9000", "http://store:9000"])
+def test_certificates_of_the_users_own_are_for_the_client(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_CA_BUNDLE", "/absent.pem")
+    system = fsspec.filesystem("s3", key="k", secret="s", endpoint_url=address, skip_instance_cache=True)
+    signed = signed_urls.SignedUrls(system)
+    found = fsspec.asyn.sync(fsspec.asyn.get_loop(), signed.find, "corpus/a.tar")
+    assert (found is None) == address.startswith("https")
+    assert signed._is_usable == (found is not None)
 
 
 def test_transient_faults_are_tried_again_with_the_bytes_that_have_come(store: ObjectStore) -> None:
@@ -178,8 +322,12 @@ def test_requests_that_need_more_than_a_signature_are_the_clients(options: dict[
 
 
 def test_with_a_proxy_requests_are_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    system = fsspec.filesystem("s3", key="k", skip_instance_cache=True)
+    monkeypatch.setattr(signed_urls, "getproxies", lambda: {"no": "localhost"})
+    assert signed_urls._needs_only_a_signature(system)
+    monkeypatch.undo()
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
-    assert not signed_urls._needs_only_a_signature(fsspec.filesystem("s3", key="k", skip_instance_cache=True))
+    assert not signed_urls._needs_only_a_signature(system)
 
 
 def test_a_public_bucket_is_read_without_a_signature(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,10 +338,9 @@ def test_a_public_bucket_is_read_without_a_signature(store: ObjectStore, monkeyp
     monkeypatch.setitem(fsspec.config.conf, "s3", {"anon": True})
     assert_each_once(list(ShardDataset(url).__getitems__(range(COUNT))), samples())
     assert not any(entry["signed"] for entry in gets(store))
-    [url, *_] = [
-        str(url) for one in signed_urls._OF_SYSTEMS.values() if one and one._urls for url, _ in one._urls.values()
-    ]
-    assert "?" not in url
+    used = [str(each.url) for one in signed_urls._OF_SYSTEMS.values() if one for each in one._urls.values()]
+    assert used
+    assert not any("?" in each for each in used)
 
 
 def test_messages_and_logs_have_no_signature(

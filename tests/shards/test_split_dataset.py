@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from collate import VarlenCollator
 from collate.errors import LengthError
 from samplers import PackingBatchSampler, ShardDataset, SplitDataset
+from samplers.shards.split_dataset import check_range
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=40)
 Pair = namedtuple("Pair", ["x", "name"])
@@ -163,3 +164,26 @@ def test_pieces_need_a_field_that_is_cut() -> None:
     sampler = PackingBatchSampler([3, 30], capacity=13, overlong="split")
     with pytest.raises(ValueError, match="fields must name the sequences"):
         SplitDataset([{"x": np.arange(length)} for length in [3, 30]], sampler.pieces, fields=[])
+
+
+@pytest.mark.parametrize("dtype", [*"bhilqBHILQ", ">i2", ">u8"])
+def test_indices_of_every_integer_dtype_are_taken(dtype: str) -> None:
+    # Red where NumPy could not hold the number of samples in the dtype.
+    total, kind = 5_000_000_000, np.dtype(dtype)
+    for rows in (np.array([3, 0, 99], kind), [kind.type(3), kind.type(0), kind.type(99)]):
+        assert check_range(rows, total).tolist() == [3, 0, 99]
+    if kind.kind == "i":
+        assert check_range(np.array([-1, 4], kind), total).tolist() == [total - 1, 4]
+        assert check_range(np.array([-100], kind), 100).tolist() == [0]
+        with pytest.raises(IndexError, match="index -101 is not among the 100 samples"):
+            check_range(np.array([5, -101], kind), 100)
+    with pytest.raises(IndexError, match="index 100 is not among the 100 samples"):
+        check_range(np.array([7, 100], kind), 100)
+    assert check_range(np.array([99], kind), 100).dtype == np.int64
+
+
+def test_an_index_of_64_bits_is_not_a_negative_one() -> None:
+    for index in (2**64 - 1, 2**63):
+        with pytest.raises(IndexError, match=f"index {index} is not among the 100 samples"):
+            check_range(np.array([1, index], np.uint64), 100)
+    assert check_range([], 100).tolist() == []

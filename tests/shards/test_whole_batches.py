@@ -23,7 +23,7 @@ from samplers import LengthBucketBatchSampler, PackingBatchSampler, ShardDataset
 from samplers.shards.opening import open_shards
 from samplers.shards.sample_reader import SampleReader
 from samplers.shards.storage import reading
-from samplers.shards.storage.reading import Ranges, read_ranges
+from samplers.shards.storage.ranges import Ranges, read_ranges
 from samplers.shards.unread import UnreadSamples
 
 PAD = PadCollator(padding_value=0)

@@ -44,6 +44,7 @@ class Manner:
         keep: Whether the proxy of a store answers for files that it has seen from memory: moto takes 5 ms for each.
         refused: Name of a file for which the answer is 403, or the fault `refused`.
         signed: Status of the answer to URLs that are signed, of a store. Empty for the usual answer.
+        ended: Date of the last signature that has ended, as signatures have it: those until then are refused.
     """
 
     latency: float = 0.0
@@ -56,6 +57,7 @@ class Manner:
     keep: bool = False
     refused: str = ""
     signed: str = ""
+    ended: str = ""
 
     def fault(self, number: int) -> str | None:
         """What happens to a request."""

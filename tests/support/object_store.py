@@ -103,6 +103,8 @@ class Proxy(Answering):
             fault = manner.faults.get("refused", "403")
         if is_signed and manner.signed:
             fault = manner.signed
+        if is_signed and request.query["X-Amz-Date"] <= manner.ended:
+            fault = "403"
         if fault is not None and fault.isdigit():
             entry["status"] = int(fault)
             return web.Response(status=int(fault))

@@ -308,6 +308,9 @@ class PoolTable(KeptEpochs, BatchTable):
 
     def _cut_into(self, widths: Integers, first: int, end: int, most: int) -> list[int]:
         """The ends of batches with an even share, cut from `first` to `end`: `most` batches, if possible."""
+        if first == end:
+            # A pool of a corpus with fewer samples than pools.
+            return []
         low, high = 0, SHARE_UNITS
         while high - low > 1:
             middle = (low + high) // 2

@@ -208,12 +208,12 @@ class OpenShards:
         """Free the memory of shards that were fetched whole. Here there is none."""
 
     def close(self) -> None:
-        """Close all files that are not being read; they are opened again when they are needed."""
+        """Close all files, after the reads that use them; they are opened again when they are needed."""
         self._forget_files()
         self._cached_files.clear()
 
     def _forget_files(self) -> None:
-        """Close the files that nobody reads."""
+        """Close the files, after the reads that use them."""
         self._files.cache_clear()
         self.descriptors = self._no_descriptors()
 

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise, repeat
 from mmap import ACCESS_READ, mmap
-from operator import attrgetter, gt
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeAlias, cast, runtime_checkable
+from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
 
 import fsspec.implementations.local
 import numpy as np
@@ -21,8 +21,8 @@ Shards: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 """A folder, an index file, or shards: paths, brace patterns, wildcards or URLs; one or several."""
 
 # Gaps up to this size (bytes) are read and discarded; a second read call costs more.
-_READ_THROUGH: Final = 2048
-_DISCARDED: Final = memoryview(bytearray(_READ_THROUGH))
+READ_THROUGH: Final = 2048
+_DISCARDED: Final = memoryview(bytearray(READ_THROUGH))
 # Linux reads at most 2 GiB in one call, and macOS refuses more.
 _MOST_AT_ONCE: Final = 1 << 30
 # Linux takes at most 1024 buffers in one call, and each array may need a second buffer for the gap before it.
@@ -64,51 +64,6 @@ class Refetchable(Protocol):
     def fill_again(self, buffers: Sequence[Buffer], offsets: Sequence[int]) -> None:
         """Overwrite each buffer, as `RandomAccess.fill` does, with bytes that are asked for again."""
         ...
-
-
-class Ranges:
-    """Where n ranges lie in their files, and where their bytes go.
-
-    Args:
-        memory: Memory of the process, uint8 `[bytes]`, C-contiguous and writable.
-        starts: First byte in the memory, int64 `[n]`.
-        offsets: First byte in the file, int64 `[n]`.
-        sizes: Bytes, int64 `[n]`.
-
-    Attributes:
-        offsets: First byte in the file, int64 `[n]`.
-        sizes: Bytes, int64 `[n]`.
-        views: The memory of each range.
-        nbytes: Bytes of all ranges.
-    """
-
-    def __init__(
-        self,
-        memory: npt.NDArray[np.uint8],
-        starts: npt.NDArray[np.int64],
-        offsets: npt.NDArray[np.int64],
-        sizes: npt.NDArray[np.int64],
-    ) -> None:
-        self.offsets, self.sizes = offsets, sizes
-        self._size, self._starts, self._ends = memory.size, starts.tolist(), (starts + sizes).tolist()
-        # To cut a `memoryview` takes less time than an array.
-        whole = memoryview(cast(Any, memory))
-        self.views = [whole[start:end] for start, end in zip(self._starts, self._ends, strict=True)]
-        self.nbytes = sum(self._ends) - sum(self._starts)
-
-    def check(self) -> None:
-        """Refuse ranges outside the memory.
-
-        Raises:
-            ValueError: There is one.
-        """
-        if min(self._starts) < 0 or max(self._ends) > self._size or any(map(gt, self._starts, self._ends)):
-            raise ValueError(f"ranges must lie in the memory of {self._size} bytes, got {self._starts}")
-
-    def are_scattered(self) -> bool:
-        """Whether no runs of neighbours are among the ranges, which are better read together, in whatever files."""
-        count = len(self.offsets)
-        return count == 1 or bool(self.offsets.max() - self.offsets.min() > count * _READ_THROUGH)
 
 
 class LocalFile:
@@ -157,10 +112,10 @@ class LocalFile:
             ValueError: The file ends before a buffer is full.
         """
         # Dense arrays are read in runs, with the gaps between them.
-        if _are_dense(offsets, 0, len(offsets)):
+        if are_dense(offsets, 0, len(offsets)):
             for first, last in _read_runs(buffers, offsets):
                 self._fill_run(buffers[first:last], offsets[first:last])
-        elif not _fill_each(repeat(self.descriptor), buffers, offsets, sum(map(attrgetter("nbytes"), buffers))):
+        elif not fill_each(repeat(self.descriptor), buffers, offsets, sum(map(attrgetter("nbytes"), buffers))):
             for buffer, offset in zip(buffers, offsets, strict=True):
                 self._fill_slowly(buffer, offset)
 
@@ -194,100 +149,15 @@ class LocalFile:
             remainder, offset = remainder[size:], offset + size
 
 
-def read_ranges(files: Sequence[tuple[RandomAccess, slice]], fields: Sequence[Ranges]) -> None:
-    """Read the ranges of a whole batch, of all its fields and files, into memory.
-
-    Args:
-        files: Files, and the part of the n ranges that lies in each.
-        fields: The ranges of each field, n each.
-
-    Raises:
-        OSError: A file cannot be read.
-        ValueError: A file ends before a range does.
-    """
-    for ranges in fields:
-        ranges.check()
-    if _copy_mapped(files, fields) or _read_apart(files, fields):
-        return
-    remote: list[Wanted] = []
-    for file, part in files:
-        for ranges in fields:
-            if isinstance(file, RemoteFile):
-                remote.append((file, ranges.views[part], ranges.offsets[part].tolist()))
-            else:
-                file.fill(ranges.views[part], ranges.offsets[part].tolist())
-    if remote:
-        fetch_into(remote)
-
-
-def read_scattered(descriptors: Sequence[int], ranges: Ranges) -> bool:
-    """Read ranges, each with one call.
-
-    Args:
-        descriptors: The descriptor of the local file in which each of the n ranges lies.
-        ranges: The ranges, in any order.
-
-    Returns:
-        False if a read has failed.
-
-    Raises:
-        ValueError: A range is outside the memory.
-    """
-    ranges.check()
-    return _fill_each(descriptors, ranges.views, ranges.offsets.tolist(), ranges.nbytes)
-
-
-def _copy_mapped(files: Sequence[tuple[RandomAccess, slice]], fields: Sequence[Ranges]) -> bool:
-    """Copy ranges from the files' mappings. A program that cuts a file during the copy ends this process by a signal.
-
-    Returns:
-        False if it was not done: a file has no mapping, or no longer has all of its ranges.
-    """
-    mappings: list[memoryview] = []
-    sizes = []
-    for file, part in files:
-        if not isinstance(file, LocalFile) or file.mapping is None:
-            return False
-        mappings += [file.mapping] * (part.stop - part.start)
-        sizes.append(file.find_size())
-    for ranges in fields:
-        starts, ends = ranges.offsets.tolist(), (ranges.offsets + ranges.sizes).tolist()
-        if min(starts) < 0 or any(max(ends[part]) > size for (_, part), size in zip(files, sizes, strict=True)):
-            return False
-        for view, mapping, start, end in zip(ranges.views, mappings, starts, ends, strict=True):
-            view[:] = mapping[start:end]
-    return True
-
-
-def _read_apart(files: Sequence[tuple[RandomAccess, slice]], fields: Sequence[Ranges]) -> bool:
-    """Read ranges of local files that are no neighbours, those of all files in one pass.
-
-    Returns:
-        False if it was not done: a file is not local, ranges are neighbours, or a read has failed.
-    """
-    descriptors: list[int] = []
-    for file, part in files:
-        if not isinstance(file, LocalFile):
-            return False
-        descriptors += [file.descriptor] * (part.stop - part.start)
-    for ranges in fields:
-        offsets = ranges.offsets.tolist()
-        if any(_are_dense(offsets, part.start, part.stop) for _, part in files):
-            return False
-        if not _fill_each(descriptors, ranges.views, offsets, ranges.nbytes):
-            return False
-    return True
-
-
-def _are_dense(offsets: Sequence[int], first: int, last: int) -> bool:
+def are_dense(offsets: Sequence[int], first: int, last: int) -> bool:
     """Whether so many of the ranges from `first` to `last` lie near each other that they are read in runs.
 
     One call costs as much as reading 2 KiB.
     """
-    return last - first > 1 and 0 <= offsets[last - 1] - offsets[first] <= (last - first) * _READ_THROUGH
+    return last - first > 1 and 0 <= offsets[last - 1] - offsets[first] <= (last - first) * READ_THROUGH
 
 
-def _fill_each(descriptors: Iterable[int], buffers: Sequence[Any], offsets: Iterable[int], size: int) -> bool:
+def fill_each(descriptors: Iterable[int], buffers: Sequence[Any], offsets: Iterable[int], size: int) -> bool:
     """Fill each buffer with a call of its own. False if they do not have `size` bytes together afterwards."""
     # A buffer over 2 GiB is an error on macOS. A disk that fails gives its error again where each is read slowly.
     with suppress(OSError):
@@ -388,6 +258,6 @@ def _read_runs(arrays: Sequence[Buffer], offsets: Sequence[int]) -> Iterator[tup
     """
     starts = np.asarray(offsets)
     gaps = starts[1:] - starts[:-1] - np.fromiter((array.nbytes for array in arrays[:-1]), np.int64, len(arrays) - 1)
-    apart = (gaps < 0) | (gaps > _READ_THROUGH)
+    apart = (gaps < 0) | (gaps > READ_THROUGH)
     apart[_LONGEST_RUN - 1 :: _LONGEST_RUN] = True
     return pairwise([0, *(np.flatnonzero(apart) + 1).tolist(), len(arrays)])

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from samplers.shards.storage.network.counts import UNCOUNTED, Counts
-from samplers.shards.storage.network.failures import ShortBodyError, is_refusal, shown
+from samplers.shards.storage.network.failures import ShortBodyError, is_refusal, shown, status_of
 from samplers.shards.storage.network.http_body import HttpBody
 from samplers.shards.storage.network.requests import Request, gate_of, send_all
 from samplers.shards.storage.network.signed_urls import SignedUrls, signed_urls
@@ -272,25 +272,30 @@ def _signed_attempts(
     """The tries for a range of an object with a signed URL. If it is refused, the client asks, and has the errors."""
     options = {"whole": whole, "is_assumed": file.size_is_assumed, "may_be_encoded": True}
     body = HttpBody(signed.http, file.path, span, file.size, **options)
+    timeout = file.transport.timeout
 
     async def receive() -> bytearray:
-        url = await signed.find(file.name)
-        if url is None:
-            return await by_client()
-        try:
-            await body.receive(url, file.transport.timeout)
-        except Exception as error:
-            if not is_refusal(error):
-                raise
-        else:
-            return body.data
-        file.counts.add("requests")
-        is_readable = False
-        try:
-            received = await by_client()
-            is_readable = True
-        finally:
-            signed.note_refusal(file.name, is_readable=is_readable)
+        # One that was used for some time may be refused because credentials have ended, and is signed again once.
+        for _ in range(2):
+            # To sign may ask for credentials, over a network.
+            url = signed.known(file.name) or await asyncio.wait_for(signed.find(file.name), timeout)
+            if url is None:
+                return await by_client()
+            try:
+                await body.receive(url.url, timeout)
+            except Exception as error:
+                # Of a store that has never answered, it may be the host of the URL that is out of reach.
+                if not is_refusal(error) and (signed.have_worked or status_of(error) is not None):
+                    raise
+            else:
+                signed.note_success()
+                return body.data
+            signed.forget(file.name, url)
+            file.counts.add("requests")
+            if url.is_new:
+                break
+        received = await by_client()
+        signed.note_refusal()
         return received
 
     return receive

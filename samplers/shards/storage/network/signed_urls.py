@@ -9,23 +9,22 @@ Everything here runs on fsspec's own thread.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
-from time import monotonic
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from time import monotonic, time
 from typing import Any, Final
 from urllib.request import getproxies
-
-import fsspec
-
-# fsspec has no type hints for it.
-_make_system: Callable[..., Any] = fsspec.filesystem
 
 # Seconds for which a URL is good, and for which it is used: a request may take long. Credentials may end sooner.
 _GOOD_FOR: Final = 3600
 _USED_FOR: Final = 600
+# A URL that is refused this soon, in seconds, was never good.
+_NEW: Final = 60
 # URLs that are kept for a client.
 _MOST: Final = 4096
-# So often a store may refuse a URL for what the client itself is then given, until no more are tried.
+# So many new URLs may be refused for what the client itself is given, until no more are tried for some time.
 _MOST_REFUSED: Final = 3
+_NONE_FOR: Final = 600
 # Options of a client that say where, and with which credentials.
 _PLAIN: Final = frozenset(
     ["endpoint_url", "region_name", "use_ssl", "aws_access_key_id", "aws_secret_access_key", "aws_session_token"]
@@ -35,6 +34,32 @@ _PLAIN_CONFIG: Final = frozenset(
 )
 # By the client's file system, all of which are kept alive.
 _OF_SYSTEMS: Final[dict[int, "SignedUrls | None"]] = {}
+# Whether the URL that is being signed is one of ours. The user's own are signed as ever.
+_IS_OURS: Final[ContextVar[bool]] = ContextVar("_IS_OURS", default=False)
+
+
+@dataclass(frozen=True)
+class SignedUrl:
+    """A URL, and when it was signed.
+
+    Attributes:
+        url: As aiohttp takes it.
+        begin: Seconds of a clock that always goes on.
+        date: Seconds of the clock that the signature has. Only one of the two goes on while a machine sleeps.
+    """
+
+    url: Any
+    begin: float = field(default_factory=lambda: monotonic())
+    date: float = field(default_factory=lambda: time())
+
+    def is_younger(self, seconds: float) -> bool:
+        """Whether it was signed less than some seconds ago."""
+        return monotonic() - self.begin < seconds and 0 <= time() - self.date < seconds
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it was signed just now."""
+        return self.is_younger(_NEW)
 
 
 class SignedUrls:
@@ -45,17 +70,26 @@ class SignedUrls:
 
     Attributes:
         http: The file system over HTTP that asks for them.
+        have_worked: Whether the store has answered one of them.
     """
 
     def __init__(self, system: Any) -> None:
-        self._system = system
-        # What is stored is read as it is: S3 compresses nothing on its own. The URLs are quoted already.
-        self.http: Any = _make_system("http", encoded=True, client_kwargs={"auto_decompress": False})
-        self._urls: OrderedDict[str, tuple[Any, float]] = OrderedDict()
-        self._refused, self._is_usable = 0, _needs_only_a_signature(system)
+        # Installed, since s3fs needs aiohttp.
+        from fsspec.implementations import http  # noqa: PLC0415
 
-    async def find(self, name: str) -> Any:
-        """The signed URL of an object, for a GET, as aiohttp takes it. None if the client must send the request itself.
+        self._system, self.have_worked = system, False
+        # What is stored is read as it is: S3 compresses nothing on its own. The URLs are quoted already.
+        make: Any = http.HTTPFileSystem
+        options = {"encoded": True, "client_kwargs": {"auto_decompress": False}, "get_client": http.get_client}
+        self.http: Any = make(**options, skip_instance_cache=True)
+        # What the user has set for sites over HTTP, such as passwords, is not for the store.
+        self.http.kwargs = {}
+        self._urls: OrderedDict[str, SignedUrl] = OrderedDict()
+        self._refused, self._none_until = 0, 0.0
+        self._is_usable = _needs_only_a_signature(system)
+
+    async def find(self, name: str) -> SignedUrl | None:
+        """The signed URL of an object, for a GET. None if the client must send the request itself.
 
         Args:
             name: Bucket and key, as the client names it.
@@ -63,43 +97,62 @@ class SignedUrls:
         Raises:
             Exception: The client has no credentials, or another error of its own.
         """
-        if not self._is_usable:
+        if not self._is_usable or monotonic() < self._none_until:
             return None
-        url, end = self._urls.get(name, (None, 0.0))
-        if url is None or end < monotonic():
-            if (url := await self._sign(name)) is None:
-                return None
-            self._urls[name] = url, monotonic() + _USED_FOR
+        signed = self.known(name)
+        if signed is None and (signed := await self._sign(name)) is not None:
+            self._urls[name] = signed
+            self._urls.move_to_end(name)
             while len(self._urls) > _MOST:
                 self._urls.popitem(last=False)
-        return url
+        return signed
 
-    def note_refusal(self, name: str, *, is_readable: bool) -> None:
-        """Note that the store has refused a URL.
+    def known(self, name: str) -> SignedUrl | None:
+        """The signed URL of an object, if there is one that can be used."""
+        signed = self._urls.get(name)
+        if signed is None or not signed.is_younger(_USED_FOR) or monotonic() < self._none_until:
+            return None
+        # Those that were not used for longest go first.
+        self._urls.move_to_end(name)
+        return signed
 
-        Args:
-            name: Bucket and key.
-            is_readable: Whether the client itself was given the object then.
-        """
-        # The credentials by which it was signed may have ended.
-        self._urls.pop(name, None)
-        self._refused += is_readable
-        self._is_usable = self._refused < _MOST_REFUSED
+    def note_success(self) -> None:
+        """Note that the store has answered a URL."""
+        self.have_worked, self._refused = True, 0
 
-    async def _sign(self, name: str) -> Any:
+    def forget(self, name: str, url: SignedUrl) -> None:
+        """Use a URL no more. Another request may have signed a new one already."""
+        if self._urls.get(name) is url:
+            del self._urls[name]
+
+    def note_refusal(self) -> None:
+        """Note that the store has refused a new URL for what it has then given to the client."""
+        self._refused += 1
+        if self._refused >= _MOST_REFUSED:
+            self._refused, self._none_until = 0, monotonic() + _NONE_FOR
+
+    async def _sign(self, name: str) -> SignedUrl | None:
         """A new URL. None if it cannot be used."""
         bucket, key, version = self._system.split_path(name)
-        await self._system.set_session()
-        client = await self._system.get_s3(bucket)
         if version is not None:
             return None
-        client.meta.events.register_first("choose-signer.s3.GetObject", _sign_with_v4, unique_id="lengthtrack")
-        url: str = await client.generate_presigned_url(
-            ClientMethod="get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=_GOOD_FOR
-        )
-        # Certificates of its own are for the client alone.
-        has_own = url.startswith("https:") and self._system.session.get_config_variable("ca_bundle")
-        return None if has_own else self.http.encode_url(url)
+        await self._system.set_session()
+        client = await self._system.get_s3(bucket)
+        is_encrypted = client.meta.endpoint_url.startswith("https:")
+        if is_encrypted and self._system.session.get_config_variable("ca_bundle"):
+            # Certificates of its own are for the client alone.
+            self._is_usable = False
+            return None
+        for event, handler in {"before-parameter-build": _use_own_endpoint, "choose-signer": _sign_with_v4}.items():
+            client.meta.events.register_first(f"{event}.s3.GetObject", handler, unique_id=f"lengthtrack-{event}")
+        token = _IS_OURS.set(True)
+        try:
+            url: str = await client.generate_presigned_url(
+                ClientMethod="get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=_GOOD_FOR
+            )
+        finally:
+            _IS_OURS.reset(token)
+        return SignedUrl(self.http.encode_url(url))
 
 
 def signed_urls(system: Any) -> SignedUrls | None:
@@ -119,10 +172,17 @@ def _needs_only_a_signature(system: Any) -> bool:
         or system.version_aware
         or set(system.client_kwargs) - _PLAIN
         or set(system.config_kwargs) - _PLAIN_CONFIG
-        or getproxies()
+        # Hosts without a proxy are no proxy.
+        or set(getproxies()) - {"no"}
     )
 
 
-def _sign_with_v4(signature_version: Any, **_: Any) -> Any:
-    """What botocore asks for the version of a signature: in old regions it would take 2, which new ones refuse."""
-    return "s3v4-query" if signature_version in {"v4-query", "s3v4-query"} else None
+def _use_own_endpoint(context: Any = None, **_: Any) -> None:
+    """Sign for the host that the client itself asks: botocore would take the global one, which may be out of reach."""
+    if _IS_OURS.get() and context is not None:
+        context["use_global_endpoint"] = False
+
+
+def _sign_with_v4(signature_version: Any = None, **_: Any) -> Any:
+    """The version of a signature: in old regions botocore would take 2, which new buckets refuse."""
+    return "s3v4-query" if _IS_OURS.get() and signature_version in {"v4-query", "s3v4-query"} else None
